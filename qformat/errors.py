@@ -1,0 +1,119 @@
+"""The errors that qformat raises, all of them.
+
+    QformatError
+    ├── UsageError              the caller asked for something that makes no sense           (exit code 2)
+    ├── InvalidFileError        a file does not say what it must; carries a `Reason`         (exit code 1)
+    │   ├── SourceError         ... a file of the checkpoint that is converted
+    │   └── ArtifactError       ... a file of a 4-bit artifact
+    ├── TargetError             the output cannot be written where it was asked for          (exit code 1)
+    └── VerificationError       a check was run to its end and failed                        (exit code 1)
+
+`Reason` is the closed list of reason codes of the format (spec section 9): stable names for machines.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+
+class Reason(StrEnum):
+    """Why a file is refused. The values are stable: vectors, `--json` and callers rely on them."""
+
+    MISSING_FILE = "missing_file"
+    EXTRA_FILE = "extra_file"
+    NOT_A_REGULAR_FILE = "not_a_regular_file"
+    PATH_ESCAPES = "path_escapes"
+    FILE_SIZE = "file_size"
+    FILE_DIGEST = "file_digest"
+    COMPONENT_DIGEST = "component_digest"
+    MANIFEST_DIGEST = "manifest_digest"
+    MANIFEST_FIELD = "manifest_field"
+    UNSUPPORTED_VERSION = "unsupported_version"
+    UNSUPPORTED_FEATURE = "unsupported_feature"
+    JSON_SYNTAX = "json_syntax"
+    JSON_LIMIT = "json_limit"
+    JSON_DUPLICATE_KEY = "json_duplicate_key"
+    HEADER_LENGTH = "header_length"
+    HEADER_SYNTAX = "header_syntax"
+    HEADER_FIELD = "header_field"
+    HEADER_LIMIT = "header_limit"
+    HEADER_DUPLICATE_TENSOR = "header_duplicate_tensor"
+    HEADER_OFFSETS = "header_offsets"
+    TRUNCATED = "truncated"
+    TRAILING_BYTES = "trailing_bytes"
+    ALIGNMENT = "alignment"
+    INDEX_MISMATCH = "index_mismatch"
+    DUPLICATE_TENSOR = "duplicate_tensor"
+    CONFIG_FIELD = "config_field"
+    SKIP_MODULES = "skip_modules"
+    MISSING_COMPONENT = "missing_component"
+    UNKNOWN_TENSOR = "unknown_tensor"
+    COMPONENT_DTYPE = "component_dtype"
+    COMPONENT_SHAPE = "component_shape"
+    QUANT_STATE = "quant_state"
+    CODEBOOK = "codebook"
+    NONFINITE_SCALE = "nonfinite_scale"
+    NONFINITE_WEIGHT = "nonfinite_weight"
+    UNSUPPORTED_DTYPE = "unsupported_dtype"
+    ALREADY_QUANTIZED = "already_quantized"
+    UNSUPPORTED_SOURCE = "unsupported_source"
+    SOURCE_CHANGED = "source_changed"
+    CODES_MISMATCH = "codes_mismatch"
+    SOURCE_MISMATCH = "source_mismatch"
+
+
+class QformatError(Exception):
+    """Base of every error that qformat raises on purpose."""
+
+
+class UsageError(QformatError):
+    """The caller's arguments do not fit together or name nothing."""
+
+
+class InvalidFileError(QformatError):
+    """A file does not say what it must.
+
+    The message reads `FILE: tensor 'NAME': field 'FIELD': PROBLEM. NEXT STEP`, leaving out what does not apply.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        path: Path | str,
+        problem: str,
+        *,
+        tensor: str | None = None,
+        field: str | None = None,
+        next_step: str | None = None,
+    ) -> None:
+        parts = [str(path)]
+        if tensor is not None:
+            parts.append(f"tensor {tensor!r}")
+        if field is not None:
+            parts.append(f"field {field!r}")
+        parts.append(problem)
+        message = ": ".join(parts)
+        super().__init__(f"{message}. {next_step}" if next_step else message)
+        self.reason = reason
+        self.path = str(path)
+        self.problem = problem
+        self.tensor = tensor
+        self.field = field
+        self.next_step = next_step
+
+
+class SourceError(InvalidFileError):
+    """A file of the source checkpoint is damaged, unsupported or inconsistent."""
+
+
+class ArtifactError(InvalidFileError):
+    """A file of an artifact is damaged, unsupported or inconsistent with the specification."""
+
+
+class TargetError(QformatError):
+    """The output cannot be written where it was asked for: it exists, is locked, is read-only or is full."""
+
+
+class VerificationError(QformatError):
+    """A check was run to its end and failed."""
