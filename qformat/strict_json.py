@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,6 +13,9 @@ from qformat.errors import InvalidFileError, Reason
 MAX_DEPTH = 32
 MAX_INTEGER_DIGITS = 20
 MAX_FLOAT_LITERAL = 64
+
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
+_BRACKETS = re.compile(r"[\[\]{}]")
 
 Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
 
@@ -62,26 +67,11 @@ def dumps(value: object, *, indent: int | None = None) -> str:
 
 def _check_depth(text: str) -> None:
     """Refuse deep nesting before the recursive parser sees it; brackets inside strings do not count."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return
     depth = 0
-    in_string = escaped = False
-    for character in text:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == '"':
-                in_string = False
-        elif character == '"':
-            in_string = True
-        elif character in "[{":
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise _Refused(Reason.JSON_LIMIT, f"nested deeper than {MAX_DEPTH}")
-        elif character in "]}":
-            depth -= 1
+    for bracket in _BRACKETS.findall(_STRINGS.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        if depth > MAX_DEPTH:
+            raise _Refused(Reason.JSON_LIMIT, f"nested deeper than {MAX_DEPTH}")
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -97,7 +87,10 @@ def _bounded_int(text: str) -> int:
 def _bounded_float(text: str) -> float:
     if len(text) > MAX_FLOAT_LITERAL:
         raise _Refused(Reason.JSON_LIMIT, f"a number of {len(text)} characters, at most {MAX_FLOAT_LITERAL} are read")
-    return float(text)
+    value = float(text)
+    if not math.isfinite(value):
+        raise _Refused(Reason.JSON_LIMIT, f"{text} does not fit a float64")
+    return value
 
 
 def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -1,0 +1,182 @@
+"""The tables of the plan stage: which module names are certainly `nn.Linear`, and how readers rename them.
+
+Only data. `rules` reads it; `tests/converters/test_rules_against_transformers.py` proves it against every
+causal-LM type that transformers registers. A name is written as `leaf` ("q_proj") when it means a Linear
+wherever it occurs, and as `parent.leaf` ("attention.dense") when the leaf alone says too little.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+# A Linear in every model type that has it, whatever stands above it.
+LINEAR_LEAVES: Final = frozenset(
+    {
+        # attention: Llama's names and everything that copied them; fused forms; multi-head latent attention
+        "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "Wqkv",
+        "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+        # feed-forward
+        "gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "fc_in", "fc_out",
+        "dense_h_to_4h", "dense_4h_to_h",
+        # gated delta net (Qwen3-Next, Qwen3.5)
+        "in_proj_qkv", "in_proj_z", "in_proj_qkvz",
+        # per-layer inputs of Gemma 3n and Gemma 4
+        "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection",
+    }
+)  # fmt: skip
+
+LINEAR_WITH_PARENT: Final = frozenset(
+    {
+        "attn.out_proj", "attention.out_proj", "self_attn.out_proj", "cross_attn.out_proj",
+        "encoder_attn.out_proj", "linear_attn.out_proj", "conv.out_proj", "conv.in_proj",
+        "mamba.in_proj", "mixer.in_proj",
+        "attention.dense", "self_attention.dense", "self_attn.dense",
+        "self.query", "self.key", "self.value", "intermediate.dense", "output.dense",
+        "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+        "shared_mlp.input_linear", "shared_mlp.output_linear",
+        "linear_attn.g_proj", "self_attn.g_proj", "self_attention.kv_proj",
+        "attn.Wo", "mlp.Wi", "mlp.Wo",
+    }
+)  # fmt: skip
+
+# The same leaf is transposed (`Conv1D`) in the GPT-2 family: a Linear only where the type says so.
+LINEAR_BY_TYPE: Final[dict[str, frozenset[str]]] = {
+    "gpt_bigcode": frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+    "gpt_neo": frozenset({"mlp.c_fc", "mlp.c_proj"}),
+    "starcoder2": frozenset({"mlp.c_fc", "mlp.c_proj"}),
+    "recurrent_gemma": frozenset(
+        {"temporal_block.linear_x", "temporal_block.linear_y", "temporal_block.linear_out"}
+    ),
+}
+
+CONV1D_TYPES: Final = frozenset(
+    {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "gpt2-double-heads"}
+)
+CONV1D_NAMES: Final = frozenset(
+    {"attn.c_attn", "attn.c_proj", "attn.q_attn", "crossattention.c_attn", "crossattention.c_proj",
+     "crossattention.q_attn", "mlp.c_fc", "mlp.c_proj"}
+)  # fmt: skip
+
+# Falcon's matrices belong to a subclass, which transformers' bitsandbytes integration leaves alone
+# (it asks `type(module) is nn.Linear`): a 4-bit file would not load.
+LINEAR_SUBCLASS_TYPES: Final = frozenset({"falcon"})
+
+# transformers cuts or joins these tensors while it loads them, which packed codes do not survive.
+REWRITTEN_BY_TYPE: Final[dict[str, frozenset[str]]] = {
+    "hrm_text": frozenset({"gate_up_proj", "gqkv_proj"}),
+}
+
+EMBEDDING_LEAVES: Final = frozenset(
+    {
+        "embed_tokens", "embed_tokens_per_layer", "embed_positions", "embed_in", "embed",
+        "embeddings", "input_embedding", "segment_embedding", "word_embedding", "word_embeddings",
+        "position_embedding", "position_embeddings", "positions_embed", "tokens_embed",
+        "token_embedding", "token_type_embeddings", "tok_embeddings", "ngram_embeddings",
+        "language_embeddings", "lang_embeddings", "shape_embed", "pronunciation_embed", "encoder_hash_tok_embedding",
+        "wte", "wpe", "shared",
+    }
+)  # fmt: skip
+
+# Any component of a path with one of these names is (part of) what maps hidden states to labels or tokens.
+OUTPUT_COMPONENTS: Final = frozenset(
+    {
+        "lm_head", "lm_heads", "embed_out", "generator_lm_head", "generator_predictions", "output_projection",
+        "lm_loss", "pred_layer", "cls", "unembed", "score", "classifier", "qa_outputs", "classification_head",
+    }
+)  # fmt: skip
+# These are output embeddings only when they are the whole path, or (`head`) its last part.
+OUTPUT_ROOTS: Final = frozenset({"head", "output", "decoder", "proj_out"})
+OUTPUT_LEAVES: Final = frozenset({"head"})
+
+# Where the output embedding's module is not `lm_head`; tied ones are absent on disk and must be listed all the same.
+OUTPUT_MODULE_BY_TYPE: Final[dict[str, str]] = {
+    "bert": "cls.predictions.decoder",
+    "big_bird": "cls.predictions.decoder",
+    "biogpt": "output_projection",
+    "electra": "generator_lm_head",
+    "ernie": "cls.predictions.decoder",
+    "git": "output",
+    "gpt_neox": "embed_out",
+    "gpt_neox_japanese": "embed_out",
+    "megatron-bert": "cls.predictions.decoder",
+    "modernbert-decoder": "decoder",
+    "rembert": "cls.predictions.decoder",
+    "roc_bert": "cls.predictions.decoder",
+    "roformer": "cls.predictions.decoder",
+    "rwkv": "head",
+    "trocr": "output_projection",
+    "whisper": "proj_out",
+    "xlm": "pred_layer.proj",
+    "xlnet": "lm_loss",
+}
+
+# A component with one of these names chooses experts, or the keys that attention may see.
+ROUTER_COMPONENTS: Final = frozenset(
+    {"gate", "router", "router_mlp", "shared_expert_gate", "indexer", "wg", "block_sparse_moe_gate"}
+)
+
+# The kernels of a Mamba mixer take these weights themselves, past the module's forward.
+MAMBA_COMPONENTS: Final = frozenset({"mamba", "mamba2", "mixer", "ssm"})
+MAMBA_KERNEL_LEAVES: Final = frozenset({"out_proj", "x_proj", "dt_proj"})
+
+# One row a head: the decay and write gates of linear attention.
+RECURRENT_GATE_NAMES: Final = frozenset(
+    {"linear_attn.in_proj_a", "linear_attn.in_proj_b", "linear_attn.in_proj_ba", "linear_attn.a_proj",
+     "linear_attn.b_proj", "self_attn.b_proj", "attention.b_proj"}
+)  # fmt: skip
+
+# Zamba runs one block at many depths: one copy on disk, a tied one at every depth in memory.
+SHARED_BLOCK_COMPONENTS: Final = frozenset({"shared_transf", "shared_transformer"})
+
+PROJECTOR_PATTERN: Final = re.compile(
+    r"(?:^|_)(?:projector|merger|resampler|connector|aligner)(?:_|$)|^(?:visual|modality|multimodal)_projection$"
+)
+VISION_OR_AUDIO_PATTERN: Final = re.compile(
+    r"(?:^|_)(?:vision|visual|vit|image|img|audio|speech|video)(?:_|$)|^(?:vpm|apm)$"
+)
+EXPERT_COMPONENTS: Final = frozenset({"experts", "text_moe", "vision_moe"})
+MOE_PATTERN: Final = re.compile(r"(?:^|_)moe(?:_|$)|^(?:input_linear|output_linear)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Sibling modules that vLLM computes as one product, and the name of that product."""
+
+    parts: tuple[str, ...]
+    fused: str
+
+
+FUSIONS: Final = (
+    Fusion(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    Fusion(("query", "key", "value"), "qkv_proj"),
+    Fusion(("gate_proj", "up_proj"), "gate_up_proj"),
+    Fusion(("w1", "w3"), "w1"),
+    Fusion(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+    Fusion(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    Fusion(("in_proj_b", "in_proj_a"), "in_proj_ba"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """What transformers 5 calls a module in memory: `pattern` on disk becomes each of `targets`."""
+
+    model_types: frozenset[str] | None  # None: any type
+    pattern: re.Pattern[str]
+    targets: tuple[str, ...]
+
+
+def _renaming(model_types: str, pattern: str, *targets: str) -> Renaming:
+    return Renaming(
+        frozenset(model_types.split()) if model_types else None, re.compile(pattern), targets
+    )
+
+
+# Applied in order, each to the names that the ones before it left.
+RENAMINGS: Final = (
+    _renaming("", r"\.block_sparse_moe\.", ".mlp."),
+    _renaming("nemotron_h", r"^backbone\.", "model."),
+    _renaming("", r"^.*\.(shared_transf(?:ormer)?\.)", r"\1"),
+)

@@ -1,0 +1,77 @@
+"""The components of a packed tensor: names, dtypes and shapes, as bitsandbytes writes them (spec section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from qformat.artifact.header import NewTensor
+from qformat.codec import quant_state
+from qformat.codec.floats import FloatFormat
+from qformat.codec.nested import NESTED_BLOCK_SIZE
+from qformat.codec.nf4 import block_count, packed_nbytes
+
+
+class Component(StrEnum):
+    """The parts of a packed tensor `X.weight`; the value is what follows `X.weight` in the part's name."""
+
+    PACKED = ""
+    ABSMAX = ".absmax"
+    NESTED_ABSMAX = ".nested_absmax"
+    NESTED_QUANT_MAP = ".nested_quant_map"
+    QUANT_MAP = ".quant_map"
+    QUANT_STATE = ".quant_state.bitsandbytes__nf4"
+
+    @property
+    def label(self) -> str:
+        """The name in manifests and messages: `packed`, `absmax`, ..., `quant_state`."""
+        return self.name.lower()
+
+
+SINGLE_LEVEL = (Component.PACKED, Component.ABSMAX, Component.QUANT_MAP, Component.QUANT_STATE)
+DOUBLE_QUANT = tuple(Component)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedShape:
+    """What decides the components of a packed tensor: shape and float format of the weight, and the options."""
+
+    shape: tuple[int, ...]
+    float_format: FloatFormat
+    block_size: int
+    double_quant: bool
+
+    @property
+    def n_elements(self) -> int:
+        """Weights in the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks, the last one possibly partial."""
+        return block_count(self.n_elements, self.block_size)
+
+    @property
+    def n_nested_blocks(self) -> int:
+        """Groups of absmax values that share a nested absmax."""
+        return block_count(self.n_blocks, NESTED_BLOCK_SIZE)
+
+    def components(self, name: str) -> dict[Component, NewTensor]:
+        """Return every component of the packed tensor `name` as the shard's header names it."""
+        state_nbytes = quant_state.padded_nbytes(
+            block_size=self.block_size,
+            float_format=self.float_format,
+            shape=self.shape,
+            double_quant=self.double_quant,
+        )
+        layout: dict[Component, tuple[str, tuple[int, ...]]] = {
+            Component.PACKED: ("U8", (packed_nbytes(self.n_elements), 1)),
+            Component.ABSMAX: ("U8" if self.double_quant else "F32", (self.n_blocks,)),
+            Component.NESTED_ABSMAX: ("F32", (self.n_nested_blocks,)),
+            Component.NESTED_QUANT_MAP: ("F32", (256,)),
+            Component.QUANT_MAP: ("F32", (16,)),
+            Component.QUANT_STATE: ("U8", (state_nbytes,)),
+        }
+        present = DOUBLE_QUANT if self.double_quant else SINGLE_LEVEL
+        return {part: NewTensor(name + part.value, *layout[part]) for part in present}
