@@ -65,17 +65,23 @@ LINEAR_SUBCLASS_TYPES: Final = frozenset({"falcon"})
 
 # transformers cuts or joins these tensors while it loads them, which packed codes do not survive.
 REWRITTEN_BY_TYPE: Final[dict[str, frozenset[str]]] = {
-    "hrm_text": frozenset({"gate_up_proj", "gqkv_proj"}),
+    "hrm_text": frozenset({"mlp.gate_up_proj", "attn.gqkv_proj"}),
+    "minimax_m3_vl": frozenset({"shared_experts.gate_proj", "shared_experts.up_proj"}),
+    "molmo2": frozenset({"self_attn.att_proj", "mlp.ff_proj"}),
 }
 
-EMBEDDING_LEAVES: Final = frozenset(
+# An output embedding may be tied to one of these.
+TOKEN_EMBEDDING_LEAVES: Final = frozenset(
     {
-        "embed_tokens", "embed_tokens_per_layer", "embed_positions", "embed_in", "embed",
-        "embeddings", "input_embedding", "segment_embedding", "word_embedding", "word_embeddings",
-        "position_embedding", "position_embeddings", "positions_embed", "tokens_embed",
-        "token_embedding", "token_type_embeddings", "tok_embeddings", "ngram_embeddings",
-        "language_embeddings", "lang_embeddings", "shape_embed", "pronunciation_embed", "encoder_hash_tok_embedding",
-        "wte", "wpe", "shared",
+        "embed_tokens", "embed_in", "embed", "embeddings", "input_embedding", "word_embedding",
+        "word_embeddings", "tokens_embed", "tok_embeddings", "token_embedding", "wte", "shared",
+    }
+)  # fmt: skip
+EMBEDDING_LEAVES: Final = TOKEN_EMBEDDING_LEAVES | frozenset(
+    {
+        "embed_tokens_per_layer", "embed_positions", "segment_embedding", "position_embedding",
+        "position_embeddings", "positions_embed", "token_type_embeddings", "ngram_embeddings",
+        "shape_embed", "pronunciation_embed", "encoder_hash_tok_embedding", "wpe",
     }
 )  # fmt: skip
 
@@ -90,11 +96,12 @@ OUTPUT_COMPONENTS: Final = frozenset(
 OUTPUT_ROOTS: Final = frozenset({"head", "output", "decoder", "proj_out"})
 OUTPUT_LEAVES: Final = frozenset({"head"})
 
-# Where the output embedding's module is not `lm_head`; tied ones are absent on disk and must be listed all the same.
+# Where the output embedding's module is not `lm_head`: a tied one is absent on disk and listed all the same.
 OUTPUT_MODULE_BY_TYPE: Final[dict[str, str]] = {
     "bert": "cls.predictions.decoder",
     "big_bird": "cls.predictions.decoder",
     "biogpt": "output_projection",
+    "blip": "text_decoder.cls.predictions.decoder",
     "electra": "generator_lm_head",
     "ernie": "cls.predictions.decoder",
     "git": "output",
@@ -136,8 +143,31 @@ PROJECTOR_PATTERN: Final = re.compile(
 VISION_OR_AUDIO_PATTERN: Final = re.compile(
     r"(?:^|_)(?:vision|visual|vit|image|img|audio|speech|video)(?:_|$)|^(?:vpm|apm)$"
 )
-EXPERT_COMPONENTS: Final = frozenset({"experts", "text_moe", "vision_moe"})
+EXPERT_COMPONENTS: Final = frozenset({"experts"})
 MOE_PATTERN: Final = re.compile(r"(?:^|_)moe(?:_|$)|^(?:input_linear|output_linear)$")
+
+
+# Towers and projectors that transformers moves while it loads them: in memory they stand whole under these paths.
+# None of their weights is ever quantized.
+TOWERS_IN_MEMORY_BY_TYPE: Final[dict[str, tuple[str, ...]]] = {
+    "cosmos3_edge": ("model.visual",),
+    "cosmos3_omni": ("model.visual",),
+    "dots3_note": ("model.vision_tower", "model.audio_tower"),
+    "ernie4_5_vl_moe": ("model.vision_tower", "model.resampler_model"),
+    "hyperclovax_vision_v2": ("model.projector",),
+    "inkling2": ("model.vision_tower",),
+    "kimi_k25": ("model.vision_tower", "model.mm_projector"),
+    "lfm3_vl": ("model.vision_tower",),
+    "minimax_m3_vl": ("model.vision_tower", "model.multi_modal_projector"),
+    "mistral_large4": ("model.vision_tower", "model.multi_modal_projector"),
+    "molmo2": ("model.vision_tower", "model.multi_modal_projector"),
+    "nemotron_h_omni": ("vision_model", "multi_modal_projector"),
+    "paddleocr_vl": ("model.projector",),
+    "pi0": ("model.vlm.vision_tower", "model.vlm.multi_modal_projector"),
+    "qianfan_ocr": ("model.vision_tower", "model.multi_modal_projector"),
+    "step3p7": ("model.vision_model", "model.multi_modal_projector"),
+    "unlimited_ocr": ("model.vision_tower", "model.multi_modal_projector"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,14 +199,68 @@ class Renaming:
 
 
 def _renaming(model_types: str, pattern: str, *targets: str) -> Renaming:
-    return Renaming(
-        frozenset(model_types.split()) if model_types else None, re.compile(pattern), targets
-    )
+    return Renaming(frozenset(model_types.split()) if model_types else None, re.compile(pattern), targets)
 
 
-# Applied in order, each to the names that the ones before it left.
+# Applied in order, each to the names that the ones before it left; proved against transformers' own renaming.
 RENAMINGS: Final = (
     _renaming("", r"\.block_sparse_moe\.", ".mlp."),
-    _renaming("nemotron_h", r"^backbone\.", "model."),
+    _renaming("", r"^language_model\.lm_head", "lm_head"),
+    _renaming("", r"^language_model\.model\.", "model.language_model."),
     _renaming("", r"^.*\.(shared_transf(?:ormer)?\.)", r"\1"),
+    _renaming("nemotron_h", r"^(language_model\.)?backbone\.", r"\1model."),
+    _renaming("laguna", r"\.shared_expert\.", ".shared_experts."),
+    _renaming("hy_v3", r"\.shared_mlp\.", ".shared_experts."),
+    _renaming("hy_v4", r"\.linear_gate$", ".gate_proj"),
+    _renaming("lfm3", r"\.self_attn\.gate_proj$", ".self_attn.g_proj"),
+    _renaming(
+        "kimi_linear glm5_next glm5_next_text", r"\.self_attn\.(f_[ab]_proj)$", r".self_attn.forget_gate.\1"
+    ),
+    _renaming("bailing_hybrid", r"\.attention\.dense$", ".self_attn.o_proj"),
+    _renaming("bailing_hybrid", r"\.attention\.f_proj$", ".self_attn.forget_gate.f_proj"),
+    _renaming("bailing_hybrid", r"\.attention\.", ".self_attn."),
+    _renaming("axk2", r"\.self_attn\.q_b_proj$", ".self_attn.q_b_proj", ".self_attn.q_gate_proj"),
+    _renaming("axk2", r"layernorm\.W_down$", "layernorm.mlp.fc1"),
+    _renaming("axk2", r"layernorm\.W_up$", "layernorm.mlp.fc2"),
+    _renaming("hrm_text", r"\.mlp\.gate_up_proj$", ".mlp.gate_proj", ".mlp.up_proj"),
+    _renaming(
+        "hrm_text",
+        r"\.attn\.gqkv_proj$",
+        ".attn.gate_proj",
+        ".attn.q_proj",
+        ".attn.k_proj",
+        ".attn.v_proj",
+    ),
+    _renaming("hrm_text", r"\.attn\.", ".self_attn."),
+    _renaming("inkling2 inkling2_text", r"^model\.llm\.", "model."),
+    _renaming("inkling2 inkling2_text", r"\.attn\.gate_attn$", ".self_attn.gate_proj"),
+    _renaming("inkling2 inkling2_text", r"\.attn\.w([qkvor])_(?:du|dv|ud)$", r".self_attn.\1_proj"),
+    _renaming("inkling2 inkling2_text", r"\.attn\.attn_sink_proj$", ".self_attn.sink_proj"),
+    _renaming("deepseek_v4", r"\.attn\.indexer\.weights_proj$", ".attn.indexer.scorer.weights_proj"),
+    _renaming("deepseek_v4", r"\.attn\.indexer\.(?:compressor\.)?", ".attn.compressor.indexer."),
+    _renaming("deepseek_v4", r"\.wgate$", ".gate_proj"),
+    _renaming("deepseek_v4", r"\.w(kv|q_a|q_b|o_a|o_b)$", r".\1_proj"),
+    _renaming("deepseek_v4", r"\.attn\.", ".self_attn."),
+    _renaming("deepseek_v4", r"\.shared_experts\.w1$", ".shared_experts.gate_proj"),
+    _renaming("deepseek_v4", r"\.shared_experts\.w2$", ".shared_experts.down_proj"),
+    _renaming("deepseek_v4", r"\.shared_experts\.w3$", ".shared_experts.up_proj"),
+    _renaming("deepseek_v4", r"\.ffn\.", ".mlp."),
+    _renaming("cosmos3_edge cosmos3_omni", r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj"),
+    _renaming("cosmos3_edge cosmos3_omni", r"\.self_attn\.to_out$", ".self_attn.o_proj"),
+    _renaming("cosmos3_edge", r"\.mlp\.up_proj$", ".mlp.fc1"),
+    _renaming("cosmos3_edge", r"\.mlp\.down_proj$", ".mlp.fc2"),
+    _renaming("mistral_large4", r"\.attention\.wkv_a_with_mqa$", ".self_attn.kv_a_proj_with_mqa"),
+    _renaming("mistral_large4", r"\.attention\.wkv_b$", ".self_attn.kv_b_proj"),
+    _renaming("mistral_large4", r"\.attention\.w([qo])(_a|_b)?$", r".self_attn.\1\2_proj"),
+    _renaming("mistral_large4", r"\.attention\.", ".self_attn."),
+    _renaming("mistral_large4", r"\.shared_experts\.", ".mlp.shared_experts."),
+    _renaming("mistral_large4", r"\.feed_forward\.", ".mlp."),
+    _renaming("mistral_large4", r"\.w1$", ".gate_proj"),
+    _renaming("mistral_large4", r"\.w2$", ".down_proj"),
+    _renaming("mistral_large4", r"\.w3$", ".up_proj"),
+    _renaming("molmo2", r"^model\.transformer\.blocks\.", "model.language_model.layers."),
+    _renaming("molmo2", r"\.mlp\.ff_out$", ".mlp.down_proj"),
+    _renaming("molmo2", r"\.mlp\.ff_proj$", ".mlp.gate_proj", ".mlp.up_proj"),
+    _renaming("molmo2", r"\.attn_out$", ".o_proj"),
+    _renaming("molmo2", r"\.att_proj$", ".q_proj", ".k_proj", ".v_proj"),
 )

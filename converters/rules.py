@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
 
 from qformat.converters import linear_names as names
+
 from qformat.errors import Reason, SourceError
 
 QUANTIZABLE_DTYPES: Final = frozenset({"BF16", "F16", "F32"})
@@ -122,18 +123,14 @@ def module_path(tensor_name: str) -> str:
     return tensor_name.removesuffix(".weight")
 
 
-def individual_decisions(
-    tensors: Sequence[TensorInfo], config: Mapping[str, object]
-) -> dict[str, Decision]:
+def individual_decisions(tensors: Sequence[TensorInfo], config: Mapping[str, object]) -> dict[str, Decision]:
     """Decide every tensor on its own, before partners are coupled."""
     types = model_types(config)
     tied = _is_tied(config, tensors)
     return {tensor.name: _decide(tensor, types, tied=tied) for tensor in tensors}
 
 
-def default_decisions(
-    tensors: Sequence[TensorInfo], config: Mapping[str, object]
-) -> dict[str, Decision]:
+def default_decisions(tensors: Sequence[TensorInfo], config: Mapping[str, object]) -> dict[str, Decision]:
     """Decide every tensor by the table: by name, shape, dtype and config.json."""
     return couple(individual_decisions(tensors, config))
 
@@ -202,6 +199,8 @@ def _is_expert(parts: Sequence[str], *, n_dims: int) -> bool:
 
 
 def _reason_by_role(parts: Sequence[str], *, tied: bool) -> KeepReason | None:
+    if not names.ROUTER_COMPONENTS.isdisjoint(parts):
+        return KeepReason.ROUTER
     if _is_output(parts):
         return KeepReason.TIED_EMBEDDING if tied else KeepReason.OUTPUT_EMBEDDING
     if any(names.PROJECTOR_PATTERN.search(part) for part in parts):
@@ -209,9 +208,8 @@ def _reason_by_role(parts: Sequence[str], *, tied: bool) -> KeepReason | None:
     if any(names.VISION_OR_AUDIO_PATTERN.search(part) for part in parts):
         return KeepReason.VISION_OR_AUDIO
     if parts[-1] in names.EMBEDDING_LEAVES:
-        return KeepReason.TIED_EMBEDDING if tied else KeepReason.EMBEDDING
-    if not names.ROUTER_COMPONENTS.isdisjoint(parts):
-        return KeepReason.ROUTER
+        is_tied = tied and parts[-1] in names.TOKEN_EMBEDDING_LEAVES
+        return KeepReason.TIED_EMBEDDING if is_tied else KeepReason.EMBEDDING
     if not names.SHARED_BLOCK_COMPONENTS.isdisjoint(parts):
         return KeepReason.SHARED_BLOCK
     if parts[-1] in names.MAMBA_KERNEL_LEAVES and parts[-2:-1] and parts[-2] in names.MAMBA_COMPONENTS:
@@ -225,7 +223,7 @@ def _reason_by_type(parts: Sequence[str], types: frozenset[str]) -> KeepReason |
     leaf, with_parent = parts[-1], ".".join(parts[-2:])
     if types & names.CONV1D_TYPES and with_parent in names.CONV1D_NAMES:
         return KeepReason.TRANSPOSED_CONV1D
-    if any(leaf in names.REWRITTEN_BY_TYPE.get(model_type, ()) for model_type in types):
+    if any(with_parent in names.REWRITTEN_BY_TYPE.get(model_type, ()) for model_type in types):
         return KeepReason.REWRITTEN_ON_LOAD
     if not (
         leaf in names.LINEAR_LEAVES
@@ -236,36 +234,37 @@ def _reason_by_type(parts: Sequence[str], types: frozenset[str]) -> KeepReason |
     return KeepReason.LINEAR_SUBCLASS if types & names.LINEAR_SUBCLASS_TYPES else None
 
 
-def coupled_groups(tensor_names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the groups of two or more weights that vLLM fuses: all of a group share one precision."""
-    return [
-        tuple(f"{parent}{part}.weight" for part in parts)
-        for parent, parts, _ in _fusions(tensor_names)
-        if len(parts) > 1
-    ]
+@dataclass(frozen=True, slots=True)
+class CoupledGroup:
+    """Weights that vLLM computes as one product, so that they share one precision."""
+
+    tensors: tuple[str, ...]  # two or more, in the order of the fused product
+    fused_module: str  # what vLLM calls it
 
 
-def _fusions(tensor_names: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yield (parent with its dot, parts that exist, fused name) of every place where a fusion applies."""
+def coupled_groups(tensor_names: Iterable[str]) -> list[CoupledGroup]:
+    """Return the groups of two or more weights that vLLM fuses, sorted by their parent's path."""
     leaves: defaultdict[str, set[str]] = defaultdict(set)
     for name in tensor_names:
         if name.endswith(".weight"):
             head, dot, leaf = module_path(name).rpartition(".")
             leaves[head + dot].add(leaf)
+    groups = []
     for parent in sorted(leaves):
         for fusion in names.FUSIONS:
-            parts = tuple(part for part in fusion.parts if part in leaves[parent])
-            if parts:
-                yield parent, parts, fusion.fused
+            parts = tuple(f"{parent}{part}.weight" for part in fusion.parts if part in leaves[parent])
+            if len(parts) > 1:
+                groups.append(CoupledGroup(parts, parent + fusion.fused))
+    return groups
 
 
 def couple(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
     """Keep every weight whose fused partner is kept, with the reason `coupled`."""
     coupled = dict(decisions)
-    for group in coupled_groups(list(decisions)):
-        if all(decisions[name].quantize for name in group):
+    for group in coupled_groups(decisions):
+        if all(decisions[name].quantize for name in group.tensors):
             continue
-        for name in group:
+        for name in group.tensors:
             if decisions[name].quantize:
                 coupled[name] = Decision(quantize=False, reason=KeepReason.COUPLED, is_linear=True)
     return coupled
@@ -282,14 +281,18 @@ def skip_modules(decisions: Mapping[str, Verdict], config: Mapping[str, object])
     """
     types = model_types(config)
     kept = {module_path(name) for name, verdict in decisions.items() if _is_listed(verdict)}
-    for parent, parts, fused in _fusions([f"{module}.weight" for module in sorted(kept)]):
-        if not any(f"{parent}{part}.weight" in decisions and decisions[f"{parent}{part}.weight"].quantize for part in parts):
-            kept.add(parent + fused)
+    kept |= {
+        group.fused_module
+        for group in coupled_groups(decisions)
+        if all(_is_listed(decisions[name]) for name in group.tensors)
+    }
     kept |= {_container_of_experts(name) for name in decisions} - {""}
-    kept |= {"lm_head"} | {names.OUTPUT_MODULE_BY_TYPE[name] for name in types & names.OUTPUT_MODULE_BY_TYPE.keys()}
+    kept |= {"lm_head"}
+    kept |= {module for name, module in names.OUTPUT_MODULE_BY_TYPE.items() if name in types}
+    kept |= {tower for name in types for tower in names.TOWERS_IN_MEMORY_BY_TYPE.get(name, ())}
     entries = sorted({alias for module in kept for alias in memory_names(module, types)})
-    quantized = [module_path(name) for name, verdict in decisions.items() if verdict.quantize]
-    _check_no_entry_matches(entries, quantized, types)
+    quantized = {module_path(name) for name, verdict in decisions.items() if verdict.quantize}
+    _check_no_entry_matches(entries, {alias for module in quantized for alias in memory_names(module, types)})
     return entries
 
 
@@ -314,16 +317,40 @@ def memory_names(module: str, types: frozenset[str]) -> set[str]:
     return current | {module}
 
 
-def _check_no_entry_matches(entries: Sequence[str], quantized: Sequence[str], types: frozenset[str]) -> None:
-    modules = sorted({alias for module in quantized for alias in memory_names(module, types)})
+def skip_matcher(entry: str) -> Callable[[str], bool]:
+    """Return transformers' test of whether a skip entry matches a module's path (`should_convert_module`).
+
+    It matches as a regular expression from the start to a module boundary, and as a plain suffix.
+
+    Raises:
+        SourceError: the entry is no regular expression, so that transformers cannot read it.
+    """
+    try:
+        pattern = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+    except re.error as error:
+        raise _skip_list_error(
+            f"the entry {entry!r} is not a regular expression ({error})", "Rename the module."
+        ) from error
+    return lambda module: pattern.match(module) is not None or module.endswith(entry)
+
+
+def _check_no_entry_matches(entries: Iterable[str], quantized_modules: Iterable[str]) -> None:
+    modules = sorted(quantized_modules)
     for entry in entries:
         matches = skip_matcher(entry)
         for module in modules:
             if matches(module):
-                raise SourceError(
-                    Reason.SKIP_MODULES,
-                    "config.json",
-                    f"the entry {entry!r}, which stays in 16 bit, also matches {module!r}, which is quantized",
-                    field="quantization_config.llm_int8_skip_modules",
-                    next_step=f"Keep it as well: --skip {module!r}",
+                raise _skip_list_error(
+                    f"the entry {entry!r} of a 16-bit module also matches {module!r}, which is quantized",
+                    f"Keep that one as well: --skip {module!r}",
                 )
+
+
+def _skip_list_error(problem: str, next_step: str) -> SourceError:
+    return SourceError(
+        Reason.SKIP_MODULES,
+        "config.json",
+        problem,
+        field="quantization_config.llm_int8_skip_modules",
+        next_step=next_step,
+    )

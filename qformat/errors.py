@@ -6,7 +6,8 @@
     │   ├── SourceError         ... a file of the checkpoint that is converted
     │   └── ArtifactError       ... a file of a 4-bit artifact
     ├── TargetError             the output cannot be written where it was asked for          (exit code 1)
-    └── VerificationError       a check was run to its end and failed                        (exit code 1)
+    ├── VerificationError       a check was run to its end and failed                        (exit code 1)
+    └── Interrupted             the user stopped it; the same command continues              (exit code 130)
 
 `Reason` is the closed list of reason codes of the format (spec section 9): stable names for machines.
 """
@@ -117,3 +118,7 @@ class TargetError(QformatError):
 
 class VerificationError(QformatError):
     """A check was run to its end and failed."""
+
+
+class Interrupted(QformatError):
+    """The work was stopped on request; nothing is lost and the same command continues it."""

@@ -117,7 +117,12 @@ class Staging:
             self.sealed_before = True
             self._clean_up()
             return
-        check_target(self.out, replace=replace)
+        try:
+            check_target(self.out, replace=replace)
+        except TargetError:
+            if not entries:  # a crash in the very last step of an earlier run left an empty work folder
+                self._clean_up()
+            raise
         if not entries:
             self.disk.remove_folder(self.folder)
         self.disk.make_folder(self.folder)

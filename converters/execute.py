@@ -1,0 +1,337 @@
+"""The second and third step of a conversion: encode every tensor into staged files, in any order, then seal.
+
+A task is one tensor, streamed in chunks: read, encode, write, hash. Tasks run on a thread pool (the kernels, the
+hashes and the system calls release the GIL) and touch disjoint byte ranges, so that order and number of threads
+change nothing. What grows with a tensor is only its absmax, kept in the source's own dtype until its mean is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.artifact.components import Component
+from qformat.artifact.digests import Follower, WrittenFile, Xxh3, xxh3, xxh3_of_range
+from qformat.artifact.disk import Disk
+from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject
+from qformat.artifact.staging import Staging
+from qformat.codec import cpu
+from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
+from qformat.codec.floats import FloatFormat, Raw, narrow, widen
+from qformat.codec.nested import NESTED_BLOCK_SIZE
+from qformat.codec.nf4 import block_count, packed_nbytes
+from qformat.codec.quant_state import QuantState
+from qformat.converters.plan import KeptTask, PackedTask, Place, Plan, Task, TensorDigests
+from qformat.converters.source import Source, SourceTensor
+from qformat.errors import ArtifactError, Interrupted, Reason, SourceError
+
+CHUNK_NBYTES = 4 * 2**20
+"""Source bytes read at a time: its buffers stay in the L2 and L3 cache. A multiple of every block's size."""
+
+ABSMAX_CHUNK = 256 * NESTED_BLOCK_SIZE
+"""Absmax values encoded at a time."""
+
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class _Output:
+    """The staged shards: where tasks write, and the digests taken behind them."""
+
+    folder: Path
+    disk: Disk
+    descriptors: Mapping[str, int]
+    follower: Follower
+
+    def write(self, place: Place, offset: int, data: NDArray[np.generic]) -> None:
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        start = place.start + offset
+        self.disk.write_at(self.descriptors[place.shard], view, start, self.folder / place.shard)
+        self.follower.mark_written(place.shard, start, start + len(view))
+
+
+class _Buffers(threading.local):
+    """Scratch memory of one worker thread, made once."""
+
+    def __init__(self) -> None:
+        self.source = np.empty(CHUNK_NBYTES, np.uint8)
+        self.packed = np.empty(CHUNK_NBYTES // 4, np.uint8)
+        self.absmax = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
+
+
+def execute(
+    plan: Plan, source: Source, staging: Staging, *, workers: int, keep_going: threading.Event, progress: Progress
+) -> None:
+    """Write what the plan says into a staged folder and seal it.
+
+    `keep_going` is cleared by the caller to stop within a chunk. Raises SourceError, TargetError; on any error the
+    staged folder stays and a later run continues.
+    """
+    with ExitStack() as stack:
+        output = _open_output(plan, staging, stack)
+        run = _Run(plan, source, staging, output, keep_going, progress)
+        digests = run.resume()
+        staging.record({"source_state": run.source_state})
+        digests |= run.do([task for task in plan.tasks if task.source.name not in digests], workers)
+        sha256 = output.follower.finish()
+    files = {shard.name: FileRecord(shard.nbytes, sha256[shard.name], xxh3(shard.header)) for shard in plan.shards}
+    files |= _write_small_files(plan, source, staging)
+    manifest = plan.manifest(digests, files)
+    staging.disk.write_file(staging.folder / MANIFEST_NAME, manifest.to_bytes())
+    staging.seal()
+
+
+def _open_output(plan: Plan, staging: Staging, stack: ExitStack) -> _Output:
+    """Open every shard at its final size and write its header."""
+    descriptors: dict[str, int] = {}
+    for shard in plan.shards:
+        path = staging.folder / shard.name
+        descriptors[shard.name] = staging.disk.open_for_writing(path)
+        stack.callback(os.close, descriptors[shard.name])
+        staging.disk.set_size(descriptors[shard.name], shard.nbytes, path)
+    files = {
+        shard.name: WrittenFile(staging.folder / shard.name, descriptors[shard.name], shard.nbytes)
+        for shard in plan.shards
+    }
+    follower = Follower(files)
+    stack.callback(follower.close)
+    output = _Output(staging.folder, staging.disk, descriptors, follower)
+    for shard in plan.shards:
+        output.write(Place(shard.name, 0, len(shard.header)), 0, np.frombuffer(shard.header, np.uint8))
+    return output
+
+
+def _write_small_files(plan: Plan, source: Source, staging: Staging) -> dict[str, FileRecord]:
+    files: dict[str, FileRecord] = {}
+    carried = {name: source.read_side_file(name) for name in plan.side_files}
+    for name, data in {**plan.small_files, **carried}.items():
+        staging.disk.write_file(staging.folder / name, data)
+        files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    return files
+
+
+class _Run:
+    """One execution of a plan: the tasks, and what they share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        staging: Staging,
+        output: _Output,
+        keep_going: threading.Event,
+        progress: Progress,
+    ) -> None:
+        self.source_state = source.state()
+        self._plan = plan
+        self._source = source
+        self._staging = staging
+        self._output = output
+        self._keep_going = keep_going
+        self._progress = progress
+        self._buffers = _Buffers()
+        self._journal_lock = threading.Lock()
+
+    def resume(self) -> dict[str, TensorDigests]:
+        """Return the digests of the tasks that an interrupted run completed and whose bytes are really there."""
+        entries = {str(entry["tensor"]): entry for entry in self._staging.entries if "tensor" in entry}
+        states = [entry["source_state"] for entry in self._staging.entries if "source_state" in entry]
+        unchanged = bool(states) and states[-1] == self.source_state
+        done: dict[str, TensorDigests] = {}
+        for task in self._plan.tasks:
+            entry = entries.get(task.source.name)
+            if entry is None or (digests := _digests_from_journal(task, entry)) is None:
+                continue
+            if not unchanged and self._digest_source(task) != digests.source_xxh3:
+                raise SourceError(
+                    Reason.SOURCE_CHANGED,
+                    self._source.location / task.source.file,
+                    f"was changed since {self._staging.work} was begun",
+                    tensor=task.source.name,
+                    next_step="Put the old file back, or drop what is half done with --restart",
+                )
+            if self._is_on_disk(task, digests):
+                done[task.source.name] = digests
+                self._progress(task.source.nbytes)
+        return done
+
+    def do(self, tasks: list[Task], workers: int) -> dict[str, TensorDigests]:
+        """Run tasks on a thread pool. Stops all of them on the first error."""
+        with ThreadPoolExecutor(workers, thread_name_prefix="qformat-encode") as pool:
+            futures = {task.source.name: pool.submit(self._do, task) for task in tasks}
+            try:
+                finished, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+                digests = {name: future.result() for name, future in futures.items() if future in finished}
+            except BaseException:
+                self._keep_going.clear()
+                pool.shutdown(cancel_futures=True)
+                raise
+        if self._source.state() != self.source_state:
+            raise SourceError(
+                Reason.SOURCE_CHANGED,
+                self._source.location,
+                "was changed while it was converted",
+                next_step="Run the same command again: what was read before is checked",
+            )
+        return digests
+
+    def _do(self, task: Task) -> TensorDigests:
+        digests = self._encode(task) if isinstance(task, PackedTask) else self._copy(task)
+        entry: JsonObject = {
+            "tensor": task.source.name,
+            "source_xxh3": digests.source_xxh3,
+            "components": {part.label: digest for part, digest in digests.components.items()},
+        }
+        with self._journal_lock:
+            self._staging.record(entry)
+        return digests
+
+    def _copy(self, task: KeptTask) -> TensorDigests:
+        digest = Xxh3()
+        for offset, chunk in self._chunks(task, digest):
+            self._output.write(task.place, offset, chunk)
+        return TensorDigests({Component.PACKED: digest.hexdigest()}, digest.hexdigest())
+
+    def _encode(self, task: PackedTask) -> TensorDigests:
+        layout = task.layout
+        source_digest, packed_digest = Xxh3(), Xxh3()
+        absmax = np.empty(layout.n_blocks, layout.float_format.raw_dtype)
+        for offset, chunk in self._chunks(task, source_digest):
+            raw: Raw = chunk.view(layout.float_format.raw_dtype)
+            start = offset // layout.float_format.nbytes
+            first_block = start // layout.block_size
+            packed = self._buffers.packed[: packed_nbytes(raw.size)]
+            scales = self._buffers.absmax[: block_count(raw.size, layout.block_size)]
+            if not cpu.encode_into(
+                raw, layout.float_format, block_size=layout.block_size, packed=packed, absmax=scales
+            ):
+                raise nonfinite_error(self._source, task.source, start, raw, layout.float_format)
+            absmax[first_block : first_block + scales.size] = narrow(scales, layout.float_format)
+            packed_digest.update(packed)
+            self._output.write(task.places[Component.PACKED], start // 2, packed)
+        components = {Component.PACKED: packed_digest.hexdigest()}
+        components |= self._write_scales(task, absmax)
+        return TensorDigests(components, source_digest.hexdigest())
+
+    def _write_scales(self, task: PackedTask, absmax: Raw) -> dict[Component, str]:
+        """Encode the second level and write everything but the packed codes."""
+        layout = task.layout
+        if layout.double_quant:
+            offset = _mean(absmax, layout.float_format)
+            digests = self._write_nested_absmax(task, absmax, offset)
+        else:
+            offset = None
+            digests = self._write_absmax(task, absmax)
+        state = QuantState(
+            layout.block_size, layout.float_format, layout.shape, None if offset is None else float(offset)
+        )
+        constants: dict[Component, NDArray[np.generic]] = {
+            Component.NESTED_QUANT_MAP: DYNAMIC_MAP,
+            Component.QUANT_MAP: NF4_CODEBOOK,
+            Component.QUANT_STATE: np.frombuffer(state.to_padded_json(), np.uint8),
+        }
+        for part, data in constants.items():
+            if part in task.places:
+                self._output.write(task.places[part], 0, data)
+                digests[part] = xxh3(data)
+        return digests
+
+    def _write_absmax(self, task: PackedTask, absmax: Raw) -> dict[Component, str]:
+        digest = Xxh3()
+        for start in range(0, absmax.size, ABSMAX_CHUNK):
+            values = widen(absmax[start : start + ABSMAX_CHUNK], task.layout.float_format)
+            digest.update(values)
+            self._output.write(task.places[Component.ABSMAX], start * values.itemsize, values)
+        return {Component.ABSMAX: digest.hexdigest()}
+
+    def _write_nested_absmax(self, task: PackedTask, absmax: Raw, offset: np.float32) -> dict[Component, str]:
+        codes_digest, nested_digest = Xxh3(), Xxh3()
+        for start in range(0, absmax.size, ABSMAX_CHUNK):
+            values = widen(absmax[start : start + ABSMAX_CHUNK], task.layout.float_format)
+            codes = np.empty(values.size, np.uint8)
+            nested = np.empty(block_count(values.size, NESTED_BLOCK_SIZE), np.float32)
+            cpu.encode_absmax_into(values, offset, codes=codes, nested_absmax=nested)
+            codes_digest.update(codes)
+            nested_digest.update(nested)
+            self._output.write(task.places[Component.ABSMAX], start, codes)
+            nested_start = start // NESTED_BLOCK_SIZE * nested.itemsize
+            self._output.write(task.places[Component.NESTED_ABSMAX], nested_start, nested)
+        return {Component.ABSMAX: codes_digest.hexdigest(), Component.NESTED_ABSMAX: nested_digest.hexdigest()}
+
+    def _chunks(self, task: Task, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield (byte offset, bytes) of a task's source tensor, hashing as they pass. The bytes are scratch memory."""
+        for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
+            if not self._keep_going.is_set():
+                raise Interrupted
+            chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
+            self._source.read_into(task.source, offset, memoryview(chunk))
+            digest.update(chunk)
+            yield offset, chunk
+            self._progress(chunk.size)
+
+    def _digest_source(self, task: Task) -> str:
+        digest = Xxh3()
+        for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
+            chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
+            self._source.read_into(task.source, offset, memoryview(chunk))
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def _is_on_disk(self, task: Task, digests: TensorDigests) -> bool:
+        """Check staged bytes against the journal; what does not match is made again."""
+        for part, place in _places(task).items():
+            stop = place.start + place.nbytes
+            path = self._staging.folder / place.shard
+            descriptor = self._output.descriptors[place.shard]
+            found = xxh3_of_range(descriptor, place.start, stop, path=path, error=ArtifactError)
+            if found != digests.components[part]:
+                return False
+        for place in _places(task).values():
+            self._output.follower.mark_written(place.shard, place.start, place.start + place.nbytes)
+        return True
+
+
+def nonfinite_error(
+    source: Source, tensor: SourceTensor, start: int, raw: Raw, float_format: FloatFormat
+) -> SourceError:
+    """Return the error that names the first infinite or NaN weight of a chunk that begins at element `start`."""
+    values = widen(raw, float_format)
+    index = int(np.flatnonzero(~np.isfinite(values))[0])
+    position = tuple(int(i) for i in np.unravel_index(start + index, tensor.shape))
+    return SourceError(
+        Reason.NONFINITE_WEIGHT,
+        source.location / tensor.file,
+        f"{values[index]} at {list(position)}: a weight that is not finite cannot be encoded",
+        tensor=tensor.name,
+        next_step="Keep such tensors as they are with --keep-nonfinite",
+    )
+
+
+def _mean(absmax: Raw, float_format: FloatFormat) -> np.float32:
+    """Return the mean, summed in float64 in index order (spec section 5.2)."""
+    total = 0.0
+    for start in range(0, absmax.size, ABSMAX_CHUNK):
+        total = cpu.add_in_order(widen(absmax[start : start + ABSMAX_CHUNK], float_format), total)
+    return np.float32(total / absmax.size)
+
+
+def _places(task: Task) -> Mapping[Component, Place]:
+    return task.places if isinstance(task, PackedTask) else {Component.PACKED: task.place}
+
+
+def _digests_from_journal(task: Task, entry: JsonObject) -> TensorDigests | None:
+    """Read a journal entry; None if it does not describe this task, which is then done again."""
+    components, source_xxh3 = entry.get("components"), entry.get("source_xxh3")
+    labels = {part.label: part for part in _places(task)}
+    if not isinstance(components, dict) or components.keys() != labels.keys() or not isinstance(source_xxh3, str):
+        return None
+    return TensorDigests({labels[label]: str(digest) for label, digest in components.items()}, source_xxh3)

@@ -1,0 +1,36 @@
+"""The files of a checkpoint that an artifact carries over: a fixed list of kinds; weights in other formats are none."""
+
+from __future__ import annotations
+
+import re
+
+MAX_SIDE_FILE_NBYTES = 256 * 2**20
+"""A tokenizer or licence is never larger; what is larger is not what its name says."""
+
+_NAMES = {
+    "generation_config.json",
+    # tokenizers
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+    "sentencepiece.model", "bpe.codes", "tekken.json", "normalizer.json",
+    # chat templates
+    "chat_template.jinja", "chat_template.json",
+    # processors of multimodal models
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "feature_extractor_config.json",
+}  # fmt: skip
+
+_PATTERNS = re.compile(
+    r"""
+      .+\.tiktoken
+    | [A-Za-z0-9_]+\.py                                  # custom model code
+    | (?:LICEN[CS]E|COPYING|NOTICE|USE_POLICY)(?:[._-].*)?
+    | .*[._-]LICEN[CS]E(?:\.(?:txt|md))?
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of a checkpoint's top folder is carried over into the artifact."""
+    return name in _NAMES or _PATTERNS.fullmatch(name) is not None

@@ -1,0 +1,69 @@
+"""What a conversion reads from: the interface that every kind of source implements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from qformat.artifact.header import ELEMENT_NBYTES
+from qformat.artifact.manifest import JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor of a source: what the header says, and the file that it comes from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of the tensor."""
+        return self.nbytes // ELEMENT_NBYTES[self.dtype]
+
+
+class Source(Protocol):
+    """A checkpoint that can be converted. Raises SourceError for everything that is wrong with its files."""
+
+    @property
+    def kind(self) -> str:
+        """Short name of the kind of source, as the manifest records it."""
+
+    @property
+    def location(self) -> Path:
+        """The folder, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """Every tensor by name."""
+
+    @property
+    def config(self) -> JsonObject:
+        """The model's config.json."""
+
+    @property
+    def side_files(self) -> Mapping[str, int]:
+        """Files to carry over unchanged (tokenizer, licence, ...): name and size in bytes."""
+
+    def describe(self) -> JsonObject:
+        """Return what the manifest records about the source: nothing that depends on where it lies."""
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything a plan is made from: headers, config, side files' bytes."""
+
+    def state(self) -> JsonObject:
+        """Return what tells cheaply that no file was changed since (sizes, times): equal means unchanged."""
+
+    def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes from byte `offset` on. Safe to call from several threads."""
+
+    def read_side_file(self, name: str) -> bytes:
+        """Return the bytes of a file to carry over."""
+
+    def close(self) -> None:
+        """Let go of open files."""
