@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ from pathlib import Path
 
 from qformat.artifact.disk import Disk, free_nbytes
 from qformat.artifact.staging import Staging, check_target
+from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
+from qformat.converters.execute import execute, has_nonfinite
 from qformat.converters.plan import Plan, make_plan
 from qformat.converters.recipe import Recipe, load_recipe
 from qformat.converters.safetensors_shards import SafetensorsShards
@@ -42,4 +44,113 @@ class ConversionOptions:
         """Read the recipe file and put the skip patterns in front of it."""
         return load_recipe(
             self.recipe, skip=self.skip, block_size=self.block_size, double_quant=self.double_quant
+        )
+
+    def open(self, source: Path) -> tuple[Source, Plan]:
+        """Open a source and plan its conversion. The caller closes the source."""
+        opened = SafetensorsShards(source)
+        try:
+            recipe = self.load_recipe()
+            planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)
+            if self.keep_nonfinite and (found := find_nonfinite(opened, planned)):
+                recipe = recipe.keeping(found)
+                planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)
+        except BaseException:
+            opened.close()
+            raise
+        return opened, planned
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionSummary:
+    """What a conversion did. `already_complete`: an earlier run had sealed this very output, nothing was written."""
+
+    out: Path
+    plan: Plan
+    seconds: float
+    already_complete: bool
+
+
+def plan(source: Path | str, options: ConversionOptions | None = None) -> Plan:
+    """Return the plan of a conversion: every tensor, shard, offset and the exact size. Reads headers only.
+
+    Raises: SourceError, UsageError.
+    """
+    opened, planned = (options or ConversionOptions()).open(Path(source))
+    opened.close()
+    return planned
+
+
+def convert(
+    source: Path | str,
+    out: Path | str,
+    options: ConversionOptions | None = None,
+    *,
+    workers: int | None = None,
+    force: bool = False,
+    restart: bool = False,
+    disk: Disk | None = None,
+    on_plan: Callable[[Plan], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
+    on_compile: Callable[[], None] = lambda: None,
+) -> ConversionSummary:
+    """Convert a 16- or 32-bit safetensors checkpoint into a 4-bit artifact.
+
+    workers: threads, by default one a core; any number gives the same bytes. force: replace an artifact of that
+    name. restart: drop what an interrupted run left. on_plan, on_progress (source bytes done) and on_compile (once,
+    if kernels must be compiled) are for progress displays.
+    Raises: SourceError, TargetError, UsageError. On any error nothing stands under `out` that was not there before,
+    and the same call continues where this one stopped.
+    """
+    started = time.monotonic()
+    source, out = Path(source), Path(out)
+    if workers is not None and workers < 1:
+        raise UsageError(f"{workers} workers: at least 1 is needed")
+    _refuse_nested(source, out)
+    if not out.with_name(out.name + ".partial").exists():
+        check_target(out, replace=force)
+    opened, planned = (options or ConversionOptions()).open(source)
+    try:
+        on_plan(planned)
+        disk = disk or Disk()
+        disk.needed_nbytes = planned.nbytes
+        _refuse_full_disk(out, planned)
+        with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart) as staging:
+            if not staging.sealed_before:
+                for float_format in {task.layout.float_format for task in planned.packed}:
+                    cpu.warm_up(float_format, on_compile=on_compile)
+                execute(
+                    planned, opened, staging, workers=workers or default_workers(), progress=on_progress
+                )
+            done_before = staging.sealed_before
+    finally:
+        opened.close()
+    return ConversionSummary(out, planned, time.monotonic() - started, done_before)
+
+
+def default_workers() -> int:
+    """Return one thread for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_nonfinite(source: Source, planned: Plan) -> list[str]:
+    """Return the names of the weights to encode that have an infinite or NaN element. Reads all of them."""
+    return [task.source.name for task in planned.packed if has_nonfinite(source, task)]
+
+
+def _refuse_nested(source: Path, out: Path) -> None:
+    inside, outside = out.resolve(), source.resolve()
+    if inside == outside or inside.is_relative_to(outside):
+        raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
+    if outside.is_relative_to(inside):
+        raise TargetError(f"{out}: holds the source. Choose a folder beside it")
+
+
+def _refuse_full_disk(out: Path, planned: Plan) -> None:
+    partial = out.with_name(out.name + ".partial")
+    staged = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+    needed, free = planned.nbytes - staged, free_nbytes(out.parent)
+    if needed > free:
+        raise TargetError(
+            f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"
         )

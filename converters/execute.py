@@ -68,17 +68,15 @@ class _Buffers(threading.local):
         self.absmax = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
 
 
-def execute(
-    plan: Plan, source: Source, staging: Staging, *, workers: int, keep_going: threading.Event, progress: Progress
-) -> None:
+def execute(plan: Plan, source: Source, staging: Staging, *, workers: int, progress: Progress) -> None:
     """Write what the plan says into a staged folder and seal it.
 
-    `keep_going` is cleared by the caller to stop within a chunk. Raises SourceError, TargetError; on any error the
-    staged folder stays and a later run continues.
+    Raises SourceError, TargetError; on these and on KeyboardInterrupt the workers stop within a chunk, the staged
+    folder stays and a later run continues.
     """
     with ExitStack() as stack:
         output = _open_output(plan, staging, stack)
-        run = _Run(plan, source, staging, output, keep_going, progress)
+        run = _Run(plan, source, staging, output, progress)
         digests = run.resume()
         staging.record({"source_state": run.source_state})
         digests |= run.do([task for task in plan.tasks if task.source.name not in digests], workers)
@@ -123,20 +121,14 @@ class _Run:
     """One execution of a plan: the tasks, and what they share."""
 
     def __init__(
-        self,
-        plan: Plan,
-        source: Source,
-        staging: Staging,
-        output: _Output,
-        keep_going: threading.Event,
-        progress: Progress,
+        self, plan: Plan, source: Source, staging: Staging, output: _Output, progress: Progress
     ) -> None:
         self.source_state = source.state()
         self._plan = plan
         self._source = source
         self._staging = staging
         self._output = output
-        self._keep_going = keep_going
+        self._stopping = threading.Event()
         self._progress = progress
         self._buffers = _Buffers()
         self._journal_lock = threading.Lock()
@@ -172,7 +164,7 @@ class _Run:
                 finished, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
                 digests = {name: future.result() for name, future in futures.items() if future in finished}
             except BaseException:
-                self._keep_going.clear()
+                self._stopping.set()
                 pool.shutdown(cancel_futures=True)
                 raise
         if self._source.state() != self.source_state:
@@ -270,7 +262,7 @@ class _Run:
     def _chunks(self, task: Task, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Yield (byte offset, bytes) of a task's source tensor, hashing as they pass. The bytes are scratch memory."""
         for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
-            if not self._keep_going.is_set():
+            if self._stopping.is_set():
                 raise Interrupted
             chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
             self._source.read_into(task.source, offset, memoryview(chunk))
@@ -298,6 +290,18 @@ class _Run:
         for place in _places(task).values():
             self._output.follower.mark_written(place.shard, place.start, place.start + place.nbytes)
         return True
+
+
+def has_nonfinite(source: Source, task: PackedTask) -> bool:
+    """Whether a weight to encode has an infinite or NaN element. Reads it."""
+    float_format = task.layout.float_format
+    buffer = np.empty(CHUNK_NBYTES, np.uint8)
+    for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
+        chunk = buffer[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
+        source.read_into(task.source, offset, memoryview(chunk))
+        if not np.isfinite(widen(chunk.view(float_format.raw_dtype), float_format)).all():
+            return True
+    return False
 
 
 def nonfinite_error(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import glob
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,11 @@ class Recipe:
             rules.append(entry)
         defaults = {"block_size": self.defaults.block_size, "double_quant": self.defaults.double_quant}
         return {"defaults": defaults, "rules": rules}
+
+    def keeping(self, tensor_names: Sequence[str]) -> Recipe:
+        """Return the recipe with rules in front that keep exactly these tensors."""
+        rules = tuple(Rule(glob.escape(module_path(name)), "keep") for name in tensor_names)
+        return Recipe(self.defaults, rules + self.rules)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from qformat.errors import ArtifactError, InvalidFileError
 READ_NBYTES = 4 * 2**20
 """Bytes read at a time while hashing: large enough for the disk, small enough to stay in the L3 cache."""
 
-Buffer = bytes | bytearray | memoryview | NDArray[Any]
+Buffer = bytes | memoryview | NDArray[Any]
 
 
 class Xxh3:
@@ -28,7 +28,7 @@ class Xxh3:
 
     def update(self, data: Buffer) -> None:
         """Add bytes."""
-        self._state.update(memoryview(data).cast("B"))
+        self._state.update(data)
 
     def hexdigest(self) -> str:
         """Return the canonical (big-endian) digest as 32 lower-case hexadecimal digits."""
