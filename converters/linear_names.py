@@ -138,7 +138,8 @@ RECURRENT_GATE_NAMES: Final = frozenset(
 SHARED_BLOCK_COMPONENTS: Final = frozenset({"shared_transf", "shared_transformer"})
 
 PROJECTOR_PATTERN: Final = re.compile(
-    r"(?:^|_)(?:projector|merger|resampler|connector|aligner)(?:_|$)|^(?:visual|modality|multimodal)_projection$"
+    r"(?:^|_)(?:projector|merger|resampler|connector|aligner|qformer)(?:_|$)"
+    r"|^(?:visual|modality|multimodal)_projection$"
 )
 VISION_OR_AUDIO_PATTERN: Final = re.compile(
     r"(?:^|_)(?:vision|visual|vit|image|img|audio|speech|video)(?:_|$)|^(?:vpm|apm)$"
@@ -147,7 +148,7 @@ EXPERT_COMPONENTS: Final = frozenset({"experts"})
 MOE_PATTERN: Final = re.compile(r"(?:^|_)moe(?:_|$)|^(?:input_linear|output_linear)$")
 
 
-# Towers and projectors that transformers moves while it loads them: in memory they stand whole under these paths.
+# Towers and projectors that transformers moves while it loads them, each whole, to these paths in memory.
 # None of their weights is ever quantized.
 TOWERS_IN_MEMORY_BY_TYPE: Final[dict[str, tuple[str, ...]]] = {
     "cosmos3_edge": ("model.visual",),
@@ -245,6 +246,15 @@ RENAMINGS: Final = (
     _renaming("deepseek_v4", r"\.shared_experts\.w2$", ".shared_experts.down_proj"),
     _renaming("deepseek_v4", r"\.shared_experts\.w3$", ".shared_experts.up_proj"),
     _renaming("deepseek_v4", r"\.ffn\.", ".mlp."),
+    _renaming("pi0", r"^paligemma_with_expert\.gemma_expert\.model\.", "model.dit."),
+    _renaming(
+        "pi0",
+        r"^paligemma_with_expert\.paligemma\.model\.language_model\.model\.",
+        "model.vlm.language_model.",
+    ),
+    _renaming("qianfan_ocr", r"^(model\.language_model)\.encoder\.", r"\1."),
+    _renaming("t5gemma2", r"^model\.encoder\.layers\.", "model.encoder.text_model.layers."),
+    _renaming("kimi_k25", r"^(model\.language_model)\.blocks\.", r"\1.layers."),
     _renaming("cosmos3_edge cosmos3_omni", r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj"),
     _renaming("cosmos3_edge cosmos3_omni", r"\.self_attn\.to_out$", ".self_attn.o_proj"),
     _renaming("cosmos3_edge", r"\.mlp\.up_proj$", ".mlp.fc1"),

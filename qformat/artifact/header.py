@@ -91,9 +91,9 @@ def build(tensors: Iterable[NewTensor]) -> bytes:
 
 def read(descriptor: int, path: Path, *, error: type[InvalidFileError]) -> Header:
     """Read and check the header of an open safetensors file. Raises `error` with a header_* or truncated reason."""
-    file_nbytes = os.fstat(descriptor).st_size
-    if file_nbytes < _LENGTH.size:
-        raise error(Reason.TRUNCATED, path, f"{file_nbytes} bytes, shorter than a safetensors file's length field")
+    nbytes_found = os.fstat(descriptor).st_size
+    if nbytes_found < _LENGTH.size:
+        raise error(Reason.TRUNCATED, path, f"{nbytes_found} bytes, shorter than a safetensors file's length field")
     prefix = bytearray(_LENGTH.size)
     read_exactly(descriptor, 0, memoryview(prefix), path=path, error=error)
     (nbytes,) = _LENGTH.unpack(prefix)
@@ -102,14 +102,14 @@ def read(descriptor: int, path: Path, *, error: type[InvalidFileError]) -> Heade
             Reason.HEADER_LENGTH, path, f"header length {nbytes}, at most {MAX_HEADER_NBYTES} is read",
             next_step="This is no safetensors file, or its first bytes are damaged",
         )  # fmt: skip
-    if nbytes > file_nbytes - _LENGTH.size:
+    if nbytes > nbytes_found - _LENGTH.size:
         raise error(
-            Reason.TRUNCATED, path, f"header length {nbytes}, but the file has only {file_nbytes} bytes",
+            Reason.TRUNCATED, path, f"header length {nbytes}, but the file has only {nbytes_found} bytes",
             next_step="Fetch the file again",
         )  # fmt: skip
     text = bytearray(nbytes)
     read_exactly(descriptor, _LENGTH.size, memoryview(text), path=path, error=error)
-    return parse(bytes(text), file_nbytes=file_nbytes, path=path, error=error)
+    return parse(bytes(text), file_nbytes=nbytes_found, path=path, error=error)
 
 
 def parse(text: bytes, *, file_nbytes: int, path: Path, error: type[InvalidFileError]) -> Header:
@@ -200,3 +200,4 @@ def _check_coverage(
         )  # fmt: skip
     if position < file_nbytes:
         raise error(Reason.TRAILING_BYTES, path, f"{file_nbytes} bytes, expected {position}")
+

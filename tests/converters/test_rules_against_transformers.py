@@ -16,6 +16,18 @@ import bitsandbytes
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from qformat.converters.recipe import NF4Options, Recipe, Rule, apply
+from qformat.converters.rules import (
+    Decision,
+    KeepReason,
+    TensorInfo,
+    Verdict,
+    default_decisions,
+    module_path,
+    skip_matcher,
+    skip_modules,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -32,19 +44,6 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qformat.converters.recipe import Recipe, Rule, apply
-from qformat.converters.recipe import NF4Options as Options
-from qformat.converters.rules import (
-    Decision,
-    KeepReason,
-    TensorInfo,
-    Verdict,
-    default_decisions,
-    module_path,
-    skip_matcher,
-    skip_modules,
-)
-
 N_LAYERS = 2
 
 # Types whose default config leaves out what the model needs.
@@ -58,7 +57,7 @@ CONFIG_FIELDS: dict[str, dict[str, object]] = {
 
 # Types that the names on disk cannot be had for, so that nothing can be said of them.
 NOT_COMPARABLE = {
-    "shieldgemma2": "a classifier around a whole model: a fresh one is not saved under the names of the Hub's",
+    "shieldgemma2": "a classifier around a whole model, which is not saved under the Hub's names",
     "vision-encoder-decoder": "a pair of any two models, whose own renamings transformers does not revert",
 }
 
@@ -84,14 +83,16 @@ NOTHING_QUANTIZED = {
 }
 
 # All Linear weights of these are quantized, but for the reasons that hold for every type.
-MAINSTREAM = """
-    apertus arcee bloom codegen cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4
-    flex_olmo gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe gpt_bigcode gpt_neo gpt_neox gpt_oss gptj
-    granite granitemoe granitemoeshared helium hunyuan_v1_dense internlm3 lfm2 llama llama4_text minicpm3
+MAINSTREAM = frozenset(
+    """
+    apertus arcee bloom codegen cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe
+    exaone4 flex_olmo gemma gemma2 gemma3_text gemma4_text glm glm4 glm4_moe gpt_bigcode gpt_neo
+    gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium hunyuan_v1_dense internlm3 lfm2 llama llama4_text minicpm3
     ministral3 mistral mixtral mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe
-    qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5_text seed_oss smollm3 solar_open stablelm starcoder2 xglm
-    llava qwen2_vl qwen2_5_vl qwen3_vl gemma3 mistral3 internvl paligemma mllama smolvlm idefics3
-""".split()  # noqa: SIM905
+    qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5_text seed_oss smollm3 solar_open stablelm starcoder2
+    xglm llava qwen2_vl qwen2_5_vl qwen3_vl gemma3 mistral3 internvl paligemma mllama smolvlm idefics3
+""".split()
+)
 
 REASONS_FOR_EVERY_TYPE = frozenset(
     {
@@ -111,6 +112,7 @@ BUILD_ERRORS = (
     IndexError,
     KeyError,
     RuntimeError,
+    StrictDataclassError,
     TypeError,
     ValueError,
 )
@@ -240,12 +242,12 @@ def test_more_than_70_image_and_text_types_are_built(multimodal: list[Built]) ->
 
 def test_transformers_replaces_exactly_what_is_quantized(types: list[Built]) -> None:
     found = [text for one in types for text in disagreements(one, default_decisions(one.tensors, one.config))]
-    assert sorted(set(found)) == []
+    assert "\n".join(sorted(set(found))) == ""
 
 
 def test_a_recipe_may_keep_every_weight_of_every_type(types: list[Built]) -> None:
     found = [text for one in types for text in disagreements(one, everything_kept(one))]
-    assert sorted(set(found)) == []
+    assert "\n".join(sorted(set(found))) == ""
 
 
 def test_a_recipe_may_keep_one_layer_of_every_type(types: list[Built]) -> None:
@@ -255,10 +257,10 @@ def test_a_recipe_may_keep_one_layer_of_every_type(types: list[Built]) -> None:
         rule = Rule("*.1.*", "keep")
         if any(rule.matches(tensor.name) for tensor in one.tensors):
             n_recipes += 1
-            choices = apply(Recipe(Options(), (rule,)), one.tensors, one.config)
+            choices = apply(Recipe(NF4Options(), (rule,)), one.tensors, one.config)
             found += disagreements(one, choices)
     assert n_recipes > 200
-    assert sorted(set(found)) == []
+    assert "\n".join(sorted(set(found))) == ""
 
 
 def test_nothing_that_is_converted_while_loading_is_quantized(types: list[Built]) -> None:
@@ -283,7 +285,7 @@ def test_nothing_that_is_tied_is_quantized(types: list[Built]) -> None:
 
 
 def test_every_other_linear_is_quantized_in_the_mainstream_types(types: list[Built]) -> None:
-    assert set(MAINSTREAM) - {one.name for one in types} == set()
+    assert MAINSTREAM - {one.name for one in types} == set()
     kept = set()
     for one in types:
         if one.name not in MAINSTREAM:
@@ -297,16 +299,23 @@ def test_every_other_linear_is_quantized_in_the_mainstream_types(types: list[Bui
     assert kept == set()
 
 
-def test_most_linear_weights_of_all_causal_types_are_quantized(causal: list[Built]) -> None:
-    n_quantized = n_linear = 0
-    for one in causal:
+def test_most_linear_weights_of_most_types_are_quantized(types: list[Built]) -> None:
+    """Experts and the reasons that hold for every type are left out of the count."""
+    fractions = []
+    for one in types:
         linear = one.linear_modules()
-        for name, decision in default_decisions(one.tensors, one.config).items():
-            if one.module_of(name) in linear and decision.reason not in REASONS_FOR_EVERY_TYPE:
-                n_linear += 1
-                n_quantized += decision.quantize
-    print(f"{n_quantized} of {n_linear} Linear weights in {len(causal)} types")
-    assert n_quantized / n_linear > 0.80
+        counted = [
+            decision.quantize
+            for name, decision in default_decisions(one.tensors, one.config).items()
+            if one.module_of(name) in linear and decision.reason not in REASONS_FOR_EVERY_TYPE
+        ]
+        if counted:
+            fractions.append(sum(counted) / len(counted))
+    n_whole = sum(fraction == 1 for fraction in fractions)
+    mean = sum(fractions) / len(fractions)
+    print(f"{len(fractions)} types: {n_whole} wholly quantized, {mean:.3f} of the Linear weights on average")
+    assert n_whole > 190
+    assert mean > 0.87
 
 
 def test_the_types_of_which_nothing_is_quantized_are_listed_by_name(types: list[Built]) -> None:
