@@ -42,9 +42,7 @@ class ConversionOptions:
 
     def load_recipe(self) -> Recipe:
         """Read the recipe file and put the skip patterns in front of it."""
-        return load_recipe(
-            self.recipe, skip=self.skip, block_size=self.block_size, double_quant=self.double_quant
-        )
+        return load_recipe(self.recipe, skip=self.skip, block_size=self.block_size, double_quant=self.double_quant)
 
     def open(self, source: Path) -> tuple[Source, Plan]:
         """Open a source and plan its conversion. The caller closes the source."""
@@ -119,9 +117,7 @@ def convert(
             if not staging.sealed_before:
                 for float_format in {task.layout.float_format for task in planned.packed}:
                     cpu.warm_up(float_format, on_compile=on_compile)
-                execute(
-                    planned, opened, staging, workers=workers or default_workers(), progress=on_progress
-                )
+                execute(planned, opened, staging, workers=workers or default_workers(), progress=on_progress)
             done_before = staging.sealed_before
     finally:
         opened.close()

@@ -53,7 +53,7 @@ class _Output:
     follower: Follower
 
     def write(self, place: Place, offset: int, data: NDArray[np.generic]) -> None:
-        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        view = data.data.cast("B")
         start = place.start + offset
         self.disk.write_at(self.descriptors[place.shard], view, start, self.folder / place.shard)
         self.follower.mark_written(place.shard, start, start + len(view))
@@ -120,9 +120,7 @@ def _write_small_files(plan: Plan, source: Source, staging: Staging) -> dict[str
 class _Run:
     """One execution of a plan: the tasks, and what they share."""
 
-    def __init__(
-        self, plan: Plan, source: Source, staging: Staging, output: _Output, progress: Progress
-    ) -> None:
+    def __init__(self, plan: Plan, source: Source, staging: Staging, output: _Output, progress: Progress) -> None:
         self.source_state = source.state()
         self._plan = plan
         self._source = source
@@ -257,7 +255,10 @@ class _Run:
             self._output.write(task.places[Component.ABSMAX], start, codes)
             nested_start = start // NESTED_BLOCK_SIZE * nested.itemsize
             self._output.write(task.places[Component.NESTED_ABSMAX], nested_start, nested)
-        return {Component.ABSMAX: codes_digest.hexdigest(), Component.NESTED_ABSMAX: nested_digest.hexdigest()}
+        return {
+            Component.ABSMAX: codes_digest.hexdigest(),
+            Component.NESTED_ABSMAX: nested_digest.hexdigest(),
+        }
 
     def _chunks(self, task: Task, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Yield (byte offset, bytes) of a task's source tensor, hashing as they pass. The bytes are scratch memory."""
@@ -265,7 +266,7 @@ class _Run:
             if self._stopping.is_set():
                 raise Interrupted
             chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
-            self._source.read_into(task.source, offset, memoryview(chunk))
+            self._source.read_into(task.source, offset, chunk.data)
             digest.update(chunk)
             yield offset, chunk
             self._progress(chunk.size)
@@ -274,7 +275,7 @@ class _Run:
         digest = Xxh3()
         for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
             chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
-            self._source.read_into(task.source, offset, memoryview(chunk))
+            self._source.read_into(task.source, offset, chunk.data)
             digest.update(chunk)
         return digest.hexdigest()
 
@@ -298,7 +299,7 @@ def has_nonfinite(source: Source, task: PackedTask) -> bool:
     buffer = np.empty(CHUNK_NBYTES, np.uint8)
     for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
         chunk = buffer[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
-        source.read_into(task.source, offset, memoryview(chunk))
+        source.read_into(task.source, offset, chunk.data)
         if not np.isfinite(widen(chunk.view(float_format.raw_dtype), float_format)).all():
             return True
     return False

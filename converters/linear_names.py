@@ -46,9 +46,7 @@ LINEAR_BY_TYPE: Final[dict[str, frozenset[str]]] = {
     "gpt_bigcode": frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     "gpt_neo": frozenset({"mlp.c_fc", "mlp.c_proj"}),
     "starcoder2": frozenset({"mlp.c_fc", "mlp.c_proj"}),
-    "recurrent_gemma": frozenset(
-        {"temporal_block.linear_x", "temporal_block.linear_y", "temporal_block.linear_out"}
-    ),
+    "recurrent_gemma": frozenset({"temporal_block.linear_x", "temporal_block.linear_y", "temporal_block.linear_out"}),
 }
 
 CONV1D_TYPES: Final = frozenset(
@@ -214,9 +212,7 @@ RENAMINGS: Final = (
     _renaming("hy_v3", r"\.shared_mlp\.", ".shared_experts."),
     _renaming("hy_v4", r"\.linear_gate$", ".gate_proj"),
     _renaming("lfm3", r"\.self_attn\.gate_proj$", ".self_attn.g_proj"),
-    _renaming(
-        "kimi_linear glm5_next glm5_next_text", r"\.self_attn\.(f_[ab]_proj)$", r".self_attn.forget_gate.\1"
-    ),
+    _renaming("kimi_linear glm5_next glm5_next_text", r"\.self_attn\.(f_[ab]_proj)$", r".self_attn.forget_gate.\1"),
     _renaming("bailing_hybrid", r"\.attention\.dense$", ".self_attn.o_proj"),
     _renaming("bailing_hybrid", r"\.attention\.f_proj$", ".self_attn.forget_gate.f_proj"),
     _renaming("bailing_hybrid", r"\.attention\.", ".self_attn."),
@@ -249,7 +245,7 @@ RENAMINGS: Final = (
     _renaming("pi0", r"^paligemma_with_expert\.gemma_expert\.model\.", "model.dit."),
     _renaming(
         "pi0",
-        r"^paligemma_with_expert\.paligemma\.model\.language_model\.model\.",
+        r"^paligemma_with_expert\.\w+\.model\.language_model\.model\.",
         "model.vlm.language_model.",
     ),
     _renaming("qianfan_ocr", r"^(model\.language_model)\.encoder\.", r"\1."),

@@ -136,9 +136,7 @@ class Plan:
 
     def _manifest_nbytes(self) -> int:
         """Digests have a fixed length, so that a manifest of empty ones is as long as the real one."""
-        digests = {
-            task.source.name: TensorDigests(dict.fromkeys(Component, "0" * 32), "0" * 32) for task in self.tasks
-        }
+        digests = {task.source.name: TensorDigests(dict.fromkeys(Component, "0" * 32), "0" * 32) for task in self.tasks}
         files = {shard.name: FileRecord(shard.nbytes, "0" * 64, "0" * 32) for shard in self.shards}
         files |= {name: FileRecord(len(data), "0" * 64) for name, data in self.small_files.items()}
         files |= {name: FileRecord(nbytes, "0" * 64) for name, nbytes in self.side_files.items()}
@@ -217,12 +215,8 @@ def _refuse_quantized(source: Source, tensor: SourceTensor) -> None:
         )  # fmt: skip
 
 
-def _refuse_colliding_names(
-    source: Source, tensors: list[SourceTensor], layouts: Mapping[str, PackedShape]
-) -> None:
-    counts = Counter(
-        new.name for tensor in tensors for new in _components(tensor, layouts.get(tensor.name)).values()
-    )
+def _refuse_colliding_names(source: Source, tensors: list[SourceTensor], layouts: Mapping[str, PackedShape]) -> None:
+    counts = Counter(new.name for tensor in tensors for new in _components(tensor, layouts.get(tensor.name)).values())
     name, count = counts.most_common(1)[0]
     if count > 1:
         raise SourceError(
@@ -238,9 +232,7 @@ def _record(task: Task, digests: TensorDigests) -> TensorRecord:
     return PackedRecord(task.layout, components, digests.source_xxh3)
 
 
-def _config_bytes(
-    config: JsonObject, skip: list[str], recipe: Recipe, layouts: Mapping[str, PackedShape]
-) -> bytes:
+def _config_bytes(config: JsonObject, skip: list[str], recipe: Recipe, layouts: Mapping[str, PackedShape]) -> bytes:
     """Return config.json with the quantization_config that transformers writes for bitsandbytes."""
     formats = Counter(layout.float_format for layout in layouts.values())
     compute = formats.most_common(1)[0][0] if formats else FloatFormat.BF16

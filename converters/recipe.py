@@ -32,7 +32,6 @@ from qformat.converters.rules import (
     individual_decisions,
     module_path,
 )
-
 from qformat.errors import UsageError
 
 BLOCK_SIZES: Final = (32, 64, 128, 256)
@@ -122,9 +121,7 @@ def load_recipe(
         UsageError: the file cannot be read, is not TOML or holds a wrong key or value; so does an option.
     """
     defaults = NF4Options(_checked_block_size(block_size, "--block-size"), double_quant)
-    skips = tuple(
-        Rule(_checked_pattern(pattern, "--skip"), "keep", origin=f"--skip {pattern!r}") for pattern in skip
-    )
+    skips = tuple(Rule(_checked_pattern(pattern, "--skip"), "keep", origin=f"--skip {pattern!r}") for pattern in skip)
     return Recipe(defaults, skips + (_read_rules(path) if path is not None else ()))
 
 
@@ -201,7 +198,7 @@ def _may_be_vouched_for(decision: Decision) -> bool:
 def _check_rule_has_an_effect(rule: Rule, decisions: Mapping[str, Decision]) -> None:
     matched = {name: decision for name, decision in decisions.items() if rule.matches(name)}
     if not matched:
-        nearest = ", ".join(_nearest_modules(rule.pattern, decisions))
+        nearest = ", ".join(_nearest_modules(rule.pattern, decisions)) or "none, there are no tensors"
         raise UsageError(f"{rule.origin}: the pattern {rule.pattern!r} matches no tensor; nearest: {nearest}")
     if rule.action == "nf4" and not any(
         decision.quantize or _may_be_vouched_for(decision) for decision in matched.values()
@@ -253,9 +250,7 @@ def _couple(recipe: Recipe, choices: Mapping[str, Choice]) -> dict[str, Choice]:
                     coupled[name] = Choice(None, KeepReason.COUPLED, is_linear=True, by_rule=None)
         elif len({choice.options for choice in members.values()}) > 1:
             listed = "; ".join(_describe(recipe, name, choice) for name, choice in members.items())
-            raise UsageError(
-                f"weights that vLLM fuses into {group.fused_module} need the same options: {listed}"
-            )
+            raise UsageError(f"weights that vLLM fuses into {group.fused_module} need the same options: {listed}")
     return coupled
 
 

@@ -14,7 +14,6 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from qformat.converters import linear_names as names
-
 from qformat.errors import Reason, SourceError
 
 QUANTIZABLE_DTYPES: Final = frozenset({"BF16", "F16", "F32"})
@@ -311,9 +310,7 @@ def memory_names(module: str, types: frozenset[str]) -> set[str]:
     current = {module}
     for renaming in names.RENAMINGS:
         if renaming.model_types is None or renaming.model_types & types:
-            current = {
-                renaming.pattern.sub(target, name, count=1) for name in current for target in renaming.targets
-            }
+            current = {renaming.pattern.sub(target, name, count=1) for name in current for target in renaming.targets}
     return current | {module}
 
 

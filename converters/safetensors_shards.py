@@ -38,7 +38,10 @@ class SafetensorsShards:
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise SourceError(
-                Reason.MISSING_FILE, folder, "there is no such folder", next_step="Give the folder of a checkpoint"
+                Reason.MISSING_FILE,
+                folder,
+                "there is no such folder",
+                next_step="Give the folder of a checkpoint",
             )
         self.location = folder
         self._open_files = ExitStack()
@@ -66,9 +69,7 @@ class SafetensorsShards:
 
     def describe(self) -> JsonObject:
         """Return kind and the shards' names and sizes."""
-        files: JsonObject = {
-            name: {"nbytes": parsed.file_nbytes} for name, parsed in sorted(self._headers.items())
-        }
+        files: JsonObject = {name: {"nbytes": parsed.file_nbytes} for name, parsed in sorted(self._headers.items())}
         return {"kind": self.kind, "files": files}
 
     def fingerprint(self) -> str:
@@ -87,15 +88,19 @@ class SafetensorsShards:
         state: JsonObject = {}
         for name, descriptor in sorted(self._descriptors.items()):
             status = os.fstat(descriptor)
-            state[name] = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+            state[name] = [
+                status.st_dev,
+                status.st_ino,
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+            ]
         return state
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's bytes from byte `offset` on."""
         shard, entry = self._entries[tensor.name]
-        read_exactly(
-            self._descriptors[shard], entry.start + offset, out, path=self.location / shard, error=SourceError
-        )
+        read_exactly(self._descriptors[shard], entry.start + offset, out, path=self.location / shard, error=SourceError)
 
     def read_side_file(self, name: str) -> bytes:
         """Return the bytes of a file to carry over."""
@@ -179,14 +184,10 @@ class SafetensorsShards:
         for tensor, shard in weight_map.items():
             if owner.get(tensor) != shard:
                 found = f"it is in {owner[tensor]}" if tensor in owner else "no shard has it"
-                raise SourceError(
-                    Reason.INDEX_MISMATCH, path, f"expected in {shard}, but {found}", tensor=tensor
-                )
+                raise SourceError(Reason.INDEX_MISMATCH, path, f"expected in {shard}, but {found}", tensor=tensor)
         for tensor, shard in owner.items():
             if tensor not in weight_map:
-                raise SourceError(
-                    Reason.INDEX_MISMATCH, self.location / shard, "is not in the index", tensor=tensor
-                )
+                raise SourceError(Reason.INDEX_MISMATCH, self.location / shard, "is not in the index", tensor=tensor)
 
     def _no_weights(self) -> SourceError:
         names = sorted(entry.name for entry in self.location.iterdir())
@@ -201,9 +202,7 @@ class SafetensorsShards:
                 )
         others = [name for name in names if name.endswith(".safetensors")]
         hint = f"; there is {', '.join(others[:5])}" if others else ""
-        return SourceError(
-            Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_NAME}{hint}"
-        )
+        return SourceError(Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_NAME}{hint}")
 
     def _list_side_files(self) -> dict[str, int]:
         found: dict[str, int] = {}

@@ -1,3 +1,72 @@
-"""qformat: small, verifiable 4-bit artifacts from 16-bit model checkpoints."""
+"""qformat: small, verifiable 4-bit artifacts from 16-bit model checkpoints.
+
+    import qformat
+
+    qformat.convert("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-nf4")
+    with qformat.open("SmolLM2-135M-Instruct-nf4") as artifact:
+        weight = artifact["model.layers.0.mlp.up_proj.weight"].decode()
+    assert qformat.verify("SmolLM2-135M-Instruct-nf4").good
+
+Public names are imported when they are first used: `import qformat` itself loads nothing heavy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qformat.artifact.reader import Artifact, KeptTensor, PackedTensor
+    from qformat.artifact.reader import open_artifact as open
+    from qformat.artifact.verify import IntegrityReport
+    from qformat.artifact.verify import verify_integrity as verify
+    from qformat.converters.compare import Comparison, compare
+    from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
+    from qformat.converters.plan import Plan
+
+_PUBLIC = {
+    "Artifact": "qformat.artifact.reader:Artifact",
+    "Comparison": "qformat.converters.compare:Comparison",
+    "ConversionOptions": "qformat.converters.convert:ConversionOptions",
+    "ConversionSummary": "qformat.converters.convert:ConversionSummary",
+    "IntegrityReport": "qformat.artifact.verify:IntegrityReport",
+    "KeptTensor": "qformat.artifact.reader:KeptTensor",
+    "PackedTensor": "qformat.artifact.reader:PackedTensor",
+    "Plan": "qformat.converters.plan:Plan",
+    "compare": "qformat.converters.compare:compare",
+    "convert": "qformat.converters.convert:convert",
+    "open": "qformat.artifact.reader:open_artifact",
+    "plan": "qformat.converters.convert:plan",
+    "verify": "qformat.artifact.verify:verify_integrity",
+}
+
+__all__ = [
+    "Artifact",
+    "Comparison",
+    "ConversionOptions",
+    "ConversionSummary",
+    "IntegrityReport",
+    "KeptTensor",
+    "PackedTensor",
+    "Plan",
+    "compare",
+    "convert",
+    "open",
+    "plan",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'qformat' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -27,7 +27,12 @@ class _Refused(Exception):
 
 
 def loads(
-    data: bytes, *, path: Path | str, max_nbytes: int, error: type[InvalidFileError], tensor: str | None = None
+    data: bytes,
+    *,
+    path: Path | str,
+    max_nbytes: int,
+    error: type[InvalidFileError],
+    tensor: str | None = None,
 ) -> Json:
     """Parse UTF-8 JSON bytes that come from a file.
 

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
@@ -28,7 +29,7 @@ class Xxh3:
 
     def update(self, data: Buffer) -> None:
         """Add bytes."""
-        self._state.update(data)
+        self._state.update(data.data if isinstance(data, np.ndarray) else data)
 
     def hexdigest(self) -> str:
         """Return the canonical (big-endian) digest as 32 lower-case hexadecimal digits."""

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,16 +45,16 @@ class Disk:
 
     def write_at(self, descriptor: int, data: memoryview, offset: int, path: Path) -> None:
         """Write all of `data` at a byte offset."""
-        done = 0
-        while done < len(data):
-            rest, position = data[done:], offset + done
-            done += self._call(path, lambda rest=rest, position=position: self.raw_pwrite(descriptor, rest, position))
+        while data:
+            count = self._call(path, partial(self.raw_pwrite, descriptor, data, offset))
+            data = data[count:]
+            offset += count
 
     def append(self, descriptor: int, data: bytes, path: Path) -> None:
         """Write all of `data` at the end of a file that was opened for appending."""
         view = memoryview(data)
         while view:
-            count = self._call(path, lambda view=view: self.raw_write(descriptor, view))
+            count = self._call(path, partial(self.raw_write, descriptor, view))
             view = view[count:]
 
     def write_file(self, path: Path, data: bytes) -> None:
@@ -88,7 +89,11 @@ class Disk:
             self._call(other, lambda: self.raw_exchange(one, other))
         except TargetError as refused:
             cause = refused.__cause__
-            if not isinstance(cause, OSError) or cause.errno not in {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}:
+            if not isinstance(cause, OSError) or cause.errno not in {
+                errno.EINVAL,
+                errno.ENOSYS,
+                errno.ENOTSUP,
+            }:
                 raise
             self.rename(other, aside)
             self.rename(one, other)

@@ -146,7 +146,10 @@ def _entry(
     if not name or not name.isprintable() or len(name.encode("utf-8", "replace")) > MAX_NAME_NBYTES:
         shown = name if len(name) < 80 else name[:77] + "..."
         raise error(
-            Reason.HEADER_LIMIT, path, f"a name must have 1 to {MAX_NAME_NBYTES} printable characters", tensor=shown
+            Reason.HEADER_LIMIT,
+            path,
+            f"a name must have 1 to {MAX_NAME_NBYTES} printable characters",
+            tensor=shown,
         )
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse(Reason.HEADER_FIELD, "must have exactly dtype, shape and data_offsets")
@@ -200,4 +203,3 @@ def _check_coverage(
         )  # fmt: skip
     if position < file_nbytes:
         raise error(Reason.TRAILING_BYTES, path, f"{file_nbytes} bytes, expected {position}")
-

@@ -212,9 +212,7 @@ def _check_version(value: strict_json.Json, path: Path) -> str:
 def _check_seal(data: bytes, path: Path) -> None:
     match = _SEAL.search(data)
     if match is None:
-        raise ArtifactError(
-            Reason.MANIFEST_DIGEST, path, "does not end with its own digest", field="manifest_sha256"
-        )
+        raise ArtifactError(Reason.MANIFEST_DIGEST, path, "does not end with its own digest", field="manifest_sha256")
     found = match[1].decode("ascii")
     expected = hashlib.sha256(data[: match.start()] + _UNSEALED).hexdigest()
     if found != expected:

@@ -250,7 +250,9 @@ def _check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) 
     for shard, read in headers.items():
         if read.data_start % DATA_ALIGNMENT:
             raise ArtifactError(
-                Reason.ALIGNMENT, read.path, f"data begins at byte {read.data_start}, no multiple of {DATA_ALIGNMENT}"
+                Reason.ALIGNMENT,
+                read.path,
+                f"data begins at byte {read.data_start}, no multiple of {DATA_ALIGNMENT}",
             )
         for name, entry in read.tensors.items():
             if name in seen:
@@ -268,7 +270,11 @@ def _check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) 
 def _check_entry(path: Path, entry: TensorEntry, expected: NewTensor) -> None:
     if entry.dtype != expected.dtype:
         raise ArtifactError(
-            Reason.COMPONENT_DTYPE, path, f"{entry.dtype}, expected {expected.dtype}", tensor=entry.name, field="dtype"
+            Reason.COMPONENT_DTYPE,
+            path,
+            f"{entry.dtype}, expected {expected.dtype}",
+            tensor=entry.name,
+            field="dtype",
         )
     if entry.shape != expected.shape:
         raise ArtifactError(
@@ -329,7 +335,11 @@ def _check_config(path: Path, parsed: Manifest) -> None:
     for name, record in parsed.tensors.items():
         if isinstance(record, PackedRecord) and name.removesuffix(".weight") in skip:
             raise ArtifactError(
-                Reason.SKIP_MODULES, where, "is listed to stay in 16 bit, but it is packed", tensor=name, field=field
+                Reason.SKIP_MODULES,
+                where,
+                "is listed to stay in 16 bit, but it is packed",
+                tensor=name,
+                field=field,
             )
 
 
@@ -346,9 +356,7 @@ def _check_small_parts(
         where = located[name + part.value]
         data = bytearray(where.entry.nbytes)
         shard = path / where.shard
-        read_exactly(
-            descriptors[where.shard], where.entry.start, memoryview(data), path=shard, error=ArtifactError
-        )
+        read_exactly(descriptors[where.shard], where.entry.start, memoryview(data), path=shard, error=ArtifactError)
         return shard, bytes(data)
 
     shard, data = read(Component.QUANT_STATE)
@@ -362,21 +370,27 @@ def _check_small_parts(
     ):
         if found != expected:
             raise ArtifactError(
-                Reason.QUANT_STATE, shard, f"{found}, but the manifest says {expected}", tensor=name, field=field
+                Reason.QUANT_STATE,
+                shard,
+                f"{found}, but the manifest says {expected}",
+                tensor=name,
+                field=field,
             )
     shard, data = read(Component.QUANT_MAP)
     if data != NF4_CODEBOOK.astype("<f4").tobytes():
         raise ArtifactError(Reason.CODEBOOK, shard, "is not the NF4 codebook", tensor=name, field="quant_map")
-    scales = (
-        (Component.NESTED_ABSMAX, Component.NESTED_QUANT_MAP) if layout.double_quant else (Component.ABSMAX,)
-    )
+    scales = (Component.NESTED_ABSMAX, Component.NESTED_QUANT_MAP) if layout.double_quant else (Component.ABSMAX,)
     for part in scales:
         shard, data = read(part)
         values = np.frombuffer(data, "<f4")
         if not np.isfinite(values).all():
             index = int(np.flatnonzero(~np.isfinite(values))[0])
             raise ArtifactError(
-                Reason.NONFINITE_SCALE, shard, f"{values[index]} at entry {index}", tensor=name, field=part.label
+                Reason.NONFINITE_SCALE,
+                shard,
+                f"{values[index]} at entry {index}",
+                tensor=name,
+                field=part.label,
             )
 
 

@@ -66,9 +66,7 @@ def read_exactly(
         try:
             count = os.preadv(descriptor, [out[done:]], offset + done)
         except OSError as problem:
-            raise error(
-                Reason.TRUNCATED, path, f"cannot be read at byte {offset + done}: {problem.strerror}"
-            ) from None
+            raise error(Reason.TRUNCATED, path, f"cannot be read at byte {offset + done}: {problem.strerror}") from None
         if count == 0:
             raise error(
                 Reason.TRUNCATED,
@@ -85,6 +83,4 @@ def _hub_blob(path: Path, error: type[InvalidFileError]) -> Path:
     resolved = target.resolve()
     if snapshots.name == "snapshots" and resolved.parent == (snapshots.parent / "blobs").resolve():
         return resolved
-    raise error(
-        Reason.PATH_ESCAPES, path, f"is a link to {target}; only the Hub cache's own links are followed"
-    )
+    raise error(Reason.PATH_ESCAPES, path, f"is a link to {target}; only the Hub cache's own links are followed")

@@ -167,9 +167,7 @@ def _take_lock(work: Path, disk: Disk) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(descriptor)
-            raise TargetError(
-                f"{work}: another process is writing there. Wait for it or choose another OUT"
-            ) from None
+            raise TargetError(f"{work}: another process is writing there. Wait for it or choose another OUT") from None
         # Whoever held it before may have finished and removed the folder between our open and our lock.
         if path.exists() and _same_file(descriptor, path):
             return descriptor

@@ -121,9 +121,7 @@ def finding_of(error: ArtifactError) -> Finding:
     return Finding(error.reason, Path(error.path).name, str(error), error.tensor, error.field)
 
 
-def _open_files(
-    path: Path, manifest: Manifest, stack: ExitStack, findings: list[Finding]
-) -> dict[str, int]:
+def _open_files(path: Path, manifest: Manifest, stack: ExitStack, findings: list[Finding]) -> dict[str, int]:
     descriptors: dict[str, int] = {}
     for name in manifest.files:
         try:

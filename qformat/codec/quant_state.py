@@ -69,9 +69,7 @@ class QuantState:
         return self.to_json().ljust(size, b" ")
 
 
-def padded_nbytes(
-    *, block_size: int, float_format: FloatFormat, shape: tuple[int, ...], double_quant: bool
-) -> int:
+def padded_nbytes(*, block_size: int, float_format: FloatFormat, shape: tuple[int, ...], double_quant: bool) -> int:
     """Return the size of the padded record; it does not depend on the offset's digits, so a plan can know it."""
     placeholder = QuantState(block_size, float_format, shape, 0.0 if double_quant else None)
     longest = len(placeholder.to_json()) + (LARGEST_OFFSET_LITERAL - len("0.0") if double_quant else 0)
@@ -80,9 +78,7 @@ def padded_nbytes(
 
 def parse(data: bytes, *, path: Path | str, tensor: str) -> QuantState:
     """Parse the bytes of a quant_state component. Raises ArtifactError (json_*, quant_state) naming the field."""
-    record = strict_json.loads(
-        data.rstrip(b" "), path=path, max_nbytes=MAX_NBYTES, error=ArtifactError, tensor=tensor
-    )
+    record = strict_json.loads(data.rstrip(b" "), path=path, max_nbytes=MAX_NBYTES, error=ArtifactError, tensor=tensor)
 
     def refuse(field: str, problem: str) -> ArtifactError:
         return ArtifactError(Reason.QUANT_STATE, path, problem, tensor=tensor, field=field)

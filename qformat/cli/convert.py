@@ -1,0 +1,200 @@
+"""`qformat convert`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat import strict_json
+from qformat.cli.display import format_nbytes, format_table, progress_bar
+from qformat.errors import UsageError
+
+if TYPE_CHECKING:
+    from qformat.converters.convert import ConversionSummary
+    from qformat.converters.plan import Plan
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*' --block-size 128
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run"""
+)
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of ordered pattern -> action rules.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Keep what matches in 16 bit. May be repeated.")
+@click.option("--block-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
+@click.option("--no-double-quant", is_flag=True, help="Store float32 scales (0.37 bits a weight more).")
+@click.option("--keep-nonfinite", is_flag=True, help="Keep weights with Inf or NaN in 16 bit. Reads SRC twice.")
+@click.option("--workers", type=int, help="Threads; any number gives the same bytes.  [default: one a core]")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a shard.")
+@click.option("--force", is_flag=True, help="Replace the artifact OUT, in one step once the new one is whole.")
+@click.option("--restart", is_flag=True, help="Drop what an interrupted run left instead of continuing it.")
+@click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    source: Path,
+    out: Path,
+    recipe: Path | None,
+    skip: tuple[str, ...],
+    block_size: int,
+    no_double_quant: bool,
+    keep_nonfinite: bool,
+    workers: int | None,
+    max_shard_size: str,
+    force: bool,
+    restart: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Convert the safetensors checkpoint in folder SRC into the 4-bit artifact OUT.
+
+    transformers + bitsandbytes, PEFT and vLLM load OUT as it is. Memory stays flat whatever the model's size. An
+    interrupted conversion is continued by the same command; nothing stands under OUT before it is whole.
+    """
+    from qformat.converters.convert import ConversionOptions, convert, plan
+
+    options = ConversionOptions(
+        recipe=recipe,
+        skip=skip,
+        block_size=block_size,
+        double_quant=not no_double_quant,
+        max_shard_nbytes=parse_size(max_shard_size),
+        keep_nonfinite=keep_nonfinite,
+    )
+    if dry_run:
+        _show_plan(plan(source, options), out, as_json=as_json)
+        return
+    bar = _Bar()
+    try:
+        summary = convert(
+            source,
+            out,
+            options,
+            workers=workers,
+            force=force,
+            restart=restart,
+            on_plan=bar.start,
+            on_progress=bar.update,
+            on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+        )
+    finally:
+        bar.stop()
+    _show_summary(summary, as_json=as_json)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as `5GB`, `800MB` or `123`. Raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"--max-shard-size {text!r}: expected a number and a unit, such as 5GB or 800MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+class _Bar:
+    """The progress bar of a conversion, which begins once the plan tells how much there is."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._advance: Callable[[int], None] = lambda nbytes: None
+
+    def start(self, plan: Plan) -> None:
+        self._advance = self._open.enter_context(progress_bar(plan.source_nbytes, "Converting"))
+
+    def update(self, nbytes: int) -> None:
+        self._advance(nbytes)
+
+    def stop(self) -> None:
+        self._open.close()
+
+
+def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
+    from qformat.artifact.disk import free_nbytes
+
+    free = free_nbytes(out.absolute())
+    facts = {**_facts(plan), "free_nbytes": free, "fits": plan.nbytes <= free}
+    if as_json:
+        shards = [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards]
+        click.echo(strict_json.dumps({**facts, "shards": shards}, indent=2))
+        return
+    rows = [("action", "tensors", "source", "artifact", "why"), *_rows(plan)]
+    click.echo(format_table(rows, right=(1, 2, 3)))
+    click.echo()
+    for shard in plan.shards:
+        click.echo(f"{out / shard.name}: {format_nbytes(shard.nbytes)}, {len(shard.tensors)} tensors")
+    _show_notes(plan)
+    click.echo(
+        f"{format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes), "
+        f"{plan.bits_per_weight:.3f} bits a packed weight; {format_nbytes(free)} free"
+        + ("" if plan.nbytes <= free else ": NOT ENOUGH")
+    )
+
+
+def _show_summary(summary: ConversionSummary, *, as_json: bool) -> None:
+    plan = summary.plan
+    if as_json:
+        facts = {
+            "out": str(summary.out),
+            **_facts(plan),
+            "seconds": round(summary.seconds, 3),
+            "already_complete": summary.already_complete,
+        }
+        click.echo(strict_json.dumps(facts, indent=2))
+        return
+    if summary.already_complete:
+        click.echo(f"{summary.out}: was complete already; cleaned up after the earlier run")
+        return
+    click.echo(format_table([("action", "tensors", "source", "artifact", "why"), *_rows(plan)], right=(1, 2, 3)))
+    _show_notes(plan)
+    rate = plan.source_nbytes / summary.seconds
+    click.echo(
+        f"{summary.out}: {format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} "
+        f"({plan.nbytes / plan.source_nbytes:.1%}), {plan.bits_per_weight:.3f} bits a packed weight, "
+        f"{summary.seconds:.1f} s, {format_nbytes(rate)}/s"
+    )
+
+
+def _facts(plan: Plan) -> dict[str, object]:
+    return {
+        "source_nbytes": plan.source_nbytes,
+        "nbytes": plan.nbytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "packed_tensors": len(plan.packed),
+        "kept_tensors": len(plan.kept),
+        "kept_by_reason": dict(sorted(Counter(task.reason.value for task in plan.kept).items())),
+        "vouched": [task.source.name for task in plan.packed if task.vouched],
+        "not_known_to_be_linear": _unknown(plan),
+    }
+
+
+def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
+    packed_source = sum(task.source.nbytes for task in plan.packed)
+    packed = sum(place.nbytes for task in plan.packed for place in task.places.values())
+    rows = [("nf4", str(len(plan.packed)), format_nbytes(packed_source), format_nbytes(packed), "Linear weights")]
+    for reason, count in sorted(Counter(task.reason for task in plan.kept).items()):
+        nbytes = format_nbytes(sum(task.source.nbytes for task in plan.kept if task.reason is reason))
+        rows.append(("keep", str(count), nbytes, nbytes, reason.phrase))
+    return rows
+
+
+def _show_notes(plan: Plan) -> None:
+    if unknown := _unknown(plan):
+        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        click.echo(f"Kept, since it is not certain that they are Linear: {shown}. A recipe can say that they are")
+    if vouched := [task.source.name for task in plan.packed if task.vouched]:
+        click.echo(f"Packed because the recipe says that they are Linear: {', '.join(vouched)}")
+
+
+def _unknown(plan: Plan) -> list[str]:
+    return [task.source.name for task in plan.kept if task.reason.value == "not_known_to_be_linear"]

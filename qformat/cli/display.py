@@ -1,0 +1,45 @@
+"""How commands show sizes, rates and progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+
+def format_nbytes(nbytes: float) -> str:
+    """Return a size for people: three digits and a decimal unit, as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 999.5:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.3g} TB"
+
+
+def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    """Return rows as aligned columns; the columns in `right` are aligned to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress_bar(total_nbytes: int, description: str) -> Iterator[Callable[[int], None]]:
+    """Show bytes, rate and time left on stderr, nothing if that is no terminal; yields `update(nbytes)`."""
+    if not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total_nbytes, desc=description, unit="B", unit_scale=True, leave=False) as bar:
+
+        def update(nbytes: int) -> None:
+            bar.update(nbytes)
+
+        yield update

@@ -1,0 +1,94 @@
+"""`qformat`: the table of commands. A command's module is imported when it is called, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+import qformat
+from qformat.errors import Interrupted, QformatError, UsageError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+COMMANDS = {
+    "convert": "Convert a 16-bit checkpoint into a 4-bit artifact.",
+    "inspect": "Show what an artifact or a checkpoint holds.",
+    "verify": "Prove that an artifact is whole, and how far it is from its source.",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands live in `qformat.cli.NAME` under the name `command`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"qformat.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table: importing them all would take longer than the answer is worth."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(qformat.__version__, prog_name="qformat")
+def cli() -> None:
+    """Turn 16-bit model checkpoints into small, verifiable 4-bit (NF4) artifacts.
+
+    \b
+    Example:
+      qformat convert SmolLM2-135M-Instruct SmolLM2-135M-Instruct-nf4
+      qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 good, 1 a failed check or a bad file, 2 wrong usage, 130 interrupted."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code. Errors of qformat are printed without a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        result = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="qformat", standalone_mode=False
+        )
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as shown:
+        click.echo(shown.format_message(), err=True)
+        return EXIT_USAGE
+    except click.ClickException as wrong:
+        wrong.show()
+        return EXIT_USAGE
+    except UsageError as wrong:
+        click.echo(f"Error: {wrong}", err=True)
+        return EXIT_USAGE
+    except (KeyboardInterrupt, click.Abort, Interrupted):
+        click.echo("\nInterrupted. Nothing is lost: the same command continues.", err=True)
+        return EXIT_INTERRUPTED
+    except QformatError as failed:
+        click.echo(f"Error: {failed}", err=True)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) went away: not our failure. Keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

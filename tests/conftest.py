@@ -1,0 +1,30 @@
+"""Fixtures that several test folders share."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct as a bf16 checkpoint of three shards; built once, shared with `make demo`."""
+    folder = ROOT / "demo"
+    source = folder / "SmolLM2-135M-Instruct"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (source / "config.json").exists():
+            import subprocess
+
+            script = "import sys, demo; from pathlib import Path; demo.build_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))"
+            subprocess.run([sys.executable, "-c", script, str(folder), str(source)], check=True, cwd=ROOT / "tools")
+    return source

@@ -1,0 +1,159 @@
+"""bitsandbytes and transformers as the oracle: same codes, same model, same components back."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+import qformat
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
+]
+
+
+def build_qwen2() -> PreTrainedModel:
+    """Biases, an untied head, and sizes that leave partial blocks."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=307, hidden_size=88, intermediate_size=168, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, max_position_embeddings=64,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).to(torch.float16)
+
+
+def build_gpt_neox() -> PreTrainedModel:
+    """Fused query_key_value, LayerNorms with biases, float32."""
+    torch.manual_seed(1)
+    config = GPTNeoXConfig(
+        vocab_size=211, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return GPTNeoXForCausalLM(config)
+
+
+@pytest.fixture(scope="module", params=["SmolLM2", "Qwen2", "GPT-NeoX"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    builders: dict[str, Callable[[], PreTrainedModel]] = {"Qwen2": build_qwen2, "GPT-NeoX": build_gpt_neox}
+    if request.param == "SmolLM2":
+        path: Path = request.getfixturevalue("smollm2")
+        return path
+    folder = tmp_path_factory.mktemp(request.param) / "source"
+    builders[request.param]().save_pretrained(folder, max_shard_size="60KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifact") / source.parent.name
+    qformat.convert(source, out)
+    return out
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def packed_names(tensors: dict[str, torch.Tensor]) -> list[str]:
+    return [name.removesuffix(".absmax") for name in tensors if name.endswith("weight.absmax")]
+
+
+def own_quantization(source: Path, dtype: torch.dtype) -> PreTrainedModel:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
+
+
+def logits_of(model: PreTrainedModel) -> torch.Tensor:
+    """With gradients enabled: bitsandbytes' inference path on AVX512-BF16 CPUs rewrites the scales."""
+    tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits.detach().float()
+
+
+def test_packed_codes_equal_those_of_bitsandbytes_byte_for_byte(source: Path, artifact: Path) -> None:
+    weights, stored = tensors_of(source), tensors_of(artifact)
+    names = packed_names(stored)
+    assert len(names) >= 12
+    for name in names:
+        packed, state = bnb.quantize_4bit(weights[name], blocksize=64, compress_statistics=True, quant_type="nf4")
+        assert torch.equal(stored[name], packed), name
+        assert torch.equal(stored[f"{name}.quant_map"], state.code)
+        assert torch.equal(stored[f"{name}.nested_quant_map"], state.state2.code)
+        # Its second level is searched approximately on CPUs with AVX-512: now and then the neighbouring code.
+        codes, theirs = stored[f"{name}.absmax"].int(), state.absmax.int()
+        assert (codes - theirs).abs().max() <= 1, name
+        assert (codes != theirs).float().mean() < 0.02, name
+
+
+def test_kept_tensors_are_the_source_bit_for_bit(source: Path, artifact: Path) -> None:
+    weights, stored = tensors_of(source), tensors_of(artifact)
+    packed = set(packed_names(stored))
+    for name, weight in weights.items():
+        if name not in packed:
+            assert torch.equal(stored[name].view(torch.uint8), weight.view(torch.uint8)), name
+
+
+def test_the_loaded_model_computes_what_bitsandbytes_own_quantization_computes(source: Path, artifact: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(artifact)
+    ours = logits_of(loaded)
+    theirs = logits_of(own_quantization(source, loaded.dtype))
+    full = logits_of(AutoModelForCausalLM.from_pretrained(source, dtype=loaded.dtype))
+    # The only difference is the neighbouring absmax code here and there; quantization itself is the yardstick.
+    assert (ours - theirs).pow(2).mean().sqrt() <= 0.1 * (full - theirs).pow(2).mean().sqrt()
+    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() >= 0.95
+
+
+def test_saving_the_loaded_model_gives_the_same_components_back(artifact: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(artifact)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    stored, saved = tensors_of(artifact), tensors_of(tmp_path)
+    assert saved.keys() == stored.keys()
+    for name, tensor in stored.items():
+        if "quant_state" in name:
+            assert parse_state(saved[name]) == parse_state(tensor), name
+        else:
+            assert torch.equal(saved[name], tensor), name
+
+
+def parse_state(tensor: torch.Tensor) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(bytes(tensor.tolist()))
+    if "nested_offset" in state:
+        state["nested_offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32).item()
+    return state
+
+
+def test_the_quantization_config_is_the_one_that_transformers_writes(source: Path, artifact: Path) -> None:
+    ours = json.loads((artifact / "config.json").read_text())
+    theirs = json.loads(own_quantization(source, torch.bfloat16).config.to_json_string(use_diff=False))
+    expected = copy.deepcopy(theirs["quantization_config"])
+    found = ours["quantization_config"]
+    assert found.keys() == expected.keys()
+    for key in found.keys() - {"llm_int8_skip_modules", "bnb_4bit_compute_dtype"}:
+        assert found[key] == expected[key], key
+    assert "lm_head" in found["llm_int8_skip_modules"]

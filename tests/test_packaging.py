@@ -1,0 +1,33 @@
+"""Wheel and sdist build, and an installation puts nothing but `qformat` into site-packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_wheel_and_sdist_build_and_the_wheel_has_only_qformat_at_its_top(tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split(
+        "\n"
+    )
+    copy = tmp_path / "copy"
+    for name in filter(None, tracked):
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(copy)]
+    subprocess.run(command, check=True, capture_output=True)
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"qformat"}
+    assert "qformat/converters/plan.py" in names
+    assert "qformat/py.typed" in names
+    with tarfile.open(next((tmp_path / "dist").glob("*.tar.gz"))) as archive:
+        assert any(name.endswith("converters/plan.py") for name in archive.getnames())
