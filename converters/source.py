@@ -50,6 +50,10 @@ class Source(Protocol):
     def side_files(self) -> Mapping[str, int]:
         """Files to carry over unchanged (tokenizer, licence, ...): name and size in bytes."""
 
+    @property
+    def state_when_opened(self) -> JsonObject:
+        """What `state` was for each file just before it was first read."""
+
     def describe(self) -> JsonObject:
         """Return what the manifest records about the source: nothing that depends on where it lies."""
 

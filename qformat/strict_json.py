@@ -14,8 +14,14 @@ MAX_DEPTH = 32
 MAX_INTEGER_DIGITS = 20
 MAX_FLOAT_LITERAL = 64
 
-_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
-_BRACKETS = re.compile(r"[\[\]{}]")
+MIN_NBYTES_PER_VALUE = 16
+"""A file of at most n bytes may hold n / 16 values: Python spends up to a hundred bytes on each, and a list of a million
+empty lists is no file of ours. The densest real one, a header with 40,000 tensors, has a seventh of that."""
+
+# Possessive: a greedy loop would remember each character of a string, a hundred bytes for every byte of the file.
+_STRINGS = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_NOT_BRACKETS = re.compile(r"[^\[\]{}]++")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Json = dict[str, "Json"] | list["Json"] | str | int | float | bool | None
 
@@ -46,7 +52,7 @@ def loads(
         refuse(Reason.JSON_LIMIT, f"{len(data)} bytes of JSON, at most {max_nbytes} are read")
     try:
         text = data.decode("utf-8")
-        _check_depth(text)
+        _check_structure(text, max_nbytes // MIN_NBYTES_PER_VALUE)
         # The one place where the standard parser is called.
         value: Json = json.loads(  # noqa: TID251
             text,
@@ -55,12 +61,17 @@ def loads(
             parse_float=_bounded_float,
             object_pairs_hook=_unique_keys,
         )
+        if _SURROGATE_ESCAPE.search(text):
+            dumps(value).encode("utf-8")  # half a surrogate pair is no character and cannot be written again
     except _Refused as refused:
         refuse(refused.reason, str(refused))
     except UnicodeDecodeError as broken:
         refuse(Reason.JSON_SYNTAX, f"not UTF-8 at byte {broken.start}")
+    except UnicodeEncodeError as broken:
+        half = ord(broken.object[broken.start])
+        refuse(Reason.JSON_SYNTAX, f"a string with half a surrogate pair (\\u{half:04x})")
     except json.JSONDecodeError as broken:
-        refuse(Reason.JSON_SYNTAX, f"not JSON at byte {broken.pos}: {broken.msg}")
+        refuse(Reason.JSON_SYNTAX, f"not JSON at character {broken.pos}: {broken.msg}")
     return value
 
 
@@ -70,10 +81,14 @@ def dumps(value: object, *, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
 
 
-def _check_depth(text: str) -> None:
-    """Refuse deep nesting before the recursive parser sees it; brackets inside strings do not count."""
+def _check_structure(text: str, max_values: int) -> None:
+    """Refuse deep nesting and too many values before the recursive parser sees them; what strings hold is no structure."""
+    skeleton = _STRINGS.sub("", text)
+    n_values = 1 + skeleton.count(",") + skeleton.count("[") + skeleton.count("{")
+    if n_values > max_values:
+        raise _Refused(Reason.JSON_LIMIT, f"{n_values} values, at most {max_values} are read")
     depth = 0
-    for bracket in _BRACKETS.findall(_STRINGS.sub("", text)):
+    for bracket in _NOT_BRACKETS.sub("", skeleton):
         depth += 1 if bracket in "[{" else -1
         if depth > MAX_DEPTH:
             raise _Refused(Reason.JSON_LIMIT, f"nested deeper than {MAX_DEPTH}")
@@ -83,10 +98,10 @@ def _refuse_constant(text: str) -> NoReturn:
     raise _Refused(Reason.JSON_SYNTAX, f"{text} is not JSON")
 
 
-def _bounded_int(text: str) -> int:
+def _bounded_int(text: str) -> int | float:
     if len(text) > MAX_INTEGER_DIGITS:
         raise _Refused(Reason.JSON_LIMIT, f"an integer of {len(text)} digits, at most {MAX_INTEGER_DIGITS} are read")
-    return int(text)
+    return -0.0 if text == "-0" else int(text)  # as other parsers have it: minus zero is no integer
 
 
 def _bounded_float(text: str) -> float:

@@ -115,7 +115,8 @@ class Follower:
     def __init__(self, files: dict[str, WrittenFile]) -> None:
         self._files = files
         self._changed = threading.Condition()
-        self._closing = False
+        self._finishing = False
+        self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="qformat-sha256", daemon=True)
         self._thread.start()
@@ -128,15 +129,18 @@ class Follower:
 
     def finish(self) -> dict[str, str]:
         """Wait until every complete file is hashed and return the SHA-256 of each file by name."""
-        self.close()
+        with self._changed:
+            self._finishing = True
+            self._changed.notify()
+        self._thread.join()
         if self._failure is not None:
             raise self._failure
         return {name: file.hexdigest() for name, file in self._files.items()}
 
     def close(self) -> None:
-        """Stop the thread once nothing more is ready."""
+        """Stop the thread at once, whatever is ready."""
         with self._changed:
-            self._closing = True
+            self._stopping = True
             self._changed.notify()
         self._thread.join()
 
@@ -151,10 +155,11 @@ class Follower:
     def _next_file(self) -> WrittenFile | None:
         """Wait for a file worth a read: a full buffer ready, or any byte once it is certain that no more will come."""
         with self._changed:
-            while True:
+            while not self._stopping:
                 for file in self._files.values():
-                    if file.pending >= READ_NBYTES or (file.pending and self._closing):
+                    if file.pending >= READ_NBYTES or (file.pending and self._finishing):
                         return file
-                if self._closing:
+                if self._finishing:
                     return None
                 self._changed.wait()
+            return None

@@ -46,7 +46,7 @@ class Disk:
     def write_at(self, descriptor: int, data: memoryview, offset: int, path: Path) -> None:
         """Write all of `data` at a byte offset."""
         while data:
-            count = self._call(path, partial(self.raw_pwrite, descriptor, data, offset))
+            count = self._call_write(path, partial(self.raw_pwrite, descriptor, data, offset))
             data = data[count:]
             offset += count
 
@@ -54,7 +54,7 @@ class Disk:
         """Write all of `data` at the end of a file that was opened for appending."""
         view = memoryview(data)
         while view:
-            count = self._call(path, partial(self.raw_write, descriptor, view))
+            count = self._call_write(path, partial(self.raw_write, descriptor, view))
             view = view[count:]
 
     def write_file(self, path: Path, data: bytes) -> None:
@@ -118,6 +118,12 @@ class Disk:
             return operation()
         except OSError as problem:
             raise TargetError(self._explain(path, problem)) from problem
+
+    def _call_write(self, path: Path, operation: Callable[[], int]) -> int:
+        nbytes = self._call(path, operation)
+        if nbytes == 0:  # asking again could go on for ever
+            raise TargetError(f"{path}: the file system takes no more bytes and does not say why")
+        return nbytes
 
     def _explain(self, path: Path, problem: OSError) -> str:
         if problem.errno in {errno.ENOSPC, errno.EDQUOT}:

@@ -3,7 +3,7 @@
 While `OUT` is being made, `OUT.partial/` holds
 
     lock       held by the one process that writes
-    journal    JSON lines: what was begun, and each part that is complete, with its digests
+    journal    JSON lines, each behind its own XXH3-128: what was begun, and each part that is complete, with its digests
     folder/    the files under their final names
 
 The seal brings every file to the disk, notes in the journal that it is about to happen, and renames `folder/` to
@@ -21,6 +21,7 @@ import os
 from pathlib import Path
 
 from qformat import strict_json
+from qformat.artifact.digests import xxh3
 from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
 from qformat.errors import ArtifactError, InvalidFileError, TargetError
@@ -76,7 +77,8 @@ class Staging:
     def record(self, entry: JsonObject) -> None:
         """Append an entry to the journal."""
         assert self._journal is not None
-        self.disk.append(self._journal, strict_json.dumps(entry).encode("utf-8") + b"\n", self._journal_path)
+        text = strict_json.dumps(entry).encode("utf-8")
+        self.disk.append(self._journal, xxh3(text).encode("ascii") + b" " + text + b"\n", self._journal_path)
 
     def seal(self) -> None:
         """Bring everything to the disk and give the folder its final name."""
@@ -181,18 +183,21 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _read_journal(path: Path) -> tuple[list[JsonObject], int]:
-    """Return the entries of a journal and how many of its bytes are whole lines; a torn last line is dropped."""
+    """Return the entries of a journal up to the first damaged or torn line, and how many bytes they take."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return [], 0
+    except OSError as problem:
+        raise TargetError(f"{path}: cannot be read: {problem.strerror}. Remove {path.parent} and start again") from None
     entries: list[JsonObject] = []
     valid_nbytes = 0
     for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
+        digest, _, text = line.partition(b" ")
+        if not text.endswith(b"\n") or digest != xxh3(text[:-1]).encode("ascii"):
             break
         try:
-            entry = strict_json.loads(line, path=path, max_nbytes=_MAX_LINE_NBYTES, error=ArtifactError)
+            entry = strict_json.loads(text, path=path, max_nbytes=_MAX_LINE_NBYTES, error=ArtifactError)
         except InvalidFileError:
             break
         if not isinstance(entry, dict):

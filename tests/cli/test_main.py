@@ -1,0 +1,106 @@
+"""The command line as a whole: exit codes, messages without tracebacks, lazy commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import qformat
+from qformat.cli.main import COMMANDS, run
+from tests.small_models import contents, names_beside, weight, write_checkpoint, write_llama
+
+SCRIPT = "import sys; from qformat.cli.main import main; main(sys.argv[1:])"
+
+
+def qformat_process(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, summary in COMMANDS.items():
+        assert name in shown
+        assert summary in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"qformat {name} " in shown.split("Example")[1]
+    assert "--json" in shown
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert qformat.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["convert"], ["convert", "a", "b", "--workers", "many"], ["inspect", "a", "--nonsense"], []],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bad_file_exits_with_1_and_is_named_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_llama(tmp_path / "source")
+    (source / "config.json").write_text("{")
+    assert run(["convert", str(source), str(tmp_path / "out")]) == 1
+    shown = capsys.readouterr()
+    assert "config.json" in shown.err
+    assert "Traceback" not in shown.err
+    assert not shown.out
+
+
+def test_no_progress_is_shown_where_stderr_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", str(write_llama(tmp_path / "source")), str(tmp_path / "out")]) == 0
+    assert "Converting" not in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "source", n_layers=20)
+    process = qformat_process("inspect", source, "--json")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait() == 0
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_conversion_says_so_leaves_nothing_and_continues(tmp_path: Path, number: signal.Signals) -> None:
+    layers = {f"model.layers.{i}.mlp.down_proj.weight": weight((1024, 4096), seed=i % 3) for i in range(24)}
+    source = write_checkpoint(tmp_path / "source", layers)
+    out = tmp_path / "out"
+    journal = tmp_path / "out.partial" / "journal"
+    process = qformat_process("convert", source, out, "--workers", "1")
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and process.poll() is None:
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    asked = time.monotonic()
+    _, error = process.communicate(timeout=30)
+    if process.returncode != 0:  # it may have come to its end before the signal did
+        assert process.returncode == 130
+        assert time.monotonic() - asked < 1
+        assert "continues" in error
+        assert "Traceback" not in error
+        assert not out.exists()
+    assert run(["convert", str(source), str(out), *(["--force"] if out.exists() else [])]) == 0
+    other = tmp_path / "other"
+    assert run(["convert", str(source), str(other)]) == 0
+    assert contents(out) == contents(other)
+    assert names_beside(out) == {"source", "out", "other"}
