@@ -7,6 +7,7 @@ gives the error figures; every kept tensor is compared bit for bit; every source
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source, SourceTensor
 from qformat.errors import Interrupted, Reason
 
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,8 @@ class KeptComparison:
 class Comparison:
     """The result of `compare`; tensors in the order of the manifest, without those that could not be compared.
 
-    n_packed, n_kept: how many of each kind the artifact has. source_nbytes: of the tensors that were compared.
+    n_packed, n_kept: how many of each the artifact has; n_source_digests: for how many of them the manifest has the
+    digest of the source.
     """
 
     artifact: Path
@@ -96,6 +98,7 @@ class Comparison:
     kept: tuple[KeptComparison, ...]
     n_packed: int
     n_kept: int
+    n_source_digests: int
     findings: tuple[Finding, ...]
 
     @property
@@ -139,6 +142,14 @@ class Comparison:
         """Bits that a packed weight takes, all components counted."""
         n_weights = sum(tensor.layout.n_elements for tensor in self.packed)
         return 8 * sum(tensor.nbytes for tensor in self.packed) / n_weights if n_weights else None
+
+    @property
+    def bits_per_parameter(self) -> float | None:
+        """Bits that a parameter of the whole model takes, packed or kept."""
+        n_parameters = sum(tensor.layout.n_elements for tensor in self.packed)
+        n_parameters += sum(math.prod(tensor.shape) for tensor in self.kept)
+        nbytes = sum(tensor.nbytes for tensor in self.packed) + sum(tensor.nbytes for tensor in self.kept)
+        return 8 * nbytes / n_parameters if n_parameters else None
 
     def by_kind(self) -> dict[str, tuple[PackedComparison, ...]]:
         """Return the packed weights by kind of module (`q_proj`), in the order in which the kinds first occur."""
@@ -220,6 +231,7 @@ class _Run:
                 findings.append(self._source_finding(tensor, "is not in the artifact"))
                 self._progress(tensor.nbytes)
         n_kept = sum(isinstance(record, KeptRecord) for record in records.values())
+        n_unknown = sum(isinstance(record, PackedRecord) and record.source_xxh3 is None for record in records.values())
         return Comparison(
             artifact=self._artifact.path,
             source=self._source.location,
@@ -227,6 +239,7 @@ class _Run:
             kept=tuple(tensor for tensor, _ in compared if isinstance(tensor, KeptComparison)),
             n_packed=len(records) - n_kept,
             n_kept=n_kept,
+            n_source_digests=len(records) - n_unknown,
             findings=tuple(findings),
         )
 
@@ -352,7 +365,7 @@ class _Run:
             if self._stopping.is_set():
                 raise Interrupted
             chunk = self._buffers.source[: min(CHUNK_NBYTES, tensor.nbytes - offset)]
-            self._source.read_into(tensor, offset, memoryview(chunk))
+            self._source.read_into(tensor, offset, chunk.data)
             digest.update(chunk)
             yield offset, chunk
             self._progress(chunk.size)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.disk import Disk, free_nbytes
-from qformat.artifact.staging import Staging, check_target
+from qformat.artifact.disk import Disk, allocated_nbytes, free_nbytes
+from qformat.artifact.staging import Staging, check_target, work_folder
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.execute import execute, has_nonfinite
@@ -105,7 +105,7 @@ def convert(
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers: at least 1 is needed")
     _refuse_nested(source, out)
-    if not out.with_name(out.name + ".partial").exists():
+    if not os.path.lexists(work_folder(out)):
         check_target(out, replace=force)
     opened, planned = (options or ConversionOptions()).open(source)
     try:
@@ -135,7 +135,7 @@ def find_nonfinite(source: Source, planned: Plan) -> list[str]:
 
 
 def _refuse_nested(source: Path, out: Path) -> None:
-    inside, outside = out.resolve(), source.resolve()
+    inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if inside == outside or inside.is_relative_to(outside):
         raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
     if outside.is_relative_to(inside):
@@ -143,9 +143,7 @@ def _refuse_nested(source: Path, out: Path) -> None:
 
 
 def _refuse_full_disk(out: Path, planned: Plan) -> None:
-    partial = out.with_name(out.name + ".partial")
-    staged = sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
-    needed, free = planned.nbytes - staged, free_nbytes(out.parent)
+    needed, free = planned.nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
     if needed > free:
         raise TargetError(
             f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"

@@ -83,6 +83,7 @@ def execute(plan: Plan, source: Source, staging: Staging, *, workers: int, progr
         sha256 = output.follower.finish()
     files = {shard.name: FileRecord(shard.nbytes, sha256[shard.name], xxh3(shard.header)) for shard in plan.shards}
     files |= _write_small_files(plan, source, staging)
+    run.refuse_changed_source()
     manifest = plan.manifest(digests, files)
     staging.disk.write_file(staging.folder / MANIFEST_NAME, manifest.to_bytes())
     staging.seal()
@@ -121,7 +122,7 @@ class _Run:
     """One execution of a plan: the tasks, and what they share."""
 
     def __init__(self, plan: Plan, source: Source, staging: Staging, output: _Output, progress: Progress) -> None:
-        self.source_state = source.state()
+        self.source_state = dict(sorted(source.state_when_opened.items()))
         self._plan = plan
         self._source = source
         self._staging = staging
@@ -165,14 +166,19 @@ class _Run:
                 self._stopping.set()
                 pool.shutdown(cancel_futures=True)
                 raise
-        if self._source.state() != self.source_state:
-            raise SourceError(
-                Reason.SOURCE_CHANGED,
-                self._source.location,
-                "was changed while it was converted",
-                next_step="Run the same command again: what was read before is checked",
-            )
         return digests
+
+    def refuse_changed_source(self) -> None:
+        """Refuse to seal what was read from files that somebody has changed since they were opened."""
+        state = self._source.state()
+        for name, before in self.source_state.items():
+            if state.get(name) != before:
+                raise SourceError(
+                    Reason.SOURCE_CHANGED,
+                    self._source.location / name,
+                    "was changed while it was converted",
+                    next_step="Run the same command again: what was read before is checked",
+                )
 
     def _do(self, task: Task) -> TensorDigests:
         digests = self._encode(task) if isinstance(task, PackedTask) else self._copy(task)

@@ -44,11 +44,13 @@ class SafetensorsShards:
                 next_step="Give the folder of a checkpoint",
             )
         self.location = folder
+        self.state_when_opened: JsonObject = {}
         self._open_files = ExitStack()
+        self._descriptors: dict[str, int] = {}
         try:
             self._refuse_artifact()
             self.config = self._read_config()
-            self._descriptors, self._headers = self._open_shards()
+            self._headers = self._open_shards()
             self._entries = {
                 name: (shard, entry)
                 for shard, parsed in self._headers.items()
@@ -84,18 +86,8 @@ class SafetensorsShards:
         return digest.hexdigest()
 
     def state(self) -> JsonObject:
-        """Return inode, size and times of each shard."""
-        state: JsonObject = {}
-        for name, descriptor in sorted(self._descriptors.items()):
-            status = os.fstat(descriptor)
-            state[name] = [
-                status.st_dev,
-                status.st_ino,
-                status.st_size,
-                status.st_mtime_ns,
-                status.st_ctime_ns,
-            ]
-        return state
+        """Return inode, size and times of each file that was opened; null for one that is gone."""
+        return {name: self._state_of(name) for name in sorted(self.state_when_opened)}
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's bytes from byte `offset` on."""
@@ -105,6 +97,13 @@ class SafetensorsShards:
     def read_side_file(self, name: str) -> bytes:
         """Return the bytes of a file to carry over."""
         return read_small(self.location, name, max_nbytes=MAX_SIDE_FILE_NBYTES, error=SourceError)
+
+    def _state_of(self, name: str) -> list[strict_json.Json] | None:
+        try:
+            status = os.stat(self._descriptors.get(name, self.location / name))
+        except OSError:
+            return None
+        return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
     def _refuse_artifact(self) -> None:
         if (self.location / MANIFEST_NAME).exists():
@@ -117,6 +116,7 @@ class SafetensorsShards:
 
     def _read_config(self) -> JsonObject:
         path = self.location / CONFIG_NAME
+        self.state_when_opened[CONFIG_NAME] = self._state_of(CONFIG_NAME)
         data = read_small(self.location, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
         config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
         if not isinstance(config, dict):
@@ -133,14 +133,15 @@ class SafetensorsShards:
             )
         return config
 
-    def _open_shards(self) -> tuple[dict[str, int], dict[str, header.Header]]:
+    def _open_shards(self) -> dict[str, header.Header]:
         weight_map = self._read_index()
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
-        descriptors: dict[str, int] = {}
         headers: dict[str, header.Header] = {}
         owner: dict[str, str] = {}
         for name in names:
             descriptor = self._open_files.enter_context(open_regular(self.location, name, error=SourceError))
+            self._descriptors[name] = descriptor
+            self.state_when_opened[name] = self._state_of(name)
             parsed = header.read(descriptor, self.location / name, error=SourceError)
             for tensor in parsed.tensors:
                 if tensor in owner:
@@ -148,10 +149,10 @@ class SafetensorsShards:
                         Reason.DUPLICATE_TENSOR, parsed.path, f"is in {owner[tensor]}, too", tensor=tensor
                     )
                 owner[tensor] = name
-            descriptors[name], headers[name] = descriptor, parsed
+            headers[name] = parsed
         if weight_map is not None:
             self._check_index(weight_map, owner)
-        return descriptors, headers
+        return headers
 
     def _read_index(self) -> dict[str, str] | None:
         path = self.location / INDEX_NAME
@@ -166,6 +167,7 @@ class SafetensorsShards:
                 f"stands beside {SINGLE_NAME}: it is not clear which one is the checkpoint",
                 next_step="Remove the one that is not",
             )
+        self.state_when_opened[INDEX_NAME] = self._state_of(INDEX_NAME)
         data = read_small(self.location, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=SourceError)
         index = strict_json.loads(data, path=path, max_nbytes=MAX_INDEX_NBYTES, error=SourceError)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -210,4 +212,5 @@ class SafetensorsShards:
             if is_side_file(entry.name):
                 with open_regular(self.location, entry.name, error=SourceError) as descriptor:
                     found[entry.name] = os.fstat(descriptor).st_size
+                    self.state_when_opened[entry.name] = self._state_of(entry.name)
         return found

@@ -135,6 +135,9 @@ def parse(data: bytes, path: Path) -> Manifest:
     files = fields.mapping(record, "files")
     if not tensors:
         fields.refuse("tensors", "names no tensor")
+    _check_component_names(fields, tensors)
+    if MANIFEST_NAME in files:
+        fields.refuse("files", "names the manifest itself")
     known = {
         "format", "format_version", "must_understand", "generator",
         "source", "recipe", "tensors", "files", "manifest_sha256",
@@ -223,6 +226,15 @@ def _check_seal(data: bytes, path: Path) -> None:
             field="manifest_sha256",
             next_step="Fetch or convert the artifact again",
         )
+
+
+def _check_component_names(fields: _Fields, tensors: JsonObject) -> None:
+    """No tensor may have the name of another one's component: the same bytes would be both."""
+    for name in tensors:
+        for part in DOUBLE_QUANT:
+            owner = tensors.get(name.removesuffix(part.value)) if part.value and name.endswith(part.value) else None
+            if isinstance(owner, dict) and owner.get("encoding") == "nf4":
+                _Fields(fields.path, tensor=name).refuse("tensors", f"has the name of another tensor's {part.label}")
 
 
 def _parse_tensor(fields: _Fields, name: str, value: strict_json.Json) -> TensorRecord:

@@ -220,14 +220,17 @@ def open_artifact(path: Path | str) -> Artifact:
 
 def read_manifest(path: Path) -> Manifest:
     """Read and parse the manifest of an artifact. Raises ArtifactError."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ArtifactError(Reason.MISSING_FILE, path, "there is no such folder")
     data = read_small(path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     return manifest.parse(data, path / MANIFEST_NAME)
 
 
 def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, NewTensor]]:
-    """Return what the shards must hold: by name in the shards, the tensor, the component, and its dtype and shape."""
+    """Return what the shards must hold: by name in the shards, the tensor, the component, and its dtype and shape.
+
+    No two tensors of a parsed manifest have a component of the same name.
+    """
     expected: dict[str, tuple[str, Component, NewTensor]] = {}
     for name, record in parsed.tensors.items():
         if isinstance(record, KeptRecord):

@@ -80,7 +80,7 @@ def read_exactly(
 def _hub_blob(path: Path, error: type[InvalidFileError]) -> Path:
     snapshots = path.parent.parent
     target = path.parent / os.readlink(path)
-    resolved = target.resolve()
-    if snapshots.name == "snapshots" and resolved.parent == (snapshots.parent / "blobs").resolve():
+    resolved = Path(os.path.realpath(target))
+    if snapshots.name == "snapshots" and resolved.parent == Path(os.path.realpath(snapshots.parent / "blobs")):
         return resolved
     raise error(Reason.PATH_ESCAPES, path, f"is a link to {target}; only the Hub cache's own links are followed")

@@ -52,12 +52,12 @@ class Staging:
         Raises TargetError: `out` exists, its parent does not, another process writes it, or what an interrupted run
         left was begun from something else.
         """
-        work = out.with_name(out.name + ".partial")
-        if not out.parent.is_dir():
+        work = work_folder(out)
+        if not os.path.isdir(out.parent):
             raise TargetError(f"{out.parent}: there is no such folder. Create it first")
-        if not work.exists():
+        if not os.path.lexists(work):
             check_target(out, replace=replace)
-        elif not work.is_dir() or (not (work / "lock").is_file() and any(work.iterdir())):
+        elif work.is_symlink() or not work.is_dir() or (not (work / "lock").is_file() and _holds_something(work)):
             raise TargetError(f"{work}: is in the way, and qformat did not make it. Move it or choose another OUT")
         disk.make_folder(work)
         staging = cls(out, work, disk, _take_lock(work, disk))
@@ -147,17 +147,33 @@ class Staging:
 
 def check_target(out: Path, *, replace: bool) -> None:
     """Refuse an output path that holds something: anything, or with `replace` anything but an artifact."""
-    if not out.exists() and not out.is_symlink():
+    if not os.path.lexists(out):
         return
-    if out.is_dir() and not out.is_symlink():
-        if not any(out.iterdir()):
+    if os.path.isdir(out) and not os.path.islink(out):
+        if not _holds_something(out):
             return
-        if (out / MANIFEST_NAME).is_file():
+        if os.path.isfile(out / MANIFEST_NAME):
             if replace:
                 return
             raise TargetError(f"{out}: exists already. Choose another name, or replace it with --force")
         raise TargetError(f"{out}: exists, is not empty and is no artifact. Choose another name")
     raise TargetError(f"{out}: exists and is no folder. Choose another name")
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder beside `out` in which it is made. Raises TargetError for a path that ends in no name."""
+    if out.name in {"", ".."}:
+        raise TargetError(f"{out}: does not end in a name. Give the name of the folder that is to be made")
+    return out.with_name(out.name + ".partial")
+
+
+def _holds_something(folder: Path) -> bool:
+    try:
+        return bool(os.listdir(folder))
+    except FileNotFoundError:  # another process has just finished there
+        return False
+    except OSError as problem:
+        raise TargetError(f"{folder}: cannot be listed: {problem.strerror}. Choose another name") from None
 
 
 def _take_lock(work: Path, disk: Disk) -> int:

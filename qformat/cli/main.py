@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -88,10 +87,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except QformatError as failed:
         click.echo(f"Error: {failed}", err=True)
         return EXIT_FAILED
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) went away: not our failure. Keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

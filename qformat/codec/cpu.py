@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -50,3 +53,18 @@ def encode_absmax_into(
     assert codes.size == absmax.size
     assert nested_absmax.size == block_count(absmax.size, NESTED_BLOCK_SIZE)
     kernels.encode_absmax(absmax, offset, codes, nested_absmax)
+
+
+def warm_up(float_format: FloatFormat, *, on_compile: Callable[[], None] | None = None) -> None:
+    """Load from the cache, or compile, what a conversion from a format needs; `on_compile` tells that it takes long."""
+    timer = threading.Timer(0.5, on_compile or (lambda: None))
+    timer.daemon = True
+    timer.start()
+    try:
+        raw = np.zeros(64, float_format.raw_dtype)
+        absmax = np.empty(1, np.float32)
+        encode_into(raw, float_format, block_size=64, packed=np.empty(32, np.uint8), absmax=absmax)
+        add_in_order(absmax, 0.0)
+        encode_absmax_into(absmax, np.float32(0), codes=np.empty(1, np.uint8), nested_absmax=np.empty(1, np.float32))
+    finally:
+        timer.cancel()

@@ -23,7 +23,7 @@ TILE = 4096
 
 COLUMNS = 64
 """Running sums beside each other: LLVM adds them as vectors without reordering any addition. A divisor of TILE.
-One core adds 1,300 M bf16 weights/s in 64 columns, half as many in 8."""
+One core adds 1,470 M bf16 weights/s in 64 columns, 560 in 8."""
 
 _F32_EXPONENT_SHIFT = np.float32(2.0**112)
 """float16 bits moved to float32's place, times this, is the value: it corrects the exponent's bias."""

@@ -7,151 +7,21 @@ bytes of a run that nothing disturbed, with nothing left over.
 from __future__ import annotations
 
 import errno
-import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import qformat
-from qformat.artifact.disk import Disk
 from qformat.artifact.verify import verify_integrity
-from qformat.converters.convert import ConversionOptions, ConversionSummary, convert
-from qformat.errors import Reason, SourceError, TargetError
-from tests.small_models import (
-    contents,
-    llama_tensors,
-    names_beside,
-    tiny_tensors,
-    weight,
-    write_checkpoint,
-    write_llama,
-    write_tiny,
-)
-
-ROOT = Path(__file__).resolve().parents[2]
-PRIMITIVES = sorted(name for name in dir(Disk) if name.startswith("raw_"))
-
-
-class Killed(BaseException):
-    """The process is gone: nothing that it does after this reaches the disk."""
-
-
-class FaultyDisk(Disk):
-    """A disk that does something else at the `fail_at`-th call of a primitive. fsync is counted, but not waited for."""
-
-    def __init__(self, fail_at: int = -1, fault: str = "none") -> None:
-        super().__init__()
-        self.n_calls = 0
-        self._fail_at = fail_at
-        self._fault = fault
-        self._dead = self._full = self._stuck = False
-        self._lock = threading.Lock()
-
-    def intercept(self, name: str, arguments: tuple[object, ...]) -> object:
-        with self._lock:
-            number = self.n_calls
-            self.n_calls += 1
-            if self._dead:
-                raise Killed
-            faulty = number == self._fail_at
-            self._full = self._full or (faulty and self._fault == "full from here on")
-            self._stuck = self._stuck or (faulty and self._fault == "nothing written from here on")
-            if faulty and self._fault == "kill":
-                self._dead = True
-                self.die()
-                raise Killed
-        if faulty and self._fault in {"ENOSPC", "EIO"}:
-            code = getattr(errno, self._fault)
-            raise OSError(code, os.strerror(code))
-        if self._full and name in {"raw_mkdir", "raw_open", "raw_pwrite", "raw_write"}:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if name in {"raw_pwrite", "raw_write"}:
-            descriptor, data, *rest = arguments
-            assert isinstance(data, memoryview)
-            if self._stuck:
-                return 0
-            if faulty and self._fault == "short write":
-                data = data[: max(1, len(data) // 2)]
-            arguments = (descriptor, data, *rest)
-        return self.perform(name, arguments)
-
-    def perform(self, name: str, arguments: tuple[object, ...]) -> object:
-        return None if name == "raw_fsync" else getattr(Disk, name)(self, *arguments)
-
-    def die(self) -> None:
-        """What happens to the disk at the moment of the kill."""
-
-
-def _intercepted(name: str) -> Callable[..., object]:
-    return lambda self, *arguments: self.intercept(name, arguments)
-
-
-for primitive in PRIMITIVES:
-    setattr(FaultyDisk, primitive, _intercepted(primitive))
-
-
-class PowerCut(FaultyDisk):
-    """At the kill, part of what was written since each file's last fsync is lost: zeroed, cut off, or the whole file."""
-
-    def __init__(self, fail_at: int, seed: int) -> None:
-        super().__init__(fail_at, "kill")
-        self._random = random.Random(seed)
-        self._unsynced: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        self._paths: dict[tuple[int, int], Path] = {}
-        self._guard = threading.Lock()
-
-    def perform(self, name: str, arguments: tuple[object, ...]) -> object:
-        if name in {"raw_pwrite", "raw_write", "raw_fsync"}:
-            descriptor = arguments[0]
-            assert isinstance(descriptor, int)
-            status = os.fstat(descriptor)
-            key = (status.st_dev, status.st_ino)
-            with self._guard:
-                self._paths[key] = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-                if name == "raw_fsync":
-                    self._unsynced.pop(key, None)
-                else:
-                    data = arguments[1]
-                    assert isinstance(data, memoryview)
-                    start = arguments[2] if name == "raw_pwrite" else status.st_size
-                    assert isinstance(start, int)
-                    self._unsynced.setdefault(key, []).append((start, start + len(data)))
-        return super().perform(name, arguments)
-
-    def die(self) -> None:
-        with self._guard:
-            for key, ranges in self._unsynced.items():
-                path = self._paths[key]
-                if not path.exists():
-                    continue
-                fate = self._random.choice(["kept", "zeroed", "zeroed", "zeroed", "cut", "gone"])
-                if fate == "gone":
-                    path.unlink()
-                    continue
-                with path.open("r+b") as file:
-                    if fate == "cut":
-                        file.truncate(self._random.randrange(path.stat().st_size + 1))
-                    elif fate == "zeroed":
-                        for start, stop in ranges:
-                            if self._random.random() < 0.5:
-                                file.seek(start)
-                                file.write(bytes(stop - start))
+from qformat.converters.convert import ConversionOptions, convert
+from qformat.errors import TargetError
+from tests.converters.faulty_disk import OPTIONS, FaultyDisk, Killed, PowerCut, place
+from tests.small_models import contents, names_beside, write_tiny
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("interruptions") / "source", n_shards=2)
-
-
-OPTIONS = ConversionOptions(max_shard_nbytes=2000)
 
 
 @pytest.fixture(scope="module")
@@ -173,17 +43,11 @@ def old(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
     return contents(out)
 
 
-def place(folder: Path, files: dict[str, bytes]) -> Path:
-    folder.mkdir(parents=True)
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def count_calls(source: Path, out: Path, *, workers: int, force: bool) -> int:
+def calls_of(source: Path, out: Path, *, workers: int, force: bool) -> list[str]:
+    """Return the primitives that a whole conversion calls, in order."""
     disk = FaultyDisk()
     convert(source, out, OPTIONS, workers=workers, force=force, disk=disk)
-    return disk.n_calls
+    return disk.names
 
 
 def check_and_repeat(
@@ -223,9 +87,11 @@ def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_repetition
 ) -> None:
     before = old if replacing else None
     rehearsal = place(tmp_path / "rehearsal" / "out", old) if replacing else tmp_path / "out"
-    n_calls = count_calls(source, rehearsal, workers=workers, force=replacing)
-    assert n_calls > 60
-    for k in range(n_calls):
+    calls = calls_of(source, rehearsal, workers=workers, force=replacing)
+    assert len(calls) > 60
+    for k, call in enumerate(calls):
+        if "write" in fault and "write" not in call:
+            continue  # only a write can be short
         parent = tmp_path / str(k)
         parent.mkdir()
         out = place(parent / "out", old) if replacing else parent / "out"
@@ -241,8 +107,8 @@ def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_repetition
                 assert "bytes are needed" in str(refused)
                 assert "are free" in str(refused)
         else:
-            # Only a write can be short; a number of calls that is not reached is no fault at all.
-            assert "from here on" in fault or fault == "short write" or disk.n_calls <= k
+            # With several workers the k-th call of this run may be another one, or none.
+            assert fault == "short write" or "from here on" in fault or disk.n_calls <= k
             assert contents(out) == whole
         check_and_repeat(source, out, workers=workers, force=replacing, old=before, whole=whole)
 
@@ -253,7 +119,7 @@ def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_re
     workers: int, replacing: bool, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
 ) -> None:
     rehearsal = place(tmp_path / "rehearsal" / "out", old) if replacing else tmp_path / "out"
-    n_calls = count_calls(source, rehearsal, workers=workers, force=replacing)
+    n_calls = len(calls_of(source, rehearsal, workers=workers, force=replacing))
     for k in range(n_calls):
         parent = tmp_path / str(k)
         parent.mkdir()
@@ -268,7 +134,7 @@ def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_re
 def test_a_second_and_a_third_kill_during_the_repetition_change_nothing(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    n_calls = count_calls(source, tmp_path / "out", workers=1, force=False)
+    n_calls = len(calls_of(source, tmp_path / "out", workers=1, force=False))
     for k in range(0, n_calls, 5):
         parent = tmp_path / str(k)
         parent.mkdir()

@@ -1,0 +1,293 @@
+"""`qformat verify`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat import strict_json
+from qformat.cli.display import format_nbytes, format_table, progress_bar
+from qformat.errors import TargetError, UsageError
+
+if TYPE_CHECKING:
+    from qformat.artifact.verify import Finding, IntegrityReport
+    from qformat.codec.error_sums import ErrorSums
+    from qformat.converters.compare import Comparison, KeptComparison, PackedComparison
+    from qformat.report.facts import (
+        ComparisonFacts,
+        ErrorFacts,
+        FindingFacts,
+        KeptFacts,
+        ManifestFacts,
+        PackedFacts,
+        VerificationFacts,
+    )
+
+EXIT_FINDING = 1
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat verify SmolLM2-135M-Instruct-nf4
+  qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --report quality.html"""
+)
+@click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
+@click.option("--source", metavar="SRC", type=click.Path(path_type=Path), help="The checkpoint that ART was made from.")
+@click.option("--report", metavar="FILE.html", type=click.Path(path_type=Path), help="Write a page that opens offline.")
+@click.option("--sha256", is_flag=True, help="Also take the SHA-256 of every shard, as Hub and `sha256sum` do.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a core]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    artifact: Path,
+    source: Path | None,
+    report: Path | None,
+    sha256: bool,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Prove that the artifact in folder ART is whole: its structure and the digest of every byte.
+
+    With --source, also encode every weight again and compare the bytes, compare every kept tensor bit for bit, and
+    measure how far what a reader computes with is from SRC. Exits with 1 if anything is wrong.
+    """
+    from qformat.converters.convert import default_workers
+
+    if report is not None and not report.absolute().parent.is_dir():
+        raise UsageError(f"--report {report}: there is no folder {report.absolute().parent}")
+    workers = workers or default_workers()
+    started = time.monotonic()
+    integrity = _check(artifact, sha256=sha256, workers=workers)
+    checked = time.monotonic()
+    comparison = _compare(artifact, source, integrity, workers) if source is not None else None
+    compared = time.monotonic()
+    facts = _facts(integrity, comparison)
+    if report is not None:
+        _write(facts, report)
+    if as_json:
+        seconds = {"integrity": round(checked - started, 3), "comparison": round(compared - checked, 3)}
+        click.echo(strict_json.dumps({**facts, "seconds": seconds}, indent=2))
+    else:
+        _show(facts, integrity_seconds=checked - started, comparison_seconds=compared - checked, report=report)
+    if not facts["good"]:
+        ctx.exit(EXIT_FINDING)
+
+
+def _check(artifact: Path, *, sha256: bool, workers: int) -> IntegrityReport:
+    from qformat.artifact.reader import read_manifest
+    from qformat.artifact.verify import verify_integrity
+    from qformat.errors import ArtifactError
+
+    try:
+        files = read_manifest(artifact).files
+    except ArtifactError:
+        files = {}  # verify_integrity tells why
+    total = sum(record.nbytes for record in files.values() if record.header_xxh3 is not None)
+    with progress_bar(total, "Checking digests") as update:
+        return verify_integrity(artifact, sha256=sha256, workers=workers, on_progress=update)
+
+
+def _compare(artifact: Path, source: Path, integrity: IntegrityReport, workers: int) -> Comparison | None:
+    """Compare, unless the artifact is too damaged to be opened: the integrity report has told why."""
+    from qformat.converters.compare import compare
+    from qformat.converters.safetensors_shards import SafetensorsShards
+    from qformat.errors import ArtifactError
+
+    opened = SafetensorsShards(source)
+    try:
+        total = sum(tensor.nbytes for tensor in opened.tensors.values())
+        with progress_bar(total, "Comparing with the source") as update:
+            return compare(artifact, opened, workers=workers, on_progress=update)
+    except ArtifactError:
+        if integrity.good:
+            raise
+        return None
+    finally:
+        opened.close()
+
+
+def _write(facts: VerificationFacts, report: Path) -> None:
+    from qformat.report.page import write_html
+
+    try:
+        write_html(facts, report)
+    except OSError as error:
+        raise TargetError(f"--report {report}: {error.strerror}") from error
+
+
+def _facts(integrity: IntegrityReport, comparison: Comparison | None) -> VerificationFacts:
+    findings = [*integrity.findings, *(comparison.findings if comparison is not None else ())]
+    return {
+        "path": str(integrity.path),
+        "good": not findings,
+        "findings": [_finding_facts(finding) for finding in findings],
+        "integrity": {
+            "good": integrity.good,
+            "n_files": integrity.n_files,
+            "nbytes": integrity.nbytes,
+            "sha256_checked": integrity.sha256_checked,
+        },
+        "manifest": _manifest_facts(integrity.path),
+        "comparison": _comparison_facts(comparison) if comparison is not None else None,
+    }
+
+
+def _finding_facts(finding: Finding) -> FindingFacts:
+    return {
+        "reason": finding.reason.value,
+        "file": finding.file,
+        "tensor": finding.tensor,
+        "component": finding.component,
+        "message": finding.message,
+    }
+
+
+def _manifest_facts(artifact: Path) -> ManifestFacts | None:
+    from qformat.artifact.reader import read_manifest
+    from qformat.errors import ArtifactError
+
+    try:
+        manifest = read_manifest(artifact)
+    except ArtifactError:
+        return None
+    return {
+        "format_version": manifest.format_version,
+        "generator": manifest.generator,
+        "source": manifest.source,
+        "recipe": manifest.recipe,
+        "files": {name: {"nbytes": record.nbytes, "sha256": record.sha256} for name, record in manifest.files.items()},
+    }
+
+
+def _comparison_facts(comparison: Comparison) -> ComparisonFacts:
+    from qformat.codec.error_sums import add_up
+
+    return {
+        "source": str(comparison.source),
+        "source_nbytes": comparison.source_nbytes,
+        "bits_per_weight": comparison.bits_per_weight,
+        "bits_per_parameter": comparison.bits_per_parameter,
+        "overall": _error_facts(comparison.overall),
+        "code_counts": list(comparison.code_counts),
+        "n_packed": comparison.n_packed,
+        "n_exact": comparison.n_exact,
+        "n_kept": comparison.n_kept,
+        "n_identical": comparison.n_identical,
+        "n_source_digests": comparison.n_source_digests,
+        "n_source_named": comparison.n_source_named,
+        "by_kind": [
+            {
+                "kind": kind,
+                "n_tensors": len(tensors),
+                "errors": _error_facts(add_up(tensor.errors for tensor in tensors)),
+            }
+            for kind, tensors in comparison.by_kind().items()
+        ],
+        "packed": [_packed_facts(tensor) for tensor in comparison.packed],
+        "kept": [_kept_facts(tensor) for tensor in comparison.kept],
+    }
+
+
+def _packed_facts(tensor: PackedComparison) -> PackedFacts:
+    from qformat.converters.compare import kind_of, layer_of
+
+    return {
+        "name": tensor.name,
+        "kind": kind_of(tensor.name),
+        "layer": layer_of(tensor.name),
+        "dtype": tensor.layout.float_format.value,
+        "shape": list(tensor.layout.shape),
+        "block_size": tensor.layout.block_size,
+        "double_quant": tensor.layout.double_quant,
+        "source_nbytes": tensor.source_nbytes,
+        "nbytes": tensor.nbytes,
+        "errors": _error_facts(tensor.errors),
+        "code_counts": list(tensor.code_counts),
+        "n_wrong_codes": tensor.n_wrong_codes,
+        "n_wrong_scales": tensor.n_wrong_scales,
+        "source_named": tensor.source_named,
+    }
+
+
+def _kept_facts(tensor: KeptComparison) -> KeptFacts:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "reason": tensor.keep_reason,
+        "nbytes": tensor.nbytes,
+        "n_wrong_bytes": tensor.n_wrong_bytes,
+        "source_named": tensor.source_named,
+    }
+
+
+def _error_facts(errors: ErrorSums) -> ErrorFacts:
+    return {
+        "n_weights": errors.n_weights,
+        "relative_rms": errors.relative_rms,
+        "snr_db": errors.snr_db,
+        "max_abs_error": errors.max_abs_error,
+        "cosine": errors.cosine,
+    }
+
+
+def _show(
+    facts: VerificationFacts, *, integrity_seconds: float, comparison_seconds: float, report: Path | None
+) -> None:
+    integrity, comparison = facts["integrity"], facts["comparison"]
+    checks = "structure and digests" + (", SHA-256 of every file" if integrity["sha256_checked"] else "")
+    rate = format_nbytes(integrity["nbytes"] / max(integrity_seconds, 1e-9))
+    click.echo(
+        f"{facts['path']}: {integrity['n_files']} files, {format_nbytes(integrity['nbytes'])}, {checks} checked in "
+        f"{integrity_seconds:.1f} s ({rate}/s): {'whole' if integrity['good'] else 'DAMAGED'}"
+    )
+    if comparison is not None:
+        _show_comparison(comparison, comparison_seconds)
+    for finding in facts["findings"]:
+        click.echo(f"{finding['reason']}: {click.unstyle(finding['message'])}")
+    if report is not None:
+        click.echo(f"report: {report}")
+    n_findings = len(facts["findings"])
+    click.echo("good" if facts["good"] else f"NOT GOOD: {n_findings} finding{'s' if n_findings != 1 else ''}")
+
+
+def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
+    rate = comparison["overall"]["n_weights"] / max(seconds, 1e-9)
+    click.echo(
+        f"{comparison['source']}: {format_nbytes(comparison['source_nbytes'])} compared in {seconds:.1f} s "
+        f"({rate / 1e6:,.0f} M weights/s)"
+    )
+    if comparison["packed"]:
+        rows: list[tuple[str, ...]] = [("module", "tensors", "weights", "rel. RMS", "max error", "SNR", "cosine")]
+        rows += [_row(kind["kind"], kind["n_tensors"], kind["errors"]) for kind in comparison["by_kind"]]
+        rows.append(_row("all", len(comparison["packed"]), comparison["overall"]))
+        click.echo()
+        click.echo(format_table(rows, right=range(1, 7)))
+        click.echo()
+    n_packed, n_kept = comparison["n_packed"], comparison["n_kept"]
+    for meaning, n_good, n_all in (
+        ("codes and scales as the recipe gives", comparison["n_exact"], n_packed),
+        ("kept tensors identical", comparison["n_identical"], n_kept),
+        ("source tensors as the manifest names", comparison["n_source_named"], comparison["n_source_digests"]),
+    ):
+        click.echo(f"{meaning}: {n_good} of {n_all}")
+
+
+def _row(name: str, n_tensors: int, errors: ErrorFacts) -> tuple[str, ...]:
+    def shown(value: float | None, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
+
+    return (
+        click.unstyle(name),
+        str(n_tensors),
+        f"{errors['n_weights']:,}",
+        shown(errors["relative_rms"], ".3%"),
+        shown(errors["max_abs_error"], ".4g"),
+        shown(errors["snr_db"], ".2f") + " dB",
+        shown(errors["cosine"], ".5f"),
+    )
