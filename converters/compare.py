@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,11 @@ from qformat.codec.error_sums import ErrorSums, RunningErrors, add_up, count_cod
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
-from qformat.converters.convert import default_workers
 from qformat.converters.execute import ABSMAX_CHUNK, CHUNK_NBYTES
 from qformat.converters.rules import module_path
 from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source, SourceTensor
+from qformat.cores import usable_cores
 from qformat.errors import Interrupted, Reason
 
 _NUMBER = re.compile(r"[0-9]{1,6}")
@@ -176,19 +176,44 @@ def compare(
     *,
     workers: int | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
+    on_compile: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Compare an artifact with its source. What does not fit is a finding, not an exception.
 
-    workers: threads, by default one a core; any number gives the same result. on_progress: source bytes done.
+    workers: threads, by default one a core; any number gives the same result. on_progress (source bytes done) and
+    on_compile (once, if kernels must be compiled) are for progress displays.
     Raises: ArtifactError and SourceError if one of the two cannot be opened.
     """
     opened = SafetensorsShards(Path(source)) if isinstance(source, Path | str) else source
     try:
         with open_artifact(artifact) as packed:
-            return _Run(packed, opened, on_progress).do(workers or default_workers())
+            _warm_up(packed.manifest.tensors.values(), on_compile)
+            return _Run(packed, opened, on_progress).do(workers or usable_cores())
     finally:
         if opened is not source:
             opened.close()
+
+
+def _warm_up(records: Iterable[TensorRecord], on_compile: Callable[[], None]) -> None:
+    """Load from the cache, or compile, what the comparison needs; views of a mapped file are read-only arrays."""
+    timer = threading.Timer(cpu.COMPILING_TAKES_S, on_compile)
+    timer.daemon = True
+    timer.start()
+    n_elements, n_blocks = 127, 2  # a whole block and a partial one
+    try:
+        codes, nested, table = np.zeros(64, np.uint8), np.zeros(1, np.float32), np.zeros(256, np.float32)
+        for array in (codes, nested, table):
+            array.setflags(write=False)
+        scales = np.zeros(n_blocks, np.float32)
+        cpu.decode_scales_into(codes[:n_blocks], nested, table, np.float32(0), scales)
+        for float_format in {record.layout.float_format for record in records if isinstance(record, PackedRecord)}:
+            cpu.warm_up(float_format)
+            raw: Raw = np.zeros(n_elements, float_format.raw_dtype)
+            cpu.decode_into(codes, scales, n_elements=n_elements, block_size=64, float_format=float_format, out=raw)
+            RunningErrors(float_format).add(raw, raw)
+        count_codes(codes, n_elements=n_elements)
+    finally:
+        timer.cancel()
 
 
 class _Buffers(threading.local):
@@ -323,10 +348,11 @@ class _Run:
             decoded = self._buffers.scales[: scales.size]
             cpu.decode_scales_into(
                 scales,
-                tensor.nested_absmax[blocks.start // NESTED_BLOCK_SIZE :],
+                tensor.nested_absmax,
                 tensor.nested_quant_map,
                 np.float32(tensor.state.nested_offset),
                 decoded,
+                first_block=blocks.start,
             )
             scales = decoded
         out = self._buffers.decoded[: n_elements * layout.float_format.nbytes].view(layout.float_format.raw_dtype)

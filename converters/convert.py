@@ -17,6 +17,7 @@ from qformat.converters.plan import Plan, make_plan
 from qformat.converters.recipe import Recipe, load_recipe
 from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source
+from qformat.cores import usable_cores
 from qformat.errors import TargetError, UsageError
 
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
@@ -117,16 +118,11 @@ def convert(
             if not staging.sealed_before:
                 for float_format in {task.layout.float_format for task in planned.packed}:
                     cpu.warm_up(float_format, on_compile=on_compile)
-                execute(planned, opened, staging, workers=workers or default_workers(), progress=on_progress)
+                execute(planned, opened, staging, workers=workers or usable_cores(), progress=on_progress)
             done_before = staging.sealed_before
     finally:
         opened.close()
     return ConversionSummary(out, planned, time.monotonic() - started, done_before)
-
-
-def default_workers() -> int:
-    """Return one thread for each core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_nonfinite(source: Source, planned: Plan) -> list[str]:

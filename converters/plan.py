@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import qformat
@@ -12,6 +13,7 @@ from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import NewTensor
 from qformat.artifact.layout import Shard, natural_order, place
+from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_NAME_NBYTES
 from qformat.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -25,7 +27,7 @@ from qformat.artifact.manifest import (
 from qformat.codec.floats import FloatFormat
 from qformat.converters import recipe as recipes
 from qformat.converters.recipe import NF4Options, Recipe
-from qformat.converters.rules import KeepReason, TensorInfo, skip_modules
+from qformat.converters.rules import KeepReason, TensorInfo, module_path, skip_modules
 from qformat.converters.safetensors_shards import CONFIG_NAME, INDEX_NAME
 from qformat.converters.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
@@ -42,6 +44,8 @@ _QUANTIZED_SUFFIXES = {
     ".weight_scale_inv": "fp8 with block scales",
     "_blocks": "MXFP4",
 }
+
+_REGEX_SYNTAX = re.compile(r"[][\\^$*+?{}|()]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +162,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         for tensor in tensors
         if (options := choices[tensor.name].options) is not None
     }
-    _refuse_colliding_names(source, tensors, layouts)
+    _refuse_names(source, tensors, layouts)
     groups = [_components(tensor, layouts.get(tensor.name)) for tensor in tensors]
     shards = place([list(group.values()) for group in groups], max_shard_nbytes=max_shard_nbytes)
     places = {
@@ -176,7 +180,10 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
             assert choice.reason is not None
             tasks.append(KeptTask(tensor, places[tensor.name], choice.reason))
     config = _config_bytes(source.config, skip_modules(choices, source.config), recipe, layouts)
-    small_files = {CONFIG_NAME: config, INDEX_NAME: _index_bytes(shards)}
+    index = _index_bytes(shards)
+    _refuse_unreadable(source, CONFIG_NAME, config, max_nbytes=MAX_CONFIG_NBYTES)
+    _refuse_unreadable(source, INDEX_NAME, index, max_nbytes=MAX_INDEX_NBYTES)
+    small_files = {CONFIG_NAME: config, INDEX_NAME: index}
     canonical: JsonObject = _as_json(recipe.canonical())
     return Plan(
         tasks=tuple(tasks),
@@ -215,14 +222,44 @@ def _refuse_quantized(source: Source, tensor: SourceTensor) -> None:
         )  # fmt: skip
 
 
-def _refuse_colliding_names(source: Source, tensors: list[SourceTensor], layouts: Mapping[str, PackedShape]) -> None:
-    counts = Counter(new.name for tensor in tensors for new in _components(tensor, layouts.get(tensor.name)).values())
-    name, count = counts.most_common(1)[0]
-    if count > 1:
-        raise SourceError(
-            Reason.DUPLICATE_TENSOR, source.location, "would be written twice", tensor=name,
-            next_step="A tensor has the name that a component of another one must get: rename or --skip it",
-        )  # fmt: skip
+def _refuse_names(source: Source, tensors: Sequence[SourceTensor], layouts: Mapping[str, PackedShape]) -> None:
+    """Refuse a name that a component must get, one too long for a component's suffix, and one with regex syntax."""
+    for tensor in tensors:
+        path = source.location / tensor.file
+        if tensor.name.endswith(".weight") and (found := _REGEX_SYNTAX.search(tensor.name)):
+            raise SourceError(
+                Reason.SKIP_MODULES,
+                path,
+                f"readers take the names of 16-bit modules as regular expressions, and {found[0]!r} is their syntax",
+                tensor=tensor.name,
+                next_step="Rename the module",
+            )
+        if tensor.name not in layouts:
+            continue
+        for part in Component:
+            name = tensor.name + part.value
+            if part is not Component.PACKED and name in source.tensors:
+                raise SourceError(
+                    Reason.DUPLICATE_TENSOR,
+                    path,
+                    f"has the name that the {part.label} of {tensor.name!r} must get",
+                    tensor=name,
+                    next_step=f"Keep that one as it is with --skip {module_path(tensor.name)!r}",
+                )
+            if len(name.encode("utf-8")) > MAX_NAME_NBYTES:
+                raise SourceError(
+                    Reason.HEADER_LIMIT,
+                    path,
+                    f"the name of its {part.label} would have more than {MAX_NAME_NBYTES} bytes",
+                    tensor=tensor.name,
+                    next_step="Keep it as it is with --skip",
+                )
+
+
+def _refuse_unreadable(source: Source, name: str, data: bytes, *, max_nbytes: int) -> None:
+    """Refuse what would be written but not read again: a file that is larger than a reader takes."""
+    path = source.location / f"{name} (as it would be written)"
+    strict_json.loads(data, path=path, max_nbytes=max_nbytes, error=SourceError)
 
 
 def _record(task: Task, digests: TensorDigests) -> TensorRecord:

@@ -36,7 +36,7 @@ class SafetensorsShards:
     kind = "safetensors"
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise SourceError(
                 Reason.MISSING_FILE,
                 folder,
@@ -106,7 +106,7 @@ class SafetensorsShards:
         return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
     def _refuse_artifact(self) -> None:
-        if (self.location / MANIFEST_NAME).exists():
+        if os.path.lexists(self.location / MANIFEST_NAME):
             raise SourceError(
                 Reason.ALREADY_QUANTIZED,
                 self.location,

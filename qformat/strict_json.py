@@ -15,8 +15,8 @@ MAX_INTEGER_DIGITS = 20
 MAX_FLOAT_LITERAL = 64
 
 MIN_NBYTES_PER_VALUE = 16
-"""A file of at most n bytes may hold n / 16 values: Python spends up to a hundred bytes on each, and a list of a million
-empty lists is no file of ours. The densest real one, a header with 40,000 tensors, has a seventh of that."""
+"""A file of at most n bytes may hold n / 16 values: Python spends up to a hundred bytes on each, and a list of a
+million empty lists is no file of ours. The densest real one, a header of 40,000 tensors, has a seventh of that."""
 
 # Possessive: a greedy loop would remember each character of a string, a hundred bytes for every byte of the file.
 _STRINGS = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
@@ -82,7 +82,7 @@ def dumps(value: object, *, indent: int | None = None) -> str:
 
 
 def _check_structure(text: str, max_values: int) -> None:
-    """Refuse deep nesting and too many values before the recursive parser sees them; what strings hold is no structure."""
+    """Refuse deep nesting and too many values before the recursive parser sees them; strings do not count."""
     skeleton = _STRINGS.sub("", text)
     n_values = 1 + skeleton.count(",") + skeleton.count("[") + skeleton.count("{")
     if n_values > max_values:

@@ -12,21 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+BASE = {"qformat.errors", "qformat.strict_json", "qformat.cores"}
+
 ALLOWED = {
     "qformat.errors": set(),
+    "qformat.cores": set(),
     "qformat.strict_json": {"qformat.errors"},
-    "qformat.codec": {"qformat.errors", "qformat.strict_json"},
-    "qformat.artifact": {"qformat.errors", "qformat.strict_json", "qformat.codec"},
-    "qformat.report": {"qformat.errors", "qformat.strict_json", "qformat.codec", "qformat.artifact"},
-    "qformat.converters": {"qformat.errors", "qformat.strict_json", "qformat.codec", "qformat.artifact"},
-    "qformat.cli": {
-        "qformat.errors",
-        "qformat.strict_json",
-        "qformat.codec",
-        "qformat.artifact",
-        "qformat.report",
-        "qformat.converters",
-    },
+    "qformat.codec": BASE,
+    "qformat.artifact": BASE | {"qformat.codec"},
+    "qformat.report": BASE | {"qformat.codec", "qformat.artifact"},
+    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact"},
+    "qformat.cli": BASE | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters"},
 }
 """What each layer may import besides itself. `qformat` itself (version, lazy public names) is free to all."""
 

@@ -110,7 +110,7 @@ class WrittenFile:
 
 
 class Follower:
-    """A thread that hashes `WrittenFile`s behind the threads that write them, so that nothing is read twice from disk."""
+    """A thread that hashes `WrittenFile`s behind the threads that write them: nothing is read twice from the disk."""
 
     def __init__(self, files: dict[str, WrittenFile]) -> None:
         self._files = files

@@ -185,7 +185,7 @@ class Artifact(Mapping[str, PackedTensor | KeptTensor]):
             with open_regular(self.path, shard, error=ArtifactError) as descriptor:
                 mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
             if len(mapped) != expected:
-                raise _size_error(self.path / shard, len(mapped), expected)
+                raise size_error(self.path / shard, len(mapped), expected)
             self._maps[shard] = np.frombuffer(mapped, np.uint8)
         return self._maps[shard]
 
@@ -204,7 +204,7 @@ def open_artifact(path: Path | str) -> Artifact:
             descriptor = stack.enter_context(open_regular(path, name, error=ArtifactError))
             nbytes = os.fstat(descriptor).st_size
             if nbytes != record.nbytes:
-                raise _size_error(path / name, nbytes, record.nbytes)
+                raise size_error(path / name, nbytes, record.nbytes)
             if record.header_xxh3 is not None:
                 descriptors[name] = descriptor
                 headers[name] = header.read(descriptor, path / name, error=ArtifactError)
@@ -241,7 +241,8 @@ def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, NewTen
     return expected
 
 
-def _size_error(path: Path, found: int, expected: int) -> ArtifactError:
+def size_error(path: Path, found: int, expected: int) -> ArtifactError:
+    """Return the error of a file that does not have the size that the manifest gives."""
     return ArtifactError(
         Reason.FILE_SIZE, path, f"{found} bytes, expected {expected}", next_step="Fetch the file again"
     )

@@ -3,7 +3,7 @@
 While `OUT` is being made, `OUT.partial/` holds
 
     lock       held by the one process that writes
-    journal    JSON lines, each behind its own XXH3-128: what was begun, and each part that is complete, with its digests
+    journal    JSON lines, each behind its XXH3-128: what was begun, and each part that is complete, with its digests
     folder/    the files under their final names
 
 The seal brings every file to the disk, notes in the journal that it is about to happen, and renames `folder/` to

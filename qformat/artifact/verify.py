@@ -6,6 +6,7 @@ finds every accident, and by the SHA-256 of its file, which also withstands inte
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from pathlib import Path
 from qformat.artifact import header
 from qformat.artifact.digests import sha256_of_file, xxh3_of_range
 from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, KeptRecord, Manifest
-from qformat.artifact.reader import expected_tensors, open_artifact, read_manifest
+from qformat.artifact.reader import expected_tensors, open_artifact, read_manifest, size_error
 from qformat.artifact.regular_files import open_regular
 from qformat.errors import ArtifactError, Reason
 
@@ -160,6 +161,9 @@ def _range_checks(
 
 
 def _check_whole(path: Path, descriptor: int, record: FileRecord) -> Finding | None:
+    nbytes = os.fstat(descriptor).st_size
+    if nbytes != record.nbytes:
+        return finding_of(size_error(path, nbytes, record.nbytes))
     try:
         found = sha256_of_file(descriptor, record.nbytes, path=path, error=ArtifactError)
     except ArtifactError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from qformat.artifact.verify import Finding, IntegrityReport
     from qformat.codec.error_sums import ErrorSums
     from qformat.converters.compare import Comparison, KeptComparison, PackedComparison
+    from qformat.converters.source import Source
     from qformat.report.facts import (
         ComparisonFacts,
         ErrorFacts,
@@ -56,16 +58,22 @@ def command(
     With --source, also encode every weight again and compare the bytes, compare every kept tensor bit for bit, and
     measure how far what a reader computes with is from SRC. Exits with 1 if anything is wrong.
     """
-    from qformat.converters.convert import default_workers
+    from qformat.converters.safetensors_shards import SafetensorsShards
+    from qformat.cores import usable_cores
 
-    if report is not None and not report.absolute().parent.is_dir():
-        raise UsageError(f"--report {report}: there is no folder {report.absolute().parent}")
-    workers = workers or default_workers()
-    started = time.monotonic()
-    integrity = _check(artifact, sha256=sha256, workers=workers)
-    checked = time.monotonic()
-    comparison = _compare(artifact, source, integrity, workers) if source is not None else None
-    compared = time.monotonic()
+    if report is not None:
+        _refuse_unwritable(report, artifact, source)
+    workers = workers or usable_cores()
+    with ExitStack() as stack:
+        opened = None
+        if source is not None:
+            opened = SafetensorsShards(source)
+            stack.callback(opened.close)
+        started = time.monotonic()
+        integrity = _check(artifact, sha256=sha256, workers=workers)
+        checked = time.monotonic()
+        comparison = _compare(artifact, opened, integrity, workers) if opened is not None else None
+        compared = time.monotonic()
     facts = _facts(integrity, comparison)
     if report is not None:
         _write(facts, report)
@@ -73,9 +81,23 @@ def command(
         seconds = {"integrity": round(checked - started, 3), "comparison": round(compared - checked, 3)}
         click.echo(strict_json.dumps({**facts, "seconds": seconds}, indent=2))
     else:
-        _show(facts, integrity_seconds=checked - started, comparison_seconds=compared - checked, report=report)
+        _show(facts, source, report, integrity_seconds=checked - started, comparison_seconds=compared - checked)
     if not facts["good"]:
         ctx.exit(EXIT_FINDING)
+
+
+def _refuse_unwritable(report: Path, artifact: Path, source: Path | None) -> None:
+    """Refuse what would fail after minutes of work, or spoil what is verified."""
+    folder = report.absolute().parent
+    if report.is_dir():
+        raise UsageError(f"--report {report}: is a folder, expected the name of a file")
+    if not folder.is_dir():
+        raise UsageError(f"--report {report}: there is no folder {folder}")
+    for checked in (artifact, source):
+        if checked is not None and folder.resolve().is_relative_to(checked.resolve()):
+            raise UsageError(
+                f"--report {report}: lies inside {checked}, which must stay as it is. Choose another folder"
+            )
 
 
 def _check(artifact: Path, *, sha256: bool, workers: int) -> IntegrityReport:
@@ -92,23 +114,25 @@ def _check(artifact: Path, *, sha256: bool, workers: int) -> IntegrityReport:
         return verify_integrity(artifact, sha256=sha256, workers=workers, on_progress=update)
 
 
-def _compare(artifact: Path, source: Path, integrity: IntegrityReport, workers: int) -> Comparison | None:
+def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers: int) -> Comparison | None:
     """Compare, unless the artifact is too damaged to be opened: the integrity report has told why."""
     from qformat.converters.compare import compare
-    from qformat.converters.safetensors_shards import SafetensorsShards
     from qformat.errors import ArtifactError
 
-    opened = SafetensorsShards(source)
+    total = sum(tensor.nbytes for tensor in source.tensors.values())
     try:
-        total = sum(tensor.nbytes for tensor in opened.tensors.values())
         with progress_bar(total, "Comparing with the source") as update:
-            return compare(artifact, opened, workers=workers, on_progress=update)
+            return compare(
+                artifact,
+                source,
+                workers=workers,
+                on_progress=update,
+                on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+            )
     except ArtifactError:
         if integrity.good:
             raise
         return None
-    finally:
-        opened.close()
 
 
 def _write(facts: VerificationFacts, report: Path) -> None:
@@ -237,7 +261,12 @@ def _error_facts(errors: ErrorSums) -> ErrorFacts:
 
 
 def _show(
-    facts: VerificationFacts, *, integrity_seconds: float, comparison_seconds: float, report: Path | None
+    facts: VerificationFacts,
+    source: Path | None,
+    report: Path | None,
+    *,
+    integrity_seconds: float,
+    comparison_seconds: float,
 ) -> None:
     integrity, comparison = facts["integrity"], facts["comparison"]
     checks = "structure and digests" + (", SHA-256 of every file" if integrity["sha256_checked"] else "")
@@ -248,8 +277,10 @@ def _show(
     )
     if comparison is not None:
         _show_comparison(comparison, comparison_seconds)
+    elif source is not None:
+        click.echo(f"{source}: not compared: the artifact cannot be opened")
     for finding in facts["findings"]:
-        click.echo(f"{finding['reason']}: {click.unstyle(finding['message'])}")
+        click.echo(f"{finding['reason']}: {finding['message']}")
     if report is not None:
         click.echo(f"report: {report}")
     n_findings = len(facts["findings"])
@@ -283,7 +314,7 @@ def _row(name: str, n_tensors: int, errors: ErrorFacts) -> tuple[str, ...]:
         return "-" if value is None else format(value, spec)
 
     return (
-        click.unstyle(name),
+        name,
         str(n_tensors),
         f"{errors['n_weights']:,}",
         shown(errors["relative_rms"], ".3%"),

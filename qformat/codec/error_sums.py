@@ -69,7 +69,7 @@ class ErrorSums:
         """Cosine of the angle between weights and decoded values, each taken as one vector."""
         if not self.finite or not self.weights_squared or not self.decoded_squared:
             return None
-        return self.products / math.sqrt(self.weights_squared) / math.sqrt(self.decoded_squared)
+        return self.products / math.sqrt(self.weights_squared * self.decoded_squared)
 
     @property
     def max_abs_error(self) -> float | None:

@@ -56,10 +56,10 @@ th, td { padding: 4px 10px; text-align: left; border-bottom: 1px solid var(--rul
 td { overflow-wrap: anywhere; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
-td.name { min-width: 16em; }
+td code { display: inline-block; min-width: 16em; }
 table.sortable th { cursor: pointer; } th[aria-sort=ascending]::after { content: " \\25B2"; }
 th[aria-sort=descending]::after { content: " \\25BC"; }
-.reason { color: var(--bad); font-weight: 600; }
+.reason { color: var(--bad); font-weight: 600; white-space: nowrap; }
 @media print { body { max-width: none; } .scroll { overflow: visible; } }
 """
 

@@ -41,11 +41,16 @@ N_LARGEST = 20
 
 
 def write_html(facts: VerificationFacts, path: Path) -> None:
-    """Write the page. Same facts, same bytes.
+    """Write the page, in one step once it is complete. Same facts, same bytes.
 
     Raises: OSError if the file cannot be written.
     """
-    path.write_text(page(facts), encoding="utf-8")
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        unfinished.write_text(page(facts), encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def page(facts: VerificationFacts) -> str:
@@ -78,7 +83,8 @@ def _verdict(facts: VerificationFacts) -> str:
     findings, integrity, comparison = facts["findings"], facts["integrity"], facts["comparison"]
     covered = "every digest" + (" and the SHA-256 of every file" if integrity["sha256_checked"] else "")
     size = f"{integrity['n_files']} files, {integrity['nbytes']:,} bytes"
-    checks = [_check(integrity["good"], f"The artifact is whole: structure and {covered} ({size})")]
+    whole = "whole" if integrity["good"] else "not whole"
+    checks = [_check(integrity["good"], f"The artifact is {whole}: structure and {covered} checked ({size})")]
     if comparison is None:
         checks.append('<li class="open">Not compared with a source</li>')
     else:
@@ -110,7 +116,7 @@ def _findings(findings: Sequence[FindingFacts]) -> str:
     rows = [
         [
             Cell(f'<span class="reason">{escape(finding["reason"])}</span>'),
-            Cell(escape(finding["tensor"] or finding["file"])),
+            name_cell(finding["tensor"] or finding["file"]),
             Cell(escape(finding["message"])),
         ]
         for finding in findings

@@ -138,11 +138,13 @@ def with_bitsandbytes(artifact: Path, name: str) -> np.ndarray:
 @pytest.mark.parametrize("block_size", [64, 256])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_figures_equal_those_of_bitsandbytes_and_torch_arithmetic(tmp_path: Path, dtype: str, block_size: int) -> None:
+    # Rows of whole blocks, or of an odd size: with AVX-512, bitsandbytes 0.50.2 decodes wrongly where a row ends
+    # within a block (its own codes too: 20% error instead of 9% for 576 columns in blocks of 256).
     tensors = {
-        "model.layers.0.self_attn.q_proj.weight": weight((576, 576), dtype, seed=1, scale=0.1),
-        "model.layers.0.self_attn.k_proj.weight": weight((192, 576), dtype, seed=2, scale=0.1),
+        "model.layers.0.self_attn.q_proj.weight": weight((576, 768), dtype, seed=1, scale=0.1),
+        "model.layers.0.self_attn.k_proj.weight": weight((192, 768), dtype, seed=2, scale=0.1),
         "model.layers.0.self_attn.v_proj.weight": weight((193, 577), dtype, seed=3, scale=0.02),
-        "model.layers.0.mlp.down_proj.weight": weight((576, 1536), dtype, seed=4),
+        "model.layers.0.mlp.down_proj.weight": weight((768, 1536), dtype, seed=4),
         NORM: weight((576,), dtype, seed=5),
     }
     source = write_checkpoint(tmp_path / "source", tensors, config=llama_config(n_layers=1))
@@ -450,13 +452,12 @@ def test_a_source_that_is_not_finite_is_found(
 
 
 def test_float16_codes_that_decode_to_infinity_are_found(tmp_path: Path) -> None:
-    """The second level may round a scale up: above 65504, float16 has only infinity."""
-    values = np.full((64, 640), 50000, np.float32)
-    values[:, ::64] = 65504
-    values[:32] /= 3
-    source = write_checkpoint(
-        tmp_path / "source", {DOWN: tensor_of(values, "F16"), NORM: weight((8,))}, config=llama_config(n_layers=1)
-    )
+    """The second level may round a scale up, here to 65,700: above 65,520, float16 has only infinity."""
+    values = np.zeros((640, 64), np.float32)  # a block a row
+    values[::2] = 65504
+    values[1:4] = 65504  # a mean of 32,957: the high scales lie 0.9875 times as far from it as the low ones
+    tensors = {DOWN: tensor_of(values.reshape(64, 640), "F16"), NORM: weight((8,))}
+    source = write_checkpoint(tmp_path / "source", tensors, config=llama_config(n_layers=1))
     convert(source, tmp_path / "out")
     with open_artifact(tmp_path / "out") as artifact:
         packed = artifact[DOWN]

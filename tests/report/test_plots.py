@@ -1,0 +1,68 @@
+"""Plots: well-formed, complete, and inside their picture whatever the values."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from qformat.report.plots import Point, code_histogram, layer_panel, ticks
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0, 1), (0.0918, 0.1013), (0.0931, 0.0932), (0, 0.0973), (1e-9, 3e-9), (0.25, 0.25), (0, 0), (0.5, 47.0)],
+)
+@pytest.mark.parametrize("at_most", [4, 5, 6])
+def test_ticks_cover_the_values_and_are_few(low: float, high: float, at_most: int) -> None:
+    marks = ticks(low, high, at_most=at_most)
+    assert 2 <= len(marks) <= at_most
+    assert marks[0] <= low + 1e-12
+    assert marks[-1] >= high - 1e-12
+    assert marks == sorted(set(marks))
+
+
+def numbers(svg: str, attribute: str) -> list[float]:
+    return [float(value) for value in re.findall(rf'\b{attribute}="(-?[\d.]+)"', svg)]
+
+
+def test_a_histogram_has_a_bar_and_a_mark_for_each_code() -> None:
+    svg = code_histogram([1 / 16] * 16, [index / 120 for index in range(16)])
+    root = ElementTree.fromstring(svg)
+    assert len(root.findall(".//rect")) == 16
+    assert len([line for line in root.findall(".//line") if line.get("class") == "ideal"]) == 16
+    heights = numbers(svg, "height")
+    assert heights == pytest.approx([heights[0]] * 16)
+
+
+def test_a_histogram_of_one_code_stays_inside_its_picture() -> None:
+    svg = code_histogram([1.0] + [0.0] * 15, [1 / 16] * 16)
+    assert min(numbers(svg, "y") + numbers(svg, "y1")) >= 0
+    assert max(numbers(svg, "y") + numbers(svg, "y1")) <= 280
+
+
+def test_a_panel_has_a_dot_for_each_tensor_and_a_line_through_the_layers() -> None:
+    points = [Point(0, 0.1, "a"), Point(0, 0.2, "b"), Point(5, 0.15, "c")]
+    svg = layer_panel(points, [0.1, 0.2], 6, "errors")
+    root = ElementTree.fromstring(svg)
+    assert len(root.findall(".//circle")) == 3
+    line = root.find(".//polyline")
+    assert line is not None
+    assert len((line.get("points") or "").split()) == 2
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3, 1000000])
+def test_a_panel_holds_any_number_of_layers(n_layers: int) -> None:
+    svg = layer_panel([Point(n_layers - 1, 0.1, "last")], ticks(0.1, 0.1), n_layers, "errors")
+    assert all(0 <= x <= 260 for x in numbers(svg, "cx"))
+    assert all(0 <= y <= 150 for y in numbers(svg, "cy"))
+
+
+def test_labels_and_titles_are_escaped() -> None:
+    svg = layer_panel([Point(0, 0.1, "</title><script>&")], [0, 1], 1, 'a"<b>')
+    root = ElementTree.fromstring(svg)
+    assert root.get("aria-label") == 'a"<b>'
+    title = root.find(".//circle/title")
+    assert title is not None
+    assert title.text == "</title><script>&"
