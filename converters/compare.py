@@ -7,11 +7,10 @@ gives the error figures; every kept tensor is compared bit for bit; every source
 
 from __future__ import annotations
 
-import math
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,155 +18,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.artifact.components import PackedShape
+from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.digests import Xxh3
 from qformat.artifact.manifest import KeptRecord, PackedRecord, TensorRecord
-from qformat.artifact.reader import Artifact, KeptTensor, PackedTensor, open_artifact
+from qformat.artifact.reader import Artifact, open_artifact
+from qformat.artifact.regular_files import open_regular, read_exactly
 from qformat.artifact.verify import Finding
-from qformat.codec import cpu
+from qformat.codec import cpu, quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP
-from qformat.codec.error_sums import ErrorSums, RunningErrors, add_up, count_codes
+from qformat.codec.error_sums import RunningErrors, count_codes
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
+from qformat.codec.quant_state import QuantState
+from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
 from qformat.converters.execute import ABSMAX_CHUNK, CHUNK_NBYTES
-from qformat.converters.rules import module_path
 from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source, SourceTensor
 from qformat.cores import usable_cores
-from qformat.errors import Interrupted, Reason
+from qformat.errors import ArtifactError, Interrupted, Reason
 
-_NUMBER = re.compile(r"[0-9]{1,6}")
-
-
-@dataclass(frozen=True, slots=True)
-class PackedComparison:
-    """What the comparison found out about a packed weight.
-
-    errors: of the values that a reader gets, in the weight's dtype. code_counts: how often each of the 16 codes
-    occurs. n_wrong_codes, n_wrong_scales: how many are not what encoding the source gives, or None where the source
-    cannot be encoded, since it is not finite. source_named: the source is the one whose digest the manifest has, or
-    None if it has none. nbytes: of all components.
-    """
-
-    name: str
-    layout: PackedShape
-    source_nbytes: int
-    nbytes: int
-    errors: ErrorSums
-    code_counts: tuple[int, ...]
-    n_wrong_codes: int | None
-    n_wrong_scales: int | None
-    source_named: bool | None
-
-    @property
-    def exact(self) -> bool:
-        """Whether codes and scales are what encoding the source gives."""
-        return self.n_wrong_codes == 0 and self.n_wrong_scales == 0
 
 
 @dataclass(frozen=True, slots=True)
-class KeptComparison:
-    """What the comparison found out about a tensor kept in 16 bit (or whatever it came in)."""
+class _StoredScales:
+    """The scales of a packed tensor as they lie in the artifact, under the names that its reader has for them."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    keep_reason: str
-    nbytes: int
-    n_wrong_bytes: int
-    source_named: bool
-
-    @property
-    def identical(self) -> bool:
-        """Whether it is the source's tensor, bit for bit."""
-        return self.n_wrong_bytes == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """The result of `compare`; tensors in the order of the manifest, without those that could not be compared.
-
-    n_packed, n_kept: how many of each the artifact has; n_source_digests: for how many of them the manifest has the
-    digest of the source.
-    """
-
-    artifact: Path
-    source: Path
-    packed: tuple[PackedComparison, ...]
-    kept: tuple[KeptComparison, ...]
-    n_packed: int
-    n_kept: int
-    n_source_digests: int
-    findings: tuple[Finding, ...]
-
-    @property
-    def good(self) -> bool:
-        """Whether nothing is wrong: every code, scale and kept bit is what this source gives."""
-        return not self.findings
-
-    @property
-    def overall(self) -> ErrorSums:
-        """The errors of all packed weights together."""
-        return add_up(tensor.errors for tensor in self.packed)
-
-    @property
-    def code_counts(self) -> tuple[int, ...]:
-        """How often each of the 16 codes occurs in the artifact."""
-        return tuple(sum(tensor.code_counts[code] for tensor in self.packed) for code in range(16))
-
-    @property
-    def n_exact(self) -> int:
-        """How many packed weights have the codes and scales that encoding the source gives."""
-        return sum(tensor.exact for tensor in self.packed)
-
-    @property
-    def n_identical(self) -> int:
-        """How many kept tensors are the source's, bit for bit."""
-        return sum(tensor.identical for tensor in self.kept)
-
-    @property
-    def n_source_named(self) -> int:
-        """How many source tensors are those whose digest the manifest has."""
-        named = sum(tensor.source_named is True for tensor in self.packed)
-        return named + sum(tensor.source_named for tensor in self.kept)
-
-    @property
-    def source_nbytes(self) -> int:
-        """Bytes of the compared tensors in the source."""
-        return sum(tensor.source_nbytes for tensor in self.packed) + sum(tensor.nbytes for tensor in self.kept)
-
-    @property
-    def bits_per_weight(self) -> float | None:
-        """Bits that a packed weight takes, all components counted."""
-        n_weights = sum(tensor.layout.n_elements for tensor in self.packed)
-        return 8 * sum(tensor.nbytes for tensor in self.packed) / n_weights if n_weights else None
-
-    @property
-    def bits_per_parameter(self) -> float | None:
-        """Bits that a parameter of the whole model takes, packed or kept."""
-        n_parameters = sum(tensor.layout.n_elements for tensor in self.packed)
-        n_parameters += sum(math.prod(tensor.shape) for tensor in self.kept)
-        nbytes = sum(tensor.nbytes for tensor in self.packed) + sum(tensor.nbytes for tensor in self.kept)
-        return 8 * nbytes / n_parameters if n_parameters else None
-
-    def by_kind(self) -> dict[str, tuple[PackedComparison, ...]]:
-        """Return the packed weights by kind of module (`q_proj`), in the order in which the kinds first occur."""
-        groups: dict[str, list[PackedComparison]] = {}
-        for tensor in self.packed:
-            groups.setdefault(kind_of(tensor.name), []).append(tensor)
-        return {kind: tuple(group) for kind, group in groups.items()}
-
-
-def kind_of(name: str) -> str:
-    """Return the kind of module that a tensor belongs to: the last part of its path that is no number."""
-    parts = [part for part in module_path(name).split(".") if not _NUMBER.fullmatch(part)]
-    return parts[-1] if parts else name
-
-
-def layer_of(name: str) -> int | None:
-    """Return the layer that a tensor belongs to: the first number in its path."""
-    return next((int(part) for part in name.split(".") if _NUMBER.fullmatch(part)), None)
+    state: QuantState
+    absmax: NDArray[Any]
+    nested_absmax: NDArray[np.float32] | None
+    nested_quant_map: NDArray[np.float32] | None
 
 
 def compare(
@@ -185,26 +65,28 @@ def compare(
     Raises: ArtifactError and SourceError if one of the two cannot be opened.
     """
     opened = SafetensorsShards(Path(source)) if isinstance(source, Path | str) else source
-    try:
-        with open_artifact(artifact) as packed:
-            _warm_up(packed.manifest.tensors.values(), on_compile)
-            return _Run(packed, opened, on_progress).do(workers or usable_cores())
-    finally:
+    with ExitStack() as stack:
         if opened is not source:
-            opened.close()
+            stack.callback(opened.close)
+        checked = stack.enter_context(open_artifact(artifact))
+        shards = {
+            name: stack.enter_context(open_regular(checked.path, name, error=ArtifactError))
+            for name, record in checked.manifest.files.items()
+            if record.header_xxh3 is not None
+        }
+        _warm_up(checked.manifest.tensors.values(), on_compile)
+        return _Run(checked, shards, opened, on_progress).do(workers or usable_cores())
 
 
 def _warm_up(records: Iterable[TensorRecord], on_compile: Callable[[], None]) -> None:
-    """Load from the cache, or compile, what the comparison needs; views of a mapped file are read-only arrays."""
+    """Load from the cache, or compile, what the comparison needs."""
     timer = threading.Timer(cpu.COMPILING_TAKES_S, on_compile)
     timer.daemon = True
     timer.start()
     n_elements, n_blocks = 127, 2  # a whole block and a partial one
     try:
-        codes, nested, table = np.zeros(64, np.uint8), np.zeros(1, np.float32), np.zeros(256, np.float32)
-        for array in (codes, nested, table):
-            array.setflags(write=False)
-        scales = np.zeros(n_blocks, np.float32)
+        codes, scales = np.zeros(64, np.uint8), np.zeros(n_blocks, np.float32)
+        nested, table = np.zeros(1, np.float32), np.zeros(256, np.float32)
         cpu.decode_scales_into(codes[:n_blocks], nested, table, np.float32(0), scales)
         for float_format in {record.layout.float_format for record in records if isinstance(record, PackedRecord)}:
             cpu.warm_up(float_format)
@@ -221,6 +103,7 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self.source = np.empty(CHUNK_NBYTES, np.uint8)
+        self.stored = np.empty(CHUNK_NBYTES, np.uint8)
         self.decoded = np.empty(CHUNK_NBYTES, np.uint8)
         self.packed = np.empty(CHUNK_NBYTES // 4, np.uint8)
         self.absmax = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
@@ -231,10 +114,16 @@ _Compared = tuple[PackedComparison | KeptComparison | None, list[Finding]]
 
 
 class _Run:
-    """One comparison: a task a tensor, and what the tasks share."""
+    """One comparison: a task a tensor, and what the tasks share.
 
-    def __init__(self, artifact: Artifact, source: Source, progress: Callable[[int], None]) -> None:
+    The artifact is read, not mapped: the pages of a mapped file would count as memory of the process.
+    """
+
+    def __init__(
+        self, artifact: Artifact, shards: Mapping[str, int], source: Source, progress: Callable[[int], None]
+    ) -> None:
         self._artifact = artifact
+        self._shards = shards
         self._source = source
         self._progress = progress
         self._buffers = _Buffers()
@@ -286,12 +175,11 @@ class _Run:
         return self._compare_packed(tensor, record)
 
     def _compare_kept(self, tensor: SourceTensor, record: KeptRecord) -> _Compared:
-        artifact_tensor = self._artifact[tensor.name]
-        assert isinstance(artifact_tensor, KeptTensor)
-        found = artifact_tensor.data.reshape(-1).view(np.uint8)
         digest, n_wrong = Xxh3(), 0
         for offset, chunk in self._chunks(tensor, digest):
-            n_wrong += _count_different(found[offset : offset + chunk.size], chunk)
+            stored = self._buffers.stored[: chunk.size]
+            self._read_stored(tensor.name, offset, stored)
+            n_wrong += _count_different(stored, chunk)
         named = digest.hexdigest() == record.xxh3
         compared = KeptComparison(
             tensor.name, record.dtype, record.shape, record.reason, tensor.nbytes, n_wrong, source_named=named
@@ -304,10 +192,9 @@ class _Run:
         return compared, []
 
     def _compare_packed(self, tensor: SourceTensor, record: PackedRecord) -> _Compared:
-        artifact_tensor = self._artifact[tensor.name]
-        assert isinstance(artifact_tensor, PackedTensor)
         layout = record.layout
         float_format = layout.float_format
+        stored = self._stored_scales(tensor.name, record)
         digest, errors = Xxh3(), RunningErrors(float_format)
         code_counts = np.zeros(16, np.int64)
         absmax = np.empty(layout.n_blocks, float_format.raw_dtype)
@@ -315,9 +202,10 @@ class _Run:
         for offset, chunk in self._chunks(tensor, digest):
             raw: Raw = chunk.view(float_format.raw_dtype)
             start = offset // float_format.nbytes
-            codes = artifact_tensor.packed[start // 2 : start // 2 + packed_nbytes(raw.size)]
+            codes = self._buffers.stored[: packed_nbytes(raw.size)]
+            self._read_stored(tensor.name, start // 2, codes)
             code_counts += count_codes(codes, n_elements=raw.size)
-            errors.add(raw, self._decode(artifact_tensor, codes, start, raw.size))
+            errors.add(raw, self._decode(layout, stored, codes, start, raw.size))
             expected = self._buffers.packed[: codes.size]
             scales = self._buffers.absmax[: block_count(raw.size, layout.block_size)]
             finite &= cpu.encode_into(raw, float_format, block_size=layout.block_size, packed=expected, absmax=scales)
@@ -333,24 +221,25 @@ class _Run:
             errors=errors.sums(),
             code_counts=tuple(code_counts.tolist()),
             n_wrong_codes=n_wrong_codes if finite else None,
-            n_wrong_scales=_count_wrong_scales(artifact_tensor, absmax) if finite else None,
+            n_wrong_scales=_count_wrong_scales(stored, absmax, float_format) if finite else None,
             source_named=named,
         )
         return compared, list(self._judge_packed(tensor, compared))
 
-    def _decode(self, tensor: PackedTensor, codes: NDArray[np.uint8], start: int, n_elements: int) -> Raw:
+    def _decode(
+        self, layout: PackedShape, stored: _StoredScales, codes: NDArray[np.uint8], start: int, n_elements: int
+    ) -> Raw:
         """Decode codes that begin at element `start` as a reader does, into scratch memory."""
-        layout = tensor.layout
         blocks = slice(start // layout.block_size, block_count(start + n_elements, layout.block_size))
-        scales = tensor.absmax[blocks]
-        if tensor.nested_absmax is not None and tensor.nested_quant_map is not None:
-            assert tensor.state.nested_offset is not None
+        scales = stored.absmax[blocks]
+        if stored.nested_absmax is not None and stored.nested_quant_map is not None:
+            assert stored.state.nested_offset is not None
             decoded = self._buffers.scales[: scales.size]
             cpu.decode_scales_into(
                 scales,
-                tensor.nested_absmax,
-                tensor.nested_quant_map,
-                np.float32(tensor.state.nested_offset),
+                stored.nested_absmax,
+                stored.nested_quant_map,
+                np.float32(stored.state.nested_offset),
                 decoded,
                 first_block=blocks.start,
             )
@@ -384,6 +273,28 @@ class _Run:
         if compared.n_wrong_codes is not None and not compared.errors.finite:
             problem = "some codes decode to values that are not finite"
             yield self._artifact_finding(Reason.NONFINITE_WEIGHT, tensor.name, problem)
+
+    def _stored_scales(self, name: str, record: PackedRecord) -> _StoredScales:
+        def read(part: Component, dtype: str) -> NDArray[Any]:
+            data = np.empty(self._artifact.located[name + part.value].entry.nbytes, np.uint8)
+            self._read_stored(name + part.value, 0, data)
+            return data.view(dtype)
+
+        nested = record.layout.double_quant
+        return _StoredScales(
+            state=quant_state.parse(
+                read(Component.QUANT_STATE, "u1").tobytes(), path=self._artifact.path, tensor=name
+            ),
+            absmax=read(Component.ABSMAX, "u1" if nested else "<f4"),
+            nested_absmax=read(Component.NESTED_ABSMAX, "<f4") if nested else None,
+            nested_quant_map=read(Component.NESTED_QUANT_MAP, "<f4") if nested else None,
+        )
+
+    def _read_stored(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill `out` with bytes of a tensor of the artifact's shards, from its byte `offset` on."""
+        where = self._artifact.located[name]
+        path = self._artifact.path / where.shard
+        read_exactly(self._shards[where.shard], where.entry.start + offset, out.data, path=path, error=ArtifactError)
 
     def _chunks(self, tensor: SourceTensor, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Yield (byte offset, bytes) of a source tensor, hashing as they pass. The bytes are scratch memory."""
@@ -426,26 +337,25 @@ def _count_different_codes(found: NDArray[np.uint8], expected: NDArray[np.uint8]
     return int(np.count_nonzero(changed >> 4) + np.count_nonzero(changed & 15))
 
 
-def _count_wrong_scales(tensor: PackedTensor, absmax: Raw) -> int:
+def _count_wrong_scales(stored: _StoredScales, absmax: Raw, float_format: FloatFormat) -> int:
     """Return how many stored numbers of the scales are not what absmax values [n_blocks] of the source give."""
-    float_format = tensor.layout.float_format
-    nested_absmax, nested_map = tensor.nested_absmax, tensor.nested_quant_map
+    nested_absmax, nested_map = stored.nested_absmax, stored.nested_quant_map
     if nested_absmax is None or nested_map is None:
         return sum(
-            _count_different(tensor.absmax[start : start + values.size], values)
+            _count_different(stored.absmax[start : start + values.size], values)
             for start, values in _absmax_chunks(absmax, float_format)
         )
     total = 0.0
     for _, values in _absmax_chunks(absmax, float_format):
         total = cpu.add_in_order(values, total)
     offset = np.float32(total / absmax.size if absmax.size else 0)
-    n_wrong = int(tensor.state.nested_offset != float(offset)) + _count_different(nested_map, DYNAMIC_MAP)
+    n_wrong = int(stored.state.nested_offset != float(offset)) + _count_different(nested_map, DYNAMIC_MAP)
     for start, values in _absmax_chunks(absmax, float_format):
         codes = np.empty(values.size, np.uint8)
         nested = np.empty(block_count(values.size, NESTED_BLOCK_SIZE), np.float32)
         cpu.encode_absmax_into(values, offset, codes=codes, nested_absmax=nested)
         group = start // NESTED_BLOCK_SIZE
-        n_wrong += _count_different(tensor.absmax[start : start + values.size], codes)
+        n_wrong += _count_different(stored.absmax[start : start + values.size], codes)
         n_wrong += _count_different(nested_absmax[group : group + nested.size], nested)
     return n_wrong
 

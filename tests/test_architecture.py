@@ -20,6 +20,7 @@ ALLOWED = {
     "qformat.strict_json": {"qformat.errors"},
     "qformat.codec": BASE,
     "qformat.artifact": BASE | {"qformat.codec"},
+    "qformat.kernels": BASE | {"qformat.codec"},
     "qformat.report": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.converters": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.cli": BASE | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters"},

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qformat.artifact import header, layout
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.digests import xxh3
@@ -65,21 +66,13 @@ class Encoded:
             return narrow(values, float_format)
 
     def component_bytes(self) -> dict[Component, bytes]:
-        parts: dict[Component, bytes] = {
-            Component.PACKED: self.packed.tobytes(),
-            Component.ABSMAX: self.absmax.tobytes(),
-            Component.QUANT_MAP: NF4_CODEBOOK.tobytes(),
-            Component.QUANT_STATE: padded(self),
-        }
+        parts = {Component.PACKED: self.packed.tobytes(), Component.ABSMAX: self.absmax.tobytes()}
         if self.nested_absmax is not None and self.nested_quant_map is not None:
             parts[Component.NESTED_ABSMAX] = self.nested_absmax.tobytes()
             parts[Component.NESTED_QUANT_MAP] = self.nested_quant_map.tobytes()
+        parts[Component.QUANT_MAP] = NF4_CODEBOOK.tobytes()
+        parts[Component.QUANT_STATE] = self.state.to_padded_json()
         return parts
-
-
-def padded(encoded: Encoded) -> bytes:
-    """The record; one that says bfloat16 has the size of one that says float32."""
-    return encoded.state.to_padded_json()
 
 
 def encode(raw: Raw, float_format: FloatFormat, shape: Sequence[int], block_size: int, double_quant: bool) -> Encoded:
@@ -160,7 +153,7 @@ class TensorVectors:
                 vector["nested_quant_map"] = e.nested_quant_map.tobytes().hex()
             assert e.state.nested_offset is not None
             vector["nested_offset_bits"] = f"{np.float32(e.state.nested_offset).view(np.uint32):08X}"
-        vector["quant_state"] = padded(e).decode("ascii")
+        vector["quant_state"] = e.state.to_padded_json().decode("ascii")
         vector["decoded"] = {f.value: e.decode(f).tobytes().hex() for f in decoded}
         self.vectors.append(vector)
 
@@ -215,8 +208,9 @@ def tensor_vectors() -> list[JsonObject]:
     scales = np.abs(rng.normal(0, 1, 513)) * np.where(np.arange(513) // 256 == 1, 100, 1) + 0.01
     weights = rng.normal(0, 0.3, (513, 32)).clip(-1, 1)
     weights[:, 3] = 1
+    values = (weights * scales[:, None]).reshape(-1)[:-7]
     v.encode("three_nested_groups", "513 blocks: two whole nested groups and one of a single block", "N3 N4 N5 N7",
-             (weights * scales[:, None]).reshape(-1)[:-7], shape=(1, 513 * 32 - 7), block=32, decoded=(BF16,))  # fmt: skip
+             values, shape=(1, values.size), block=32, decoded=(BF16,))  # fmt: skip
     v.encode("equal_scales", "two blocks with the same absmax: nested_absmax 0, every code 0", "N6 N7",
              [1.5, -0.25] * 64, shape=(2, 64))  # fmt: skip
     huge, half_ulp = 2.0**53, 2.0**29
@@ -231,7 +225,9 @@ def tensor_vectors() -> list[JsonObject]:
              second_level_ties(), dtype=F32, block=32, decoded=(F32,))  # fmt: skip
     v.refuse("nan_refused", "a NaN", "E4", [0.5, np.nan, 0.25], dtype=BF16)
     v.refuse("infinity_refused", "an infinity in a whole block", "E4", [1.0] * 63 + [-np.inf], dtype=F16)
-    v.refuse("nan_in_tail_refused", "a NaN as the last element of a partial block", "E4", [1.0] * 64 + [np.nan], dtype=F32)
+    v.refuse(
+        "nan_in_tail_refused", "a NaN as the last element of a partial block", "E4", [1.0] * 64 + [np.nan], dtype=F32
+    )
     decoder_vectors(v)
     return v.vectors
 
@@ -287,11 +283,15 @@ def decoder_vectors(v: TensorVectors) -> None:
                           np.array([0.017], np.float32), DYNAMIC_MAP)  # fmt: skip
     v.decode("offset_rounded_to_float32", "an offset with more digits than a float32 has", "N7 N10", not_float32)
     single = PackedShape((1, 32 * 32), F32, 32, False)
-    bf16_ties = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF808000, 0xBF818000, 0x00008000,
-                          0x00018000, 0x7F7F8000, 0x7F7F7FFF, 0xFF7F8000, 0x00000001, 0x3F7FFFFF], np.uint32)  # fmt: skip
-    f16_ties = np.array([0x3F801000, 0x3F803000, 0x3F801001, 0x3F800FFF, 0x477FF000, 0x477FEFFF, 0xC77FF000,
-                         0x33000000, 0x33000001, 0x33800000, 0x33C00000, 0x387FE000, 0x387FF000], np.uint32)  # fmt: skip
-    scales = np.concatenate([bf16_ties, f16_ties, np.zeros(6, np.uint32)]).view(np.float32)
+    bf16_ties = [
+        0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF808000, 0xBF818000, 0x00008000, 0x00018000, 0x7F7F8000,
+        0x7F7F7FFF, 0xFF7F8000, 0x00000001, 0x3F7FFFFF,
+    ]  # fmt: skip
+    f16_ties = [
+        0x3F801000, 0x3F803000, 0x3F801001, 0x3F800FFF, 0x477FF000, 0x477FEFFF, 0xC77FF000, 0x33000000, 0x33000001,
+        0x33800000, 0x33C00000, 0x387FE000, 0x387FF000,
+    ]  # fmt: skip
+    scales = np.array(bf16_ties + f16_ties + [0] * 6, np.uint32).view(np.float32)
     codes = np.tile(np.array([15, 0, 7, 8], np.uint8), 256)
     rounding = Encoded(single, QuantState(32, F32, (1, 1024), None), nf4.pack(codes), scales)
     v.decode("rounding", "ties to even, gradual underflow, overflow: the scales are the values", "F2 F3 E11", rounding)
@@ -346,8 +346,7 @@ class ArtifactVectors:
             shard.name: shard.header + b"".join(contents[placed.tensor.name] for placed in shard.tensors)
             for shard in shards
         }
-        records = {file: _record(data, len(shard.header)) for shard in shards for file, data in files.items()
-                   if file == shard.name}  # fmt: skip
+        records = {shard.name: _record(files[shard.name], len(shard.header)) for shard in shards}
         weight_map = {placed.tensor.name: shard.name for shard in shards for placed in shard.tensors}
         small = dict(side_files or {})
         small["config.json"] = _config(ordered)
@@ -406,12 +405,8 @@ def _record(data: bytes, header_nbytes: int | None) -> FileRecord:
 def _tensor_record(tensor: Encoded | Kept) -> PackedRecord | KeptRecord:
     if isinstance(tensor, Kept):
         return KeptRecord(tensor.dtype, tensor.shape, xxh3(tensor.data), tensor.reason)
-    components = {part: xxh3(data) for part, data in sorted(tensor.component_bytes().items(), key=_component_order)}
+    components = {part: xxh3(data) for part, data in tensor.component_bytes().items()}
     return PackedRecord(tensor.layout, components, None)
-
-
-def _component_order(item: tuple[Component, bytes]) -> int:
-    return list(Component).index(item[0])
 
 
 def _config(tensors: Mapping[str, Encoded | Kept]) -> bytes:
@@ -441,9 +436,7 @@ def _expected(tensor: Encoded | Kept) -> JsonObject:
 def artifact_vectors(folder: Path) -> list[JsonObject]:
     rng = np.random.default_rng(1729)
 
-    def weight(
-        shape: Sequence[int], dtype: FloatFormat = BF16, block: int = 64, *, double: bool = True
-    ) -> Encoded:
+    def weight(shape: Sequence[int], dtype: FloatFormat = BF16, block: int = 64, *, double: bool = True) -> Encoded:
         return encode(raw_of(rng.normal(0, 0.02, math.prod(shape)), dtype), dtype, shape, block, double)
 
     def norm(n: int, dtype: FloatFormat = BF16) -> Kept:
@@ -455,8 +448,9 @@ def artifact_vectors(folder: Path) -> list[JsonObject]:
           "L1 S1 S2 S3 S9 S10 S13 S14 S15 N1 N8 N9 M1 M2 M3 M4 M5 M6 M9 B1 B2 B3",
           {layer + "q_proj.weight": weight((8, 24)), "model.norm.weight": norm(24)},
           side_files={"generation_config.json": b'{"do_sample": false}\n'})  # fmt: skip
+    single_level = weight((16, 20), F16, 128, double=False)
     a.add("single_level", "without double quantization: float32 scales", "S9 S12 N8 N9",
-          {layer + "q_proj.weight": weight((16, 20), F16, 128, double=False), "model.norm.weight": norm(5, F16)})  # fmt: skip
+          {layer + "q_proj.weight": single_level, "model.norm.weight": norm(5, F16)})  # fmt: skip
     a.add("mixed_shards", "several shards, formats and block sizes; layer 10 comes after layer 2; a kept projection",
           "S10 S14 S15 B2 B3",
           {
@@ -491,7 +485,8 @@ def artifact_vectors(folder: Path) -> list[JsonObject]:
                                                np.array([5, 6], np.uint8), np.array([-1], np.float32),
                                                DYNAMIC_MAP[::-1].copy()),
           })  # fmt: skip
-    a.add("kept_only", "nothing packed; kept tensors of every dtype, empty, scalar and of eight dimensions", "S4 S5 M3 X6",
+    a.add("kept_only", "nothing packed; kept tensors of every dtype, empty, scalar and of eight dimensions",
+          "S4 S5 M3 X6",
           {f"model.buffer.{dtype}": Kept(dtype, (3,), rng.bytes(3 * nbytes) if dtype != "BOOL" else b"\0\1\1")
            for dtype, nbytes in header.ELEMENT_NBYTES.items()}
           | {"model.empty": Kept("F32", (0, 4), b""), "model.scalar": Kept("BF16", (), b"\x80\x3f"),
@@ -501,7 +496,8 @@ def artifact_vectors(folder: Path) -> list[JsonObject]:
           side_files={"许可证 1.txt": "Frei für alle.\n".encode()})  # fmt: skip
     a.add("odd_sizes", "one element, odd tails, partial blocks", "E7 E10 S9",
           {"model.a_proj.weight": weight((1, 1)), "model.b_proj.weight": weight((3, 5), F16, double=False),
-           "model.c_proj.weight": weight((5, 13), F32, 32), "model.d_proj.weight": weight((1, 63), F32, 32)})  # fmt: skip
+           "model.c_proj.weight": weight((5, 13), F32, 32),
+           "model.d_proj.weight": weight((1, 63), F32, 32)})  # fmt: skip
     a.add("other_layout", "valid, but by another writer: file names, order, white space and metadata differ",
           "S13 S2 S3", {layer + "q_proj.weight": weight((4, 16)), "model.norm.weight": norm(8)})  # fmt: skip
     relay(folder / "other_layout")
@@ -535,7 +531,11 @@ def relay(folder: Path) -> None:
     for name in ordered:
         begin, end = entries[name]["data_offsets"]
         offsets = [len(payload), len(payload) + end - begin]
-        header_entries[name] = {"data_offsets": offsets, "shape": entries[name]["shape"], "dtype": entries[name]["dtype"]}
+        header_entries[name] = {
+            "data_offsets": offsets,
+            "shape": entries[name]["shape"],
+            "dtype": entries[name]["dtype"],
+        }
         payload += data[8 + nbytes + begin : 8 + nbytes + end]
     document = dict(reversed(header_entries.items())) | {"__metadata__": {"format": "pt", "author": "somebody else"}}
     text = json.dumps(document, indent=1).encode("utf-8")

@@ -32,13 +32,14 @@ _MAX_LINE_NBYTES = 2**20
 class Staging:
     """An output folder in the making. Use as a context manager: leaving it without `seal` keeps it resumable."""
 
-    def __init__(self, out: Path, work: Path, disk: Disk, lock: int) -> None:
+    def __init__(self, out: Path, work: Path, disk: Disk, lock: int, *, replace: bool) -> None:
         self.out = out
         self.work = work
         self.disk = disk
         self.folder = work / "folder"
         self.entries: list[JsonObject] = []
         self.sealed_before = False
+        self._replace = replace
         self._journal_path = work / "journal"
         self._lock: int | None = lock
         self._journal: int | None = None
@@ -60,9 +61,9 @@ class Staging:
         elif work.is_symlink() or not work.is_dir() or (not (work / "lock").is_file() and _holds_something(work)):
             raise TargetError(f"{work}: is in the way, and qformat did not make it. Move it or choose another OUT")
         disk.make_folder(work)
-        staging = cls(out, work, disk, _take_lock(work, disk))
+        staging = cls(out, work, disk, _take_lock(work, disk), replace=replace)
         try:
-            staging._continue_or_start(fingerprint, replace=replace, restart=restart)
+            staging._continue_or_start(fingerprint, restart=restart)
         except BaseException:
             staging.close()
             raise
@@ -90,9 +91,10 @@ class Staging:
             finally:
                 os.close(descriptor)
         self.disk.sync_folder(self.folder)
+        check_target(self.out, replace=self._replace)  # hours may have passed: what stands there now?
         self.record({"sealing": _manifest_digest(self.folder)})
         self.disk.sync(self._journal, self._journal_path)
-        if self.out.is_dir() and any(self.out.iterdir()):
+        if os.path.isdir(self.out) and _holds_something(self.out):
             self.disk.exchange(self.folder, self.out, aside=self.work / "replaced")
         else:
             self.disk.rename(self.folder, self.out)
@@ -106,10 +108,10 @@ class Staging:
                 os.close(descriptor)
         self._journal = self._lock = None
 
-    def _continue_or_start(self, fingerprint: str, *, replace: bool, restart: bool) -> None:
+    def _continue_or_start(self, fingerprint: str, *, restart: bool) -> None:
         entries, valid_nbytes = ([], 0) if restart else _read_journal(self._journal_path)
         if entries and entries[0].get("fingerprint") != fingerprint:
-            check_target(self.out, replace=replace)
+            check_target(self.out, replace=self._replace)
             raise TargetError(
                 f"{self.work}: was begun from another source, recipe or options than these. "
                 "Continue with the same ones, or drop what is there with --restart"
@@ -120,7 +122,7 @@ class Staging:
             self._clean_up()
             return
         try:
-            check_target(self.out, replace=replace)
+            check_target(self.out, replace=self._replace)
         except TargetError:
             if not entries:  # a crash in the very last step of an earlier run left an empty work folder
                 self._clean_up()

@@ -1,0 +1,62 @@
+"""spec/vectors/edited.json: artifacts that are broken in one way each are refused with the reason, file and tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact.reader import open_artifact
+from qformat.artifact.verify import verify_integrity
+from qformat.errors import ArtifactError
+from tests.spec import corpus, edits
+
+ALL = corpus.edited()
+
+
+def refused_by(check: str | None) -> list[corpus.Vector]:
+    return [vector for vector in ALL if vector["refused_by"] == check]
+
+
+def make(vector: corpus.Vector, tmp_path: Path) -> Path:
+    folder = corpus.copy_of(vector["base"], tmp_path)
+    edits.apply(vector["edits"], folder)
+    return folder
+
+
+def test_there_are_enough_vectors_of_each_kind() -> None:
+    assert {vector["refused_by"] for vector in ALL} == {"open", "verify", None}
+    assert len(refused_by("open")) >= 260
+    assert len(refused_by("verify")) >= 20
+    assert len(refused_by(None)) >= 15
+
+
+def test_every_edit_operation_is_used() -> None:
+    assert {edit["op"] for vector in ALL for edit in vector["edits"]} == set(edits.OPERATIONS)
+
+
+@pytest.mark.parametrize("vector", refused_by("open"), ids=corpus.name_of)
+def test_reader_refuses_with_the_reason_the_file_and_the_tensor(vector: corpus.Vector, tmp_path: Path) -> None:
+    folder = make(vector, tmp_path)
+    with pytest.raises(ArtifactError) as refusal:
+        open_artifact(folder)
+    error = refusal.value
+    file = None if Path(error.path) == folder else Path(error.path).name
+    assert (error.reason.value, file, error.tensor) == (vector["reason"], vector["file"], vector["tensor"])
+    assert error.reason in {finding.reason for finding in verify_integrity(folder, sha256=True).findings}
+
+
+@pytest.mark.parametrize("vector", refused_by("verify"), ids=corpus.name_of)
+def test_verify_finds_what_the_reader_cannot_see(vector: corpus.Vector, tmp_path: Path) -> None:
+    folder = make(vector, tmp_path)
+    open_artifact(folder).close()
+    findings = verify_integrity(folder, sha256=True).findings
+    found = [(finding.reason.value, finding.file, finding.tensor, finding.component) for finding in findings]
+    assert (vector["reason"], vector["file"], vector["tensor"], vector.get("component")) in found
+
+
+@pytest.mark.parametrize("vector", refused_by(None), ids=corpus.name_of)
+def test_unusual_artifacts_that_are_valid_are_accepted(vector: corpus.Vector, tmp_path: Path) -> None:
+    folder = make(vector, tmp_path)
+    open_artifact(folder).close()
+    assert verify_integrity(folder, sha256=True).findings == ()

@@ -1,0 +1,50 @@
+"""spec/manifest.schema.json and the parser agree; the parser is the stricter one, and the vectors say where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from tests.spec import corpus, edits
+
+SCHEMA = json.loads(corpus.SCHEMA.read_text("utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+JUDGED = [vector for vector in corpus.edited() if "schema" in vector]
+
+
+def accepts(folder: Path) -> bool:
+    return VALIDATOR.is_valid(json.loads((folder / edits.MANIFEST).read_bytes()))
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("vector", corpus.artifacts(), ids=corpus.name_of)
+def test_schema_accepts_the_manifest_of_every_valid_artifact(vector: corpus.Vector) -> None:
+    VALIDATOR.validate(json.loads((corpus.ARTIFACTS / vector["name"] / edits.MANIFEST).read_bytes()))
+
+
+@pytest.mark.parametrize("vector", JUDGED, ids=corpus.name_of)
+def test_schema_judges_a_broken_manifest_as_the_vector_says(vector: corpus.Vector, tmp_path: Path) -> None:
+    folder = corpus.copy_of(vector["base"], tmp_path)
+    edits.apply(vector["edits"], folder)
+    assert accepts(folder) == (vector["schema"] == "accepts")
+
+
+def test_every_broken_member_of_the_manifest_is_judged_by_the_schema() -> None:
+    about_members = {"manifest_field", "unsupported_version", "unsupported_feature"}
+    unjudged = [v["name"] for v in corpus.edited() if v.get("reason") in about_members and "schema" not in v]
+    assert unjudged == []
+    accepted = {v["reason"] for v in JUDGED if v["schema"] == "accepts"}
+    assert accepted <= {"unsupported_feature", "manifest_digest"}
+
+
+@pytest.mark.parametrize("vector", [v for v in corpus.edited() if v["refused_by"] is None], ids=corpus.name_of)
+def test_schema_accepts_the_manifest_of_unusual_artifacts(vector: corpus.Vector, tmp_path: Path) -> None:
+    folder = corpus.copy_of(vector["base"], tmp_path)
+    edits.apply(vector["edits"], folder)
+    assert accepts(folder)
