@@ -38,6 +38,7 @@ from qformat.converters.source import Source, SourceTensor
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
 
+__all__ = ["Comparison", "compare"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,9 +283,7 @@ class _Run:
 
         nested = record.layout.double_quant
         return _StoredScales(
-            state=quant_state.parse(
-                read(Component.QUANT_STATE, "u1").tobytes(), path=self._artifact.path, tensor=name
-            ),
+            state=quant_state.parse(read(Component.QUANT_STATE, "u1").tobytes(), path=self._artifact.path, tensor=name),
             absmax=read(Component.ABSMAX, "u1" if nested else "<f4"),
             nested_absmax=read(Component.NESTED_ABSMAX, "<f4") if nested else None,
             nested_quant_map=read(Component.NESTED_QUANT_MAP, "<f4") if nested else None,

@@ -106,16 +106,19 @@ def convert(
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers: at least 1 is needed")
     _refuse_nested(source, out)
-    if not os.path.lexists(work_folder(out)):
+    continuing = os.path.lexists(work_folder(out))
+    if not continuing:
         check_target(out, replace=force)
     opened, planned = (options or ConversionOptions()).open(source)
     try:
         on_plan(planned)
         disk = disk or Disk()
         disk.needed_nbytes = planned.nbytes
-        _refuse_full_disk(out, planned)
+        if not continuing:
+            _refuse_full_disk(out, planned)
         with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart) as staging:
             if not staging.sealed_before:
+                _refuse_full_disk(out, planned)
                 for float_format in {task.layout.float_format for task in planned.packed}:
                     cpu.warm_up(float_format, on_compile=on_compile)
                 execute(planned, opened, staging, workers=workers or usable_cores(), progress=on_progress)

@@ -253,7 +253,8 @@ def second_level_ties() -> Floats:
 
     def hits(largest: int) -> Floats:
         centered = np.rint(thresholds.astype(np.float64) * largest).astype(np.float32)
-        return centered[centered / np.float32(largest) == thresholds]
+        found: Floats = centered[centered / np.float32(largest) == thresholds]
+        return found
 
     largest = max(range(2**22 - 4000, 2**22), key=lambda candidate: len(hits(candidate)))
     ties = hits(largest)

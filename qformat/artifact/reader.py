@@ -183,9 +183,10 @@ class Artifact(Mapping[str, PackedTensor | KeptTensor]):
         if shard not in self._maps:
             expected = self.manifest.files[shard].nbytes
             with open_regular(self.path, shard, error=ArtifactError) as descriptor:
-                mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
-            if len(mapped) != expected:
-                raise size_error(self.path / shard, len(mapped), expected)
+                nbytes = os.fstat(descriptor).st_size
+                if nbytes != expected:
+                    raise size_error(self.path / shard, nbytes, expected)
+                mapped = mmap.mmap(descriptor, expected, prot=mmap.PROT_READ)
             self._maps[shard] = np.frombuffer(mapped, np.uint8)
         return self._maps[shard]
 
@@ -300,7 +301,7 @@ def _check_index(path: Path, headers: Mapping[str, Header]) -> None:
         raise ArtifactError(Reason.INDEX_MISMATCH, path / INDEX_NAME, "missing or not an object", field="weight_map")
     found = {name: shard for shard, read in headers.items() for name in read.tensors}
     for name in sorted(weight_map.keys() | found.keys()):
-        if weight_map.get(name) != found.get(name):
+        if name not in weight_map or weight_map[name] != found.get(name):
             raise ArtifactError(
                 Reason.INDEX_MISMATCH,
                 path / INDEX_NAME,

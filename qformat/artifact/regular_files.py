@@ -11,13 +11,18 @@ from pathlib import Path
 
 from qformat.errors import InvalidFileError, Reason
 
+MAX_FILE_NAME_NBYTES = 255
+"""What file systems take."""
+
 _RESERVED = {"", ".", ".."}
 
 
 def check_plain_name(name: str, *, path: Path | str, error: type[InvalidFileError]) -> None:
     """Refuse a file name, taken from inside the file `path`, that is not a plain name in the same folder."""
-    if name in _RESERVED or "/" in name or "\\" in name or not name.isprintable():
-        raise error(Reason.PATH_ESCAPES, path, f"{name!r} is not the plain name of a file in the same folder")
+    plain = name not in _RESERVED and "/" not in name and "\\" not in name and name.isprintable()
+    if not plain or len(name.encode("utf-8")) > MAX_FILE_NAME_NBYTES:
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        raise error(Reason.PATH_ESCAPES, path, f"{shown!r} is not the plain name of a file in the same folder")
 
 
 @contextmanager

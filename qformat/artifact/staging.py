@@ -27,6 +27,7 @@ from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
 from qformat.errors import ArtifactError, InvalidFileError, TargetError
 
 _MAX_LINE_NBYTES = 2**20
+_LOCK_ATTEMPTS = 100
 
 
 class Staging:
@@ -181,7 +182,7 @@ def _holds_something(folder: Path) -> bool:
 def _take_lock(work: Path, disk: Disk) -> int:
     """Lock the work folder for this process; the lock is gone when the process is."""
     path = work / "lock"
-    while True:
+    for _ in range(_LOCK_ATTEMPTS):
         descriptor = disk.open_for_writing(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,6 +194,7 @@ def _take_lock(work: Path, disk: Disk) -> int:
             return descriptor
         os.close(descriptor)
         disk.make_folder(work)
+    raise TargetError(f"{work}: others write there again and again. Wait for them or choose another OUT")
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

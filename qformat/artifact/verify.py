@@ -178,7 +178,8 @@ def _extra_files(path: Path, manifest: Manifest) -> Iterable[Finding]:
     known = {*manifest.files, MANIFEST_NAME}
     for entry in sorted(path.iterdir()):
         if entry.name not in known:
-            yield Finding(Reason.EXTRA_FILE, entry.name, f"{entry}: is not in the manifest. Move it elsewhere")
+            name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")  # a file's name need not be text
+            yield Finding(Reason.EXTRA_FILE, name, f"{path / name}: is not in the manifest. Move it elsewhere")
 
 
 def _structure(path: Path, findings: list[Finding]) -> Iterable[Finding]:

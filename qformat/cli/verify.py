@@ -16,7 +16,7 @@ from qformat.errors import TargetError, UsageError
 if TYPE_CHECKING:
     from qformat.artifact.verify import Finding, IntegrityReport
     from qformat.codec.error_sums import ErrorSums
-    from qformat.converters.compare import Comparison, KeptComparison, PackedComparison
+    from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
     from qformat.converters.source import Source
     from qformat.report.facts import (
         ComparisonFacts,
@@ -218,7 +218,7 @@ def _comparison_facts(comparison: Comparison) -> ComparisonFacts:
 
 
 def _packed_facts(tensor: PackedComparison) -> PackedFacts:
-    from qformat.converters.compare import kind_of, layer_of
+    from qformat.converters.comparison import kind_of, layer_of
 
     return {
         "name": tensor.name,

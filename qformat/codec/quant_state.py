@@ -99,7 +99,7 @@ def parse(data: bytes, *, path: Path | str, tensor: str) -> QuantState:
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise refuse("blocksize", f"{block_size!r}, expected one of {BLOCK_SIZES}")
     dtype = record["dtype"]
-    if dtype not in {member.torch_name for member in FloatFormat}:
+    if not isinstance(dtype, str) or dtype not in {member.torch_name for member in FloatFormat}:
         raise refuse("dtype", f"{dtype!r}, expected bfloat16, float16 or float32")
     shape = record["shape"]
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
@@ -109,7 +109,7 @@ def parse(data: bytes, *, path: Path | str, tensor: str) -> QuantState:
     if nested:
         if record["nested_blocksize"] != NESTED_BLOCK_SIZE or type(record["nested_blocksize"]) is not int:
             raise refuse("nested_blocksize", f"{record['nested_blocksize']!r}, expected {NESTED_BLOCK_SIZE}")
-        if record["nested_dtype"] not in {"float32", "bfloat16"}:
+        if record["nested_dtype"] not in ("float32", "bfloat16"):
             raise refuse("nested_dtype", f"{record['nested_dtype']!r}, expected float32")
         nested_dtype = str(record["nested_dtype"])
         raw_offset = record["nested_offset"]

@@ -9,7 +9,7 @@ WORD = tl.constexpr(8)
 """Weights in a little-endian int32 word of packed codes: what a lane loads at once, and 16 bytes of 16-bit output."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def dequantize_kernel(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_quant_map_ptr, nested_offset, codebook_ptr, out_ptr, n,
     BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,

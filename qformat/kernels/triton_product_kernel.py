@@ -7,9 +7,10 @@ How a weight gets from a nibble to a tensor core without passing through memory:
   8 registers (TABLE). Two byte permutes then look up one plane of four weights in 8 entries each, a third selects by
   the code's top bit, and two interleave the planes: 8 PRMT for four weights (LOOKUP).
 - The order of k inside a product is free if x and W share it. Lane l % 4 of a tensor-core fragment takes segment l of
-  four neighbours: matrix k = l * 64 + half * 32 + j * 8 + e is product k = j * 32 + l * 8 + e of dot `half`. Eight
-  neighbours a lane is the fragment order that Triton derives from 16-byte loads; any other order sends decoded weights
-  through shared memory (5.8-6.5 instructions a weight instead of 4).
+  four neighbours: with runs of r neighbours a lane, matrix k = l * 64 + half * 32 + j * r + e is product
+  k = j * 4 * r + l * r + e of dot `half`. Triton derives r (its kWidth) from the narrowest load behind W: 8 with the
+  8-bit absmax of the second level, 4 with float32 absmax. With another order the result is the same, but decoded
+  weights change lanes on the way (5.5-6.5 instructions a weight instead of 4.2).
 - W is the left operand, 16 rows a fragment, and x^T the right one with 8 columns: for M <= 8 half the tensor-core
   instructions of the textbook order, and no moves to line up x (4.2 instructions a weight instead of 5.0).
 - Two warps a program keep Triton on `mma.sync` on every architecture; with four, sm_90 takes wgmma (4.8) and sm_100
@@ -78,7 +79,7 @@ TABLE_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,f")
 LOOKUP_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "n", "n_segments"])
 def product_kernel(
     x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_quant_map_ptr, nested_offset, out_ptr, m, n, n_segments,
     BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
@@ -134,7 +135,7 @@ def product_kernel(
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=(batch[None, :] < m) & (out_row[:, None] < n))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "size"])
 def sum_splits_kernel(partial_ptr, out_ptr, splits, size, BLOCK: tl.constexpr):
     """out[i] = partial[0, i] + partial[1, i] + ...: float32, in this order, so that every run gives the same bits."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -177,8 +178,9 @@ def _step(
         block = segment // (BLOCK_SIZE // SEGMENT)
         a = _scale(absmax_ptr, nested_absmax_ptr, nested_quant_map_ptr, nested_offset, block, live, NESTED, MASKED)
         b = a
-    sums = tl.dot(_weights(words_a, a, x_ptrs.dtype.element_ty, ROWS), _product_order(x_a, BATCH), sums)
-    return tl.dot(_weights(words_b, b, x_ptrs.dtype.element_ty, ROWS), _product_order(x_b, BATCH), sums)
+    RUN: tl.constexpr = 8 if NESTED else 4
+    sums = tl.dot(_weights(words_a, a, x_ptrs.dtype.element_ty, ROWS, RUN), _product_order(x_a, BATCH, RUN), sums)
+    return tl.dot(_weights(words_b, b, x_ptrs.dtype.element_ty, ROWS, RUN), _product_order(x_b, BATCH, RUN), sums)
 
 
 @triton.jit
@@ -189,9 +191,9 @@ def _fragment_rows(words, ROWS: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _product_order(x, BATCH: tl.constexpr):
+def _product_order(x, BATCH: tl.constexpr, RUN: tl.constexpr):
     """x [BATCH, 4, 32] of one half in matrix order (l, j, e) -> [128, BATCH] in product order (j, l, e)."""
-    return tl.reshape(tl.permute(tl.reshape(x, [BATCH, 4, 4, 8]), (2, 1, 3, 0)), [128, BATCH])
+    return tl.reshape(tl.permute(tl.reshape(x, [BATCH, 4, 32 // RUN, RUN]), (2, 1, 3, 0)), [128, BATCH])
 
 
 @triton.jit
@@ -215,7 +217,7 @@ def _scale(
 
 
 @triton.jit
-def _weights(words, scale, dtype: tl.constexpr, ROWS: tl.constexpr):
+def _weights(words, scale, dtype: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr):
     """Words [ROWS, 4, 4] of one half and scales [ROWS, 4] -> weights [ROWS, 128] of dtype in product order (j, l, e)."""
     # The scale is broadcast, not its eight table registers: one layout conversion instead of eight, and the compiler
     # merges the four equal tables of a segment.
@@ -231,5 +233,5 @@ def _weights(words, scale, dtype: tl.constexpr, ROWS: tl.constexpr):
     pairs = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [ROWS, l, j, 2, 2]: weights 0 1, 2 3, 4 5, 6 7 of a word
     low = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
-    weights = tl.reshape(tl.join(low, high), [ROWS, 4, 4, 8])  # [ROWS, l, j, e]
+    weights = tl.reshape(tl.join(low, high), [ROWS, 4, 32 // RUN, RUN])  # [ROWS, l, j, e]
     return tl.reshape(tl.permute(weights, (0, 2, 1, 3)), [ROWS, 128])

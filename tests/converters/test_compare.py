@@ -23,7 +23,8 @@ from qformat.artifact.reader import open_artifact
 from qformat.codec.error_sums import ErrorSums, RunningErrors, add_up, count_codes
 from qformat.codec.floats import FloatFormat, narrow, widen
 from qformat.converters import execute
-from qformat.converters.compare import Comparison, compare, kind_of, layer_of
+from qformat.converters.compare import compare
+from qformat.converters.comparison import Comparison, kind_of, layer_of
 from qformat.converters.convert import ConversionOptions, convert
 from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.errors import ArtifactError, Reason, SourceError

@@ -177,9 +177,10 @@ def test_a_shard_that_is_not_a_plain_name_is_refused_before_it_is_opened(name: s
     assert Path(error.path) == sharded / INDEX
 
 
-def test_a_shard_with_a_name_too_long_for_the_file_system_is_missing(sharded: Path) -> None:
-    write_index(sharded, dict.fromkeys(weight_map(sharded), "x" * 5000))
-    assert refusal(sharded).reason is Reason.MISSING_FILE
+@pytest.mark.parametrize(("nbytes", "reason"), [(255, Reason.MISSING_FILE), (256, Reason.PATH_ESCAPES)])
+def test_a_shard_with_a_name_too_long_for_the_file_system_is_refused(nbytes: int, reason: Reason, sharded: Path) -> None:
+    write_index(sharded, dict.fromkeys(weight_map(sharded), "x" * nbytes))
+    assert refusal(sharded).reason is reason
 
 
 def test_an_index_that_names_the_config_as_a_shard_is_refused(sharded: Path) -> None:

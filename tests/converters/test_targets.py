@@ -13,7 +13,6 @@ from qformat.artifact import disk as disks
 from qformat.artifact.disk import Disk
 from qformat.artifact.staging import Staging
 from qformat.artifact.verify import verify_integrity
-from qformat.converters import convert as conversion
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.errors import TargetError, UsageError
 from tests.converters.faulty_disk import OPTIONS, FaultyDisk, interrupt, place
@@ -384,17 +383,17 @@ def test_an_interrupted_replacement_still_needs_force(source: Path, parent: Path
     assert names_beside(out) == {"out"}
 
 
-def test_an_artifact_that_appears_during_the_conversion_is_not_overwritten(source: Path, parent: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_under_out_during_the_conversion_is_not_replaced(
+    force: bool, source: Path, parent: Path
+) -> None:
     out = parent / "out"
 
     def appear(_: object) -> None:
         if not out.exists():
             place(out, {"thesis.txt": b"years of work"})
 
-    with pytest.raises(TargetError):
-        convert(source, out, on_progress=appear)
+    with pytest.raises(TargetError, match="is no artifact"):
+        convert(source, out, workers=1, force=force, on_progress=appear)
     assert contents(out) == {"thesis.txt": b"years of work"}
 
-
-def test_default_workers_are_at_least_one() -> None:
-    assert conversion.default_workers() >= 1

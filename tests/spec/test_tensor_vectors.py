@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -28,7 +28,8 @@ def array(text: str, dtype: str) -> Array:
 
 def raw_input(vector: corpus.Vector) -> tuple[Raw, FloatFormat]:
     float_format = FloatFormat(vector["dtype"])
-    return np.frombuffer(bytes.fromhex(vector["input"]), float_format.raw_dtype), float_format
+    raw: Raw = np.frombuffer(bytes.fromhex(vector["input"]), np.uint8).view(float_format.raw_dtype)
+    return raw, float_format
 
 
 def second_level(vector: corpus.Vector) -> tuple[Array, Array, Array, np.float32]:
@@ -105,31 +106,29 @@ def test_reference_decodes_the_expected_bits(vector: corpus.Vector) -> None:
         assert narrow(values, FloatFormat(name)).tobytes().hex() == expected, name
 
 
-@pytest.mark.parametrize("decoder", get_args(cpu.Decoder))
+@pytest.mark.parametrize("decoder", ["avx512", "avx2", "plain"])
 @pytest.mark.parametrize("vector", DECODED, ids=corpus.name_of)
-def test_kernels_decode_the_expected_bits(vector: corpus.Vector, decoder: cpu.Decoder) -> None:
-    try:
-        cpu.checked_decoder(decoder)
-    except UsageError as missing:
-        pytest.skip(str(missing))
+def test_kernels_decode_the_expected_bits(vector: corpus.Vector, decoder: Literal["avx512", "avx2", "plain"]) -> None:
     n_elements = int(np.prod(vector["shape"]))
     scales = np.empty(nf4.block_count(n_elements, vector["block_size"]), np.float32)
     if vector["double_quant"]:
-        cpu.decode_scales_into(*second_level(vector), out=scales)
+        cpu.decode_scales_into(*second_level(vector), scales)
     else:
         scales[:] = array(vector["absmax"], "<f4")
-    packed = array(vector["packed"], "u1")
     for name, expected in vector["decoded"].items():
         out = np.empty(n_elements, FloatFormat(name).raw_dtype)
-        cpu.decode_into(
-            packed,
-            scales,
-            n_elements=n_elements,
-            block_size=vector["block_size"],
-            float_format=FloatFormat(name),
-            out=out,
-            decoder=decoder,
-        )
+        try:
+            cpu.decode_into(
+                array(vector["packed"], "u1"),
+                scales,
+                n_elements=n_elements,
+                block_size=vector["block_size"],
+                float_format=FloatFormat(name),
+                out=out,
+                decoder=decoder,
+            )
+        except UsageError as missing:
+            pytest.skip(str(missing))
         assert out.tobytes().hex() == expected, name
 
 

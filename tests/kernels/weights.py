@@ -1,0 +1,62 @@
+"""Random 4-bit weights as torch tensors, with the reference's decode: the oracle of every kernel test."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qformat.codec import nested, nf4
+from qformat.codec.codebooks import DYNAMIC_MAP
+from qformat.codec.floats import FloatFormat, narrow
+from qformat.kernels.packed_weight import PackedWeight
+
+FORMATS = {torch.bfloat16: FloatFormat.BF16, torch.float16: FloatFormat.F16, torch.float32: FloatFormat.F32}
+
+
+def random_weight(
+    shape: tuple[int, int], *, block_size: int = 64, double_quant: bool = True, seed: int = 0, device: str = "cpu"
+) -> PackedWeight:
+    """Return a weight of random codes and scales, negative and zero ones among them."""
+    generator = np.random.default_rng([seed, *shape, block_size, double_quant])
+    n = shape[0] * shape[1]
+    n_blocks = nf4.block_count(n, block_size)
+    packed = generator.integers(0, 256, nf4.packed_nbytes(n), dtype=np.uint8)
+
+    def tensor(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array.copy()).to(device)
+
+    if not double_quant:
+        absmax = generator.standard_normal(n_blocks).astype(np.float32)
+        absmax[::7] = 0
+        return PackedWeight(tensor(packed), tensor(absmax), None, None, 0.0, block_size, shape)
+    codes = generator.integers(0, 256, n_blocks, dtype=np.uint8)
+    nested_absmax = generator.random(nf4.block_count(n_blocks, nested.NESTED_BLOCK_SIZE)).astype(np.float32) * 0.05
+    offset = float(np.float32(0.0371))
+    return PackedWeight(
+        tensor(packed), tensor(codes), tensor(nested_absmax.astype(np.float32)), tensor(DYNAMIC_MAP), offset,
+        block_size, shape,
+    )  # fmt: skip
+
+
+def reference_bits(weight: PackedWeight, dtype: torch.dtype) -> NDArray[np.generic]:
+    """Return the weight as the reference decodes it, rounded to dtype: bits, uint16 or uint32 [N, K]."""
+    absmax = weight.absmax.cpu().numpy()
+    if weight.nested_absmax is not None and weight.nested_quant_map is not None:
+        absmax = nested.decode_absmax(
+            absmax, weight.nested_absmax.cpu().numpy(), np.float32(weight.nested_offset),
+            nested_quant_map=weight.nested_quant_map.cpu().numpy(),
+        )  # fmt: skip
+    values = nf4.decode(
+        weight.packed.cpu().numpy(), absmax, n_elements=weight.n_elements, block_size=weight.block_size
+    )
+    raw = narrow(values, FORMATS[dtype])
+    return (raw.view(np.uint32) if dtype == torch.float32 else raw).reshape(weight.shape)
+
+
+def bits(tensor: Tensor) -> NDArray[np.generic]:
+    """Return a tensor's bits, uint16 or uint32, in its shape."""
+    if tensor.dtype == torch.float32:
+        return tensor.cpu().numpy().view(np.uint32)
+    return tensor.cpu().view(torch.int16).numpy().view(np.uint16)
