@@ -39,7 +39,6 @@ class Reason(StrEnum):
     HEADER_SYNTAX = "header_syntax"
     HEADER_FIELD = "header_field"
     HEADER_LIMIT = "header_limit"
-    HEADER_DUPLICATE_TENSOR = "header_duplicate_tensor"
     HEADER_OFFSETS = "header_offsets"
     TRUNCATED = "truncated"
     TRAILING_BYTES = "trailing_bytes"

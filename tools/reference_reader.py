@@ -29,7 +29,7 @@ LIMITS = {MANIFEST: 2**27, INDEX: 2**26, CONFIG: 2**22}
 QUANTIZATION = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                 "bnb_4bit_quant_storage": "uint8"}  # fmt: skip
 HEADER_LIMIT, CHUNK_NBYTES, LARGEST_FLOAT32, STATE = 2**25, 2**22, 2.0**128 - 2.0**104, ".quant_state.bitsandbytes__nf4"
-PARTS = (".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", STATE)
+SKIP_LIST, PARTS = "llm_int8_skip_modules", (".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", STATE)
 
 
 class Refused(Exception):
@@ -105,18 +105,18 @@ def check_manifest(data: bytes, manifest: Any) -> tuple[dict[str, Any], dict[str
     demand(good, "manifest_field", MANIFEST)
     demand(not manifest["must_understand"], "unsupported_feature", MANIFEST)
     for name, entry in manifest["tensors"].items():
-        demand(isinstance(entry, dict) and is_tensor_entry(entry), "manifest_field", MANIFEST, name)
+        demand(isinstance(entry, dict) and is_tensor_entry(entry, name), "manifest_field", MANIFEST, name)
     taken = {name + part for name, entry in manifest["tensors"].items() if entry["encoding"] == "nf4" for part in PARTS}
     demand(taken.isdisjoint(manifest["tensors"]), "manifest_field", MANIFEST)
     for name, entry in manifest["files"].items():
         demand(name.isprintable() and not re.fullmatch(r"\.{0,2}|.*[/\\].*", name), "path_escapes", MANIFEST)
         good = isinstance(entry, dict) and is_sizes([entry.get("nbytes")]) and is_hex(entry.get("sha256"), 64)
-        good = good and is_hex(entry.get("header_xxh3", "0" * 32), 32) and name != MANIFEST
-        demand(good, "manifest_field", MANIFEST)
+        good = good and is_hex(entry.get("header_xxh3", "" if name.endswith(".safetensors") else "0" * 32), 32)
+        demand(good and name != MANIFEST, "manifest_field", MANIFEST)
     return manifest["tensors"], manifest["files"]
 
 
-def is_tensor_entry(entry: dict[str, Any]) -> bool:  # [7.2]
+def is_tensor_entry(entry: dict[str, Any], name: str) -> bool:  # [7.2]
     dtype, block, double, digests = map(entry.get, ("dtype", "block_size", "double_quant", "components"))
     if not is_sizes(entry.get("shape")) or len(entry["shape"]) > 8 or not isinstance(dtype, str):
         return False
@@ -127,7 +127,7 @@ def is_tensor_entry(entry: dict[str, Any]) -> bool:  # [7.2]
     labels = {"packed", "absmax", "quant_map", "quant_state"} | set(["nested_absmax", "nested_quant_map"] * double)
     hexes = [*digests.values(), entry.get("source_xxh3", "0" * 32)]
     good = entry.get("encoding") == "nf4" and dtype in TORCH_NAMES and block in (32, 64, 128, 256)
-    return good and digests.keys() == labels and all(is_hex(item, 32) for item in hexes)
+    return good and name.endswith(".weight") and digests.keys() == labels and all(is_hex(item, 32) for item in hexes)
 
 
 def state_of(entry: dict[str, Any]) -> dict[str, object]:  # [5.3]
@@ -218,14 +218,15 @@ class Artifact:
         index, config = read_json(folder, INDEX)[1], read_json(folder, CONFIG)[1]
         demand(isinstance(index, dict) and index.get("weight_map") == shard_of, "index_mismatch", INDEX)
         found: Any = config.get("quantization_config") if isinstance(config, dict) else None  # [10]
-        demand(isinstance(found, dict) and found.items() >= QUANTIZATION.items(), "config_field", CONFIG)
-        packed = {name: entry for name, entry in self.tensors.items() if entry["encoding"] == "nf4"}
-        skip, modules = found.get("llm_int8_skip_modules"), {name.removesuffix(".weight") for name in packed}
-        good = isinstance(skip, list) and all(isinstance(item, str) and item not in modules for item in skip)
-        demand(good, "skip_modules", CONFIG)
+        good = isinstance(found, dict) and all(repr(found.get(key)) == repr(QUANTIZATION[key]) for key in QUANTIZATION)
+        demand(good, "config_field", CONFIG)
+        packed, skip = {k: v for k, v in self.tensors.items() if v["encoding"] == "nf4"}, found.get(SKIP_LIST)
+        good = isinstance(skip, list) and all(isinstance(item, str) for item in skip)
+        demand(good and not any(x.startswith(item + ".") for x in packed for item in skip), "skip_modules", CONFIG)
         for name, entry in packed.items():
             self.check_packed(name, entry)
-        demand({path.name for path in folder.iterdir()} == {*self.files, MANIFEST}, "extra_file", folder)
+        good = all(path.name in {*self.files, MANIFEST} or path.name[0] == "." for path in folder.iterdir())
+        demand(good, "extra_file", folder)
 
     def check_packed(self, name: str, entry: dict[str, Any]) -> None:  # [3.2, 5.3]
         demand(self.data(name + ".quant_map") == CODEBOOK, "codebook", name)
@@ -285,8 +286,7 @@ def rounded(value: float, dtype: str) -> bytes:  # [6]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check a qformat artifact, or print a tensor's decoded bytes as hex.")
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--tensor")
+    parser.add_argument("artifact", type=Path), parser.add_argument("--tensor")
     options = parser.parse_args()
     try:
         artifact = Artifact(options.artifact)

@@ -4,11 +4,12 @@ Usage: python tools/sass_budget.py [CASE ...] [--sm 80,90,100,120] [--ops] [--du
 
 A case is a kernel with the compile-time arguments that a launch gives it. It is compiled ahead of time for each
 architecture, disassembled with the cuobjdump that Triton ships, and counted: a straight-line kernel along its longest
-path, a product along one step of its K loop. "insts/w" is what a thread executes for each weight it decodes; "mio/w" the
-part of it that is memory and shuffles; "bytes/w" the traffic to memory, by hand arithmetic.
+path, a product along one step of its K loop. "insts/w" is what a thread executes for each weight it decodes; "mio/w"
+the part of it that is memory and shuffles; "bytes/w" the traffic to memory, by hand arithmetic.
 
---check compares with the ceilings in qformat/kernels/sass_budget.json (exit code 1), as tests/kernels/test_sass_budget.py
-does; --write replaces that file with the figures of now, 5% above: on purpose, never to make a test pass.
+--check compares with the ceilings in qformat/kernels/sass_budget.json (exit code 1), as
+tests/kernels/test_sass_budget.py does; --write replaces that file by ceilings 5% above the figures of now: on purpose,
+never to make a test pass.
 """
 
 from __future__ import annotations
@@ -52,15 +53,14 @@ class Case:
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    n_warps: int
-    n_stages: int
+    options: dict[str, Any]
     weights: int
     bytes_per_weight: float
     in_loop: bool
 
     @property
     def weights_per_thread(self) -> float:
-        return self.weights / (32 * self.n_warps)
+        return self.weights / (32 * self.options["num_warps"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def dequantize_case(
     return Case(
         f"dequantize_{name}", dequantize_kernel, signature,
         triton_dequantize.constants(block_size, double_quant=double_quant, tiles=tiles),
-        n_warps=triton_dequantize.N_WARPS, n_stages=3, weights=triton_dequantize.TILE,
+        options=triton_dequantize.OPTIONS, weights=triton_dequantize.TILE,
         bytes_per_weight=0.5 + scale_nbytes(block_size, double_quant=double_quant) + (4 if out == "fp32" else 2),
         in_loop=False,
     )  # fmt: skip
@@ -125,7 +125,7 @@ def product_case(
     return Case(
         f"product_{name}", product_kernel, signature,
         triton_product.constants(plan, (4096, k), block_size, double_quant=double_quant),
-        n_warps=plan.n_warps, n_stages=plan.n_stages, weights=plan.rows * triton_product.STEP,
+        options=triton_product.options(plan), weights=plan.rows * triton_product.STEP,
         bytes_per_weight=0.5 + scale_nbytes(block_size, double_quant=double_quant), in_loop=True,
     )  # fmt: skip
 
@@ -183,8 +183,7 @@ def compile_case(case: Case, sm: int) -> tuple[bytes, int]:
         case.kernel, signature, constexprs=case.constants | nothing,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
     )  # fmt: skip
-    options = {"num_warps": case.n_warps, "num_stages": case.n_stages, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=case.options)
     return compiled.asm["cubin"], compiled.metadata.shared
 
 
@@ -208,7 +207,9 @@ def parse(sass: str) -> list[Instruction]:
     """Return the instructions of a disassembly, without the padding after the last one."""
     found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass, flags=re.MULTILINE)
     instructions = [(int(address, 16), text) for address, text in found]
-    while instructions and (opcode(instructions[-1][1]) == "NOP" or branch_target(instructions[-1][1]) == instructions[-1][0]):
+    while instructions and (
+        opcode(instructions[-1][1]) == "NOP" or branch_target(instructions[-1][1]) == instructions[-1][0]
+    ):
         instructions.pop()
     return instructions
 
@@ -282,10 +283,13 @@ def budget_of(table: list[Measured]) -> dict[str, Any]:
     for row in table:
         cases.setdefault(row.case, {})[str(row.sm)] = {
             "instructions_per_weight": round(math.ceil(row.instructions_per_weight * HEADROOM * 10) / 10, 1),
-            "registers": -(-row.registers // 8) * 8 + 8,
+            "registers": min(255, -(-row.registers // 8) * 8 + 8),
             "shared_nbytes": row.shared_nbytes,
         }
     return {"triton": triton.__version__, "cases": cases}
+
+
+HEADING = "case                               sm  insts/w   mio/w  regs spills  shared  bytes/w"
 
 
 def line(row: Measured) -> str:
@@ -310,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no such case: {', '.join(sorted(unknown))}")
     rows = []
     if not options.json:
-        print(f"{'case':32s} {'sm':>4s} {'insts/w':>8s} {'mio/w':>7s} {'regs':>5s} {'spills':>6s} {'shared':>7s} {'bytes/w':>8s}")
+        print(HEADING)
     for name in options.cases or CASES:
         for sm in map(int, options.sm.split(",")):
             row, sass = measure(CASES[name], sm)

@@ -15,7 +15,7 @@ LARGEST_ALIGNMENT = 4096
 MAX_TENSORS_PER_SHARD = 40_000
 """Keeps a shard's header far below its limit, whatever the names."""
 
-_DIGITS = re.compile(r"(\d+)")
+_DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Shard:
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts `layers.2` before `layers.10`."""
     parts = _DIGITS.split(name)
-    return tuple((1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts)
+    return tuple((1, int(part), part) if _DIGITS.fullmatch(part) else (0, 0, part) for part in parts)
 
 
 def alignment(nbytes: int) -> int:

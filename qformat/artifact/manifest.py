@@ -251,6 +251,8 @@ def _parse_tensor(fields: _Fields, name: str, value: strict_json.Json) -> Tensor
         )
     if encoding != "nf4":
         fields.refuse("encoding", f"{encoding!r}, expected 'nf4' or 'kept'")
+    if not name.endswith(".weight"):
+        fields.refuse("tensors", "only a weight can be packed")
     dtype = fields.string(value, "dtype")
     if dtype not in FloatFormat.__members__:
         fields.refuse("dtype", f"{dtype!r}, expected BF16, F16 or F32")
@@ -277,6 +279,8 @@ def _parse_file(fields: _Fields, name: str, value: strict_json.Json) -> FileReco
     check_plain_name(name, path=fields.path, error=ArtifactError)
     if not isinstance(value, dict):
         fields.refuse("files", f"{name!r} is not an object")
+    if name.endswith(".safetensors") and "header_xxh3" not in value:
+        fields.refuse("files", f"{name!r} has no header_xxh3: other readers would take it for a shard")
     return FileRecord(
         nbytes=fields.size(value, "nbytes"),
         sha256=fields.matching(value, "sha256", _HEX256, "a SHA-256"),

@@ -301,7 +301,7 @@ def _check_index(path: Path, headers: Mapping[str, Header]) -> None:
         raise ArtifactError(Reason.INDEX_MISMATCH, path / INDEX_NAME, "missing or not an object", field="weight_map")
     found = {name: shard for shard, read in headers.items() for name in read.tensors}
     for name in sorted(weight_map.keys() | found.keys()):
-        if name not in weight_map or weight_map[name] != found.get(name):
+        if name not in found or weight_map.get(name) != found[name]:
             raise ArtifactError(
                 Reason.INDEX_MISMATCH,
                 path / INDEX_NAME,
@@ -326,11 +326,12 @@ def _check_config(path: Path, parsed: Manifest) -> None:
         "bnb_4bit_quant_storage": "uint8",
     }
     for name, value in required.items():
-        if quantization.get(name) != value:
+        found = quantization.get(name)
+        if type(found) is not type(value) or found != value:
             raise ArtifactError(
                 Reason.CONFIG_FIELD,
                 where,
-                f"{quantization.get(name)!r}, expected {value!r}",
+                f"{found!r}, expected {value!r}",
                 field=f"quantization_config.{name}",
             )
     field = "quantization_config.llm_int8_skip_modules"
@@ -338,7 +339,7 @@ def _check_config(path: Path, parsed: Manifest) -> None:
     if not isinstance(skip, list) or not all(isinstance(entry, str) for entry in skip):
         raise ArtifactError(Reason.SKIP_MODULES, where, "missing or not a list of module paths", field=field)
     for name, record in parsed.tensors.items():
-        if isinstance(record, PackedRecord) and name.removesuffix(".weight") in skip:
+        if isinstance(record, PackedRecord) and not _parents(name.removesuffix(".weight")).isdisjoint(skip):
             raise ArtifactError(
                 Reason.SKIP_MODULES,
                 where,
@@ -346,6 +347,12 @@ def _check_config(path: Path, parsed: Manifest) -> None:
                 tensor=name,
                 field=field,
             )
+
+
+def _parents(module: str) -> set[str]:
+    """Return the path of a module and those of the modules that hold it."""
+    parts = module.split(".")
+    return {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
 
 
 def _check_small_parts(

@@ -177,7 +177,8 @@ def _check_whole(path: Path, descriptor: int, record: FileRecord) -> Finding | N
 def _extra_files(path: Path, manifest: Manifest) -> Iterable[Finding]:
     known = {*manifest.files, MANIFEST_NAME}
     for entry in sorted(path.iterdir()):
-        if entry.name not in known:
+        # What begins with a dot was put there by git or a client of the Hub, and no reader looks at it.
+        if entry.name not in known and not entry.name.startswith("."):
             name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")  # a file's name need not be text
             yield Finding(Reason.EXTRA_FILE, name, f"{path / name}: is not in the manifest. Move it elsewhere")
 

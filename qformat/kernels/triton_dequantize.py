@@ -23,6 +23,9 @@ weight with 1, 2, 4 and 8 rounds (sm_90), all with at most 40 registers."""
 TILE = N_WARPS * 32 * ROUNDS * 8
 """Weights a program decodes. It divides 256 blocks of the smallest size, so a tile lies in one nested block."""
 
+OPTIONS: dict[str, Any] = {"num_warps": N_WARPS, "enable_fp_fusion": False}
+"""Of the compiler. A fused multiply-add would round the absmax once instead of twice."""
+
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,11 +39,10 @@ class LaunchPlan:
 
 def plan(n_elements: int, *, aligned: bool) -> LaunchPlan:
     """Return the launch for n elements whose packed codes begin at a multiple of 16 bytes, or not."""
+    n_programs = -(-n_elements // TILE)
     if not aligned or n_elements < TILE:
-        tiles = "partial"
-    else:
-        tiles = "mixed" if n_elements % TILE else "whole"
-    return LaunchPlan(-(-n_elements // TILE), tiles)
+        return LaunchPlan(n_programs, "partial")
+    return LaunchPlan(n_programs, "mixed" if n_elements % TILE else "whole")
 
 
 def constants(block_size: int, *, double_quant: bool, tiles: str) -> dict[str, Any]:
@@ -81,6 +83,5 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
             out,
             weight.n_elements,
             **constants(weight.block_size, double_quant=weight.double_quant, tiles=chosen.tiles),
-            num_warps=N_WARPS,
-            enable_fp_fusion=False,  # a fused multiply-add would round the absmax once instead of twice
+            **OPTIONS,
         )

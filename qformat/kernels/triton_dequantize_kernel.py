@@ -58,17 +58,17 @@ def _whole_tile(
     # With 16 entries it takes 2 SHFL and 16 layout converts (15 instructions a weight instead of 7).
     table = tl.load(codebook_ptr + (tl.arange(0, 32) & 15))
     table = tl.broadcast_to(table[None, :, None], [LANES // 32, 32, WORD])
-    words = ()
+    words = ()  # Triton has no lists and no unpacking: rounds are gathered by adding tuples
     scales = ()
     for r in tl.static_range(ROUNDS):
-        words = words + (tl.load(words_ptr + r * LANES + lane, eviction_policy="evict_first"),)
-        scales = scales + (tl.load(blocks_ptr + (r * LANES + lane) // (BLOCK_SIZE // WORD)),)
+        words = words + (tl.load(words_ptr + r * LANES + lane, eviction_policy="evict_first"),)  # noqa: RUF005
+        scales = scales + (tl.load(blocks_ptr + (r * LANES + lane) // (BLOCK_SIZE // WORD)),)  # noqa: RUF005
     if NESTED:
         nested_absmax = tl.load(nested_absmax_ptr + tile // (BLOCK_SIZE * 256))  # tiles divide BLOCK_SIZE * 256
         absmax = ()
         for r in tl.static_range(ROUNDS):
             value = tl.load(nested_quant_map_ptr + scales[r].to(tl.int32), eviction_policy="evict_last")
-            absmax = absmax + (value * nested_absmax + nested_offset,)
+            absmax = absmax + (value * nested_absmax + nested_offset,)  # noqa: RUF005
     else:
         absmax = scales
     element = tl.arange(0, WORD)

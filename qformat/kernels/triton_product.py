@@ -32,13 +32,14 @@ MAX_ELEMENTS = 2**34
 DTYPES = (torch.bfloat16, torch.float16)
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
-"""How many programs a multiprocessor should get before K is no longer split: 80-106 registers and 64 threads let 8 to 10
-of 32 rows reside. Reasoned, not yet timed: `tools/gpu_check.py` measures the alternatives."""
+"""How many programs a multiprocessor should get before K is no longer split: with 80-96 registers and 64 threads, 10 of
+32 rows reside at once. Reasoned, not yet timed: `tools/gpu_check.py` measures the alternatives."""
 
 MIN_STEPS_PER_SPLIT = 2
 """A split with one step has nothing to prefetch."""
 
 SUM_BLOCK = 512
+SUM_OPTIONS: dict[str, Any] = {"BLOCK": SUM_BLOCK, "num_warps": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,11 @@ def constants(plan: LaunchPlan, shape: tuple[int, int], block_size: int, *, doub
         "WARPS": plan.n_warps,
         "TAIL": shape[1] % STEP != 0,
     }
+
+
+def options(plan: LaunchPlan) -> dict[str, Any]:
+    """Return the compiler's options. A fused multiply-add would round the absmax once instead of twice."""
+    return {"num_warps": plan.n_warps, "num_stages": plan.n_stages, "enable_fp_fusion": False}
 
 
 def product_unsupported(m: int, weight_shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> str | None:
@@ -138,13 +144,11 @@ def product_as_planned(x: Tensor, weight: PackedWeight, out: Tensor, plan: Launc
             n,
             k // SEGMENT,
             **constants(plan, weight.shape, weight.block_size, double_quant=weight.double_quant),
-            num_warps=plan.n_warps,
-            num_stages=plan.n_stages,
-            enable_fp_fusion=False,  # a fused multiply-add would round the absmax once instead of twice
+            **options(plan),
         )
         if target is not out:
             grid = (-(-m * n // SUM_BLOCK),)
-            sum_splits_kernel[grid](target, out, plan.splits, m * n, BLOCK=SUM_BLOCK, num_warps=4)
+            sum_splits_kernel[grid](target, out, plan.splits, m * n, **SUM_OPTIONS)
 
 
 def _fits(x: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 How a weight gets from a nibble to a tensor core without passing through memory:
 
-- A lane owns segments of 64 weights (8 words of codes), and a segment lies in one absmax block (two halves for blocks of
-  32). Per scale it rounds scale * codebook to the 16 weights that can occur there and splits them into two byte planes,
+- A lane owns segments of 64 weights (8 words of codes), and a segment lies in one absmax block (with blocks of 32, a
+  half does). Per scale it rounds scale * codebook to the 16 weights that can occur there and splits them into two byte planes,
   8 registers (TABLE). Two byte permutes then look up one plane of four weights in 8 entries each, a third selects by
   the code's top bit, and two interleave the planes: 8 PRMT for four weights (LOOKUP).
 - The order of k inside a product is free if x and W share it. Lane l % 4 of a tensor-core fragment takes segment l of
@@ -185,7 +185,7 @@ def _step(
 
 @triton.jit
 def _fragment_rows(words, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Rows in the order of the loads (register, warp, 8 lanes) -> rows in the order of fragments (warp, register, 8)."""
+    """Rows in the order of the loads (register, warp, lane) -> rows in the order of fragments (warp, register, lane)."""
     words = tl.reshape(words, [ROWS // (WARPS * 16), 2, WARPS, 8, 4, 4])
     return tl.reshape(tl.permute(words, (0, 2, 1, 3, 4, 5)), [ROWS, 4, 4])
 
@@ -218,7 +218,7 @@ def _scale(
 
 @triton.jit
 def _weights(words, scale, dtype: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr):
-    """Words [ROWS, 4, 4] of one half and scales [ROWS, 4] -> weights [ROWS, 128] of dtype in product order (j, l, e)."""
+    """Words [ROWS, 4, 4] of one half and scales [ROWS, 4] -> weights [ROWS, 128] in product order (j, l, e)."""
     # The scale is broadcast, not its eight table registers: one layout conversion instead of eight, and the compiler
     # merges the four equal tables of a segment.
     table_ptx: tl.constexpr = TABLE_FP16 if dtype == tl.float16 else TABLE_BF16

@@ -33,7 +33,7 @@ def _read(registers: dict[str, Register], operand: str) -> Register:
 
 
 def _execute(opcode: str, v: list[Register]) -> Register:
-    if opcode == "mov.f32" or opcode == "mov.b32":
+    if opcode in {"mov.f32", "mov.b32"}:
         return v[0]
     if opcode == "neg.f32":
         return v[0] ^ np.uint32(0x80000000)

@@ -43,9 +43,7 @@ def test_a_weight_on_a_cpu_is_refused() -> None:
         dequantize(random_weight((4, 64)), torch.empty((4, 64), dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize(
-    "out", [torch.empty((64, 4), dtype=torch.bfloat16), torch.empty((4, 64), dtype=torch.float64)]
-)
+@pytest.mark.parametrize("out", [torch.empty((64, 4), dtype=torch.bfloat16), torch.empty((4, 64), dtype=torch.float64)])
 def test_an_output_that_does_not_fit_is_refused(out: torch.Tensor) -> None:
     with pytest.raises(UsageError, match="expected bfloat16, float16 or float32"):
         dequantize(random_weight((4, 64)), out)

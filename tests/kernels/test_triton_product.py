@@ -135,7 +135,7 @@ def test_operands_that_do_not_fit_are_refused(x: torch.Tensor, out: torch.Tensor
 def test_a_misaligned_x_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "interpreting", lambda: True)
     x = torch.ones(65, dtype=torch.bfloat16)[1:].view(1, 64)
-    with pytest.raises(UsageError, match="x: begins at 0x[0-9a-f]+, not 16-byte aligned"):
+    with pytest.raises(UsageError, match=r"x: begins at 0x[0-9a-f]+, not 16-byte aligned"):
         product(x, random_weight((32, 64)), torch.empty(1, 32))
 
 

@@ -48,9 +48,7 @@ def reference_bits(weight: PackedWeight, dtype: torch.dtype) -> NDArray[np.gener
             absmax, weight.nested_absmax.cpu().numpy(), np.float32(weight.nested_offset),
             nested_quant_map=weight.nested_quant_map.cpu().numpy(),
         )  # fmt: skip
-    values = nf4.decode(
-        weight.packed.cpu().numpy(), absmax, n_elements=weight.n_elements, block_size=weight.block_size
-    )
+    values = nf4.decode(weight.packed.cpu().numpy(), absmax, n_elements=weight.n_elements, block_size=weight.block_size)
     raw = narrow(values, FORMATS[dtype])
     return (raw.view(np.uint32) if dtype == torch.float32 else raw).reshape(weight.shape)
 

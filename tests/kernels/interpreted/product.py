@@ -38,7 +38,7 @@ def wrong_weights(weight: PackedWeight, dtype: torch.dtype, **options: int) -> i
         if options:
             chosen = LaunchPlan(chosen.batch, options.get("rows", chosen.rows), options.get("splits", 1))
         product_as_planned(unit[first : first + 16], weight, found[first : first + 16], chosen)
-    return int((found.numpy().T != reference_values(weight, dtype)).sum())
+    return int((reference_values(weight, dtype) != found.numpy().T).sum())
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

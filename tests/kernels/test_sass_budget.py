@@ -1,0 +1,143 @@
+"""The machine code of the Triton kernels for sm_80 to sm_120: its budget, and a census of opcodes by hand arithmetic.
+
+The census is worth more than the totals: it shows that every weight is looked up, scaled and rounded where we think,
+and it is what found an inline assembly that Triton had silently compiled to something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import sass_budget
+import triton
+from sass_budget import ARCHITECTURES, CASES, Case, Measured
+
+SPEC_CEILINGS = {"dequantize": 7.3, "product": 5.3}
+"""Instructions a weight that the project promises; the budget file is stricter."""
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def measured(request: pytest.FixtureRequest) -> tuple[Case, list[Measured]]:
+    case = CASES[request.param]
+    return case, [sass_budget.measure(case, sm)[0] for sm in ARCHITECTURES]
+
+
+def test_the_kernel_stays_within_its_budget(measured: tuple[Case, list[Measured]]) -> None:
+    budget = sass_budget.ceilings()
+    assert triton.__version__ == budget["triton"], "the budget was measured with another Triton: tools/sass_budget.py"
+    assert [text for row in measured[1] for text in sass_budget.excesses(row, budget)] == []
+
+
+def test_the_kernel_keeps_the_promise_of_the_project(measured: tuple[Case, list[Measured]]) -> None:
+    case, rows = measured
+    if case.name == "dequantize_fp32":
+        return  # the promise is for 16-bit weights
+    for row in rows:
+        assert row.instructions_per_weight <= SPEC_CEILINGS[case.name.split("_")[0]], row
+        assert row.spill_nbytes == 0, row
+
+
+def test_the_opcodes_are_those_of_hand_arithmetic(measured: tuple[Case, list[Measured]]) -> None:
+    case, rows = measured
+    expected = census_of_dequantize(case) if case.name.startswith("dequantize") else census_of_product(case)
+    for row in rows:
+        opcodes = row.opcodes
+        opcodes["FMUL"] += 2 * opcodes["FMUL2"]  # two multiplications in one on sm_100
+        assert {name: opcodes[name] for name in expected} == expected, f"sm_{row.sm}"
+
+
+def census_of_dequantize(case: Case) -> dict[str, int]:
+    """A thread decodes one word of 8 weights a round: a shuffle and a multiplication a weight, a conversion for two."""
+    weights = int(case.weights_per_thread)
+    rounds = case.constants["ROUNDS"]
+    scales = rounds if case.constants["NESTED"] else 0
+    expected = {
+        "SHFL": weights,
+        "FMUL": weights + scales,
+        "FADD": scales,
+        "FFMA": 0,  # product and sum are rounded apart
+        "PRMT": 0,
+    }
+    if case.signature["out_ptr"] != "*fp32":
+        expected |= {"F2FP": weights // 2, "STG": rounds, "LDS": 0, "STS": 0, "BAR": 0}
+    return expected
+
+
+def census_of_product(case: Case) -> dict[str, int]:
+    """A thread decodes segments of 64 weights: a table for each scale, 8 permutes for 4 weights."""
+    segments = int(case.weights_per_thread) // 64
+    tables = segments * (2 if case.constants["BLOCK_SIZE"] == 32 else 1)
+    decoded_scales = tables if case.constants["NESTED"] else 0
+    fragments = segments * 64 // 8  # 16 x 16 weights a warp, 8 a thread
+    return {
+        "PRMT": 8 * tables + 2 * 64 * segments + decoded_scales,  # the last: 8-bit codes widened
+        "FMUL": 13 * tables + decoded_scales,  # all codes but -1, 0 and 1
+        "FADD": tables + decoded_scales,  # the negation for code 0
+        "FFMA": 0,
+        "F2FP": 8 * tables,
+        "HMMA": fragments * case.constants["BATCH"] // 8,
+        "SHFL": 0,  # decoded weights change no lane
+        "STS": 0,  # and pass through no memory
+        "STSM": 0,
+        "LDL": 0,
+        "STL": 0,
+    }
+
+
+def test_the_traffic_to_memory_is_as_promised() -> None:
+    assert CASES["dequantize_bf16"].bytes_per_weight <= 2.53
+    assert CASES["product_m8_bf16"].bytes_per_weight <= 0.52
+
+
+def test_the_budget_lists_every_case_and_architecture() -> None:
+    cases = sass_budget.ceilings()["cases"]
+    assert set(cases) == set(CASES)
+    assert all(set(ceilings) == {str(sm) for sm in ARCHITECTURES} for ceilings in cases.values())
+
+
+def test_an_excess_is_named() -> None:
+    row = Measured("product_m8_bf16", 90, 0, 9.99, 0.0, 80, 4, 18432, 0.516, Counter())
+    found = sass_budget.excesses(row, sass_budget.ceilings())
+    assert [text.split(",")[0] for text in found] == [
+        "product_m8_bf16 sm_90: instructions_per_weight 9.99",
+        "product_m8_bf16 sm_90: spill_nbytes 4",
+    ]
+    assert (
+        sass_budget.excesses(
+            dataclasses.replace(row, instructions_per_weight=4.0, spill_nbytes=0), sass_budget.ceilings()
+        )
+        == []
+    )
+
+
+SASS = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @P0 BRA 0x50 ;
+        /*0020*/                   FMUL.FTZ R1, R1, R2 ;
+        /*0030*/                   FADD R1, R1, R2 ;
+        /*0040*/              @!P1 BRA 0x20 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   BRA 0x60;
+        /*0070*/                   NOP;
+"""
+
+
+def test_a_disassembly_is_read_without_its_padding() -> None:
+    instructions = sass_budget.parse(SASS)
+    assert [sass_budget.opcode(text) for _, text in instructions] == ["S2R", "BRA", "FMUL", "FADD", "BRA", "EXIT"]
+
+
+def test_the_longest_loop_and_path_of_a_disassembly() -> None:
+    instructions = sass_budget.parse(SASS)
+    assert [address for address, _ in sass_budget.longest_loop(instructions)] == [0x20, 0x30, 0x40]
+    assert [address for address, _ in sass_budget.longest_path(instructions)] == [0x00, 0x10, 0x20, 0x30, 0x40, 0x50]
+
+
+def test_the_tool_prints_a_table_and_refuses_unknown_cases(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sass_budget.main(["dequantize_bf16", "--sm", "80", "--check"]) == 0
+    assert "dequantize_bf16                    80" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        sass_budget.main(["no_such_case"])
+    assert stopped.value.code == 2

@@ -1,0 +1,68 @@
+"""The error tree and the stable reason codes."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+
+from qformat import errors
+from qformat.errors import (
+    ArtifactError,
+    Interrupted,
+    InvalidFileError,
+    QformatError,
+    Reason,
+    SourceError,
+    TargetError,
+    UsageError,
+    VerificationError,
+)
+
+
+def test_the_tree_is_the_one_that_the_docstring_draws() -> None:
+    bases = {
+        UsageError: QformatError,
+        InvalidFileError: QformatError,
+        SourceError: InvalidFileError,
+        ArtifactError: InvalidFileError,
+        TargetError: QformatError,
+        VerificationError: QformatError,
+        Interrupted: QformatError,
+    }
+    for child, parent in bases.items():
+        assert child.__bases__ == (parent,)
+        assert child.__name__ in str(errors.__doc__)
+    classes = {name for name, member in inspect.getmembers(errors, inspect.isclass) if issubclass(member, QformatError)}
+    assert classes == {child.__name__ for child in bases} | {"QformatError"}
+
+
+def test_reason_codes_are_the_lower_case_names() -> None:
+    for reason in Reason:
+        assert reason.value == reason.name.lower()
+
+
+def test_every_reason_code_is_used() -> None:
+    root = Path(errors.__file__).parent
+    text = "".join(
+        path.read_text() for folder in (root, root.parent / "converters") for path in folder.rglob("*.py") if path.name != "errors.py"
+    )
+    assert [reason for reason in Reason if f"Reason.{reason.name}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "f.json: broken"),
+        ({"tensor": "a.b"}, "f.json: tensor 'a.b': broken"),
+        ({"field": "x"}, "f.json: field 'x': broken"),
+        ({"tensor": "a", "field": "x", "next_step": "Fix it"}, "f.json: tensor 'a': field 'x': broken. Fix it"),
+        ({"tensor": "a\nb\u202e"}, "f.json: tensor 'a\\nb\\u202e': broken"),
+    ],
+)
+def test_a_message_names_file_tensor_field_problem_and_next_step(arguments: dict[str, str], message: str) -> None:
+    error = SourceError(Reason.JSON_SYNTAX, Path("f.json"), "broken", **arguments)
+    assert str(error) == message
+    assert error.reason is Reason.JSON_SYNTAX
+    assert (error.path, error.tensor, error.field) == ("f.json", arguments.get("tensor"), arguments.get("field"))
