@@ -10,7 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-ELEMENT_NBYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8}
+ELEMENT_NBYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "F32": 4,
+    "I64": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,9 @@ SIDE_FILES = {
 }
 
 
-def llama_config(*, n_layers: int = 2, hidden: int = 32, intermediate: int = 48, vocabulary: int = 24) -> dict[str, object]:
+def llama_config(
+    *, n_layers: int = 2, hidden: int = 32, intermediate: int = 48, vocabulary: int = 24
+) -> dict[str, object]:
     return {
         **LLAMA_CONFIG,
         "hidden_size": hidden,
@@ -97,7 +110,13 @@ def llama_config(*, n_layers: int = 2, hidden: int = 32, intermediate: int = 48,
 
 
 def llama_tensors(
-    *, n_layers: int = 2, hidden: int = 32, intermediate: int = 48, vocabulary: int = 24, dtype: str = "BF16", seed: int = 0
+    *,
+    n_layers: int = 2,
+    hidden: int = 32,
+    intermediate: int = 48,
+    vocabulary: int = 24,
+    dtype: str = "BF16",
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return the tensors of a small Llama."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}

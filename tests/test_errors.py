@@ -46,7 +46,10 @@ def test_reason_codes_are_the_lower_case_names() -> None:
 def test_every_reason_code_is_used() -> None:
     root = Path(errors.__file__).parent
     text = "".join(
-        path.read_text() for folder in (root, root.parent / "converters") for path in folder.rglob("*.py") if path.name != "errors.py"
+        path.read_text()
+        for folder in (root, root.parent / "converters")
+        for path in folder.rglob("*.py")
+        if path.name != "errors.py"
     )
     assert [reason for reason in Reason if f"Reason.{reason.name}" not in text] == []
 

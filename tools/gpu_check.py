@@ -3,8 +3,8 @@
 Usage: python tools/gpu_check.py [--only NAME ...] [--quick] [--json PATH] [--table PATH] [--compare OLD.json] [--list]
 
 Writes gpu_check.json (every figure, with the device and the versions) and gpu_check.txt (the same as a table), and
-prints the table. --compare adds the ratio of each figure to that of an earlier run. Exit code: 0 all checks passed, 1 one
-failed, 2 there is no GPU or the arguments make no sense.
+prints the table. --compare adds the ratio of each figure to that of an earlier run. Exit code: 0 all checks passed, 1
+one failed, 2 there is no GPU or the arguments make no sense.
 
 Speed is given as the share of what a plain copy reaches on the same card in the same run: the roof of a kernel that is
 bound by memory is 1. Weights rotate through more memory than the L2 cache holds, launches are replayed from a CUDA

@@ -101,7 +101,7 @@ def _refuse_unwritable(report: Path, artifact: Path, source: Path | None) -> Non
 
 
 def _check(artifact: Path, *, sha256: bool, workers: int) -> IntegrityReport:
-    from qformat.artifact.reader import read_manifest
+    from qformat.artifact.structure import read_manifest
     from qformat.artifact.verify import verify_integrity
     from qformat.errors import ArtifactError
 
@@ -172,7 +172,7 @@ def _finding_facts(finding: Finding) -> FindingFacts:
 
 
 def _manifest_facts(artifact: Path) -> ManifestFacts | None:
-    from qformat.artifact.reader import read_manifest
+    from qformat.artifact.structure import read_manifest
     from qformat.errors import ArtifactError
 
     try:

@@ -3,9 +3,9 @@
 How a weight gets from a nibble to a tensor core without passing through memory:
 
 - A lane owns segments of 64 weights (8 words of codes), and a segment lies in one absmax block (with blocks of 32, a
-  half does). Per scale it rounds scale * codebook to the 16 weights that can occur there and splits them into two byte planes,
-  8 registers (TABLE). Two byte permutes then look up one plane of four weights in 8 entries each, a third selects by
-  the code's top bit, and two interleave the planes: 8 PRMT for four weights (LOOKUP).
+  half does). Per scale it rounds scale * codebook to the 16 weights that can occur there and splits them into two byte
+  planes, 8 registers (TABLE). Two byte permutes then look up one plane of four weights in 8 entries each, a third
+  selects by the code's top bit, and two interleave the planes: 8 PRMT for four weights (LOOKUP).
 - The order of k inside a product is free if x and W share it. Lane l % 4 of a tensor-core fragment takes segment l of
   four neighbours: with runs of r neighbours a lane, matrix k = l * 64 + half * 32 + j * r + e is product
   k = j * 4 * r + l * r + e of dot `half`. Triton derives r (its kWidth) from the narrowest load behind W: 8 with the
@@ -185,7 +185,7 @@ def _step(
 
 @triton.jit
 def _fragment_rows(words, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Rows in the order of the loads (register, warp, lane) -> rows in the order of fragments (warp, register, lane)."""
+    """Rows in the order of the loads (register, warp, lane) -> in the order of fragments (warp, register, lane)."""
     words = tl.reshape(words, [ROWS // (WARPS * 16), 2, WARPS, 8, 4, 4])
     return tl.reshape(tl.permute(words, (0, 2, 1, 3, 4, 5)), [ROWS, 4, 4])
 

@@ -57,7 +57,9 @@ def regions(folder: Path) -> list[Region]:
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
             suffix = next((suffix for suffix in COMPONENTS if name.endswith(suffix)), "")
             tensor = name.removesuffix(suffix)
-            packed = tensor + ".quant_map" in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+            packed = (
+                tensor + ".quant_map" in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+            )
             component = COMPONENTS.get(suffix, "packed" if packed else "data")
             found.append(Region(path.name, begin, end, tensor, component))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -31,7 +32,9 @@ def descriptor(path: Path) -> Iterator[int]:
     os.close(descriptor)
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (7, 4096), (0, NBYTES), (READ_NBYTES - 1, READ_NBYTES + 1), (5, 5)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 0), (0, 1), (7, 4096), (0, NBYTES), (READ_NBYTES - 1, READ_NBYTES + 1), (5, 5)]
+)
 def test_a_range_has_the_digest_of_its_bytes(start: int, stop: int, path: Path, descriptor: int) -> None:
     expected = xxhash.xxh3_128_hexdigest(path.read_bytes()[start:stop])
     assert xxh3_of_range(descriptor, start, stop, path=path, error=ArtifactError) == expected
@@ -54,9 +57,11 @@ def test_parts_written_in_any_order_give_the_digest_of_the_whole(n_parts: int, p
     assert sha256_of_file(descriptor, NBYTES, path=path, error=ArtifactError) == hashlib.sha256(data).hexdigest()
     follower = Follower({"file": WrittenFile(path, descriptor, NBYTES)})
     bounds = [NBYTES * i // n_parts for i in range(n_parts + 1)]
-    ranges = list(zip(bounds[:-1], bounds[1:], strict=True))
+    ranges = list(itertools.pairwise(bounds))
     writers = [
-        threading.Thread(target=lambda mine=ranges[i::3]: [follower.mark_written("file", *part) for part in reversed(mine)])
+        threading.Thread(
+            target=lambda mine=ranges[i::3]: [follower.mark_written("file", *part) for part in reversed(mine)]
+        )
         for i in range(3)
     ]
     for writer in writers:

@@ -139,7 +139,9 @@ def test_a_component_of_another_length_is_named(factor: float, suffix: str, arti
         (STATE, "I8", [192]),
     ],
 )
-def test_a_component_of_another_dtype_or_shape_is_named(suffix: str, dtype: str, shape: list[int], artifact: Path) -> None:
+def test_a_component_of_another_dtype_or_shape_is_named(
+    suffix: str, dtype: str, shape: list[int], artifact: Path
+) -> None:
     name = W + suffix
     rewrite_shard(shard_of(artifact, name), lambda header, _: header[name].update(dtype=dtype, shape=shape))
     reseal(artifact)
@@ -282,7 +284,9 @@ def test_a_quant_state_that_is_no_json_object_is_refused(text: bytes, reason: Re
 def test_the_same_tensor_in_two_shards_is_refused(artifact: Path) -> None:
     first, second = shards(artifact)
     stolen: dict[str, tuple[Json, bytes]] = {}
-    rewrite_shard(first, lambda header, parts: stolen.update({n: (dict(header[n]), parts[n]) for n in list(header)[:1]}))
+    rewrite_shard(
+        first, lambda header, parts: stolen.update({n: (dict(header[n]), parts[n]) for n in list(header)[:1]})
+    )
     (name, (entry, data)) = next(iter(stolen.items()))
 
     def add(header: Json, parts: dict[str, bytes]) -> None:
@@ -326,7 +330,9 @@ def test_data_that_does_not_begin_at_a_page_is_refused(artifact: Path) -> None:
 def test_a_component_that_is_not_aligned_to_its_size_is_refused(artifact: Path) -> None:
     def reverse(header: Json, parts: dict[str, bytes]) -> None:
         entries = sorted(header.items(), key=lambda item: len(parts[item[0]]))
-        aligned = [item for item in entries if item[1]["dtype"] != "U8"] + [item for item in entries if item[1]["dtype"] == "U8"]
+        aligned = [item for item in entries if item[1]["dtype"] != "U8"] + [
+            item for item in entries if item[1]["dtype"] == "U8"
+        ]
         header.clear()
         header.update(aligned)
 
@@ -382,7 +388,9 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(change: Callable[[Js
         (b'{"a": NaN}', Reason.JSON_SYNTAX),
     ],
 )
-def test_a_small_file_that_is_no_good_json_is_refused(name: str, text: bytes, reason: Reason | None, artifact: Path) -> None:
+def test_a_small_file_that_is_no_good_json_is_refused(
+    name: str, text: bytes, reason: Reason | None, artifact: Path
+) -> None:
     (artifact / name).write_bytes(text)
     reseal(artifact)
     error = refusal(artifact)
@@ -410,7 +418,9 @@ def test_a_small_file_that_is_no_good_json_is_refused(name: str, text: bytes, re
         lambda q: q["llm_int8_skip_modules"].append(W.removesuffix(".weight")),
     ],
 )
-def test_a_config_that_other_readers_would_read_otherwise_is_refused(change: Callable[[Json], object], artifact: Path) -> None:
+def test_a_config_that_other_readers_would_read_otherwise_is_refused(
+    change: Callable[[Json], object], artifact: Path
+) -> None:
     edit_json(artifact / "config.json", lambda config: change(config["quantization_config"]))  # type: ignore[arg-type]
     reseal(artifact)
     error = refusal(artifact)
@@ -483,7 +493,8 @@ MANIFEST_LIES: list[tuple[str, Callable[[Json], object], Reason]] = [
     ("a component less", lambda r: r["tensors"][W]["components"].pop("absmax"), Reason.MANIFEST_FIELD),
     ("short digest", lambda r: r["tensors"][W]["components"].update(absmax="0" * 31), Reason.MANIFEST_FIELD),
     ("capital digest", lambda r: r["tensors"][W]["components"].update(absmax="A" * 32), Reason.MANIFEST_FIELD),
-    ("digest with a line end", lambda r: r["tensors"][W]["components"].update(absmax=H32 + "\n"), Reason.MANIFEST_FIELD),
+    ("digest with a line end", lambda r: r["tensors"][W]["components"].update(absmax=H32 + "\n"),
+     Reason.MANIFEST_FIELD),
     ("digest of a number", lambda r: r["tensors"][W]["components"].update(absmax=0), Reason.MANIFEST_FIELD),
     ("bad source digest", tensor(W, source_xxh3="x"), Reason.MANIFEST_FIELD),
     ("null source digest", tensor(W, source_xxh3=None), Reason.MANIFEST_FIELD),
@@ -495,7 +506,8 @@ MANIFEST_LIES: list[tuple[str, Callable[[Json], object], Reason]] = [
     ("kept digest", tensor("model.norm.weight", xxh3=None), Reason.MANIFEST_FIELD),
     ("packed said to be kept", lambda r: r["tensors"].update({W: {
         "encoding": "kept", "dtype": "U8", "shape": [160, 1], "xxh3": H32, "reason": "x"}}), Reason.UNKNOWN_TENSOR),
-    ("kept said to be packed", lambda r: r["tensors"].update({"lm_head.weight": r["tensors"][W]}), Reason.COMPONENT_DTYPE),
+    ("kept said to be packed", lambda r: r["tensors"].update({"lm_head.weight": r["tensors"][W]}),
+     Reason.COMPONENT_DTYPE),
     ("a tensor too many", lambda r: r["tensors"].update({"lost": {
         "encoding": "kept", "dtype": "U8", "shape": [1], "xxh3": H32, "reason": "x"}}), Reason.MISSING_COMPONENT),
     ("a tensor too few", lambda r: r["tensors"].pop("model.norm.weight"), Reason.UNKNOWN_TENSOR),
@@ -517,11 +529,14 @@ MANIFEST_LIES: list[tuple[str, Callable[[Json], object], Reason]] = [
     ("size beyond the limit", file("LICENSE", nbytes=2**48 + 1), Reason.MANIFEST_FIELD),
     ("no digest", lambda r: r["files"]["LICENSE"].pop("sha256"), Reason.MANIFEST_FIELD),
     ("a licence said to be a shard", file("LICENSE", header_xxh3=H32), Reason.HEADER_LENGTH),
-    ("a shard said to be none", lambda r: r["files"]["model-00001-of-00002.safetensors"].pop("header_xxh3"), Reason.MANIFEST_FIELD),
+    ("a shard said to be none", lambda r: r["files"]["model-00001-of-00002.safetensors"].pop("header_xxh3"),
+     Reason.MANIFEST_FIELD),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "reason"), [lie[1:] for lie in MANIFEST_LIES], ids=[lie[0] for lie in MANIFEST_LIES])
+@pytest.mark.parametrize(
+    ("change", "reason"), [lie[1:] for lie in MANIFEST_LIES], ids=[lie[0] for lie in MANIFEST_LIES]
+)
 def test_a_manifest_that_lies_is_refused(change: Callable[[Json], object], reason: Reason, artifact: Path) -> None:
     change_manifest(artifact, change)
     error = refusal(artifact)
@@ -551,7 +566,9 @@ def test_a_manifest_that_does_not_end_in_its_seal_is_refused(change: Callable[[b
     assert refusal(artifact).reason in {Reason.MANIFEST_DIGEST, Reason.JSON_SYNTAX}
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b"{", b"\0" * 100, b"[" * 10**6, b'{"format": "qformat"}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[]", b"null", b"{", b"\0" * 100, b"[" * 10**6, b'{"format": "qformat"}']
+)
 def test_a_manifest_that_is_none_is_refused(data: bytes, artifact: Path) -> None:
     (artifact / "qformat.json").write_bytes(data)
     assert Path(refusal(artifact).path).name == "qformat.json"
@@ -582,7 +599,9 @@ def test_thousands_of_files_are_all_checked_and_closed(artifact: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for number in range(300):
         (artifact / f"LICENSE.{number}").write_bytes(b"x")
-    change_manifest(artifact, lambda r: r["files"].update({f"LICENSE.{n}": {"nbytes": 1, "sha256": H64} for n in range(300)}))
+    change_manifest(
+        artifact, lambda r: r["files"].update({f"LICENSE.{n}": {"nbytes": 1, "sha256": H64} for n in range(300)})
+    )
     open_artifact(artifact).close()
     report = verify(artifact)
     assert len(report.findings) == 300

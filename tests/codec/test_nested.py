@@ -14,8 +14,8 @@ from qformat.codec.nested import NESTED_BLOCK_SIZE, decode_absmax, encode_absmax
 SIZES = (1, 2, 255, 256, 257, 511, 1009, 4096, 100_003)
 MOST_DIFFERING_CODES = 0.003
 MOST_ADDED_ERROR = 4e-5
-"""bitsandbytes searches the map approximately on AVX-512 CPUs: 0.16% of its codes are not the nearest. Nearly all are one
-off, in the dense part of the map around zero two or three; the values are up to 3e-5 of the nested absmax farther away."""
+"""bitsandbytes searches the map approximately on AVX-512 CPUs: 0.16% of its codes are not the nearest. Nearly all are
+one off, around zero, where the map is dense, two or three. Their values are up to 3e-5 of the nested absmax farther."""
 
 
 def absmax_values(n: int) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Every set of instructions that this CPU has, bit for bit the reference: encode and decode, all codes, all magnitudes."""
+"""Every set of instructions that this CPU has, bit for bit the reference: all codes, all weights, all magnitudes."""
 
 from __future__ import annotations
 

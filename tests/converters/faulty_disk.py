@@ -79,7 +79,7 @@ for primitive in PRIMITIVES:
 
 
 class PowerCut(FaultyDisk):
-    """At the kill, part of what was written since each file's last fsync is lost: zeroed, cut off, or the whole file."""
+    """At the kill, part of what was written since each file's last fsync is lost: zeroed, cut off, or with the file."""
 
     def __init__(self, fail_at: int, seed: int) -> None:
         super().__init__(fail_at, "kill")

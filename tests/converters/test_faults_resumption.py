@@ -1,4 +1,4 @@
-"""What an interrupted conversion leaves, damaged in every way, and sources that change: the end is the same or refused."""
+"""What an interrupted conversion leaves, damaged in every way, and sources that change: the same end or a refusal."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_what_another_plan_has_begun_is_refused_and_restart_drops_it(
 ) -> None:
     out = tmp_path / "out"
     interrupt(source, out, n_done=2, options=ConversionOptions(block_size=128))
-    with pytest.raises(TargetError, match="another source, recipe or options.*--restart"):
+    with pytest.raises(TargetError, match=r"another source, recipe or options.*--restart"):
         resume(source, out)
     assert not out.exists()
     _, n_encoded = resume(source, out, restart=True)

@@ -64,11 +64,13 @@ LEAVES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"
 @st.composite
 def models(draw: st.DrawFn) -> dict[str, object]:
     """Draw tensors of all kinds: packed and kept, with odd sizes, empty and 0-dimensional ones among them."""
+    characters = st.characters(categories=["L", "N", "P", "S"], exclude_characters="[]\\^$*+?{}|()")
+    layers = st.integers(0, 11)
     names = draw(
         st.lists(
             st.one_of(
-                st.builds(lambda n, leaf: f"model.layers.{n}.{leaf}.weight", st.integers(0, 11), st.sampled_from(LEAVES)),
-                st.text(st.characters(categories=["L", "N", "P", "S"], exclude_characters="[]\\^$*+?{}|()"), min_size=1, max_size=12),
+                st.builds(lambda n, leaf: f"model.layers.{n}.{leaf}.weight", layers, st.sampled_from(LEAVES)),
+                st.text(characters, min_size=1, max_size=12),
                 st.sampled_from(["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]),
             ),
             min_size=1,
@@ -83,9 +85,12 @@ def models(draw: st.DrawFn) -> dict[str, object]:
             dtype = draw(st.sampled_from(DTYPES))
             if not name.endswith(".weight"):
                 dtype = draw(st.sampled_from(["BOOL", "U8", "I8", "I16", "I32", "I64", "F8_E4M3", *DTYPES]))
-            tensors[name] = raw_tensor(dtype, shape, seed=seed) if 2 != len(shape) else weight(shape, "BF16", seed=seed)
+            tensors[name] = raw_tensor(dtype, shape, seed=seed) if len(shape) != 2 else weight(shape, "BF16", seed=seed)
         else:
-            rows, columns = draw(st.integers(1, 70)), draw(st.sampled_from([1, 2, 3, 31, 32, 63, 64, 65, 127, 128, 300]))
+            rows, columns = (
+                draw(st.integers(1, 70)),
+                draw(st.sampled_from([1, 2, 3, 31, 32, 63, 64, 65, 127, 128, 300])),
+            )
             tensors[name] = weight((rows, columns), draw(st.sampled_from(DTYPES)), seed=seed)
     return {
         "tensors": tensors,
@@ -115,10 +120,18 @@ def test_a_plan_foretells_every_byte_of_a_random_model(
     with open_artifact(out) as artifact:
         assert set(artifact) == set(model["tensors"])  # type: ignore[call-overload]
         for task in planned.tasks:
-            places = {part.value: place for part, place in task.places.items()} if isinstance(task, PackedTask) else {"": task.place}
+            places = (
+                {part.value: place for part, place in task.places.items()}
+                if isinstance(task, PackedTask)
+                else {"": task.place}
+            )
             for suffix, place in places.items():
                 located = artifact.located[task.source.name + suffix]
-                assert (located.shard, located.entry.start, located.entry.nbytes) == (place.shard, place.start, place.nbytes)
+                assert (located.shard, located.entry.start, located.entry.nbytes) == (
+                    place.shard,
+                    place.start,
+                    place.nbytes,
+                )
                 assert place.start % alignment(place.nbytes) == 0
         for name, tensor in model["tensors"].items():  # type: ignore[attr-defined]
             if not hasattr(artifact[name], "packed"):

@@ -178,7 +178,9 @@ def test_a_shard_that_is_not_a_plain_name_is_refused_before_it_is_opened(name: s
 
 
 @pytest.mark.parametrize(("nbytes", "reason"), [(255, Reason.MISSING_FILE), (256, Reason.PATH_ESCAPES)])
-def test_a_shard_with_a_name_too_long_for_the_file_system_is_refused(nbytes: int, reason: Reason, sharded: Path) -> None:
+def test_a_shard_with_a_name_too_long_for_the_file_system_is_refused(
+    nbytes: int, reason: Reason, sharded: Path
+) -> None:
     write_index(sharded, dict.fromkeys(weight_map(sharded), "x" * nbytes))
     assert refusal(sharded).reason is reason
 
@@ -210,7 +212,9 @@ def test_trailing_bytes_are_refused(tail: bytes, single: Path) -> None:
     assert refusal(single).reason is Reason.TRAILING_BYTES
 
 
-def entry(dtype: object = "F32", shape: object = (2, 2), offsets: object = (0, 16), **more: object) -> dict[str, object]:
+def entry(
+    dtype: object = "F32", shape: object = (2, 2), offsets: object = (0, 16), **more: object
+) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}
 
 
@@ -587,7 +591,9 @@ def test_a_name_that_a_component_of_another_weight_must_get_is_refused(tmp_path:
             assert error.reason is Reason.DUPLICATE_TENSOR
             assert error.tensor == packed + suffix
             assert "--skip" in str(error)
-            convert(source, tmp_path / f"out{suffix}{double_quant}", ConversionOptions(skip=[packed[: -len(".weight")]]))
+            convert(
+                source, tmp_path / f"out{suffix}{double_quant}", ConversionOptions(skip=[packed[: -len(".weight")]])
+            )
 
 
 def test_a_name_that_gets_too_long_with_a_components_suffix_is_refused(tmp_path: Path) -> None:
@@ -783,7 +789,14 @@ def test_files_that_are_not_known_are_not_carried_over(tmp_path: Path) -> None:
     (source / "checkpoint-500").mkdir()
     (source / "modeling_mine.py").write_text("# mine")
     convert(source, tmp_path / "out")
-    expected = {"config.json", INDEX, "model-00001-of-00001.safetensors", "qformat.json", "modeling_mine.py", *SIDE_FILES}
+    expected = {
+        "config.json",
+        INDEX,
+        "model-00001-of-00001.safetensors",
+        "qformat.json",
+        "modeling_mine.py",
+        *SIDE_FILES,
+    }
     assert set(contents(tmp_path / "out")) == expected
 
 

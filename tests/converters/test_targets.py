@@ -138,9 +138,7 @@ def test_a_file_where_the_parent_should_be_is_refused(source: Path, parent: Path
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_out_inside_the_source_and_the_source_inside_out_are_refused(
-    force: bool, source: Path, parent: Path
-) -> None:
+def test_out_inside_the_source_and_the_source_inside_out_are_refused(force: bool, source: Path, parent: Path) -> None:
     for out in (source, source / "out", source / "deep" / "out", source / ".." / "source" / "out"):
         assert "lies inside the source" in refusal(source, out, force=force)
     assert "holds the source" in refusal(source, source.parent, force=force)
@@ -384,9 +382,7 @@ def test_an_interrupted_replacement_still_needs_force(source: Path, parent: Path
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_appears_under_out_during_the_conversion_is_not_replaced(
-    force: bool, source: Path, parent: Path
-) -> None:
+def test_what_appears_under_out_during_the_conversion_is_not_replaced(force: bool, source: Path, parent: Path) -> None:
     out = parent / "out"
 
     def appear(_: object) -> None:
@@ -396,4 +392,3 @@ def test_what_appears_under_out_during_the_conversion_is_not_replaced(
     with pytest.raises(TargetError, match="is no artifact"):
         convert(source, out, workers=1, force=force, on_progress=appear)
     assert contents(out) == {"thesis.txt": b"years of work"}
-

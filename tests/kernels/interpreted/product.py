@@ -54,10 +54,9 @@ def test_every_tail_of_rows_and_columns_is_right(shape: tuple[int, int]) -> None
     assert wrong_weights(random_weight(shape), torch.bfloat16) == 0
 
 
-@pytest.mark.parametrize("k", [512, 576])
-@pytest.mark.parametrize("splits", [1, 2, 3])
-def test_every_split_of_the_columns_is_right(splits: int, k: int) -> None:
-    """Three splits of two steps: one split has nothing to do."""
+@pytest.mark.parametrize(("k", "splits"), [(512, 2), (576, 2), (576, 3)])
+def test_every_split_of_the_columns_is_right(k: int, splits: int) -> None:
+    """Three splits of two steps: the last has nothing but the tail to do."""
     assert wrong_weights(random_weight((32, k)), torch.bfloat16, rows=32, splits=splits) == 0
 
 
