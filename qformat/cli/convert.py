@@ -175,6 +175,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "kept_by_reason": dict(sorted(Counter(task.reason.value for task in plan.kept).items())),
         "vouched": [task.source.name for task in plan.packed if task.vouched],
         "not_known_to_be_linear": _unknown(plan),
+        "blocks_across_rows": _blocks_across_rows(plan),
     }
 
 
@@ -194,6 +195,16 @@ def _show_notes(plan: Plan) -> None:
         click.echo(f"Kept, since it is not certain that they are Linear: {shown}. A recipe can say that they are")
     if vouched := [task.source.name for task in plan.packed if task.vouched]:
         click.echo(f"Packed because the recipe says that they are Linear: {', '.join(vouched)}")
+    if crossing := _blocks_across_rows(plan):
+        click.echo(
+            f"In {len(crossing)} weights blocks run across rows (such as {crossing[0]}): bitsandbytes 0.50 decodes some "
+            "such weights wrongly on CPUs with AVX-512. A smaller block size, or --skip, avoids it"
+        )
+
+
+def _blocks_across_rows(plan: Plan) -> list[str]:
+    """Weights whose rows are no multiple of their block: legal, but see docs/bitsandbytes.md."""
+    return [task.source.name for task in plan.packed if task.layout.shape[-1] % task.layout.block_size]
 
 
 def _unknown(plan: Plan) -> list[str]:

@@ -112,6 +112,16 @@ def test_what_is_not_known_to_be_linear_is_named(tmp_path: Path, capsys: pytest.
     assert "model.layers.0.mystery.weight" in capsys.readouterr().out
 
 
+def test_blocks_that_run_across_rows_are_reported(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["convert", str(source), str(tmp_path / "other"), "--dry-run", "--json"]) == 0
+    named = json.loads(capsys.readouterr().out)["blocks_across_rows"]
+    assert "model.layers.0.self_attn.q_proj.weight" in named
+    assert run(["convert", str(source), str(tmp_path / "other"), "--dry-run"]) == 0
+    assert "blocks run across rows" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "nbytes"), [("5GB", 5 * 10**9), ("800 MB", 8 * 10**8), ("123", 123), ("1.5kb", 1500), ("2T", 2 * 10**12)]
 )
