@@ -25,6 +25,9 @@ def smollm2() -> Path:
         if not (source / "config.json").exists():
             import subprocess
 
-            script = "import sys, demo; from pathlib import Path; demo.build_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))"
+            script = (
+                "import sys, demo; from pathlib import Path; "
+                "demo.build_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))"
+            )
             subprocess.run([sys.executable, "-c", script, str(folder), str(source)], check=True, cwd=ROOT / "tools")
     return source

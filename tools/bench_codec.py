@@ -151,19 +151,15 @@ class Bench:
         assert torch.equal(self._out, expected)
 
     def _row(self, job: str, ours: Callable[[], object], peer: Callable[[], object]) -> Row:
-        return Row(job, self._speed(ours), self._speed(peer))
-
-    def _speed(self, job: Callable[[], object]) -> float:
-        started = perf_counter()
-        job()
-        once = perf_counter() - started
-        repeats = max(1, min(200, int(0.02 / once)))  # short jobs are timed many times: their medians are steadier
-        seconds = []
-        for _ in range(self._runs * repeats):
-            started = perf_counter()
-            job()
-            seconds.append(perf_counter() - started)
-        return self._n / statistics.median(seconds) / 1e6
+        """Time both sides turn by turn, so that other load on the machine falls on both."""
+        sides = (ours, peer)
+        repeats = [max(1, min(200, int(0.02 / seconds_of(side)))) for side in sides]  # a turn: 20 ms, or one call
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for _ in range(self._runs):
+            for side, n_repeats, taken in zip(sides, repeats, seconds, strict=True):
+                side()  # not timed: brings caches and threads back to this side
+                taken.extend(seconds_of(side) for _ in range(n_repeats))
+        return Row(job, *(self._n / statistics.median(taken) / 1e6 for taken in seconds))
 
     @staticmethod
     def _decoders() -> list[Instructions]:
@@ -234,6 +230,12 @@ class Bench:
 
     def _their_decode(self) -> None:
         F.dequantize_4bit(self._their_codes, self._state)
+
+
+def seconds_of(job: Callable[[], object]) -> float:
+    started = perf_counter()
+    job()
+    return perf_counter() - started
 
 
 def raw_view(tensor: torch.Tensor, float_format: FloatFormat) -> Raw:

@@ -197,8 +197,8 @@ def _show_notes(plan: Plan) -> None:
         click.echo(f"Packed because the recipe says that they are Linear: {', '.join(vouched)}")
     if crossing := _blocks_across_rows(plan):
         click.echo(
-            f"In {len(crossing)} weights blocks run across rows (such as {crossing[0]}): bitsandbytes 0.50 decodes some "
-            "such weights wrongly on CPUs with AVX-512. A smaller block size, or --skip, avoids it"
+            f"In {len(crossing)} weights (such as {crossing[0]}) blocks run across rows: bitsandbytes 0.50 decodes "
+            "some such weights wrongly on CPUs with AVX-512. A smaller block size, or --skip, avoids it"
         )
 
 

@@ -89,10 +89,34 @@ def fuzz_config(folder: Path, pristine: dict[str, bytes], data: st.DataObject) -
 
 def fuzz_tensors(folder: Path, pristine: dict[str, bytes], data: st.DataObject) -> None:
     """One file with any names and small shapes: the table of rules sees what it has never seen."""
-    known = (
-        "model layers 0 1 experts mlp self_attn q_proj k_proj gate_proj up_proj gate lm_head embed_tokens norm weight "
-        "bias vision_tower conv1d mixer in_proj router shared_expert qkv_proj absmax wte"
-    ).split(" ")
+    known = [
+        "model",
+        "layers",
+        "0",
+        "1",
+        "experts",
+        "mlp",
+        "self_attn",
+        "q_proj",
+        "k_proj",
+        "gate_proj",
+        "up_proj",
+        "gate",
+        "lm_head",
+        "embed_tokens",
+        "norm",
+        "weight",
+        "bias",
+        "vision_tower",
+        "conv1d",
+        "mixer",
+        "in_proj",
+        "router",
+        "shared_expert",
+        "qkv_proj",
+        "absmax",
+        "wte",
+    ]
     part = st.sampled_from(["", *known]) | st.text(max_size=3)
     name = st.lists(part, min_size=1, max_size=6).map(".".join)
     names = data.draw(st.lists(name | name.map(lambda stem: stem + ".weight"), min_size=1, max_size=8, unique=True))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels.guarded import guarded_weight
 from tests.kernels.triton_interpreter import patch
 from tests.kernels.weights import bits, random_weight, reference_bits
 
@@ -74,9 +75,10 @@ def test_codes_at_any_address_equal_the_reference(offset: int) -> None:
     assert mismatches(weight, torch.bfloat16) == 0
 
 
-def test_nothing_is_read_or_written_past_the_end() -> None:
-    n = TILE + 5
-    weight = random_weight((1, n))
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("n", [32, 33, TILE, TILE + 64, 2 * TILE + 5])
+def test_nothing_is_read_or_written_past_the_end(n: int, double_quant: bool) -> None:
+    weight = guarded_weight(random_weight((1, n), double_quant=double_quant))
     arena = torch.full((n + 64,), 77.0, dtype=torch.bfloat16)
     dequantize(weight, arena[:n].view(1, n))
     assert bool((arena[n:] == 77.0).all())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels.guarded import guarded, guarded_weight
 from tests.kernels.triton_interpreter import patch
 from tests.kernels.weights import random_weight, reference_bits
 
@@ -85,6 +86,15 @@ def test_the_output_is_the_float32_sum_rounded_once(dtype: torch.dtype, splits: 
     product_as_planned(x, weight, wide, chosen)
     product_as_planned(x, weight, narrow, chosen)
     assert torch.equal(wide.to(dtype), narrow)
+
+
+@pytest.mark.parametrize("block_size", [32, 256])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("m", "shape"), [(1, (31, 64)), (5, (33, 448)), (16, (65, 512))])
+def test_nothing_is_read_past_the_end(m: int, shape: tuple[int, int], double_quant: bool, block_size: int) -> None:
+    weight = guarded_weight(random_weight(shape, double_quant=double_quant, block_size=block_size))
+    x = guarded(torch.ones(m, shape[1], dtype=torch.bfloat16))
+    product(x, weight, guarded(torch.empty(m, shape[0])))
 
 
 def test_rows_past_m_are_not_written() -> None:
