@@ -160,13 +160,6 @@ class SafetensorsShards:
             if not os.path.lexists(self.location / SINGLE_NAME):
                 raise self._no_weights()
             return None
-        if os.path.lexists(self.location / SINGLE_NAME):
-            raise SourceError(
-                Reason.INDEX_MISMATCH,
-                path,
-                f"stands beside {SINGLE_NAME}: it is not clear which one is the checkpoint",
-                next_step="Remove the one that is not",
-            )
         self.state_when_opened[INDEX_NAME] = self._state_of(INDEX_NAME)
         data = read_small(self.location, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=SourceError)
         index = strict_json.loads(data, path=path, max_nbytes=MAX_INDEX_NBYTES, error=SourceError)
@@ -179,6 +172,13 @@ class SafetensorsShards:
                 raise SourceError(Reason.INDEX_MISMATCH, path, "not a file name", tensor=tensor, field="weight_map")
             check_plain_name(shard, path=path, error=SourceError)
             checked[tensor] = shard
+        if SINGLE_NAME not in checked.values() and os.path.lexists(self.location / SINGLE_NAME):
+            raise SourceError(
+                Reason.INDEX_MISMATCH,
+                path,
+                f"stands beside {SINGLE_NAME}: it is not clear which one is the checkpoint",
+                next_step="Remove the one that is not",
+            )
         return checked
 
     def _check_index(self, weight_map: dict[str, str], owner: dict[str, str]) -> None:

@@ -33,7 +33,7 @@ from tests.small_models import ELEMENT_NBYTES, contents
 Json = Any
 
 FUZZ = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-SOAK = settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+SOAK = settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 
 ODD_VALUES = st.one_of(
     st.none(),

@@ -196,14 +196,14 @@ def test_a_valid_header_is_read_as_safetensors_reads_it(file: Path, drawn: tuple
     assert isinstance(found, Header) or found in {Reason.ALIGNMENT}
 
 
-@settings(max_examples=2500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(mutated_files())
 def test_whatever_is_accepted_safetensors_accepts_and_reads_the_same(file: Path, data: bytes) -> None:
     check(file, data)
 
 
 @pytest.mark.slow
-@settings(max_examples=60_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mutated_files())
 def test_whatever_is_accepted_safetensors_accepts_at_length(file: Path, data: bytes) -> None:
     check(file, data)

@@ -131,6 +131,13 @@ def test_a_single_file_beside_an_index_is_ambiguous(sharded: Path) -> None:
     assert refusal(sharded).reason is Reason.INDEX_MISMATCH
 
 
+def test_an_index_that_names_the_single_file_is_not_ambiguous(single: Path, tmp_path: Path) -> None:
+    convert(single, tmp_path / "without")
+    write_index(single, dict.fromkeys(tiny_tensors(), "model.safetensors"))
+    convert(single, tmp_path / "with")
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")
+
+
 @pytest.mark.parametrize(
     "index",
     [

@@ -7,6 +7,7 @@ and it is what found an inline assembly that Triton had silently compiled to som
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_machine_code_keeps_its_budget_and_census(case: Case) -> None:
         assert measured.spill_nbytes == 0
         if case.name != "dequantize_fp32":
             assert measured.instructions_per_weight <= PROMISED[case.name.split("_")[0]]
-        assert ".FTZ" not in sass  # subnormal numbers count
+        assert re.findall(r"\b(?:FMUL|FADD|F2FP)\S*\.FTZ", sass) == []  # subnormal numbers count
         measured.opcodes["FMUL"] += 2 * measured.opcodes["FMUL2"]  # two multiplications in one on sm_100
         expected = census_of_dequantize(case) if case.name.startswith("dequantize") else census_of_product(case)
         assert {name: measured.opcodes[name] for name in expected} == expected, f"sm_{sm}"
