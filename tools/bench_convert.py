@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -74,7 +75,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qformat-bench-", dir=arguments.folder) as name:
         folder = Path(name)
         tensors = one_tensor(arguments.one_tensor_gb) if arguments.one_tensor_gb else llama(arguments.layers)
-        write_checkpoint(folder / "source", tensors, arguments.layers)
+        # In a process of its own: what it allocated would count as the peak memory of every command started here.
+        writer = multiprocessing.Process(target=write_checkpoint, args=(folder / "source", tensors, arguments.layers))
+        writer.start()
+        writer.join()
         measure_all(folder, runs=arguments.runs, peer=not arguments.no_peer)
 
 
