@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 
 import bitsandbytes
 import bitsandbytes.functional as F
@@ -39,9 +39,6 @@ from qformat.codec.nested import NESTED_BLOCK_SIZE
 BLOCK_SIZE = 64
 TORCH_DTYPES = {FloatFormat.BF16: torch.bfloat16, FloatFormat.F16: torch.float16, FloatFormat.F32: torch.float32}
 C_KERNEL_NAMES = {FloatFormat.BF16: "bf16", FloatFormat.F16: "fp16", FloatFormat.F32: "fp32"}
-
-OPENMP_SPINS_S = 0.25
-"""After a call, bitsandbytes' OpenMP threads keep their cores busy for 0.2 s: our 1024x1024 decode would halve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +157,6 @@ class Bench:
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(self._runs):
             for side, n_repeats, taken in zip(sides, repeats, seconds, strict=True):
-                sleep(OPENMP_SPINS_S)
                 side()  # not timed: brings caches and threads back to this side
                 taken.extend(seconds_of(side) for _ in range(n_repeats))
         return Row(job, *(self._n / statistics.median(taken) / 1e6 for taken in seconds))

@@ -11,7 +11,6 @@ LLVM vector operations, with one shuffle instruction each, and offered to numba 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -48,7 +47,6 @@ _BIT, _I8, _I16, _I32, _I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64)
 _F16, _F32 = ir.HalfType(), ir.FloatType()
 
 
-@cache
 def cpu_features() -> frozenset[str]:
     """Return LLVM's names of the features that numba compiles for: those of this CPU, or of NUMBA_CPU_FEATURES."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
