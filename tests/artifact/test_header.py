@@ -98,8 +98,8 @@ ODD_VALUES = st.one_of(
     st.floats(-4, 40),
     st.text(max_size=3),
     st.lists(SIZES, max_size=3),
-    st.just({}),
-    st.just({"a": [1]}),
+    st.builds(dict),
+    st.builds(lambda: {"a": [1]}),
 )
 
 
