@@ -2,6 +2,7 @@
 
     QformatError
     ├── UsageError              the caller asked for something that makes no sense           (exit code 2)
+    │   └── BackendError        the forced backend cannot run here
     ├── InvalidFileError        a file does not say what it must; carries a `Reason`         (exit code 1)
     │   ├── SourceError         ... a file of the checkpoint that is converted
     │   └── ArtifactError       ... a file of a 4-bit artifact
@@ -69,6 +70,10 @@ class QformatError(Exception):
 
 class UsageError(QformatError):
     """The caller's arguments do not fit together or name nothing."""
+
+
+class BackendError(UsageError):
+    """A backend was asked for by name and cannot run on this machine or device."""
 
 
 class InvalidFileError(QformatError):

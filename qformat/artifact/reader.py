@@ -27,6 +27,9 @@ _NUMPY_DTYPES = {
     "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8", "U64": "<u8", "F64": "<f8", "C64": "<c8",
 }  # fmt: skip
 
+_PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+"""No swap is set aside for pages that hardly anybody writes to: a file larger than the memory can be mapped."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
@@ -116,7 +119,7 @@ class Artifact(Mapping[str, PackedTensor | KeptTensor]):
         self.path = structure.path
         self.manifest = structure.manifest
         self.located = structure.located
-        self._maps: dict[str, NDArray[np.uint8]] = {}
+        self._maps: dict[str, mmap.mmap] = {}
 
     def __enter__(self) -> Artifact:
         return self
@@ -135,11 +138,10 @@ class Artifact(Mapping[str, PackedTensor | KeptTensor]):
         if isinstance(record, KeptRecord):
             return KeptTensor(name, record.dtype, self._view(name))
         parts = {part: self._view(name + part.value) for part in record.components}
-        state = quant_state.parse(parts[Component.QUANT_STATE].tobytes(), path=self.path, tensor=name)
         return PackedTensor(
             name=name,
             layout=record.layout,
-            state=state,
+            state=self.quant_state(name),
             packed=parts[Component.PACKED].reshape(-1),
             absmax=parts[Component.ABSMAX],
             nested_absmax=parts.get(Component.NESTED_ABSMAX),
@@ -150,22 +152,30 @@ class Artifact(Mapping[str, PackedTensor | KeptTensor]):
         """Let go of the mapped files."""
         self._maps.clear()
 
-    def _view(self, name: str) -> NDArray[Any]:
-        located = self.located[name]
-        entry = located.entry
-        data = self._map(located.shard)[entry.start : entry.stop]
-        return data.view(_NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
+    def quant_state(self, name: str) -> QuantState:
+        """Return what the codes of a packed tensor mean. Raises KeyError for a name that is no packed tensor."""
+        data = self._view(name + Component.QUANT_STATE.value).tobytes()
+        return quant_state.parse(data, path=self.path, tensor=name)
 
-    def _map(self, shard: str) -> NDArray[np.uint8]:
+    def mapped(self, shard: str) -> mmap.mmap:
+        """Return the mapping of a whole shard file. It is private: what is written to it never reaches the file."""
         if shard not in self._maps:
             expected = self.manifest.files[shard].nbytes
             with open_regular(self.path, shard, error=ArtifactError) as descriptor:
                 nbytes = os.fstat(descriptor).st_size
                 if nbytes != expected:
                     raise size_error(self.path / shard, nbytes, expected)
-                mapped = mmap.mmap(descriptor, expected, prot=mmap.PROT_READ)
-            self._maps[shard] = np.frombuffer(mapped, np.uint8)
+                self._maps[shard] = mmap.mmap(
+                    descriptor, expected, flags=_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
         return self._maps[shard]
+
+    def _view(self, name: str) -> NDArray[Any]:
+        located = self.located[name]
+        entry = located.entry
+        data = np.frombuffer(self.mapped(located.shard), np.uint8, entry.nbytes, entry.start)
+        data.flags.writeable = False
+        return data.view(_NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def open_artifact(path: Path | str) -> Artifact:

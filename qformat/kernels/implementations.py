@@ -1,0 +1,95 @@
+"""The four functions that each backend has, under one signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qformat.kernels.backends import choose
+from qformat.kernels.packed_weight import PackedWeight
+
+Dequantize = Callable[[PackedWeight, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """What a backend offers. Arguments are checked, contiguous and on one device; x has the dtype to compute in.
+
+    dequantize(weight, out [N, K])
+    linear(x [M, K], weight, bias [N] or None) -> [M, N]: by decoding the weight
+    input_gradient(grad [M, N], weight) -> [M, K]
+    product(x [M, K], weight) -> [M, N]: without a decoded weight in memory, where product_unsupported(m, weight, dtype)
+        gives no reason against it
+    """
+
+    dequantize: Dequantize
+    linear: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+    input_gradient: Callable[[Tensor, PackedWeight], Tensor]
+    product: Callable[[Tensor, PackedWeight], Tensor]
+    product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None]
+
+
+def implementation(device: torch.device) -> Implementation:
+    """Return the functions for tensors on a device. Raises BackendError if the forced backend cannot run there."""
+    return _MAKERS[choose(device.type).backend]()
+
+
+@cache
+def _numba() -> Implementation:
+    from qformat.kernels import cpu
+
+    return Implementation(cpu.dequantize, cpu.linear, cpu.input_gradient, cpu.product, cpu.product_unsupported)
+
+
+@cache
+def _triton() -> Implementation:
+    from qformat.kernels import triton_dequantize, triton_product
+
+    def product(x: Tensor, weight: PackedWeight) -> Tensor:
+        out = x.new_empty((x.shape[0], weight.shape[0]))
+        triton_product.product(x, weight, out)
+        return out
+
+    def unsupported(m: int, weight: PackedWeight, dtype: torch.dtype) -> str | None:
+        return triton_product.product_unsupported(m, weight.shape, weight.block_size, dtype)
+
+    return _by_decoding(triton_dequantize.dequantize, product, unsupported)
+
+
+@cache
+def _torch() -> Implementation:
+    from qformat.kernels import torch_decode
+
+    def product(x: Tensor, weight: PackedWeight) -> Tensor:
+        raise AssertionError("unsupported, as product_unsupported says")
+
+    return _by_decoding(torch_decode.dequantize, product, lambda _m, _weight, _dtype: "the torch backend has none")
+
+
+_MAKERS = {"numba": _numba, "triton": _triton, "torch": _torch}
+
+
+def _by_decoding(
+    dequantize: Dequantize,
+    product: Callable[[Tensor, PackedWeight], Tensor],
+    product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None],
+) -> Implementation:
+    """Products by decoding the whole weight. The device's caching allocator hands out the same scratch each time."""
+
+    def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        dequantize(weight, out)
+        return out
+
+    return Implementation(
+        dequantize=dequantize,
+        linear=lambda x, weight, bias: functional.linear(x, decoded(weight, x.dtype), bias),
+        input_gradient=lambda grad, weight: torch.mm(grad, decoded(weight, grad.dtype)),
+        product=product,
+        product_unsupported=product_unsupported,
+    )

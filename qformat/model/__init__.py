@@ -1,0 +1,1 @@
+"""Running models on packed weights: layers, building, mapping, transformers and PEFT."""

@@ -1,0 +1,194 @@
+"""A transformers model around given tensors: made on the meta device, its packed Linears replaced, nothing copied."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from qformat.artifact.structure import CONFIG_NAME, INDEX_NAME
+from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.model.nf4_linear import NF4Linear
+from qformat.model.shard_tensors import PackedComponents
+
+log = logging.getLogger(__name__)
+
+
+def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
+    """Read an artifact's config.json. Raises ArtifactError if transformers does not know the architecture."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise ArtifactError(
+            Reason.CONFIG_FIELD,
+            path / CONFIG_NAME,
+            f"transformers {transformers.__version__} cannot read it: {_first_line(error)}",
+            field="model_type",
+            next_step="Update transformers, or, if the model brings its own code and you trust it, pass trust_remote_code",
+        ) from error
+
+
+def build_on_meta(
+    path: Path, config: PretrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool, attention: str | None
+) -> PreTrainedModel:
+    """Make the model that config.json names, without memory for its weights. Raises ArtifactError if there is none."""
+    chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with torch.device("meta"), transformers.initialization.no_init_weights():
+            model = _model_class(path, config, trust_remote_code)._from_config(config, dtype=dtype, **chosen)
+    except ImportError as error:
+        raise UsageError(f"{path}: the model needs a package that is not installed: {_first_line(error)}") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            Reason.CONFIG_FIELD, path / CONFIG_NAME, f"no model can be built from it: {_first_line(error)}"
+        ) from error
+    if not isinstance(model, PreTrainedModel):
+        raise ArtifactError(Reason.CONFIG_FIELD, path / CONFIG_NAME, "names no model", field="architectures")
+    return model
+
+
+def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], path: Path) -> None:
+    """Hang all tensors into a model on the meta device; then nothing of it is left there.
+
+    Raises ArtifactError for a tensor that the model has no place for, one of another shape, and one that is missing.
+    """
+    dtype = model.dtype
+    device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
+    places = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    biases = {name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and name.endswith(".bias")}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and name in places:
+            _set_tensor(model, name, tensor, places[name], dtype, path)
+        elif isinstance(tensor, Tensor) and not _is_expected_extra(model, name):
+            raise _does_not_fit(path, name, "the model that config.json describes has no such tensor")
+    for name, tensor in tensors.items():
+        if isinstance(tensor, PackedComponents):
+            _replace_linear(model, name, tensor, path, biases)
+    model.tie_weights()
+    _check_complete(model, path)
+    _initialise_the_rest(model, device)
+
+
+def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) -> Any:
+    names = getattr(config, "architectures", None) or []
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and auto_map:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        reference = auto_map.get("AutoModelForCausalLM") or next(
+            (value for key, value in auto_map.items() if key.startswith("AutoModel")), None
+        )
+        if reference is not None:
+            return get_class_from_dynamic_module(reference, path)
+    for name in names:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    raise ArtifactError(
+        Reason.CONFIG_FIELD,
+        path / CONFIG_NAME,
+        f"transformers {transformers.__version__} has no {' or '.join(map(repr, names)) or 'model of this name'}",
+        field="architectures",
+        next_step="Update transformers, or, if the model brings its own code and you trust it, pass trust_remote_code",
+    )
+
+
+def _replace_linear(model: nn.Module, name: str, packed: PackedComponents, path: Path, biases: set[str]) -> None:
+    module_name = name.removesuffix(".weight")
+    parent_name, _, child_name = module_name.rpartition(".")
+    try:
+        old = model.get_submodule(module_name)
+        parent = model.get_submodule(parent_name)
+    except AttributeError:
+        raise _does_not_fit(path, name, "the model that config.json describes has no such layer") from None
+    if not isinstance(old, nn.Linear):
+        raise _does_not_fit(path, name, f"is packed, but the model has a {type(old).__name__} there, no Linear")
+    shape = (old.out_features, old.in_features)
+    if tuple(packed.state.shape) != shape:
+        raise _does_not_fit(path, name, f"shape {list(packed.state.shape)}, but the model has {list(shape)}")
+    new = NF4Linear(old.in_features, old.out_features, packed.components, packed.state)
+    if old.bias is not None:
+        if f"{module_name}.bias" not in biases:
+            raise _missing(path, f"{module_name}.bias")
+        new.bias = old.bias
+    new.train(old.training)
+    setattr(parent, child_name, new)
+
+
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor, place: Tensor, dtype: torch.dtype, path: Path) -> None:
+    if tuple(tensor.shape) != tuple(place.shape):
+        raise _does_not_fit(path, name, f"shape {list(tensor.shape)}, but the model has {list(place.shape)}")
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    wanted = place.dtype if place.dtype.is_floating_point and tensor.dtype.is_floating_point else tensor.dtype
+    value = tensor.to(wanted)
+    if leaf in parent._parameters:
+        # Integer parameters exist, and cannot have gradients.
+        parent._parameters[leaf] = nn.Parameter(value, requires_grad=place.requires_grad and value.is_floating_point())
+    else:
+        parent._buffers[leaf] = value
+
+
+def _is_expected_extra(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers, too, reads over a tensor: another head's, or a buffer that is computed nowadays."""
+    patterns = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$", r"\.masked_bias$"]
+    tied = model.all_tied_weights_keys
+    return name in tied or any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_complete(model: PreTrainedModel, path: Path) -> None:
+    persistent = model.state_dict(keep_vars=True)
+    for name, tensor in persistent.items():
+        if tensor.is_meta:
+            if name.removesuffix(".weight") in {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}:
+                log.debug("no tensor for the Linear %s", name)
+            raise _missing(path, name)
+
+
+def _initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no file holds (rotary frequencies and the like) as the model's own code does."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+            elif buffer is None:
+                continue
+        if isinstance(module, NF4Linear):
+            module._is_hf_initialized = True
+    model.initialize_weights()
+
+
+def _missing(path: Path, name: str) -> ArtifactError:
+    return ArtifactError(
+        Reason.MISSING_COMPONENT,
+        path / INDEX_NAME,
+        "the model that config.json describes needs it, and no shard has it",
+        tensor=name,
+        next_step="config.json and the shards are of different models, or a file of the source was left out",
+    )
+
+
+def _does_not_fit(path: Path, name: str, problem: str) -> ArtifactError:
+    return ArtifactError(
+        Reason.CONFIG_FIELD,
+        path / CONFIG_NAME,
+        problem,
+        tensor=name,
+        next_step="config.json and the shards are of different models, or this transformers renames the model's tensors",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

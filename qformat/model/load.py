@@ -1,0 +1,80 @@
+"""`load_model`: from an artifact's folder to a running transformers model, without a copy of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from qformat.artifact.reader import open_artifact
+from qformat.artifact.verify import verify_integrity
+from qformat.errors import UsageError
+from qformat.model.build import attach, build_on_meta, read_config
+from qformat.model.shard_tensors import map_shards, tensors_of
+
+Verify = Literal["full", "structure"]
+
+
+def load_model(
+    path: Path | str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    verify: Verify = "structure",
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Load an artifact as a transformers model whose 4-bit weights stay packed.
+
+    device: where it runs, by default the GPU if there is one. On the CPU every tensor is a view of the mapped file.
+    dtype: of activations and of tensors kept in 16 bit, by default what config.json says; another one copies the latter.
+    verify: "structure" checks all but the weights' bytes; "full" reads every byte and compares its digest.
+    attention: transformers' name of an attention implementation.
+
+    Raises: ArtifactError for a damaged artifact (the reasons of `qformat verify`), for a config.json that does not fit
+    the tensors and for an architecture that transformers does not know; VerificationError for wrong digests; UsageError
+    for a device that is not there.
+    """
+    path = Path(path)
+    target = _device(device)
+    artifact = open_artifact(path)
+    if verify == "full":
+        verify_integrity(path).raise_if_bad()
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    model = build_on_meta(
+        path,
+        config,
+        dtype=dtype or config.dtype or torch.bfloat16,
+        trust_remote_code=trust_remote_code,
+        attention=attention,
+    )
+    attach(model, tensors_of(artifact, map_shards(artifact)), path)
+    _set_generation_config(model, path)
+    model.eval()
+    return model.to(target) if target.type != "cpu" else model  # type: ignore[arg-type]
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"device {device!r} cannot be used here: {first}") from error
+    return chosen
+
+
+def _set_generation_config(model: PreTrainedModel, path: Path) -> None:
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+
+
+def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that lies beside the weights."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -1,0 +1,148 @@
+"""A linear layer whose weight stays packed: every tensor is a view of the artifact's file or of its copy on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qformat.artifact.components import Component
+from qformat.codec.quant_state import QuantState
+from qformat.errors import UsageError
+from qformat.kernels import ops
+from qformat.kernels.packed_weight import PackedWeight
+
+_BUFFERS = {
+    Component.ABSMAX: "absmax",
+    Component.NESTED_ABSMAX: "nested_absmax",
+    Component.NESTED_QUANT_MAP: "nested_quant_map",
+    Component.QUANT_MAP: "quant_map",
+    Component.QUANT_STATE: "quant_state",
+}
+"""Components beside the packed codes, which are the layer's `weight`, and the buffers that hold them."""
+
+
+class NF4Linear(nn.Linear):
+    """`nn.Linear` with a 4-bit weight: y = x W^T + bias, W decoded on the way.
+
+    weight: uint8 [ceil(n/2), 1], two codes a byte, without gradient; the other components are buffers under the names
+    of the specification. `state_dict` has the artifact's component names, with the artifact's bytes. A change of dtype
+    (`.half()`, `.to(torch.float32)`) leaves the components as they are; a change of device moves them.
+
+    It is an `nn.Linear`, so that PEFT wraps it with its ordinary LoRA layer; `merge` into it is impossible.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        components: Mapping[Component, Tensor],
+        state: QuantState,
+        bias: Tensor | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # that of nn.Linear would allocate a float weight
+        if tuple(state.shape) != (out_features, in_features):
+            raise UsageError(f"a weight of shape {list(state.shape)} in a layer of {out_features} x {in_features}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.block_size = state.block_size
+        self.nested_offset = 0.0 if state.nested_offset is None else float(state.nested_offset)
+        self.weight = nn.Parameter(components[Component.PACKED], requires_grad=False)
+        for component, name in _BUFFERS.items():
+            self.register_buffer(name, components.get(component), persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
+        self._packed_weight: PackedWeight | None = None
+
+    def packed_weight(self) -> PackedWeight:
+        """Return the weight as the kernels take it; the components were checked when it was first asked for."""
+        kept = self._packed_weight
+        if kept is None or kept.packed is not self.weight:
+            kept = self._packed_weight = PackedWeight(
+                self.weight,
+                self.absmax,
+                self.nested_absmax,
+                self.nested_quant_map,
+                self.nested_offset,
+                self.block_size,
+                (self.out_features, self.in_features),
+            )
+        return kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., in_features] times the weight's transpose, plus bias: [..., out_features] in x's dtype."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self._differentiable(x)
+        return ops.linear(x, self.packed_weight(), self.bias)
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Return the weight [out_features, in_features], decoded into a new tensor: bf16, fp16 or fp32."""
+        return ops.dequantize_nf4(*self._components(), self.out_features, self.in_features, dtype)
+
+    def extra_repr(self) -> str:
+        """Return what `print(model)` shows of the layer."""
+        levels = "one level" if self.nested_absmax is None else "double quantization"
+        return f"{super().extra_repr()}, block_size={self.block_size}, {levels}"
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return ops.linear_nf4(x, *self._components(), self.out_features, self.in_features, bias)
+
+    def _components(self) -> tuple[Any, ...]:
+        return (
+            self.weight,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_quant_map,
+            self.nested_offset,
+            self.block_size,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        """Move to another device, but never to another dtype: components are bytes of a format, not activations."""
+        before = {name: getattr(self, name) for name in _BUFFERS.values()}
+        super()._apply(fn, recurse)
+        for name, kept in before.items():
+            moved = getattr(self, name)
+            if kept is not None and moved.dtype != kept.dtype:
+                setattr(self, name, kept.to(moved.device))
+        self._packed_weight = None
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for component, name in _BUFFERS.items():
+            tensor = getattr(self, name)
+            if tensor is not None:
+                destination[f"{prefix}weight{component.value}"] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {f"{prefix}weight{component.value}": name for component, name in _BUFFERS.items()}
+        rest = {key: value for key, value in state_dict.items() if key not in own}
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for key, name in own.items():
+            buffer = getattr(self, name)
+            if key in state_dict and buffer is not None:
+                if state_dict[key].shape != buffer.shape or state_dict[key].dtype != buffer.dtype:
+                    error_msgs.append(f"{key}: {list(state_dict[key].shape)}, expected {list(buffer.shape)}")
+                elif name == "quant_state" and not torch.equal(state_dict[key].to(buffer.device), buffer):
+                    error_msgs.append(f"{key}: another block size, shape or offset than this layer was built with")
+                else:
+                    buffer.copy_(state_dict[key])
+            elif buffer is not None and strict:
+                missing_keys.append(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_packed_weight": None}  # type: ignore[misc]
