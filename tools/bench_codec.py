@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from bitsandbytes.cextension import lib
 
-from qformat.codec import cpu, shuffles
+from qformat.codec import cpu, lanes
 from qformat.codec.cpu import Instructions
 from qformat.codec.floats import FloatFormat, Raw
 from qformat.codec.nested import NESTED_BLOCK_SIZE
@@ -76,7 +76,7 @@ def main() -> None:
 
 def print_machine(threads: int) -> None:
     wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512bf16", "avx512vbmi", "neon")
-    present = [name for name in wanted if name in shuffles.cpu_features()]
+    present = [name for name in wanted if name in lanes.cpu_features()]
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     print(f"CPU: {cpu_model()}, {os.cpu_count()} cores, load {load}; {threads} threads used by each side")
     print(f"features: {' '.join(present) or 'none of these'}; decoder: {cpu.decoder_name()}")
@@ -164,7 +164,7 @@ class Bench:
     @staticmethod
     def _decoders() -> list[Instructions]:
         present: list[Instructions] = [
-            name for name, needed in shuffles.NEEDED_FEATURES.items() if needed <= shuffles.cpu_features()
+            name for name, needed in lanes.NEEDED_FEATURES.items() if needed <= lanes.cpu_features()
         ]
         return [*present, "plain"]
 

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.codec import kernels, nf4, shuffles
+from qformat.codec import kernels, lanes, nf4, shuffles
 from qformat.codec.codebooks import DYNAMIC_MAP
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.kernels import Kernel
@@ -215,8 +215,8 @@ def warm_up(float_format: FloatFormat, *, on_compile: Callable[[], None] | None 
 @cache
 def decoder_name() -> Instructions:
     """Return the name of the instructions that encode and decode on this CPU."""
-    features = shuffles.cpu_features()
-    return next((name for name, needed in shuffles.NEEDED_FEATURES.items() if needed <= features), "plain")
+    features = lanes.cpu_features()
+    return next((name for name, needed in lanes.NEEDED_FEATURES.items() if needed <= features), "plain")
 
 
 def _encoder(float_format: FloatFormat, name: Instructions | None) -> Kernel:
@@ -233,9 +233,9 @@ def _available(name: Instructions) -> Instructions:
     """Return the name if this CPU can run it. Raises UsageError if not: never a silent replacement."""
     if name == "plain":
         return name
-    if name not in shuffles.NEEDED_FEATURES:
-        raise UsageError(f"instructions {name!r}: must be one of {', '.join(shuffles.NEEDED_FEATURES)}, plain")
-    missing = shuffles.NEEDED_FEATURES[name] - shuffles.cpu_features()
+    if name not in lanes.NEEDED_FEATURES:
+        raise UsageError(f"instructions {name!r}: must be one of {', '.join(lanes.NEEDED_FEATURES)}, plain")
+    missing = lanes.NEEDED_FEATURES[name] - lanes.cpu_features()
     if missing:
         raise UsageError(f"instructions {name!r}: this CPU lacks {', '.join(sorted(missing))}")
     return name
@@ -268,10 +268,17 @@ def _require_nested(
 
 def _in_shares(decode_blocks: Callable[[int, int], None], n_blocks: int, *, block_size: int, workers: int) -> None:
     """Call decode_blocks(first, last) for all blocks: at once, or in threads where that pays."""
-    n_shares = max(1, min(workers, n_blocks * block_size // SMALLEST_SHARE))
-    bounds = [n_blocks * share // n_shares for share in range(n_shares + 1)]
-    others = [_pool(workers).submit(decode_blocks, *share) for share in pairwise(bounds[1:])]
-    decode_blocks(bounds[0], bounds[1])
+    share(decode_blocks, n_blocks, shares=min(workers, n_blocks * block_size // SMALLEST_SHARE), workers=workers)
+
+
+def share(work: Callable[[int, int], None], count: int, *, shares: int, workers: int) -> None:
+    """Call work(first, last) so that all of range(count) is done: in this thread and up to `workers` - 1 others."""
+    if shares <= 1:
+        work(0, count)
+        return
+    bounds = [count * done // shares for done in range(shares + 1)]
+    others = [_pool(workers).submit(work, *part) for part in pairwise(bounds[1:])]
+    work(bounds[0], bounds[1])
     for other in others:
         other.result()
 

@@ -39,7 +39,7 @@ class Kernel:
     def __init__(self, dispatcher: Any, signature: Signature) -> None:
         self._dispatcher = dispatcher
         self._signature = signature
-        self._constants = tuple(a.literal_value for a in signature.args if isinstance(a, types.StringLiteral))
+        self.constants = tuple(a.literal_value for a in signature.args if isinstance(a, types.StringLiteral))
         self._entry: Callable[..., Any] | None = None
 
     def compile(self) -> Callable[..., Any]:
@@ -50,7 +50,7 @@ class Kernel:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run with all arguments but the literal ones. Types are not checked: a wrong dtype would be misread."""
-        return (self._entry or self.compile())(*arguments, *self._constants)
+        return (self._entry or self.compile())(*arguments, *self.constants)
 
 
 def jit(function: Callable[..., Any]) -> Any:

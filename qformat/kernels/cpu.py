@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from qformat.codec import cpu
+from qformat.codec.codebooks import DYNAMIC_MAP
 from qformat.codec.floats import FloatFormat
+from qformat.codec.product import Product, unsupported
 from qformat.kernels.packed_weight import PackedWeight
 
 SCRATCH_NBYTES = 32 << 20
 """The most that one thread keeps to decode into; larger weights go through it in bands of rows. glibc maps larger
 buffers anew each time, and fresh pages cost five times what decoding costs (2,200 against 11,000 M weights/s)."""
+
+MAX_M = 8
+"""Rows of x up to which the product from the codes is faster than decoding and torch's product."""
 
 FORMATS = {torch.bfloat16: FloatFormat.BF16, torch.float16: FloatFormat.F16, torch.float32: FloatFormat.F32}
 
@@ -51,12 +57,36 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
 
 def product(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x [M, K] times the weight's transpose, [M, N], without decoding the weight to memory."""
-    raise NotImplementedError
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+    _prepared(weight, FORMATS[x.dtype])(_raw(x), out.view(-1).numpy(), workers=torch.get_num_threads())
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def _prepared(weight: PackedWeight, float_format: FloatFormat) -> Product:
+    """Return the weight made ready for products; kept with it, since a decoded token asks for every weight once."""
+    kept = weight.prepared.get(float_format)
+    if kept is None:
+        nested_absmax, nested_quant_map = weight.nested_absmax, weight.nested_quant_map
+        kept = weight.prepared[float_format] = Product(
+            _array(weight.packed),
+            _array(weight.absmax),
+            None if nested_absmax is None else _array(nested_absmax),
+            weight.nested_offset,
+            shape=weight.shape,
+            block_size=weight.block_size,
+            float_format=float_format,
+            nested_quant_map=DYNAMIC_MAP if nested_quant_map is None else _array(nested_quant_map),
+        )
+    return kept
 
 
 def product_unsupported(m: int, weight: PackedWeight, dtype: torch.dtype) -> str | None:
     """Return why `product` does not take x [m, K] of `dtype`, or None if it does."""
-    return "not there yet"
+    if dtype not in FORMATS:
+        return f"{dtype}: expected one of {', '.join(map(str, FORMATS))}"
+    if m > MAX_M:
+        return f"m = {m}: from {MAX_M + 1} rows on, decoding is faster"
+    return unsupported(weight.shape[1], weight.block_size, FORMATS[dtype])
 
 
 def _bands(weight: PackedWeight, dtype: torch.dtype) -> list[tuple[int, int]]:
@@ -86,12 +116,11 @@ def _scratch(dtype: torch.dtype, n_elements: int) -> Tensor:
 
 
 def _decode_elements(weight: PackedWeight, start: int, stop: int, out: Tensor) -> None:
-    """Decode elements start to stop, the first of a block to the last of one or of the weight, into out [stop - start]."""
+    """Decode elements start to stop, whole blocks but for the last, into out [stop - start]."""
     float_format = FORMATS[out.dtype]
     size = weight.block_size
     blocks = slice(start // size, -(-stop // size))
     packed = _array(weight.packed)[start // 2 : (stop + 1) // 2]
-    raw = out if float_format is FloatFormat.F32 else out.view(torch.uint16)
     if weight.nested_absmax is None or weight.nested_quant_map is None:
         cpu.decode_into(
             packed,
@@ -99,7 +128,7 @@ def _decode_elements(weight: PackedWeight, start: int, stop: int, out: Tensor) -
             n_elements=stop - start,
             block_size=size,
             float_format=float_format,
-            out=raw.numpy(),
+            out=_raw(out),
             workers=torch.get_num_threads(),
         )
         return
@@ -111,12 +140,18 @@ def _decode_elements(weight: PackedWeight, start: int, stop: int, out: Tensor) -
         n_elements=stop - start,
         block_size=size,
         float_format=float_format,
-        out=raw.numpy(),
+        out=_raw(out),
         nested_quant_map=_array(weight.nested_quant_map),
         first_block=blocks.start,
         workers=torch.get_num_threads(),
     )
 
 
-def _array(tensor: Tensor) -> NDArray[np.generic]:
+def _raw(tensor: Tensor) -> NDArray[Any]:
+    """Return a contiguous float tensor as raw elements [n]: 16-bit ones as uint16."""
+    flat = tensor.detach().view(-1)
+    return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.uint16).numpy()
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().view(-1).numpy()

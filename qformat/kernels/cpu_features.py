@@ -1,4 +1,4 @@
-"""What the CPU at hand multiplies fastest: a bf16 product is slow where no instruction has it, and fast where one does."""
+"""What the CPU at hand multiplies fastest: bf16 products are slow without instructions for them, and fast with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from qformat.codec.shuffles import cpu_features
+from qformat.codec.lanes import cpu_features
 
 BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
 """LLVM's names, x86-64 and AArch64."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class PackedWeight:
         launch reads nothing back from the device and can be captured in a graph
     block_size: elements that share an absmax
     shape: (rows, columns) of the weight, n = rows * columns
+    prepared: what a backend keeps of the weight between calls
     """
 
     packed: Tensor
@@ -33,6 +35,7 @@ class PackedWeight:
     nested_offset: float
     block_size: int
     shape: tuple[int, int]
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:

@@ -31,7 +31,7 @@ def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             path / CONFIG_NAME,
             f"transformers {transformers.__version__} cannot read it: {_first_line(error)}",
             field="model_type",
-            next_step="Update transformers, or, if the model brings its own code and you trust it, pass trust_remote_code",
+            next_step="Update transformers, or, if you trust the code that comes with the model, trust_remote_code",
         ) from error
 
 
@@ -186,7 +186,7 @@ def _does_not_fit(path: Path, name: str, problem: str) -> ArtifactError:
         path / CONFIG_NAME,
         problem,
         tensor=name,
-        next_step="config.json and the shards are of different models, or this transformers renames the model's tensors",
+        next_step="config.json and the shards are of different models, or transformers renames the tensors",
     )
 
 

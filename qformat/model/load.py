@@ -29,7 +29,7 @@ def load_model(
     """Load an artifact as a transformers model whose 4-bit weights stay packed.
 
     device: where it runs, by default the GPU if there is one. On the CPU every tensor is a view of the mapped file.
-    dtype: of activations and of tensors kept in 16 bit, by default what config.json says; another one copies the latter.
+    dtype: of activations and of what was kept in 16 bit, by default that of config.json; another one copies the latter.
     verify: "structure" checks all but the weights' bytes; "full" reads every byte and compares its digest.
     attention: transformers' name of an attention implementation.
 

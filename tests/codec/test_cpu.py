@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from qformat.codec import cpu, kernels, nested, nf4, shuffles
+from qformat.codec import cpu, kernels, lanes, nested, nf4
 from qformat.codec.codebooks import DYNAMIC_MAP, DYNAMIC_THRESHOLDS, NF4_THRESHOLDS
 from qformat.codec.cpu import Instructions
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
@@ -24,7 +24,7 @@ from qformat.errors import UsageError
 STEADY = settings(deadline=None)  # a first example may compile, and test machines stall
 FORMATS = list(FloatFormat)
 RUNNABLE: list[Instructions] = [
-    *(name for name, needed in shuffles.NEEDED_FEATURES.items() if needed <= shuffles.cpu_features()),
+    *(name for name, needed in lanes.NEEDED_FEATURES.items() if needed <= lanes.cpu_features()),
     "plain",
 ]
 GUARD = 0xA5

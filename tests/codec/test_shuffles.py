@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qformat.codec import cpu, nf4, shuffles
+from qformat.codec import cpu, lanes, nf4, shuffles
 from qformat.codec.codebooks import NF4_THRESHOLDS
 from qformat.codec.cpu import Instructions
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
@@ -19,7 +19,7 @@ from qformat.errors import UsageError
 
 FORMATS = list(FloatFormat)
 RUNNABLE: list[Instructions] = [
-    *(name for name, needed in shuffles.NEEDED_FEATURES.items() if needed <= shuffles.cpu_features()),
+    *(name for name, needed in lanes.NEEDED_FEATURES.items() if needed <= lanes.cpu_features()),
     "plain",
 ]
 ALL_BYTES = np.arange(256, dtype=np.uint8)
@@ -150,13 +150,13 @@ def test_the_guess_is_the_code_or_one_less_with_room_for_rounding() -> None:
     assert np.rint(guess).max() == 14
 
 
-@pytest.mark.parametrize("name", shuffles.NEEDED_FEATURES)
+@pytest.mark.parametrize("name", lanes.NEEDED_FEATURES)
 def test_forcing_instructions_that_the_cpu_lacks_is_an_error(
     name: Instructions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = sorted(shuffles.NEEDED_FEATURES[name])[0]  # type: ignore[index]
-    features = shuffles.NEEDED_FEATURES[name] - {lacking}  # type: ignore[index]
-    monkeypatch.setattr(shuffles, "cpu_features", lambda: features)
+    lacking = sorted(lanes.NEEDED_FEATURES[name])[0]  # type: ignore[index]
+    features = lanes.NEEDED_FEATURES[name] - {lacking}  # type: ignore[index]
+    monkeypatch.setattr(lanes, "cpu_features", lambda: features)
     with pytest.raises(UsageError, match=f"{name}.*this CPU lacks {lacking}"):
         decode(ALL_BYTES, np.ones(2, np.float32), 256, FloatFormat.BF16, name)
     with pytest.raises(UsageError, match=f"{name}.*this CPU lacks {lacking}"):
@@ -180,7 +180,7 @@ def test_instructions_that_do_not_exist_are_an_error() -> None:
 def test_the_best_instructions_of_a_cpu_are_chosen(
     features: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shuffles, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(lanes, "cpu_features", lambda: frozenset(features))
     cpu.decoder_name.cache_clear()
     try:
         assert cpu.decoder_name() == expected

@@ -1,0 +1,217 @@
+"""Vector operations that numba has not, written as LLVM instructions: lanes, lookups in registers, rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, Literal
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from qformat.codec.floats import FloatFormat
+
+Shuffle = Literal["avx512", "avx2"]
+
+NEEDED_FEATURES: dict[Shuffle, frozenset[str]] = {
+    "avx512": frozenset({"avx512f", "avx512bw"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+}
+"""LLVM's names of what each needs, the best one first."""
+
+BIT, I8, I16, I32, I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """Return LLVM's names of the features that numba compiles for: those of this CPU, or of NUMBA_CPU_FEATURES."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
+
+
+class Lanes:
+    """A vector in the LLVM function under construction; each operator appends an instruction and gives its result."""
+
+    def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
+        self.builder = builder
+        self.value = value
+        self.element: ir.Type = value.type.element
+        self.count: int = value.type.count
+
+    @classmethod
+    def constant(cls, builder: ir.IRBuilder, element: ir.Type, numbers: Iterable[Any]) -> Lanes:
+        """Return the given numbers as lanes."""
+        plain = [float(number) if element == F32 else int(number) for number in numbers]
+        return cls(builder, ir.Constant(ir.VectorType(element, len(plain)), plain))
+
+    @classmethod
+    def repeat(cls, builder: ir.IRBuilder, scalar: Any, count: int) -> Lanes:
+        """Return `count` lanes that all hold a scalar value."""
+        undefined = ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined)
+        first = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
+        return cls(builder, first).pick([0] * count)
+
+    def _of(self, value: Any) -> Lanes:
+        return Lanes(self.builder, value)
+
+    def _same(self, other: Lanes | float) -> Any:
+        return other.value if isinstance(other, Lanes) else ir.Constant(self.value.type, [other] * self.count)
+
+    def _vector(self, element: ir.Type) -> ir.VectorType:
+        return ir.VectorType(element, self.count)
+
+    def __add__(self, other: Lanes | float) -> Lanes:
+        add = self.builder.fadd if self.element == F32 else self.builder.add
+        return self._of(add(self.value, self._same(other)))
+
+    def __mul__(self, other: Lanes) -> Lanes:
+        return self._of(self.builder.fmul(self.value, other.value))
+
+    def __and__(self, other: int) -> Lanes:
+        return self._of(self.builder.and_(self.value, self._same(other)))
+
+    def __or__(self, other: Lanes | int) -> Lanes:
+        return self._of(self.builder.or_(self.value, self._same(other)))
+
+    def __lshift__(self, n_bits: int) -> Lanes:
+        return self._of(self.builder.shl(self.value, self._same(n_bits)))
+
+    def __rshift__(self, n_bits: int) -> Lanes:
+        return self._of(self.builder.lshr(self.value, self._same(n_bits)))
+
+    def __gt__(self, other: Lanes) -> Lanes:
+        return self._of(self.builder.fcmp_ordered(">", self.value, other.value))
+
+    def is_nan(self) -> Lanes:
+        """Return one-bit lanes."""
+        return self._of(self.builder.fcmp_unordered("uno", self.value, self.value))
+
+    def has_bit(self, bit: int) -> Lanes:
+        """Return one-bit lanes."""
+        return self._of(self.builder.icmp_unsigned("!=", (self & (1 << bit)).value, self._same(0)))
+
+    def choose(self, if_true: Lanes, if_false: Lanes) -> Lanes:
+        """Return lanes of the one or the other; these are one-bit lanes."""
+        return self._of(self.builder.select(self.value, if_true.value, if_false.value))
+
+    def times_plus(self, factor: Lanes | float, summand: Lanes | float) -> Lanes:
+        """Multiply and add with one rounding: for what need not equal the reference's bits."""
+        arguments = (self.value, self._same(factor), self._same(summand))
+        return self.call(f"llvm.fma.v{self.count}f32", self.value.type, *arguments)
+
+    def widen(self, element: ir.Type) -> Lanes:
+        """Return the unsigned integers with more bits."""
+        return self._of(self.builder.zext(self.value, self._vector(element)))
+
+    def cut(self, element: ir.Type) -> Lanes:
+        """Return the lowest bits of each integer."""
+        return self._of(self.builder.trunc(self.value, self._vector(element)))
+
+    def to_half(self) -> Lanes:
+        """Round float32 to float16, nearest even; return the bits."""
+        return self._of(self.builder.fptrunc(self.value, self._vector(F16))).reread(I16)
+
+    def from_half(self) -> Lanes:
+        """Return the float32 values of float16 bits."""
+        return self._of(self.builder.fpext(self.reread(F16).value, self._vector(F32)))
+
+    def reread(self, element: ir.Type) -> Lanes:
+        """Return the same bits as lanes of another type."""
+        widths = {F16: 16, F32: 32}
+        old, new = (widths.get(each) or each.width for each in (self.element, element))
+        return self._of(self.builder.bitcast(self.value, ir.VectorType(element, self.count * old // new)))
+
+    def pick(self, lanes: Sequence[int], other: Lanes | None = None) -> Lanes:
+        """Return lanes by number; those of `other` are counted on after these."""
+        second = ir.Constant(self.value.type, ir.Undefined) if other is None else other.value
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        return self._of(self.builder.shuffle_vector(self.value, second, mask))
+
+    def join(self, other: Lanes) -> Lanes:
+        """Return these lanes and after them those of another vector."""
+        return self.pick(range(2 * self.count), other)
+
+    def call(self, name: str, returns: ir.Type, *arguments: Any) -> Lanes:
+        """Call an LLVM intrinsic that returns a vector."""
+        return self._of(call(self.builder, name, returns, *arguments))
+
+
+def call(builder: ir.IRBuilder, name: str, returns: ir.Type, *arguments: Any) -> Any:
+    """Call an LLVM intrinsic, declared on first use."""
+    signature = ir.FunctionType(returns, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+
+
+class Memory:
+    """A numba array argument as memory to load lanes from and store them to, aligned or not."""
+
+    def __init__(self, context: Any, builder: ir.IRBuilder, array_type: types.Array, array: Any) -> None:
+        self._builder = builder
+        self._data = context.make_array(array_type)(context, builder, array).data
+
+    def _pointer(self, index: Any, element: ir.Type, count: int) -> Any:
+        return self._builder.bitcast(self._builder.gep(self._data, [index]), ir.VectorType(element, count).as_pointer())
+
+    def load(self, index: Any, element: ir.Type, count: int) -> Lanes:
+        """Return the lanes that begin at an index of the array."""
+        loaded = self._builder.load(self._pointer(index, element, count))
+        loaded.align = 1
+        return Lanes(self._builder, loaded)
+
+    def store(self, index: Any, lanes: Lanes) -> None:
+        """Write lanes to the array from an index on."""
+        self._builder.store(lanes.value, self._pointer(index, lanes.element, lanes.count)).align = 1
+
+
+def look_up_floats(table: Lanes, index: Lanes, shuffle: Shuffle) -> Lanes:
+    """Return table[index & 15] of a table of 16 floats; index is <16 x i32> with AVX-512, <8 x i32> with AVX2."""
+    if shuffle == "avx512":
+        return table.call("llvm.x86.avx512.permvar.sf.512", table.value.type, table.value, index.value)
+    lower, upper = (
+        half.call("llvm.x86.avx2.permps", half.value.type, half.value, index.value)
+        for half in (table.pick(range(8)), table.pick(range(8, 16)))
+    )
+    return index.has_bit(3).choose(upper, lower)
+
+
+def look_up_shorts(table: Lanes, packed: Lanes, shuffle: Shuffle) -> Lanes:
+    """Return the <32 x i16> of a table <16 x i16> that 16 packed bytes name, the high nibbles first."""
+    if shuffle == "avx512":
+        # vpermw reads 5 bits of an index, so the table stands there twice and the fifth bit may be anything.
+        both = table.join(table)
+        index = (packed.widen(I32) >> 4 | packed.widen(I32) << 16).reread(I16)
+        return both.call("llvm.x86.avx512.permvar.hi.512", both.value.type, both.value, index.value)
+    # vpshufb finds bytes within each half of its register: both halves hold the table, one byte of each entry.
+    index = (packed >> 4).pick([lane for i in range(16) for lane in (i, 16 + i)], packed & 15)
+    first, second = (
+        half.call("llvm.x86.avx2.pshuf.b", half.value.type, half.value, index.value)
+        for half in (table.cut(I8).pick([*range(16)] * 2), (table >> 8).cut(I8).pick([*range(16)] * 2))
+    )
+    return first.pick([lane for i in range(32) for lane in (i, 32 + i)], second).reread(I16)
+
+
+def widened(raw: Lanes, float_format: FloatFormat) -> Lanes:
+    """Return the float32 values of raw lanes."""
+    if float_format is FloatFormat.F32:
+        return raw
+    return raw.from_half() if float_format is FloatFormat.F16 else (raw.widen(I32) << 16).reread(F32)
+
+
+def narrowed(values: Lanes, float_format: FloatFormat) -> Lanes:
+    """Round to nearest even, as `floats.narrow`; 16-bit formats as bits."""
+    if float_format is FloatFormat.F32:
+        return values
+    if float_format is FloatFormat.F16:
+        return values.to_half()
+    bits = values.reread(I32)
+    rounded = (bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16
+    return values.is_nan().choose(bits >> 16 | 0x40, rounded).cut(I16)
+
+
+def steps(typed: Callable[..., Any]) -> Any:
+    """Offer LLVM code to numba as a function; strings and numbers written out in a call reach it as literal types."""
+    return intrinsic(prefer_literal=True)(typed)

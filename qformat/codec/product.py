@@ -1,0 +1,152 @@
+"""The product of a few rows with a packed weight on the CPU: typed, checked entrance to `product_kernels`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat.codec import lanes
+from qformat.codec.codebooks import DYNAMIC_MAP
+from qformat.codec.cpu import share
+from qformat.codec.floats import FloatFormat, Raw, widen
+from qformat.codec.nested import NESTED_BLOCK_SIZE
+from qformat.codec.nf4 import BLOCK_SIZES, block_count
+from qformat.codec.product_kernels import (
+    GROUP,
+    NEEDED_FEATURES,
+    ProductInstructions,
+    deinterleave_bits,
+    deinterleave_floats,
+    product_kernel,
+)
+from qformat.errors import UsageError
+
+SMALLEST_SHARE = 1 << 20
+"""Weights that a thread is started for: 60 us of work, twice what it costs to hand them over."""
+
+_NO_FLOATS = np.zeros(0, np.float32)
+
+
+def unsupported(columns: int, block_size: int, float_format: FloatFormat) -> str | None:
+    """Return why there is no product for weights with so many columns on this CPU, or None if there is one."""
+    if best_instructions(float_format) is None:
+        return "this CPU has neither AVX2 nor AVX-512"
+    if columns == 0 or columns % GROUP or columns % block_size:
+        return f"K = {columns} is no multiple of {max(GROUP, block_size)}"
+    return None
+
+
+@cache
+def best_instructions(float_format: FloatFormat) -> ProductInstructions | None:
+    """Return the fastest instructions that this CPU has for weights in a format."""
+    return next((name for name in get_args(ProductInstructions) if _missing(name, float_format) is None), None)
+
+
+class Product:
+    """A packed weight W [N, K] made ready for products with few rows, its arrays checked once.
+
+    The arrays are those of `cpu.decode_into` and `cpu.decode_nested_into`, nested_absmax None without the second level.
+    W is, bit for bit, what they decode to in `float_format`; but instructions "bf16" take subnormal numbers for zero.
+
+    Raises UsageError for arrays that do not fit together, a K that is no multiple of the block and of 64, or
+    instructions that this CPU lacks.
+    """
+
+    def __init__(
+        self,
+        packed: NDArray[np.uint8],
+        absmax: NDArray[Any],
+        nested_absmax: NDArray[np.float32] | None,
+        nested_offset: float,
+        *,
+        shape: tuple[int, int],
+        block_size: int,
+        float_format: FloatFormat,
+        nested_quant_map: NDArray[np.float32] = DYNAMIC_MAP,
+        instructions: ProductInstructions | None = None,
+    ) -> None:
+        self._check_weight(packed, absmax, nested_absmax, nested_quant_map, shape, block_size)
+        name = instructions or best_instructions(float_format)
+        if name is None or (reason := _missing(name, float_format)) is not None:
+            raise UsageError(f"instructions {name!r}: {'this CPU has none' if name is None else reason}")
+        self.shape = shape
+        self.float_format = float_format
+        self.instructions = name
+        nested = _NO_FLOATS if nested_absmax is None else nested_absmax
+        offset = np.float32(nested_offset)
+        self._weight = (packed, absmax, nested, nested_quant_map, offset, shape[1], block_size)
+        self._kernel = product_kernel(name, float_format, double_quant=nested_absmax is not None).compile()
+        self._literals = product_kernel(name, float_format, double_quant=nested_absmax is not None).constants
+        self._most_shares = max(1, shape[0] * shape[1] // SMALLEST_SHARE)
+
+    def __call__(self, x: Raw, out: NDArray[np.float32], *, workers: int = 1) -> None:
+        """Write x [M * K], raw elements of the float format, times W's transpose into `out` float32 [M * N].
+
+        Sums are float32, in an order that depends on K only: the same bits for any number of workers.
+        Raises UsageError for arrays of another dtype or size.
+        """
+        n, k = self.shape
+        if x.dtype != self.float_format.raw_dtype or x.ndim != 1 or x.size % k or not x.flags.c_contiguous:
+            raise UsageError(
+                f"x: {x.dtype} {list(x.shape)}, expected contiguous {self.float_format.raw_dtype} [M * {k}]"
+            )
+        if out.dtype != np.float32 or out.shape != (x.size // k * n,) or not out.flags.c_contiguous:
+            raise UsageError(f"out: {out.dtype} {list(out.shape)}, expected contiguous float32 [{x.size // k * n}]")
+        ordered = self._ordered(x)
+
+        def rows(first: int, last: int) -> None:
+            self._kernel(ordered, *self._weight, first, last, n, out, *self._literals)
+
+        share(rows, n, shares=min(workers, self._most_shares), workers=workers)
+
+    def _ordered(self, x: Raw) -> Raw:
+        if self.instructions == "bf16":
+            bits = np.empty(x.size, np.uint16)
+            deinterleave_bits(x, bits)
+            return bits
+        floats = np.empty(x.size, np.float32)
+        deinterleave_floats(widen(x, self.float_format), floats)
+        return floats
+
+    @staticmethod
+    def _check_weight(
+        packed: NDArray[np.uint8],
+        absmax: NDArray[Any],
+        nested_absmax: NDArray[np.float32] | None,
+        nested_quant_map: NDArray[np.float32],
+        shape: tuple[int, int],
+        block_size: int,
+    ) -> None:
+        """Refuse what the kernels would misread: they trust dtypes, sizes and contiguity."""
+        n, k = shape
+        if block_size not in BLOCK_SIZES or k % GROUP or k % block_size or min(n, k) <= 0:
+            raise UsageError(
+                f"{n} x {k} weights in blocks of {block_size}: K must be a multiple of {GROUP} and the block"
+            )
+        n_blocks = n * k // block_size
+        expected: list[tuple[str, NDArray[Any], Any, int]] = [
+            ("packed", packed, np.uint8, n * k // 2),
+            ("absmax", absmax, np.float32 if nested_absmax is None else np.uint8, n_blocks),
+        ]
+        if nested_absmax is not None:
+            expected += [
+                ("nested_absmax", nested_absmax, np.float32, block_count(n_blocks, NESTED_BLOCK_SIZE)),
+                ("nested_quant_map", nested_quant_map, np.float32, DYNAMIC_MAP.size),
+            ]
+        for name, array, dtype, size in expected:
+            if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
+                raise UsageError(
+                    f"{name}: {array.dtype} {list(array.shape)}, expected contiguous {np.dtype(dtype)} [{size}]"
+                )
+
+
+def _missing(name: ProductInstructions, float_format: FloatFormat) -> str | None:
+    if name not in NEEDED_FEATURES:
+        return f"must be one of {', '.join(NEEDED_FEATURES)}"
+    if name == "bf16" and float_format is not FloatFormat.BF16:
+        return f"they multiply bfloat16, not {float_format.torch_name}"
+    missing = NEEDED_FEATURES[name] - lanes.cpu_features()
+    return f"this CPU lacks {', '.join(sorted(missing))}" if missing else None

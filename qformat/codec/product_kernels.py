@@ -1,0 +1,241 @@
+"""Products of a few rows with packed weights, straight from the codes: the decoded weight never leaves the registers.
+
+A row of W is read 64 weights (32 bytes) at a time. The high nibbles are the even elements and the low ones the odd
+ones, so x lies there with its even elements first in each group of 64 (`deinterleave`), and no nibble has to be moved.
+A table of the block's 16 products, rounded as the decoder rounds them, is looked up by the codes, one shuffle for 16 or
+32 weights, and multiplied with x:
+
+- "bf16": `vdpbf16ps`, 32 products of bf16 at a time (AVX512-BF16). It takes subnormal numbers for zero.
+- "avx512", "avx2": fused multiply-adds in float32.
+
+Sums are float32 in an order that depends on nothing but K, so rows can be shared among threads in any way.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from qformat.codec.codebooks import NF4_CODEBOOK
+from qformat.codec.floats import FloatFormat
+from qformat.codec.kernels import Kernel, filled, jit, kernel, taken
+from qformat.codec.lanes import (
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    Lanes,
+    Memory,
+    look_up_floats,
+    narrowed,
+    steps,
+    widened,
+)
+
+ProductInstructions = Literal["bf16", "avx512", "avx2"]
+
+NEEDED_FEATURES: dict[ProductInstructions, frozenset[str]] = {
+    "bf16": frozenset({"avx512f", "avx512bw", "avx512bf16"}),
+    "avx512": frozenset({"avx512f", "avx512bw"}),
+    "avx2": frozenset({"avx2", "fma", "f16c"}),
+}
+"""LLVM's names of what each needs, the best one first."""
+
+GROUP = 64
+"""Weights of a row that are taken together; K is a multiple of it."""
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+def _as_bfloats(lanes: Lanes) -> Any:
+    """Return <32 x i16> as <32 x bfloat>."""
+    return lanes.builder.bitcast(lanes.value, ir.VectorType(_BFloat(), 32))
+
+
+def _scalar(builder: ir.IRBuilder, context: Any, array_type: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.load(builder.gep(data, [index]))
+
+
+def _sum(lanes: Lanes) -> Any:
+    """Return the sum of all lanes, in a tree."""
+    while lanes.count > 1:
+        half = lanes.count // 2
+        lanes = lanes.pick(range(half)) + lanes.pick(range(half, lanes.count))
+    return lanes.builder.extract_element(lanes.value, ir.Constant(I32, 0))
+
+
+@steps
+def _dot_row(
+    _: Any, x: Any, packed: Any, absmax: Any, nested_absmax: Any, nested_quant_map: Any, offset: Any, row: Any,
+    columns: Any, block_size: Any, sums: Any, n_x_rows: Any, levels: Any, float_format: Any, instructions: Any,
+) -> Any:  # fmt: skip
+    """sums[m] = row `row` of W times x[m * columns:], m < n_x_rows (a literal), x deinterleaved.
+
+    levels, a literal: "two" if absmax holds codes of the second level, "one" if it is float32.
+    """
+    target = FloatFormat(float_format.literal_value)
+    mode = instructions.literal_value
+    count = 8 if mode == "avx2" else 16
+    shuffle = "avx2" if mode == "avx2" else "avx512"
+    n_x = n_x_rows.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds = signature.args
+        xs = Memory(context, builder, kinds[0], arguments[0])
+        codes = Memory(context, builder, kinds[1], arguments[1])
+        _, _, _, _, _, offset, row, columns, block_size, *_ = arguments
+        zero = ir.Constant(ir.VectorType(F32, count), [0.0] * count)
+        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(2 * n_x)]
+        row_start = builder.mul(row, columns)
+
+        def scale_of(element: Any) -> Any:
+            block = builder.udiv(element, block_size)
+            value = _scalar(builder, context, kinds[2], arguments[2], block)
+            if levels.literal_value == "one":
+                return value
+            nested = _scalar(builder, context, kinds[3], arguments[3], builder.lshr(block, ir.Constant(I64, 8)))
+            entry = _scalar(builder, context, kinds[4], arguments[4], builder.zext(value, I64))
+            return builder.fadd(builder.fmul(entry, nested), offset)
+
+        def table_of(element: Any) -> Lanes:
+            products = Lanes.constant(builder, F32, NF4_CODEBOOK) * Lanes.repeat(builder, scale_of(element), 16)
+            return narrowed(products, target)
+
+        def add(total: int, add_to: Any) -> None:
+            builder.store(add_to(builder.load(totals[total])), totals[total])
+
+        def add_group_bf16(group: Any, code_index: Any, tables: tuple[Lanes, Lanes]) -> None:
+            both = tables[0].join(tables[1])
+            low = codes.load(code_index, I8, 32).widen(I16)
+            high = low >> 4
+            if tables[0] is not tables[1]:  # blocks of 32: the upper half looks up in the second table
+                second_half = Lanes.constant(builder, I16, [0] * 16 + [16] * 16)
+                low, high = (low & 15) | second_half, high | second_half
+            for parity, index in enumerate((high, low)):
+                weights = both.call("llvm.x86.avx512.permvar.hi.512", both.value.type, both.value, index.value)
+                for m in range(n_x):
+                    at = builder.add(group, builder.mul(ir.Constant(I64, m), columns))
+                    values = xs.load(builder.add(at, ir.Constant(I64, 32 * parity)), I16, 32)
+                    operands = (_as_bfloats(weights), _as_bfloats(values))
+                    add(
+                        2 * m + parity,
+                        lambda total, operands=operands: (
+                            Lanes(builder, total)
+                            .call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, *operands)
+                            .value
+                        ),
+                    )
+
+        def add_group_float(group: Any, code_index: Any, tables: tuple[Lanes, Lanes]) -> None:
+            floats = tuple(widened(table, target) for table in tables)
+            for part in range(32 // count):
+                table = floats[part * count // 16]
+                at_part = ir.Constant(I64, part * count)
+                pairs = codes.load(builder.add(code_index, at_part), I8, count).widen(I32)
+                for parity, index in enumerate((pairs >> 4, pairs & 15)):
+                    weights = look_up_floats(table, index, shuffle)
+                    for m in range(n_x):
+                        at = builder.add(group, builder.mul(ir.Constant(I64, m), columns))
+                        at = builder.add(builder.add(at, at_part), ir.Constant(I64, 32 * parity))
+                        values = xs.load(at, F32, count)
+                        add(
+                            2 * m + parity,
+                            lambda total, w=weights, v=values: w.times_plus(v, Lanes(builder, total)).value,
+                        )
+
+        add_group = add_group_bf16 if mode == "bf16" else add_group_float
+        small_blocks = builder.icmp_unsigned("==", block_size, ir.Constant(I64, 32))
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), columns, ir.Constant(I64, GROUP)) as (group, _n):
+            element = builder.add(row_start, group)
+            code_index = builder.lshr(element, ir.Constant(I64, 1))
+            with builder.if_else(small_blocks) as (if_small, if_large):
+                with if_small:
+                    second = table_of(builder.add(element, ir.Constant(I64, 32)))
+                    add_group(group, code_index, (table_of(element), second))
+                with if_large:
+                    table = table_of(element)
+                    add_group(group, code_index, (table, table))
+        data = context.make_array(kinds[9])(context, builder, arguments[9]).data
+        for m in range(n_x):
+            even, odd = (Lanes(builder, builder.load(totals[2 * m + parity])) for parity in (0, 1))
+            builder.store(_sum(even + odd), builder.gep(data, [ir.Constant(I64, m)]))
+        return context.get_dummy_value()
+
+    signature = types.void(
+        x, packed, absmax, nested_absmax, nested_quant_map, offset, row, columns, block_size, sums, n_x_rows, levels,
+        float_format, instructions,
+    )  # fmt: skip
+    return signature, generate
+
+
+@jit
+def _product(
+    x: Any, packed: Any, absmax: Any, nested_absmax: Any, nested_quant_map: Any, offset: Any, columns: Any,
+    block_size: Any, first_row: Any, last_row: Any, n_rows: Any, out: Any, levels: Any, float_format: Any,
+    instructions: Any,
+) -> None:  # fmt: skip
+    """out[m * n_rows + row] for rows first_row to last_row of W and all rows m of x; x deinterleaved."""
+    n_x = x.size // columns
+    sums = np.empty(4, np.float32)
+    for row in range(first_row, last_row):
+        m = 0
+        while m + 4 <= n_x:
+            _dot_row(
+                x[m * columns :], packed, absmax, nested_absmax, nested_quant_map, offset, row, columns, block_size,
+                sums, 4, levels, float_format, instructions,
+            )  # fmt: skip
+            for i in range(4):
+                out[(m + i) * n_rows + row] = sums[i]
+            m += 4
+        while m < n_x:
+            _dot_row(
+                x[m * columns :], packed, absmax, nested_absmax, nested_quant_map, offset, row, columns, block_size,
+                sums, 1, levels, float_format, instructions,
+            )  # fmt: skip
+            out[m * n_rows + row] = sums[0]
+            m += 1
+
+
+def _deinterleave(x: Any, out: Any) -> None:
+    for group in range(0, x.size, 64):
+        for i in range(32):
+            out[group + i] = x[group + 2 * i]
+            out[group + 32 + i] = x[group + 2 * i + 1]
+
+
+deinterleave_bits = kernel(types.void(taken(types.uint16), filled(types.uint16)))(_deinterleave)
+deinterleave_floats = kernel(types.void(taken(types.float32), filled(types.float32)))(_deinterleave)
+"""x in groups of 64, each with its even elements first."""
+
+
+@cache
+def product_kernel(instructions: ProductInstructions, float_format: FloatFormat, *, double_quant: bool) -> Kernel:
+    """Return the kernel of one set of instructions, for weights rounded to a format."""
+    element = types.uint16 if instructions == "bf16" else types.float32
+    absmax = types.uint8 if double_quant else types.float32
+    whole = types.int64
+    levels = types.literal("two" if double_quant else "one")
+    signature = types.void(
+        taken(element), taken(types.uint8), taken(absmax), taken(types.float32), taken(types.float32), types.float32,
+        whole, whole, whole, whole, whole, filled(types.float32), levels, types.literal(float_format.value),
+        types.literal(instructions),
+    )  # fmt: skip
+    return Kernel(_product, signature)
