@@ -78,23 +78,23 @@ class Product:
         nested = _NO_FLOATS if nested_absmax is None else nested_absmax
         offset = np.float32(nested_offset)
         self._weight = (packed, absmax, nested, nested_quant_map, offset, shape[1], block_size)
-        self._kernel = product_kernel(name, float_format, double_quant=nested_absmax is not None).compile()
-        self._literals = product_kernel(name, float_format, double_quant=nested_absmax is not None).constants
+        kernel = product_kernel(name, float_format, double_quant=nested_absmax is not None)
+        self._kernel = kernel.compile()
+        self._literals = kernel.constants
         self._most_shares = max(1, shape[0] * shape[1] // SMALLEST_SHARE)
 
-    def __call__(self, x: Raw, out: NDArray[np.float32], *, workers: int = 1) -> None:
-        """Write x [M * K], raw elements of the float format, times W's transpose into `out` float32 [M * N].
+    def __call__(self, x: Raw, out: Raw, *, workers: int = 1) -> None:
+        """Write x [M * K] times W's transpose into `out` [M * N], both raw elements of the float format.
 
-        Sums are float32, in an order that depends on K only: the same bits for any number of workers.
+        Sums are float32, in an order that depends on K only, and rounded once: the same bits for any number of workers.
         Raises UsageError for arrays of another dtype or size.
         """
         n, k = self.shape
-        if x.dtype != self.float_format.raw_dtype or x.ndim != 1 or x.size % k or not x.flags.c_contiguous:
-            raise UsageError(
-                f"x: {x.dtype} {list(x.shape)}, expected contiguous {self.float_format.raw_dtype} [M * {k}]"
-            )
-        if out.dtype != np.float32 or out.shape != (x.size // k * n,) or not out.flags.c_contiguous:
-            raise UsageError(f"out: {out.dtype} {list(out.shape)}, expected contiguous float32 [{x.size // k * n}]")
+        dtype = self.float_format.raw_dtype
+        if x.dtype != dtype or x.ndim != 1 or x.size % k or not x.flags.c_contiguous:
+            raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected contiguous {dtype} [M * {k}]")
+        if out.dtype != dtype or out.shape != (x.size // k * n,) or not out.flags.c_contiguous:
+            raise UsageError(f"out: {out.dtype} {list(out.shape)}, expected contiguous {dtype} [{x.size // k * n}]")
         ordered = self._ordered(x)
 
         def rows(first: int, last: int) -> None:
@@ -123,9 +123,7 @@ class Product:
         """Refuse what the kernels would misread: they trust dtypes, sizes and contiguity."""
         n, k = shape
         if block_size not in BLOCK_SIZES or k % GROUP or k % block_size or min(n, k) <= 0:
-            raise UsageError(
-                f"{n} x {k} weights in blocks of {block_size}: K must be a multiple of {GROUP} and the block"
-            )
+            raise UsageError(f"{n} x {k} weights: K must be a multiple of the block, {block_size}, and of {GROUP}")
         n_blocks = n * k // block_size
         expected: list[tuple[str, NDArray[Any], Any, int]] = [
             ("packed", packed, np.uint8, n * k // 2),
@@ -138,9 +136,8 @@ class Product:
             ]
         for name, array, dtype, size in expected:
             if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
-                raise UsageError(
-                    f"{name}: {array.dtype} {list(array.shape)}, expected contiguous {np.dtype(dtype)} [{size}]"
-                )
+                found = f"{array.dtype} {list(array.shape)}"
+                raise UsageError(f"{name}: {found}, expected contiguous {np.dtype(dtype)} [{size}]")
 
 
 def _missing(name: ProductInstructions, float_format: FloatFormat) -> str | None:

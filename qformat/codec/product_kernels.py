@@ -74,12 +74,12 @@ def _scalar(builder: ir.IRBuilder, context: Any, array_type: Any, array: Any, in
     return builder.load(builder.gep(data, [index]))
 
 
-def _sum(lanes: Lanes) -> Any:
-    """Return the sum of all lanes, in a tree."""
+def _sum(lanes: Lanes) -> Lanes:
+    """Return one lane: the sum of all, in a tree."""
     while lanes.count > 1:
         half = lanes.count // 2
         lanes = lanes.pick(range(half)) + lanes.pick(range(half, lanes.count))
-    return lanes.builder.extract_element(lanes.value, ir.Constant(I32, 0))
+    return lanes
 
 
 @steps
@@ -87,7 +87,7 @@ def _dot_row(
     _: Any, x: Any, packed: Any, absmax: Any, nested_absmax: Any, nested_quant_map: Any, offset: Any, row: Any,
     columns: Any, block_size: Any, sums: Any, n_x_rows: Any, levels: Any, float_format: Any, instructions: Any,
 ) -> Any:  # fmt: skip
-    """sums[m] = row `row` of W times x[m * columns:], m < n_x_rows (a literal), x deinterleaved.
+    """sums[m] = row `row` of W times x[m * columns:], rounded to the format; m < n_x_rows (a literal), x deinterleaved.
 
     levels, a literal: "two" if absmax holds codes of the second level, "one" if it is float32.
     """
@@ -176,7 +176,9 @@ def _dot_row(
         data = context.make_array(kinds[9])(context, builder, arguments[9]).data
         for m in range(n_x):
             even, odd = (Lanes(builder, builder.load(totals[2 * m + parity])) for parity in (0, 1))
-            builder.store(_sum(even + odd), builder.gep(data, [ir.Constant(I64, m)]))
+            total = narrowed(_sum(even + odd), target)
+            raw = builder.extract_element(total.value, ir.Constant(I32, 0))
+            builder.store(raw, builder.gep(data, [ir.Constant(I64, m)]))
         return context.get_dummy_value()
 
     signature = types.void(
@@ -194,7 +196,7 @@ def _product(
 ) -> None:  # fmt: skip
     """out[m * n_rows + row] for rows first_row to last_row of W and all rows m of x; x deinterleaved."""
     n_x = x.size // columns
-    sums = np.empty(4, np.float32)
+    sums = np.empty(4, out.dtype)
     for row in range(first_row, last_row):
         m = 0
         while m + 4 <= n_x:
@@ -230,12 +232,13 @@ deinterleave_floats = kernel(types.void(taken(types.float32), filled(types.float
 def product_kernel(instructions: ProductInstructions, float_format: FloatFormat, *, double_quant: bool) -> Kernel:
     """Return the kernel of one set of instructions, for weights rounded to a format."""
     element = types.uint16 if instructions == "bf16" else types.float32
+    result = types.float32 if float_format is FloatFormat.F32 else types.uint16
     absmax = types.uint8 if double_quant else types.float32
     whole = types.int64
     levels = types.literal("two" if double_quant else "one")
     signature = types.void(
         taken(element), taken(types.uint8), taken(absmax), taken(types.float32), taken(types.float32), types.float32,
-        whole, whole, whole, whole, whole, filled(types.float32), levels, types.literal(float_format.value),
+        whole, whole, whole, whole, whole, filled(result), levels, types.literal(float_format.value),
         types.literal(instructions),
     )  # fmt: skip
     return Kernel(_product, signature)

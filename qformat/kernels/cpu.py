@@ -57,9 +57,9 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
 
 def product(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x [M, K] times the weight's transpose, [M, N], without decoding the weight to memory."""
-    out = torch.empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
-    _prepared(weight, FORMATS[x.dtype])(_raw(x), out.view(-1).numpy(), workers=torch.get_num_threads())
-    return out if x.dtype == torch.float32 else out.to(x.dtype)
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    _prepared(weight, FORMATS[x.dtype])(_raw(x), _raw(out), workers=torch.get_num_threads())
+    return out
 
 
 def _prepared(weight: PackedWeight, float_format: FloatFormat) -> Product:

@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed: its components are views of the artifact's file or of its copy on a device."""
+"""A linear layer whose weight stays packed: views of the artifact's file or of its copy on a device."""
 
 from __future__ import annotations
 
