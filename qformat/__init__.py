@@ -6,6 +6,7 @@
     with qformat.open("SmolLM2-135M-Instruct-nf4") as artifact:
         weight = artifact["model.layers.0.mlp.up_proj.weight"].decode()
     assert qformat.verify("SmolLM2-135M-Instruct-nf4").good
+    model = qformat.load_model("SmolLM2-135M-Instruct-nf4")
 
 Public names are imported when they are first used: `import qformat` itself loads nothing heavy.
 """
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from qformat.converters.compare import Comparison, compare
     from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
     from qformat.converters.plan import Plan
+    from qformat.kernels.backends import force_backend
+    from qformat.model.load import load_model, load_tokenizer
 
 _PUBLIC = {
     "Artifact": "qformat.artifact.reader:Artifact",
@@ -37,6 +40,9 @@ _PUBLIC = {
     "Plan": "qformat.converters.plan:Plan",
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
+    "force_backend": "qformat.kernels.backends:force_backend",
+    "load_model": "qformat.model.load:load_model",
+    "load_tokenizer": "qformat.model.load:load_tokenizer",
     "open": "qformat.artifact.reader:open_artifact",
     "plan": "qformat.converters.convert:plan",
     "verify": "qformat.artifact.verify:verify_integrity",
@@ -53,6 +59,9 @@ __all__ = [
     "Plan",
     "compare",
     "convert",
+    "force_backend",
+    "load_model",
+    "load_tokenizer",
     "open",
     "plan",
     "verify",

@@ -21,9 +21,11 @@ ALLOWED = {
     "qformat.codec": BASE,
     "qformat.artifact": BASE | {"qformat.codec"},
     "qformat.kernels": BASE | {"qformat.codec"},
+    "qformat.model": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels"},
     "qformat.report": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.converters": BASE | {"qformat.codec", "qformat.artifact"},
-    "qformat.cli": BASE | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters"},
+    "qformat.cli": BASE
+    | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"},
 }
 """What each layer may import besides itself. `qformat` itself (version, lazy public names) is free to all."""
 

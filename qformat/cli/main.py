@@ -22,6 +22,8 @@ COMMANDS = {
     "convert": "Convert a 16-bit checkpoint into a 4-bit artifact.",
     "inspect": "Show what an artifact or a checkpoint holds.",
     "verify": "Prove that an artifact is whole, and how far it is from its source.",
+    "generate": "Generate text with an artifact.",
+    "info": "Show devices, backends and versions.",
 }
 
 

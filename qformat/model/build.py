@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from qformat.artifact.structure import CONFIG_NAME, INDEX_NAME
 from qformat.errors import ArtifactError, Reason, UsageError
@@ -41,7 +42,7 @@ def build_on_meta(
     """Make the model that config.json names, without memory for its weights. Raises ArtifactError if there is none."""
     chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        with torch.device("meta"), transformers.initialization.no_init_weights():
+        with torch.device("meta"), no_init_weights():
             model = _model_class(path, config, trust_remote_code)._from_config(config, dtype=dtype, **chosen)
     except ImportError as error:
         raise UsageError(f"{path}: the model needs a package that is not installed: {_first_line(error)}") from error

@@ -1,0 +1,95 @@
+"""`qformat info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import click
+
+from qformat import __version__, strict_json
+from qformat.cli.display import format_nbytes, format_table
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "bitsandbytes")
+
+
+@click.command()
+@click.option("--backend", metavar="NAME", help="Force a backend, as QFORMAT_BACKEND does: numba, triton, torch.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(backend: str | None, as_json: bool) -> None:
+    """Show devices, which backend runs each operation on them and why, and versions."""
+    from qformat.cli.models import quiet_transformers
+
+    quiet_transformers()
+    from qformat.kernels.backends import force_backend
+
+    force_backend(backend)
+    facts = {"versions": _versions(), "devices": _devices(), "operations": _operations()}
+    if as_json:
+        click.echo(strict_json.dumps(facts, indent=2))
+        return
+    click.echo(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
+    click.echo("\n".join(f"{device['name']}: {device['description']}" for device in facts["devices"]))
+    rows = [["device", "operation", "backend", "why"]]
+    rows += [[row["device"], row["operation"], row["backend"], row["why"]] for row in facts["operations"]]
+    click.echo("\n" + format_table(rows))
+
+
+def _versions() -> dict[str, str]:
+    found = {"qformat": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _devices() -> list[dict[str, str]]:
+    import torch
+
+    from qformat.codec.cpu import decoder_name
+    from qformat.kernels.cpu_features import has_fast_bf16
+
+    bf16 = "bf16 products in hardware" if has_fast_bf16() else "no bf16 products in hardware: computes in fp32"
+    description = f"{platform.machine()}, {torch.get_num_threads()} threads, decodes with {decoder_name()}, {bf16}"
+    devices = [{"name": "cpu", "description": description}]
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        text = f"{card.name}, sm_{card.major}{card.minor}, {format_nbytes(card.total_memory)}"
+        devices.append({"name": f"cuda:{index}", "description": text})
+    return devices
+
+
+def _operations() -> list[dict[str, Any]]:
+    import torch
+
+    from qformat.kernels import cpu_features, ops
+    from qformat.kernels.backends import choose
+
+    rows = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        choice = choose(device)
+        dtype = cpu_features.compute_dtype(torch.bfloat16) if device == "cpu" else torch.bfloat16
+        large = f"decodes, then torch's product in {str(dtype).removeprefix('torch.')}"
+        small = _small_product(choice.backend)
+        rows += [
+            {"device": device, "operation": "dequantize_nf4", "backend": choice.backend, "why": choice.reason},
+            {"device": device, "operation": f"linear_nf4, M > {ops.MAX_M}", "backend": choice.backend, "why": large},
+            {"device": device, "operation": "gemv_nf4", "backend": choice.backend, "why": small},
+        ]
+    return rows
+
+
+def _small_product(backend: str) -> str:
+    from qformat.codec.floats import FloatFormat
+    from qformat.codec.product import best_instructions
+    from qformat.kernels import cpu, triton_product
+
+    if backend == "numba":
+        name = best_instructions(FloatFormat.BF16)
+        return f"from the codes up to M = {cpu.MAX_M}, {name}" if name else "none: this CPU has no AVX2"
+    if backend == "triton":
+        return f"from the codes up to M = {triton_product.MAX_M}, tensor cores"
+    return "none: decodes"
