@@ -25,14 +25,14 @@ def command(backend: str | None, as_json: bool) -> None:
     from qformat.kernels.backends import force_backend
 
     force_backend(backend)
-    facts = {"versions": _versions(), "devices": _devices(), "operations": _operations()}
+    versions, devices, operations = _versions(), _devices(), _operations()
     if as_json:
-        click.echo(strict_json.dumps(facts, indent=2))
+        click.echo(strict_json.dumps({"versions": versions, "devices": devices, "operations": operations}, indent=2))
         return
-    click.echo(", ".join(f"{name} {version}" for name, version in facts["versions"].items()))
-    click.echo("\n".join(f"{device['name']}: {device['description']}" for device in facts["devices"]))
+    click.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
+    click.echo("\n".join(f"{device['name']}: {device['description']}" for device in devices))
     rows = [["device", "operation", "backend", "why"]]
-    rows += [[row["device"], row["operation"], row["backend"], row["why"]] for row in facts["operations"]]
+    rows += [[row["device"], row["operation"], row["backend"], row["why"]] for row in operations]
     click.echo("\n" + format_table(rows))
 
 

@@ -15,5 +15,5 @@ def quiet_transformers() -> None:
         raise UsageError(f"this needs torch and transformers: pip install 'qformat[models]' ({error})") from error
     # transformers imports bitsandbytes where it is installed, which then advises packages that nobody asked for.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -32,6 +32,7 @@ from qformat.codec.lanes import (
     I64,
     Lanes,
     Memory,
+    Shuffle,
     look_up_floats,
     narrowed,
     steps,
@@ -94,7 +95,7 @@ def _dot_row(
     target = FloatFormat(float_format.literal_value)
     mode = instructions.literal_value
     count = 8 if mode == "avx2" else 16
-    shuffle = "avx2" if mode == "avx2" else "avx512"
+    shuffle: Shuffle = "avx2" if mode == "avx2" else "avx512"
     n_x = n_x_rows.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

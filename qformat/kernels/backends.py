@@ -91,7 +91,7 @@ def _choose(device_type: str, argument: str | None, variable: str | None) -> Cho
         if reason is not None:
             raise BackendError(f"{by} asks for the backend {forced!r}, which cannot run here: {reason}")
         return Choice(forced, f"forced by {by}")
-    passed_over = []
+    passed_over: list[str] = []
     for name, backend in BACKENDS.items():
         reason = backend.unavailable(device_type)
         if reason is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +18,12 @@ from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import PackedComponents
 
-log = logging.getLogger(__name__)
-
 
 def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     """Read an artifact's config.json. Raises ArtifactError if transformers does not know the architecture."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return config
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ArtifactError(
             Reason.CONFIG_FIELD,
@@ -60,7 +58,6 @@ def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tens
 
     Raises ArtifactError for a tensor that the model has no place for, one of another shape, and one that is missing.
     """
-    dtype = model.dtype
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
     places = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -69,7 +66,7 @@ def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tens
     biases = {name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and name.endswith(".bias")}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and name in places:
-            _set_tensor(model, name, tensor, places[name], dtype, path)
+            _set_tensor(model, name, tensor, places[name], path)
         elif isinstance(tensor, Tensor) and not _is_expected_extra(model, name):
             raise _does_not_fit(path, name, "the model that config.json describes has no such tensor")
     for name, tensor in tensors.items():
@@ -126,7 +123,7 @@ def _replace_linear(model: nn.Module, name: str, packed: PackedComponents, path:
     setattr(parent, child_name, new)
 
 
-def _set_tensor(model: nn.Module, name: str, tensor: Tensor, place: Tensor, dtype: torch.dtype, path: Path) -> None:
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor, place: Tensor, path: Path) -> None:
     if tuple(tensor.shape) != tuple(place.shape):
         raise _does_not_fit(path, name, f"shape {list(tensor.shape)}, but the model has {list(place.shape)}")
     parent_name, _, leaf = name.rpartition(".")
@@ -148,11 +145,8 @@ def _is_expected_extra(model: PreTrainedModel, name: str) -> bool:
 
 
 def _check_complete(model: PreTrainedModel, path: Path) -> None:
-    persistent = model.state_dict(keep_vars=True)
-    for name, tensor in persistent.items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
-            if name.removesuffix(".weight") in {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}:
-                log.debug("no tensor for the Linear %s", name)
             raise _missing(path, name)
 
 
@@ -164,11 +158,9 @@ def _initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-            elif buffer is None:
-                continue
         if isinstance(module, NF4Linear):
-            module._is_hf_initialized = True
-    model.initialize_weights()
+            module._is_hf_initialized = True  # type: ignore[assignment]
+    model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
 def _missing(path: Path, name: str) -> ArtifactError:

@@ -41,7 +41,7 @@ class _Clock(TextStreamer):
     """Passes text on as it is finished and notes when each token came."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
         self.times: list[float] = []
         self.text = ""

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qformat.artifact.reader import open_artifact
 from qformat.artifact.verify import verify_integrity
-from qformat.errors import UsageError
+from qformat.errors import ArtifactError, UsageError
 from qformat.model.build import attach, build_on_meta, read_config
 from qformat.model.shard_tensors import map_shards, tensors_of
 
@@ -34,26 +34,37 @@ def load_model(
     attention: transformers' name of an attention implementation.
 
     Raises: ArtifactError for a damaged artifact (the reasons of `qformat verify`), for a config.json that does not fit
-    the tensors and for an architecture that transformers does not know; VerificationError for wrong digests; UsageError
-    for a device that is not there.
+    the tensors and for an architecture that transformers does not know; UsageError for a device that is not there.
     """
     path = Path(path)
     target = _device(device)
     artifact = open_artifact(path)
     if verify == "full":
-        verify_integrity(path).raise_if_bad()
+        _check_digests(path)
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
         path,
         config,
-        dtype=dtype or config.dtype or torch.bfloat16,
+        dtype=dtype or _dtype_of(config),
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
     attach(model, tensors_of(artifact, map_shards(artifact)), path)
     _set_generation_config(model, path)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return model.to(target) if target.type != "cpu" else model  # type: ignore[arg-type]
+
+
+def _check_digests(path: Path) -> None:
+    findings = verify_integrity(path).findings
+    if findings:
+        first = findings[0]
+        field = None if first.component is None else str(first.component)
+        raise ArtifactError(first.reason, first.file, first.message, tensor=first.tensor, field=field)
+
+
+def _dtype_of(config: PretrainedConfig) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
 def _device(device: torch.device | str | None) -> torch.device:

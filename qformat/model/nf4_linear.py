@@ -34,6 +34,10 @@ class NF4Linear(nn.Linear):
     It is an `nn.Linear`, so that PEFT wraps it with its ordinary LoRA layer; `merge` into it is impossible.
     """
 
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_quant_map: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -78,7 +82,8 @@ class NF4Linear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return the weight [out_features, in_features], decoded into a new tensor: bf16, fp16 or fp32."""
-        return ops.dequantize_nf4(*self._components(), self.out_features, self.in_features, dtype)
+        decoded: Tensor = ops.dequantize_nf4(*self._components(), self.out_features, self.in_features, dtype)
+        return decoded
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
@@ -87,7 +92,8 @@ class NF4Linear(nn.Linear):
 
     def _differentiable(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return ops.linear_nf4(x, *self._components(), self.out_features, self.in_features, bias)
+        product: Tensor = ops.linear_nf4(x, *self._components(), self.out_features, self.in_features, bias)
+        return product
 
     def _components(self) -> tuple[Any, ...]:
         return (
@@ -102,7 +108,7 @@ class NF4Linear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move to another device, but never to another dtype: components are bytes of a format, not activations."""
         before = {name: getattr(self, name) for name in _BUFFERS.values()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, kept in before.items():
             moved = getattr(self, name)
             if kept is not None and moved.dtype != kept.dtype:
@@ -129,9 +135,7 @@ class NF4Linear(nn.Linear):
     ) -> None:
         own = {f"{prefix}weight{component.value}": name for component, name in _BUFFERS.items()}
         rest = {key: value for key, value in state_dict.items() if key not in own}
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for key, name in own.items():
             buffer = getattr(self, name)
             if key in state_dict and buffer is not None:
@@ -145,4 +149,4 @@ class NF4Linear(nn.Linear):
                 missing_keys.append(key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_packed_weight": None}  # type: ignore[misc]
+        return {**super().__getstate__(), "_packed_weight": None}  # type: ignore[no-untyped-call]
