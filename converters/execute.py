@@ -8,20 +8,15 @@ change nothing. What grows with a tensor is only its absmax, kept in the source'
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Follower, WrittenFile, Xxh3, xxh3, xxh3_of_range
-from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject
 from qformat.artifact.staging import Staging
 from qformat.codec import cpu
@@ -32,6 +27,7 @@ from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 from qformat.converters.plan import KeptTask, PackedTask, Place, Plan, Task, TensorDigests
 from qformat.converters.source import Source, SourceTensor
+from qformat.converters.staged_shards import Progress, StagedShards, open_shards, run_tasks
 from qformat.errors import ArtifactError, Interrupted, Reason, SourceError
 
 CHUNK_NBYTES = 4 * 2**20
@@ -39,24 +35,6 @@ CHUNK_NBYTES = 4 * 2**20
 
 ABSMAX_CHUNK = 256 * NESTED_BLOCK_SIZE
 """Absmax values encoded at a time."""
-
-Progress = Callable[[int], None]
-
-
-@dataclass(slots=True)
-class _Output:
-    """The staged shards: where tasks write, and the digests taken behind them."""
-
-    folder: Path
-    disk: Disk
-    descriptors: Mapping[str, int]
-    follower: Follower
-
-    def write(self, place: Place, offset: int, data: NDArray[np.generic]) -> None:
-        view = data.data.cast("B")
-        start = place.start + offset
-        self.disk.write_at(self.descriptors[place.shard], view, start, self.folder / place.shard)
-        self.follower.mark_written(place.shard, start, start + len(view))
 
 
 class _Buffers(threading.local):
@@ -75,12 +53,12 @@ def execute(plan: Plan, source: Source, staging: Staging, *, workers: int, progr
     folder stays and a later run continues.
     """
     with ExitStack() as stack:
-        output = _open_output(plan, staging, stack)
+        output, follower = _open_output(plan, staging, stack)
         run = _Run(plan, source, staging, output, progress)
         digests = run.resume()
         staging.record({"source_state": run.source_state})
         digests |= run.do([task for task in plan.tasks if task.source.name not in digests], workers)
-        sha256 = output.follower.finish()
+        sha256 = follower.finish()
     files = {shard.name: FileRecord(shard.nbytes, sha256[shard.name], xxh3(shard.header)) for shard in plan.shards}
     files |= _write_small_files(plan, source, staging)
     run.refuse_changed_source()
@@ -89,24 +67,19 @@ def execute(plan: Plan, source: Source, staging: Staging, *, workers: int, progr
     staging.seal()
 
 
-def _open_output(plan: Plan, staging: Staging, stack: ExitStack) -> _Output:
-    """Open every shard at its final size and write its header."""
-    descriptors: dict[str, int] = {}
-    for shard in plan.shards:
-        path = staging.folder / shard.name
-        descriptors[shard.name] = staging.disk.open_for_writing(path)
-        stack.callback(os.close, descriptors[shard.name])
-        staging.disk.set_size(descriptors[shard.name], shard.nbytes, path)
-    files = {
-        shard.name: WrittenFile(staging.folder / shard.name, descriptors[shard.name], shard.nbytes)
-        for shard in plan.shards
-    }
-    follower = Follower(files)
+def _open_output(plan: Plan, staging: Staging, stack: ExitStack) -> tuple[StagedShards, Follower]:
+    """Open every shard at its final size and write its header; the follower hashes behind the writers."""
+    descriptors = open_shards(plan.shards, staging, stack)
+    follower = Follower(
+        {
+            shard.name: WrittenFile(staging.folder / shard.name, descriptors[shard.name], shard.nbytes)
+            for shard in plan.shards
+        }
+    )
     stack.callback(follower.close)
-    output = _Output(staging.folder, staging.disk, descriptors, follower)
-    for shard in plan.shards:
-        output.write(Place(shard.name, 0, len(shard.header)), 0, np.frombuffer(shard.header, np.uint8))
-    return output
+    output = StagedShards(staging.folder, staging.disk, descriptors, follower.mark_written)
+    output.write_headers(plan.shards)
+    return output, follower
 
 
 def _write_small_files(plan: Plan, source: Source, staging: Staging) -> dict[str, FileRecord]:
@@ -121,7 +94,7 @@ def _write_small_files(plan: Plan, source: Source, staging: Staging) -> dict[str
 class _Run:
     """One execution of a plan: the tasks, and what they share."""
 
-    def __init__(self, plan: Plan, source: Source, staging: Staging, output: _Output, progress: Progress) -> None:
+    def __init__(self, plan: Plan, source: Source, staging: Staging, output: StagedShards, progress: Progress) -> None:
         self.source_state = dict(sorted(source.state_when_opened.items()))
         self._plan = plan
         self._source = source
@@ -157,16 +130,8 @@ class _Run:
 
     def do(self, tasks: list[Task], workers: int) -> dict[str, TensorDigests]:
         """Run tasks on a thread pool. Stops all of them on the first error."""
-        with ThreadPoolExecutor(workers, thread_name_prefix="qformat-encode") as pool:
-            futures = {task.source.name: pool.submit(self._do, task) for task in tasks}
-            try:
-                finished, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-                digests = {name: future.result() for name, future in futures.items() if future in finished}
-            except BaseException:
-                self._stopping.set()
-                pool.shutdown(cancel_futures=True)
-                raise
-        return digests
+        named = {task.source.name: task for task in tasks}
+        return run_tasks(named, self._do, workers=workers, stopping=self._stopping, thread_name="qformat-encode")
 
     def refuse_changed_source(self) -> None:
         """Refuse to seal what was read from files that somebody has changed since they were opened."""
@@ -295,7 +260,7 @@ class _Run:
             if found != digests.components[part]:
                 return False
         for place in _places(task).values():
-            self._output.follower.mark_written(place.shard, place.start, place.start + place.nbytes)
+            self._output.on_written(place.shard, place.start, place.start + place.nbytes)
         return True
 
 

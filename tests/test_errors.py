@@ -10,6 +10,7 @@ import pytest
 from qformat import errors
 from qformat.errors import (
     ArtifactError,
+    BackendError,
     Interrupted,
     InvalidFileError,
     QformatError,
@@ -24,6 +25,7 @@ from qformat.errors import (
 def test_the_tree_is_the_one_that_the_docstring_draws() -> None:
     bases = {
         UsageError: QformatError,
+        BackendError: UsageError,
         InvalidFileError: QformatError,
         SourceError: InvalidFileError,
         ArtifactError: InvalidFileError,

@@ -14,7 +14,11 @@ from qformat.cli.display import format_nbytes, format_table
 PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "bitsandbytes")
 
 
-@click.command()
+@click.command(
+    epilog="""\b
+Example:
+  qformat info --backend torch"""
+)
 @click.option("--backend", metavar="NAME", help="Force a backend, as QFORMAT_BACKEND does: numba, triton, torch.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(backend: str | None, as_json: bool) -> None:

@@ -44,7 +44,7 @@ def build_on_meta(
             model = _model_class(path, config, trust_remote_code)._from_config(config, dtype=dtype, **chosen)
     except ImportError as error:
         raise UsageError(f"{path}: the model needs a package that is not installed: {_first_line(error)}") from error
-    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise ArtifactError(
             Reason.CONFIG_FIELD, path / CONFIG_NAME, f"no model can be built from it: {_first_line(error)}"
         ) from error

@@ -25,7 +25,7 @@ def qformat_process(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     for name, summary in COMMANDS.items():
         assert name in shown
         assert summary in shown

@@ -1,0 +1,186 @@
+"""The torch operations: opcheck, the reference's bits, gradients, torch.compile, and every backend alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from qformat.codec.nf4 import BLOCK_SIZES
+from qformat.errors import BackendError, UsageError
+from qformat.kernels import backends, cpu, cpu_features, ops
+from qformat.kernels.packed_weight import PackedWeight
+from tests.kernels.guarded import guarded, guarded_weight
+from tests.kernels.weights import FORMATS, bits, random_weight, reference_bits
+
+
+@pytest.fixture(autouse=True)
+def _best_backend_afterwards() -> Iterator[None]:
+    yield
+    backends.force_backend(None)
+
+
+def components(weight: PackedWeight) -> tuple[Any, ...]:
+    return (
+        weight.packed, weight.absmax, weight.nested_absmax, weight.nested_quant_map, weight.nested_offset,
+        weight.block_size, *weight.shape,
+    )  # fmt: skip
+
+
+def decoded(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(reference_bits(weight, dtype).view("int32" if dtype == torch.float32 else "int16")).view(
+        dtype
+    )
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_dequantize_gives_the_bits_of_the_reference(
+    backend: str, dtype: torch.dtype, double_quant: bool, block_size: int
+) -> None:
+    backends.force_backend(backend)
+    for shape in ((9, 7), (3, 192), (100, 576)):
+        weight = guarded_weight(random_weight(shape, block_size=block_size, double_quant=double_quant))
+        out = torch.ops.qformat.dequantize_nf4(*components(weight), dtype)
+        assert (bits(out) == reference_bits(weight, dtype)).all()
+        into = guarded(torch.full(shape, 77.0, dtype=dtype))
+        torch.ops.qformat.dequantize_nf4_into(*components(weight)[:6], into)
+        assert (bits(into) == reference_bits(weight, dtype)).all()
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_every_operation_passes_opcheck(double_quant: bool, with_bias: bool) -> None:
+    weight = random_weight((40, 192), double_quant=double_quant)
+    x = torch.randn(3, 20, 192, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(40, dtype=torch.bfloat16, requires_grad=True) if with_bias else None
+    torch.library.opcheck(ops.dequantize_nf4, (*components(weight), torch.float16))
+    torch.library.opcheck(ops.dequantize_nf4_into, (*components(weight)[:6], torch.empty(40, 192)))
+    torch.library.opcheck(ops.linear_nf4, (x, *components(weight), bias))
+    torch.library.opcheck(ops.gemv_nf4, (torch.randn(2, 192, dtype=torch.bfloat16), *components(weight)))
+    grad = torch.randn(5, 40, dtype=torch.bfloat16)
+    torch.library.opcheck(ops.linear_nf4_input_gradient, (grad, *components(weight)))
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_linear_and_its_gradients_equal_those_of_the_decoded_weight(backend: str, dtype: torch.dtype) -> None:
+    backends.force_backend(backend)
+    weight = random_weight((96, 192))
+    computed = cpu_features.compute_dtype(dtype)
+    x = torch.randn(2, 17, 192, dtype=dtype, requires_grad=True)
+    bias = torch.randn(96, dtype=dtype, requires_grad=True)
+    y = ops.linear_nf4(x, *components(weight), bias)
+    y.sum().backward()
+    x2, bias2 = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    y2 = functional.linear(x2.to(computed), decoded(weight, computed), bias2.to(computed)).to(dtype)
+    y2.sum().backward()
+    assert torch.equal(y, y2)
+    assert torch.equal(x.grad, x2.grad)
+    assert torch.allclose(bias.grad, bias2.grad, rtol=2e-2)
+
+
+def test_nothing_in_16_bit_is_kept_for_backward() -> None:
+    weight = random_weight((96, 192))
+    kept = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(2, 192, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ops.linear_nf4(x, *components(weight), None)
+    addresses = {part.data_ptr() for part in components(weight)[:4]}
+    assert {tensor.data_ptr() for tensor in kept} == addresses
+
+
+@pytest.mark.parametrize("m", [1, 4, 8, 17])
+def test_linear_compiles_without_a_break(m: int) -> None:
+    weight = random_weight((40, 192))
+    x = torch.randn(m, 192, dtype=torch.bfloat16)
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return ops.linear_nf4(x, *components(weight), None) * 2
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), twice(x))
+
+
+@pytest.mark.parametrize("m", [1, 3, 8])
+def test_few_rows_give_what_decoding_gives_within_the_bound_of_its_sums(m: int) -> None:
+    weight = random_weight((100, 576))
+    x = torch.randn(m, 576).to(torch.bfloat16)
+    y = ops.linear(x, weight)
+    assert torch.equal(y, ops.gemv_nf4(x, *components(weight)))
+    w = decoded(weight, torch.bfloat16).double()
+    exact = x.double() @ w.T
+    bound = 576 * 2.0**-23 * (x.double().abs() @ w.abs().T) + 2.0**-8 * exact.abs() + 1e-30
+    assert ((y.double() - exact).abs() <= 1.01 * bound).all()
+
+
+def test_weights_larger_than_the_scratch_buffer_go_through_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight((100, 448), block_size=128)  # whole blocks end every second row
+    x = torch.randn(20, 448, dtype=torch.float32)
+    grad = torch.randn(20, 100, dtype=torch.float32)
+    bias = torch.randn(100)
+    whole, gradient = cpu.linear(x, weight, bias), cpu.input_gradient(grad, weight)
+    monkeypatch.setattr(cpu, "SCRATCH_NBYTES", 16_000)
+    bands = cpu._bands(weight, torch.float32)
+    assert len(bands) > 5
+    assert all(last * 448 % 128 == 0 or last == 100 for _, last in bands)
+    torch.testing.assert_close(cpu.linear(x, weight, bias), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cpu.input_gradient(grad, weight), gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_no_rows_give_no_rows() -> None:
+    assert ops.linear(torch.zeros(2, 0, 64), random_weight((5, 64))).shape == (2, 0, 5)
+
+
+def test_a_shape_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"x: shape \[2, 63\], expected \[..., 64\]"):
+        ops.linear(torch.zeros(2, 63), random_weight((5, 64)))
+    with pytest.raises(UsageError, match="from 9 rows on, decoding is faster"):
+        ops.gemv_nf4(torch.zeros(9, 64), *components(random_weight((5, 64))))
+
+
+def test_fake_cuda_tensors_work_without_a_driver() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    weight = random_weight((5, 64))
+    with FakeTensorMode():
+        parts = [torch.empty(part.shape, dtype=part.dtype, device="cuda") for part in components(weight)[:4]]
+        x = torch.empty(3, 64, dtype=torch.bfloat16, device="cuda")
+        y = ops.linear_nf4(x, *parts, *components(weight)[4:], None)
+        assert (y.shape, y.device.type, y.dtype) == ((3, 5), "cuda", torch.bfloat16)
+
+
+def test_a_forced_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight((5, 64))
+    monkeypatch.setenv(backends.VARIABLE, "triton")
+    with pytest.raises(BackendError, match="QFORMAT_BACKEND asks for the backend 'triton', which cannot run here"):
+        ops.linear(torch.zeros(1, 64), weight)
+    backends.force_backend("torch")  # the argument goes before the variable
+    assert backends.choose("cpu").backend == "torch"
+    assert ops.linear(torch.zeros(1, 64), weight).shape == (1, 5)
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="'cuda' is no backend: must be one of numba, triton, torch"):
+        backends.force_backend("cuda")
+    monkeypatch.setenv(backends.VARIABLE, "fast")
+    with pytest.raises(BackendError, match="QFORMAT_BACKEND: 'fast' is no backend"):
+        backends.choose("cpu")
+
+
+def test_a_cpu_without_bf16_instructions_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_features, "has_fast_bf16", lambda: False)
+    weight = random_weight((40, 192))
+    x = torch.randn(20, 192).to(torch.bfloat16)
+    y = ops.linear(x, weight)
+    assert torch.equal(y, functional.linear(x.float(), decoded(weight, torch.float32)).to(torch.bfloat16))

@@ -1,0 +1,290 @@
+"""`load_model` on the real SmolLM2, against transformers + bitsandbytes on the same artifact; and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qformat
+from qformat.artifact.components import Component
+from qformat.artifact.reader import PackedTensor
+from qformat.converters.convert import convert
+from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.kernels.backends import force_backend
+from qformat.model.load import load_model, load_tokenizer
+from qformat.model.nf4_linear import NF4Linear
+from tests.artifact.damaged import reseal
+from tests.small_models import llama_config, llama_tensors, write_checkpoint
+
+PROMPT = "What are the three primary colours? Answer in one sentence."
+
+
+@pytest.fixture(scope="module")
+def artifact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("model") / "nf4"
+    convert(smollm2, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ours(artifact: Path) -> Any:
+    return load_model(artifact, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def peer(artifact: Path) -> Any:
+    """transformers + bitsandbytes. Always with gradients enabled: without, it rewrites the scales on some CPUs."""
+    from transformers import AutoModelForCausalLM
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return AutoModelForCausalLM.from_pretrained(artifact)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    source = write_checkpoint(
+        tmp_path / "source",
+        llama_tensors(hidden=128, intermediate=192, vocabulary=50),
+        config=llama_config(hidden=128, intermediate=192, vocabulary=50),
+        n_shards=2,
+    )
+    convert(source, tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def question(artifact: Path) -> Any:
+    return load_tokenizer(artifact).apply_chat_template(
+        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
+def test_logits_equal_those_of_bitsandbytes_bit_for_bit(artifact: Path, ours: Any, peer: Any) -> None:
+    inputs = question(artifact)
+    assert inputs["input_ids"].shape[1] > 16  # more rows than the small-M product takes: the same GEMM runs
+    assert torch.equal(ours(**inputs).logits, peer(**inputs).logits)
+
+
+def test_greedy_generation_by_decoding_gives_the_same_tokens_as_bitsandbytes(
+    artifact: Path, ours: Any, peer: Any
+) -> None:
+    """With the product that decodes, as bitsandbytes' does: the small-M product adds up in another order."""
+    inputs = question(artifact)
+    force_backend("torch")
+    try:
+        found = ours.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    finally:
+        force_backend(None)
+    ids = step = inputs["input_ids"]
+    cache = None
+    for _ in range(64):  # by hand: `generate` would disable gradients, and bitsandbytes would rewrite its scales
+        output = peer(step, past_key_values=cache, use_cache=True)
+        cache, logits = output.past_key_values, output.logits[:, -1].detach()
+        logits[:, peer.generation_config.eos_token_id] = -torch.inf
+        step = logits.argmax(-1, keepdim=True)
+        ids = torch.cat([ids, step], dim=1)
+    assert torch.equal(found, ids)
+
+
+def test_every_tensor_is_a_view_of_the_mapped_file(artifact: Path, ours: Any) -> None:
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps if line[-1].startswith(str(artifact))]
+    for name, tensor in ours.state_dict().items():
+        assert any(start <= tensor.data_ptr() < stop for start, stop in ranges), name
+
+
+def test_all_packed_layers_are_nf4_linear_and_no_other(artifact: Path, ours: Any) -> None:
+    with qformat.open(artifact) as opened:
+        packed = {name.removesuffix(".weight") for name, tensor in opened.items() if isinstance(tensor, PackedTensor)}
+    assert {name for name, module in ours.named_modules() if isinstance(module, NF4Linear)} == packed
+
+
+def test_the_state_dict_holds_the_artifacts_components_with_their_bytes(artifact: Path, ours: Any) -> None:
+    from safetensors import safe_open
+
+    state = ours.state_dict()
+    found = {}
+    for shard in sorted(artifact.glob("*.safetensors")):
+        with safe_open(shard, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in list(opened.keys())}
+    assert found.keys() <= state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in found.items())
+    assert state.keys() - found.keys() == {"lm_head.weight"}  # tied
+
+
+def test_tied_weights_stay_tied(ours: Any) -> None:
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+def test_a_model_can_be_copied_and_pickled(tiny: Path) -> None:
+    model = load_model(tiny, device="cpu")
+    ids = torch.arange(20)[None]
+    expected = model(ids).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids).logits, expected)
+    assert pickle.loads(pickle.dumps(model.config)).hidden_size == 128
+
+
+def test_a_state_dict_loads_back(tiny: Path) -> None:
+    model, other = load_model(tiny, device="cpu"), load_model(tiny, device="cpu")
+    layer = other.model.layers[0].mlp.up_proj
+    before = layer.weight.clone()
+    layer.weight.data.zero_()
+    layer.absmax.zero_()
+    assert other.load_state_dict(model.state_dict()).missing_keys == []
+    assert torch.equal(layer.weight, before)
+    with qformat.open(tiny) as opened:  # the file was mapped privately
+        assert opened["model.layers.0.mlp.up_proj.weight"].packed.any()
+    state = dict(model.state_dict())
+    del state["model.layers.0.mlp.up_proj.weight.absmax"]
+    with pytest.raises(RuntimeError, match=r"up_proj\.weight\.absmax"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("change", [lambda model: model.half(), lambda model: model.to(torch.float32)])
+def test_a_change_of_dtype_leaves_the_components_alone(tiny: Path, change: Callable[[Any], Any]) -> None:
+    model = load_model(tiny, device="cpu")
+    expected = model.model.layers[0].mlp.up_proj.dequantize(torch.float32)
+    layer = change(model).model.layers[0].mlp.up_proj
+    assert layer.nested_absmax.dtype == torch.float32
+    assert torch.equal(layer.dequantize(torch.float32), expected)
+    assert model(torch.arange(9)[None]).logits.dtype == model.dtype
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # transformers, of itself
+def test_gradient_checkpointing_gives_the_same_gradients(tiny: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = load_model(tiny, device="cpu").train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        embedding = model.model.embed_tokens.weight
+        model(torch.arange(20)[None]).logits.sum().backward()
+        assert model.model.layers[0].mlp.up_proj.weight.grad is None
+        found.append(embedding.grad)
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_model_compiles_without_a_break(tiny: Path) -> None:
+    model = load_model(tiny, device="cpu")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_a_bias_is_added(tmp_path: Path) -> None:
+    config = {**llama_config(hidden=64, intermediate=64, vocabulary=50), "attention_bias": True}
+    tensors = llama_tensors(hidden=64, intermediate=64, vocabulary=50)
+    from tests.small_models import weight
+
+    for layer in range(2):
+        for name in "qkvo":
+            tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = weight((64,), seed=layer)
+    convert(write_checkpoint(tmp_path / "source", tensors, config=config), tmp_path / "artifact")
+    model = load_model(tmp_path / "artifact", device="cpu")
+    projection = model.model.layers[0].self_attn.q_proj
+    assert isinstance(projection, NF4Linear)
+    for rows in (1, 30):
+        x = torch.randn(rows, 64, dtype=torch.bfloat16)
+        expected = nn.functional.linear(x, projection.dequantize(), projection.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(projection(x), expected, rtol=2.0**-6, atol=2.0**-6)
+    del tensors["model.layers.1.self_attn.q_proj.bias"]
+    convert(write_checkpoint(tmp_path / "less", tensors, config=config), tmp_path / "missing")
+    with pytest.raises(ArtifactError, match=r"self_attn\.q_proj\.bias.*no shard has it") as caught:
+        load_model(tmp_path / "missing", device="cpu")
+    assert caught.value.reason is Reason.MISSING_COMPONENT
+
+
+def edit_config(artifact: Path, **fields: object) -> None:
+    """Change config.json and the manifest's record of it."""
+    path = artifact / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    reseal(artifact)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "unheard_of"}, "transformers .* cannot read it.*trust_remote_code"),
+        ({"architectures": ["UnheardOfForCausalLM"]}, "has no 'UnheardOfForCausalLM'.*trust_remote_code"),
+        ({"num_hidden_layers": 3}, "no shard has it"),
+        ({"num_hidden_layers": 1}, "has no such"),
+        ({"intermediate_size": 256}, r"shape \[128, 192\], but the model has \[128, 256\]"),
+        ({"hidden_act": "unheard_of"}, "no model can be built from it"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tiny: Path, fields: dict[str, object], message: str) -> None:
+    edit_config(tiny, **fields)
+    with pytest.raises(ArtifactError, match=message):
+        load_model(tiny, device="cpu")
+
+
+def test_a_device_that_is_not_there_is_refused(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="device 'cuda:99' cannot be used here"):
+        load_model(tiny, device="cuda:99")
+    with pytest.raises(UsageError, match="device 'abacus' cannot be used here"):
+        load_model(tiny, device="abacus")
+
+
+def test_full_verification_finds_a_flipped_bit_and_structure_does_not_read_it(tiny: Path) -> None:
+    with qformat.open(tiny) as opened:
+        located = opened.located["model.layers.0.mlp.up_proj.weight" + Component.PACKED.value]
+        shard, position = tiny / located.shard, located.entry.start
+    data = bytearray(shard.read_bytes())
+    data[position] ^= 1
+    shard.write_bytes(data)
+    load_model(tiny, device="cpu")
+    with pytest.raises(ArtifactError, match="up_proj") as caught:
+        load_model(tiny, device="cpu", verify="full")
+    assert caught.value.reason is Reason.COMPONENT_DIGEST
+
+
+def test_loading_needs_no_bitsandbytes(tiny: Path) -> None:
+    import subprocess
+    import sys
+
+    script = (
+        "import sys; sys.modules['bitsandbytes'] = None\n"
+        "import torch; from qformat.model.load import load_model\n"
+        f"model = load_model({str(tiny)!r}, device='cpu')\n"
+        "assert model(torch.arange(9)[None]).logits.isfinite().all()\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+def test_peft_wraps_all_linear_layers_trains_saves_and_loads(tiny: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(tiny, device="cpu"), LoraConfig(r=4, target_modules="all-linear"))
+    wrapped = [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), NF4Linear)]
+    assert len(wrapped) == 14
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    ids = torch.arange(40)[None]
+    losses = []
+    for _ in range(20):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    model.eval()
+    again = PeftModel.from_pretrained(load_model(tiny, device="cpu"), tmp_path / "adapter").eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    shutil.rmtree(tmp_path / "adapter")
