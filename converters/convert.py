@@ -105,7 +105,7 @@ def convert(
     source, out = Path(source), Path(out)
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers: at least 1 is needed")
-    _refuse_nested(source, out)
+    refuse_nested(source, out)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
         check_target(out, replace=force)
@@ -115,10 +115,10 @@ def convert(
         disk = disk or Disk()
         disk.needed_nbytes = planned.nbytes
         if not continuing:
-            _refuse_full_disk(out, planned)
+            refuse_full_disk(out, planned.nbytes)
         with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart) as staging:
             if not staging.sealed_before:
-                _refuse_full_disk(out, planned)
+                refuse_full_disk(out, planned.nbytes)
                 for float_format in {task.layout.float_format for task in planned.packed}:
                     cpu.warm_up(float_format, on_compile=on_compile)
                 execute(planned, opened, staging, workers=workers or usable_cores(), progress=on_progress)
@@ -133,7 +133,8 @@ def find_nonfinite(source: Source, planned: Plan) -> list[str]:
     return [task.source.name for task in planned.packed if has_nonfinite(source, task)]
 
 
-def _refuse_nested(source: Path, out: Path) -> None:
+def refuse_nested(source: Path, out: Path) -> None:
+    """Refuse an output that lies inside what it is made from, or holds it. Raises TargetError."""
     inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if inside == outside or inside.is_relative_to(outside):
         raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
@@ -141,8 +142,9 @@ def _refuse_nested(source: Path, out: Path) -> None:
         raise TargetError(f"{out}: holds the source. Choose a folder beside it")
 
 
-def _refuse_full_disk(out: Path, planned: Plan) -> None:
-    needed, free = planned.nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
+def refuse_full_disk(out: Path, nbytes: int) -> None:
+    """Refuse an output for which the disk has no room; what is staged already counts as there. Raises TargetError."""
+    needed, free = nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
     if needed > free:
         raise TargetError(
             f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"

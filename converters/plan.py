@@ -180,7 +180,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
             assert choice.reason is not None
             tasks.append(KeptTask(tensor, places[tensor.name], choice.reason))
     config = _config_bytes(source.config, skip_modules(choices, source.config), recipe, layouts)
-    index = _index_bytes(shards)
+    index = index_bytes(shards)
     _refuse_unreadable(source, CONFIG_NAME, config, max_nbytes=MAX_CONFIG_NBYTES)
     _refuse_unreadable(source, INDEX_NAME, index, max_nbytes=MAX_INDEX_NBYTES)
     small_files = {CONFIG_NAME: config, INDEX_NAME: index}
@@ -288,16 +288,18 @@ def _config_bytes(config: JsonObject, skip: list[str], recipe: Recipe, layouts: 
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
-    return _small_json({**config, "quantization_config": quantization})
+    return small_json({**config, "quantization_config": quantization})
 
 
-def _index_bytes(shards: tuple[Shard, ...]) -> bytes:
+def index_bytes(shards: tuple[Shard, ...]) -> bytes:
+    """Return model.safetensors.index.json: which shard holds each tensor."""
     weight_map = {placed.tensor.name: shard.name for shard in shards for placed in shard.tensors}
     total = sum(placed.tensor.nbytes for shard in shards for placed in shard.tensors)
-    return _small_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return small_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _small_json(value: object) -> bytes:
+def small_json(value: object) -> bytes:
+    """Return a JSON file for people: indented, with a last line end."""
     return (strict_json.dumps(value, indent=2) + "\n").encode("utf-8")
 
 

@@ -53,7 +53,7 @@ def test_json_holds_text_and_figures_and_nothing_else_is_printed(
 def test_a_seed_repeats_a_sample_and_another_gives_another(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in ("1", "1", "2"):
-        assert generate(artifact, "--temperature", "1.5", "--seed", seed, "--max-new-tokens", "12") == 0
+        assert generate(artifact, "--chat", "--temperature", "1.5", "--seed", seed, "--max-new-tokens", "12") == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
