@@ -1,4 +1,4 @@
-"""The demo: a real model, converted, verified, and read by transformers + bitsandbytes as it is.
+"""The demo: a real model, converted, verified, mapped and run, and read by transformers + bitsandbytes as it is.
 
 Usage: python tools/demo.py FOLDER
 
@@ -33,7 +33,9 @@ def main() -> None:
     run_qformat("convert", str(source), str(artifact), *replace)
     report = str(folder / "report.html")
     run_qformat("verify", str(artifact), "--sha256", "--source", str(source), "--report", report)
-    generate(artifact)
+    run_qformat("info")
+    run_qformat("generate", str(artifact), "--chat", "--prompt", PROMPT, "--max-new-tokens", "48")
+    generate_with_peer(artifact)
 
 
 def build_checkpoint(folder: Path, source: Path) -> None:
@@ -71,7 +73,7 @@ def run_qformat(*arguments: str) -> None:
         sys.exit(result.returncode)
 
 
-def generate(artifact: Path) -> None:
+def generate_with_peer(artifact: Path) -> None:
     """Load the artifact with transformers + bitsandbytes, which know nothing of qformat, and print an answer."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"

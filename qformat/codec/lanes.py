@@ -162,6 +162,14 @@ class Memory:
         loaded.align = 1
         return Lanes(self._builder, loaded)
 
+    def prefetch(self, index: Any) -> None:
+        """Ask for the cache line at an index, which may lie past the end."""
+        pointer = self._builder.bitcast(self._builder.gep(self._data, [index]), ir.IntType(8).as_pointer())
+        flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]  # to read, into all levels, data
+        signature = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self._builder.module, signature, "llvm.prefetch.p0")
+        self._builder.call(function, [pointer, *flags])
+
     def store(self, index: Any, lanes: Lanes) -> None:
         """Write lanes to the array from an index on."""
         self._builder.store(lanes.value, self._pointer(index, lanes.element, lanes.count)).align = 1
