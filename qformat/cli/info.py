@@ -69,7 +69,7 @@ def _devices() -> list[dict[str, str]]:
 def _operations() -> list[dict[str, Any]]:
     import torch
 
-    from qformat.kernels import cpu_features, ops
+    from qformat.kernels import cpu_features
     from qformat.kernels.backends import choose
 
     rows = []
@@ -80,8 +80,13 @@ def _operations() -> list[dict[str, Any]]:
         small = _small_product(choice.backend)
         rows += [
             {"device": device, "operation": "dequantize_nf4", "backend": choice.backend, "why": choice.reason},
-            {"device": device, "operation": f"linear_nf4, M > {ops.MAX_M}", "backend": choice.backend, "why": large},
-            {"device": device, "operation": "gemv_nf4", "backend": choice.backend, "why": small},
+            {"device": device, "operation": "linear_nf4", "backend": choice.backend, "why": large},
+            {
+                "device": device,
+                "operation": "gemv_nf4, linear_nf4 with few rows",
+                "backend": choice.backend,
+                "why": small,
+            },
         ]
     return rows
 

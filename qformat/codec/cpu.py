@@ -268,17 +268,10 @@ def _require_nested(
 
 def _in_shares(decode_blocks: Callable[[int, int], None], n_blocks: int, *, block_size: int, workers: int) -> None:
     """Call decode_blocks(first, last) for all blocks: at once, or in threads where that pays."""
-    share(decode_blocks, n_blocks, shares=min(workers, n_blocks * block_size // SMALLEST_SHARE), workers=workers)
-
-
-def share(work: Callable[[int, int], None], count: int, *, shares: int, workers: int) -> None:
-    """Call work(first, last) so that all of range(count) is done: in this thread and up to `workers` - 1 others."""
-    if shares <= 1:
-        work(0, count)
-        return
-    bounds = [count * done // shares for done in range(shares + 1)]
-    others = [_pool(workers).submit(work, *part) for part in pairwise(bounds[1:])]
-    work(bounds[0], bounds[1])
+    n_shares = max(1, min(workers, n_blocks * block_size // SMALLEST_SHARE))
+    bounds = [n_blocks * share // n_shares for share in range(n_shares + 1)]
+    others = [_pool(workers).submit(decode_blocks, *share) for share in pairwise(bounds[1:])]
+    decode_blocks(bounds[0], bounds[1])
     for other in others:
         other.result()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any, get_args
 
@@ -10,22 +12,29 @@ from numpy.typing import NDArray
 
 from qformat.codec import lanes
 from qformat.codec.codebooks import DYNAMIC_MAP
-from qformat.codec.cpu import share
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import BLOCK_SIZES, block_count
 from qformat.codec.product_kernels import (
     GROUP,
+    N_FIELDS,
     NEEDED_FEATURES,
+    Field,
     ProductInstructions,
     deinterleave_bits,
     deinterleave_floats,
-    product_kernel,
+    product_function,
 )
 from qformat.errors import UsageError
 
-SMALLEST_SHARE = 1 << 20
-"""Weights that a thread is started for: 60 us of work, twice what it costs to hand them over."""
+SMALLEST_SHARE = 1 << 17
+"""Weights that a thread takes at a time: 8 us of work."""
+
+Team = Callable[[int, int, int], bool]
+"""team(function, data, n_threads): calls the C function void(void*) at an address on the data at another, once in each
+of n threads, and waits for them; or returns False, having called nothing."""
+
+_C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _NO_FLOATS = np.zeros(0, np.float32)
 
@@ -75,18 +84,24 @@ class Product:
         self.shape = shape
         self.float_format = float_format
         self.instructions = name
+        self._address = product_function(name, float_format, double_quant=nested_absmax is not None)
+        self._call = _C_FUNCTION(self._address)
+        self._n_shares = max(1, shape[0] * shape[1] // SMALLEST_SHARE)
         nested = _NO_FLOATS if nested_absmax is None else nested_absmax
-        offset = np.float32(nested_offset)
-        self._weight = (packed, absmax, nested, nested_quant_map, offset, shape[1], block_size)
-        kernel = product_kernel(name, float_format, double_quant=nested_absmax is not None)
-        self._kernel = kernel.compile()
-        self._literals = kernel.constants
-        self._most_shares = max(1, shape[0] * shape[1] // SMALLEST_SHARE)
+        self._arrays = (packed, absmax, nested, nested_quant_map)  # the job has only their addresses
+        job = np.zeros(N_FIELDS, np.int64)
+        parts = (Field.PACKED, Field.ABSMAX, Field.NESTED_ABSMAX, Field.NESTED_QUANT_MAP)
+        for field, array in zip(parts, self._arrays, strict=True):
+            job[field] = array.ctypes.data
+        job[Field.OFFSET_BITS] = int(np.float32(nested_offset).view(np.uint32))
+        job[Field.N_ROWS], job[Field.N_COLUMNS], job[Field.BLOCK_SIZE] = *shape, block_size
+        self._job = job
 
-    def __call__(self, x: Raw, out: Raw, *, workers: int = 1) -> None:
+    def __call__(self, x: Raw, out: Raw, *, team: Team | None = None, n_threads: int = 1) -> None:
         """Write x [M * K] times W's transpose into `out` [M * N], both raw elements of the float format.
 
-        Sums are float32, in an order that depends on K only, and rounded once: the same bits for any number of workers.
+        Sums are float32, in an order that depends on K only, and rounded once: the same bits for any number of threads.
+        team: what runs the work in n_threads threads, where there is enough of it.
         Raises UsageError for arrays of another dtype or size.
         """
         n, k = self.shape
@@ -96,11 +111,12 @@ class Product:
         if out.dtype != dtype or out.shape != (x.size // k * n,) or not out.flags.c_contiguous:
             raise UsageError(f"out: {out.dtype} {list(out.shape)}, expected contiguous {dtype} [{x.size // k * n}]")
         ordered = self._ordered(x)
-
-        def rows(first: int, last: int) -> None:
-            self._kernel(ordered, *self._weight, first, last, n, out, *self._literals)
-
-        share(rows, n, shares=min(workers, self._most_shares), workers=workers)
+        job = self._job.copy()
+        job[Field.X], job[Field.X_SIZE], job[Field.OUT] = ordered.ctypes.data, x.size, out.ctypes.data
+        address = job.ctypes.data
+        n_shares = job[Field.N_SHARES] = self._n_shares
+        if team is None or n_shares == 1 or not team(self._address, address, min(n_threads, n_shares)):
+            self._call(address)
 
     def _ordered(self, x: Raw) -> Raw:
         if self.instructions == "bf16":

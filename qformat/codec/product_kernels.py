@@ -13,17 +13,19 @@ Sums are float32 in an order that depends on nothing but K, so rows can be share
 
 from __future__ import annotations
 
+from enum import IntEnum
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, cfunc, types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.codec.floats import FloatFormat
-from qformat.codec.kernels import Kernel, filled, jit, kernel, taken
+from qformat.codec.kernels import filled, kernel, taken
 from qformat.codec.lanes import (
     F32,
     I8,
@@ -86,6 +88,12 @@ def _sum(lanes: Lanes) -> Lanes:
         half = lanes.count // 2
         lanes = lanes.pick(range(half)) + lanes.pick(range(half, lanes.count))
     return lanes
+
+
+@steps
+def _as_float(_: Any, bits: Any) -> Any:
+    """Return the float32 that uint32 bits mean."""
+    return types.float32(bits), lambda _context, builder, _signature, arguments: builder.bitcast(arguments[0], F32)
 
 
 @steps
@@ -195,34 +203,6 @@ def _dot_row(
     return signature, generate
 
 
-@jit
-def _product(
-    x: Any, packed: Any, absmax: Any, nested_absmax: Any, nested_quant_map: Any, offset: Any, columns: Any,
-    block_size: Any, first_row: Any, last_row: Any, n_rows: Any, out: Any, levels: Any, float_format: Any,
-    instructions: Any,
-) -> None:  # fmt: skip
-    """out[m * n_rows + row] for rows first_row to last_row of W and all rows m of x; x deinterleaved."""
-    n_x = x.size // columns
-    sums = np.empty(4, out.dtype)
-    for row in range(first_row, last_row):
-        m = 0
-        while m + 4 <= n_x:
-            _dot_row(
-                x[m * columns :], packed, absmax, nested_absmax, nested_quant_map, offset, row, columns, block_size,
-                sums, 4, levels, float_format, instructions,
-            )  # fmt: skip
-            for i in range(4):
-                out[(m + i) * n_rows + row] = sums[i]
-            m += 4
-        while m < n_x:
-            _dot_row(
-                x[m * columns :], packed, absmax, nested_absmax, nested_quant_map, offset, row, columns, block_size,
-                sums, 1, levels, float_format, instructions,
-            )  # fmt: skip
-            out[m * n_rows + row] = sums[0]
-            m += 1
-
-
 def _deinterleave(x: Any, out: Any) -> None:
     for group in range(0, x.size, 64):
         for i in range(32):
@@ -235,17 +215,101 @@ deinterleave_floats = kernel(types.void(taken(types.float32), filled(types.float
 """x in groups of 64, each with its even elements first."""
 
 
+@intrinsic
+def _pointer_to(_: Any, address: Any, element: Any) -> Any:
+    """Return an address (int64) as a pointer to elements of a type."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(element.dtype)(address, element), generate
+
+
+@intrinsic
+def _next(_: Any, counter: Any) -> Any:
+    """Return the int64 that a pointer points to, and add one to it, both at once for all threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", arguments[0], ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(counter), generate
+
+
+class Field(IntEnum):
+    """The fields of a job, int64 each: addresses of arrays, and sizes. offset_bits: those of the float32."""
+
+    NEXT_SHARE = 0
+    N_SHARES = 1
+    X = 2
+    X_SIZE = 3
+    OUT = 4
+    PACKED = 5
+    ABSMAX = 6
+    NESTED_ABSMAX = 7
+    NESTED_QUANT_MAP = 8
+    OFFSET_BITS = 9
+    N_ROWS = 10
+    N_COLUMNS = 11
+    BLOCK_SIZE = 12
+
+
+N_FIELDS = len(Field)
+
+
 @cache
-def product_kernel(instructions: ProductInstructions, float_format: FloatFormat, *, double_quant: bool) -> Kernel:
-    """Return the kernel of one set of instructions, for weights rounded to a format."""
-    element = types.uint16 if instructions == "bf16" else types.float32
-    result = types.float32 if float_format is FloatFormat.F32 else types.uint16
-    absmax = types.uint8 if double_quant else types.float32
-    whole = types.int64
-    levels = types.literal("two" if double_quant else "one")
-    signature = types.void(
-        taken(element), taken(types.uint8), taken(absmax), taken(types.float32), taken(types.float32), types.float32,
-        whole, whole, whole, whole, whole, filled(result), levels, types.literal(float_format.value),
-        types.literal(instructions),
-    )  # fmt: skip
-    return Kernel(_product, signature)
+def product_function(instructions: ProductInstructions, float_format: FloatFormat, *, double_quant: bool) -> int:
+    """Return the address of a C function void(int64 job[N_FIELDS]): the product that a job describes.
+
+    Any number of threads may run it at once on one job: each takes the next share of W's rows until none is left.
+    Compiled when first asked for (0.5 s), then loaded from numba's cache.
+    """
+    x_type = np.uint16 if instructions == "bf16" else np.float32
+    out_type = np.float32 if float_format is FloatFormat.F32 else np.uint16
+    absmax_type = np.uint8 if double_quant else np.float32
+    levels = "two" if double_quant else "one"
+    name, target = str(instructions), str(float_format.value)
+
+    def run(job: Any) -> None:
+        fields = carray(job, (13,))
+        n_shares, x_size, n_rows, columns, block_size = fields[1], fields[3], fields[10], fields[11], fields[12]
+        n_blocks, m_rows = n_rows * columns // block_size, x_size // columns
+        x = carray(_pointer_to(fields[2], x_type), (x_size,))
+        out = carray(_pointer_to(fields[4], out_type), (m_rows * n_rows,))
+        packed = carray(_pointer_to(fields[5], np.uint8), (n_rows * columns // 2,))
+        absmax = carray(_pointer_to(fields[6], absmax_type), (n_blocks,))
+        nested = carray(_pointer_to(fields[7], np.float32), ((n_blocks + 255) // 256,))
+        nested_map = carray(_pointer_to(fields[8], np.float32), (256,))
+        offset = _as_float(np.uint32(fields[9]))
+        sums = np.empty(4, out_type)
+        share = _next(job)
+        while share < n_shares:
+            for row in range(n_rows * share // n_shares, n_rows * (share + 1) // n_shares):
+                m = 0
+                while m + 4 <= m_rows:
+                    _dot_row(
+                        x[m * columns :], packed, absmax, nested, nested_map, offset, row, columns, block_size,
+                        sums, 4, levels, target, name,
+                    )  # fmt: skip
+                    for i in range(4):
+                        out[(m + i) * n_rows + row] = sums[i]
+                    m += 4
+                while m < m_rows:
+                    _dot_row(
+                        x[m * columns :], packed, absmax, nested, nested_map, offset, row, columns, block_size,
+                        sums, 1, levels, target, name,
+                    )  # fmt: skip
+                    out[m * n_rows + row] = sums[0]
+                    m += 1
+            share = _next(job)
+
+    signature = types.void(types.CPointer(types.int64))
+    try:
+        compiled = cfunc(signature, cache=True, error_model="numpy")(run)
+    except RuntimeError:  # no folder for the cache can be written
+        compiled = cfunc(signature, error_model="numpy")(run)
+    _compiled.append(compiled)
+    return int(compiled.address)
+
+
+_compiled: list[Any] = []
+"""What owns the machine code."""

@@ -15,6 +15,7 @@ from qformat.codec import cpu
 from qformat.codec.codebooks import DYNAMIC_MAP
 from qformat.codec.floats import FloatFormat
 from qformat.codec.product import Product, unsupported
+from qformat.kernels import openmp
 from qformat.kernels.packed_weight import PackedWeight
 
 SCRATCH_NBYTES = 32 << 20
@@ -58,7 +59,7 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
 def product(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x [M, K] times the weight's transpose, [M, N], without decoding the weight to memory."""
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    _prepared(weight, FORMATS[x.dtype])(_raw(x), _raw(out), workers=torch.get_num_threads())
+    _prepared(weight, FORMATS[x.dtype])(_raw(x), _raw(out), team=openmp.run, n_threads=torch.get_num_threads())
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Iterator
 from typing import get_args
 
@@ -15,7 +17,7 @@ from qformat.codec import lanes
 from qformat.codec.cpu import decode_into, decode_nested_into
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import BLOCK_SIZES
-from qformat.codec.product import Product, best_instructions, unsupported
+from qformat.codec.product import Product, Team, best_instructions, unsupported
 from qformat.codec.product_kernels import NEEDED_FEATURES, ProductInstructions
 from qformat.errors import UsageError
 
@@ -59,9 +61,9 @@ class Weight:
             instructions=name,
         )  # fmt: skip
 
-    def times(self, x: NDArray[np.float32], *, workers: int = 1) -> Raw:
+    def times(self, x: NDArray[np.float32], *, team: Team | None = None) -> Raw:
         out = np.full(x.shape[0] * self.values.shape[0], 77, self.float_format.raw_dtype)
-        self.product(narrow(x.reshape(-1), self.float_format), out, workers=workers)
+        self.product(narrow(x.reshape(-1), self.float_format), out, team=team, n_threads=3)
         return out.reshape(x.shape[0], -1)
 
 
@@ -92,11 +94,24 @@ def test_sums_stay_within_their_bound(name: ProductInstructions, float_format: F
     assert (np.abs(found - exact) <= bound + rounding * (np.abs(exact) + bound)).all()
 
 
+def three_threads(function: int, data: int, n_threads: int) -> bool:
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+    assert n_threads == 3
+    threads = [threading.Thread(target=call, args=(data,)) for _ in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return True
+
+
 @pytest.mark.parametrize(("name", "float_format"), RUNNABLE)
-def test_the_number_of_workers_changes_no_bit(name: ProductInstructions, float_format: FloatFormat) -> None:
-    weight = Weight(2048, 1088, 64, name, float_format)  # two shares
+def test_threads_change_no_bit(name: ProductInstructions, float_format: FloatFormat) -> None:
+    weight = Weight(2048, 1088, 64, name, float_format)  # 17 shares
     x = np.random.default_rng(0).standard_normal((3, 1088)).astype(np.float32)
-    np.testing.assert_array_equal(weight.times(x), weight.times(x, workers=2))
+    expected = weight.times(x)
+    np.testing.assert_array_equal(weight.times(x, team=three_threads), expected)
+    np.testing.assert_array_equal(weight.times(x, team=lambda *_: False), expected)
 
 
 @settings(deadline=None, max_examples=60)
