@@ -78,15 +78,11 @@ def _operations() -> list[dict[str, Any]]:
         dtype = cpu_features.compute_dtype(torch.bfloat16) if device == "cpu" else torch.bfloat16
         large = f"decodes, then torch's product in {str(dtype).removeprefix('torch.')}"
         small = _small_product(choice.backend)
+        few_rows = "gemv_nf4, linear_nf4 with few rows"
         rows += [
             {"device": device, "operation": "dequantize_nf4", "backend": choice.backend, "why": choice.reason},
             {"device": device, "operation": "linear_nf4", "backend": choice.backend, "why": large},
-            {
-                "device": device,
-                "operation": "gemv_nf4, linear_nf4 with few rows",
-                "backend": choice.backend,
-                "why": small,
-            },
+            {"device": device, "operation": few_rows, "backend": choice.backend, "why": small},
         ]
     return rows
 

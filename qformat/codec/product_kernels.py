@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, types
+from numba import carray, cfunc, types  # type: ignore[attr-defined]
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.codec.floats import FloatFormat
@@ -215,7 +214,7 @@ deinterleave_floats = kernel(types.void(taken(types.float32), filled(types.float
 """x in groups of 64, each with its even elements first."""
 
 
-@intrinsic
+@steps
 def _pointer_to(_: Any, address: Any, element: Any) -> Any:
     """Return an address (int64) as a pointer to elements of a type."""
 
@@ -225,7 +224,7 @@ def _pointer_to(_: Any, address: Any, element: Any) -> Any:
     return types.CPointer(element.dtype)(address, element), generate
 
 
-@intrinsic
+@steps
 def _next(_: Any, counter: Any) -> Any:
     """Return the int64 that a pointer points to, and add one to it, both at once for all threads."""
 
@@ -308,7 +307,7 @@ def product_function(instructions: ProductInstructions, float_format: FloatForma
     except RuntimeError:  # no folder for the cache can be written
         compiled = cfunc(signature, error_model="numpy")(run)
     _compiled.append(compiled)
-    return int(compiled.address)
+    return compiled.address  # type: ignore[return-value]
 
 
 _compiled: list[Any] = []
