@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qformat.artifact.reader import open_artifact
+from qformat.artifact.reader import Artifact, open_artifact
+from qformat.artifact.structure import Structure
 from qformat.artifact.verify import verify_integrity
 from qformat.errors import ArtifactError, UsageError
 from qformat.model.build import attach, build_on_meta, read_config
-from qformat.model.shard_tensors import map_shards, tensors_of
+from qformat.model.shard_tensors import ShardData, map_shards, tensors_of
+from qformat.model.stream import TorchDevice, data_starts, stream_shards
 
 Verify = Literal["full", "structure"]
 
@@ -28,18 +30,20 @@ def load_model(
 ) -> PreTrainedModel:
     """Load an artifact as a transformers model whose 4-bit weights stay packed.
 
-    device: where it runs, by default the GPU if there is one. On the CPU every tensor is a view of the mapped file.
+    device: where it runs, by default the GPU if there is one. On the CPU every tensor is a view of the mapped file, on
+        a GPU one of its shard, which is read into a single allocation.
     dtype: of activations and of what was kept in 16 bit, by default that of config.json; another one copies the latter.
     verify: "structure" checks all but the weights' bytes; "full" reads every byte and compares its digest.
     attention: transformers' name of an attention implementation.
 
     Raises: ArtifactError for a damaged artifact (the reasons of `qformat verify`), for a config.json that does not fit
-    the tensors and for an architecture that transformers does not know; UsageError for a device that is not there.
+    the tensors and for an architecture that transformers does not know; UsageError for a device that is not
+    there or too small.
     """
     path = Path(path)
     target = _device(device)
     artifact = open_artifact(path)
-    if verify == "full":
+    if verify == "full" and target.type == "cpu":
         _check_digests(path)
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
@@ -49,10 +53,30 @@ def load_model(
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
-    attach(model, tensors_of(artifact, map_shards(artifact)), path)
+    shards = map_shards(artifact) if target.type == "cpu" else shards_on_device(artifact, target, verify=verify)
+    attach(model, tensors_of(artifact, shards), path)
     _set_generation_config(model, path)
     model.eval()  # type: ignore[no-untyped-call]
-    return model.to(target) if target.type != "cpu" else model  # type: ignore[arg-type]
+    return model
+
+
+def shards_on_device(artifact: Artifact, device: torch.device, *, verify: Verify) -> dict[str, ShardData]:
+    """Copy the shards to a device, one allocation each. Raises UsageError, before reading, if they do not fit there."""
+    structure = Structure(artifact.path, artifact.manifest, artifact.located)
+    starts = data_starts(structure)
+    needed = sum(artifact.manifest.files[shard].nbytes - start for shard, start in starts.items())
+    free = _free_nbytes(device)
+    if free is not None and needed > free:
+        raise UsageError(
+            f"{artifact.path}: the weights need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free. "
+            "Free memory there, or use the CPU"
+        )
+    data = stream_shards(structure, TorchDevice(device), verify=verify)
+    return {shard: ShardData(tensor, starts[shard]) for shard, tensor in data.items()}
+
+
+def _free_nbytes(device: torch.device) -> int | None:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _check_digests(path: Path) -> None:

@@ -21,8 +21,10 @@ from qformat.artifact.reader import PackedTensor
 from qformat.converters.convert import convert
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.kernels.backends import force_backend
-from qformat.model.load import load_model, load_tokenizer
+from qformat.model import load
+from qformat.model.load import load_model, load_tokenizer, shards_on_device
 from qformat.model.nf4_linear import NF4Linear
+from qformat.model.shard_tensors import map_shards, tensors_of
 from tests.artifact.damaged import reseal
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
 
@@ -237,6 +239,33 @@ def test_a_device_that_is_not_there_is_refused(tiny: Path) -> None:
         load_model(tiny, device="cuda:99")
     with pytest.raises(UsageError, match="device 'abacus' cannot be used here"):
         load_model(tiny, device="abacus")
+
+
+def test_shards_on_a_device_hold_what_the_file_holds(tiny: Path) -> None:
+    """The way to a GPU, with the CPU as the device that is copied to."""
+    with qformat.open(tiny) as opened:
+        copied = tensors_of(opened, shards_on_device(opened, torch.device("cpu"), verify="full"))
+        mapped = tensors_of(opened, map_shards(opened))
+    assert copied.keys() == mapped.keys()
+    for name, tensor in mapped.items():
+        other = copied[name]
+        if isinstance(tensor, torch.Tensor):
+            assert isinstance(other, torch.Tensor)
+            assert torch.equal(tensor, other)
+            assert tensor.data_ptr() != other.data_ptr()
+        else:
+            assert not isinstance(other, torch.Tensor)
+            assert all(torch.equal(part, other.components[key]) for key, part in tensor.components.items())
+
+
+def test_a_device_without_room_is_refused_before_anything_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_free_nbytes", lambda device: 1000)
+    monkeypatch.setattr(load, "stream_shards", lambda *_, **__: pytest.fail("something was read"))
+    with (
+        qformat.open(tiny) as opened,
+        pytest.raises(UsageError, match=r"the weights need 0\.\d GB, and cpu has 0\.0 GB"),
+    ):
+        shards_on_device(opened, torch.device("cpu"), verify="structure")
 
 
 def test_full_verification_finds_a_flipped_bit_and_structure_does_not_read_it(tiny: Path) -> None:
