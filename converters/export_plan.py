@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import qformat
 from qformat import strict_json
@@ -24,6 +25,8 @@ from qformat.errors import ArtifactError, Reason
 MODEL_CARD = "README.md"
 """No file of an artifact, but carried over where somebody put one beside it, as on the Hub."""
 
+Action = Literal["decode", "cast", "copy"]
+
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -37,9 +40,11 @@ class ExportTask:
     place: Place
 
     @property
-    def is_copy(self) -> bool:
-        """Whether the bytes are copied as they are."""
-        return not isinstance(self.record, PackedRecord) and self.record.dtype == self.dtype
+    def action(self) -> Action:
+        """What happens to the tensor: its codes are decoded, its values cast, or its bytes copied."""
+        if isinstance(self.record, PackedRecord):
+            return "decode"
+        return "copy" if self.record.dtype == self.dtype else "cast"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,7 @@ def _side_files(artifact: Artifact) -> dict[str, int]:
 
 
 def read_small_file(artifact: Artifact, name: str) -> bytes:
-    """Return the bytes of a file that is no shard. Raises ArtifactError (also file_digest, if the manifest knows better)."""
+    """Return the bytes of a file that is no shard. Raises ArtifactError (also file_digest)."""
     data = read_small(artifact.path, name, max_nbytes=MAX_SIDE_FILE_NBYTES, error=ArtifactError)
     record = artifact.manifest.files.get(name)
     if record is not None and (found := hashlib.sha256(data).hexdigest()) != record.sha256:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qformat.artifact.verify import verify_integrity as verify
     from qformat.converters.compare import Comparison, compare
     from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
+    from qformat.converters.export import export
     from qformat.converters.plan import Plan
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
@@ -40,6 +41,7 @@ _PUBLIC = {
     "Plan": "qformat.converters.plan:Plan",
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
+    "export": "qformat.converters.export:export",
     "force_backend": "qformat.kernels.backends:force_backend",
     "load_model": "qformat.model.load:load_model",
     "load_tokenizer": "qformat.model.load:load_tokenizer",
@@ -59,6 +61,7 @@ __all__ = [
     "Plan",
     "compare",
     "convert",
+    "export",
     "force_backend",
     "load_model",
     "load_tokenizer",

@@ -20,6 +20,7 @@ EXIT_INTERRUPTED = 130
 
 COMMANDS = {
     "convert": "Convert a 16-bit checkpoint into a 4-bit artifact.",
+    "export": "Write an artifact as a plain 16- or 32-bit checkpoint.",
     "inspect": "Show what an artifact or a checkpoint holds.",
     "verify": "Prove that an artifact is whole, and how far it is from its source.",
     "generate": "Generate text with an artifact.",
