@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -59,8 +60,7 @@ def command(
     if dry_run:
         _show_plan(plan_export(artifact, to, max_shard_nbytes=max_shard_nbytes), out, as_json=as_json)
         return
-    # The interpreter ends with a search for cycles among all objects, numba's among them: 0.2 s for nothing.
-    atexit.register(gc.freeze)
+    atexit.register(_leave_quickly)
     bar = _Bar()
     try:
         summary = export(
@@ -79,6 +79,15 @@ def command(
         bar.stop()
     _show_summary(summary, as_json=as_json)
     _warn_of_overflow(summary.overflowed, to)
+
+
+def _leave_quickly() -> None:
+    """Keep the interpreter from searching all of numba's objects for cycles before it ends: 0.2 s for nothing.
+
+    Where torch is loaded, this is no command's process, and triton would report what was not collected.
+    """
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 def _parse_shard_size(text: str) -> int:

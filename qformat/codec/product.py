@@ -88,15 +88,11 @@ class Product:
         self._call = _C_FUNCTION(self._address)
         self._n_shares = max(1, shape[0] * shape[1] // SMALLEST_SHARE)
         nested = _NO_FLOATS if nested_absmax is None else nested_absmax
-        self._arrays: tuple[NDArray[Any], ...] = (
-            packed,
-            absmax,
-            nested,
-            nested_quant_map,
-        )  # the job has only their addresses
+        arrays: list[NDArray[Any]] = [packed, absmax, nested, nested_quant_map]
+        self._arrays = arrays  # the job has only their addresses
         job = np.zeros(N_FIELDS, np.int64)
         parts = (Field.PACKED, Field.ABSMAX, Field.NESTED_ABSMAX, Field.NESTED_QUANT_MAP)
-        for field, array in zip(parts, self._arrays, strict=True):
+        for field, array in zip(parts, arrays, strict=True):
             job[field] = array.ctypes.data
         job[Field.OFFSET_BITS] = int(np.float32(nested_offset).view(np.uint32))
         job[Field.N_ROWS], job[Field.N_COLUMNS], job[Field.BLOCK_SIZE] = *shape, block_size
