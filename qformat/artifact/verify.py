@@ -31,6 +31,13 @@ class Finding:
     tensor: str | None = None
     component: str | None = None
 
+    def as_error(self, folder: Path) -> ArtifactError:
+        """Return an error that says the same of an artifact's file."""
+        file = folder / self.file
+        error = ArtifactError(self.reason, file, self.message.removeprefix(f"{file}: "))
+        error.tensor, error.field = self.tensor, self.component
+        return error
+
 
 @dataclass(frozen=True, slots=True)
 class IntegrityReport:
@@ -49,7 +56,7 @@ class IntegrityReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Check:
+class RangeCheck:
     """A byte range and what its XXH3-128 must be."""
 
     descriptor: int
@@ -94,14 +101,14 @@ def verify_integrity(
     findings: list[Finding] = []
     with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         descriptors = _open_files(path, manifest, stack, findings)
-        checks = list(_range_checks(path, manifest, descriptors, findings))
+        checks = list(range_checks(path, manifest, descriptors, findings))
         whole = [
             (name, record)
             for name, record in manifest.files.items()
             if name in descriptors and (sha256 or record.header_xxh3 is None)
         ]
 
-        def run(check: _Check) -> Finding | None:
+        def run(check: RangeCheck) -> Finding | None:
             finding = check.run()
             on_progress(check.stop - check.start)
             return finding
@@ -132,9 +139,9 @@ def _open_files(path: Path, manifest: Manifest, stack: ExitStack, findings: list
     return descriptors
 
 
-def _range_checks(
+def range_checks(
     path: Path, manifest: Manifest, descriptors: Mapping[str, int], findings: list[Finding]
-) -> Iterator[_Check]:
+) -> Iterator[RangeCheck]:
     """Yield the checks of every shard whose header is what it was, in the order of the bytes."""
     expected = expected_tensors(manifest)
     for name, record in manifest.files.items():
@@ -146,7 +153,7 @@ def _range_checks(
         except ArtifactError as error:
             findings.append(finding_of(error))
             continue
-        head = _Check(descriptor, path / name, 0, read.data_start, record.header_xxh3, None, "header")
+        head = RangeCheck(descriptor, path / name, 0, read.data_start, record.header_xxh3, None, "header")
         if (changed := head.run()) is not None:
             findings.append(changed)
             continue
@@ -157,7 +164,7 @@ def _range_checks(
                 kept = isinstance(tensor_record, KeptRecord)
                 digest = tensor_record.xxh3 if isinstance(tensor_record, KeptRecord) else tensor_record.components[part]
                 label = "data" if kept else part.label
-                yield _Check(descriptor, path / name, entry.start, entry.stop, digest, tensor, label)
+                yield RangeCheck(descriptor, path / name, entry.start, entry.stop, digest, tensor, label)
 
 
 def _check_whole(path: Path, descriptor: int, record: FileRecord) -> Finding | None:

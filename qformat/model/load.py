@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qformat.artifact.reader import Artifact, open_artifact
 from qformat.artifact.structure import Structure
 from qformat.artifact.verify import verify_integrity
-from qformat.errors import ArtifactError, UsageError
+from qformat.errors import UsageError
 from qformat.model.build import attach, build_on_meta, read_config
 from qformat.model.shard_tensors import ShardData, map_shards, tensors_of
 from qformat.model.stream import TorchDevice, data_starts, stream_shards
@@ -82,9 +82,7 @@ def _free_nbytes(device: torch.device) -> int | None:
 def _check_digests(path: Path) -> None:
     findings = verify_integrity(path).findings
     if findings:
-        first = findings[0]
-        field = None if first.component is None else str(first.component)
-        raise ArtifactError(first.reason, first.file, first.message, tensor=first.tensor, field=field)
+        raise findings[0].as_error(path)
 
 
 def _dtype_of(config: PretrainedConfig) -> torch.dtype:

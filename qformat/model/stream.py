@@ -23,7 +23,7 @@ from qformat.artifact.digests import Xxh3
 from qformat.artifact.header import DATA_ALIGNMENT, TensorEntry
 from qformat.artifact.regular_files import open_regular, read_exactly
 from qformat.artifact.structure import Structure, size_error
-from qformat.artifact.verify import Finding, _Check, _range_checks
+from qformat.artifact.verify import Finding, RangeCheck, range_checks
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model.shard_tensors import ShardData
@@ -363,11 +363,11 @@ class _Digests:
         """Check every header. Raises ArtifactError."""
         self._path = structure.path
         findings: list[Finding] = []
-        self._due: dict[str, deque[_Check]] = {shard: deque() for shard in descriptors}
-        for check in _range_checks(structure.path, structure.manifest, descriptors, findings):
+        self._due: dict[str, deque[RangeCheck]] = {shard: deque() for shard in descriptors}
+        for check in range_checks(structure.path, structure.manifest, descriptors, findings):
             self._due[check.file.name].append(check)
         if findings:
-            raise self._error(findings[0])
+            raise findings[0].as_error(self._path)
         self._state = Xxh3()
 
     def update(self, chunk: _Chunk, data: memoryview) -> None:
@@ -382,14 +382,14 @@ class _Digests:
                 return
             self._compare(due.popleft())
 
-    def _compare(self, check: _Check) -> None:
+    def _compare(self, check: RangeCheck) -> None:
         found = self._state.hexdigest()
         self._state = Xxh3()
         if found == check.expected:
             return
         # Read again: the finding is then word for word that of `qformat verify`, or the two reads differ.
         if (finding := check.run()) is not None:
-            raise self._error(finding)
+            raise finding.as_error(self._path)
         raise ArtifactError(
             Reason.COMPONENT_DIGEST,
             check.file,
@@ -399,10 +399,3 @@ class _Digests:
             field=check.component,
             next_step="The file was being written, or this machine's memory or disk cannot be relied on",
         )
-
-    def _error(self, finding: Finding) -> ArtifactError:
-        """Return a finding as an error that says the same."""
-        file = self._path / finding.file
-        error = ArtifactError(finding.reason, file, finding.message.removeprefix(f"{file}: "))
-        error.tensor, error.field = finding.tensor, finding.component
-        return error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import threading
@@ -25,7 +26,7 @@ from qformat.converters.convert import ConversionOptions, convert
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model import stream
 from qformat.model.stream import TorchDevice, component, data_starts, stream_shards
-from tests.artifact.damaged import Region, make_tiny_artifact, regions, shards
+from tests.artifact.damaged import Region, make_tiny_artifact, regions, reseal, shards
 from tests.small_models import Tensor as SourceTensor
 from tests.small_models import tiny_tensors, write_checkpoint, write_llama
 
@@ -258,6 +259,10 @@ def test_tensors_without_elements(tmp_path: Path) -> None:
         convert(source, out, ConversionOptions(max_shard_nbytes=limit), workers=1)
         structure = check_structure(out)
         check_bytes(structure, stream_shards(structure, LateDevice(), verify="full", chunk_nbytes=100))
+        record = json.loads((out / "qformat.json").read_bytes())
+        record["tensors"]["z.empty"]["xxh3"] = "0" * 32
+        reseal(out, record, update_files=False)
+        assert refusal(check_structure(out)).tensor == "z.empty"  # no byte, but a digest
 
 
 def flip(path: Path, position: int) -> None:
