@@ -47,6 +47,7 @@ _PUBLIC = {
     "load_tokenizer": "qformat.model.load:load_tokenizer",
     "open": "qformat.artifact.reader:open_artifact",
     "plan": "qformat.converters.convert:plan",
+    "register": "qformat.model.transformers_quantizer:register",
     "verify": "qformat.artifact.verify:verify_integrity",
 }
 
@@ -67,6 +68,7 @@ __all__ = [
     "load_tokenizer",
     "open",
     "plan",
+    "register",
     "verify",
 ]
 

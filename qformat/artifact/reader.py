@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.regular_files import open_regular
-from qformat.artifact.structure import Structure, check_structure, size_error
+from qformat.artifact.structure import ShardLayout, Structure, check_structure, size_error
 from qformat.codec import quant_state
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.quant_state import QuantState
@@ -108,7 +108,46 @@ class KeptTensor:
         return widen(self.data.view(float_format.raw_dtype), float_format)
 
 
-class Artifact(Mapping[str, PackedTensor | KeptTensor]):
+class MappedShards:
+    """The shards of a folder, mapped when they are first looked at."""
+
+    def __init__(self, layout: ShardLayout) -> None:
+        self.path = layout.path
+        self.layout = layout
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def close(self) -> None:
+        """Let go of the mapped files."""
+        self._maps.clear()
+
+    def quant_state(self, name: str) -> QuantState:
+        """Return what the codes of a packed tensor mean. Raises KeyError for a name that is no packed tensor."""
+        data = self.view(name + Component.QUANT_STATE.value).tobytes()
+        return quant_state.parse(data, path=self.path, tensor=name)
+
+    def mapped(self, shard: str) -> mmap.mmap:
+        """Return the mapping of a whole shard file. It is private: what is written to it never reaches the file."""
+        if shard not in self._maps:
+            expected = self.layout.shard_nbytes[shard]
+            with open_regular(self.path, shard, error=ArtifactError) as descriptor:
+                nbytes = os.fstat(descriptor).st_size
+                if nbytes != expected:
+                    raise size_error(self.path / shard, nbytes, expected)
+                self._maps[shard] = mmap.mmap(
+                    descriptor, expected, flags=_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+                )
+        return self._maps[shard]
+
+    def view(self, name: str) -> NDArray[Any]:
+        """Return a component as a read-only view of its mapped file; BF16 and F8 as unsigned bits."""
+        located = self.layout.located[name]
+        entry = located.entry
+        data = np.frombuffer(self.mapped(located.shard), np.uint8, entry.nbytes, entry.start)
+        data.flags.writeable = False
+        return data.view(_NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+class Artifact(MappedShards, Mapping[str, PackedTensor | KeptTensor]):
     """An open artifact: a mapping from tensor names to tensors. Close it, or use it as a context manager.
 
     Views stay valid after `close` for as long as somebody holds them. The files must not be changed or cut while
@@ -116,10 +155,10 @@ class Artifact(Mapping[str, PackedTensor | KeptTensor]):
     """
 
     def __init__(self, structure: Structure) -> None:
-        self.path = structure.path
+        super().__init__(structure)
+        self.structure = structure
         self.manifest = structure.manifest
         self.located = structure.located
-        self._maps: dict[str, mmap.mmap] = {}
 
     def __enter__(self) -> Artifact:
         return self
@@ -136,8 +175,8 @@ class Artifact(Mapping[str, PackedTensor | KeptTensor]):
     def __getitem__(self, name: str) -> PackedTensor | KeptTensor:
         record = self.manifest.tensors[name]
         if isinstance(record, KeptRecord):
-            return KeptTensor(name, record.dtype, self._view(name))
-        parts = {part: self._view(name + part.value) for part in record.components}
+            return KeptTensor(name, record.dtype, self.view(name))
+        parts = {part: self.view(name + part.value) for part in record.components}
         return PackedTensor(
             name=name,
             layout=record.layout,
@@ -147,35 +186,6 @@ class Artifact(Mapping[str, PackedTensor | KeptTensor]):
             nested_absmax=parts.get(Component.NESTED_ABSMAX),
             nested_quant_map=parts.get(Component.NESTED_QUANT_MAP),
         )
-
-    def close(self) -> None:
-        """Let go of the mapped files."""
-        self._maps.clear()
-
-    def quant_state(self, name: str) -> QuantState:
-        """Return what the codes of a packed tensor mean. Raises KeyError for a name that is no packed tensor."""
-        data = self._view(name + Component.QUANT_STATE.value).tobytes()
-        return quant_state.parse(data, path=self.path, tensor=name)
-
-    def mapped(self, shard: str) -> mmap.mmap:
-        """Return the mapping of a whole shard file. It is private: what is written to it never reaches the file."""
-        if shard not in self._maps:
-            expected = self.manifest.files[shard].nbytes
-            with open_regular(self.path, shard, error=ArtifactError) as descriptor:
-                nbytes = os.fstat(descriptor).st_size
-                if nbytes != expected:
-                    raise size_error(self.path / shard, nbytes, expected)
-                self._maps[shard] = mmap.mmap(
-                    descriptor, expected, flags=_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
-        return self._maps[shard]
-
-    def _view(self, name: str) -> NDArray[Any]:
-        located = self.located[name]
-        entry = located.entry
-        data = np.frombuffer(self.mapped(located.shard), np.uint8, entry.nbytes, entry.start)
-        data.flags.writeable = False
-        return data.view(_NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def open_artifact(path: Path | str) -> Artifact:

@@ -16,7 +16,7 @@ import numpy as np
 
 from qformat import strict_json
 from qformat.artifact import header, manifest
-from qformat.artifact.components import Component
+from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import DATA_ALIGNMENT, Header, NewTensor, TensorEntry
 from qformat.artifact.layout import alignment
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MANIFEST_NBYTES
@@ -39,12 +39,19 @@ class Located:
 
 
 @dataclass(frozen=True, slots=True)
-class Structure:
-    """A checked artifact: its manifest, and where every component lies, by the component's name in the shards."""
+class ShardLayout:
+    """Checked shards of a folder: their sizes, and where every component lies, by the component's name in them."""
 
     path: Path
-    manifest: Manifest
+    shard_nbytes: Mapping[str, int]
     located: Mapping[str, Located]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure(ShardLayout):
+    """A checked artifact: its shards and its manifest."""
+
+    manifest: Manifest
 
 
 def check_structure(path: Path) -> Structure:
@@ -72,8 +79,9 @@ def check_structure(path: Path) -> Structure:
         }
         for name, entry in parsed.tensors.items():
             if isinstance(entry, PackedRecord):
-                _check_small_parts(path, name, entry, located, descriptors)
-    return Structure(path, parsed, located)
+                check_small_parts(path, name, entry.layout, located, descriptors)
+    shard_nbytes = {name: parsed.files[name].nbytes for name in headers}
+    return Structure(path, shard_nbytes, located, parsed)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -212,14 +220,17 @@ def _parents(module: str) -> set[str]:
     return {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
 
 
-def _check_small_parts(
+def check_small_parts(
     path: Path,
     name: str,
-    record: PackedRecord,
+    layout: PackedShape,
     located: Mapping[str, Located],
     descriptors: Mapping[str, int],
 ) -> None:
-    """Check quant_state, codebook and finiteness of the scales' maps of one packed tensor."""
+    """Check quant_state, codebook and finiteness of the scales' maps of one packed tensor. Raises ArtifactError.
+
+    descriptors: open files, by shard.
+    """
 
     def read(part: Component) -> tuple[Path, bytes]:
         where = located[name + part.value]
@@ -230,7 +241,6 @@ def _check_small_parts(
 
     shard, data = read(Component.QUANT_STATE)
     state = quant_state.parse(data, path=shard, tensor=name)
-    layout = record.layout
     for field, found, expected in (
         ("blocksize", state.block_size, layout.block_size),
         ("dtype", state.float_format.torch_name, layout.float_format.torch_name),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from qformat.artifact.structure import CONFIG_NAME, INDEX_NAME
@@ -58,6 +60,8 @@ def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tens
 
     Raises ArtifactError for a tensor that the model has no place for, one of another shape, and one that is missing.
     """
+    names = names_in_model(model, tensors, path)
+    tensors = {names[name]: tensor for name, tensor in tensors.items()}
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
     places = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -71,7 +75,7 @@ def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tens
             raise _does_not_fit(path, name, "the model that config.json describes has no such tensor")
     for name, tensor in tensors.items():
         if isinstance(tensor, PackedComponents):
-            _replace_linear(model, name, tensor, path, biases)
+            replace_linear(model, name, tensor, path, biases)
     model.tie_weights()
     _check_complete(model, path)
     _initialise_the_rest(model, device)
@@ -101,16 +105,46 @@ def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) 
     )
 
 
-def _replace_linear(model: nn.Module, name: str, packed: PackedComponents, path: Path, biases: set[str]) -> None:
-    module_name = name.removesuffix(".weight")
-    parent_name, _, child_name = module_name.rpartition(".")
+def names_in_model(model: PreTrainedModel, names: Iterable[str], path: Path) -> dict[str, str]:
+    """Return the model's names of a checkpoint's tensors; transformers renames those of some architectures.
+
+    Raises: ArtifactError for one that transformers does not only rename but merges with others.
+    """
+    entries = get_model_conversion_mapping(model)
+    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
+    present = model.state_dict()
+    found = {}
+    for name in names:
+        renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, present)
+        if name in present and (merged is not None or renamed not in present):
+            renamed = name
+        elif merged is not None:
+            raise _does_not_fit(path, name, f"transformers merges it into {renamed}, which packed weights cannot be")
+        found[name] = renamed
+    return found
+
+
+def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
+    """Return the layer of a packed weight. Raises ArtifactError where the model has none."""
     try:
-        old = model.get_submodule(module_name)
-        parent = model.get_submodule(parent_name)
+        module = model.get_submodule(name.removesuffix(".weight"))
     except AttributeError:
         raise _does_not_fit(path, name, "the model that config.json describes has no such layer") from None
-    if not isinstance(old, nn.Linear):
-        raise _does_not_fit(path, name, f"is packed, but the model has a {type(old).__name__} there, no Linear")
+    if not isinstance(module, nn.Linear):
+        raise _does_not_fit(path, name, f"is packed, but the model has a {type(module).__name__} there, no Linear")
+    return module
+
+
+def replace_linear(model: nn.Module, name: str, packed: PackedComponents, path: Path, biases: set[str]) -> None:
+    """Put an `NF4Linear` in the place of a packed weight's layer; `biases` are those that the files have.
+
+    Raises: ArtifactError where the layer is missing, no Linear, of another shape, or its bias is missing.
+    """
+    old = linear_at(model, name, path)
+    module_name = name.removesuffix(".weight")
+    parent_name, _, child_name = module_name.rpartition(".")
+    parent = model.get_submodule(parent_name)
     shape = (old.out_features, old.in_features)
     if tuple(packed.state.shape) != shape:
         raise _does_not_fit(path, name, f"shape {list(packed.state.shape)}, but the model has {list(shape)}")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qformat.artifact.reader import Artifact, open_artifact
-from qformat.artifact.structure import Structure
+from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
+from qformat.artifact.manifest import MANIFEST_NAME
+from qformat.artifact.reader import Artifact, MappedShards, open_artifact
+from qformat.artifact.structure import CONFIG_NAME, ShardLayout
 from qformat.artifact.verify import verify_integrity
 from qformat.errors import UsageError
 from qformat.model.build import attach, build_on_meta, read_config
@@ -17,6 +21,8 @@ from qformat.model.shard_tensors import ShardData, map_shards, tensors_of
 from qformat.model.stream import TorchDevice, data_starts, stream_shards
 
 Verify = Literal["full", "structure"]
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -42,9 +48,9 @@ def load_model(
     """
     path = Path(path)
     target = _device(device)
-    artifact = open_artifact(path)
+    shards = open_shards(path)
     if verify == "full" and target.type == "cpu":
-        _check_digests(path)
+        _check_digests(shards)
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
         path,
@@ -53,25 +59,36 @@ def load_model(
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
-    shards = map_shards(artifact) if target.type == "cpu" else shards_on_device(artifact, target, verify=verify)
-    attach(model, tensors_of(artifact, shards), path)
+    data = map_shards(shards) if target.type == "cpu" else shards_on_device(shards.layout, target, verify=verify)
+    attach(model, tensors_of(shards, data), path)
     _set_generation_config(model, path)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
-def shards_on_device(artifact: Artifact, device: torch.device, *, verify: Verify) -> dict[str, ShardData]:
+def open_shards(path: Path) -> MappedShards:
+    """Open an artifact, or a folder of NF4 weights that bitsandbytes + transformers wrote, which has no digests.
+
+    Raises: ArtifactError for a damaged one.
+    """
+    if os.path.lexists(path / MANIFEST_NAME) or not os.path.lexists(path / CONFIG_NAME):
+        return open_artifact(path)
+    shards = MappedShards(read_bitsandbytes_folder(path))
+    logger.warning("%s has no %s: no digests tell whether its weights are whole", path, MANIFEST_NAME)
+    return shards
+
+
+def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verify) -> dict[str, ShardData]:
     """Copy the shards to a device, one allocation each. Raises UsageError, before reading, if they do not fit there."""
-    structure = Structure(artifact.path, artifact.manifest, artifact.located)
-    starts = data_starts(structure)
-    needed = sum(artifact.manifest.files[shard].nbytes - start for shard, start in starts.items())
+    starts = data_starts(layout)
+    needed = sum(layout.shard_nbytes[shard] - start for shard, start in starts.items())
     free = _free_nbytes(device)
     if free is not None and needed > free:
         raise UsageError(
-            f"{artifact.path}: the weights need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free. "
+            f"{layout.path}: the weights need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free. "
             "Free memory there, or use the CPU"
         )
-    data = stream_shards(structure, TorchDevice(device), verify=verify)
+    data = stream_shards(layout, TorchDevice(device), verify=verify)
     return {shard: ShardData(tensor, starts[shard]) for shard, tensor in data.items()}
 
 
@@ -79,10 +96,12 @@ def _free_nbytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def _check_digests(path: Path) -> None:
-    findings = verify_integrity(path).findings
+def _check_digests(shards: MappedShards) -> None:
+    if not isinstance(shards, Artifact):
+        raise UsageError(f"{shards.path}: has no manifest, so there are no digests that verify='full' could compare")
+    findings = verify_integrity(shards.path).findings
     if findings:
-        raise findings[0].as_error(path)
+        raise findings[0].as_error(shards.path)
 
 
 def _dtype_of(config: PretrainedConfig) -> torch.dtype:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from qformat.artifact.components import Component
 from qformat.artifact.header import TensorEntry
-from qformat.artifact.manifest import KeptRecord
-from qformat.artifact.reader import Artifact
+from qformat.artifact.reader import MappedShards
+from qformat.codec.nf4 import packed_nbytes
 from qformat.codec.quant_state import QuantState
 
 TORCH_DTYPES = {
@@ -32,8 +33,10 @@ class ShardData:
     start: int
 
     def view(self, entry: TensorEntry) -> Tensor:
-        """Return a component in its dtype and shape, without a copy."""
+        """Return a component in its dtype and shape: a view, where it lies aligned."""
         data = self.data[entry.start - self.start : entry.stop - self.start]
+        if data.data_ptr() % (TORCH_DTYPES[entry.dtype].itemsize):
+            data = data.clone()  # Our own files are aligned; others' need not be.
         return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
 
@@ -45,24 +48,33 @@ class PackedComponents:
     state: QuantState
 
 
-def map_shards(artifact: Artifact) -> dict[str, ShardData]:
-    """Return every shard as a view of the mapped file. A tensor keeps its mapping alive, the artifact may be closed."""
-    shards = {located.shard for located in artifact.located.values()}
-    return {shard: ShardData(torch.frombuffer(artifact.mapped(shard), dtype=torch.uint8), 0) for shard in shards}
+def map_shards(shards: MappedShards) -> dict[str, ShardData]:
+    """Return every shard as a view of the mapped file. A tensor keeps its mapping alive, `shards` may be closed."""
+    names = {located.shard for located in shards.layout.located.values()}
+    return {name: ShardData(torch.frombuffer(shards.mapped(name), dtype=torch.uint8), 0) for name in names}
 
 
-def tensors_of(artifact: Artifact, shards: Mapping[str, ShardData]) -> dict[str, PackedComponents | Tensor]:
-    """Return all tensors of an artifact by name, as views of its shards' bytes."""
+def packed_names(names: Iterable[str]) -> set[str]:
+    """Return the packed weights, by the names of all components."""
+    return {name.removesuffix(Component.QUANT_STATE) for name in names if name.endswith(Component.QUANT_STATE)}
+
+
+def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str, PackedComponents | Tensor]:
+    """Return all tensors by name, as views of the shards' bytes."""
+    located = shards.layout.located
 
     def view(name: str) -> Tensor:
-        located = artifact.located[name]
-        return shards[located.shard].view(located.entry)
+        return data[located[name].shard].view(located[name].entry)
 
     found: dict[str, PackedComponents | Tensor] = {}
-    for name, record in artifact.manifest.tensors.items():
-        if isinstance(record, KeptRecord):
-            found[name] = view(name)
-        else:
-            parts = {part: view(name + part.value) for part in record.components}
-            found[name] = PackedComponents(parts, artifact.quant_state(name))
+    of_packed: set[str] = set()
+    for name in sorted(packed_names(located)):
+        parts = {part: view(name + part.value) for part in Component if name + part.value in located}
+        of_packed |= {name + part.value for part in parts}
+        state = shards.quant_state(name)
+        # bitsandbytes may store the codes under another dtype, as a vector, and filled up to a whole element.
+        codes = parts[Component.PACKED].view(torch.uint8).view(-1, 1)
+        parts[Component.PACKED] = codes[: packed_nbytes(math.prod(state.shape))]
+        found[name] = PackedComponents(parts, state)
+    found.update((name, view(name)) for name in located if name not in of_packed)
     return found

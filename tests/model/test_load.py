@@ -244,7 +244,7 @@ def test_a_device_that_is_not_there_is_refused(tiny: Path) -> None:
 def test_shards_on_a_device_hold_what_the_file_holds(tiny: Path) -> None:
     """The way to a GPU, with the CPU as the device that is copied to."""
     with qformat.open(tiny) as opened:
-        copied = tensors_of(opened, shards_on_device(opened, torch.device("cpu"), verify="full"))
+        copied = tensors_of(opened, shards_on_device(opened.structure, torch.device("cpu"), verify="full"))
         mapped = tensors_of(opened, map_shards(opened))
     assert copied.keys() == mapped.keys()
     for name, tensor in mapped.items():
@@ -265,7 +265,7 @@ def test_a_device_without_room_is_refused_before_anything_is_read(tiny: Path, mo
         qformat.open(tiny) as opened,
         pytest.raises(UsageError, match=r"the weights need 0\.\d GB, and cpu has 0\.0 GB"),
     ):
-        shards_on_device(opened, torch.device("cpu"), verify="structure")
+        shards_on_device(opened.structure, torch.device("cpu"), verify="structure")
 
 
 def test_full_verification_finds_a_flipped_bit_and_structure_does_not_read_it(tiny: Path) -> None:

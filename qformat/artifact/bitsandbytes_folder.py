@@ -1,0 +1,147 @@
+"""Folders that bitsandbytes + transformers wrote: the same components without a manifest, so without digests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from qformat import strict_json
+from qformat.artifact import header
+from qformat.artifact.components import Component, PackedShape
+from qformat.artifact.header import TensorEntry
+from qformat.artifact.limits import MAX_INDEX_NBYTES
+from qformat.artifact.regular_files import open_regular, read_exactly, read_small
+from qformat.artifact.structure import INDEX_NAME, Located, ShardLayout, check_small_parts
+from qformat.codec import quant_state
+from qformat.errors import ArtifactError, Reason
+
+SINGLE_SHARD_NAME = "model.safetensors"
+
+_FP4_STATE = ".quant_state.bitsandbytes__fp4"
+
+_STORAGE_ITEMSIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
+"""By dtype of the packed codes (`bnb_4bit_quant_storage`): FSDP needs that of the model, the bytes are the same."""
+
+
+def read_bitsandbytes_folder(path: Path) -> ShardLayout:
+    """Read the headers and small maps of a folder of NF4 weights that has no manifest, and check them.
+
+    Raises: ArtifactError with the reason, the file, the tensor and the field; also for a folder without NF4 weights.
+    """
+    with ExitStack() as stack:
+        descriptors: dict[str, int] = {}
+        located: dict[str, Located] = {}
+        shard_nbytes: dict[str, int] = {}
+        for shard in _shard_names(path):
+            descriptor = stack.enter_context(open_regular(path, shard, error=ArtifactError))
+            descriptors[shard] = descriptor
+            shard_nbytes[shard] = os.fstat(descriptor).st_size
+            for name, entry in header.read(descriptor, path / shard, error=ArtifactError).tensors.items():
+                if name in located:
+                    raise ArtifactError(
+                        Reason.DUPLICATE_TENSOR, path / shard, f"is in {located[name].shard}, too", tensor=name
+                    )
+                located[name] = Located(shard, entry)
+        packed = [name.removesuffix(Component.QUANT_STATE) for name in located if name.endswith(Component.QUANT_STATE)]
+        if not packed:
+            raise _nothing_packed(path, located)
+        for name in packed:
+            layout = _packed_shape(path, name, located, descriptors)
+            _check_components(path, name, layout, located)
+            check_small_parts(path, name, layout, located, descriptors)
+    return ShardLayout(path, shard_nbytes, located)
+
+
+def _shard_names(path: Path) -> list[str]:
+    if not path.is_dir():
+        raise ArtifactError(Reason.MISSING_FILE, path, "there is no such folder")
+    if not os.path.lexists(path / INDEX_NAME):
+        return [SINGLE_SHARD_NAME]
+    data = read_small(path, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
+    index = strict_json.loads(data, path=path / INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ArtifactError(Reason.INDEX_MISMATCH, path / INDEX_NAME, "missing or not an object", field="weight_map")
+    names = set()
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise ArtifactError(
+                Reason.INDEX_MISMATCH,
+                path / INDEX_NAME,
+                f"{shard!r} is no file name",
+                tensor=tensor,
+                field="weight_map",
+            )
+        names.add(shard)
+    return sorted(names)
+
+
+def _nothing_packed(path: Path, located: Mapping[str, Located]) -> ArtifactError:
+    fp4 = next((name for name in located if name.endswith(_FP4_STATE)), None)
+    if fp4 is not None:
+        return ArtifactError(
+            Reason.QUANT_STATE,
+            path,
+            "holds FP4 codes, and only NF4 is read",
+            tensor=fp4.removesuffix(_FP4_STATE),
+            next_step="Convert the 16-bit model with qformat convert",
+        )
+    return ArtifactError(
+        Reason.MISSING_COMPONENT,
+        path,
+        "holds no 4-bit weights and no manifest",
+        next_step="Convert it with qformat convert",
+    )
+
+
+def _packed_shape(path: Path, name: str, located: Mapping[str, Located], descriptors: Mapping[str, int]) -> PackedShape:
+    where = located[name + Component.QUANT_STATE]
+    shard = path / where.shard
+    if where.entry.nbytes > quant_state.MAX_NBYTES:
+        raise ArtifactError(Reason.QUANT_STATE, shard, f"{where.entry.nbytes} bytes of state", tensor=name)
+    data = bytearray(where.entry.nbytes)
+    read_exactly(descriptors[where.shard], where.entry.start, memoryview(data), path=shard, error=ArtifactError)
+    state = quant_state.parse(bytes(data), path=shard, tensor=name)
+    return PackedShape(state.shape, state.float_format, state.block_size, state.nested_offset is not None)
+
+
+def _check_components(path: Path, name: str, layout: PackedShape, located: Mapping[str, Located]) -> None:
+    for part, new in layout.components(name).items():
+        where = located.get(new.name)
+        if where is None:
+            raise ArtifactError(
+                Reason.MISSING_COMPONENT, path, f"no shard has its {part.label}", tensor=name, field=part.label
+            )
+        if part is Component.QUANT_STATE:
+            continue
+        shard, entry = path / where.shard, where.entry
+        if part is Component.PACKED:
+            _check_packed(shard, name, entry, new.shape[0])
+        elif entry.dtype != new.dtype:
+            raise ArtifactError(
+                Reason.COMPONENT_DTYPE, shard, f"{entry.dtype}, expected {new.dtype}", tensor=name, field=part.label
+            )
+        elif entry.shape != new.shape:
+            raise ArtifactError(
+                Reason.COMPONENT_SHAPE, shard, f"{list(entry.shape)}, expected {list(new.shape)}",
+                tensor=name, field=part.label,
+            )  # fmt: skip
+
+
+def _check_packed(shard: Path, name: str, entry: TensorEntry, nbytes: int) -> None:
+    """The codes may be stored under another dtype and as a vector; they are bytes all the same."""
+    if entry.dtype not in _STORAGE_ITEMSIZES:
+        raise ArtifactError(
+            Reason.COMPONENT_DTYPE, shard, f"{entry.dtype}, expected {' or '.join(_STORAGE_ITEMSIZES)}",
+            tensor=name, field=Component.PACKED.label,
+        )  # fmt: skip
+    # A storage of wider elements is filled up to a whole one.
+    spare = entry.nbytes - nbytes
+    is_column = len(entry.shape) == 1 or (len(entry.shape) == 2 and entry.shape[1] == 1)
+    if not is_column or not 0 <= spare < _STORAGE_ITEMSIZES[entry.dtype]:
+        raise ArtifactError(
+            Reason.COMPONENT_SHAPE, shard, f"{list(entry.shape)} of {entry.dtype}, expected {nbytes} bytes in a column",
+            tensor=name, field=Component.PACKED.label,
+        )  # fmt: skip

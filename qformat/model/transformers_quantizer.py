@@ -1,0 +1,129 @@
+"""NF4 weights under `from_pretrained`: our layers on the mapped file in place of bitsandbytes', by registration."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from qformat.artifact.components import Component
+from qformat.model.build import linear_at, names_in_model, replace_linear
+from qformat.model.load import open_shards
+from qformat.model.shard_tensors import PackedComponents, map_shards, packed_names, tensors_of
+
+METHOD = "bitsandbytes_4bit"
+"""transformers' name of what quantization_config describes."""
+
+
+def register() -> None:
+    """Let `from_pretrained` of transformers load NF4 weights with qformat instead of bitsandbytes.
+
+    Folders that qformat or bitsandbytes wrote, and repositories of such; FP4, and quantizing a 16-bit model while it is
+    loaded, stay with bitsandbytes. Holds for this process; calling it again changes nothing.
+    """
+    registered: type[HfQuantizer] = AUTO_QUANTIZER_MAPPING[METHOD]  # type: ignore[assignment]
+    if issubclass(registered, NF4Quantizer):
+        return
+    NF4Quantizer.replaced = registered
+    # transformers registers a name only once, so the name must be free.
+    del AUTO_QUANTIZER_MAPPING[METHOD]
+    register_quantizer(METHOD)(NF4Quantizer)
+
+
+class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-ignore]
+    """transformers loads what was kept in 16 bit; the packed weights are attached afterwards, as views of the files."""
+
+    replaced: type[HfQuantizer]
+    """What was registered before, for what is not ours."""
+
+    requires_calibration = False
+
+    def __new__(cls, quantization_config: Any, **options: Any) -> Any:
+        """Make the quantizer that this configuration needs: only NF4 that lies in files is ours."""
+        if options.get("pre_quantized", True) and quantization_config.bnb_4bit_quant_type == "nf4":
+            return super().__new__(cls)
+        return cls.replaced(quantization_config, **options)
+
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self._path = Path()
+        self._packed: dict[str, PackedComponents] = {}
+        self._linears: dict[str, nn.Linear] = {}
+
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any]:
+        """Choose the GPU in use, or the CPU, where the caller chose nothing."""
+        if device_map is None:
+            return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
+    ) -> None:
+        if not checkpoint_files:
+            raise ValueError("qformat needs the files of the checkpoint: pass a folder or a repository, no state_dict")
+        self._path = Path(checkpoint_files[0]).parent
+        shards = open_shards(self._path)
+        tensors = tensors_of(shards, map_shards(shards))
+        names = names_in_model(model, packed_names(shards.layout.located), self._path)
+        self._packed = {names[name]: packed for name, packed in tensors.items() if isinstance(packed, PackedComponents)}
+        for name in self._packed:
+            self._linears[name] = linear_at(model, name, self._path)
+            model.set_submodule(name.removesuffix(".weight"), _OnlyBias(self._linears[name]))
+        ignored = model._keys_to_ignore_on_load_unexpected or []
+        model._keys_to_ignore_on_load_unexpected = {*ignored, _component_pattern(self._packed)}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        for name, packed in self._packed.items():
+            module_name = name.removesuffix(".weight")
+            linear = self._linears.pop(name)
+            linear._parameters["bias"] = model.get_submodule(module_name)._parameters["bias"]
+            model.set_submodule(module_name, linear)
+            # A bias that the files lack was reported, and initialised, by transformers.
+            replace_linear(model, name, packed, self._path, biases={f"{module_name}.bias"})
+            model.get_submodule(module_name).to(_device_of(model, name))
+        self._packed = {}
+        return model
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on the packed weights."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operations are usable under torch.compile."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the components as they are."""
+        return True
+
+
+class _OnlyBias(nn.Module):
+    """Stands for a layer whose weight transformers must not look for, since it would read it without mapping it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_parameter("bias", linear.bias)
+
+
+def _component_pattern(packed: dict[str, PackedComponents]) -> str:
+    names = "|".join(re.escape(name) for name in sorted(packed))
+    parts = "|".join(re.escape(part.value) for part in Component)
+    return f"^(?:{names})(?:{parts})$"
+
+
+def _device_of(model: nn.Module, name: str) -> torch.device:
+    devices: dict[str, Any] = getattr(model, "hf_device_map", None) or {"": next(model.parameters()).device}
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        prefix = ".".join(parts[:length])
+        if prefix in devices:
+            return torch.device(devices[prefix])
+    return torch.device("cpu")

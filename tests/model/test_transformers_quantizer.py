@@ -1,0 +1,154 @@
+"""`qformat.register()` and folders that bitsandbytes wrote, against transformers + bitsandbytes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import qformat
+from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
+from qformat.errors import ArtifactError
+from qformat.model.nf4_linear import NF4Linear
+from qformat.model.transformers_quantizer import METHOD, NF4Quantizer
+from tests.small_models import write_llama
+
+IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
+
+
+@pytest.fixture
+def registered():
+    before = AUTO_QUANTIZER_MAPPING[METHOD]
+    qformat.register()
+    yield
+    AUTO_QUANTIZER_MAPPING[METHOD] = before
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "llama"
+    write_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("artifact") / "nf4"
+    qformat.convert(source, out)
+    return out
+
+
+@pytest.fixture(scope="module", params=["nested", "one_level", "bf16_storage"])
+def bitsandbytes_folder(source, request, tmp_path_factory) -> Path:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=request.param != "one_level",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16 if request.param == "bf16_storage" else torch.uint8,
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.bfloat16)
+    out = tmp_path_factory.mktemp("bnb") / "model-bnb-4bit"
+    model.save_pretrained(out)
+    return out
+
+
+def logits(model) -> torch.Tensor:
+    # With gradients bitsandbytes decodes exactly; its inference path may rewrite the scales.
+    return model(IDS).logits.detach()
+
+
+def test_from_pretrained_takes_our_layers_and_gives_the_logits_of_load_model(artifact, registered):
+    model, info = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.bfloat16, output_loading_info=True)
+    assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 14
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(logits(model), logits(qformat.load_model(artifact)))
+
+
+def test_from_pretrained_maps_the_packed_weights(artifact, registered):
+    model = AutoModelForCausalLM.from_pretrained(artifact)
+    linear = model.model.layers[0].mlp.up_proj
+    start = linear.weight.untyped_storage().data_ptr()
+    shards = {path.stat().st_size for path in artifact.glob("*.safetensors")}
+    assert linear.weight.untyped_storage().nbytes() in shards, "a view of the whole mapped shard"
+    assert start == model.model.layers[1].mlp.up_proj.weight.untyped_storage().data_ptr()
+
+
+def test_registering_needs_no_bitsandbytes(artifact):
+    code = (
+        "import sys; sys.modules['bitsandbytes'] = None\n"
+        "import qformat; qformat.register()\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(artifact)!r})\n"
+        "print(type(model.model.layers[0].mlp.up_proj).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "NF4Linear", done.stderr
+
+
+def test_quantizing_while_loading_stays_with_bitsandbytes(source, registered):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+def test_registering_twice_changes_nothing(registered):
+    replaced = NF4Quantizer.replaced
+    qformat.register()
+    assert AUTO_QUANTIZER_MAPPING[METHOD] is NF4Quantizer
+    assert NF4Quantizer.replaced is replaced
+
+
+def test_a_folder_of_bitsandbytes_loads_mapped_and_gives_its_logits(bitsandbytes_folder, caplog):
+    expected = AutoModelForCausalLM.from_pretrained(bitsandbytes_folder, dtype=torch.bfloat16)
+    model = qformat.load_model(bitsandbytes_folder, dtype=torch.bfloat16)
+    assert torch.equal(logits(model), logits(expected))
+    assert "no digests" in caplog.text
+
+
+def test_full_verification_of_a_folder_without_digests_is_refused(bitsandbytes_folder):
+    with pytest.raises(qformat.errors.UsageError, match="no manifest"):
+        qformat.load_model(bitsandbytes_folder, verify="full")
+
+
+def test_saving_keeps_every_component(artifact, tmp_path):
+    model = qformat.load_model(artifact)
+    model.save_pretrained(tmp_path / "saved")
+    before, after = model.state_dict(), qformat.load_model(tmp_path / "saved").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
+
+
+def test_saving_after_from_pretrained_keeps_every_component(artifact, registered, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(artifact)
+    model.save_pretrained(tmp_path / "saved")
+    before, after = model.state_dict(), qformat.load_model(tmp_path / "saved").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
+
+
+def test_a_16_bit_folder_is_refused_with_what_to_do(source):
+    with pytest.raises(ArtifactError, match="qformat convert"):
+        qformat.load_model(source)
+
+
+@pytest.mark.parametrize("lost", ["absmax", "nested_absmax", "quant_map"])
+def test_a_missing_component_is_named(artifact, tmp_path, lost):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "folder"
+    shutil.copytree(artifact, folder)
+    (folder / "qformat.json").unlink()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = next(iter(index["weight_map"].values()))
+    tensors = load_file(folder / shard)
+    name = next(key for key in tensors if key.endswith(f".weight.{lost}"))
+    del tensors[name]
+    save_file(tensors, folder / shard)
+    with pytest.raises(ArtifactError, match=lost):
+        read_bitsandbytes_folder(folder)
