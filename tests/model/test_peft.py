@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from qformat.kernels.backends import force_backend
-from qformat.kernels.cpu_features import compute_dtype
 from qformat.model.nf4_linear import NF4Linear
-from tests.model.lora import (
+from tests.model.sides import (
+    SAME_PRODUCTS,
     adapters,
     all_equal,
     backward,
@@ -36,8 +36,6 @@ from tests.model.real_text import windows
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 N_STEPS = 20
-SAME_PRODUCTS = compute_dtype(torch.bfloat16) is torch.bfloat16
-"""Whether both sides multiply bf16. Without instructions for it ours multiplies fp32, and sums are rounded later."""
 
 
 @dataclass(frozen=True)

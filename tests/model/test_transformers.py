@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qformat.model.load import load_tokenizer
-from tests.model.lora import all_equal, backward, gradients, load_ours, with_lora
+from tests.model.sides import all_equal, backward, gradients, load_ours, with_lora
 
 PEFT_ASKS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

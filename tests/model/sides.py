@@ -1,4 +1,4 @@
-"""LoRA on both sides of one artifact: `load_model`'s model, and that of transformers + bitsandbytes."""
+"""Both sides of one artifact: the model of `load_model`, and that of transformers + bitsandbytes; LoRA on either."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qformat.kernels.cpu_features import compute_dtype
 from qformat.model.load import load_model
 from qformat.model.nf4_linear import NF4Linear
+
+SAME_PRODUCTS = compute_dtype(torch.bfloat16) is torch.bfloat16
+"""Whether both sides multiply bf16 on this CPU. Without instructions for it ours multiplies fp32: equal no more."""
 
 
 def load_ours(artifact: Path) -> Any:
