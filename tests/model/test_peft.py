@@ -8,7 +8,6 @@ in fp32 and rounds once. `with_peers_rounding` takes that difference away, and t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from qformat.kernels.backends import force_backend
 from qformat.model.nf4_linear import NF4Linear
+from tests.model.real_text import windows
 from tests.model.sides import (
     SAME_PRODUCTS,
     adapters,
@@ -31,7 +31,6 @@ from tests.model.sides import (
     with_lora,
     with_peers_rounding,
 )
-from tests.model.real_text import windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -67,13 +66,6 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(artifact, pairs, rate=5e-4, fast_rate=5e-4, loss=1.5e-2, logits=4e-2)
 
 
-@pytest.fixture(params=[None, "torch"])
-def backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    force_backend(request.param)
-    yield
-    force_backend(None)
-
-
 def test_all_linear_is_every_nf4_linear_and_not_the_head(random_llama: Path) -> None:
     model = load_ours(random_llama)
     layers = {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
@@ -90,11 +82,24 @@ def test_a_model_learns(case: Case) -> None:
 
 
 @pytest.mark.skipif(not SAME_PRODUCTS, reason="no instructions for products of bf16: ours multiplies fp32")
-@pytest.mark.usefixtures("backend")
 def test_training_equals_that_of_bitsandbytes_bit_for_bit(case: Case) -> None:
     ours, peer = with_peers_rounding(with_lora(load_ours(case.artifact))), with_lora(load_peer(case.artifact))
     assert train(ours, case.batches, rate=case.rate) == train(peer, case.batches, rate=case.rate)
     assert all_equal(adapters(ours), adapters(peer))
+
+
+def test_training_is_the_same_on_the_torch_backend(random_llama: Path) -> None:
+    found = []
+    for backend in (None, "torch"):
+        force_backend(backend)
+        try:
+            model = with_lora(load_ours(random_llama))
+            losses = train(model, [torch.arange(40)[None]] * N_STEPS, rate=2e-3)
+        finally:
+            force_backend(None)
+        found.append((losses, adapters(model)))
+    assert found[0][0] == found[1][0]
+    assert all_equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.sides import SAME_PRODUCTS, load_ours, load_peer
 from tests.model.real_text import windows
+from tests.model.sides import SAME_PRODUCTS, load_ours, load_peer
 
 
 def perplexity(model: Any, texts: list[Tensor]) -> float:
