@@ -1,0 +1,95 @@
+"""Both sides of one artifact: the model of `load_model`, and that of transformers + bitsandbytes; LoRA on either."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qformat.kernels.cpu_features import compute_dtype
+from qformat.model.load import load_model
+from qformat.model.nf4_linear import NF4Linear
+
+SAME_PRODUCTS = compute_dtype(torch.bfloat16) is torch.bfloat16
+"""Whether both sides multiply bf16 on this CPU. Without instructions for it ours multiplies fp32: equal no more."""
+
+
+def load_ours(artifact: Path) -> Any:
+    return load_model(artifact, device="cpu")
+
+
+def load_peer(artifact: Path, *, repacks: bool = False) -> Any:
+    """transformers + bitsandbytes, kept from rewriting its weights for inference with scales rounded to bf16."""
+    import bitsandbytes
+    from transformers import AutoModelForCausalLM
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    model = AutoModelForCausalLM.from_pretrained(artifact)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit) and not repacks:
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def with_lora(model: Any, *, seed: int = 0) -> Any:
+    """Wrap all linear layers, adapters in fp32 and drawn from a seed: the same numbers for either side.
+
+    PEFT itself draws another number of times for each kind of layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")).train()
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in adapters(wrapped).items():
+        if "lora_A" in name:
+            torch.nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
+    return wrapped
+
+
+def with_peers_rounding(model: Any) -> Any:
+    """Let PEFT's wrappers of our layers add as its wrapper of bitsandbytes' does: the adapter's output rounded first.
+
+    PEFT's plain wrapper adds in fp32 and rounds the sum, so adapters of equal numbers give other activations.
+    """
+    from peft.tuners.lora.bnb import Linear4bit
+
+    for module in model.modules():
+        if isinstance(getattr(module, "base_layer", None), NF4Linear):
+            module.forward = MethodType(Linear4bit.forward, module)
+    return model
+
+
+def train(model: Any, batches: list[Tensor], *, rate: float) -> list[float]:
+    """Take one AdamW step a batch, and return the loss before each."""
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=rate)
+    losses = []
+    for ids in batches:
+        losses.append(backward(model, ids))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def backward(model: Any, ids: Tensor) -> float:
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    return float(loss.detach())
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def adapters(model: Any) -> dict[str, Tensor]:
+    """Return the trainable weights, under names that both sides share. They are views: written to, they change it."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def all_equal(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensor, others[name]) for name, tensor in tensors.items()
+    )
