@@ -133,7 +133,7 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 def chunks(piece: Piece) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Return parameter, gradient and float moments in chunks of at most `CHUNK_SIZE` elements, each [n]."""
-    tensors = tuple(in_memory_order(x) for x in (piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq))
-    if piece.param.numel() <= CHUNK_SIZE:
-        return [tensors]  # type: ignore[list-item]
-    return list(zip(*(tensor.split(CHUNK_SIZE) for tensor in tensors), strict=True))  # type: ignore[arg-type]
+    p, g, m, v = (in_memory_order(x) for x in (piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq))
+    if p.numel() <= CHUNK_SIZE:
+        return [(p, g, m, v)]
+    return list(zip(*(torch.split(tensor, CHUNK_SIZE) for tensor in (p, g, m, v)), strict=True))

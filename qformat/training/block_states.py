@@ -81,6 +81,6 @@ class EncodingScratch:
     def take(cls, memory: Tensor, n_blocks: int) -> EncodingScratch:
         """Lay the arrays out in uint8 [at least nbytes(n_blocks)]."""
         sizes = [4 * BLOCK_SIZE * n_blocks] * 4 + [4 * n_blocks] * 2
-        parts = memory[: sum(sizes)].split(sizes)
+        parts = torch.split(memory[: sum(sizes)], sizes)
         dtypes = [torch.float32, torch.float32, torch.int32, torch.int32, torch.float32, torch.float32]
         return cls(*(part.view(dtype).view(n_blocks, -1) for part, dtype in zip(parts, dtypes, strict=True)))

@@ -1,4 +1,4 @@
-"""The dynamic 8-bit data type of optimizer states (Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization").
+"""The dynamic 8-bit data type of optimizer states: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization".
 
 A value in [-1, 1] is a sign, a power of ten and a linear fraction; a run of zero bits gives the exponent, and what it
 leaves of the eight bits is the fraction. So the largest decade (0.1, 1] has the most values and 1e-7 has one. The
@@ -41,8 +41,8 @@ def decoding_table(device: torch.device, *, signed: bool) -> Tensor:
 def encoding_borders(*, signed: bool) -> Tensor:
     """Return float32 [255]: the code of x is the number of borders below x.
 
-    Between two values the border is their midpoint. A second moment is never rounded down to zero: the step that divides
-    by its root would be as large as 1 / eps allows. Its first border is therefore 0.
+    Between two values the border is their midpoint. A second moment is never rounded down to zero: the step that
+    divides by its root would be as large as 1 / eps allows. Its first border is therefore 0.
     """
     values = dynamic_values(signed=signed)
     borders = (values[:-1] + values[1:]) / 2

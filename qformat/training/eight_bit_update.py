@@ -44,11 +44,11 @@ class EightBitUpdate:
         for piece in pieces:
             states = (piece.exp_avg, piece.exp_avg_sq)
             if in_blocks(piece.exp_avg):
-                moments = [state.split(CHUNK_SIZE // BLOCK_SIZE) for state in states]
+                moments = [torch.split(state, CHUNK_SIZE // BLOCK_SIZE) for state in states]
             else:
-                moments = [in_memory_order(state).split(CHUNK_SIZE) for state in states]
-            params = in_memory_order(piece.param).split(CHUNK_SIZE)
-            grads = in_memory_order(piece.grad).split(CHUNK_SIZE)
+                moments = [torch.split(in_memory_order(state), CHUNK_SIZE) for state in states]
+            params = torch.split(in_memory_order(piece.param), CHUNK_SIZE)
+            grads = torch.split(in_memory_order(piece.grad), CHUNK_SIZE)
             t = piece.step.item()
             for param, grad, *chunk in zip(params, grads, *moments, strict=True):
                 _update_chunk(param, grad, (chunk[0], chunk[1]), settings, t, rows, scratch)

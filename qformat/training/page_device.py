@@ -134,7 +134,7 @@ class CudaPages:
         """Do nothing: memory goes with its last reference, and the current stream has waited for its copies."""
 
     def copy_in(self, host: Tensor, page: Tensor, after: Copy | None = None) -> Copy:
-        """Start to copy a host page, row by row: torch copies rows that lie apart through a buffer, and waits for it."""
+        """Start to copy a host page, row by row: rows that lie apart, torch would copy through a buffer, and wait."""
         # The memory may have belonged to work of the current stream, and the host page to an earlier copy out,
         # which the current stream has waited for.
         self._inward.wait_stream(torch.cuda.current_stream(self._device))
@@ -151,7 +151,7 @@ class CudaPages:
     def wait(self, copy: Copy) -> bool:
         """Let the current stream wait. A copy counts as under way if it is so when the work is queued."""
         assert isinstance(copy, _StreamCopy)
-        under_way = not copy.done.query()
+        under_way = not copy.done.query()  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(self._device).wait_event(copy.done)
         return under_way
 

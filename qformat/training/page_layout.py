@@ -61,7 +61,7 @@ class Span:
             return None
         first_unit, spare = divmod(first_byte - self.start, self.unit_nbytes)
         n_units, spare_at_stop = divmod(stop_byte - first_byte, self.unit_nbytes)
-        assert spare == 0 and spare_at_stop == 0, "a page border within a unit"
+        assert spare == spare_at_stop == 0, "a page border within a unit"
         first = first_unit * self.unit_size
         stop_element = min(first + n_units * self.unit_size, self.size)
         return Part(first, stop_element, first_byte, stop_byte - first_byte)
@@ -71,7 +71,7 @@ class PageLayout:
     """Spans one after the other; each batch of parameters starts at a page that no earlier one uses."""
 
     def __init__(self, page_nbytes: int) -> None:
-        assert page_nbytes > 0 and page_nbytes % PAGE_GRAIN_NBYTES == 0
+        assert page_nbytes % PAGE_GRAIN_NBYTES == 0
         self.row_nbytes = page_nbytes // 2
         self.n_pages = 0
 

@@ -4,8 +4,8 @@
     resident (device)       [ 0   1   2 ]                              the first pages, as many as the budget holds
     ring (device)                          3 leaves, 4 is updated, 5 arrives
 
-A step is a cyclic sweep over all pages: a least-recently-used cache would evict each page just before its turn and never
-hit, so the resident set is fixed. Only what does not stay resident has a home, until everything is paged out.
+A step is a cyclic sweep over all pages: a least-recently-used cache would evict each page just before its turn and
+never hit, so the resident set is fixed. Only what does not stay resident has a home, until everything is paged out.
 
 All memory that a step needs is allocated before its first update: an allocation that fails changes nothing.
 """
@@ -135,7 +135,7 @@ class PageStore:
             reservation.workspace = None
 
     def sweep(self, pages: Sequence[int], reservation: Reservation) -> Iterator[Window]:
-        """Yield windows that cover some pages, given in order. What is written to one is kept when the next is asked for.
+        """Yield windows that cover some pages, given in order. What is written to one is kept once the next is taken.
 
         While a page is updated, the next ones arrive in the ring and the one before leaves it.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args, overload
 from weakref import WeakKeyDictionary
@@ -62,7 +62,7 @@ class PagedAdamW(torch.optim.Optimizer):
     torch.optim.AdamW(fused=True) with `update="fused"`, of AdamW(foreach=False) with `update="single"`, whatever the
     budget. With 8-bit states (`EightBitUpdate`) a state takes 1.016 bytes an element.
 
-    All parameters are dense floating-point tensors on one device. Parameters get states when they first have a gradient.
+    All parameters are dense floating-point tensors on one device. A parameter has states from its first gradient on.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class PagedAdamW(torch.optim.Optimizer):
         ours = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, ours | others | _path(update) | {"decoupled_weight_decay": True})
         assert self._param_device is not None
-        self._page_nbytes = page_nbytes_near(page_nbytes)
+        self._page_nbytes: int = page_nbytes_near(page_nbytes)
         self._page_budget: Budget = page_budget
-        self._pages = device if device is not None else page_device(self._param_device)
+        self._pages: PageDevice = device if device is not None else page_device(self._param_device)
         self._forget_states()
 
     @property
@@ -310,7 +310,7 @@ class PagedAdamW(torch.optim.Optimizer):
             self._update.apply(pieces, settings[group], workspace)
 
     def _views(self, window: Window) -> list[_Views]:
-        """Return the states in a window. Those of a resident one are kept: making views takes longer than small updates."""
+        """Return the states in a window, kept if it is resident: making views takes longer than small updates."""
         if not window.resident:
             return self._make_views(window)
         views = self._resident_views.get(window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from qformat.errors import DeviceMemoryError
 from qformat.training.paged_adamw import PagedAdamW
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -27,9 +30,10 @@ def run_with_paging_retry(optimizer: PagedAdamW, micro_batch: Callable[[], Resul
     before = _Before(optimizer)
     try:
         return micro_batch()
-    except torch.OutOfMemoryError:
-        # Nothing is done here: until the handler ends, the traceback keeps the activations of the failed run alive.
-        pass
+    except torch.OutOfMemoryError as error:
+        # No more than this here: until the handler ends, the traceback keeps the activations of the failed run alive.
+        reason = str(error)
+    logger.warning("a micro-batch ran out of memory; it runs again with the optimizer states paged out: %s", reason)
     before.restore()
     optimizer.page_out()
     optimizer.page_device.empty_cache()
@@ -41,7 +45,7 @@ def run_with_paging_retry(optimizer: PagedAdamW, micro_batch: Callable[[], Resul
         raise DeviceMemoryError(
             f"a micro-batch ran out of device memory, and again with all {paged.pages * paged.page_nbytes} bytes of "
             "optimizer states in host memory. Lower the batch size or the sequence length, or switch gradient "
-            f"checkpointing on; a lower page budget helps only where the states are not the ones paged here: {error}"
+            f"checkpointing on. A lower page budget would not help, since no page was on the device: {error}"
         ) from error
 
 

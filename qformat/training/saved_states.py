@@ -61,7 +61,7 @@ def check_saved(states: dict[str, Any], number: int, param: Tensor, state_format
     """Check that saved states of a parameter can be written. Raises UsageError."""
     shape = tuple(param.shape)
     if isinstance(state_format, FloatStates):
-        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {name: (shape, None) for name in MOMENTS}
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = dict.fromkeys(MOMENTS, (shape, None))
     else:
         n_blocks = -(-param.numel() // BLOCK_SIZE)
         expected = {f"{name}_codes": (shape, torch.uint8) for name in MOMENTS}
