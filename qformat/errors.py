@@ -8,6 +8,7 @@
     │   └── ArtifactError       ... a file of a 4-bit artifact
     ├── TargetError             the output cannot be written where it was asked for          (exit code 1)
     ├── VerificationError       a check was run to its end and failed                        (exit code 1)
+    ├── DeviceMemoryError       a device's memory is too small for what was asked            (exit code 1)
     └── Interrupted             the user stopped it; the same command continues              (exit code 130)
 
 `Reason` is the closed list of reason codes of the format (spec section 9): stable names for machines.
@@ -122,6 +123,10 @@ class TargetError(QformatError):
 
 class VerificationError(QformatError):
     """A check was run to its end and failed."""
+
+
+class DeviceMemoryError(QformatError):
+    """The device's memory does not suffice, and nothing is left that could be moved away."""
 
 
 class Interrupted(QformatError):

@@ -11,6 +11,7 @@ from qformat import errors
 from qformat.errors import (
     ArtifactError,
     BackendError,
+    DeviceMemoryError,
     Interrupted,
     InvalidFileError,
     QformatError,
@@ -31,6 +32,7 @@ def test_the_tree_is_the_one_that_the_docstring_draws() -> None:
         ArtifactError: InvalidFileError,
         TargetError: QformatError,
         VerificationError: QformatError,
+        DeviceMemoryError: QformatError,
         Interrupted: QformatError,
     }
     for child, parent in bases.items():

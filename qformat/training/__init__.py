@@ -1,0 +1,1 @@
+"""Fine-tuning: paged optimizer states and what surrounds them (torch)."""
