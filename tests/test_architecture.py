@@ -22,6 +22,7 @@ ALLOWED = {
     "qformat.artifact": BASE | {"qformat.codec"},
     "qformat.kernels": BASE | {"qformat.codec"},
     "qformat.model": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels"},
+    "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model"},
     "qformat.report": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.converters": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.cli": BASE
