@@ -6,6 +6,7 @@
     ├── InvalidFileError        a file does not say what it must; carries a `Reason`         (exit code 1)
     │   ├── SourceError         ... a file of the checkpoint that is converted
     │   └── ArtifactError       ... a file of a 4-bit artifact
+    ├── DataError               a row of training data cannot be used; names file and line   (exit code 1)
     ├── TargetError             the output cannot be written where it was asked for          (exit code 1)
     ├── VerificationError       a check was run to its end and failed                        (exit code 1)
     ├── DeviceMemoryError       a device's memory is too small for what was asked            (exit code 1)
@@ -115,6 +116,23 @@ class SourceError(InvalidFileError):
 
 class ArtifactError(InvalidFileError):
     """A file of an artifact is damaged, unsupported or inconsistent with the specification."""
+
+
+class DataError(QformatError):
+    """Training data cannot be used. The message reads `FILE: line N: PROBLEM. NEXT STEP`.
+
+    reason: a stable name to count by (`qformat.training.data.rows.BadRow`).
+    place: `line 17` or `row 17`, both counted from 1, or None where it concerns the whole file.
+    """
+
+    def __init__(self, reason: str, path: Path | str, problem: str, *, place: str | None, next_step: str) -> None:
+        where = str(path) if place is None else f"{path}: {place}"
+        super().__init__(f"{where}: {problem}. {next_step}")
+        self.reason = reason
+        self.path = str(path)
+        self.problem = problem
+        self.place = place
+        self.next_step = next_step
 
 
 class TargetError(QformatError):

@@ -26,7 +26,8 @@ ALLOWED = {
     "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model"},
     "qformat.converters": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.cli": BASE
-    | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"},
+    | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"}
+    | {"qformat.training"},
 }
 """What each layer may import besides itself. `qformat` itself (version, lazy public names) is free to all."""
 

@@ -11,6 +11,7 @@ from qformat import errors
 from qformat.errors import (
     ArtifactError,
     BackendError,
+    DataError,
     DeviceMemoryError,
     Interrupted,
     InvalidFileError,
@@ -30,6 +31,7 @@ def test_the_tree_is_the_one_that_the_docstring_draws() -> None:
         InvalidFileError: QformatError,
         SourceError: InvalidFileError,
         ArtifactError: InvalidFileError,
+        DataError: QformatError,
         TargetError: QformatError,
         VerificationError: QformatError,
         DeviceMemoryError: QformatError,

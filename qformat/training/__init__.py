@@ -1,1 +1,1 @@
-"""Fine-tuning: paged optimizer states and what surrounds them (torch)."""
+"""Fine-tuning: data, paged optimizer states, and the trainer between them (torch)."""

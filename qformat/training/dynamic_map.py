@@ -1,4 +1,4 @@
-"""The dynamic 8-bit data type of optimizer states: Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization".
+"""The dynamic 8-bit data type of optimizer states: Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization.
 
 A value in [-1, 1] is a sign, a power of ten and a linear fraction; a run of zero bits gives the exponent, and what it
 leaves of the eight bits is the fraction. So the largest decade (0.1, 1] has the most values and 1e-7 has one. The

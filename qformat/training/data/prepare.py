@@ -1,0 +1,279 @@
+"""`prepare_data`: from a source and a tokenizer to tokenised examples, through the cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qformat import strict_json
+from qformat.artifact.digests import xxh3
+from qformat.artifact.disk import Disk
+from qformat.errors import DataError, UsageError
+from qformat.strict_json import Json
+from qformat.training.data.read_rows import MAX_LINE_NBYTES, BadRows, read_rows
+from qformat.training.data.render import LossOn, Rendered, Renderer
+from qformat.training.data.sources import (
+    DataFile,
+    FileState,
+    Source,
+    find_files,
+    read_state,
+    was_written_since,
+)
+from qformat.training.data.statistics import DataStatistics, Dropped
+from qformat.training.data.token_cache import (
+    CACHE_VERSION,
+    CachedTokens,
+    CacheWriter,
+    default_folder,
+    locked,
+    open_cache,
+)
+from qformat.training.data.tokenise import Tokens, own_tokenizer, tokenise
+from qformat.training.data.tokenised_data import TokenisedData
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH_ROWS = 1024
+_BATCH_CHARACTERS = 4 * 2**20
+
+
+class TooLong(StrEnum):
+    """What becomes of an example of more than max_length tokens."""
+
+    TRUNCATE = "truncate"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """Everything besides data and tokenizer that the tokens depend on.
+
+    max_length: tokens of an example. too_long: "truncate" keeps the first max_length, "drop" drops the example.
+    loss_on: "completions" trains on completions and on the turns of the assistant, "all" on every token.
+    skip_bad_lines: count rows that cannot be used instead of stopping at the first one.
+    max_line_nbytes: of a JSON line.
+    """
+
+    max_length: int
+    too_long: TooLong | str = TooLong.TRUNCATE
+    loss_on: LossOn | str = LossOn.COMPLETIONS
+    skip_bad_lines: bool = False
+    max_line_nbytes: int = MAX_LINE_NBYTES
+
+    def __post_init__(self) -> None:
+        for name, choices in (("too_long", TooLong), ("loss_on", LossOn)):
+            if getattr(self, name) not in list(choices):
+                raise UsageError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}")
+        if self.max_length < 2:
+            raise UsageError(
+                f"max_length={self.max_length}: must be at least 2, since the first token predicts nothing"
+            )
+        if self.max_line_nbytes < 1:
+            raise UsageError(f"max_line_nbytes={self.max_line_nbytes}: must be at least 1")
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the settings as JSON."""
+        return {
+            "max_length": self.max_length,
+            "too_long": str(self.too_long),
+            "loss_on": str(self.loss_on),
+            "skip_bad_lines": self.skip_bad_lines,
+            "max_line_nbytes": self.max_line_nbytes,
+        }
+
+
+def prepare_data(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    *,
+    cache: Path | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    every_byte: bool = False,
+    on_rows: Callable[[int], None] | None = None,
+) -> TokenisedData:
+    """Return the tokenised examples of a source, out of the cache or into it.
+
+    source, split, revision: see `find_files`. cache: its folder, by default `default_folder()`.
+    every_byte: check a cache that is there byte by byte, not by its sizes and offsets only.
+    on_rows: called with the number of rows read so far, while the cache is built.
+
+    A template that prints the date is rendered with the day on which the cache was built.
+
+    Raises: DataError for a row that cannot be used, data without a single example, or a file that is written to
+    meanwhile; UsageError for a source that is not there or a tokenizer that cannot do it; TargetError for a cache
+    folder that cannot be written.
+    """
+    files = find_files(source, split=split, revision=revision)
+    states = [read_state(file) for file in files]
+    backend = own_tokenizer(tokenizer)
+    content_digest = _content_digest(files, states)
+    key = _key(content_digest, tokenizer, backend, settings)
+    folder = default_folder() if cache is None else cache
+    cached = open_cache(folder, key, every_byte=every_byte)
+    if cached is None:
+        cached = _build(folder, key, files, states, content_digest, tokenizer, backend, settings, on_rows)
+    return TokenisedData(cached)
+
+
+def _build(
+    folder: Path,
+    key: str,
+    files: list[DataFile],
+    states: list[FileState],
+    content_digest: str,
+    tokenizer: PreTrainedTokenizerBase,
+    backend: Tokenizer,
+    settings: DataSettings,
+    on_rows: Callable[[int], None] | None,
+) -> CachedTokens:
+    disk = Disk()
+    with locked(folder, key, disk):
+        # Another process may have finished it while this one waited.
+        cached = open_cache(folder, key, every_byte=True)
+        if cached is not None:
+            return cached
+        writer = CacheWriter(folder, key, disk)
+        try:
+            build = _Build(tokenizer, backend, settings)
+            for examples in build.examples(files, on_rows):
+                writer.append(examples)
+            for file, state in zip(files, states, strict=True):
+                if was_written_since(file, state):
+                    raise DataError(
+                        "file_changed",
+                        file.path,
+                        "was written to while it was read",
+                        place=None,
+                        next_step="Start again when it is complete",
+                    )
+            statistics = build.statistics()
+            if not statistics.examples:
+                raise _nothing_left(files, statistics)
+            writer.finish(statistics, content_digest)
+        finally:
+            writer.close()
+        cached = open_cache(folder, key)
+        assert cached is not None, f"{folder / key}: cannot be read back"
+        return cached
+
+
+class _Build:
+    """Tokenises rows, batch by batch, and counts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, settings: DataSettings) -> None:
+        self._renderer = Renderer(tokenizer, LossOn(settings.loss_on))
+        self._backend = backend
+        self._bos_id = tokenizer.bos_token_id
+        self._settings = settings
+        self._bad = BadRows(skip=settings.skip_bad_lines)
+        self._dropped: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._longest = 0
+
+    def examples(self, files: list[DataFile], on_rows: Callable[[int], None] | None) -> Iterator[list[Tokens]]:
+        """Yield the examples of all rows, in order, a batch at a time."""
+        for batch in self._batches(files):
+            tokens = tokenise(self._backend, batch, bos_id=self._bos_id)
+            kept = [example for example in map(self._fit, tokens) if example is not None]
+            self._counts["rows"] += len(batch)
+            self._counts["examples"] += len(kept)
+            for example in kept:
+                self._counts["tokens"] += len(example.ids)
+                self._counts["trained_tokens"] += int(example.trained.sum())
+                self._longest = max(self._longest, len(example.ids))
+            if on_rows is not None:
+                on_rows(self._counts["rows"] + self._bad.counts.total())
+            yield kept
+
+    def statistics(self) -> DataStatistics:
+        """Return the counts so far."""
+        return DataStatistics(
+            rows=self._counts["rows"] + self._bad.counts.total(),
+            examples=self._counts["examples"],
+            tokens=self._counts["tokens"],
+            trained_tokens=self._counts["trained_tokens"],
+            longest=self._longest,
+            truncated=self._counts["truncated"],
+            dropped=dict(self._dropped),
+            bad=dict(self._bad.counts),
+        )
+
+    def _batches(self, files: list[DataFile]) -> Iterator[list[Rendered]]:
+        batch: list[Rendered] = []
+        n_characters = 0
+        for row in read_rows(files, self._bad, max_line_nbytes=self._settings.max_line_nbytes):
+            try:
+                rendered = self._renderer.render(row)
+            except DataError as error:
+                self._bad.refuse(error)
+                continue
+            batch.append(rendered)
+            n_characters += len(rendered.text)
+            if len(batch) >= _BATCH_ROWS or n_characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, n_characters = [], 0
+        if batch:
+            yield batch
+
+    def _fit(self, tokens: Tokens) -> Tokens | None:
+        """Return an example that fits the limit and has something to train on, or count why there is none."""
+        limit = self._settings.max_length
+        if not tokens.trained.any():
+            self._dropped[Dropped.NOTHING_TO_TRAIN] += 1
+            return None
+        if len(tokens.ids) <= limit:
+            return tokens
+        if self._settings.too_long == TooLong.DROP:
+            self._dropped[Dropped.TOO_LONG] += 1
+            return None
+        cut = Tokens(tokens.ids[:limit], tokens.trained[:limit])
+        if not cut.trained.any():
+            self._dropped[Dropped.CUT_TO_NOTHING] += 1
+            return None
+        self._counts["truncated"] += 1
+        return cut
+
+
+def _content_digest(files: list[DataFile], states: list[FileState]) -> str:
+    """Digest the data: kinds, sizes and bytes in reading order. Names are left out: a file may move."""
+    record = [[file.kind.value, state.nbytes, state.digest] for file, state in zip(files, states, strict=True)]
+    return xxh3(strict_json.dumps(record).encode("utf-8"))
+
+
+def _key(content_digest: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, settings: DataSettings) -> str:
+    """Digest everything that the tokens depend on, the libraries that make them included."""
+    import tokenizers
+    import transformers
+
+    record = {
+        "cache_version": CACHE_VERSION,
+        "data": content_digest,
+        "tokenizer": xxh3(backend.to_str().encode("utf-8")),
+        "special_tokens": tokenizer.special_tokens_map,
+        "chat_template": tokenizer.chat_template,
+        "settings": settings.to_json(),
+        "libraries": [tokenizers.__version__, transformers.__version__],
+    }
+    return xxh3(strict_json.dumps(record).encode("utf-8"))
+
+
+def _nothing_left(files: list[DataFile], statistics: DataStatistics) -> DataError:
+    reasons = chain(statistics.bad.items(), statistics.dropped.items())
+    counted = ", ".join(f"{reason}: {count}" for reason, count in reasons) or "no rows at all"
+    return DataError(
+        "no_example",
+        ", ".join(str(file.path) for file in files[:3]) + (", ..." if len(files) > 3 else ""),
+        f"no example is left to train on ({counted})",
+        place=None,
+        next_step="Check the data, max_length and too_long",
+    )

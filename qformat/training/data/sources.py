@@ -1,0 +1,135 @@
+"""Which files training data consists of: one, several, a folder of them, or a dataset of the Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from qformat.artifact.digests import xxh3_of_range
+from qformat.errors import SourceError, UsageError
+
+Source = Path | str | Sequence[Path | str]
+
+
+class FileKind(Enum):
+    """How rows lie in a file."""
+
+    JSON_LINES = "json_lines"
+    PARQUET = "parquet"
+    ARROW_STREAM = "arrow_stream"
+
+
+_KINDS = {
+    ".jsonl": FileKind.JSON_LINES,
+    ".ndjson": FileKind.JSON_LINES,
+    ".json": FileKind.JSON_LINES,
+    ".parquet": FileKind.PARQUET,
+}
+
+# `.json` inside of a folder is as often its description (dataset_info.json) as it is data.
+_IN_FOLDERS = (".jsonl", ".ndjson", ".parquet")
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file with rows."""
+
+    path: Path
+    kind: FileKind
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What a file held when it was hashed. modified_ns tells whether it was written to since."""
+
+    digest: str
+    nbytes: int
+    modified_ns: int
+
+
+def find_files(source: Source, *, split: str = "train", revision: str | None = None) -> list[DataFile]:
+    """Return the files of a source, in the order in which they are read.
+
+    source: a file, a folder (its .jsonl, .ndjson and .parquet files at any depth, sorted by path), several of these, or
+        the name `owner/dataset` of a dataset of the Hub, which `datasets` fetches as a local copy.
+    split, revision: of a dataset of the Hub.
+    Raises UsageError: nothing is there, or it is of no kind that can be read.
+    """
+    if isinstance(source, (str, Path)):
+        if isinstance(source, str) and not os.path.lexists(source) and _is_hub_name(source):
+            return hub_files(source, split=split, revision=revision)
+        return _local_files(Path(source))
+    files = [file for part in source for file in _local_files(Path(part))]
+    if not files:
+        raise UsageError("no data file was given. Name at least one file or folder")
+    return files
+
+
+def hub_files(name: str, *, split: str, revision: str | None = None, cache: Path | None = None) -> list[DataFile]:
+    """Fetch one split of a dataset with `datasets` and return the Arrow files that it keeps in its cache.
+
+    name: `owner/dataset`, or a local folder in the same layout. Raises UsageError where `datasets` cannot get it.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            name, split=split, revision=revision, cache_dir=None if cache is None else str(cache)
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
+        first = str(problem).partition("\n")[0]
+        raise UsageError(
+            f"{name}: no such path here, and `datasets` cannot load its split {split!r}: {first}. "
+            "Check the name, the split and the connection"
+        ) from problem
+    return [DataFile(Path(entry["filename"]), FileKind.ARROW_STREAM) for entry in rows.cache_files]
+
+
+def read_state(file: DataFile) -> FileState:
+    """Hash a file (several GB/s where it is cached). Raises SourceError where it cannot be read."""
+    descriptor = _open(file.path)
+    try:
+        before = os.fstat(descriptor)
+        digest = xxh3_of_range(descriptor, 0, before.st_size, path=file.path, error=SourceError)
+        return FileState(digest, before.st_size, before.st_mtime_ns)
+    finally:
+        os.close(descriptor)
+
+
+def was_written_since(file: DataFile, state: FileState) -> bool:
+    """Whether a file has another size or time than when it was hashed."""
+    now = file.path.stat()
+    return (now.st_size, now.st_mtime_ns) != (state.nbytes, state.modified_ns)
+
+
+def _is_hub_name(source: str) -> bool:
+    return _HUB_NAME.fullmatch(source) is not None and Path(source).suffix not in _KINDS
+
+
+def _local_files(path: Path) -> list[DataFile]:
+    if path.is_dir():
+        inside = [entry for entry in path.rglob("*") if entry.suffix in _IN_FOLDERS and entry.is_file()]
+        visible = [entry for entry in inside if not any(part.startswith(".") for part in entry.relative_to(path).parts)]
+        if not visible:
+            raise UsageError(f"{path}: the folder holds no {', '.join(_IN_FOLDERS)} file. Name the files one by one")
+        return [DataFile(entry, _KINDS[entry.suffix]) for entry in sorted(visible)]
+    if not path.exists():
+        raise UsageError(f"{path}: there is no such file or folder. Check the path; a Hub dataset is owner/name")
+    if not path.is_file():
+        raise UsageError(f"{path}: is no regular file. Copy the data to a file first")
+    if path.suffix not in _KINDS:
+        raise UsageError(f"{path}: the name must end in one of {', '.join(_KINDS)}. Convert or rename the file")
+    return [DataFile(path, _KINDS[path.suffix])]
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as problem:
+        raise UsageError(f"{path}: cannot be opened: {problem.strerror}. Check the path and its permissions") from None

@@ -1,0 +1,92 @@
+"""Rendered texts as token ids, and which tokens are trained on.
+
+The text is tokenised as a whole and the trained characters are found again by the offsets of the tokens, so that what
+is trained on never changes how the text is cut into tokens. A token that lies across the start of a span belongs to
+it: its last characters were written there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from qformat.errors import UsageError
+from qformat.training.data.chat_spans import Span
+from qformat.training.data.render import Rendered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One example. ids: int32 (n,). trained: bool (n,); never the first token, which nothing predicts."""
+
+    ids: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
+
+def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a copy of the fast tokenizer below, without the truncation and padding that other callers set on it.
+
+    Raises UsageError where there is none: only fast tokenizers know where in the text a token comes from.
+    """
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: is not a fast tokenizer. "
+            "Convert it: the folder needs a tokenizer.json"
+        )
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def tokenise(tokenizer: Tokenizer, batch: list[Rendered], *, bos_id: int | None) -> list[Tokens]:
+    """Tokenise a batch, on all cores. bos_id: the token that a text must not begin with twice."""
+    done: list[Tokens | None] = [None] * len(batch)
+    for adds_special_tokens in (False, True):
+        for needs_offsets in (False, True):
+            chosen = [
+                index
+                for index, rendered in enumerate(batch)
+                if (rendered.adds_special_tokens, rendered.spans is not None) == (adds_special_tokens, needs_offsets)
+            ]
+            # The fast variant skips the offsets.
+            encode = tokenizer.encode_batch if needs_offsets else tokenizer.encode_batch_fast
+            encodings = encode([batch[index].text for index in chosen], add_special_tokens=adds_special_tokens)
+            for index, encoding in zip(chosen, encodings, strict=True):
+                done[index] = _tokens(encoding, batch[index], bos_id)
+    return [tokens for tokens in done if tokens is not None]
+
+
+def _tokens(encoding: Encoding, rendered: Rendered, bos_id: int | None) -> Tokens:
+    ids = np.array(encoding.ids, np.int32)
+    trained = np.ones(len(ids), np.bool_) if rendered.spans is None else trained_tokens(encoding, rendered.spans)
+    if rendered.adds_special_tokens and len(ids) > 1 and ids[0] == ids[1] == bos_id:
+        ids, trained = ids[1:], trained[1:]
+    trained[:1] = False
+    return Tokens(ids, trained)
+
+
+def trained_tokens(encoding: Encoding, spans: list[Span]) -> NDArray[np.bool_]:
+    """Return bool (n,): which tokens hold characters of the spans."""
+    trained = np.zeros(len(encoding.ids), np.bool_)
+    if not spans or not len(trained):
+        return trained
+    offsets = np.array(encoding.offsets, np.int64)  # (n, 2), in characters
+    # Tokens that the tokenizer adds around the text have the offsets (0, 0): they end where their neighbour does.
+    ends = np.maximum.accumulate(offsets[:, 1])
+    # Some tokenizers leave leading spaces out of a token's offsets: it starts where the one before it ends.
+    starts = np.where(np.array(encoding.special_tokens_mask, np.bool_), ends, offsets[:, 0])
+    starts[1:] = np.minimum(starts[1:], ends[:-1])
+    starts = np.maximum.accumulate(starts)
+    for start, stop in spans:
+        first = np.searchsorted(ends, start, side="right")
+        last = np.searchsorted(starts, stop, side="left")
+        trained[first:last] = True
+    return trained
