@@ -10,6 +10,8 @@
     ├── TargetError             the output cannot be written where it was asked for          (exit code 1)
     ├── VerificationError       a check was run to its end and failed                        (exit code 1)
     ├── DeviceMemoryError       a device's memory is too small for what was asked            (exit code 1)
+    ├── AdapterError            an adapter or a checkpoint of one is damaged or does not fit (exit code 1)
+    ├── DivergenceError         a training's loss or gradient is no longer a finite number   (exit code 1)
     └── Interrupted             the user stopped it; the same command continues              (exit code 130)
 
 `Reason` is the closed list of reason codes of the format (spec section 9): stable names for machines.
@@ -145,6 +147,14 @@ class VerificationError(QformatError):
 
 class DeviceMemoryError(QformatError):
     """The device's memory does not suffice, and nothing is left that could be moved away."""
+
+
+class AdapterError(QformatError):
+    """An adapter, or a checkpoint of its training, is damaged, or was made for another model. Names the difference."""
+
+
+class DivergenceError(QformatError):
+    """The loss or the gradient of a training is no longer a finite number; names the step and the last checkpoint."""
 
 
 class Interrupted(QformatError):

@@ -9,10 +9,12 @@ import pytest
 
 from qformat import errors
 from qformat.errors import (
+    AdapterError,
     ArtifactError,
     BackendError,
     DataError,
     DeviceMemoryError,
+    DivergenceError,
     Interrupted,
     InvalidFileError,
     QformatError,
@@ -35,6 +37,8 @@ def test_the_tree_is_the_one_that_the_docstring_draws() -> None:
         TargetError: QformatError,
         VerificationError: QformatError,
         DeviceMemoryError: QformatError,
+        AdapterError: QformatError,
+        DivergenceError: QformatError,
         Interrupted: QformatError,
     }
     for child, parent in bases.items():

@@ -113,10 +113,7 @@ def linear_nf4_input_gradient(
 ) -> Tensor:
     """Return grad [..., rows] times the weight [rows, columns], in grad's dtype."""
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, (rows, columns))
-    flat = _as_rows(grad, rows)
-    dtype = _compute_dtype(flat)
-    out = implementation(grad.device).input_gradient(flat.to(dtype), weight)
-    return out.to(grad.dtype).view(*grad.shape[:-1], columns)
+    return input_gradient(grad, weight)
 
 
 @linear_nf4_input_gradient.register_fake
@@ -190,9 +187,18 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
         if bias is not None:
             out += bias
     else:
-        dtype = _compute_dtype(flat)
+        dtype = product_dtype(flat)
         out = backend.linear(flat.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
     return out.view(*x.shape[:-1], rows)
+
+
+def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
+    """`linear_nf4_input_gradient` without torch's dispatcher: for autograd functions that are already past it."""
+    rows, columns = weight.shape
+    flat = _as_rows(grad, rows)
+    dtype = product_dtype(flat)
+    out = implementation(grad.device).input_gradient(flat.to(dtype), weight)
+    return out.to(grad.dtype).view(*grad.shape[:-1], columns)
 
 
 def _as_rows(x: Tensor, columns: int) -> Tensor:
@@ -201,5 +207,6 @@ def _as_rows(x: Tensor, columns: int) -> Tensor:
     return x.reshape(-1, columns).contiguous()
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which products with x are computed: that of x but for CPUs that are slow in it."""
     return compute_dtype(x.dtype) if x.device.type == "cpu" else x.dtype

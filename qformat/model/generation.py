@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from qformat.errors import UsageError
+from qformat.model.memory import peak_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ def generate(
         n_new_tokens=n_new,
         first_token_s=clock.times[0] - started,
         tokens_per_s=(n_new - 1) / after_first if after_first > 0 else 0.0,
-        peak_nbytes=_peak_nbytes(model.device),
+        peak_nbytes=peak_nbytes(model.device),
     )
 
 
@@ -102,10 +101,3 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-
-
-def _peak_nbytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

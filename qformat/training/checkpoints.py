@@ -1,0 +1,188 @@
+"""Checkpoints of a training: written beside their place and renamed, every file under a digest, old ones removed.
+
+OUTPUT/checkpoint-20/            adapter, optimizer, schedule, random states, position; `checkpoint.json`: digests
+OUTPUT/partial/checkpoint-30/    one in the making, or what a crash left of it: never read, removed by the next
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qformat import strict_json
+from qformat.artifact.digests import xxh3, xxh3_of_range
+from qformat.artifact.disk import Disk
+from qformat.artifact.manifest import JsonObject
+from qformat.errors import AdapterError, ArtifactError, TargetError, UsageError
+
+SEAL_NAME = "checkpoint.json"
+PARTIAL_NAME = "partial"
+LATEST = "latest"
+
+_NAME = re.compile(r"checkpoint-([0-9]{1,12})")
+_MAX_SEAL_NBYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose every byte was compared with its digest. facts: what was noted about the training."""
+
+    folder: Path
+    step: int
+    facts: JsonObject
+
+
+class CheckpointFolder:
+    """The checkpoints in one output folder."""
+
+    def __init__(self, output: Path, *, keep: int, disk: Disk | None = None) -> None:
+        self.output = output
+        self._keep = keep
+        self._disk = disk or Disk()
+
+    @property
+    def partial(self) -> Path:
+        """Where checkpoints are made."""
+        return self.output / PARTIAL_NAME
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that are there, ascending."""
+        if not self.output.is_dir():
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in self.output.iterdir() if entry.is_dir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def folder(self, step: int) -> Path:
+        """Return where the checkpoint of a step lies."""
+        return self.output / f"checkpoint-{step}"
+
+    @contextmanager
+    def writing(self, step: int, facts: JsonObject) -> Iterator[Path]:
+        """Give out a folder to fill; when the block ends well, seal it, give it its name, and remove the oldest.
+
+        Raises TargetError where the disk is full or cannot be written; then the checkpoints that are there stay whole.
+        """
+        folder = self.partial / f"checkpoint-{step}"
+        self._disk.remove_folder(self.partial)
+        self._disk.make_folder(self.partial)
+        self._disk.make_folder(folder)
+        try:
+            yield folder
+            self._seal(folder, step, facts)
+            final = self.folder(step)
+            self._disk.remove_folder(final)
+            self._disk.rename(folder, final)
+            self._disk.sync_folder(self.output)
+        except (OSError, RuntimeError) as problem:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            if not _is_of_the_disk(problem):
+                raise
+            raise TargetError(self._explain(final=self.folder(step), problem=problem)) from problem
+        except BaseException:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+        self._disk.remove_folder(self.partial)
+        for old in self.steps()[: -self._keep]:
+            self._disk.remove_folder(self.folder(old))
+
+    def find(self, which: str) -> Checkpoint:
+        """Return the latest checkpoint or a named one. Raises AdapterError if it is damaged, UsageError if absent."""
+        steps = self.steps()
+        if not steps:
+            raise UsageError(f"{self.output}: holds no checkpoint to resume from. Train without --resume")
+        if which == LATEST:
+            return self._checked(steps[-1])
+        match = _NAME.fullmatch(Path(which).name)
+        if match is None or int(match[1]) not in steps:
+            names = ", ".join(f"checkpoint-{step}" for step in steps)
+            raise UsageError(f"{self.output}: holds no {which}. There are {names}")
+        return self._checked(int(match[1]))
+
+    def last_whole(self) -> str | None:
+        """Return the name of the latest checkpoint that is whole, if there is one."""
+        for step in reversed(self.steps()):
+            try:
+                return read_checkpoint(self.folder(step)).folder.name
+            except AdapterError:
+                continue
+        return None
+
+    def _checked(self, step: int) -> Checkpoint:
+        try:
+            return read_checkpoint(self.folder(step))
+        except AdapterError as damaged:
+            whole = self.last_whole()
+            advice = "No other one is whole: train anew" if whole is None else f"Use --resume={whole}, which is whole"
+            raise AdapterError(f"{damaged}. {advice}") from None
+
+    def _seal(self, folder: Path, step: int, facts: JsonObject) -> None:
+        files: JsonObject = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                descriptor = self._disk.open_for_writing(path)
+                try:
+                    self._disk.sync(descriptor, path)
+                    nbytes = os.fstat(descriptor).st_size
+                    digest = xxh3_of_range(descriptor, 0, nbytes, path=path, error=ArtifactError)
+                finally:
+                    os.close(descriptor)
+                files[path.relative_to(folder).as_posix()] = {"nbytes": nbytes, "xxh3": digest}
+        seal: JsonObject = {"step": step, "files": files, "facts": facts}
+        seal["seal_xxh3"] = xxh3(strict_json.dumps(seal).encode())
+        self._disk.write_file(folder / SEAL_NAME, strict_json.dumps(seal, indent=2).encode())
+        self._disk.sync_folder(folder)
+
+    def _explain(self, *, final: Path, problem: BaseException) -> str:
+        free = shutil.disk_usage(self.output).free
+        whole = self.last_whole()
+        kept = "there is none yet" if whole is None else f"{whole} is whole"
+        return (
+            f"{final}: cannot be written: {str(problem).partition(chr(10))[0]} ({free:,} bytes are free). "
+            f"Of earlier ones, {kept}. Make room and continue with --resume"
+        )
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Compare every file of a checkpoint with its digest. Raises AdapterError naming the file."""
+    path = folder / SEAL_NAME
+    try:
+        seal = strict_json.loads(path.read_bytes(), path=path, max_nbytes=_MAX_SEAL_NBYTES, error=ArtifactError)
+    except FileNotFoundError:
+        raise AdapterError(f"{path}: is missing: the checkpoint is not complete") from None
+    except (OSError, ArtifactError) as problem:
+        raise AdapterError(f"{path}: is damaged: {problem}") from None
+    if not isinstance(seal, dict) or seal.pop("seal_xxh3", None) != xxh3(strict_json.dumps(seal).encode()):
+        raise AdapterError(f"{path}: is damaged: its own digest differs")
+    step, files, facts = seal["step"], seal["files"], seal["facts"]
+    assert isinstance(step, int)
+    assert isinstance(files, dict)
+    assert isinstance(facts, dict)
+    for name, record in files.items():
+        assert isinstance(record, dict)
+        _check_file(folder / name, record)
+    return Checkpoint(folder, step, facts)
+
+
+def _check_file(path: Path, record: JsonObject) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as problem:
+        raise AdapterError(f"{path}: cannot be read: {problem.strerror}") from None
+    try:
+        nbytes = os.fstat(descriptor).st_size
+        if nbytes != record["nbytes"]:
+            raise AdapterError(f"{path}: is damaged: {nbytes:,} bytes, expected {record['nbytes']:,}")
+        if xxh3_of_range(descriptor, 0, nbytes, path=path, error=ArtifactError) != record["xxh3"]:
+            raise AdapterError(f"{path}: is damaged: its digest differs")
+    finally:
+        os.close(descriptor)
+
+
+def _is_of_the_disk(problem: BaseException) -> bool:
+    """torch wraps what the system says about a write into a RuntimeError of its own."""
+    return isinstance(problem, OSError) or "PytorchStreamWriter" in str(problem) or "write" in str(problem).lower()

@@ -1,0 +1,120 @@
+"""What a training tells while it runs: `metrics.jsonl`, one line a log, and a listener for people."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qformat import strict_json
+from qformat.artifact.disk import Disk
+from qformat.artifact.manifest import JsonObject
+from qformat.errors import ArtifactError
+from qformat.model.memory import peak_nbytes
+from qformat.training.paged_adamw import PagedAdamW
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Listener(Protocol):
+    """Told about every line of metrics."""
+
+    def __call__(self, line: JsonObject, n_steps: int) -> None:
+        """Take a line, as it is in the file; `n_steps` are those of the whole training."""
+
+
+class MetricsFile:
+    """JSON lines, each written at once. A training that resumes takes back what was noted after its checkpoint."""
+
+    def __init__(self, path: Path, disk: Disk | None = None) -> None:
+        self._path = path
+        self._disk = disk or Disk()
+
+    def append(self, line: JsonObject) -> None:
+        """Write a line. Raises TargetError where that fails."""
+        descriptor = self._disk.open_for_writing(self._path, append=True)
+        try:
+            self._disk.append(descriptor, strict_json.dumps(line).encode() + b"\n", self._path)
+        finally:
+            os.close(descriptor)
+
+    def read(self) -> list[JsonObject]:
+        """Return the lines, without one that a crash has torn."""
+        if not self._path.exists():
+            return []
+        lines: list[JsonObject] = []
+        for text in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = strict_json.loads(text.encode(), path=self._path, max_nbytes=2**20, error=ArtifactError)
+            except ArtifactError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+        return lines
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of later steps, and the evaluation of the finished training."""
+        kept = [line for line in self.read() if line["step"] <= step and line.get("when") != "after"]  # type: ignore[operator]
+        text = "".join(strict_json.dumps(line) + "\n" for line in kept)
+        unfinished = self._path.with_name(self._path.name + ".partial")
+        self._disk.write_file(unfinished, text.encode())
+        self._disk.rename(unfinished, self._path)
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes each log of the Trainer to the file and tells the listener.
+
+    loss, learning_rate, grad_norm: of the steps since the last line. tokens_per_s: of the same. memory_nbytes: the peak
+    so far. paging: `PagingStatistics`.
+    """
+
+    def __init__(self, file: MetricsFile, listener: Listener, optimizer: torch.optim.Optimizer) -> None:
+        self._file = file
+        self._listener = listener
+        self._optimizer = optimizer
+        self._started = self._last = time.monotonic()
+        self._last_tokens = 0.0
+        self.when: str | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._started = self._last = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a line for a log of losses; the summary that the Trainer logs at its end is none."""
+        logs = logs or {}
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        now = time.monotonic()
+        line: JsonObject = {"step": state.global_step, "epoch": state.epoch}
+        for name in ("loss", "learning_rate", "grad_norm", "mean_token_accuracy", "eval_loss", "eval_perplexity"):
+            if name in logs:
+                line[name] = float(logs[name])
+        if "loss" in logs:
+            tokens = logs.get("num_tokens", 0.0)
+            line["tokens"] = int(tokens)
+            line["tokens_per_s"] = max(0.0, tokens - self._last_tokens) / max(now - self._last, 1e-9)
+            self._last_tokens = tokens
+            if isinstance(self._optimizer, PagedAdamW):
+                line["paging"] = asdict(self._optimizer.paging_statistics())
+        elif self.when is not None:
+            line["when"] = self.when
+        self._last = now
+        line["seconds"] = now - self._started
+        line["memory_nbytes"] = peak_nbytes(args.device)
+        self._file.append(line)
+        self._listener(line, state.max_steps)

@@ -1,0 +1,303 @@
+"""`train`: from an artifact and a data file to a PEFT adapter."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PrinterCallback
+
+from qformat.artifact.disk import Disk
+from qformat.artifact.manifest import JsonObject
+from qformat.errors import DataError, TargetError, UsageError
+from qformat.model.load import load_model, load_tokenizer, open_shards
+from qformat.model.nf4_linear import NF4Linear
+from qformat.strict_json import Json
+from qformat.training.adapter_card import adapter_card
+from qformat.training.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
+from qformat.training.base_record import BaseRecord
+from qformat.training.checkpoints import PARTIAL_NAME, Checkpoint, CheckpointFolder
+from qformat.training.data.collate import PackedCollator, PaddedCollator
+from qformat.training.data.prepare import DataSettings, prepare_data
+from qformat.training.data.show_example import show_example
+from qformat.training.data.tokenised_data import TokenisedData, for_trainer
+from qformat.training.metrics import METRICS_NAME, Listener, MetricsCallback, MetricsFile
+from qformat.training.optimizers import make_optimizer
+from qformat.training.settings import TrainingSettings, page_budget_nbytes
+from qformat.training.trainer import AdapterTrainer, trainer_arguments, write_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingJob:
+    """What is trained on what, and where to. data, eval_data: see `qformat.training.data.sources.find_files`."""
+
+    artifact: Path
+    data: Sequence[str]
+    output: Path
+    eval_data: Sequence[str] = ()
+    split: str = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What came out. Losses are means over the tokens of the evaluation data, in nats."""
+
+    output: Path
+    steps: int
+    loss_before: float | None
+    loss_after: float | None
+    metrics: list[JsonObject]
+    facts: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenisedData
+    evaluation: TokenisedData | None
+
+
+def train(
+    job: TrainingJob,
+    settings: TrainingSettings,
+    *,
+    resume: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    on_metrics: Listener = lambda _line, _n_steps: None,
+) -> TrainingResult:
+    """Train an adapter and write it to `job.output`, which must not hold anything yet unless it is resumed.
+
+    resume: "latest", or the name of a checkpoint in `job.output`: the result has the bytes of an undisturbed training.
+    say: is told what happens, in sentences. on_metrics: every line of metrics.jsonl.
+
+    Raises: UsageError for settings that make no sense here; ArtifactError and DataError for files that cannot be used;
+    AdapterError for a damaged checkpoint; DeviceMemoryError; DivergenceError; TargetError for an output that cannot be
+    written. Whatever happens, the checkpoints that are there stay whole.
+    """
+    checkpoints = CheckpointFolder(job.output, keep=settings.keep_checkpoints)
+    checkpoint = None if resume is None else checkpoints.find(resume)
+    if checkpoint is None:
+        _check_output(job.output)
+    if settings.eval_every is not None and not job.eval_data:
+        raise UsageError("eval_every: there is no evaluation data. Name some with --eval-data")
+    shards = open_shards(job.artifact)
+    base = BaseRecord.of(shards.layout)
+    shards.close()
+    prepared = _prepare(job, settings, say)
+    facts: JsonObject = {
+        "base": asdict(base),
+        "data": prepared.train.content_digest,
+        "eval_data": None if prepared.evaluation is None else prepared.evaluation.content_digest,
+        "settings": settings.binding(),
+        "loss_before": None,
+    }
+    if checkpoint is not None:
+        _check_same_training(checkpoint, facts, job)
+        facts["loss_before"] = checkpoint.facts.get("loss_before")
+    say("The first example, trained tokens marked:\n" + show_example(prepared.tokenizer, prepared.train[0]))
+
+    model = load_model(
+        job.artifact,
+        device=settings.device,
+        dtype=torch.bfloat16,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    _decode_output_layer(model)
+    adapted = add_adapter(model, settings, base_name=str(job.artifact))
+    _make_output(job.output)
+    metrics = MetricsFile(job.output / METRICS_NAME)
+    if checkpoint is not None:
+        metrics.forget_after(checkpoint.step)
+    trainer, callback = _make_trainer(
+        adapted, prepared, settings, job.output, checkpoints, facts, base, on_metrics, metrics
+    )
+    if checkpoint is None and prepared.evaluation is not None:
+        callback.when = "before"
+        facts["loss_before"] = float(trainer.evaluate()["eval_loss"])
+        callback.when = None
+    if checkpoint is not None:
+        trainer._total_train_tokens = cast(int, checkpoint.facts["tokens"])
+        say(f"Continuing after step {checkpoint.step}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
+    loss_after = None
+    if prepared.evaluation is not None:
+        callback.when = "after"
+        loss_after = float(trainer.evaluate()["eval_loss"])
+    result = TrainingResult(
+        output=job.output,
+        steps=trainer.state.global_step,
+        loss_before=_as_float(facts["loss_before"]),
+        loss_after=loss_after,
+        metrics=metrics.read(),
+        facts={**facts, "settings": settings.to_json(), "statistics": prepared.train.statistics.to_json()},
+    )
+    _write_result(adapted, result, base)
+    return result
+
+
+def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], None]) -> _Prepared:
+    tokenizer = load_tokenizer(job.artifact, trust_remote_code=settings.trust_remote_code)
+    data_settings = DataSettings(
+        max_length=settings.seq_len,
+        too_long=settings.too_long,
+        loss_on=settings.loss_on,
+        skip_bad_lines=settings.skip_bad_lines,
+    )
+    train_data = prepare_data(_source(job.data), tokenizer, data_settings, split=job.split)
+    evaluation = prepare_data(_source(job.eval_data), tokenizer, data_settings) if job.eval_data else None
+    counts = train_data.statistics
+    left_out = {**counts.dropped, **counts.bad}
+    say(
+        f"{counts.examples:,} examples, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained on; "
+        f"{counts.truncated:,} truncated, {sum(left_out.values()):,} left out"
+        + "".join(f", {reason}: {n}" for reason, n in left_out.items())
+    )
+    return _Prepared(tokenizer, train_data, evaluation)
+
+
+def _source(names: Sequence[str]) -> str | Sequence[str]:
+    return names[0] if len(names) == 1 else names
+
+
+def _make_trainer(
+    model: PeftModel,
+    prepared: _Prepared,
+    settings: TrainingSettings,
+    output: Path,
+    checkpoints: CheckpointFolder,
+    facts: JsonObject,
+    base: BaseRecord,
+    on_metrics: Listener,
+    metrics: MetricsFile,
+) -> tuple[AdapterTrainer, MetricsCallback]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    budget = page_budget_nbytes(settings.page_budget)
+    optimizer = make_optimizer(
+        settings.optim,  # type: ignore[arg-type]
+        trained,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        page_budget="auto" if budget is None else budget,
+    )
+    callback = MetricsCallback(metrics, on_metrics, optimizer)
+    rows = prepared.train.packed(settings.seq_len) if settings.packing else prepared.train
+    tokenizer = prepared.tokenizer
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    trainer = AdapterTrainer(
+        model=model,
+        args=trainer_arguments(settings, output, next(model.parameters()).device),
+        train_dataset=for_trainer(rows),
+        eval_dataset=None if prepared.evaluation is None else for_trainer(prepared.evaluation),
+        data_collator=PackedCollator() if settings.packing else PaddedCollator(pad_id=pad_id or 0),
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+        callbacks=[callback],
+        checkpoints=checkpoints,
+        facts=facts,
+        base=base,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, callback
+
+
+def _check_output(output: Path) -> None:
+    if CheckpointFolder(output, keep=1).steps():
+        raise TargetError(f"{output}: holds a training already. Continue it with --resume, or choose another name")
+    if output.is_dir() and not {entry.name for entry in output.iterdir()} <= {PARTIAL_NAME, METRICS_NAME}:
+        raise TargetError(f"{output}: is not empty. Choose another name")
+    if output.exists() and not output.is_dir():
+        raise TargetError(f"{output}: exists and is no folder. Choose another name")
+    if not output.absolute().parent.is_dir():
+        raise TargetError(f"{output.parent}: there is no such folder. Create it first")
+
+
+def _make_output(output: Path) -> None:
+    disk = Disk()
+    disk.make_folder(output)
+    if not CheckpointFolder(output, keep=1).steps():
+        disk.remove_file(output / METRICS_NAME)
+
+
+def _check_same_training(checkpoint: Checkpoint, facts: JsonObject, job: TrainingJob) -> None:
+    """Raises DataError or UsageError naming what is not as it was when the checkpoint was written."""
+    before = checkpoint.facts
+    for name, source in (("data", job.data), ("eval_data", job.eval_data)):
+        if before[name] != facts[name]:
+            raise DataError(
+                "data_changed",
+                ", ".join(source) or "no file",
+                f"is not the data that {checkpoint.folder.name} was trained with",
+                place=None,
+                next_step="Bring it back as it was, or train anew in another folder",
+            )
+    if before["base"] != facts["base"]:
+        raise UsageError(
+            f"{job.artifact}: {checkpoint.folder.name} was trained on other weights: {_in_words(before['base'])}, "
+            f"and this is {_in_words(facts['base'])}. Use the same artifact, or train anew in another folder"
+        )
+    old, new = before["settings"], facts["settings"]
+    assert isinstance(old, dict)
+    assert isinstance(new, dict)
+    differences = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]
+    if differences:
+        raise UsageError(
+            f"{checkpoint.folder}: cannot be continued with other settings: {'; '.join(differences)}. "
+            "Use the same ones, or train anew in another folder"
+        )
+
+
+def _in_words(base: Json) -> str:
+    assert isinstance(base, Mapping)
+    return f"{base['name']} ({base['digest']})"
+
+
+def _decode_output_layer(model: PreTrainedModel) -> None:
+    """Decode a packed output layer: the loss multiplies by its weight piece by piece, without making all logits."""
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if not isinstance(output, NF4Linear):
+        return
+    plain = nn.Linear(output.in_features, output.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(output.dequantize(torch.bfloat16), requires_grad=False)
+    plain.bias = output.bias
+    model.set_output_embeddings(plain)  # type: ignore[no-untyped-call]
+
+
+def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) -> None:
+    """Put the adapter into the output folder, its weights last, each file in one step."""
+    disk = Disk()
+    folder = result.output / PARTIAL_NAME
+    disk.remove_folder(folder)
+    disk.make_folder(folder)
+    try:
+        write_adapter(model, folder, base)
+        disk.write_file(folder / CARD_NAME, adapter_card(result, base).encode())
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS_NAME):
+            descriptor = disk.open_for_writing(path)
+            try:
+                disk.sync(descriptor, path)
+            finally:
+                os.close(descriptor)
+            disk.rename(path, result.output / path.name)
+    except OSError as problem:
+        raise TargetError(
+            f"{result.output}: the adapter cannot be written: {problem}. Make room and continue with --resume"
+        ) from problem
+    finally:
+        disk.remove_folder(folder)
+    disk.sync_folder(result.output)
+
+
+def _as_float(value: Json) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

@@ -1,0 +1,189 @@
+"""trl's SFTTrainer around an `NF4Linear` model: paging retries, checkpoints under digests, guards, exact evaluation.
+
+The steps, schedules, accumulation and the loss are trl's and transformers'. What differs here:
+
+- a micro-batch that runs out of memory runs again with the optimizer states paged out;
+- a loss or gradient that is no finite number stops the training before the weights take it in;
+- checkpoints appear whole or not at all (`checkpoints`);
+- an evaluation weighs every token alike, and leaves the random generators as they were, so that the steps after it are
+  those of a training without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+from trl import SFTConfig, SFTTrainer
+
+from qformat.artifact.manifest import JsonObject
+from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
+from qformat.training.base_record import BASE_RECORD_NAME, BaseRecord
+from qformat.training.checkpoints import CheckpointFolder
+from qformat.training.data.tokenised_data import IGNORED
+from qformat.training.paged_adamw import PagedAdamW
+from qformat.training.paging_retry import run_with_paging_retry
+from qformat.training.settings import TrainingSettings
+
+
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+    """Trains the adapters of a PEFT model.
+
+    checkpoints: where they go. facts: what each notes about the training. base: what the adapter is trained on.
+    """
+
+    def __init__(
+        self, *arguments: Any, checkpoints: CheckpointFolder, facts: JsonObject, base: BaseRecord, **named: Any
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._facts = facts
+        self._base = base
+        self._run_folder: Path | None = None
+        super().__init__(*arguments, **named)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward of a micro-batch, twice if the first runs out of memory; return its loss."""
+        n_tokens = self._total_train_tokens
+
+        def micro_batch() -> Tensor:
+            self._total_train_tokens = n_tokens
+            loss: Tensor = super(AdapterTrainer, self).training_step(model, dict(inputs), num_items_in_batch)
+            return loss
+
+        loss = self._run_micro_batch(micro_batch)
+        if not math.isfinite(loss.item()):
+            raise self._diverged(f"the loss is {loss.item()}")
+        return loss
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Return loss (mean over all trained tokens, in nats) and perplexity. The training goes on as if not asked."""
+        was_training = self.model.training
+        total, n_tokens = 0.0, 0
+        with _random_states_kept(self.args.device):
+            self.model.eval()
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                prepared = self._prepare_inputs(inputs)
+                n_tokens += int((prepared["labels"] != IGNORED).sum())
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    # Divided by one "item", the loss is the sum over tokens.
+                    total += float(self.compute_loss(self.model, prepared, num_items_in_batch=1))
+        loss = total / n_tokens
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0))}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train(was_training)
+        return metrics
+
+    def _run_micro_batch(self, micro_batch: Callable[[], Tensor]) -> Tensor:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        if isinstance(optimizer, PagedAdamW):
+            return run_with_paging_retry(optimizer, micro_batch)
+        try:
+            return micro_batch()
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                "a micro-batch ran out of device memory. Lower the batch size or the sequence length, switch gradient "
+                f"checkpointing on, or use a paged optimizer: {error}"
+            ) from error
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        if norm is not None and not math.isfinite(float(norm)):
+            raise self._diverged(f"the norm of the gradient is {float(norm)}")
+        return norm
+
+    def _diverged(self, what: str) -> DivergenceError:
+        whole = self._checkpoints.last_whole()
+        where = "there is no checkpoint yet" if whole is None else f"the last good checkpoint is {whole}"
+        return DivergenceError(
+            f"step {self.state.global_step + 1}: {what}, and the weights were not changed by it; {where}. "
+            "Lower the learning rate, or look at the data of this step"
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        facts = {**self._facts, "tokens": self._total_train_tokens}
+        with self._checkpoints.writing(self.state.global_step, facts) as folder:
+            self._run_folder = folder.parent
+            try:
+                # That of SFTTrainer would add a model card.
+                super(SFTTrainer, self)._save_checkpoint(model, trial)
+            finally:
+                self._run_folder = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._run_folder) if self._run_folder is not None else str(super()._get_output_dir(trial))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        assert isinstance(self.model, PeftModel)
+        write_adapter(self.model, Path(output_dir), self._base)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # PEFT's load_adapter would also cast them to its own idea of the dtype.
+        set_peft_model_state_dict(self.model, load_peft_weights(resume_from_checkpoint, device="cpu"))
+
+
+def write_adapter(model: PeftModel, folder: Path, base: BaseRecord) -> None:
+    """Write an ordinary PEFT adapter, and beside it what it was trained on."""
+    # Without a look at the base model's embedding, which PEFT would fetch from the Hub.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / BASE_RECORD_NAME).write_bytes(base.to_bytes())
+
+
+def trainer_arguments(settings: TrainingSettings, output: Path, device: torch.device) -> SFTConfig:
+    """Return the settings in the words of trl. Raises UsageError for a tracker that is not installed."""
+    schedule = "constant_with_warmup" if settings.schedule == "constant" and settings.warmup else settings.schedule
+    try:
+        arguments = SFTConfig(
+            output_dir=str(output),
+            max_steps=settings.max_steps or -1,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.grad_accum,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=schedule,
+            warmup_steps=settings.warmup,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            bf16=settings.autocast,
+            use_cpu=device.type == "cpu",
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
+            logging_steps=settings.log_every,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=settings.save_every,
+            eval_strategy="no" if settings.eval_every is None else "steps",
+            eval_steps=settings.eval_every,
+            report_to=list(settings.report_to) or "none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_pin_memory=device.type == "cuda",
+            max_length=None,
+        )
+    except (ValueError, ImportError) as problem:
+        raise UsageError(f"these settings cannot be used here: {problem}") from problem
+    if device.type == "cuda":
+        _ = arguments.device  # chooses the devices
+        # One GPU trains, whatever else is there.
+        arguments._n_gpu = 1
+    return arguments
+
+
+@contextmanager
+def _random_states_kept(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
