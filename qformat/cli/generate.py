@@ -5,20 +5,27 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qformat import strict_json
 from qformat.cli.display import format_nbytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @click.command(
     epilog="""\b
 Examples:
   qformat generate SmolLM2-135M-Instruct-nf4 --chat --prompt "What are the primary colours?"
+  qformat generate SmolLM2-135M-Instruct-nf4 --adapter adapter --chat --prompt "What is a coroutine?"
   qformat generate SmolLM2-135M-Instruct-nf4 --prompt "Once upon a time" --temperature 0.8 --seed 7"""
 )
 @click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
+@click.option("--adapter", metavar="DIR", type=click.Path(path_type=Path), help="A LoRA adapter trained on ART.")
+@click.option("--force-adapter", is_flag=True, help="Use the adapter although it was trained on other weights.")
 @click.option("--prompt", metavar="TEXT", required=True, help="What to continue, or with --chat the user's message.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the tokenizer's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
@@ -32,6 +39,8 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, and no text before.")
 def command(
     artifact: Path,
+    adapter: Path | None,
+    force_adapter: bool,
     prompt: str,
     chat: bool,
     max_new_tokens: int,
@@ -55,6 +64,8 @@ def command(
     imported = time.monotonic()
     force_backend(backend)
     model = load_model(artifact, device=device, verify=verify, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
+    if adapter is not None:
+        model = _with_adapter(model, artifact, adapter, force=force_adapter)
     tokenizer = load_tokenizer(artifact, trust_remote_code=trust_remote_code)
     loaded = time.monotonic()
     result = generate(
@@ -76,3 +87,15 @@ def command(
         f"{result.tokens_per_s:.1f} tokens/s, peak memory {format_nbytes(result.peak_nbytes)}",
         err=True,
     )
+
+
+def _with_adapter(model: PreTrainedModel, artifact: Path, adapter: Path, *, force: bool) -> PreTrainedModel:
+    """Put the adapter on the model, after a look at what it was trained on."""
+    from qformat.model.load import open_shards
+    from qformat.training.adapters import load_adapter
+    from qformat.training.base_record import BaseRecord
+
+    shards = open_shards(artifact)
+    base = BaseRecord.of(shards.layout)
+    shards.close()
+    return load_adapter(model, adapter, base, force=force)  # type: ignore[return-value]  # PeftModel generates alike

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 from qformat.errors import UsageError
 
@@ -17,3 +18,5 @@ def quiet_transformers() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    # Of transformers about its own code.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -9,6 +9,7 @@ import torch
 
 
 def peak_nbytes(device: torch.device) -> int:
+    """Return the most that torch allocated on a GPU, or that the whole process took of the host's memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

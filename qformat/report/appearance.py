@@ -40,6 +40,7 @@ code, .mono { font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospac
 .tile b { display: block; font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: 13px; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 14px; }
+.panels.large { grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); }
 figure { margin: 0; background: var(--card); border-radius: 6px; padding: 10px 12px; }
 figcaption { font-size: 13px; } figcaption b { color: var(--text); }
 figure.wide { max-width: 800px; }
@@ -48,6 +49,7 @@ svg { display: block; width: 100%; height: auto; }
 .tick { fill: var(--muted); font-size: 11px; } .strong { fill: var(--text); }
 .bar { fill: var(--accent); opacity: .75; } .ideal { stroke: var(--mark); stroke-width: 2.5; }
 .line { fill: none; stroke: var(--accent); stroke-width: 1.5; } .dot { fill: var(--accent); }
+.mark { fill: var(--mark); }
 .key { display: inline-block; width: 14px; height: 10px; border-radius: 2px; background: var(--accent); opacity: .75; }
 .key.ideal-key { height: 3px; vertical-align: middle; background: var(--mark); opacity: 1; }
 .scroll { overflow-x: auto; }

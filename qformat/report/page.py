@@ -1,13 +1,7 @@
-"""One self-contained page about an artifact: opens offline, fetches nothing, works without its script.
-
-Everything that comes from a file passes through `html.escape`; a content security policy with the digests of the one
-style sheet and the one script forbids all others.
-"""
+"""One page about an artifact: what it holds, whether it is whole, how far it is from its source."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from qformat import strict_json
-from qformat.report.appearance import SORT_SCRIPT, STYLE
+from qformat.report.document import document, write_document
 from qformat.report.facts import (
     ComparisonFacts,
     FindingFacts,
@@ -45,12 +39,7 @@ def write_html(facts: VerificationFacts, path: Path) -> None:
 
     Raises: OSError if the file cannot be written.
     """
-    unfinished = path.with_name(path.name + ".partial")
-    try:
-        unfinished.write_text(page(facts), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_document(page(facts), path)
 
 
 def page(facts: VerificationFacts) -> str:
@@ -63,20 +52,7 @@ def page(facts: VerificationFacts) -> str:
         sections += [_codes(comparison), _largest(comparison), _packed(comparison), _kept(comparison)]
     if manifest is not None:
         sections.append(_provenance(facts, manifest))
-    policy = f"default-src 'none'; style-src {_source_of(STYLE)}; script-src {_source_of(SORT_SCRIPT)}"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}: qformat verification</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + f"\n<script>{SORT_SCRIPT}</script>\n</body>\n</html>\n"
-    )
-
-
-def _source_of(text: str) -> str:
-    digest = hashlib.sha256(text.encode("utf-8")).digest()
-    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+    return document(f"{name}: qformat verification", sections)
 
 
 def _verdict(facts: VerificationFacts) -> str:

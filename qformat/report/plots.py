@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -89,6 +89,39 @@ def layer_panel(points: Sequence[Point], marks: Sequence[float], n_layers: int, 
         f'<circle class="dot" cx="{x.place(point.layer):.1f}" cy="{y.place(point.value):.1f}" r="2.6">'
         f"<title>{escape(point.label)}</title></circle>"
         for point in points
+    ]
+    return _svg(width, height, title, parts)
+
+
+def curve_panel(
+    points: Sequence[tuple[float, float]],
+    title: str,
+    *,
+    dots: Sequence[Point] = (),
+    say: Callable[[float], str] = "{:g}".format,
+) -> str:
+    """Return a line over steps, (step, value), and single marks beside it, whose `layer` is their step."""
+    width, height, left, bottom = 520, 220, 64, 26
+    values = [value for _, value in points] + [dot.value for dot in dots]
+    steps = [step for step, _ in points] + [dot.layer for dot in dots]
+    marks = ticks(min(values), max(values))
+    x = _Axis(min(steps), max(*steps, min(steps) + 1), left + 8, width - 12)
+    y = _Axis(marks[0], marks[-1], height - bottom, 8)
+    parts = [
+        f'<line class="grid" x1="{left}" x2="{width}" y1="{y.place(mark):.1f}" y2="{y.place(mark):.1f}"/>'
+        f'<text class="tick" x="{left - 6}" y="{y.place(mark) + 3.5:.1f}" text-anchor="end">{escape(say(mark))}</text>'
+        for mark in marks
+    ]
+    for step in sorted({x.low, (x.low + x.high) // 2, x.high}):
+        parts.append(
+            f'<text class="tick" x="{x.place(step):.1f}" y="{height - 6}" text-anchor="middle">{step:g}</text>'
+        )
+    line = " ".join(f"{x.place(step):.1f},{y.place(value):.1f}" for step, value in points)
+    parts.append(f'<polyline class="line" points="{line}"/>')
+    parts += [
+        f'<circle class="mark" cx="{x.place(dot.layer):.1f}" cy="{y.place(dot.value):.1f}" r="4">'
+        f"<title>{escape(dot.label)}</title></circle>"
+        for dot in dots
     ]
     return _svg(width, height, title, parts)
 

@@ -21,7 +21,8 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qformat.artifact.manifest import JsonObject
 from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
@@ -33,7 +34,7 @@ from qformat.training.paging_retry import run_with_paging_retry
 from qformat.training.settings import TrainingSettings
 
 
-class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+class AdapterTrainer(SFTTrainer):
     """Trains the adapters of a PEFT model.
 
     checkpoints: where they go. facts: what each notes about the training. base: what the adapter is trained on.
@@ -54,7 +55,9 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
         def micro_batch() -> Tensor:
             self._total_train_tokens = n_tokens
-            loss: Tensor = super(AdapterTrainer, self).training_step(model, dict(inputs), num_items_in_batch)
+            loss: Tensor = super(AdapterTrainer, self).training_step(  # type: ignore[no-untyped-call]
+                model, dict(inputs), num_items_in_batch
+            )
             return loss
 
         loss = self._run_micro_batch(micro_batch)
@@ -64,22 +67,28 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Return loss (mean over all trained tokens, in nats) and perplexity. The training goes on as if not asked."""
-        was_training = self.model.training
+        model = self.model
+        assert isinstance(model, PeftModel)
+        was_training = model.training
         total, n_tokens = 0.0, 0
         with _random_states_kept(self.args.device):
-            self.model.eval()
+            model.eval()
             for inputs in self.get_eval_dataloader(eval_dataset):
                 prepared = self._prepare_inputs(inputs)
                 n_tokens += int((prepared["labels"] != IGNORED).sum())
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    # Divided by one "item", the loss is the sum over tokens.
-                    total += float(self.compute_loss(self.model, prepared, num_items_in_batch=1))
+                    total += float(self._summed_loss(model, prepared))
         loss = total / n_tokens
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0))}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.model.train(was_training)
+        model.train(was_training)
         return metrics
+
+    def _summed_loss(self, model: PeftModel, inputs: dict[str, Any]) -> Tensor:
+        """Return the loss summed over tokens: divided by one "item"."""
+        loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=1)  # type: ignore[no-untyped-call]
+        return loss
 
     def _run_micro_batch(self, micro_batch: Callable[[], Tensor]) -> Tensor:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it

@@ -1,0 +1,156 @@
+"""`qformat train`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qformat.artifact.manifest import JsonObject
+from qformat.cli.display import format_nbytes
+from qformat.training.settings import TrainingSettings, read_toml, value_type
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for every field of `TrainingSettings`. None stands for "not given": a TOML file may say it."""
+    for item in reversed(fields(TrainingSettings)):
+        command = _option(item)(command)
+    return command
+
+
+def _option(item: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    name = "--" + item.name.replace("_", "-")
+    kind = value_type(item)
+    text = item.metadata["help"]
+    if kind is bool:
+        shown = f"{text}  [default: {'on' if item.default else 'off'}]"
+        return click.option(f"{name}/--no-{name[2:]}", default=None, help=shown)
+    if item.default not in (None, ()):
+        text = f"{text}  [default: {' '.join(item.default) if isinstance(item.default, tuple) else item.default}]"
+    if kind is tuple:
+        return click.option(name, multiple=True, metavar="NAME", help=text)
+    choices = item.metadata["choices"]
+    return click.option(name, type=click.Choice(choices) if choices else kind, default=None, help=text)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat train SmolLM2-135M-Instruct-nf4 --data chats.jsonl --output adapter
+  qformat train ART --data train.jsonl --eval-data test.jsonl --output adapter --rank 32 --packing
+  qformat train ART --data train.jsonl --output adapter --resume"""
+)
+@click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
+@click.option("--data", metavar="FILE", multiple=True, required=True,
+              help="JSON lines or Parquet with text, messages, or prompt and completion; a folder of them; owner/name "
+                   "of a dataset of the Hub. May be repeated.")  # fmt: skip
+@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="Where the adapter goes.")
+@click.option("--eval-data", metavar="FILE", multiple=True, help="Held-out data: its loss is told before and after.")
+@click.option("--split", default="train", show_default=True, help="Of a dataset of the Hub.")
+@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+              help="TOML with the settings below; what the command line says wins.")  # fmt: skip
+@click.option("--resume", metavar="CHECKPOINT", is_flag=False, flag_value="latest",
+              help="Continue from the last checkpoint in DIR, or from --resume=checkpoint-N, bit for bit.")  # fmt: skip
+@_setting_options
+def command(
+    artifact: Path,
+    data: tuple[str, ...],
+    output: Path | None,
+    eval_data: tuple[str, ...],
+    split: str,
+    config: Path | None,
+    resume: str | None,
+    **given: Any,
+) -> None:
+    """Train a LoRA adapter on the packed weights of artifact ART, on one GPU or (slowly) the CPU."""
+    settings = _settings(config, given)
+    if output is None:
+        raise click.UsageError("Missing option '--output'.")
+    from qformat.cli.models import quiet_transformers
+
+    quiet_transformers()
+    from qformat.report.training_page import write_training_page
+    from qformat.training.run import TrainingJob, train
+
+    job = TrainingJob(artifact, data, output, eval_data, split)
+    progress = _Progress()
+    try:
+        result = train(job, settings, resume=resume, say=progress.say, on_metrics=progress.metrics)
+    except KeyboardInterrupt:
+        click.echo("\nStopped. Add --resume to the same command to continue from the last checkpoint.", err=True)
+        raise
+    page = output / "report.html"
+    write_training_page(output.name, result.metrics, result.facts, page)
+    if result.loss_before is not None and result.loss_after is not None:
+        click.echo(f"loss on held-out data: {result.loss_before:.4f} before, {result.loss_after:.4f} after")
+    click.echo(f"{output}: adapter after {result.steps} steps; {page} shows the curves")
+
+
+def _settings(config: Path | None, given: dict[str, Any]) -> TrainingSettings:
+    from_file = read_toml(config) if config is not None else {}
+    from_command_line = {name: value for name, value in given.items() if value not in (None, ())}
+    if "max_steps" in from_command_line and "epochs" in from_command_line:
+        raise click.UsageError("--max-steps and --epochs exclude each other.")
+    return TrainingSettings(**{**from_file, **from_command_line})
+
+
+class _Progress:
+    """Tells how far it is: every line on a file or pipe at most every ten seconds, one line in place on a terminal."""
+
+    def __init__(self) -> None:
+        self._started: tuple[float, int] | None = None
+        self._told = 0.0
+        self._in_place = sys.stderr.isatty()
+        self._dirty = False
+
+    def say(self, text: str) -> None:
+        """Print a sentence."""
+        self._end_line()
+        click.echo(text, err=True)
+
+    def metrics(self, line: JsonObject, n_steps: int) -> None:
+        """Print a line of metrics."""
+        step, now = int(_number(line["step"])), time.monotonic()
+        if "eval_loss" in line:
+            self.say(f"evaluation: loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.3f}")
+            return
+        if self._started is None:
+            self._started = (now, step)
+        if not self._in_place and step != n_steps and now - self._told < _SECONDS_BETWEEN_LINES:
+            return
+        self._told = now
+        first_time, first_step = self._started
+        left = (now - first_time) / (step - first_step) * (n_steps - step) if step > first_step else None
+        text = (
+            f"step {step}/{n_steps}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
+            f"{line['tokens_per_s']:,.0f} tokens/s  {format_nbytes(_number(line['memory_nbytes']))}"
+        )
+        if left is not None:
+            text += f"  {_duration(left)} left"
+        click.echo(f"\r\x1b[K{text}" if self._in_place else text, err=True, nl=not self._in_place)
+        self._dirty = self._in_place
+        if step == n_steps:
+            self._end_line()
+
+    def _end_line(self) -> None:
+        if self._dirty:
+            click.echo(err=True)
+        self._dirty = False
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, (int, float))
+    return value
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
