@@ -85,6 +85,11 @@ class NF4Linear(nn.Linear):
         decoded: Tensor = ops.dequantize_nf4(*self._components(), self.out_features, self.in_features, dtype)
         return decoded
 
+    @property
+    def W_q(self) -> Tensor:
+        """The packed codes. PEFT calls `dequantize` on layers that have an attribute of this name (for DoRA)."""
+        return self.weight
+
     def extra_repr(self) -> str:
         """Return what `print(model)` shows of the layer."""
         levels = "one level" if self.nested_absmax is None else "double quantization"

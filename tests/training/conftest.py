@@ -1,0 +1,39 @@
+"""Fixtures of the trainings: one artifact, data, and a finished training that the tests compare with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qformat.training.run import TrainingResult
+from tests.training import runs
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a tokenizer. Not to be changed."""
+    return runs.make_artifact(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 prompts with completions."""
+    return runs.write_examples(tmp_path_factory.mktemp("data") / "examples.jsonl")
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five others."""
+    return runs.write_examples(tmp_path_factory.mktemp("data") / "held_out.jsonl", 5, seed=1)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(artifact: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
+    """A training from start to end with SHORT settings. Not to be changed."""
+    return runs.run(artifact, examples, tmp_path_factory.mktemp("undisturbed") / "out")
