@@ -71,7 +71,9 @@ class FakeTraining:
             warnings.simplefilter("ignore")
             model = self._build(tensors, trust_remote_code)
             with self._mode:
-                self.model: PeftModel = add_adapter(model, settings, base_name=str(tensors.folder))
+                with torch.device("meta"):  # where PEFT does not try to move them
+                    self.model: PeftModel = add_adapter(model, settings, base_name=str(tensors.folder))
+                _leave_meta(self.model)
         for module in self.model.modules():
             if isinstance(module, NF4LoraLinear):
                 module.__class__ = _DecodingLoraLinear
@@ -113,17 +115,18 @@ class FakeTraining:
 
     def _build(self, tensors: ModelTensors, trust_remote_code: bool) -> PreTrainedModel:
         config = read_config(tensors.folder, trust_remote_code=trust_remote_code)
-        model = build_on_meta(
-            tensors.folder, config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, attention="sdpa"
-        )
-        places = names_in_model(model, tensors.packed, tensors.folder)
         with self._mode:
+            model = build_on_meta(
+                tensors.folder, config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, attention="sdpa"
+            )
+            places = names_in_model(model, tensors.packed, tensors.folder)
             found: dict[str, PackedComponents | Tensor] = {name: _empty(new) for name, new in tensors.kept.items()}
             for name, parts in tensors.packed.items():
                 shape = tuple(linear_at(model, places[name], tensors.folder).weight.shape)
                 found[name] = _packed(name, parts, shape, tensors)
             attach(model, found, tensors.folder)
             output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            self.decodes_output = isinstance(output, NF4Linear)
             if isinstance(output, NF4Linear):  # as `train` does
                 plain = nn.Linear(output.in_features, output.out_features, bias=False, device="meta")
                 plain.weight = nn.Parameter(output.dequantize(torch.bfloat16), requires_grad=False)
@@ -135,16 +138,14 @@ class FakeTraining:
     ) -> list[Segment]:
         base = self.base
         base.train()
-        if settings.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False}) if not hasattr(
-                base, "activation_checkpointing_enable"
-            ) else base.activation_checkpointing_enable({"use_reentrant": False})
-            base.enable_input_require_grads()
         meter = _Meter()
         with self._mode, warnings.catch_warnings(), _stepping_over(self._layers, chosen), _marking(
             self._layers, chosen, meter
         ):
             warnings.simplefilter("ignore")
+            if settings.gradient_checkpointing:
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+                base.enable_input_require_grads()
             rows, length = (1, batch_size * seq_len) if settings.packing else (batch_size, seq_len)
             inputs: dict[str, Any] = {
                 "input_ids": torch.zeros(rows, length, dtype=torch.long),
@@ -165,11 +166,11 @@ class FakeTraining:
                 value.backward()  # type: ignore[no-untyped-call]
                 del value, inputs
                 meter.mark("backward", None)
-        if settings.gradient_checkpointing:
-            base.gradient_checkpointing_disable()
-            base.disable_input_require_grads()
-        for parameter in self.model.parameters():
-            parameter.grad = None
+            if settings.gradient_checkpointing:
+                base.gradient_checkpointing_disable()
+                base.disable_input_require_grads()
+            for parameter in self.model.parameters():
+                parameter.grad = None
         return self._for_all_layers(meter)
 
     def _for_all_layers(self, meter: _Meter) -> list[Segment]:
@@ -338,6 +339,7 @@ def _marking(layers: Sequence[nn.Module], chosen: set[int], meter: _Meter) -> It
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             hidden = out[0] if isinstance(out, tuple) else out
             hidden.register_hook(lambda _grad: meter.mark("backward", number))
+            meter.mark("loss", None)  # or what else follows the layers; nothing, if it is another layer
 
         return hook
 
@@ -352,6 +354,14 @@ def _marking(layers: Sequence[nn.Module], chosen: set[int], meter: _Meter) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _leave_meta(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                new = torch.empty_like(parameter, device="cpu")
+                module._parameters[name] = nn.Parameter(new, requires_grad=parameter.requires_grad)
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
