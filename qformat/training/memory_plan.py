@@ -9,6 +9,7 @@ pages as `PagedAdamW` does it. Not planned: fragmentation and what CUDA itself t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,14 +203,22 @@ class MemoryPlanner:
 
     def _kept_nbytes(self, tensors: ModelTensors) -> int:
         """Loading reads whole shards, and copies what is kept in another dtype than bf16."""
-        in_shards = sum(new.nbytes for new in tensors.kept.values())
-        copies = sum(new.nbytes // (2 if new.dtype == "F32" else 1) for new in tensors.kept.values() if new.dtype in {"F16", "F32"})
+        kept = tensors.kept.values()
+        nbytes = sum(new.nbytes for new in kept)
+        nbytes += sum(2 * math.prod(new.shape) for new in kept if new.dtype in {"F16", "F32"})
         base = self._training.base
-        saved = set(base.state_dict())
-        computed = sum(buffer.nbytes for name, buffer in base.named_buffers() if name not in saved and "absmax" not in name and "quant_" not in name)
-        output = base.get_output_embeddings()  # type: ignore[no-untyped-call]
-        is_decoded = output is not None and self._training.decodes_output
-        return in_shards + copies + computed + (output.weight.nbytes if is_decoded else 0)
+        in_files = base.state_dict().keys()
+        others = [(name, module) for name, module in base.named_modules() if not isinstance(module, NF4Linear)]
+        computed = {
+            f"{name}.{key}": buffer
+            for name, module in others
+            for key, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        nbytes += sum(buffer.nbytes for name, buffer in computed.items() if name not in in_files)
+        if self._training.decodes_output:
+            nbytes += base.get_output_embeddings().weight.nbytes  # type: ignore[no-untyped-call]
+        return nbytes
 
     def _states(self, peak_without: int, device_nbytes: int | None) -> StatesPlan:
         if not self._is_paged:

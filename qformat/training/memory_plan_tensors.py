@@ -83,9 +83,7 @@ def _of_components(folder: Path, tensors: Iterable[NewTensor]) -> ModelTensors:
         name = state_name.removesuffix(Component.QUANT_STATE)
         parts = {part: by_name.pop(name + part.value) for part in Component if name + part.value in by_name}
         if missing := [part for part in (Component.PACKED, Component.ABSMAX) if part not in parts]:
-            raise ArtifactError(
-                Reason.MISSING_COMPONENT, folder, f"no shard has its {missing[0].label}", tensor=name
-            )
+            raise ArtifactError(Reason.MISSING_COMPONENT, folder, f"no shard has its {missing[0].label}", tensor=name)
         packed[name] = parts
     return ModelTensors(folder, packed, by_name)
 
@@ -166,7 +164,9 @@ def _checked(name: str, dtype: object, shape: object, path: str) -> NewTensor:
     if not isinstance(dtype, str) or dtype not in ELEMENT_NBYTES:
         raise SourceError(Reason.UNSUPPORTED_DTYPE, path, f"{dtype!r} is not read", tensor=name, field="dtype")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in shape):
-        raise SourceError(Reason.HEADER_FIELD, path, f"not a list of sizes up to {MAX_SIZE}", tensor=name, field="shape")
+        raise SourceError(
+            Reason.HEADER_FIELD, path, f"not a list of sizes up to {MAX_SIZE}", tensor=name, field="shape"
+        )
     new = NewTensor(name, dtype, tuple(shape))
     if new.nbytes > MAX_SIZE:
         raise SourceError(Reason.HEADER_FIELD, path, f"{new.nbytes} bytes", tensor=name, field="shape")

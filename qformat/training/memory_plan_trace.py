@@ -1,8 +1,8 @@
 """One micro-batch of a training on tensors without memory, watched: what lives when, in bytes, for any architecture.
 
 The model is the one that `train` builds, PEFT's adapters included, under torch's FakeTensorMode. Decoder layers that are
-alike are run once (the first one apart: its input may need no gradient); the others are stepped over, and their bytes
-are those of the layer that they are like.
+alike are run once (the first and the last one apart); the others are stepped over, and their bytes are those of the layer
+that they are like.
 
 Operations run as on a GPU. What would differ there is stood in for: products that decode a weight, and trl's loss.
 """
@@ -91,7 +91,13 @@ class FakeTraining:
         return len(self._layers)
 
     def micro_batch(
-        self, settings: TrainingSettings, *, batch_size: int, seq_len: int, loss: Loss = "tiled", every_layer: bool = False
+        self,
+        settings: TrainingSettings,
+        *,
+        batch_size: int,
+        seq_len: int,
+        loss: Loss = "tiled",
+        every_layer: bool = False,
     ) -> list[Segment]:
         """Run forward and backward and return what happened, layer by layer, for all layers.
 
@@ -101,17 +107,26 @@ class FakeTraining:
         chosen = set(range(self.n_layers)) if every_layer else self._representatives()
         try:
             return self._run(settings, batch_size, seq_len, loss, chosen)
-        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError) as problem:
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            NotImplementedError,
+        ) as problem:
             if len(chosen) < self.n_layers:  # layers that need one another
                 return self.micro_batch(settings, batch_size=batch_size, seq_len=seq_len, loss=loss, every_layer=True)
             first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-            raise UsageError(f"the memory of this model cannot be planned, since it does not run unloaded: {first}") from (
-                problem
-            )
+            raise UsageError(
+                f"the memory of this model cannot be planned, since it does not run unloaded: {first}"
+            ) from (problem)
 
     def _representatives(self) -> set[int]:
+        """The first layer (its input may need no gradient), one of each kind, the last (no layer uses its output)."""
         firsts = {kind: number for number, kind in reversed(list(enumerate(self._kinds))) if number > 0}
-        return {0, *firsts.values()} if self._layers else set()
+        return {0, *firsts.values(), self.n_layers - 1} if self._layers else set()
 
     def _build(self, tensors: ModelTensors, trust_remote_code: bool) -> PreTrainedModel:
         config = read_config(tensors.folder, trust_remote_code=trust_remote_code)
@@ -139,8 +154,11 @@ class FakeTraining:
         base = self.base
         base.train()
         meter = _Meter()
-        with self._mode, warnings.catch_warnings(), _stepping_over(self._layers, chosen), _marking(
-            self._layers, chosen, meter
+        with (
+            self._mode,
+            warnings.catch_warnings(),
+            _stepping_over(self._layers, chosen),
+            _marking(self._layers, chosen, meter),
         ):
             warnings.simplefilter("ignore")
             if settings.gradient_checkpointing:
@@ -175,11 +193,12 @@ class FakeTraining:
 
     def _for_all_layers(self, meter: _Meter) -> list[Segment]:
         by_place = {(phase, number): segment for phase, number, segment in meter.segments}
-        alike = {self._kinds[number]: number for _, number, _ in meter.segments if number}
+        alike: dict[object, int] = {}
+        for number in sorted({number for _, number, _ in meter.segments if number}):
+            alike.setdefault(self._kinds[number], number)
 
         def of(phase: str, number: int) -> Segment:
-            segment = by_place.get((phase, number)) or by_place[phase, alike[self._kinds[number]]]
-            return segment
+            return by_place.get((phase, number)) or by_place[phase, alike[self._kinds[number]]]
 
         forward = [of("forward", number) for number in range(self.n_layers)]
         backward = [of("backward", number) for number in reversed(range(self.n_layers))]
@@ -310,7 +329,9 @@ def _full_loss(base: PreTrainedModel, inputs: dict[str, Any], meter: _Meter) -> 
 def _stepping_over(layers: Sequence[nn.Module], chosen: set[int]) -> Iterator[None]:
     """Let all but the chosen layers return what they get, in the form in which the first one returns it."""
     is_tuple: list[bool] = []
-    handles = [layers[0].register_forward_hook(lambda _m, _a, out: is_tuple.append(isinstance(out, tuple)))] if layers else []
+    handles = (
+        [layers[0].register_forward_hook(lambda _m, _a, out: is_tuple.append(isinstance(out, tuple)))] if layers else []
+    )
     skipped = [layer for number, layer in enumerate(layers) if number not in chosen]
 
     def step_over(*args: Any, **kwargs: Any) -> Any:
@@ -380,7 +401,8 @@ def _kind(model: PreTrainedModel, layer: nn.Module, number: int) -> object:
     """Return what layers of the same memory have in common: shapes, settings, kind of attention."""
     types = getattr(model.config.get_text_config(), "layer_types", None)
     shapes = tuple(
-        (name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in [*layer.named_parameters(), *layer.named_buffers()]
+        (name, tuple(t.shape), t.dtype, t.requires_grad)
+        for name, t in [*layer.named_parameters(), *layer.named_buffers()]
     )
     attributes = tuple(
         (name, key, value)
