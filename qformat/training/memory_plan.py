@@ -107,7 +107,7 @@ class MemoryPlanner:
         loss: Loss = "tiled",
         trust_remote_code: bool = False,
     ) -> None:
-        """Build the model without memory. Raises: ArtifactError where tensors and config.json do not fit, UsageError."""
+        """Build the model. Raises: ArtifactError where tensors and config.json do not fit, UsageError."""
         self._settings = settings
         self._loss: Loss = loss
         self._training = FakeTraining(tensors, settings, trust_remote_code=trust_remote_code)
@@ -139,7 +139,7 @@ class MemoryPlanner:
             peaks[segment.phase] = max(peaks[segment.phase], live + segment.peak)
             beside[segment.phase] = max(beside[segment.phase], segment.peak)
             live += segment.delta
-        states = self._states(max(peaks.values()), device_nbytes)
+        states = self._states(max(peaks.values()), static + gradients, device_nbytes)
         return MemoryPlan(
             batch_size=batch_size,
             seq_len=seq_len,
@@ -181,8 +181,8 @@ class MemoryPlanner:
         """Return what is left free, where states are paged out as far as they can be; negative if it does not fit."""
         assert plan.device is not None
         movable = plan.states.on_device if self._settings.page_budget == "auto" and self._is_paged else 0
-        needed = max(max(plan.forward, plan.loss_peak, plan.backward) - movable, plan.step_peak - movable)
-        return plan.device - CUDA_RESERVE_NBYTES - needed
+        room = plan.device - CUDA_RESERVE_NBYTES - (plan.peak - movable)
+        return room if plan.fits else min(room, -1)
 
     @property
     def _is_paged(self) -> bool:
@@ -217,10 +217,11 @@ class MemoryPlanner:
         }
         nbytes += sum(buffer.nbytes for name, buffer in computed.items() if name not in in_files)
         if self._training.decodes_output:
-            nbytes += base.get_output_embeddings().weight.nbytes  # type: ignore[no-untyped-call]
+            nbytes += int(base.get_output_embeddings().weight.nbytes)  # type: ignore[no-untyped-call]
         return nbytes
 
-    def _states(self, peak_without: int, device_nbytes: int | None) -> StatesPlan:
+    def _states(self, moving_peak: int, at_step: int, device_nbytes: int | None) -> StatesPlan:
+        """moving_peak, at_step: what is alive without states, at most and during a step."""
         if not self._is_paged:
             total = sum(2 * p.nbytes for p in self._trained)
             return StatesPlan(total, total, 0)
@@ -229,13 +230,14 @@ class MemoryPlanner:
         layout = PageLayout(page_nbytes)
         formats = [_state_format(p, eight_bit) for p in self._trained]
         layout.place([(p.numel(), f.unit_size, f.unit_nbytes) for p, f in zip(self._trained, formats, strict=True)])
+        workspace = EightBitUpdate().workspace_nbytes(set()) if eight_bit else 0
         budget = page_budget_nbytes(self._settings.page_budget)
         if budget is None and device_nbytes is not None:
-            budget = max(0, device_nbytes - CUDA_RESERVE_NBYTES - peak_without)
+            ring = min(RING_PAGES, layout.n_pages) * page_nbytes
+            budget = max(0, device_nbytes - CUDA_RESERVE_NBYTES - max(moving_peak, at_step + ring + workspace))
         resident = layout.n_pages if budget is None else min(layout.n_pages, budget // page_nbytes)
-        ring = min(RING_PAGES, layout.n_pages - resident)
-        workspace = EightBitUpdate().workspace_nbytes(set()) if eight_bit else 0
-        return StatesPlan(layout.n_pages * page_nbytes, resident * page_nbytes, ring * page_nbytes + workspace)
+        ring = min(RING_PAGES, layout.n_pages - resident) * page_nbytes
+        return StatesPlan(layout.n_pages * page_nbytes, resident * page_nbytes, ring + workspace)
 
 
 def plan_memory(
@@ -297,20 +299,29 @@ def _state_format(param: Tensor, eight_bit: bool) -> FloatStates | BlockStates:
 
 
 def _largest(room: Callable[[int], int], most: int) -> int:
-    """Return the largest n up to `most` for which room(n) is not negative, by secants: room falls, nearly linearly."""
+    """Return the largest n up to `most` for which room(n), which falls, is not negative: by secants, then bisection."""
     if (at_low := room(1)) < 0:
         return 0
-    low, high, at_high, guess = 1, most + 1, None, 2
-    while high - low > 1:
+    low, high, at_high, reach = 1, most + 1, 0, 1  # at_high: 0 as long as nothing was found that does not fit
+    for turn in range(2 * most.bit_length() + 8):
+        if high - low <= 1:
+            break
+        if at_high == 0:
+            guess = low + max(low, reach)
+        elif turn % 3 == 2:
+            guess = (low + high) // 2
+        else:
+            guess = low + (high - low) * at_low // (at_low - at_high)
         guess = min(max(guess, low + 1), high - 1)
         found = room(guess)
-        if found >= 0:
-            last, at_last, low, at_low = low, at_low, guess, found
-            slope = (at_last - at_low) / (low - last)
-        else:
+        if found < 0:
             high, at_high = guess, found
-            slope = (at_low - at_high) / (high - low)
-        guess = low + int(at_low / slope) if slope > 0 else 2 * low
-        if at_high is not None and guess >= high:
-            guess = (low + high) // 2
+            continue
+        reach = found * (guess - low) // max(1, at_low - found)
+        low, at_low = guess, found
+        if at_high and low + 1 < high:  # a secant is often right
+            found = room(low + 1)
+            if found < 0:
+                return low
+            low, at_low = low + 1, found
     return low

@@ -139,8 +139,8 @@ def _shard_names(folder: Path) -> list[str]:
 def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[NewTensor]]:
     """Fetch config.json into the cache of the Hub's client, and read the headers without the rest of their files."""
     try:
-        from huggingface_hub import get_safetensors_metadata, hf_hub_download
         from huggingface_hub import errors as hub_errors
+        from huggingface_hub import get_safetensors_metadata, hf_hub_download
     except ImportError as problem:
         raise UsageError(f"this needs huggingface_hub: pip install 'qformat[models]' ({problem})") from problem
     try:

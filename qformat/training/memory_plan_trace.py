@@ -1,8 +1,8 @@
 """One micro-batch of a training on tensors without memory, watched: what lives when, in bytes, for any architecture.
 
-The model is the one that `train` builds, PEFT's adapters included, under torch's FakeTensorMode. Decoder layers that are
-alike are run once (the first and the last one apart); the others are stepped over, and their bytes are those of the layer
-that they are like.
+The model is the one that `train` builds, PEFT's adapters included, under torch's FakeTensorMode. Decoder layers that
+are alike are run once (the first and the last one apart); the others are stepped over, and their bytes are those of the
+layer that they are like.
 
 Operations run as on a GPU. What would differ there is stood in for: products that decode a weight, and trl's loss.
 """
@@ -66,7 +66,7 @@ class FakeTraining:
 
     def __init__(self, tensors: ModelTensors, settings: TrainingSettings, *, trust_remote_code: bool = False) -> None:
         """Build the model. Raises ArtifactError where tensors and config.json do not fit, UsageError as `train`."""
-        self._mode = FakeTensorMode()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # some models make constants of their own
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             model = self._build(tensors, trust_remote_code)
@@ -162,8 +162,8 @@ class FakeTraining:
         ):
             warnings.simplefilter("ignore")
             if settings.gradient_checkpointing:
-                base.gradient_checkpointing_enable({"use_reentrant": False})
-                base.enable_input_require_grads()
+                base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+                base.enable_input_require_grads()  # type: ignore[no-untyped-call]
             rows, length = (1, batch_size * seq_len) if settings.packing else (batch_size, seq_len)
             inputs: dict[str, Any] = {
                 "input_ids": torch.zeros(rows, length, dtype=torch.long),
@@ -185,8 +185,8 @@ class FakeTraining:
                 del value, inputs
                 meter.mark("backward", None)
             if settings.gradient_checkpointing:
-                base.gradient_checkpointing_disable()
-                base.disable_input_require_grads()
+                base.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
+                base.disable_input_require_grads()  # type: ignore[no-untyped-call]
             for parameter in self.model.parameters():
                 parameter.grad = None
         return self._for_all_layers(meter)
@@ -206,7 +206,7 @@ class FakeTraining:
         return [
             *(segment for segment in others if segment.phase == "embedding"),
             *forward,
-            *(segment for segment in others if segment.phase == "loss"),
+            *(segment for segment in others if segment.phase == "loss" and segment.peak),
             *backward,
         ]
 
@@ -215,7 +215,7 @@ class _Meter(TorchDispatchMode):
     """Bytes of all storages that were made since, by the weak references to them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.segments: list[tuple[str, int | None, Segment]] = []
         self._live = self._start = self._peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -386,7 +386,7 @@ def _leave_meta(model: nn.Module) -> None:
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    decoder = model.get_decoder()
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     lists = [
         list(module)
         for module in decoder.modules()
