@@ -35,6 +35,9 @@ MAX_SEQ_LEN = 2**20
 SEQ_LEN_STEP = 64
 """What `largest_batch` and `largest_sequence` look among."""
 
+_LINEAR_FROM = 8192
+"""Tokens from which on memory grows linearly, but for masks: the loss has reached its largest tile."""
+
 
 @dataclass(frozen=True, slots=True)
 class StatesPlan:
@@ -163,19 +166,20 @@ class MemoryPlanner:
     def largest_batch(self, device_nbytes: int, *, seq_len: int | None = None) -> int:
         """Return the most rows of a micro-batch that fit, 0 if none does. Raises UsageError."""
 
-        def fits_by(rows: int) -> int:
+        def room(rows: int) -> int:
             return self._room(self.plan(batch_size=rows, seq_len=seq_len, device_nbytes=device_nbytes))
 
-        return _largest(fits_by, MAX_BATCH_SIZE)
+        return _largest(room, MAX_BATCH_SIZE, start=-(-_LINEAR_FROM // (seq_len or self._settings.seq_len)))
 
     def largest_sequence(self, device_nbytes: int, *, batch_size: int | None = None) -> int:
         """Return the longest sequence that fits, a multiple of 64, 0 if none does. Raises UsageError."""
 
-        def fits_by(steps: int) -> int:
+        def room(steps: int) -> int:
             plan = self.plan(batch_size=batch_size, seq_len=steps * SEQ_LEN_STEP, device_nbytes=device_nbytes)
             return self._room(plan)
 
-        return SEQ_LEN_STEP * _largest(fits_by, MAX_SEQ_LEN // SEQ_LEN_STEP)
+        start = -(-_LINEAR_FROM // ((batch_size or self._settings.batch_size) * SEQ_LEN_STEP))
+        return SEQ_LEN_STEP * _largest(room, MAX_SEQ_LEN // SEQ_LEN_STEP, start=start)
 
     def _room(self, plan: MemoryPlan) -> int:
         """Return what is left free, where states are paged out as far as they can be; negative if it does not fit."""
@@ -204,7 +208,7 @@ class MemoryPlanner:
     def _kept_nbytes(self, tensors: ModelTensors) -> int:
         """Loading reads whole shards, and copies what is kept in another dtype than bf16."""
         kept = tensors.kept.values()
-        nbytes = sum(new.nbytes for new in kept)
+        nbytes: int = sum(new.nbytes for new in kept)
         nbytes += sum(2 * math.prod(new.shape) for new in kept if new.dtype in {"F16", "F32"})
         base = self._training.base
         in_files = base.state_dict().keys()
@@ -298,16 +302,16 @@ def _state_format(param: Tensor, eight_bit: bool) -> FloatStates | BlockStates:
     return BlockStates() if param.numel() >= MIN_BLOCK_STATES_SIZE else FloatStates(torch.float32)
 
 
-def _largest(room: Callable[[int], int], most: int) -> int:
+def _largest(room: Callable[[int], int], most: int, *, start: int = 2) -> int:
     """Return the largest n up to `most` for which room(n), which falls, is not negative: by secants, then bisection."""
     if (at_low := room(1)) < 0:
         return 0
-    low, high, at_high, reach = 1, most + 1, 0, 1  # at_high: 0 as long as nothing was found that does not fit
+    low, high, at_high, reach = 1, most + 1, 0, start - 2  # at_high: 0 as long as nothing was found that does not fit
     for turn in range(2 * most.bit_length() + 8):
         if high - low <= 1:
             break
         if at_high == 0:
-            guess = low + max(low, reach)
+            guess = low + max(1, reach)
         elif turn % 3 == 2:
             guess = (low + high) // 2
         else:

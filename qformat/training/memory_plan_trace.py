@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -164,21 +164,15 @@ class FakeTraining:
             if settings.gradient_checkpointing:
                 base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
                 base.enable_input_require_grads()  # type: ignore[no-untyped-call]
-            rows, length = (1, batch_size * seq_len) if settings.packing else (batch_size, seq_len)
-            inputs: dict[str, Any] = {
-                "input_ids": torch.zeros(rows, length, dtype=torch.long),
-                "position_ids": torch.arange(length).expand(rows, -1),
-                "attention_mask": None,
-                "use_cache": False,
-            }
-            if settings.packing or batch_size > 1:  # rows of different lengths: there is a mask
-                inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool)
             for parameter in self.model.parameters():
                 parameter.grad = None
                 if parameter.requires_grad and settings.grad_accum > 1:  # the first micro-batch left them
                     parameter.grad = torch.zeros_like(parameter)
+                    meter.leave_out([parameter.grad])
+            meter.leave_out([*self.model.parameters(), *self.model.buffers()])
             with meter:
                 meter.mark("embedding", None)
+                inputs = _inputs(settings, batch_size, seq_len)
                 with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
                     value = _tiled_loss(base, inputs, meter) if loss == "tiled" else _full_loss(base, inputs, meter)
                 value.backward()  # type: ignore[no-untyped-call]
@@ -222,12 +216,11 @@ class _Meter(TorchDispatchMode):
         self._current: tuple[str, int | None] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                if id(storage) not in before and storage not in self._known:
+                if storage not in self._known:
                     self._add(storage)
         return out
 
@@ -240,6 +233,10 @@ class _Meter(TorchDispatchMode):
 
     def _freed(self, nbytes: int) -> None:
         self._live -= nbytes
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these, which were there before."""
+        self._known.update(tensor.untyped_storage() for tensor in tensors)
 
     def mark(self, phase: str, number: int | None) -> None:
         """End the segment before, and begin one of a phase and, in forward and backward, a layer."""
@@ -307,6 +304,18 @@ class _TiledLoss(torch.autograd.Function):
         return tuple(found)
 
 
+def _inputs(settings: TrainingSettings, batch_size: int, seq_len: int) -> dict[str, Any]:
+    """As the collators make them. Rows of different lengths, and packed ones, need a mask."""
+    rows, length = (1, batch_size * seq_len) if settings.packing else (batch_size, seq_len)
+    needs_mask = settings.packing or batch_size > 1
+    return {
+        "input_ids": torch.zeros(rows, length, dtype=torch.long),
+        "position_ids": torch.arange(length)[None].expand(rows, -1),
+        "attention_mask": torch.ones(rows, 1, length, length, dtype=torch.bool) if needs_mask else None,
+        "use_cache": False,
+    }
+
+
 def _tiled_loss(base: PreTrainedModel, inputs: dict[str, Any], meter: _Meter) -> Tensor:
     hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
     meter.mark("loss", None)
@@ -339,7 +348,7 @@ def _stepping_over(layers: Sequence[nn.Module], chosen: set[int]) -> Iterator[No
         return (hidden,) if is_tuple[0] else hidden
 
     for layer in skipped:
-        layer.forward = step_over  # type: ignore[method-assign]
+        layer.forward = step_over
     try:
         yield
     finally:
