@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformat.artifact.components import Component
@@ -52,11 +54,15 @@ _OF_ITS_PLACE = re.compile(r"idx|index|number|_id$|^_|^training$|^gradient_check
 """Attributes in which layers that are alike may differ."""
 
 
+Phase = Literal["embedding", "forward", "after", "loss", "backward"]
+"""after: between the forward of a layer and that of the next one, or the loss."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A stretch of time: bytes that live longer than it (negative: freed), and the most beyond its start."""
 
-    phase: Literal["embedding", "forward", "loss", "backward"]
+    phase: Phase
     delta: int
     peak: int
 
@@ -132,7 +138,11 @@ class FakeTraining:
         config = read_config(tensors.folder, trust_remote_code=trust_remote_code)
         with self._mode:
             model = build_on_meta(
-                tensors.folder, config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, attention="sdpa"
+                tensors.folder,
+                config,
+                dtype=torch.bfloat16,
+                trust_remote_code=trust_remote_code,
+                attention=_attention(),
             )
             places = names_in_model(model, tensors.packed, tensors.folder)
             found: dict[str, PackedComponents | Tensor] = {name: _empty(new) for name, new in tensors.kept.items()}
@@ -186,22 +196,27 @@ class FakeTraining:
         return self._for_all_layers(meter)
 
     def _for_all_layers(self, meter: _Meter) -> list[Segment]:
-        by_place = {(phase, number): segment for phase, number, segment in meter.segments}
+        by_place = {(phase, number): segment for phase, number, segment in meter.segments if number is not None}
         alike: dict[object, int] = {}
-        for number in sorted({number for _, number, _ in meter.segments if number}):
+        for number in sorted(number for phase, number in by_place if phase == "forward" and number):
             alike.setdefault(self._kinds[number], number)
 
         def of(phase: str, number: int) -> Segment:
             return by_place.get((phase, number)) or by_place[phase, alike[self._kinds[number]]]
 
-        forward = [of("forward", number) for number in range(self.n_layers)]
-        backward = [of("backward", number) for number in reversed(range(self.n_layers))]
+        def forward(number: int) -> Segment:
+            run, after = of("forward", number), of("after", number)
+            return Segment("forward", run.delta + after.delta, max(run.peak, run.delta + after.peak))
+
+        last = self.n_layers - 1
         others = [segment for _, number, segment in meter.segments if number is None]
         return [
             *(segment for segment in others if segment.phase == "embedding"),
-            *forward,
-            *(segment for segment in others if segment.phase == "loss" and segment.peak),
-            *backward,
+            *(forward(number) for number in range(last)),
+            *([of("forward", last), replace(of("after", last), phase="loss")] if self._layers else []),
+            *(segment for segment in others if segment.phase == "loss"),
+            *(of("backward", number) for number in reversed(range(self.n_layers))),
+            *(segment for segment in others if segment.phase == "backward"),
         ]
 
 
@@ -316,6 +331,22 @@ def _inputs(settings: TrainingSettings, batch_size: int, seq_len: int) -> dict[s
     }
 
 
+def _attention() -> str:
+    """Register and name transformers' sdpa attention with masks made as for unpadded rows without looking at them.
+
+    Where rows are padded or packed, the mask is given (`_inputs`) and none is made.
+    """
+
+    def mask(*_: Any, batch_size: int, q_length: int, kv_length: int, local_size: int | None = None, **__: Any) -> Any:
+        if local_size is None or kv_length < local_size:
+            return None  # is_causal says it all
+        return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool)
+
+    AttentionInterface.register("qformat_plan", sdpa_attention_forward)  # type: ignore[no-untyped-call]
+    AttentionMaskInterface.register("qformat_plan", mask)  # type: ignore[no-untyped-call]
+    return "qformat_plan"
+
+
 def _tiled_loss(base: PreTrainedModel, inputs: dict[str, Any], meter: _Meter) -> Tensor:
     hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
     meter.mark("loss", None)
@@ -368,8 +399,9 @@ def _marking(layers: Sequence[nn.Module], chosen: set[int], meter: _Meter) -> It
     def after(number: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             hidden = out[0] if isinstance(out, tuple) else out
-            hidden.register_hook(lambda _grad: meter.mark("backward", number))
-            meter.mark("loss", None)  # or what else follows the layers; nothing, if it is another layer
+            if hidden.grad_fn is not None:
+                hidden.grad_fn.register_prehook(lambda _grads: meter.mark("backward", number))
+            meter.mark("after", number)
 
         return hook
 

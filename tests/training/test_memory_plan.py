@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -178,7 +179,12 @@ class OracleLinear(nn.Module):
 def measured_peak(config: Any, rank: int, batch: int, seq_len: int, *, checkpointing: bool) -> int:
     """Run one step of AdamW of a whole model with transformers' own loss; return the most that was alive."""
     live = Live()
-    with FakeTensorMode(), warnings.catch_warnings():
+    # transformers makes masks that it would not make for values that it can see.
+    as_if_seen = [
+        mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None),
+        mock.patch("transformers.masking_utils.is_tracing", lambda tensor=None: False),
+    ]
+    with FakeTensorMode(), warnings.catch_warnings(), as_if_seen[0], as_if_seen[1]:
         warnings.simplefilter("ignore")
         config._attn_implementation = "sdpa"
         model = getattr(transformers, config.architectures[0])._from_config(config, dtype=torch.bfloat16)
@@ -282,7 +288,7 @@ def test_layers_that_are_alike_are_run_once(tmp_path: Path, checkpointing: bool,
     assert len(training._representatives()) < 6
     found = training.micro_batch(settings, batch_size=batch, seq_len=640)
     whole = training.micro_batch(settings, batch_size=batch, seq_len=640, every_layer=True)
-    assert curve(found) == pytest.approx(curve(whole), rel=0.02)
+    assert curve(found) == curve(whole)
 
 
 def curve(segments: list[Segment]) -> list[int]:
