@@ -9,6 +9,7 @@ Operations run as on a GPU. What would differ there is stood in for: products th
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 import weakref
@@ -112,7 +113,8 @@ class FakeTraining:
         """
         chosen = set(range(self.n_layers)) if every_layer else self._representatives()
         try:
-            return self._run(settings, batch_size, seq_len, loss, chosen)
+            with _unreported():
+                return self._run(settings, batch_size, seq_len, loss, chosen)
         except (
             RuntimeError,
             TypeError,
@@ -319,6 +321,17 @@ class _TiledLoss(torch.autograd.Function):
         return tuple(found)
 
 
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Torch reports each operation that fails without memory with a page of text; the caller tells it in a line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
 def _inputs(settings: TrainingSettings, batch_size: int, seq_len: int) -> dict[str, Any]:
     """As the collators make them. Rows of different lengths, and packed ones, need a mask."""
     rows, length = (1, batch_size * seq_len) if settings.packing else (batch_size, seq_len)
@@ -342,8 +355,8 @@ def _attention() -> str:
             return None  # is_causal says it all
         return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool)
 
-    AttentionInterface.register("qformat_plan", sdpa_attention_forward)  # type: ignore[no-untyped-call]
-    AttentionMaskInterface.register("qformat_plan", mask)  # type: ignore[no-untyped-call]
+    AttentionInterface.register("qformat_plan", sdpa_attention_forward)
+    AttentionMaskInterface.register("qformat_plan", mask)
     return "qformat_plan"
 
 

@@ -181,8 +181,8 @@ def measured_peak(config: Any, rank: int, batch: int, seq_len: int, *, checkpoin
     live = Live()
     # transformers makes masks that it would not make for values that it can see.
     as_if_seen = [
-        mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None),
-        mock.patch("transformers.masking_utils.is_tracing", lambda tensor=None: False),
+        mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None),
+        mock.patch("transformers.masking_utils.is_tracing", return_value=False),
     ]
     with FakeTensorMode(), warnings.catch_warnings(), as_if_seen[0], as_if_seen[1]:
         warnings.simplefilter("ignore")
@@ -232,7 +232,7 @@ def check(config: Any, folder: Path, rank: int, batch: int, seq_len: int, *, che
         shape = f"{config.model_type} {config.hidden_size}x{config.num_hidden_layers} {batch}x{seq_len} r{rank}"
         sizes = f"{plan.peak / GIB:.3f} | {measured / GIB:.3f} | {plan.peak / measured - 1:+.2%}"
         print(f"| {shape} ckpt={checkpointing} | {sizes} |")
-    assert plan.peak == pytest.approx(measured, rel=0.1)
+    assert plan.peak == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -595,3 +595,13 @@ def test_a_repository_without_safetensors_is_refused(tmp_path: Path) -> None:
     with hub_of(tmp_path / "files") as (endpoint, _):
         assert "is not a safetensors repo" in read_from_hub(endpoint, tmp_path / "home", "some/model")
         assert "UsageError some/other: is no folder here" in read_from_hub(endpoint, tmp_path / "home", "some/other")
+
+
+def test_a_model_that_does_not_run_is_refused_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    planner = planner_of(tmp_path, make_config("llama", "tiny", 2))
+    planner._training.base.config.num_attention_heads = 3
+    for layer in planner._training._layers:
+        layer.self_attn.head_dim = 7
+    with pytest.raises(UsageError, match="cannot be planned, since it does not run unloaded: "):
+        planner.plan()
+    assert "Traceback" not in capfd.readouterr().err
