@@ -140,12 +140,10 @@ class FakeTraining:
         config = read_config(tensors.folder, trust_remote_code=trust_remote_code)
         with self._mode:
             model = build_on_meta(
-                tensors.folder,
-                config,
-                dtype=torch.bfloat16,
-                trust_remote_code=trust_remote_code,
-                attention=_attention(),
+                tensors.folder, config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code, attention=None
             )
+            if model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation(_attention())
             places = names_in_model(model, tensors.packed, tensors.folder)
             found: dict[str, PackedComponents | Tensor] = {name: _empty(new) for name, new in tensors.kept.items()}
             for name, parts in tensors.packed.items():
