@@ -59,7 +59,12 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
 def product(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x [M, K] times the weight's transpose, [M, N], without decoding the weight to memory."""
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    _prepared(weight, FORMATS[x.dtype])(_raw(x), _raw(out), team=openmp.run, n_threads=torch.get_num_threads())
+    ready = _prepared(weight, FORMATS[x.dtype])
+    n_threads = torch.get_num_threads()
+    if ready.instructions == "bf16":  # a token asks for every weight: views for numpy would cost as much as a small one
+        ready.at(x.data_ptr(), x.numel(), out.data_ptr(), team=openmp.run, n_threads=n_threads)
+    else:
+        ready(_raw(x), _raw(out), team=openmp.run, n_threads=n_threads)
     return out
 
 
