@@ -22,8 +22,9 @@ SCRATCH_NBYTES = 32 << 20
 """The most that one thread keeps to decode into; larger weights go through it in bands of rows. glibc maps larger
 buffers anew each time, and fresh pages cost five times what decoding costs (2,200 against 11,000 M weights/s)."""
 
-MAX_M = 8
-"""Rows of x up to which the product from the codes is faster than decoding and torch's product."""
+MAX_M = 16
+"""Rows of x up to which the product from the codes is taken: at 16 it takes 0.25 to 0.68 of the time of decoding and
+torch's product (`tools/bench_kernels.py --crossover`, 2 cores with AVX512-BF16)."""
 
 FORMATS = {torch.bfloat16: FloatFormat.BF16, torch.float16: FloatFormat.F16, torch.float32: FloatFormat.F32}
 
