@@ -207,6 +207,7 @@ def _make_trainer(
         checkpoints=checkpoints,
         facts=facts,
         base=base,
+        lengths=rows.lengths,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer, callback

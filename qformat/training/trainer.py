@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
 from qformat.training.base_record import BASE_RECORD_NAME, BaseRecord
 from qformat.training.checkpoints import CheckpointFolder
 from qformat.training.data.tokenised_data import IGNORED
+from qformat.training.length_groups import SeededLengthGroups
 from qformat.training.paged_adamw import PagedAdamW
 from qformat.training.paging_retry import run_with_paging_retry
 from qformat.training.settings import TrainingSettings
@@ -38,11 +41,19 @@ class AdapterTrainer(SFTTrainer):
     """Trains the adapters of a PEFT model.
 
     checkpoints: where they go. facts: what each notes about the training. base: what the adapter is trained on.
+    lengths: tokens of each row of the training data, int64 (n,).
     """
 
     def __init__(
-        self, *arguments: Any, checkpoints: CheckpointFolder, facts: JsonObject, base: BaseRecord, **named: Any
+        self,
+        *arguments: Any,
+        checkpoints: CheckpointFolder,
+        facts: JsonObject,
+        base: BaseRecord,
+        lengths: NDArray[np.int64],
+        **named: Any,
     ) -> None:
+        self._lengths = lengths
         self._checkpoints = checkpoints
         self._facts = facts
         self._base = base
@@ -89,6 +100,12 @@ class AdapterTrainer(SFTTrainer):
         """Return the loss summed over tokens: divided by one "item"."""
         loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=1)  # type: ignore[no-untyped-call]
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        together = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return SeededLengthGroups(together, self._lengths, self.args.seed)
 
     def _run_micro_batch(self, micro_batch: Callable[[], Tensor]) -> Tensor:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it

@@ -120,6 +120,7 @@ RESUMED: list[dict[str, Any]] = [
     {"optim": "paged_adamw_8bit"},
     {"packing": True},
     {"epochs": 3.0, "max_steps": None},
+    {"epochs": 2.0, "max_steps": None, "group_by_length": True},
 ]
 
 
