@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.disk import Disk
@@ -78,14 +80,12 @@ class CheckpointFolder:
             self._disk.remove_folder(final)
             self._disk.rename(folder, final)
             self._disk.sync_folder(self.output)
-        except (OSError, RuntimeError) as problem:
+        except BaseException as error:
             shutil.rmtree(self.partial, ignore_errors=True)
-            if not _is_of_the_disk(problem):
+            problem = disk_problem(error)
+            if problem is None:
                 raise
-            raise TargetError(self._explain(final=self.folder(step), problem=problem)) from problem
-        except BaseException:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise
+            raise TargetError(self._explain(self.folder(step), problem)) from error
         self._disk.remove_folder(self.partial)
         for old in self.steps()[: -self._keep]:
             self._disk.remove_folder(self.folder(old))
@@ -137,12 +137,12 @@ class CheckpointFolder:
         self._disk.write_file(folder / SEAL_NAME, strict_json.dumps(seal, indent=2).encode())
         self._disk.sync_folder(folder)
 
-    def _explain(self, *, final: Path, problem: BaseException) -> str:
+    def _explain(self, final: Path, problem: str) -> str:
         free = shutil.disk_usage(self.output).free
         whole = self.last_whole()
         kept = "there is none yet" if whole is None else f"{whole} is whole"
         return (
-            f"{final}: cannot be written: {str(problem).partition(chr(10))[0]} ({free:,} bytes are free). "
+            f"{final}: cannot be written: {problem} ({free:,} bytes are free). "
             f"Of earlier ones, {kept}. Make room and continue with --resume"
         )
 
@@ -183,6 +183,16 @@ def _check_file(path: Path, record: JsonObject) -> None:
         os.close(descriptor)
 
 
-def _is_of_the_disk(problem: BaseException) -> bool:
-    """torch wraps what the system says about a write into a RuntimeError of its own."""
-    return isinstance(problem, OSError) or "PytorchStreamWriter" in str(problem) or "write" in str(problem).lower()
+def disk_problem(error: BaseException) -> str | None:
+    """Return what a disk said when torch or safetensors could not write a file; None for errors of other kinds.
+
+    torch raises a RuntimeError of its zip writer while it handles what the system said, if it does not swallow that.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error)):
+        cause = error.__context__
+        return (cause.strerror or str(cause)) if isinstance(cause, OSError) else "the file system took no more bytes"
+    return None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback
 
@@ -23,7 +24,7 @@ from qformat.strict_json import Json
 from qformat.training.adapter_card import adapter_card
 from qformat.training.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
 from qformat.training.base_record import BaseRecord
-from qformat.training.checkpoints import PARTIAL_NAME, Checkpoint, CheckpointFolder
+from qformat.training.checkpoints import PARTIAL_NAME, Checkpoint, CheckpointFolder, disk_problem
 from qformat.training.data.collate import PackedCollator, PaddedCollator
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
@@ -291,10 +292,10 @@ def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) ->
             finally:
                 os.close(descriptor)
             disk.rename(path, result.output / path.name)
-    except OSError as problem:
+    except (OSError, SafetensorError) as error:
         raise TargetError(
-            f"{result.output}: the adapter cannot be written: {problem}. Make room and continue with --resume"
-        ) from problem
+            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. Make room and continue with --resume"
+        ) from error
     finally:
         disk.remove_folder(folder)
     disk.sync_folder(result.output)

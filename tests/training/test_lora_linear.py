@@ -18,7 +18,6 @@ from qformat.model.nf4_linear import NF4Linear
 from qformat.training import lora_linear as module
 from qformat.training.lora_linear import NF4LoraLinear, NF4Product, lora_linear
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 
 
