@@ -6,13 +6,14 @@ OUTPUT/partial/checkpoint-30/    one in the making, or what a crash left of it: 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError
 
@@ -24,6 +25,7 @@ from qformat.errors import AdapterError, ArtifactError, TargetError, UsageError
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_NAME = "partial"
+LOCK_NAME = "lock"
 LATEST = "latest"
 
 _NAME = re.compile(r"checkpoint-([0-9]{1,12})")
@@ -62,6 +64,22 @@ class CheckpointFolder:
     def folder(self, step: int) -> Path:
         """Return where the checkpoint of a step lies."""
         return self.output / f"checkpoint-{step}"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other trainings out of the folder, as long as this process lives. Raises TargetError."""
+        descriptor = self._disk.open_for_writing(self.output / LOCK_NAME)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise TargetError(
+                    f"{self.output}: another process trains there. Wait for it or choose another name"
+                ) from None
+            yield
+            self._disk.remove_file(self.output / LOCK_NAME)
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def writing(self, step: int, facts: JsonObject) -> Iterator[Path]:
@@ -158,12 +176,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise AdapterError(f"{path}: is damaged: {problem}") from None
     if not isinstance(seal, dict) or seal.pop("seal_xxh3", None) != xxh3(strict_json.dumps(seal).encode()):
         raise AdapterError(f"{path}: is damaged: its own digest differs")
-    step, files, facts = seal["step"], seal["files"], seal["facts"]
-    assert isinstance(step, int)
-    assert isinstance(files, dict)
-    assert isinstance(facts, dict)
+    step, files, facts = seal.get("step"), seal.get("files"), seal.get("facts")
+    if not isinstance(step, int) or not isinstance(files, dict) or not isinstance(facts, dict):
+        raise AdapterError(f"{path}: is damaged: step, files or facts are missing")
     for name, record in files.items():
-        assert isinstance(record, dict)
+        if not isinstance(record, dict) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise AdapterError(f"{path}: is damaged: {name!r} is no file of the checkpoint")
+        if not isinstance(record.get("nbytes"), int) or not isinstance(record.get("xxh3"), str):
+            raise AdapterError(f"{path}: is damaged: {name!r} has no size or digest")
         _check_file(folder / name, record)
     return Checkpoint(folder, step, facts)
 

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -35,6 +37,8 @@ from qformat.training.length_groups import SeededLengthGroups
 from qformat.training.paged_adamw import PagedAdamW
 from qformat.training.paging_retry import run_with_paging_retry
 from qformat.training.settings import TrainingSettings
+
+TRAINER_STATE_NAME = "trainer_state.json"
 
 
 class AdapterTrainer(SFTTrainer):
@@ -59,6 +63,16 @@ class AdapterTrainer(SFTTrainer):
         self._base = base
         self._run_folder: Path | None = None
         super().__init__(*arguments, **named)
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train from the start or from a checkpoint to the last step, which a checkpoint may have reached already."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if state.global_step >= state.max_steps:  # transformers would take one step more
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward of a micro-batch, twice if the first runs out of memory; return its loss."""
@@ -199,7 +213,9 @@ def trainer_arguments(settings: TrainingSettings, output: Path, device: torch.de
             dataloader_pin_memory=device.type == "cuda",
             max_length=None,
         )
-    except (ValueError, ImportError) as problem:
+        for tracker in get_reporting_integration_callbacks(settings.report_to):  # type: ignore[no-untyped-call]
+            tracker()  # it looks for its package
+    except (ValueError, ImportError, RuntimeError) as problem:
         raise UsageError(f"these settings cannot be used here: {problem}") from problem
     if device.type == "cuda":
         _ = arguments.device  # chooses the devices

@@ -138,6 +138,16 @@ def test_a_resumed_training_ends_in_the_same_bytes(
     assert [line["tokens"] for line in whole.metrics] == [line["tokens"] for line in resumed.metrics]
 
 
+def test_a_training_that_ended_within_an_epoch_takes_no_step_more(
+    artifact: Path, examples: Path, tmp_path: Path
+) -> None:
+    first = runs.run(artifact, examples, tmp_path / "out", max_steps=4)
+    before = runs.adapter_bytes(first.output)
+    again = runs.run(artifact, examples, tmp_path / "out", max_steps=4, resume="latest")
+    assert again.steps == 4
+    assert runs.adapter_bytes(again.output) == before
+
+
 def test_a_finished_training_can_be_resumed_for_nothing(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
 ) -> None:
