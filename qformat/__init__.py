@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from qformat.converters.plan import Plan
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
+    from qformat.model.transformers_quantizer import register
+    from qformat.training.run import TrainingJob, TrainingResult, train
+    from qformat.training.settings import TrainingSettings
 
 _PUBLIC = {
     "Artifact": "qformat.artifact.reader:Artifact",
@@ -39,6 +42,9 @@ _PUBLIC = {
     "KeptTensor": "qformat.artifact.reader:KeptTensor",
     "PackedTensor": "qformat.artifact.reader:PackedTensor",
     "Plan": "qformat.converters.plan:Plan",
+    "TrainingJob": "qformat.training.run:TrainingJob",
+    "TrainingResult": "qformat.training.run:TrainingResult",
+    "TrainingSettings": "qformat.training.settings:TrainingSettings",
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
     "export": "qformat.converters.export:export",
@@ -48,6 +54,7 @@ _PUBLIC = {
     "open": "qformat.artifact.reader:open_artifact",
     "plan": "qformat.converters.convert:plan",
     "register": "qformat.model.transformers_quantizer:register",
+    "train": "qformat.training.run:train",
     "verify": "qformat.artifact.verify:verify_integrity",
 }
 
@@ -60,6 +67,9 @@ __all__ = [
     "KeptTensor",
     "PackedTensor",
     "Plan",
+    "TrainingJob",
+    "TrainingResult",
+    "TrainingSettings",
     "compare",
     "convert",
     "export",
@@ -69,6 +79,7 @@ __all__ = [
     "open",
     "plan",
     "register",
+    "train",
     "verify",
 ]
 

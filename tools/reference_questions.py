@@ -12,7 +12,6 @@ import json
 import re
 import sys
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 N_TURNS = 3

@@ -21,8 +21,6 @@ from qformat.codec.product_kernels import (
     NEEDED_FEATURES,
     Field,
     ProductInstructions,
-    deinterleave_bits,
-    deinterleave_floats,
     product_function,
 )
 from qformat.errors import UsageError
@@ -35,6 +33,8 @@ Team = Callable[[int, int, int], bool]
 of n threads, and waits for them; or returns False, having called nothing."""
 
 _C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+_Job = ctypes.c_int64 * N_FIELDS
 
 _NO_FLOATS = np.zeros(0, np.float32)
 
@@ -96,7 +96,8 @@ class Product:
             job[field] = array.ctypes.data
         job[Field.OFFSET_BITS] = int(np.float32(nested_offset).view(np.uint32))
         job[Field.N_ROWS], job[Field.N_COLUMNS], job[Field.BLOCK_SIZE] = *shape, block_size
-        self._job = job
+        job[Field.N_SHARES] = self._n_shares
+        self._job = job.tobytes()
 
     def __call__(self, x: Raw, out: Raw, *, team: Team | None = None, n_threads: int = 1) -> None:
         """Write x [M * K] times W's transpose into `out` [M * N], both raw elements of the float format.
@@ -111,22 +112,16 @@ class Product:
             raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected contiguous {dtype} [M * {k}]")
         if out.dtype != dtype or out.shape != (x.size // k * n,) or not out.flags.c_contiguous:
             raise UsageError(f"out: {out.dtype} {list(out.shape)}, expected contiguous {dtype} [{x.size // k * n}]")
-        ordered = self._ordered(x)
-        job = self._job.copy()
-        job[Field.X], job[Field.X_SIZE], job[Field.OUT] = ordered.ctypes.data, x.size, out.ctypes.data
-        address = job.ctypes.data
-        n_shares = job[Field.N_SHARES] = self._n_shares
-        if team is None or n_shares == 1 or not team(self._address, address, min(n_threads, n_shares)):
-            self._call(address)
+        values = x if self.instructions == "bf16" else widen(x, self.float_format)
+        self.at(values.ctypes.data, x.size, out.ctypes.data, team=team, n_threads=n_threads)
 
-    def _ordered(self, x: Raw) -> Raw:
-        if self.instructions == "bf16":
-            bits = np.empty(x.size, np.uint16)
-            deinterleave_bits(x, bits)
-            return bits
-        floats = np.empty(x.size, np.float32)
-        deinterleave_floats(widen(x, self.float_format), floats)
-        return floats
+    def at(self, x: int, x_size: int, out: int, *, team: Team | None = None, n_threads: int = 1) -> None:
+        """`__call__` on addresses, unchecked: x_size values at `x`, bf16 for instructions "bf16", else float32."""
+        job = _Job.from_buffer_copy(self._job)
+        job[Field.X], job[Field.X_SIZE], job[Field.OUT] = x, x_size, out
+        address = ctypes.addressof(job)
+        if team is None or self._n_shares == 1 or not team(self._address, address, min(n_threads, self._n_shares)):
+            self._call(address)
 
     @staticmethod
     def _check_weight(

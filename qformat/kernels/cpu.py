@@ -22,8 +22,9 @@ SCRATCH_NBYTES = 32 << 20
 """The most that one thread keeps to decode into; larger weights go through it in bands of rows. glibc maps larger
 buffers anew each time, and fresh pages cost five times what decoding costs (2,200 against 11,000 M weights/s)."""
 
-MAX_M = 8
-"""Rows of x up to which the product from the codes is faster than decoding and torch's product."""
+MAX_M = 16
+"""Rows of x up to which the product from the codes is taken: at 16 it takes 0.25 to 0.68 of the time of decoding and
+torch's product (`tools/bench_kernels.py --crossover`, 2 cores with AVX512-BF16)."""
 
 FORMATS = {torch.bfloat16: FloatFormat.BF16, torch.float16: FloatFormat.F16, torch.float32: FloatFormat.F32}
 
@@ -59,7 +60,12 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
 def product(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x [M, K] times the weight's transpose, [M, N], without decoding the weight to memory."""
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    _prepared(weight, FORMATS[x.dtype])(_raw(x), _raw(out), team=openmp.run, n_threads=torch.get_num_threads())
+    ready = _prepared(weight, FORMATS[x.dtype])
+    n_threads = torch.get_num_threads()
+    if ready.instructions == "bf16":  # a token asks for every weight: views for numpy would cost as much as a small one
+        ready.at(x.data_ptr(), x.numel(), out.data_ptr(), team=openmp.run, n_threads=n_threads)
+    else:
+        ready(_raw(x), _raw(out), team=openmp.run, n_threads=n_threads)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_WRONG_CONFIG = (OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError)
+"""What PEFT raises for an adapter_config.json with values that it does not expect."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +87,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, for
     _fuse(config)
     try:
         peft_model = PeftModel(model, config)
-    except ValueError as problem:
+    except _WRONG_CONFIG as problem:
         raise AdapterError(f"{adapter}: does not fit the model: {str(problem).partition(chr(10))[0]}") from problem
     _check_shapes(peft_model, weights, adapter)
     set_peft_model_state_dict(peft_model, weights)
@@ -112,8 +116,10 @@ def _read_config(adapter: Path) -> LoraConfig:
     if not path.is_file():
         raise AdapterError(f"{adapter}: holds no {ADAPTER_CONFIG_NAME}, so it is no PEFT adapter. Check the path")
     try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError, json.JSONDecodeError) as problem:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about fields of other versions and types
+            config = PeftConfig.from_pretrained(str(adapter))
+    except _WRONG_CONFIG as problem:
         raise AdapterError(f"{path}: cannot be read: {str(problem).partition(chr(10))[0]}") from problem
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{path}: peft_type is {config.peft_type}, expected LORA. Load it with PEFT itself")

@@ -6,13 +6,16 @@ OUTPUT/partial/checkpoint-30/    one in the making, or what a crash left of it: 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
@@ -22,6 +25,7 @@ from qformat.errors import AdapterError, ArtifactError, TargetError, UsageError
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_NAME = "partial"
+LOCK_NAME = "lock"
 LATEST = "latest"
 
 _NAME = re.compile(r"checkpoint-([0-9]{1,12})")
@@ -62,6 +66,22 @@ class CheckpointFolder:
         return self.output / f"checkpoint-{step}"
 
     @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other trainings out of the folder, as long as this process lives. Raises TargetError."""
+        descriptor = self._disk.open_for_writing(self.output / LOCK_NAME)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise TargetError(
+                    f"{self.output}: another process trains there. Wait for it or choose another name"
+                ) from None
+            yield
+            self._disk.remove_file(self.output / LOCK_NAME)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
     def writing(self, step: int, facts: JsonObject) -> Iterator[Path]:
         """Give out a folder to fill; when the block ends well, seal it, give it its name, and remove the oldest.
 
@@ -78,14 +98,12 @@ class CheckpointFolder:
             self._disk.remove_folder(final)
             self._disk.rename(folder, final)
             self._disk.sync_folder(self.output)
-        except (OSError, RuntimeError) as problem:
+        except BaseException as error:
             shutil.rmtree(self.partial, ignore_errors=True)
-            if not _is_of_the_disk(problem):
+            problem = disk_problem(error)
+            if problem is None:
                 raise
-            raise TargetError(self._explain(final=self.folder(step), problem=problem)) from problem
-        except BaseException:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise
+            raise TargetError(self._explain(self.folder(step), problem)) from error
         self._disk.remove_folder(self.partial)
         for old in self.steps()[: -self._keep]:
             self._disk.remove_folder(self.folder(old))
@@ -137,12 +155,12 @@ class CheckpointFolder:
         self._disk.write_file(folder / SEAL_NAME, strict_json.dumps(seal, indent=2).encode())
         self._disk.sync_folder(folder)
 
-    def _explain(self, *, final: Path, problem: BaseException) -> str:
+    def _explain(self, final: Path, problem: str) -> str:
         free = shutil.disk_usage(self.output).free
         whole = self.last_whole()
         kept = "there is none yet" if whole is None else f"{whole} is whole"
         return (
-            f"{final}: cannot be written: {str(problem).partition(chr(10))[0]} ({free:,} bytes are free). "
+            f"{final}: cannot be written: {problem} ({free:,} bytes are free). "
             f"Of earlier ones, {kept}. Make room and continue with --resume"
         )
 
@@ -158,12 +176,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise AdapterError(f"{path}: is damaged: {problem}") from None
     if not isinstance(seal, dict) or seal.pop("seal_xxh3", None) != xxh3(strict_json.dumps(seal).encode()):
         raise AdapterError(f"{path}: is damaged: its own digest differs")
-    step, files, facts = seal["step"], seal["files"], seal["facts"]
-    assert isinstance(step, int)
-    assert isinstance(files, dict)
-    assert isinstance(facts, dict)
+    step, files, facts = seal.get("step"), seal.get("files"), seal.get("facts")
+    if not isinstance(step, int) or not isinstance(files, dict) or not isinstance(facts, dict):
+        raise AdapterError(f"{path}: is damaged: step, files or facts are missing")
     for name, record in files.items():
-        assert isinstance(record, dict)
+        if not isinstance(record, dict) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise AdapterError(f"{path}: is damaged: {name!r} is no file of the checkpoint")
+        if not isinstance(record.get("nbytes"), int) or not isinstance(record.get("xxh3"), str):
+            raise AdapterError(f"{path}: is damaged: {name!r} has no size or digest")
         _check_file(folder / name, record)
     return Checkpoint(folder, step, facts)
 
@@ -183,6 +203,16 @@ def _check_file(path: Path, record: JsonObject) -> None:
         os.close(descriptor)
 
 
-def _is_of_the_disk(problem: BaseException) -> bool:
-    """torch wraps what the system says about a write into a RuntimeError of its own."""
-    return isinstance(problem, OSError) or "PytorchStreamWriter" in str(problem) or "write" in str(problem).lower()
+def disk_problem(error: BaseException) -> str | None:
+    """Return what a disk said when torch or safetensors could not write a file; None for errors of other kinds.
+
+    torch raises a RuntimeError of its zip writer while it handles what the system said, if it does not swallow that.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error)):
+        cause = error.__context__
+        return (cause.strerror or str(cause)) if isinstance(cause, OSError) else "the file system took no more bytes"
+    return None

@@ -82,7 +82,7 @@ class _LoraLinear(torch.autograd.Function):
             y.addmm_(inner, lora_b.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(adapted, inner, lora_a, lora_b)
         ctx.scaling, ctx.base, ctx.is_dropped = scaling, base, dropped is not None
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], lora_b.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -57,6 +57,10 @@ class MetricsFile:
                 lines.append(line)
         return lines
 
+    def forget_all(self) -> None:
+        """Drop the lines of a training that never came to a checkpoint."""
+        self._disk.remove_file(self._path)
+
     def forget_after(self, step: int) -> None:
         """Drop the lines of later steps, and the evaluation of the finished training."""
         kept = [line for line in self.read() if line["step"] <= step and line.get("when") != "after"]  # type: ignore[operator]

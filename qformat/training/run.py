@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback
 
@@ -23,7 +24,7 @@ from qformat.strict_json import Json
 from qformat.training.adapter_card import adapter_card
 from qformat.training.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
 from qformat.training.base_record import BaseRecord
-from qformat.training.checkpoints import PARTIAL_NAME, Checkpoint, CheckpointFolder
+from qformat.training.checkpoints import LOCK_NAME, PARTIAL_NAME, Checkpoint, CheckpointFolder, disk_problem
 from qformat.training.data.collate import PackedCollator, PaddedCollator
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
@@ -116,35 +117,89 @@ def train(
     )
     _decode_output_layer(model)
     adapted = add_adapter(model, settings, base_name=str(job.artifact))
-    _make_output(job.output)
-    metrics = MetricsFile(job.output / METRICS_NAME)
-    if checkpoint is not None:
-        metrics.forget_after(checkpoint.step)
-    trainer, callback = _make_trainer(
-        adapted, prepared, settings, job.output, checkpoints, facts, base, on_metrics, metrics
-    )
-    if checkpoint is None and prepared.evaluation is not None:
-        callback.when = "before"
-        facts["loss_before"] = float(trainer.evaluate()["eval_loss"])
-        callback.when = None
-    if checkpoint is not None:
-        trainer._total_train_tokens = cast(int, checkpoint.facts["tokens"])
-        say(f"Continuing after step {checkpoint.step}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint.folder))
-    loss_after = None
-    if prepared.evaluation is not None:
-        callback.when = "after"
-        loss_after = float(trainer.evaluate()["eval_loss"])
-    result = TrainingResult(
-        output=job.output,
-        steps=trainer.state.global_step,
-        loss_before=_as_float(facts["loss_before"]),
-        loss_after=loss_after,
-        metrics=metrics.read(),
-        facts={**facts, "settings": settings.to_json(), "statistics": prepared.train.statistics.to_json()},
-    )
-    _write_result(adapted, result, base)
+    Disk().make_folder(job.output)
+    with checkpoints.lock():
+        run = _Run(job, settings, prepared, adapted, checkpoints, facts, base)
+        result = run.train(checkpoint, say, on_metrics)
+        _write_result(adapted, result, base)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A training that is ready to start."""
+
+    job: TrainingJob
+    settings: TrainingSettings
+    prepared: _Prepared
+    model: PeftModel
+    checkpoints: CheckpointFolder
+    facts: JsonObject
+    base: BaseRecord
+
+    def train(self, checkpoint: Checkpoint | None, say: Callable[[str], None], on_metrics: Listener) -> TrainingResult:
+        metrics = MetricsFile(self.job.output / METRICS_NAME)
+        if checkpoint is None:
+            metrics.forget_all()
+        else:
+            metrics.forget_after(checkpoint.step)
+        trainer, callback = self._make_trainer(metrics, on_metrics)
+        if checkpoint is not None:
+            trainer._total_train_tokens = cast(int, checkpoint.facts["tokens"])
+            say(f"Continuing after step {checkpoint.step}")
+        elif self.prepared.evaluation is not None:
+            self.facts["loss_before"] = _evaluate(trainer, callback, "before")
+        trainer.train_from(None if checkpoint is None else checkpoint.folder)
+        evaluated = self.prepared.evaluation is not None
+        loss_after = _evaluate(trainer, callback, "after") if evaluated else None
+        about = {"settings": self.settings.to_json(), "statistics": self.prepared.train.statistics.to_json()}
+        return TrainingResult(
+            output=self.job.output,
+            steps=trainer.state.global_step,
+            loss_before=_as_float(self.facts["loss_before"]),
+            loss_after=loss_after,
+            metrics=metrics.read(),
+            facts={**self.facts, **about},
+        )
+
+    def _make_trainer(self, metrics: MetricsFile, on_metrics: Listener) -> tuple[AdapterTrainer, MetricsCallback]:
+        settings, prepared = self.settings, self.prepared
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        budget = page_budget_nbytes(settings.page_budget)
+        optimizer = make_optimizer(
+            settings.optim,  # type: ignore[arg-type]
+            trained,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            page_budget="auto" if budget is None else budget,
+        )
+        callback = MetricsCallback(metrics, on_metrics, optimizer)
+        rows = prepared.train.packed(settings.seq_len) if settings.packing else prepared.train
+        tokenizer = prepared.tokenizer
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        trainer = AdapterTrainer(
+            model=self.model,
+            args=trainer_arguments(settings, self.job.output, next(self.model.parameters()).device),
+            train_dataset=for_trainer(rows),
+            eval_dataset=None if prepared.evaluation is None else for_trainer(prepared.evaluation),
+            data_collator=PackedCollator() if settings.packing else PaddedCollator(pad_id=pad_id or 0),
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+            callbacks=[callback],
+            checkpoints=self.checkpoints,
+            facts=self.facts,
+            base=self.base,
+            lengths=rows.lengths,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer, callback
+
+
+def _evaluate(trainer: AdapterTrainer, callback: MetricsCallback, when: str) -> float:
+    callback.when = when
+    loss = float(trainer.evaluate()["eval_loss"])
+    callback.when = None
+    return loss
 
 
 def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], None]) -> _Prepared:
@@ -171,63 +226,15 @@ def _source(names: Sequence[str]) -> str | Sequence[str]:
     return names[0] if len(names) == 1 else names
 
 
-def _make_trainer(
-    model: PeftModel,
-    prepared: _Prepared,
-    settings: TrainingSettings,
-    output: Path,
-    checkpoints: CheckpointFolder,
-    facts: JsonObject,
-    base: BaseRecord,
-    on_metrics: Listener,
-    metrics: MetricsFile,
-) -> tuple[AdapterTrainer, MetricsCallback]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    budget = page_budget_nbytes(settings.page_budget)
-    optimizer = make_optimizer(
-        settings.optim,  # type: ignore[arg-type]
-        trained,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        page_budget="auto" if budget is None else budget,
-    )
-    callback = MetricsCallback(metrics, on_metrics, optimizer)
-    rows = prepared.train.packed(settings.seq_len) if settings.packing else prepared.train
-    tokenizer = prepared.tokenizer
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    trainer = AdapterTrainer(
-        model=model,
-        args=trainer_arguments(settings, output, next(model.parameters()).device),
-        train_dataset=for_trainer(rows),
-        eval_dataset=None if prepared.evaluation is None else for_trainer(prepared.evaluation),
-        data_collator=PackedCollator() if settings.packing else PaddedCollator(pad_id=pad_id or 0),
-        processing_class=tokenizer,
-        optimizers=(optimizer, None),
-        callbacks=[callback],
-        checkpoints=checkpoints,
-        facts=facts,
-        base=base,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer, callback
-
-
 def _check_output(output: Path) -> None:
     if CheckpointFolder(output, keep=1).steps():
         raise TargetError(f"{output}: holds a training already. Continue it with --resume, or choose another name")
-    if output.is_dir() and not {entry.name for entry in output.iterdir()} <= {PARTIAL_NAME, METRICS_NAME}:
+    if output.is_dir() and not {entry.name for entry in output.iterdir()} <= {PARTIAL_NAME, METRICS_NAME, LOCK_NAME}:
         raise TargetError(f"{output}: is not empty. Choose another name")
     if output.exists() and not output.is_dir():
         raise TargetError(f"{output}: exists and is no folder. Choose another name")
     if not output.absolute().parent.is_dir():
         raise TargetError(f"{output.parent}: there is no such folder. Create it first")
-
-
-def _make_output(output: Path) -> None:
-    disk = Disk()
-    disk.make_folder(output)
-    if not CheckpointFolder(output, keep=1).steps():
-        disk.remove_file(output / METRICS_NAME)
 
 
 def _check_same_training(checkpoint: Checkpoint, facts: JsonObject, job: TrainingJob) -> None:
@@ -290,10 +297,11 @@ def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) ->
             finally:
                 os.close(descriptor)
             disk.rename(path, result.output / path.name)
-    except OSError as problem:
+    except (OSError, SafetensorError) as error:
         raise TargetError(
-            f"{result.output}: the adapter cannot be written: {problem}. Make room and continue with --resume"
-        ) from problem
+            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. "
+            "Make room and continue with --resume"
+        ) from error
     finally:
         disk.remove_folder(folder)
     disk.sync_folder(result.output)

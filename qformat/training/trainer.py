@@ -17,10 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -29,25 +33,46 @@ from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
 from qformat.training.base_record import BASE_RECORD_NAME, BaseRecord
 from qformat.training.checkpoints import CheckpointFolder
 from qformat.training.data.tokenised_data import IGNORED
+from qformat.training.length_groups import SeededLengthGroups
 from qformat.training.paged_adamw import PagedAdamW
 from qformat.training.paging_retry import run_with_paging_retry
 from qformat.training.settings import TrainingSettings
+
+TRAINER_STATE_NAME = "trainer_state.json"
 
 
 class AdapterTrainer(SFTTrainer):
     """Trains the adapters of a PEFT model.
 
     checkpoints: where they go. facts: what each notes about the training. base: what the adapter is trained on.
+    lengths: tokens of each row of the training data, int64 (n,).
     """
 
     def __init__(
-        self, *arguments: Any, checkpoints: CheckpointFolder, facts: JsonObject, base: BaseRecord, **named: Any
+        self,
+        *arguments: Any,
+        checkpoints: CheckpointFolder,
+        facts: JsonObject,
+        base: BaseRecord,
+        lengths: NDArray[np.int64],
+        **named: Any,
     ) -> None:
+        self._lengths = lengths
         self._checkpoints = checkpoints
         self._facts = facts
         self._base = base
         self._run_folder: Path | None = None
         super().__init__(*arguments, **named)
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train from the start or from a checkpoint to the last step, which a checkpoint may have reached already."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if state.global_step >= state.max_steps:  # transformers would take one step more
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward of a micro-batch, twice if the first runs out of memory; return its loss."""
@@ -89,6 +114,12 @@ class AdapterTrainer(SFTTrainer):
         """Return the loss summed over tokens: divided by one "item"."""
         loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=1)  # type: ignore[no-untyped-call]
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        together = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return SeededLengthGroups(together, self._lengths, self.args.seed)
 
     def _run_micro_batch(self, micro_batch: Callable[[], Tensor]) -> Tensor:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
@@ -182,7 +213,9 @@ def trainer_arguments(settings: TrainingSettings, output: Path, device: torch.de
             dataloader_pin_memory=device.type == "cuda",
             max_length=None,
         )
-    except (ValueError, ImportError) as problem:
+        for tracker in get_reporting_integration_callbacks(settings.report_to):  # type: ignore[no-untyped-call]
+            tracker()  # it looks for its package
+    except (ValueError, ImportError, RuntimeError) as problem:
         raise UsageError(f"these settings cannot be used here: {problem}") from problem
     if device.type == "cuda":
         _ = arguments.device  # chooses the devices

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from qformat.training.run import TrainingResult
 from tests.training import runs
@@ -13,6 +15,15 @@ from tests.training import runs
 @pytest.fixture(autouse=True)
 def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny work in two test processes: more threads than cores would wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="session")
@@ -36,4 +47,5 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(artifact: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     """A training from start to end with SHORT settings. Not to be changed."""
+    torch.set_num_threads(1)  # fixtures of a session come before those of a test
     return runs.run(artifact, examples, tmp_path_factory.mktemp("undisturbed") / "out")

@@ -120,6 +120,7 @@ RESUMED: list[dict[str, Any]] = [
     {"optim": "paged_adamw_8bit"},
     {"packing": True},
     {"epochs": 3.0, "max_steps": None},
+    {"epochs": 2.0, "max_steps": None, "group_by_length": True},
 ]
 
 
@@ -135,6 +136,16 @@ def test_a_resumed_training_ends_in_the_same_bytes(
     losses = [[line["loss"] for line in result.metrics] for result in (whole, resumed)]
     assert losses[0] == losses[1]
     assert [line["tokens"] for line in whole.metrics] == [line["tokens"] for line in resumed.metrics]
+
+
+def test_a_training_that_ended_within_an_epoch_takes_no_step_more(
+    artifact: Path, examples: Path, tmp_path: Path
+) -> None:
+    first = runs.run(artifact, examples, tmp_path / "out", max_steps=4)
+    before = runs.adapter_bytes(first.output)
+    again = runs.run(artifact, examples, tmp_path / "out", max_steps=4, resume="latest")
+    assert again.steps == 4
+    assert runs.adapter_bytes(again.output) == before
 
 
 def test_a_finished_training_can_be_resumed_for_nothing(

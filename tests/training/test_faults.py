@@ -1,0 +1,140 @@
+"""Trainings that are killed, or run out of disk: afterwards `--resume` ends in the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qformat.errors import TargetError
+from qformat.training import checkpoints
+from qformat.training.run import TrainingResult
+from tests.training import runs
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys, os, time, torch
+from pathlib import Path
+torch.set_num_threads(1)
+rename = os.rename
+def slow_rename(*paths, **named):
+    time.sleep(0.05)  # a kill is more likely to come in the middle of a seal
+    rename(*paths, **named)
+os.rename = slow_rename
+from tests.training import runs
+artifact, data, output, resume = sys.argv[1:]
+runs.run(Path(artifact), Path(data), Path(output), resume=resume or None)
+"""
+
+
+def start(artifact: Path, data: Path, output: Path, *, resume: str = "", **options: Any) -> subprocess.Popen[bytes]:
+    """Start a training with SHORT settings in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(artifact), str(data), str(output), resume],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not reached() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+
+
+def n_lines(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))])
+def test_a_killed_training_resumes_to_the_same_bytes(
+    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult, seed: int
+) -> None:
+    chosen = random.Random(seed)
+    output = tmp_path / "out"
+    for _ in range(chosen.choice([1, 2])):
+        whole = checkpoints.CheckpointFolder(output, keep=1).last_whole()
+        process = start(artifact, examples, output, resume="" if whole is None else "latest")
+        if whole is None:
+            shutil.rmtree(output, ignore_errors=True)
+        at, delay = chosen.randint(1, 6), chosen.random() * 0.2
+        kill_when(process, lambda at=at: n_lines(output) >= at)  # type: ignore[misc]
+        time.sleep(delay)
+    whole = checkpoints.CheckpointFolder(output, keep=1).last_whole()
+    if whole is None:
+        shutil.rmtree(output, ignore_errors=True)
+    runs.run(artifact, examples, output, resume=None if whole is None else "latest")
+    assert runs.adapter_bytes(output) == runs.adapter_bytes(undisturbed.output)
+    assert not (output / "partial").exists()
+
+
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
+    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
+) -> None:
+    """A real limit of the system: no file may grow beyond the adapter, and optimizer.pt is twice as large."""
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed.output, output)
+    for name in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(output / name)
+    (output / "adapter_model.safetensors").unlink()
+    limit = 2 * len(runs.adapter_bytes(undisturbed.output)) * 9 // 10
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    process = start(artifact, examples, output, resume="latest", preexec_fn=limited)
+    _, told = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert b"TargetError" in told
+    assert b"checkpoint-4: cannot be written" in told
+    assert b"checkpoint-2 is whole. Make room and continue with --resume" in told
+    assert checkpoints.CheckpointFolder(output, keep=5).steps() == [2]
+    assert not (output / "partial").exists()
+    runs.run(artifact, examples, output, resume="latest")
+    assert runs.adapter_bytes(output) == runs.adapter_bytes(undisturbed.output)
+
+
+@pytest.mark.parametrize("call", ["torch.save", "fsync", "rename"])
+def test_a_write_that_fails_while_a_checkpoint_is_made_is_told_in_words(
+    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    n_calls = 0
+
+    def fails(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls == 4 and call != "rename":
+                raise OSError(28, "No space left on device")
+            if call == "rename" and "checkpoint-4" in str(arguments):
+                raise OSError(28, "No space left on device")
+            return original(*arguments, **named)
+
+        return run
+
+    module, name = {"torch.save": (torch, "save"), "fsync": (os, "fsync"), "rename": (os, "rename")}[call]
+    monkeypatch.setattr(module, name, fails(getattr(module, name)))
+    with pytest.raises(TargetError, match=r"space left|Make room"):
+        runs.run(artifact, examples, tmp_path / "out")
+    monkeypatch.undo()
+    folder = checkpoints.CheckpointFolder(tmp_path / "out", keep=5)
+    assert all(checkpoints.read_checkpoint(folder.folder(step)).step == step for step in folder.steps())
+    assert not (tmp_path / "out" / "partial").exists()
