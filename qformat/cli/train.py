@@ -13,7 +13,7 @@ import click
 
 from qformat.artifact.manifest import JsonObject
 from qformat.cli.display import format_nbytes
-from qformat.training.settings import TrainingSettings, read_toml, value_type
+from qformat.training.settings import TrainingSettings, read_toml, size_nbytes, value_type
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -45,10 +45,11 @@ def _option(item: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., N
 Examples:
   qformat train SmolLM2-135M-Instruct-nf4 --data chats.jsonl --output adapter
   qformat train ART --data train.jsonl --eval-data test.jsonl --output adapter --rank 32 --packing
-  qformat train ART --data train.jsonl --output adapter --resume"""
+  qformat train ART --data train.jsonl --output adapter --resume
+  qformat train owner/model --dry-run --seq-len 4096 --device-memory 24GiB"""
 )
-@click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
-@click.option("--data", metavar="FILE", multiple=True, required=True,
+@click.argument("artifact", metavar="ART")
+@click.option("--data", metavar="FILE", multiple=True,
               help="JSON lines or Parquet with text, messages, or prompt and completion; a folder of them; owner/name "
                    "of a dataset of the Hub. May be repeated.")  # fmt: skip
 @click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="Where the adapter goes.")
@@ -58,28 +59,38 @@ Examples:
               help="TOML with the settings below; what the command line says wins.")  # fmt: skip
 @click.option("--resume", metavar="CHECKPOINT", is_flag=False, flag_value="latest",
               help="Continue from the last checkpoint in DIR, or from --resume=checkpoint-N, bit for bit.")  # fmt: skip
+@click.option("--dry-run", is_flag=True,
+              help="Only tell how much device memory it takes, and the largest batch and sequence that fit. ART may "
+                   "then also be a 16-bit folder or a repository of the Hub; no weight is fetched.")  # fmt: skip
+@click.option("--device-memory", metavar="SIZE", help="For --dry-run: of the device, such as 24GiB, if not this one.")
 @_setting_options
 def command(
-    artifact: Path,
+    artifact: str,
     data: tuple[str, ...],
     output: Path | None,
     eval_data: tuple[str, ...],
     split: str,
     config: Path | None,
     resume: str | None,
+    dry_run: bool,
+    device_memory: str | None,
     **given: Any,
 ) -> None:
     """Train a LoRA adapter on the packed weights of artifact ART, on one GPU or (slowly) the CPU."""
     settings = _settings(config, given)
-    if output is None:
-        raise click.UsageError("Missing option '--output'.")
+    if not dry_run and (not data or output is None):
+        raise click.UsageError(f"Missing option '{'--output' if data else '--data'}'.")
     from qformat.cli.models import quiet_transformers
 
     quiet_transformers()
+    if dry_run:
+        _print_plan(artifact, settings, device_memory)
+        return
+    assert output is not None
     from qformat.report.training_page import write_training_page
     from qformat.training.run import TrainingJob, train
 
-    job = TrainingJob(artifact, data, output, eval_data, split)
+    job = TrainingJob(Path(artifact), data, output, eval_data, split)
     progress = _Progress()
     try:
         result = train(job, settings, resume=resume, say=progress.say, on_metrics=progress.metrics)
@@ -91,6 +102,28 @@ def command(
     if result.loss_before is not None and result.loss_after is not None:
         click.echo(f"loss on held-out data: {result.loss_before:.4f} before, {result.loss_after:.4f} after")
     click.echo(f"{output}: adapter after {result.steps} steps; {page} shows the curves")
+
+
+def _print_plan(source: str, settings: TrainingSettings, device_memory: str | None) -> None:
+    import torch
+
+    from qformat.cli.default_conversion import as_converted
+    from qformat.training.memory_plan import MemoryPlanner, format_plan
+    from qformat.training.memory_plan_tensors import read_model_tensors
+
+    size = None
+    if device_memory is not None:
+        size = size_nbytes("--device-memory", device_memory)
+    elif settings.device != "cpu" and torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+    tensors = read_model_tensors(source, conversion=as_converted)
+    planner = MemoryPlanner(tensors, settings, trust_remote_code=settings.trust_remote_code)
+    plan = planner.plan(device_nbytes=size)
+    if size is None:
+        click.echo(format_plan(plan))
+        return
+    largest = {"largest_batch": planner.largest_batch(size), "largest_sequence": planner.largest_sequence(size)}
+    click.echo(format_plan(plan, **largest))
 
 
 def _settings(config: Path | None, given: dict[str, Any]) -> TrainingSettings:

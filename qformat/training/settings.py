@@ -128,8 +128,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def page_budget_nbytes(text: str) -> int | None:
     """Return the bytes that a budget names, None for "auto". Raises UsageError."""
-    if text == "auto":
-        return None
+    return None if text == "auto" else size_nbytes("page_budget", text, or_else="auto, or ")
+
+
+def size_nbytes(name: str, text: str, *, or_else: str = "") -> int:
+    """Return the bytes of "512MiB", "2GB" or "7". Raises UsageError naming the option."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "": 1}
     number = text.rstrip("BGKMi")
     unit = text[len(number) :]
@@ -138,7 +141,7 @@ def page_budget_nbytes(text: str) -> int | None:
     except (ValueError, KeyError):
         nbytes = -1.0
     if not 0 <= nbytes < 2**63:
-        raise UsageError(f"page_budget {text!r}: expected auto, or bytes such as 0, 512MiB or 2GB")
+        raise UsageError(f"{name} {text!r}: expected {or_else}bytes such as 0, 512MiB or 2GB")
     return int(nbytes)
 
 

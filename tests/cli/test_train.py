@@ -111,3 +111,24 @@ def test_a_damaged_artifact_is_refused(
 ) -> None:
     assert train(tmp_path / "nothing", examples, tmp_path / "out") == 1
     assert "nothing" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_the_memory_and_reads_no_data(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", str(artifact), "--dry-run", "--seq-len", "64", "--device-memory", "2GiB"]) == 0
+    told = capsys.readouterr().out
+    for row in ("weights", "adapters", "optimizer states", "activations", "peak", "largest batch", "longest sequence"):
+        assert f"\n{row}" in f"\n{told}"
+    assert "fits" in told
+    source = artifact.parent / "source"
+    assert run(["train", str(source), "--dry-run", "--seq-len", "64"]) == 0
+    assert "largest batch" not in capsys.readouterr().out
+    assert run(["train", str(artifact), "--dry-run", "--device-memory", "much"]) == 2
+    assert "--device-memory 'much'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "missing"), [([], "--data"), (["--data", "x.jsonl"], "--output")])
+def test_a_training_needs_data_and_an_output(
+    artifact: Path, capsys: pytest.CaptureFixture[str], options: list[str], missing: str
+) -> None:
+    assert run(["train", str(artifact), *options]) == 2
+    assert missing in capsys.readouterr().err

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qformat.artifact.components import PackedShape
-from qformat.artifact.header import NewTensor
 from qformat.artifact.manifest import MANIFEST_NAME
+from qformat.cli.default_conversion import as_converted
 from qformat.codec.floats import FloatFormat
-from qformat.converters import recipe
-from qformat.converters.rules import TensorInfo
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.load import load_model
 from qformat.model.nf4_linear import NF4Linear
@@ -90,17 +88,6 @@ def write_headers(folder: Path, config: Any) -> Path:
     (folder / "model.safetensors").write_bytes(header)
     os.truncate(folder / "model.safetensors", len(header) + offset)
     return folder
-
-
-def as_converted(tensors: list[NewTensor], config: Mapping[str, object]) -> dict[str, PackedShape]:
-    """What the command line passes: the default recipe of a conversion."""
-    infos = [TensorInfo(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    choices = recipe.apply(recipe.load_recipe(None), infos, config)
-    return {
-        info.name: PackedShape(info.shape, FloatFormat(info.dtype), options.block_size, options.double_quant)
-        for info in infos
-        if (options := choices[info.name].options) is not None
-    }
 
 
 # The oracle: another model, another LoRA node, another way to count.
