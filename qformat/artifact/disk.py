@@ -129,8 +129,9 @@ class Disk:
     def _explain(self, path: Path, problem: OSError) -> str:
         if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
             free = free_nbytes(path)
+            needed = f"{self.needed_nbytes:,} bytes are needed in all, " if self.needed_nbytes else ""
             return (
-                f"{path}: no space left: {self.needed_nbytes:,} bytes are needed in all, {free:,} are free. "
+                f"{path}: no space left: {needed}{free:,} bytes are free. "
                 "Make room and run the same command again: it continues"
             )
         if problem.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:

@@ -64,12 +64,16 @@ class Conversations:
         except _TEMPLATE_FAILURES as problem:
             place.refuse(BadRow.TEMPLATE_REFUSED, f"the chat template refuses it: {_first_line(problem)}")
 
-    def assistant_spans(self, row: ChatRow, text: str, place: Place) -> list[Span]:
-        """Return what the assistant wrote in `text`, the rendered row: ascending, with the end of turn.
+    def render_with_spans(self, row: ChatRow, place: Place) -> tuple[str, list[Span]]:
+        """Return the whole conversation as text, and what the assistant wrote there: ascending, with the end of turn.
 
-        Raises DataError where the template has no markers and a turn cannot be told from what surrounds it.
+        Raises DataError as `render`, and where the template has no markers and a turn cannot be told from what
+        surrounds it.
         """
-        return self._marked_spans(row) if self.has_markers else self._added_spans(row, text, place)
+        if self.has_markers:
+            return self._marked(row, place)
+        text = self.render(row, place)
+        return text, self._added_spans(row, text, place)
 
     def completion_start(self, row: ChatRow, text: str, place: Place) -> int:
         """Return where the completion of a conversational prompt begins in `text`. Raises DataError as above."""
@@ -83,19 +87,23 @@ class Conversations:
             )
         return len(before)
 
-    def _marked_spans(self, row: ChatRow) -> list[Span]:
+    def _marked(self, row: ChatRow, place: Place) -> tuple[str, list[Span]]:
         from transformers.utils import chat_template_utils
 
-        # Annotated to return one string, but it returns the texts and, for each, where its markers lay.
+        # What apply_chat_template calls; that one keeps only the tokens of the spans. Annotated to return one string,
+        # but it returns the texts and, for each, where its markers lay.
         render: Any = chat_template_utils.render_jinja_template
-        _, spans_by_text = render(
-            conversations=[row.messages],
-            tools=row.tools,
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        return [(start, stop) for start, stop in spans_by_text[0] if start < stop]
+        try:
+            texts, spans_by_text = render(
+                conversations=[row.messages],
+                tools=row.tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except _TEMPLATE_FAILURES as problem:
+            place.refuse(BadRow.TEMPLATE_REFUSED, f"the chat template refuses it: {_first_line(problem)}")
+        return texts[0], [(start, stop) for start, stop in spans_by_text[0] if start < stop]
 
     def _added_spans(self, row: ChatRow, text: str, place: Place) -> list[Span]:
         spans: list[Span] = []
@@ -146,7 +154,7 @@ class Conversations:
 
 
 # Templates are programs: besides raise_exception(), they fail as Python does, on a missing key or a wrong type.
-_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def _first_line(problem: BaseException) -> str:

@@ -37,11 +37,15 @@ class PackedCollator:
     """Lays all examples of all rows one after the other. Attention ends where position_ids start again.
 
     There is no attention_mask: transformers finds the boundaries in position_ids only where none is given. The other
-    entries say the same to the kernels of FlashAttention and of linear attention, as trl's collator does.
+    entries say the same to the kernels of FlashAttention and of linear attention, as trl's collator does. use_cache is
+    off, since with a cache, which transformers makes unless told otherwise, it does not look at position_ids either.
     """
 
     def __call__(self, rows: list[Example]) -> Batch:
-        """Return input_ids, labels, position_ids: int64 (1, n); seq_idx: int32 (1, n); cu_seq_lens_q and _k: int32."""
+        """Return what `model(**batch)` takes, for n tokens.
+
+        input_ids, labels, position_ids: int64 (1, n). seq_idx: int32 (1, n). cu_seq_lens_q and _k: int32.
+        """
         lengths = torch.tensor([length for row in rows for length in row["seq_lengths"]])
         ends = torch.cumsum(lengths, 0)
         starts = torch.repeat_interleave(ends - lengths, lengths)
@@ -57,4 +61,5 @@ class PackedCollator:
             "max_length_q": longest,
             "max_length_k": longest,
             "seq_idx": torch.repeat_interleave(number, lengths)[None],
+            "use_cache": False,
         }

@@ -21,9 +21,9 @@ from qformat.training.data.sources import (
     DataFile,
     FileState,
     Source,
+    check_unchanged,
     find_files,
     read_state,
-    was_written_since,
 )
 from qformat.training.data.statistics import DataStatistics, Dropped
 from qformat.training.data.token_cache import (
@@ -98,15 +98,14 @@ def prepare_data(
     cache: Path | None = None,
     split: str = "train",
     revision: str | None = None,
-    every_byte: bool = False,
     on_rows: Callable[[int], None] | None = None,
 ) -> TokenisedData:
     """Return the tokenised examples of a source, out of the cache or into it.
 
     source, split, revision: see `find_files`. cache: its folder, by default `default_folder()`.
-    every_byte: check a cache that is there byte by byte, not by its sizes and offsets only.
     on_rows: called with the number of rows read so far, while the cache is built.
 
+    A cache that is there is checked byte by byte, at several GB/s, and built again where it is damaged.
     A template that prints the date is rendered with the day on which the cache was built.
 
     Raises: DataError for a row that cannot be used, data without a single example, or a file that is written to
@@ -119,7 +118,7 @@ def prepare_data(
     content_digest = _content_digest(files, states)
     key = _key(content_digest, tokenizer, backend, settings)
     folder = default_folder() if cache is None else cache
-    cached = open_cache(folder, key, every_byte=every_byte)
+    cached = open_cache(folder, key, every_byte=True)
     if cached is None:
         cached = _build(folder, key, files, states, content_digest, tokenizer, backend, settings, on_rows)
     return TokenisedData(cached)
@@ -148,14 +147,7 @@ def _build(
             for examples in build.examples(files, on_rows):
                 writer.append(examples)
             for file, state in zip(files, states, strict=True):
-                if was_written_since(file, state):
-                    raise DataError(
-                        "file_changed",
-                        file.path,
-                        "was written to while it was read",
-                        place=None,
-                        next_step="Start again when it is complete",
-                    )
+                check_unchanged(file, state)
             statistics = build.statistics()
             if not statistics.examples:
                 raise _nothing_left(files, statistics)

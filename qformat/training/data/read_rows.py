@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ def _json_lines(path: Path, bad: BadRows, max_line_nbytes: int) -> Iterator[Row]
                     while line and line[-1:] != b"\n":
                         line = lines.readline(_SKIP_NBYTES)
                     place.refuse(BadRow.TOO_LARGE, f"more than {max_line_nbytes} bytes, the limit for one line")
-                row = parse_line(line, place)
+                row = parse_line(line.removeprefix(BOM_UTF8) if number == 1 else line, place)
             except DataError as error:
                 bad.refuse(error)
             else:
@@ -75,6 +76,15 @@ def _columns(file: DataFile, bad: BadRows) -> Iterator[Row]:
                 place=None,
                 next_step="Rename its columns",
             )
+        twice = [name for name in names if batch.schema.names.count(name) > 1]
+        if twice:
+            raise DataError(
+                BadRow.DAMAGED_FILE,
+                file.path,
+                f"has the column {twice[0]!r} more than once",
+                place=None,
+                next_step="Rename or remove one of them",
+            )
         wanted = batch.select(names)
         for index in range(batch.num_rows):
             number += 1
@@ -92,6 +102,8 @@ def _fields(batch: pyarrow.RecordBatch, index: int, place: Place) -> dict[str, J
         return {name: batch.column(position)[index].as_py() for position, name in enumerate(batch.schema.names)}
     except UnicodeDecodeError as broken:
         place.refuse(BadRow.NOT_UTF8, f"a string that is not UTF-8 at byte {broken.start}")
+    except (ValueError, OverflowError) as problem:  # such as a date that Python has no year for
+        place.refuse(BadRow.WRONG_TYPE, f"a value that Python cannot hold: {problem}")
 
 
 def _record_batches(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
@@ -107,6 +119,8 @@ def _record_batches(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
         else:
             with pyarrow.memory_map(str(file.path)) as mapped, pyarrow.ipc.open_stream(mapped) as batches:
                 for batch in batches:
+                    # Arrow trusts the offsets of its files: a damaged one would end the process.
+                    batch.validate(full=True)
                     for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
                         yield batch.slice(start, _ROWS_AT_A_TIME)
     except (pyarrow.ArrowException, OSError) as problem:

@@ -66,12 +66,13 @@ class Renderer:
     def _render_chat(self, content: ChatRow, row: Row) -> Rendered:
         if self._conversations is None:
             self._conversations = Conversations.of(self._tokenizer)
+        if self._loss_on is LossOn.COMPLETIONS and content.n_prompt is None:
+            text, spans = self._conversations.render_with_spans(content, row.place)
+            return Rendered(text, spans, False)
         text = self._conversations.render(content, row.place)
         if self._loss_on is LossOn.ALL:
             return Rendered(text, None, False)
-        if content.n_prompt is not None:
-            return Rendered(text, [(self._conversations.completion_start(content, text, row.place), len(text))], False)
-        return Rendered(text, self._conversations.assistant_spans(content, text, row.place), False)
+        return Rendered(text, [(self._conversations.completion_start(content, text, row.place), len(text))], False)
 
     def _ended(self, text: str) -> str:
         eos = self._tokenizer.eos_token

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from qformat.artifact.digests import xxh3_of_range
-from qformat.errors import SourceError, UsageError
+from qformat.errors import DataError, SourceError, UsageError
 
 Source = Path | str | Sequence[Path | str]
 
@@ -78,6 +78,8 @@ def hub_files(name: str, *, split: str, revision: str | None = None, cache: Path
     """
     import datasets
 
+    if "[" in split:  # the files hold the whole split
+        raise UsageError(f"{name}: split={split!r} is a part of a split. Name a whole one, or write the part to a file")
     try:
         rows = datasets.load_dataset(
             name, split=split, revision=revision, cache_dir=None if cache is None else str(cache)
@@ -92,20 +94,36 @@ def hub_files(name: str, *, split: str, revision: str | None = None, cache: Path
 
 
 def read_state(file: DataFile) -> FileState:
-    """Hash a file (several GB/s where it is cached). Raises SourceError where it cannot be read."""
+    """Hash a file (several GB/s where it is cached). Raises UsageError, or DataError where it shrinks meanwhile."""
     descriptor = _open(file.path)
     try:
         before = os.fstat(descriptor)
         digest = xxh3_of_range(descriptor, 0, before.st_size, path=file.path, error=SourceError)
         return FileState(digest, before.st_size, before.st_mtime_ns)
+    except SourceError:
+        raise _changed(file) from None
     finally:
         os.close(descriptor)
 
 
-def was_written_since(file: DataFile, state: FileState) -> bool:
-    """Whether a file has another size or time than when it was hashed."""
-    now = file.path.stat()
-    return (now.st_size, now.st_mtime_ns) != (state.nbytes, state.modified_ns)
+def check_unchanged(file: DataFile, state: FileState) -> None:
+    """Raise DataError for a file that is gone or has another size or time than when it was hashed."""
+    try:
+        now = file.path.stat()
+    except OSError:
+        raise _changed(file) from None
+    if (now.st_size, now.st_mtime_ns) != (state.nbytes, state.modified_ns):
+        raise _changed(file)
+
+
+def _changed(file: DataFile) -> DataError:
+    return DataError(
+        "file_changed",
+        file.path,
+        "was written to while it was read",
+        place=None,
+        next_step="Start again when it is complete",
+    )
 
 
 def _is_hub_name(source: str) -> bool:

@@ -234,7 +234,7 @@ def test_a_damaged_cache_is_built_again(
         file.unlink()
     else:
         file.write_bytes(data if damage == "flip" else data[:-1])
-    again = prepare_data(path, tokenizer, settings, cache=cache, every_byte=True)
+    again = prepare_data(path, tokenizer, settings, cache=cache)
     assert examples(again) == expected
 
 
