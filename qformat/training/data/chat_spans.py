@@ -154,7 +154,15 @@ class Conversations:
 
 
 # Templates are programs: besides raise_exception(), they fail as Python does, on a missing key or a wrong type.
-_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_TEMPLATE_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 def _first_line(problem: BaseException) -> str:

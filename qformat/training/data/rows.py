@@ -121,9 +121,7 @@ def parse_fields(fields: dict[str, Json], place: Place) -> Row:
         return Row(place, _prompt_and_completion(present, place))
     if "text" in present:
         return Row(place, TextRow(_text(present["text"], "text", place)))
-    names = ", ".join(
-        f"{name!r} (null)" if value is None else repr(name) for name, value in list(fields.items())[:8]
-    )
+    names = ", ".join(f"{name!r} (null)" if value is None else repr(name) for name, value in list(fields.items())[:8])
     problem = f"has {names or 'no field at all'}, but neither 'messages' nor 'prompt' and 'completion' nor 'text'"
     return place.refuse(BadRow.NO_KNOWN_FIELD, problem)
 
