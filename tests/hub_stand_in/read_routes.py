@@ -81,7 +81,7 @@ def tree(hub: Hub, call: Call, repository: Repository, revision: str, folder: st
     answer = as_json(listed[start:stop], X_Repo_Commit=commit.oid)
     if stop < len(listed):
         query = "&".join(f"{key}={quote(value)}" for key, value in call.query.items() if key != "cursor")
-        answer.headers["Link"] = f'<{hub.endpoint}{quote(call.path)}?{query}&cursor={stop}>; rel="next"'
+        answer.headers["Link"] = f'<{hub.endpoint}{call.path}?{query}&cursor={stop}>; rel="next"'
     return answer
 
 
