@@ -18,6 +18,9 @@ from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
 
 MANIFEST_NAME = "qformat.json"
+SIGNATURE_NAME = "model.sig"
+"""A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
+
 FORMAT_NAME = "qformat"
 FORMAT_VERSION = "1.0"
 MAJOR_VERSION = 1
