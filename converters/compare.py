@@ -33,7 +33,7 @@ from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
 from qformat.converters.execute import ABSMAX_CHUNK, CHUNK_NBYTES
-from qformat.converters.safetensors_shards import SafetensorsShards
+from qformat.converters.open_source import open_source
 from qformat.converters.source import Source, SourceTensor
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
@@ -65,7 +65,7 @@ def compare(
     on_compile (once, if kernels must be compiled) are for progress displays.
     Raises: ArtifactError and SourceError if one of the two cannot be opened.
     """
-    opened = SafetensorsShards(Path(source)) if isinstance(source, Path | str) else source
+    opened = open_source(source) if isinstance(source, Path | str) else source
     with ExitStack() as stack:
         if opened is not source:
             stack.callback(opened.close)

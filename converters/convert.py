@@ -13,9 +13,9 @@ from qformat.artifact.staging import Staging, check_target, work_folder
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.execute import execute, has_nonfinite
+from qformat.converters.open_source import open_source
 from qformat.converters.plan import Plan, make_plan
 from qformat.converters.recipe import Recipe, load_recipe
-from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source
 from qformat.cores import usable_cores
 from qformat.errors import TargetError, UsageError
@@ -47,7 +47,7 @@ class ConversionOptions:
 
     def open(self, source: Path) -> tuple[Source, Plan]:
         """Open a source and plan its conversion. The caller closes the source."""
-        opened = SafetensorsShards(source)
+        opened = open_source(source)
         try:
             recipe = self.load_recipe()
             planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)
@@ -93,7 +93,7 @@ def convert(
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
 ) -> ConversionSummary:
-    """Convert a 16- or 32-bit safetensors checkpoint into a 4-bit artifact.
+    """Convert a checkpoint, of any kind that `open_source` knows, into a 4-bit artifact.
 
     workers: threads, by default one a core; any number gives the same bytes. force: replace an artifact of that
     name. restart: drop what an interrupted run left. on_plan, on_progress (source bytes done) and on_compile (once,

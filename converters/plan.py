@@ -24,11 +24,12 @@ from qformat.artifact.manifest import (
     PackedRecord,
     TensorRecord,
 )
+from qformat.artifact.structure import INDEX_NAME
 from qformat.codec.floats import FloatFormat
 from qformat.converters import recipe as recipes
+from qformat.converters.checkpoint_folder import CONFIG_NAME
 from qformat.converters.recipe import NF4Options, Recipe
 from qformat.converters.rules import KeepReason, TensorInfo, module_path, skip_modules
-from qformat.converters.safetensors_shards import CONFIG_NAME, INDEX_NAME
 from qformat.converters.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
 

@@ -20,14 +20,15 @@ ALLOWED = {
     "qformat.strict_json": {"qformat.errors"},
     "qformat.codec": BASE,
     "qformat.artifact": BASE | {"qformat.codec"},
+    "qformat.hub": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.kernels": BASE | {"qformat.codec"},
     "qformat.model": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels"},
     "qformat.report": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model"},
-    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact"},
+    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact", "qformat.hub"},
     "qformat.cli": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"}
-    | {"qformat.training"},
+    | {"qformat.training", "qformat.hub"},
 }
 """What each layer may import besides itself. `qformat` itself (version, lazy public names) is free to all."""
 
@@ -37,6 +38,7 @@ NO_TORCH = (
     "qformat.codec",
     "qformat.artifact",
     "qformat.converters",
+    "qformat.hub",
 )
 
 

@@ -199,14 +199,15 @@ def _show_tensor(facts: Mapping[str, Any]) -> None:
 
 
 def _checkpoint_facts(path: Path, tensor: str | None) -> dict[str, Any]:
-    from qformat.converters.safetensors_shards import SafetensorsShards
+    from qformat.converters.open_source import open_source
 
-    source = SafetensorsShards(path)
+    source = open_source(path)
     source.close()
     if tensor is not None and tensor not in source.tensors:
         raise UsageError(_no_such_tensor(tensor, list(source.tensors)))
     return {
         "path": str(path),
+        "kind": source.kind,
         "tensors": [
             {
                 "name": entry.name,
@@ -223,7 +224,7 @@ def _checkpoint_facts(path: Path, tensor: str | None) -> dict[str, Any]:
 
 
 def _show_checkpoint(facts: Mapping[str, Any]) -> None:
-    click.echo(f"{facts['path']}: plain safetensors checkpoint")
+    click.echo(f"{facts['path']}: plain {facts['kind']} checkpoint")
     _show_tensor_table(facts["tensors"])
     total = sum(entry["nbytes"] for entry in facts["tensors"])
     click.echo(f"{len(facts['tensors'])} tensors, {format_nbytes(total)}")

@@ -58,7 +58,7 @@ def command(
     With --source, also encode every weight again and compare the bytes, compare every kept tensor bit for bit, and
     measure how far what a reader computes with is from SRC. Exits with 1 if anything is wrong.
     """
-    from qformat.converters.safetensors_shards import SafetensorsShards
+    from qformat.converters.open_source import open_source
     from qformat.cores import usable_cores
 
     if report is not None:
@@ -67,7 +67,7 @@ def command(
     with ExitStack() as stack:
         opened = None
         if source is not None:
-            opened = SafetensorsShards(source)
+            opened = open_source(source)
             stack.callback(opened.close)
         started = time.monotonic()
         integrity = _check(artifact, sha256=sha256, workers=workers)

@@ -1,0 +1,99 @@
+"""Open whatever a user names as a source: the kind follows from what lies there, by two tables.
+
+What holds the tensors (safetensors, PyTorch's .bin, GGUF) is told by the names of the files; how they are stored
+(16 bit, or in blocks that are decoded while they are read) by `quantization_config` in config.json. The second is
+independent of the first: `decoded` takes any source.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qformat.converters.checkpoint_folder import CONFIG_NAME
+from qformat.converters.source import Source
+from qformat.errors import Reason, SourceError
+
+
+@dataclass(frozen=True, slots=True)
+class SourceKind:
+    """A kind of source as `qformat info` lists it. `name` is what the manifest records."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Container(SourceKind):
+    """What holds tensors. The first container of the table that `lies_at` a place opens it."""
+
+    lies_at: Callable[[Path, list[str]], bool]
+    open: Callable[[Path], Source]
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoding(SourceKind):
+    """How tensors are stored: the `quant_method` of config.json, and the source that decodes another source."""
+
+    quant_method: str
+    open: Callable[[Source], Source]
+
+
+def open_source(location: Path | str) -> Source:
+    """Open the checkpoint at a location: a folder, or a GGUF file. The caller closes it.
+
+    Raises: SourceError for what is no checkpoint, or a damaged one, or one of a kind that cannot be converted.
+    """
+    path = Path(location)
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    container = next(kind for kind in _CONTAINERS if kind.lies_at(path, names))
+    opened = container.open(path)
+    try:
+        return decoded(opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def decoded(source: Source) -> Source:
+    """Return a source of 16-bit (or adopted 4-bit) tensors: `source` itself, or one that decodes it and closes it.
+
+    Raises: SourceError if config.json names a quantization that is not in the table.
+    """
+    quantization = source.config.get("quantization_config")
+    if quantization is None:
+        return source
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    for encoding in _ENCODINGS:
+        if encoding.quant_method == method:
+            return encoding.open(source)
+    raise SourceError(
+        Reason.ALREADY_QUANTIZED,
+        source.location / CONFIG_NAME,
+        f"the checkpoint is quantized already (quant_method {method!r})",
+        field="quantization_config",
+        next_step="Convert the 16-bit checkpoint that it was made from",
+    )
+
+
+def _open_safetensors(path: Path) -> Source:
+    from qformat.converters.safetensors_shards import SafetensorsShards
+
+    return SafetensorsShards(path)
+
+
+_CONTAINERS = (
+    _Container(
+        "safetensors",
+        "model.safetensors, or shards and their index, in bf16, fp16 or fp32",
+        lies_at=lambda path, names: True,  # and what is no checkpoint at all: it says what is missing
+        open=_open_safetensors,
+    ),
+)
+
+_ENCODINGS: tuple[_Encoding, ...] = ()
+
+KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS)
+"""Every kind of source, for lists."""
