@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
     from qformat.converters.export import export
     from qformat.converters.plan import Plan
+    from qformat.hub.publish import CardOptions, Published, publish
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Artifact": "qformat.artifact.reader:Artifact",
+    "CardOptions": "qformat.hub.publish:CardOptions",
     "Comparison": "qformat.converters.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
@@ -42,6 +44,7 @@ _PUBLIC = {
     "KeptTensor": "qformat.artifact.reader:KeptTensor",
     "PackedTensor": "qformat.artifact.reader:PackedTensor",
     "Plan": "qformat.converters.plan:Plan",
+    "Published": "qformat.hub.publish:Published",
     "TrainingJob": "qformat.training.run:TrainingJob",
     "TrainingResult": "qformat.training.run:TrainingResult",
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
@@ -53,6 +56,7 @@ _PUBLIC = {
     "load_tokenizer": "qformat.model.load:load_tokenizer",
     "open": "qformat.artifact.reader:open_artifact",
     "plan": "qformat.converters.convert:plan",
+    "publish": "qformat.hub.publish:publish",
     "register": "qformat.model.transformers_quantizer:register",
     "train": "qformat.training.run:train",
     "verify": "qformat.artifact.verify:verify_integrity",
@@ -60,6 +64,7 @@ _PUBLIC = {
 
 __all__ = [
     "Artifact",
+    "CardOptions",
     "Comparison",
     "ConversionOptions",
     "ConversionSummary",
@@ -67,6 +72,7 @@ __all__ = [
     "KeptTensor",
     "PackedTensor",
     "Plan",
+    "Published",
     "TrainingJob",
     "TrainingResult",
     "TrainingSettings",
@@ -78,6 +84,7 @@ __all__ = [
     "load_tokenizer",
     "open",
     "plan",
+    "publish",
     "register",
     "train",
     "verify",

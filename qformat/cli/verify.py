@@ -86,6 +86,17 @@ def command(
         ctx.exit(EXIT_FINDING)
 
 
+def verification_facts(artifact: Path, source: Path, *, workers: int) -> VerificationFacts:
+    """Verify an artifact, compare it with its source, and return what `--json` prints. Raises SourceError."""
+    from qformat.converters.open_source import open_source
+
+    with ExitStack() as stack:
+        opened = open_source(source)
+        stack.callback(opened.close)
+        integrity = _check(artifact, sha256=False, workers=workers)
+        return _facts(integrity, _compare(artifact, opened, integrity, workers))
+
+
 def _refuse_unwritable(report: Path, artifact: Path, source: Path | None) -> None:
     """Refuse what would fail after minutes of work, or spoil what is verified."""
     folder = report.absolute().parent
