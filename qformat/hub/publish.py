@@ -133,7 +133,6 @@ def publish(
         return _done(planned, open_request, already_there=True)
     if there is None:
         uploader.create(private=private)
-        there = _reopened(uploader, None)
     if branch != DEFAULT_REVISION and target is None:
         uploader.create_branch(branch)
     target = target or _reopened(uploader, branch)

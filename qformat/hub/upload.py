@@ -19,6 +19,7 @@ from qformat.hub.remote import DEFAULT_REVISION, RemoteRepository, open_reposito
 from qformat.hub.transport import RETRIED_STATUSES, Patience, Retries
 
 if TYPE_CHECKING:
+    import httpx2
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -149,14 +150,15 @@ class Uploader:
 
     def _made_after_all(self, files: Mapping[str, PublishedFile], parent: RemoteRepository, branch: str) -> Made | None:
         """Return the commit if it was made although its answer was lost. Raises HubError if there is another one."""
-        opened = self.open(branch)
-        if opened is None or opened.commit == parent.commit:
+        head = self._attempt("its newest commit", lambda: self._api.model_info(self.repository, revision=branch))
+        if head.sha == parent.commit:
             return None
-        if holds(opened, files):
+        opened = self.open(branch)
+        if opened is not None and holds(opened, files):
             return Made(opened.commit)
         raise HubError(
             self.repository,
-            f"somebody else made the commit {opened.commit[:12]} on {branch!r} meanwhile",
+            f"somebody else made the commit {(head.sha or 'of no name')[:12]} on {branch!r} meanwhile",
             next_step="Look at it, then run the same command again: what is uploaded is not sent twice",
         )
 
@@ -165,7 +167,7 @@ class Uploader:
     ) -> _Result:
         """Make a call of huggingface_hub until it succeeds, what cannot pass happens, or patience is at its end.
 
-        instead: asked after a failure whether the call had its effect all the same.
+        instead: asked after a failed request for a commit whether the call had its effect all the same.
         """
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -183,7 +185,7 @@ class Uploader:
                 cause = problem.__cause__ if isinstance(problem, RuntimeError) else problem
                 if not isinstance(cause, HfHubHTTPError | httpx2.TransportError):
                     raise
-                if (done := instead()) is not None:
+                if "/commit/" in _address(cause) and (done := instead()) is not None:
                     return done
                 if isinstance(cause, HfHubHTTPError) and cause.response.status_code not in RETRIED_STATUSES:
                     raise self._refusal(what, cause) from None
@@ -234,6 +236,13 @@ def _addition(file: PublishedFile) -> CommitOperationAdd:
     addition = CommitOperationAdd(file.name, content)
     addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: a large file is not read once more for it
     return addition
+
+
+def _address(problem: HfHubHTTPError | httpx2.TransportError) -> str:
+    """Return the address of the request that failed."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return str((problem.response if isinstance(problem, HfHubHTTPError) else problem).request.url)
 
 
 def _text(problem: Exception) -> str:
