@@ -84,6 +84,18 @@ def _open_safetensors(path: Path) -> Source:
     return SafetensorsShards(path)
 
 
+def _open_fp8(stored: Source) -> Source:
+    from qformat.converters.fp8_blocks import Fp8Blocks
+
+    return Fp8Blocks(stored)
+
+
+def _open_mxfp4(stored: Source) -> Source:
+    from qformat.converters.mxfp4 import Mxfp4
+
+    return Mxfp4(stored)
+
+
 _CONTAINERS = (
     _Container(
         "safetensors",
@@ -93,7 +105,10 @@ _CONTAINERS = (
     ),
 )
 
-_ENCODINGS: tuple[_Encoding, ...] = ()
+_ENCODINGS = (
+    _Encoding("fp8", "8-bit floats with block scales (DeepSeek-V3, Qwen3 FP8), decoded to bf16", "fp8", open=_open_fp8),
+    _Encoding("mxfp4", "4-bit floats (gpt-oss), decoded to bf16", "mxfp4", open=_open_mxfp4),
+)
 
 KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS)
 """Every kind of source, for lists."""
