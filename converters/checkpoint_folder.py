@@ -1,15 +1,19 @@
-"""The files of a checkpoint's folder, opened once each: what every kind of local source reads through.
+"""The files of a checkpoint, wherever they lie: what every kind of source reads through.
 
-Each file's state is noted when it is first opened, so that a conversion can tell at its end that nothing was changed.
+`CheckpointFolder` is a local folder. Each file's state is noted when it is first opened, so that a conversion can tell
+at its end that nothing was changed.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from qformat import strict_json
+from qformat.artifact import header
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES
 from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
 from qformat.artifact.regular_files import check_plain_name, open_regular, read_exactly, read_small
@@ -19,45 +23,54 @@ from qformat.errors import Reason, SourceError
 CONFIG_NAME = "config.json"
 
 
-class CheckpointFolder:
-    """A folder whose files are read by name. Raises SourceError for everything that is wrong with them."""
+class CheckpointFiles(ABC):
+    """Files that are read by name. Raises SourceError for everything that is wrong with them.
 
-    def __init__(self, path: Path) -> None:
-        if not os.path.isdir(path):
-            raise SourceError(
-                Reason.MISSING_FILE,
-                path,
-                "there is no such folder",
-                next_step="Give the folder of a checkpoint",
-            )
-        self.path = path
-        self.state_when_opened: JsonObject = {}
-        self._open_files = ExitStack()
-        self._descriptors: dict[str, int] = {}
+    path: where they lie, for messages. state_when_opened: what `state` was for each file before it was first read.
+    """
 
+    path: Path
+    state_when_opened: JsonObject
+
+    @abstractmethod
     def close(self) -> None:
-        """Close every file."""
-        self._open_files.close()
+        """Let go of everything that is open."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of everything that lies there, sorted."""
+
+    @abstractmethod
+    def read_small(self, name: str, *, max_nbytes: int) -> bytes:
+        """Return the bytes of a small file."""
+
+    @abstractmethod
+    def read_headers(self, names: Sequence[str]) -> dict[str, header.Header]:
+        """Open safetensors files and return their headers; from then on `read_into` reads them."""
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of an open file from `offset` on. Safe to call from several threads."""
+
+    @abstractmethod
+    def list_side_files(self) -> dict[str, int]:
+        """Return the files to carry over, with their sizes in bytes."""
+
+    @abstractmethod
+    def state(self) -> JsonObject:
+        """Return what tells whether the files were changed: equal means unchanged."""
 
     def has(self, name: str) -> bool:
         """Whether there is an entry of that name, whatever it is."""
-        return os.path.lexists(self.path / name)
+        return name in self.names()
 
-    def open(self, name: str) -> int:
-        """Open a regular file, keep it open, and return its descriptor."""
-        descriptor = self._open_files.enter_context(open_regular(self.path, name, error=SourceError))
-        self._descriptors[name] = descriptor
-        self.state_when_opened[name] = self._state_of(name)
-        return descriptor
-
-    def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of an open file from `offset` on. Safe to call from several threads."""
-        read_exactly(self._descriptors[name], offset, out, path=self.path / name, error=SourceError)
+    def read_side_file(self, name: str) -> bytes:
+        """Return the bytes of a file to carry over."""
+        return self.read_small(name, max_nbytes=MAX_SIDE_FILE_NBYTES)
 
     def read_json(self, name: str, *, max_nbytes: int) -> strict_json.Json:
         """Read a JSON file."""
-        self.state_when_opened[name] = self._state_of(name)
-        data = read_small(self.path, name, max_nbytes=max_nbytes, error=SourceError)
+        data = self.read_small(name, max_nbytes=max_nbytes)
         return strict_json.loads(data, path=self.path / name, max_nbytes=max_nbytes, error=SourceError)
 
     def read_config(self) -> JsonObject:
@@ -102,6 +115,56 @@ class CheckpointFolder:
             if tensor not in weight_map:
                 raise SourceError(Reason.INDEX_MISMATCH, self.path / shard, "is not in the index", tensor=tensor)
 
+
+class CheckpointFolder(CheckpointFiles):
+    """A local folder."""
+
+    def __init__(self, path: Path) -> None:
+        if not os.path.isdir(path):
+            raise SourceError(
+                Reason.MISSING_FILE,
+                path,
+                "there is no such folder",
+                next_step="Give the folder of a checkpoint",
+            )
+        self.path = path
+        self.state_when_opened: JsonObject = {}
+        self._open_files = ExitStack()
+        self._descriptors: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Close every file."""
+        self._open_files.close()
+
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of that name, whatever it is."""
+        return os.path.lexists(self.path / name)
+
+    def names(self) -> list[str]:
+        """Return the names of everything in the folder."""
+        return sorted(os.listdir(self.path))
+
+    def read_small(self, name: str, *, max_nbytes: int) -> bytes:
+        """Return the bytes of a small regular file."""
+        if name not in self.state_when_opened:
+            self.state_when_opened[name] = self._state_of(name)
+        return read_small(self.path, name, max_nbytes=max_nbytes, error=SourceError)
+
+    def read_headers(self, names: Sequence[str]) -> dict[str, header.Header]:
+        """Open safetensors files, one after another, and return their headers."""
+        return {name: header.read(self.open(name), self.path / name, error=SourceError) for name in names}
+
+    def open(self, name: str) -> int:
+        """Open a regular file, keep it open, and return its descriptor."""
+        descriptor = self._open_files.enter_context(open_regular(self.path, name, error=SourceError))
+        self._descriptors[name] = descriptor
+        self.state_when_opened[name] = self._state_of(name)
+        return descriptor
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of an open file from `offset` on. Safe to call from several threads."""
+        read_exactly(self._descriptors[name], offset, out, path=self.path / name, error=SourceError)
+
     def list_side_files(self) -> dict[str, int]:
         """Return the files to carry over, with their sizes in bytes."""
         found: dict[str, int] = {}
@@ -111,10 +174,6 @@ class CheckpointFolder:
                     found[entry.name] = os.fstat(descriptor).st_size
                     self.state_when_opened[entry.name] = self._state_of(entry.name)
         return found
-
-    def read_side_file(self, name: str) -> bytes:
-        """Return the bytes of a file to carry over."""
-        return read_small(self.path, name, max_nbytes=MAX_SIDE_FILE_NBYTES, error=SourceError)
 
     def state(self) -> JsonObject:
         """Return inode, size and times of each file that was opened; null for one that is gone."""

@@ -26,6 +26,7 @@ from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 from qformat.converters.plan import KeptTask, PackedTask, Place, Plan, Task, TensorDigests
+from qformat.converters.reading import Reading, reading_of
 from qformat.converters.source import Source, SourceTensor
 from qformat.converters.staged_shards import Progress, StagedShards, open_shards, run_tasks
 from qformat.errors import ArtifactError, Interrupted, Reason, SourceError
@@ -54,10 +55,13 @@ def execute(plan: Plan, source: Source, staging: Staging, *, workers: int, progr
     """
     with ExitStack() as stack:
         output, follower = _open_output(plan, staging, stack)
-        run = _Run(plan, source, staging, output, progress)
+        reading = reading_of(source)
+        stack.callback(reading.close)
+        run = _Run(plan, source, reading, staging, output, progress)
         digests = run.resume()
         staging.record({"source_state": run.source_state})
         digests |= run.do([task for task in plan.tasks if task.source.name not in digests], workers)
+        reading.finish()
         sha256 = follower.finish()
     files = {shard.name: FileRecord(shard.nbytes, sha256[shard.name], xxh3(shard.header)) for shard in plan.shards}
     files |= _write_small_files(plan, source, staging)
@@ -94,10 +98,13 @@ def _write_small_files(plan: Plan, source: Source, staging: Staging) -> dict[str
 class _Run:
     """One execution of a plan: the tasks, and what they share."""
 
-    def __init__(self, plan: Plan, source: Source, staging: Staging, output: StagedShards, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, source: Source, reading: Reading, staging: Staging, output: StagedShards, progress: Progress
+    ) -> None:
         self.source_state = dict(sorted(source.state_when_opened.items()))
         self._plan = plan
         self._source = source
+        self._reading = reading
         self._staging = staging
         self._output = output
         self._stopping = threading.Event()
@@ -107,7 +114,7 @@ class _Run:
 
     def resume(self) -> dict[str, TensorDigests]:
         """Return the digests of the tasks that an interrupted run completed and whose bytes are really there."""
-        entries = {str(entry["tensor"]): entry for entry in self._staging.entries if "tensor" in entry}
+        entries = {str(entry["tensor"]): entry for entry in self._reading.trusted(self._staging.entries)}
         states = [entry["source_state"] for entry in self._staging.entries if "source_state" in entry]
         unchanged = bool(states) and states[-1] == self.source_state
         done: dict[str, TensorDigests] = {}
@@ -130,7 +137,8 @@ class _Run:
 
     def do(self, tasks: list[Task], workers: int) -> dict[str, TensorDigests]:
         """Run tasks on a thread pool. Stops all of them on the first error."""
-        named = {task.source.name: task for task in tasks}
+        by_name = {task.source.name: task for task in tasks}
+        named = {name: by_name[name] for name in self._reading.begin([task.source for task in tasks], self._record)}
         return run_tasks(named, self._do, workers=workers, stopping=self._stopping, thread_name="qformat-encode")
 
     def refuse_changed_source(self) -> None:
@@ -152,9 +160,13 @@ class _Run:
             "source_xxh3": digests.source_xxh3,
             "components": {part.label: digest for part, digest in digests.components.items()},
         }
+        self._reading.settle(task.source, digests.source_xxh3)
+        self._record(entry)
+        return digests
+
+    def _record(self, entry: JsonObject) -> None:
         with self._journal_lock:
             self._staging.record(entry)
-        return digests
 
     def _copy(self, task: KeptTask) -> TensorDigests:
         digest = Xxh3()

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qformat.artifact.manifest import JsonObject
 from qformat.converters.checkpoint_folder import CONFIG_NAME
 from qformat.converters.source import Source
-from qformat.errors import Reason, SourceError
+from qformat.errors import Reason, SourceError, UsageError
+from qformat.hub.names import is_repository_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +43,25 @@ class _Encoding(SourceKind):
     open: Callable[[Source], Source]
 
 
-def open_source(location: Path | str) -> Source:
-    """Open the checkpoint at a location: a folder, or a GGUF file. The caller closes it.
+def open_source(
+    location: Path | str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    keep_source: bool = False,
+    pin: JsonObject | None = None,
+) -> Source:
+    """Open the checkpoint at a location: a folder, a GGUF file, or a repository of the Hub. The caller closes it.
 
-    Raises: SourceError for what is no checkpoint, or a damaged one, or one of a kind that cannot be converted.
+    location: what lies here comes first; otherwise a text of the form owner/name is a repository, and a Path never is.
+    revision, offline, keep_source, pin: of a repository, see `open_hub_repository`.
+    Raises: SourceError for what is no checkpoint, or a damaged one, or one of a kind that cannot be converted;
+    HubError; UsageError for options that do not fit the location.
     """
+    if is_repository(location):
+        return _open_hub(str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin)
+    if revision is not None or offline or keep_source:
+        raise UsageError(f"{location}: is no repository of the Hub (owner/name), and the option is for those")
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     container = next(kind for kind in _CONTAINERS if kind.lies_at(path, names))
@@ -55,6 +71,11 @@ def open_source(location: Path | str) -> Source:
     except BaseException:
         opened.close()
         raise
+
+
+def is_repository(location: Path | str) -> bool:
+    """Whether a location names a repository of the Hub: nothing of that name lies here, and it has the form."""
+    return isinstance(location, str) and not os.path.lexists(location) and is_repository_name(location)
 
 
 def decoded(source: Source) -> Source:
@@ -78,10 +99,36 @@ def decoded(source: Source) -> Source:
     )
 
 
+def _open_hub(name: str, *, revision: str | None, offline: bool, keep_source: bool, pin: JsonObject | None) -> Source:
+    from qformat.converters.hub_repository import open_hub_repository
+
+    opened = open_hub_repository(name, revision=revision, offline=offline, keep_source=keep_source, pin=pin)
+    try:
+        source = decoded(opened)
+        if source is not opened:
+            opened.check_for_any_order()
+    except BaseException:
+        opened.close()
+        raise
+    return source
+
+
 def _open_safetensors(path: Path) -> Source:
     from qformat.converters.safetensors_shards import SafetensorsShards
 
     return SafetensorsShards(path)
+
+
+def _open_fp8(stored: Source) -> Source:
+    from qformat.converters.fp8_blocks import Fp8Blocks
+
+    return Fp8Blocks(stored)
+
+
+def _open_mxfp4(stored: Source) -> Source:
+    from qformat.converters.mxfp4 import Mxfp4
+
+    return Mxfp4(stored)
 
 
 _CONTAINERS = (
@@ -93,7 +140,10 @@ _CONTAINERS = (
     ),
 )
 
-_ENCODINGS: tuple[_Encoding, ...] = ()
+_ENCODINGS = (
+    _Encoding("fp8", "8-bit floats with block scales (DeepSeek-V3, Qwen3 FP8), decoded to bf16", "fp8", open=_open_fp8),
+    _Encoding("mxfp4", "4-bit floats (gpt-oss), decoded to bf16", "mxfp4", open=_open_mxfp4),
+)
 
 KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS)
 """Every kind of source, for lists."""

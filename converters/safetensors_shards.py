@@ -9,7 +9,7 @@ from pathlib import Path
 from qformat import strict_json
 from qformat.artifact import header
 from qformat.artifact.manifest import JsonObject
-from qformat.converters.checkpoint_folder import CheckpointFolder
+from qformat.converters.checkpoint_folder import CheckpointFiles, CheckpointFolder
 from qformat.converters.source import PackedWeight, SourceTensor
 from qformat.errors import Reason, SourceError
 
@@ -24,14 +24,14 @@ _OTHER_FORMATS = (
 
 
 class SafetensorsShards:
-    """A local checkpoint in safetensors files. Opening reads and checks every header and no weight."""
+    """A checkpoint in safetensors files. Opening reads and checks every header and no weight."""
 
     kind = "safetensors"
     packed: Mapping[str, PackedWeight] = {}
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = CheckpointFolder(folder)
-        self.location = folder
+    def __init__(self, files: Path | CheckpointFiles) -> None:
+        self._folder = CheckpointFolder(files) if isinstance(files, Path) else files
+        self.location = self._folder.path
         self.state_when_opened = self._folder.state_when_opened
         try:
             self.config = self._folder.read_config()
@@ -86,17 +86,15 @@ class SafetensorsShards:
     def _open_shards(self) -> dict[str, header.Header]:
         weight_map = self._read_index()
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
-        headers: dict[str, header.Header] = {}
         owner: dict[str, str] = {}
-        for name in names:
-            parsed = header.read(self._folder.open(name), self.location / name, error=SourceError)
+        headers = self._folder.read_headers(names)
+        for name, parsed in headers.items():
             for tensor in parsed.tensors:
                 if tensor in owner:
                     raise SourceError(
                         Reason.DUPLICATE_TENSOR, parsed.path, f"is in {owner[tensor]}, too", tensor=tensor
                     )
                 owner[tensor] = name
-            headers[name] = parsed
         if weight_map is not None:
             self._folder.check_weight_map(INDEX_NAME, weight_map, owner)
         return headers
@@ -116,7 +114,7 @@ class SafetensorsShards:
         return weight_map
 
     def _no_weights(self) -> SourceError:
-        names = sorted(entry.name for entry in self.location.iterdir())
+        names = self._folder.names()
         for suffix, meaning in _OTHER_FORMATS:
             found = [name for name in names if name.endswith(suffix)]
             if found:

@@ -28,15 +28,19 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 Examples:
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*' --block-size 128
-  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run"""
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run
+  qformat convert meta-llama/Llama-3.2-1B Llama-3.2-1B-nf4 --revision main"""
 )
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of ordered pattern -> action rules.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Keep what matches in 16 bit. May be repeated.")
 @click.option("--block-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
 @click.option("--no-double-quant", is_flag=True, help="Store float32 scales (0.37 bits a weight more).")
 @click.option("--keep-nonfinite", is_flag=True, help="Keep weights with Inf or NaN in 16 bit. Reads SRC twice.")
+@click.option("--revision", help="Branch, tag or commit of a repository of the Hub.  [default: main]")
+@click.option("--offline", is_flag=True, help="Make no request: read the local cache of the Hub.")
+@click.option("--keep-source", is_flag=True, help="Store the source in the local cache of the Hub and convert that.")
 @click.option("--workers", type=int, help="Threads; any number gives the same bytes.  [default: one a core]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a shard.")
 @click.option("--force", is_flag=True, help="Replace the artifact OUT, in one step once the new one is whole.")
@@ -44,13 +48,16 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    source: Path,
+    source: str,
     out: Path,
     recipe: Path | None,
     skip: tuple[str, ...],
     block_size: int,
     no_double_quant: bool,
     keep_nonfinite: bool,
+    revision: str | None,
+    offline: bool,
+    keep_source: bool,
     workers: int | None,
     max_shard_size: str,
     force: bool,
@@ -58,10 +65,11 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert the safetensors checkpoint in folder SRC into the 4-bit artifact OUT.
+    """Convert the checkpoint SRC, a folder or a repository of the Hub, into the 4-bit artifact OUT.
 
     transformers + bitsandbytes, PEFT and vLLM load OUT as it is. Memory stays flat whatever the model's size. An
-    interrupted conversion is continued by the same command; nothing stands under OUT before it is whole.
+    interrupted conversion is continued by the same command; nothing stands under OUT before it is whole. A repository
+    (owner/name) is fetched once, in ranges, checked and encoded on the way, and not stored.
     """
     from qformat.converters.convert import ConversionOptions, convert, plan
 
@@ -72,6 +80,9 @@ def command(
         double_quant=not no_double_quant,
         max_shard_nbytes=parse_size(max_shard_size),
         keep_nonfinite=keep_nonfinite,
+        revision=revision,
+        offline=offline,
+        keep_source=keep_source,
     )
     if dry_run:
         _show_plan(plan(source, options), out, as_json=as_json)

@@ -11,13 +11,11 @@ Everything that arrives is checked against what the listing of the commit says: 
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin
 
@@ -25,6 +23,7 @@ from qformat import strict_json
 from qformat.artifact.limits import MAX_SIZE
 from qformat.errors import HubError, InvalidFileError, Reason, SourceError
 from qformat.hub.names import check_listed_path, check_repository_name, check_revision, is_commit
+from qformat.hub.repository import ReadBytes, RemoteFile, check_digest
 from qformat.hub.transport import Patience, Retries, Transport, Unusable
 
 if TYPE_CHECKING:
@@ -48,16 +47,6 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """A file of a listing. sha256: of a file in large-file storage; of another, git's blob hash is `oid`."""
-
-    path: str
-    nbytes: int
-    oid: str
-    sha256: str | None
-
-
 class RemoteRepository:
     """A repository at one commit. Safe to use from several threads.
 
@@ -79,6 +68,10 @@ class RemoteRepository:
     def __str__(self) -> str:
         return f"{self.name}@{self.commit[:12]}"
 
+    def close(self) -> None:
+        """Let no request wait any longer: those in progress end with an error."""
+        self._transport.close()
+
     def read_small(self, path: str, *, max_nbytes: int) -> bytes:
         """Return the bytes of a file, checked against the digest that the commit has for it.
 
@@ -91,17 +84,10 @@ class RemoteRepository:
             )
         data = bytearray(file.nbytes)
         self.read_range(path, 0, memoryview(data))
-        if file.sha256 is not None:
-            found, expected = hashlib.sha256(data).hexdigest(), file.sha256
-        else:
-            found, expected = git_blob_oid(data), file.oid
-        if found != expected:
-            raise digest_error(f"{self}/{path}", found, expected, self._error)
+        check_digest(data, file, shown=f"{self}/{path}", error=self._error)
         return bytes(data)
 
-    def read_range(
-        self, path: str, start: int, out: memoryview, *, on_bytes: Callable[[int], None] = lambda nbytes: None
-    ) -> None:
+    def read_range(self, path: str, start: int, out: memoryview, *, on_bytes: ReadBytes = lambda nbytes: None) -> None:
         """Fill `out` with the file's bytes from `start` on; a broken answer is continued where it broke.
 
         on_bytes: told of bytes as they arrive; an exception of its own ends the transfer.
@@ -235,30 +221,14 @@ def open_repository(
 ) -> RemoteRepository:
     """Ask the Hub for the commit of a revision and for its files.
 
-    revision: branch, tag or commit; by default the main branch. token: None for the user's own, False for none.
+    revision: branch, tag or commit, by default the main branch; a full commit hash costs no request.
+    token: None for the user's own, False for none.
     Raises: UsageError for names that can be none; HubError; `error` (path_escapes) for a file name that leaves the
     repository.
     """
     transport = Transport(check_repository_name(name), token=token, patience=patience)
     commit = _resolve(transport, check_revision(revision or DEFAULT_REVISION))
     return RemoteRepository(transport, commit, _list_files(transport, commit, error), error=error)
-
-
-def git_blob_oid(data: bytes | bytearray) -> str:
-    """Return git's hash of a file's bytes, by which the Hub names files outside of large-file storage."""
-    digest = hashlib.sha1(f"blob {len(data)}\0".encode(), usedforsecurity=False)
-    digest.update(data)
-    return digest.hexdigest()
-
-
-def digest_error(path: str, found: str, expected: str, error: type[InvalidFileError]) -> InvalidFileError:
-    """Return the error for a file that arrived with other bytes than the commit has."""
-    return error(
-        Reason.FILE_DIGEST,
-        path,
-        f"arrived with the digest {found}, expected {expected}: its bytes were changed on the way or on the server",
-        next_step="Run the same command again: it fetches the file anew",
-    )
 
 
 def _resolve(transport: Transport, revision: str) -> str:

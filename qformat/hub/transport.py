@@ -8,8 +8,8 @@ and nowhere else.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -74,7 +74,7 @@ class Retries:
     repository: str
     what: str
     patience: Patience
-    sleep: Callable[[float], object] = time.sleep
+    closing: threading.Event = field(default_factory=threading.Event)
     _failures: int = field(default=0)
 
     def progress(self) -> None:
@@ -92,7 +92,8 @@ class Retries:
             )
         pause = self.patience.wait_s(self._failures) if wait_s is None else wait_s
         _log.info("%s: %s: %s; trying again in %.1f s", self.repository, self.what, problem, pause)
-        self.sleep(pause)
+        if self.closing.wait(pause):
+            raise HubError(self.repository, f"{self.what}: stopped", next_step="The same command continues")
 
 
 class Transport:
@@ -103,7 +104,6 @@ class Transport:
 
     def __init__(
         self, repository: str, *, token: str | bool | None = None, patience: Patience | None = None,
-        sleep: Callable[[float], object] = time.sleep,
     ) -> None:  # fmt: skip
         from huggingface_hub import constants
         from huggingface_hub.utils._headers import build_hf_headers
@@ -113,12 +113,16 @@ class Transport:
         self.patience = patience or Patience()
         self._timeout_s = self.patience.timeout_s or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         self._headers = build_hf_headers(token=token, library_name="qformat", library_version=__version__)
-        self._sleep = sleep
+        self._closing = threading.Event()
         self._answered = False
 
     def retries(self, what: str) -> Retries:
         """Return a counter of failures for one piece of work; `what` names it in messages."""
-        return Retries(self.repository, what, self.patience, self._sleep)
+        return Retries(self.repository, what, self.patience, self._closing)
+
+    def close(self) -> None:
+        """Let no attempt wait for its turn any longer."""
+        self._closing.set()
 
     def get_small(self, url: str, what: str, *, max_nbytes: int) -> tuple[bytes, Mapping[str, str]]:
         """Return body and headers of a small answer. Raises HubError."""
@@ -161,8 +165,7 @@ class Transport:
 
         Raises: HubError where the Hub refuses; inside `attempt`, what may pass.
         """
-        from huggingface_hub import constants
-        from huggingface_hub import get_session
+        from huggingface_hub import constants, get_session
 
         if constants.is_offline_mode():
             raise HubError(
