@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
     from qformat.converters.export import export
     from qformat.converters.plan import Plan
+    from qformat.hub.fetch import FetchSummary, fetch
     from qformat.hub.publish import CardOptions, Published, publish
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
@@ -40,6 +41,7 @@ _PUBLIC = {
     "Comparison": "qformat.converters.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
+    "FetchSummary": "qformat.hub.fetch:FetchSummary",
     "IntegrityReport": "qformat.artifact.verify:IntegrityReport",
     "KeptTensor": "qformat.artifact.reader:KeptTensor",
     "PackedTensor": "qformat.artifact.reader:PackedTensor",
@@ -51,6 +53,7 @@ _PUBLIC = {
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
     "export": "qformat.converters.export:export",
+    "fetch": "qformat.hub.fetch:fetch",
     "force_backend": "qformat.kernels.backends:force_backend",
     "load_model": "qformat.model.load:load_model",
     "load_tokenizer": "qformat.model.load:load_tokenizer",
@@ -68,6 +71,7 @@ __all__ = [
     "Comparison",
     "ConversionOptions",
     "ConversionSummary",
+    "FetchSummary",
     "IntegrityReport",
     "KeptTensor",
     "PackedTensor",
@@ -79,6 +83,7 @@ __all__ = [
     "compare",
     "convert",
     "export",
+    "fetch",
     "force_backend",
     "load_model",
     "load_tokenizer",

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "Show what an artifact or a checkpoint holds.",
     "verify": "Prove that an artifact is whole, and how far it is from its source.",
     "publish": "Publish an artifact on the Hub, with a model card.",
+    "fetch": "Download an artifact from the Hub, every byte checked.",
     "generate": "Generate text with an artifact.",
     "train": "Train a LoRA adapter on an artifact.",
     "info": "Show devices, backends and versions.",

@@ -17,7 +17,7 @@ from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord,
 from qformat.artifact.regular_files import read_small
 from qformat.errors import ArtifactError
 from qformat.hub.origin import CARD_NAME
-from qformat.hub.remote import RemoteFile, git_blob_oid
+from qformat.hub.repository import RemoteFile, git_blob_oid
 
 
 @dataclass(frozen=True, slots=True)
