@@ -55,6 +55,9 @@ class Patience:
         return float(min(self.first_wait_s * self.factor ** (failures - 1), self.longest_wait_s))
 
 
+DEFAULT_PATIENCE = Patience()
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A good answer. linked: the headers of the Hub's own redirect to a storage elsewhere, if it made one."""
@@ -110,7 +113,7 @@ class Transport:
 
         self.repository = repository
         self.endpoint = constants.ENDPOINT
-        self.patience = patience or Patience()
+        self.patience = patience or DEFAULT_PATIENCE
         self._timeout_s = self.patience.timeout_s or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         self._headers = build_hf_headers(token=token, library_name="qformat", library_version=__version__)
         self._closing = threading.Event()
