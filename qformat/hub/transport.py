@@ -227,9 +227,13 @@ class Transport:
         reason = server_reason(response, secret=self._headers.get("authorization", "").removeprefix("Bearer "))
         if status in RETRIED_STATUSES:
             raise _Busy(f"the server answers {status}" + (f" ({reason})" if reason else ""), _asked_wait_s(response))
+        if not self.is_hub(str(response.url)) and status != 416:  # an address that the Hub signed: they expire
+            raise Unusable(
+                f"the storage that the Hub redirects to answers {status}" + (f" ({reason})" if reason else "")
+            )
         raise refusal(
             self.repository, what, status=status, code=response.headers.get("X-Error-Code"), reason=reason,
-            endpoint=self.endpoint, at_hub=self.is_hub(str(response.url)),
+            endpoint=self.endpoint,
         )  # fmt: skip
 
     def _shown(self, problem: Exception) -> str:
