@@ -17,7 +17,7 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.regular_files import check_plain_name
 from qformat.converters.checkpoint_folder import CheckpointFiles
 from qformat.converters.side_files import is_side_file
-from qformat.errors import Reason, SourceError
+from qformat.errors import SourceError
 from qformat.hub.repository import RemoteFile, Repository
 from qformat.hub.stream import CONNECTIONS, ByteStream
 
@@ -102,12 +102,7 @@ class HubFiles(CheckpointFiles):
 
     def _listed(self, name: str) -> RemoteFile:
         check_plain_name(name, path=self.path, error=SourceError)
-        if name not in self.repository.files:
-            raise SourceError(
-                Reason.MISSING_FILE, self.path / name, f"there is no such file in {self.repository}",
-                next_step="Check the repository and its revision",
-            )  # fmt: skip
-        return self.repository.files[name]
+        return self.repository.file(name)
 
     def _read_header(self, name: str) -> Header:
         file, path = self._listed(name), self.path / name

@@ -95,7 +95,7 @@ def open_hub_repository(
         files = HubFiles(open_repository(name, revision=asked), revision=revision)
         needed = _needed_files(files)
         if keep_source:
-            download(files.repository, needed)
+            download(files.repository, needed, revision=revision)
         if (cached := _whole_in_cache(files.repository, needed)) is not None:
             files.close()
             files = HubFiles(cached, revision=revision)

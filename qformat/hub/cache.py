@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from qformat.artifact.digests import sha256_of_file
+from qformat.artifact.disk import Disk
 from qformat.artifact.regular_files import open_regular, read_exactly
 from qformat.errors import InvalidFileError, Reason, SourceError
 from qformat.hub.names import check_repository_name, check_revision, is_commit
@@ -49,7 +50,7 @@ class CachedRepository:
 
     def read_small(self, path: str, *, max_nbytes: int) -> bytes:
         """Return the bytes of a file, checked against the digest in its blob's name."""
-        file = self._file(path)
+        file = self.file(path)
         if file.nbytes > max_nbytes:
             raise self._error(
                 Reason.JSON_LIMIT, self.folder / path, f"{file.nbytes} bytes, at most {max_nbytes} are read"
@@ -61,7 +62,7 @@ class CachedRepository:
 
     def read_range(self, path: str, start: int, out: memoryview, *, on_bytes: ReadBytes = lambda nbytes: None) -> None:
         """Fill `out` with the file's bytes from `start` on."""
-        read_exactly(self._descriptors[self._file(path).path], start, out, path=self.folder / path, error=self._error)
+        read_exactly(self._descriptors[self.file(path).path], start, out, path=self.folder / path, error=self._error)
         on_bytes(len(out))
 
     def check(self, paths: Iterable[str]) -> None:
@@ -70,7 +71,7 @@ class CachedRepository:
         Raises `error` (file_digest).
         """
         for path in paths:
-            file, shown = self._file(path), self.folder / path
+            file, shown = self.file(path), self.folder / path
             if file.sha256 is None:
                 self.read_small(path, max_nbytes=file.nbytes)
                 continue
@@ -82,7 +83,8 @@ class CachedRepository:
         """Close every file."""
         self._open_files.close()
 
-    def _file(self, path: str) -> RemoteFile:
+    def file(self, path: str) -> RemoteFile:
+        """Return a file that is there. Raises `error` (missing_file)."""
         if path not in self.files:
             raise self._error(
                 Reason.MISSING_FILE, self.folder / path, "is not in the local cache",
@@ -115,6 +117,18 @@ def find_in_cache(name: str, revision: str, *, error: type[InvalidFileError] = S
     if commit is None or not (folder / "snapshots" / commit).is_dir():
         return None
     return CachedRepository(name, commit, folder / "snapshots" / commit, error=error)
+
+
+def note_ref(name: str, revision: str, commit: str) -> None:
+    """Note down which commit a branch or tag is, as the client does when it downloads one by its name.
+
+    Raises TargetError.
+    """
+    if not is_commit(revision):
+        disk, path = Disk(), _folder(name) / "refs" / check_revision(revision)
+        for folder in reversed([parent for parent in path.parents if not parent.exists()]):
+            disk.make_folder(folder)
+        disk.write_file(path, commit.encode("ascii"))
 
 
 def _folder(name: str) -> Path:

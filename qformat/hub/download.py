@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qformat.errors import HubError
+from qformat.hub import transport
+from qformat.hub.cache import note_ref
 from qformat.hub.repository import Repository
-from qformat.hub.transport import RETRIED_STATUSES, Patience, Retries
+from qformat.hub.transport import RETRIED_STATUSES, Retries
 
 
-def download(repository: Repository, paths: Sequence[str], *, patience: Patience | None = None) -> None:
+def download(repository: Repository, paths: Sequence[str], *, revision: str) -> None:
     """Bring files into the local cache. What is there already is not fetched again; a broken download is continued.
 
+    revision: a name that the cache notes down for the repository's commit.
     The client retries some of its requests and not others: whatever may pass is tried again here.
-    Raises HubError.
+    Raises: HubError; TargetError for a cache that cannot be written.
     """
     import httpx2
     from huggingface_hub import errors, snapshot_download
 
-    retries = Retries(repository.name, "the download", patience or Patience())
+    retries = Retries(repository.name, "the download", transport.DEFAULT_PATIENCE)
     while True:
         try:
             snapshot_download(repository.name, revision=repository.commit, allow_patterns=[_literal(p) for p in paths])
+            note_ref(repository.name, revision, repository.commit)
             return
         except errors.LocalEntryNotFoundError as problem:  # no connection, or no answer in time
             retries.failed(_first_line(problem))

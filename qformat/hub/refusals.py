@@ -15,15 +15,10 @@ _MAX_BODY_NBYTES = 65536
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
-def refusal(
-    repository: str, what: str, *, status: int, code: str | None, reason: str, endpoint: str, at_hub: bool
-) -> HubError:
+def refusal(repository: str, what: str, *, status: int, code: str | None, reason: str, endpoint: str) -> HubError:
     """Return the error for an answer that will not change by asking again."""
     said = f": {reason}" if reason else ""
-    if not at_hub:
-        problem = f"{what}: the storage that the Hub redirects to answers {status}{said}"
-        next_step = "Run the same command again"
-    elif code == "GatedRepo":
+    if code == "GatedRepo":
         problem = f"access is gated{said}"
         next_step = f"Ask for access at {endpoint}/{repository}, then {_LOG_IN}"
     elif code == "RevisionNotFound":

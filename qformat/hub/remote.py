@@ -145,11 +145,11 @@ class RemoteRepository:
             try:
                 answer = stack.enter_context(self._transport.open(url, file.path, asked))
             except HubError as refused:
-                if remembered is not None:  # signed addresses expire
-                    self._addresses.pop(file.path, None)
-                    raise Unusable(f"its storage answers {refused.status}") from None
                 if refused.status == 416:
                     raise self._changed(file, f"it has no bytes {start} to {stop} any more") from None
+                raise
+            except BaseException:
+                self._addresses.pop(file.path, None)  # it may have expired: the next attempt asks the Hub again
                 raise
             if answer.linked is not None:
                 self._check_identity(file, answer.linked)

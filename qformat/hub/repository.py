@@ -37,6 +37,9 @@ class Repository(Protocol):
     def files(self) -> Mapping[str, RemoteFile]:
         """Every file of the commit that can be read here, by path."""
 
+    def file(self, path: str) -> RemoteFile:
+        """Return a file of that path, or say that there is none."""
+
     def read_small(self, path: str, *, max_nbytes: int) -> bytes:
         """Return the bytes of a file, checked against the digest that the commit has for it."""
 

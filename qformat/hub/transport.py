@@ -55,6 +55,9 @@ class Patience:
         return float(min(self.first_wait_s * self.factor ** (failures - 1), self.longest_wait_s))
 
 
+DEFAULT_PATIENCE = Patience()
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A good answer. linked: the headers of the Hub's own redirect to a storage elsewhere, if it made one."""
@@ -110,7 +113,7 @@ class Transport:
 
         self.repository = repository
         self.endpoint = constants.ENDPOINT
-        self.patience = patience or Patience()
+        self.patience = patience or DEFAULT_PATIENCE
         self._timeout_s = self.patience.timeout_s or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         self._headers = build_hf_headers(token=token, library_name="qformat", library_version=__version__)
         self._closing = threading.Event()
@@ -224,9 +227,13 @@ class Transport:
         reason = server_reason(response, secret=self._headers.get("authorization", "").removeprefix("Bearer "))
         if status in RETRIED_STATUSES:
             raise _Busy(f"the server answers {status}" + (f" ({reason})" if reason else ""), _asked_wait_s(response))
+        if not self.is_hub(str(response.url)) and status != 416:  # an address that the Hub signed: they expire
+            raise Unusable(
+                f"the storage that the Hub redirects to answers {status}" + (f" ({reason})" if reason else "")
+            )
         raise refusal(
             self.repository, what, status=status, code=response.headers.get("X-Error-Code"), reason=reason,
-            endpoint=self.endpoint, at_hub=self.is_hub(str(response.url)),
+            endpoint=self.endpoint,
         )  # fmt: skip
 
     def _shown(self, problem: Exception) -> str:
