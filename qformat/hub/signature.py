@@ -7,14 +7,18 @@ and `model_signing verify key` checks it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qformat.artifact.manifest import SIGNATURE_NAME
+from qformat.artifact.limits import MAX_MANIFEST_NBYTES
+from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parse
+from qformat.artifact.regular_files import read_small
 from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.hub.listing import PublishedArtifact
 
 if TYPE_CHECKING:
     import model_signing.hashing
@@ -83,6 +87,33 @@ def check_signature(signature: bytes, digests: Mapping[str, str], public_key: Pa
                 f"is no signature of these files with the key {public_key}: {_reason(problem)}",
                 next_step="Trust it only if the publisher can explain that",
             ) from None
+
+
+def check_local_signature(artifact: Path, public_key: Path) -> None:
+    """Check the signature beside the manifest of a folder, whose files were compared with the manifest already.
+
+    Raises: ArtifactError (missing_file, signature); UsageError for a public key that cannot be used.
+    """
+    data = read_small(artifact, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+    signature = read_small(artifact, SIGNATURE_NAME, max_nbytes=MAX_SIGNATURE_NBYTES, error=ArtifactError)
+    digests = signed_digests(parse(data, artifact / MANIFEST_NAME), data)
+    check_signature(signature, digests, public_key, where=artifact / SIGNATURE_NAME)
+
+
+def check_published_signature(published: PublishedArtifact, public_key: Path) -> None:
+    """Check the signature of an artifact on the Hub, whose files were compared with the manifest already.
+
+    Raises: ArtifactError (missing_file, signature); HubError; UsageError for a public key that cannot be used.
+    """
+    signature = published.repository.read_small(SIGNATURE_NAME, max_nbytes=MAX_SIGNATURE_NBYTES)
+    digests = signed_digests(published.manifest, published.manifest_bytes)
+    check_signature(signature, digests, public_key, where=published.where / SIGNATURE_NAME)
+
+
+def signed_digests(manifest: Manifest, data: bytes) -> dict[str, str]:
+    """Return the SHA-256 of every file that a signature covers, by name. data: the manifest's bytes."""
+    digests = {name: record.sha256 for name, record in manifest.files.items()}
+    return {**digests, MANIFEST_NAME: hashlib.sha256(data).hexdigest()}
 
 
 def _model_signing() -> tuple[Any, Any]:
