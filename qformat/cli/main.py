@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "Prove that an artifact is whole, and how far it is from its source.",
     "publish": "Publish an artifact on the Hub, with a model card.",
     "fetch": "Download an artifact from the Hub, every byte checked.",
+    "diff": "Tell what differs between two artifacts.",
     "generate": "Generate text with an artifact.",
     "train": "Train a LoRA adapter on an artifact.",
     "info": "Show devices, backends and versions.",
