@@ -140,7 +140,14 @@ class _Run:
         """Run tasks on a thread pool. Stops all of them on the first error."""
         by_name = {task.source.name: task for task in tasks}
         named = {name: by_name[name] for name in self._reading.begin([task.source for task in tasks], self._record)}
-        return run_tasks(named, self._do, workers=workers, stopping=self._stopping, thread_name="qformat-encode")
+        return run_tasks(
+            named,
+            self._do,
+            workers=workers,
+            stopping=self._stopping,
+            thread_name="qformat-encode",
+            on_stop=self._reading.close,
+        )
 
     def refuse_changed_source(self) -> None:
         """Refuse to seal what was read from files that somebody has changed since they were opened."""

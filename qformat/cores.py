@@ -24,8 +24,12 @@ def run_tasks(
     workers: int,
     stopping: threading.Event,
     thread_name: str,
+    on_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, _Result]:
-    """Run tasks on threads and return the results by name. On the first error `stopping` is set for all of them."""
+    """Run tasks on threads and return the results by name.
+
+    On the first error `stopping` is set for all of them, and `on_stop` wakes those that wait for something else.
+    """
     with ThreadPoolExecutor(workers, thread_name_prefix=thread_name) as pool:
         futures = {name: pool.submit(do, task) for name, task in tasks.items()}
         try:
@@ -33,5 +37,6 @@ def run_tasks(
             return {name: future.result() for name, future in futures.items() if future in finished}
         except BaseException:
             stopping.set()
+            on_stop()
             pool.shutdown(cancel_futures=True)
             raise

@@ -181,11 +181,14 @@ class _Run:
             self._fetch_piece(piece)
             follower.mark_written(piece.file, piece.start, piece.stop)
 
-        try:
-            run_tasks(missing, do, workers=self._connections, stopping=self._stopping, thread_name="qformat-fetch")
-        except BaseException:
-            self._published.repository.close()  # nobody waits for its turn any longer
-            raise
+        run_tasks(
+            missing,
+            do,
+            workers=self._connections,
+            stopping=self._stopping,
+            thread_name="qformat-fetch",
+            on_stop=self._published.repository.close,
+        )
         return follower.finish()
 
     def _resumed(self) -> set[_Piece]:
