@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -101,6 +102,10 @@ def command(
         license=None if license_id is None else License(license_id, license_name, license_link),
         figures=_figures(artifact, source, figures, workers),
     )
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
     with progress_bar(_shards_nbytes(artifact), "Checking digests") as update:
         published = publish(
             artifact,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, parse
+from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parse
 from qformat.artifact.regular_files import read_small
-from qformat.artifact.structure import CONFIG_NAME, read_manifest
+from qformat.artifact.structure import CONFIG_NAME
 from qformat.artifact.verify import verify_integrity
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, HubError, InvalidFileError, UsageError, VerificationError
@@ -178,15 +178,25 @@ def _card(
                 f"--card {options.card}: has no metadata: begin it with --- and lines such as license: mit"
             )
         return text, License.of_metadata(metadata).concern(), ()
-    manifest = read_manifest(artifact)
+    manifest, evaluation = _manifest_and_evaluation(artifact)
     origin = find_origin(
         manifest, base_model=options.base_model, source=options.source, license=options.license, token=token
     )
     data = read_small(artifact, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     config = strict_json.loads(data, path=artifact / CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     assert isinstance(config, dict)
-    text = write_card(repository, manifest, config, origin, figures=options.figures, signed=signed)
+    text = write_card(
+        repository, manifest, config, origin, figures=options.figures, evaluation=evaluation, signed=signed
+    )
     return text, _concern(origin), _notes(origin)
+
+
+def _manifest_and_evaluation(artifact: Path) -> tuple[Manifest, strict_json.Json]:
+    """Return the manifest, and its optional member `evaluation`, which the card shows as it is."""
+    path = artifact / MANIFEST_NAME
+    data = read_small(artifact, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+    record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+    return parse(data, path), record.get("evaluation") if isinstance(record, dict) else None
 
 
 def _concern(origin: Origin) -> str | None:
