@@ -391,3 +391,12 @@ def test_several_shards_of_any_size_options_go_the_same_way(hub: Hub, small_sour
     do_publish(out)
     assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).good
     assert "scales quantized" not in stored(hub).head.files["README.md"].read().decode()
+
+
+def test_an_adapter_of_the_local_artifact_fits_the_published_one(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    from qformat.artifact.structure import check_structure
+    from qformat.training.base_record import BaseRecord
+
+    do_publish(artifact)
+    there = folder_of(stored(hub), tmp_path / "there")
+    assert BaseRecord.of(check_structure(there)).digest == BaseRecord.of(check_structure(artifact)).digest
