@@ -32,7 +32,7 @@ class BaseRecord:
         name = layout.path.resolve().name
         if isinstance(layout, Structure):
             tensors = [(tensor, _digests_of(record)) for tensor, record in layout.manifest.tensors.items()]
-            digests = [*tensors, (CONFIG_NAME, [layout.manifest.files[CONFIG_NAME].sha256])]
+            digests = [*tensors, (CONFIG_NAME, [_digest_of(layout.path / CONFIG_NAME)])]
             return cls(f"tensors-xxh3:{xxh3(strict_json.dumps(digests).encode())}", name)
         files = [(file, _digest_of(layout.path / file)) for file in sorted([*layout.shard_nbytes, CONFIG_NAME])]
         return cls(f"files-xxh3:{xxh3(strict_json.dumps(files).encode())}", name)
