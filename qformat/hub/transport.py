@@ -109,7 +109,7 @@ class Transport:
         self, repository: str, *, token: str | bool | None = None, patience: Patience | None = None,
     ) -> None:  # fmt: skip
         from huggingface_hub import constants
-        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self.repository = repository
         self.endpoint = constants.ENDPOINT
