@@ -48,8 +48,9 @@ def open_source(location: Path | str) -> Source:
     """
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    container = next(kind for kind in _CONTAINERS if kind.lies_at(path, names))
-    opened = container.open(path)
+    container = next((kind for kind in _CONTAINERS if kind.lies_at(path, names)), None)
+    # What is no checkpoint goes to the safetensors source, which tells what is missing.
+    opened = container.open(path) if container is not None else _open_safetensors(path)
     try:
         return decoded(opened)
     except BaseException:
@@ -84,6 +85,12 @@ def _open_safetensors(path: Path) -> Source:
     return SafetensorsShards(path)
 
 
+def _open_torch_bin(path: Path) -> Source:
+    from qformat.converters.torch_bin import TorchBin
+
+    return TorchBin(path)
+
+
 def _open_fp8(stored: Source) -> Source:
     from qformat.converters.fp8_blocks import Fp8Blocks
 
@@ -96,12 +103,26 @@ def _open_mxfp4(stored: Source) -> Source:
     return Mxfp4(stored)
 
 
+def _is_safetensors(path: Path, names: list[str]) -> bool:
+    return "model.safetensors" in names or "model.safetensors.index.json" in names
+
+
+def _is_torch_bin(path: Path, names: list[str]) -> bool:
+    return any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names)
+
+
 _CONTAINERS = (
     _Container(
         "safetensors",
         "model.safetensors, or shards and their index, in bf16, fp16 or fp32",
-        lies_at=lambda path, names: True,  # and what is no checkpoint at all: it says what is missing
+        lies_at=_is_safetensors,
         open=_open_safetensors,
+    ),
+    _Container(
+        "torch_bin",
+        "pytorch_model.bin, or shards and their index: plain tensors only, their checksums checked",
+        lies_at=_is_torch_bin,
+        open=_open_torch_bin,
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Decoders of the 8- and 4-bit float blocks that checkpoints are published in: FP8 (E4M3) and MXFP4 (E2M1), to bfloat16.
+"""Decoders of the 8- and 4-bit float blocks of published checkpoints: FP8 (E4M3) and MXFP4 (E2M1), to bfloat16.
 
 The values are those of the formats, widened exactly to float32, times the block's scale in float32, rounded once to
 bfloat16 (to nearest, ties to even): what transformers computes when it loads such a checkpoint dequantized. Plain
