@@ -91,6 +91,12 @@ def _open_torch_bin(path: Path) -> Source:
     return TorchBin(path)
 
 
+def _open_gguf(path: Path) -> Source:
+    from qformat.converters.gguf_file import GgufFile
+
+    return GgufFile(path)
+
+
 def _open_fp8(stored: Source) -> Source:
     from qformat.converters.fp8_blocks import Fp8Blocks
 
@@ -111,6 +117,10 @@ def _is_torch_bin(path: Path, names: list[str]) -> bool:
     return any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names)
 
 
+def _is_gguf(path: Path, names: list[str]) -> bool:
+    return any(name.endswith(".gguf") for name in names) or (path.name.endswith(".gguf") and not os.path.isdir(path))
+
+
 _CONTAINERS = (
     _Container(
         "safetensors",
@@ -123,6 +133,12 @@ _CONTAINERS = (
         "pytorch_model.bin, or shards and their index: plain tensors only, their checksums checked",
         lies_at=_is_torch_bin,
         open=_open_torch_bin,
+    ),
+    _Container(
+        "gguf",
+        "a .gguf file, or a folder with one: Llama and Qwen, F32 to Q2_K, decoded to bf16 (F16 and F32 stay)",
+        lies_at=_is_gguf,
+        open=_open_gguf,
     ),
 )
 

@@ -42,6 +42,7 @@ NO_TORCH = (
 
 MAY_IMPORT = {
     "qformat.converters.torch_bin": {"torch"},  # reads the pickle of a .bin file
+    "qformat.converters.gguf_tokenizer": {"transformers"},  # converts a vocabulary
 }
 """The exceptions: the source whose files nothing but the library itself should read, when one is converted."""
 
