@@ -121,6 +121,12 @@ def _is_gguf(path: Path, names: list[str]) -> bool:
     return any(name.endswith(".gguf") for name in names) or (path.name.endswith(".gguf") and not os.path.isdir(path))
 
 
+def _open_bitsandbytes(stored: Source) -> Source:
+    from qformat.converters.bitsandbytes_4bit import Bitsandbytes4Bit
+
+    return Bitsandbytes4Bit(stored)
+
+
 _CONTAINERS = (
     _Container(
         "safetensors",
@@ -144,6 +150,12 @@ _CONTAINERS = (
 
 _ENCODINGS = (
     _Encoding("fp8", "8-bit floats with block scales (DeepSeek-V3, Qwen3 FP8), decoded to bf16", "fp8", open=_open_fp8),
+    _Encoding(
+        "bitsandbytes_4bit",
+        "NF4 weights without a manifest (`*-bnb-4bit`), adopted: same codes, same scales",
+        "bitsandbytes",
+        open=_open_bitsandbytes,
+    ),
     _Encoding("mxfp4", "4-bit floats (gpt-oss), decoded to bf16", "mxfp4", open=_open_mxfp4),
 )
 

@@ -171,6 +171,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "nbytes": plan.nbytes,
         "bits_per_weight": plan.bits_per_weight,
         "packed_tensors": len(plan.packed),
+        "adopted_tensors": len(plan.adopted),
         "kept_tensors": len(plan.kept),
         "kept_by_reason": dict(sorted(Counter(task.reason.value for task in plan.kept).items())),
         "vouched": [task.source.name for task in plan.packed if task.vouched],
@@ -180,9 +181,12 @@ def _facts(plan: Plan) -> dict[str, object]:
 
 
 def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
-    packed_source = sum(task.source.nbytes for task in plan.packed)
-    packed = sum(place.nbytes for task in plan.packed for place in task.places.values())
-    rows = [("nf4", str(len(plan.packed)), format_nbytes(packed_source), format_nbytes(packed), "Linear weights")]
+    rows = []
+    for action, tasks, why in (("nf4", plan.packed, "Linear weights"), ("adopt", plan.adopted, "in NF4 already")):
+        if tasks or (action == "nf4" and not plan.adopted):
+            source = sum(task.source.nbytes for task in tasks)
+            packed = sum(place.nbytes for task in tasks for place in task.places.values())
+            rows.append((action, str(len(tasks)), format_nbytes(source), format_nbytes(packed), why))
     for reason, count in sorted(Counter(task.reason for task in plan.kept).items()):
         nbytes = format_nbytes(sum(task.source.nbytes for task in plan.kept if task.reason is reason))
         rows.append(("keep", str(count), nbytes, nbytes, reason.phrase))
@@ -204,7 +208,8 @@ def _show_notes(plan: Plan) -> None:
 
 def _blocks_across_rows(plan: Plan) -> list[str]:
     """Weights whose rows are no multiple of their block: legal, but see docs/bitsandbytes.md."""
-    return [task.source.name for task in plan.packed if task.layout.shape[-1] % task.layout.block_size]
+    weights = (*plan.packed, *plan.adopted)
+    return [task.source.name for task in weights if task.layout.shape[-1] % task.layout.block_size]
 
 
 def _unknown(plan: Plan) -> list[str]:
