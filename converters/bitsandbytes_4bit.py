@@ -52,7 +52,17 @@ class Bitsandbytes4Bit(DecodingSource):
             )
         self.packed: Mapping[str, PackedWeight] = {name: self._packed_weight(name) for name in names}
         parts = {part.name for weight in self.packed.values() for part in weight.parts.values()}
-        self.tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in {*parts, *states}}
+        parts |= {*states}
+        self.tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in parts}
+        for name, tensor in self.tensors.items():
+            if name.endswith(Component.ABSMAX):
+                raise SourceError(
+                    Reason.MISSING_COMPONENT,
+                    stored.location / tensor.file,
+                    f"no shard has its {Component.QUANT_STATE.label}",
+                    tensor=name.removesuffix(Component.ABSMAX),
+                    field=Component.QUANT_STATE.label,
+                )
 
     def _packed_weight(self, name: str) -> PackedWeight:
         state = self._read_state(name)
