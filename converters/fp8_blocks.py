@@ -155,5 +155,5 @@ def _widened(data: bytearray, dtype: str) -> NDArray[np.float32]:
         exponents: NDArray[np.float32] = E8M0[np.frombuffer(data, np.uint8)]
         return exponents
     float_format = FloatFormat(dtype)
-    raw: Raw = np.frombuffer(data, float_format.raw_dtype)
+    raw: Raw = np.frombuffer(data, np.uint8).view(float_format.raw_dtype)
     return widen(raw, float_format)

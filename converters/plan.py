@@ -151,7 +151,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Bits that an encoded weight takes, all components counted; 0 without any."""
-        weights = (*self.packed, *self.adopted)
+        weights: tuple[PackedTask | AdoptedTask, ...] = (*self.packed, *self.adopted)
         n_weights = sum(task.layout.n_elements for task in weights)
         nbytes = sum(place.nbytes for task in weights for place in task.places.values())
         return 8 * nbytes / n_weights if n_weights else 0.0

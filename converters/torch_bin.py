@@ -221,8 +221,10 @@ def _place(opened: TorchZip, path: Path, name: str, fake: torch.Tensor) -> tuple
     if len(shape) > _MAX_DIMENSIONS:
         raise SourceError(Reason.HEADER_LIMIT, path, f"has {len(shape)} dimensions", tensor=name)
     storage = fake.untyped_storage()
-    member, storage_nbytes = storage._checkpoint_offset, int(storage.nbytes())  # type: ignore[attr-defined]
+    member, storage_nbytes = storage._checkpoint_offset, int(storage.nbytes())
     nbytes = int(fake.numel()) * ELEMENT_NBYTES[dtype]
+    if member is None:
+        raise SourceError(Reason.HEADER_OFFSETS, path, "has no data in the file", tensor=name)
     if nbytes:
         opened.refuse_wrong_place(member, storage_nbytes, name)
     first = int(fake.storage_offset())

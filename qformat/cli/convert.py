@@ -17,7 +17,7 @@ from qformat.errors import UsageError
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionSummary
-    from qformat.converters.plan import Plan
+    from qformat.converters.plan import AdoptedTask, PackedTask, Plan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -208,7 +208,7 @@ def _show_notes(plan: Plan) -> None:
 
 def _blocks_across_rows(plan: Plan) -> list[str]:
     """Weights whose rows are no multiple of their block: legal, but see docs/bitsandbytes.md."""
-    weights = (*plan.packed, *plan.adopted)
+    weights: list[PackedTask | AdoptedTask] = [*plan.packed, *plan.adopted]
     return [task.source.name for task in weights if task.layout.shape[-1] % task.layout.block_size]
 
 

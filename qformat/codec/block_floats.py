@@ -26,13 +26,15 @@ def _e4m3_values() -> NDArray[np.float32]:
     exponent, fraction = code >> 3 & 15, code & 7
     magnitude = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8 + fraction, exponent - 10))
     magnitude[code & 127 == 127] = np.nan
-    return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+    values: NDArray[np.float32] = np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+    return values
 
 
 def _e8m0_values() -> NDArray[np.float32]:
     """Return the 256 powers of two; 255 gives infinity, as transformers computes it."""
     with np.errstate(over="ignore"):
-        return np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
+        powers: NDArray[np.float32] = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
+    return powers
 
 
 def _mxfp4_values() -> NDArray[np.uint16]:
