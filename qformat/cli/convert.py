@@ -28,7 +28,8 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 Examples:
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*' --block-size 128
-  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run"""
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run
+  qformat convert Qwen3-8B-Q6_K.gguf Qwen3-8B-nf4"""
 )
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
@@ -58,7 +59,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert the safetensors checkpoint in folder SRC into the 4-bit artifact OUT.
+    """Convert the checkpoint SRC into the 4-bit artifact OUT.
+
+    SRC is a folder of safetensors or PyTorch files in 16 or 32 bit, fp8, MXFP4 or bitsandbytes' NF4, or a GGUF file:
+    `qformat info` lists the kinds.
 
     transformers + bitsandbytes, PEFT and vLLM load OUT as it is. Memory stays flat whatever the model's size. An
     interrupted conversion is continued by the same command; nothing stands under OUT before it is whole.

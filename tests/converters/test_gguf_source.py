@@ -113,6 +113,9 @@ def test_the_real_file_gives_the_artifact_of_its_checkpoint(smollm2: Path, tmp_p
     for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json"):
         assert found[name] == expected[name], name
     assert found["chat_template.jinja"] == expected["chat_template.jinja"]
+    configs = [json.loads(files["tokenizer_config.json"]) for files in (found, expected)]
+    assert configs[0].items() <= configs[1].items()
+    assert configs[1].keys() - configs[0].keys() <= {"is_local", "local_files_only"}
     described = json.loads(found["qformat.json"])["source"]
     assert described["kind"] == "gguf"
     assert described["stored_as"] == ["Q4_1", "Q8_0"]
@@ -131,7 +134,7 @@ def test_without_transformers_a_tokenizer_is_asked_for(tmp_path: Path, monkeypat
     folder = write_gguf(tmp_path / "gguf")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     plan(folder)  # the tokenizer lies beside the file
-    with pytest.raises(SourceError, match=r"transformers is not installed.*qformat\[models\].*tokenizer\.json"):
+    with pytest.raises(SourceError, match=r"transformers is not installed.*qformat\[gguf\].*tokenizer\.json"):
         plan(folder / "model.gguf")
 
 
