@@ -120,6 +120,7 @@ def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers
     from qformat.errors import ArtifactError
 
     total = sum(tensor.nbytes for tensor in source.tensors.values())
+    total += sum(part.nbytes for weight in source.packed.values() for part in weight.parts.values())
     try:
         with progress_bar(total, "Comparing with the source") as update:
             return compare(
