@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.disk import Disk, allocated_nbytes, free_nbytes
+from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
-from qformat.artifact.staging import Staging, begun_with, check_target, work_folder
+from qformat.artifact.staging import Staging, begun_with, check_target, refuse_full_disk, work_folder
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.execute import execute, has_nonfinite
@@ -165,12 +165,3 @@ def refuse_nested(source: Path, out: Path) -> None:
         raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
     if outside.is_relative_to(inside):
         raise TargetError(f"{out}: holds the source. Choose a folder beside it")
-
-
-def refuse_full_disk(out: Path, nbytes: int) -> None:
-    """Refuse an output for which the disk has no room; what is staged already counts as there. Raises TargetError."""
-    needed, free = nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
-    if needed > free:
-        raise TargetError(
-            f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"
-        )

@@ -28,7 +28,8 @@ from qformat.codec.quant_state import QuantState
 from qformat.converters.plan import AdoptedTask, KeptTask, PackedTask, Place, Plan, Task, TensorDigests
 from qformat.converters.reading import Reading, reading_of
 from qformat.converters.source import Source, SourceTensor
-from qformat.converters.staged_shards import Progress, StagedShards, open_shards, run_tasks
+from qformat.converters.staged_shards import Progress, StagedShards, open_shards
+from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Interrupted, Reason, SourceError
 
 CHUNK_NBYTES = 4 * 2**20

@@ -67,6 +67,7 @@ class Reason(StrEnum):
     SOURCE_CHANGED = "source_changed"
     CODES_MISMATCH = "codes_mismatch"
     SOURCE_MISMATCH = "source_mismatch"
+    SIGNATURE = "signature"
 
 
 class QformatError(Exception):
