@@ -25,7 +25,7 @@ from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
-from qformat.converters.plan import KeptTask, PackedTask, Place, Plan, Task, TensorDigests
+from qformat.converters.plan import AdoptedTask, KeptTask, PackedTask, Place, Plan, Task, TensorDigests
 from qformat.converters.reading import Reading, reading_of
 from qformat.converters.source import Source, SourceTensor
 from qformat.converters.staged_shards import Progress, StagedShards, open_shards
@@ -162,7 +162,10 @@ class _Run:
                 )
 
     def _do(self, task: Task) -> TensorDigests:
-        digests = self._encode(task) if isinstance(task, PackedTask) else self._copy(task)
+        if isinstance(task, PackedTask):
+            digests = self._encode(task)
+        else:
+            digests = self._adopt(task) if isinstance(task, AdoptedTask) else self._copy(task)
         entry: JsonObject = {
             "tensor": task.source.name,
             "source_xxh3": digests.source_xxh3,
@@ -178,15 +181,49 @@ class _Run:
 
     def _copy(self, task: KeptTask) -> TensorDigests:
         digest = Xxh3()
-        for offset, chunk in self._chunks(task, digest):
+        for offset, chunk in self._chunks(task.source, digest):
             self._output.write(task.place, offset, chunk)
         return TensorDigests({Component.PACKED: digest.hexdigest()}, digest.hexdigest())
+
+    def _adopt(self, task: AdoptedTask) -> TensorDigests:
+        """Copy every component; the quant_state alone is written anew, padded."""
+        source_digest = Xxh3()
+        components: dict[Component, str] = {}
+        for part, place in task.places.items():
+            digest = Xxh3()
+            if part is Component.QUANT_STATE:
+                state = np.frombuffer(task.weight.state.to_padded_json(), np.uint8)
+                digest.update(state)
+                self._output.write(place, 0, state)
+                components[part] = digest.hexdigest()
+                continue
+            for offset, chunk in self._chunks(task.weight.parts[part], source_digest):
+                wanted = chunk[: place.nbytes - offset]  # codes that were stored in wider elements may be longer
+                self._refuse_bad_part(task, part, offset, wanted)
+                digest.update(wanted)
+                self._output.write(place, offset, wanted)
+            components[part] = digest.hexdigest()
+        return TensorDigests(components, source_digest.hexdigest())
+
+    def _refuse_bad_part(self, task: AdoptedTask, part: Component, offset: int, data: NDArray[np.uint8]) -> None:
+        """Refuse another codebook, and scales and maps that are not finite."""
+        path = self._source.location / task.weight.parts[part].file
+        name, label = task.source.name, part.label
+        if part is Component.QUANT_MAP and data.tobytes() != NF4_CODEBOOK.astype("<f4").tobytes():
+            raise SourceError(Reason.CODEBOOK, path, "is not the NF4 codebook", tensor=name, field=label)
+        if part is Component.PACKED or (part is Component.ABSMAX and task.layout.double_quant):
+            return
+        values = data.view("<f4")
+        if not np.isfinite(values).all():
+            index = int(np.flatnonzero(~np.isfinite(values))[0])
+            problem = f"{values[index]} at entry {offset // 4 + index}"
+            raise SourceError(Reason.NONFINITE_SCALE, path, problem, tensor=name, field=label)
 
     def _encode(self, task: PackedTask) -> TensorDigests:
         layout = task.layout
         source_digest, packed_digest = Xxh3(), Xxh3()
         absmax = np.empty(layout.n_blocks, layout.float_format.raw_dtype)
-        for offset, chunk in self._chunks(task, source_digest):
+        for offset, chunk in self._chunks(task.source, source_digest):
             raw: Raw = chunk.view(layout.float_format.raw_dtype)
             start = offset // layout.float_format.nbytes
             first_block = start // layout.block_size
@@ -251,23 +288,25 @@ class _Run:
             Component.NESTED_ABSMAX: nested_digest.hexdigest(),
         }
 
-    def _chunks(self, task: Task, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield (byte offset, bytes) of a task's source tensor, hashing as they pass. The bytes are scratch memory."""
-        for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
+    def _chunks(self, tensor: SourceTensor, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield (byte offset, bytes) of a source tensor, hashing as they pass. The bytes are scratch memory."""
+        for offset in range(0, tensor.nbytes, CHUNK_NBYTES):
             if self._stopping.is_set():
                 raise Interrupted
-            chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
-            self._source.read_into(task.source, offset, chunk.data)
+            chunk = self._buffers.source[: min(CHUNK_NBYTES, tensor.nbytes - offset)]
+            self._source.read_into(tensor, offset, chunk.data)
             digest.update(chunk)
             yield offset, chunk
             self._progress(chunk.size)
 
     def _digest_source(self, task: Task) -> str:
         digest = Xxh3()
-        for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
-            chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
-            self._source.read_into(task.source, offset, chunk.data)
-            digest.update(chunk)
+        parts = [task.source] if not isinstance(task, AdoptedTask) else _stored_parts(task)
+        for tensor in parts:
+            for offset in range(0, tensor.nbytes, CHUNK_NBYTES):
+                chunk = self._buffers.source[: min(CHUNK_NBYTES, tensor.nbytes - offset)]
+                self._source.read_into(tensor, offset, chunk.data)
+                digest.update(chunk)
         return digest.hexdigest()
 
     def _is_on_disk(self, task: Task, digests: TensorDigests) -> bool:
@@ -321,7 +360,12 @@ def _mean(absmax: Raw, float_format: FloatFormat) -> np.float32:
 
 
 def _places(task: Task) -> Mapping[Component, Place]:
-    return task.places if isinstance(task, PackedTask) else {Component.PACKED: task.place}
+    return {Component.PACKED: task.place} if isinstance(task, KeptTask) else task.places
+
+
+def _stored_parts(task: AdoptedTask) -> list[SourceTensor]:
+    """Return the parts of an adopted weight in the order in which they are copied."""
+    return [task.weight.parts[part] for part in task.places if part in task.weight.parts]
 
 
 def _digests_from_journal(task: Task, entry: JsonObject) -> TensorDigests | None:

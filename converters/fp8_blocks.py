@@ -131,7 +131,7 @@ def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | 
         return _Encoded(tensor, scales, (max(rows, 1), max(columns, 1)))
     grid = (-(-rows // block[0]), -(-columns // block[1])) if block is not None else None
     if grid is None or scales.shape != (*tensor.shape[:-2], *grid):
-        expected = f"{list((*tensor.shape[:-2], *grid))} (blocks of {block})" if grid is not None else "one scale"
+        expected = f"{[*tensor.shape[:-2], *grid]} (blocks of {block})" if grid is not None else "one scale"
         raise SourceError(
             Reason.COMPONENT_SHAPE, stored.location / scales.file, f"{list(scales.shape)}, expected {expected}",
             tensor=scales.name,
@@ -155,5 +155,5 @@ def _widened(data: bytearray, dtype: str) -> NDArray[np.float32]:
         exponents: NDArray[np.float32] = E8M0[np.frombuffer(data, np.uint8)]
         return exponents
     float_format = FloatFormat(dtype)
-    raw: Raw = np.frombuffer(data, float_format.raw_dtype)
+    raw: Raw = np.frombuffer(data, np.uint8).view(float_format.raw_dtype)
     return widen(raw, float_format)

@@ -66,7 +66,7 @@ class Mxfp4(DecodingSource):
             )
         parts = {part.name for encoded in self._encoded.values() for part in (encoded.blocks, encoded.scales)}
         passed = {name: tensor for name, tensor in stored.tensors.items() if name not in parts}
-        for name, encoded in self._encoded.items():
+        for name in self._encoded:
             if name in passed:
                 raise SourceError(
                     Reason.DUPLICATE_TENSOR, stored.location / passed[name].file, "is also there in MXFP4", tensor=name

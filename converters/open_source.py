@@ -64,8 +64,9 @@ def open_source(
         raise UsageError(f"{location}: is no repository of the Hub (owner/name), and the option is for those")
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    container = next(kind for kind in _CONTAINERS if kind.lies_at(path, names))
-    opened = container.open(path)
+    container = next((kind for kind in _CONTAINERS if kind.lies_at(path, names)), None)
+    # What is no checkpoint goes to the safetensors source, which tells what is missing.
+    opened = container.open(path) if container is not None else _open_safetensors(path)
     try:
         return decoded(opened)
     except BaseException:
@@ -83,13 +84,18 @@ def decoded(source: Source) -> Source:
 
     Raises: SourceError if config.json names a quantization that is not in the table.
     """
+    encoding = _encoding_of(source)
+    return source if encoding is None else encoding.open(source)
+
+
+def _encoding_of(source: Source) -> _Encoding | None:
     quantization = source.config.get("quantization_config")
     if quantization is None:
-        return source
+        return None
     method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
     for encoding in _ENCODINGS:
         if encoding.quant_method == method:
-            return encoding.open(source)
+            return encoding
     raise SourceError(
         Reason.ALREADY_QUANTIZED,
         source.location / CONFIG_NAME,
@@ -104,19 +110,31 @@ def _open_hub(name: str, *, revision: str | None, offline: bool, keep_source: bo
 
     opened = open_hub_repository(name, revision=revision, offline=offline, keep_source=keep_source, pin=pin)
     try:
-        source = decoded(opened)
-        if source is not opened:
-            opened.check_for_any_order()
+        if (encoding := _encoding_of(opened)) is None:
+            return opened
+        opened.check_for_any_order()
+        return encoding.open(opened)
     except BaseException:
         opened.close()
         raise
-    return source
 
 
 def _open_safetensors(path: Path) -> Source:
     from qformat.converters.safetensors_shards import SafetensorsShards
 
     return SafetensorsShards(path)
+
+
+def _open_torch_bin(path: Path) -> Source:
+    from qformat.converters.torch_bin import TorchBin
+
+    return TorchBin(path)
+
+
+def _open_gguf(path: Path) -> Source:
+    from qformat.converters.gguf_file import GgufFile
+
+    return GgufFile(path)
 
 
 def _open_fp8(stored: Source) -> Source:
@@ -131,19 +149,57 @@ def _open_mxfp4(stored: Source) -> Source:
     return Mxfp4(stored)
 
 
+def _is_safetensors(path: Path, names: list[str]) -> bool:
+    return "model.safetensors" in names or "model.safetensors.index.json" in names
+
+
+def _is_torch_bin(path: Path, names: list[str]) -> bool:
+    return any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names)
+
+
+def _is_gguf(path: Path, names: list[str]) -> bool:
+    return any(name.endswith(".gguf") for name in names) or (path.name.endswith(".gguf") and not os.path.isdir(path))
+
+
+def _open_bitsandbytes(stored: Source) -> Source:
+    from qformat.converters.bitsandbytes_4bit import Bitsandbytes4Bit
+
+    return Bitsandbytes4Bit(stored)
+
+
 _CONTAINERS = (
     _Container(
         "safetensors",
         "model.safetensors, or shards and their index, in bf16, fp16 or fp32",
-        lies_at=lambda path, names: True,  # and what is no checkpoint at all: it says what is missing
+        lies_at=_is_safetensors,
         open=_open_safetensors,
+    ),
+    _Container(
+        "torch_bin",
+        "pytorch_model.bin, or shards and their index: plain tensors only, their checksums checked",
+        lies_at=_is_torch_bin,
+        open=_open_torch_bin,
+    ),
+    _Container(
+        "gguf",
+        "a .gguf file, or a folder with one: Llama and Qwen, F32 to Q2_K, decoded to bf16 (F16 and F32 stay)",
+        lies_at=_is_gguf,
+        open=_open_gguf,
     ),
 )
 
 _ENCODINGS = (
     _Encoding("fp8", "8-bit floats with block scales (DeepSeek-V3, Qwen3 FP8), decoded to bf16", "fp8", open=_open_fp8),
+    _Encoding(
+        "bitsandbytes_4bit",
+        "NF4 weights without a manifest (`*-bnb-4bit`), adopted: same codes, same scales",
+        "bitsandbytes",
+        open=_open_bitsandbytes,
+    ),
     _Encoding("mxfp4", "4-bit floats (gpt-oss), decoded to bf16", "mxfp4", open=_open_mxfp4),
 )
 
-KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS)
+_HUB = SourceKind("owner/name", "a repository of the Hub with safetensors, streamed; other encodings: --keep-source")
+
+KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS, _HUB)
 """Every kind of source, for lists."""

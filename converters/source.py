@@ -33,8 +33,8 @@ class SourceTensor:
 class PackedWeight:
     """A weight that a source has in 4 bit already, in the layout of an artifact: it is adopted, not encoded.
 
-    state: what its quant_state says; parts: its other components, to be read like any tensor (the first
-    `layout.components` bytes of each count: codes may be stored in wider elements).
+    state: what its quant_state says; parts: its other components, to be read like any tensor. Codes may be stored in
+    wider elements than bytes, and a little longer than they are.
     """
 
     layout: PackedShape

@@ -41,6 +41,7 @@ class Staging:
         self.entries: list[JsonObject] = []
         self.sealed_before = False
         self._replace = replace
+        self._note: JsonObject = {}
         self._journal_path = work / "journal"
         self._lock: int | None = lock
         self._journal: int | None = None
@@ -68,7 +69,8 @@ class Staging:
         disk.make_folder(work)
         staging = cls(out, work, disk, _take_lock(work, disk), replace=replace)
         try:
-            staging._continue_or_start(fingerprint, restart=restart, note=note or {})
+            staging._note = note or {}
+            staging._continue_or_start(fingerprint, restart=restart)
         except BaseException:
             staging.close()
             raise
@@ -113,7 +115,7 @@ class Staging:
                 os.close(descriptor)
         self._journal = self._lock = None
 
-    def _continue_or_start(self, fingerprint: str, *, restart: bool, note: JsonObject) -> None:
+    def _continue_or_start(self, fingerprint: str, *, restart: bool) -> None:
         entries, valid_nbytes = ([], 0) if restart else _read_journal(self._journal_path)
         if entries and entries[0].get("fingerprint") != fingerprint:
             check_target(self.out, replace=self._replace)
@@ -140,7 +142,7 @@ class Staging:
         if entries:
             self.entries = entries[1:]
         else:
-            self.record({**note, "fingerprint": fingerprint})
+            self.record({**self._note, "fingerprint": fingerprint})
 
     def _clean_up(self) -> None:
         """Remove the work folder, the journal last: until then a crash is recognised as one after the seal."""
@@ -154,7 +156,8 @@ class Staging:
 
 def begun_with(out: Path) -> JsonObject:
     """Return the journal's first entry if an interrupted run left one: its fingerprint and its note."""
-    entries, _ = _read_journal(work_folder(out) / "journal")
+    work = work_folder(out)
+    entries, _ = _read_journal(work / "journal") if work.is_dir() else ([], 0)
     return entries[0] if entries else {}
 
 

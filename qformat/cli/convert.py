@@ -17,7 +17,7 @@ from qformat.errors import UsageError
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionSummary
-    from qformat.converters.plan import Plan
+    from qformat.converters.plan import AdoptedTask, PackedTask, Plan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -29,6 +29,7 @@ Examples:
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*' --block-size 128
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run
+  qformat convert Qwen3-8B-Q6_K.gguf Qwen3-8B-nf4
   qformat convert meta-llama/Llama-3.2-1B Llama-3.2-1B-nf4 --revision main"""
 )
 @click.argument("source", metavar="SRC")
@@ -65,11 +66,14 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert the checkpoint SRC, a folder or a repository of the Hub, into the 4-bit artifact OUT.
+    """Convert the checkpoint SRC into the 4-bit artifact OUT.
+
+    SRC is a folder of safetensors or PyTorch files in 16 or 32 bit, fp8, MXFP4 or bitsandbytes' NF4, or a GGUF file:
+    `qformat info` lists the kinds. Or it is a repository of the Hub (owner/name) with safetensors in 16 or 32 bit: it
+    is fetched once, in ranges, checked and encoded on the way, and not stored.
 
     transformers + bitsandbytes, PEFT and vLLM load OUT as it is. Memory stays flat whatever the model's size. An
-    interrupted conversion is continued by the same command; nothing stands under OUT before it is whole. A repository
-    (owner/name) is fetched once, in ranges, checked and encoded on the way, and not stored.
+    interrupted conversion is continued by the same command; nothing stands under OUT before it is whole.
     """
     from qformat.converters.convert import ConversionOptions, convert, plan
 
@@ -182,6 +186,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "nbytes": plan.nbytes,
         "bits_per_weight": plan.bits_per_weight,
         "packed_tensors": len(plan.packed),
+        "adopted_tensors": len(plan.adopted),
         "kept_tensors": len(plan.kept),
         "kept_by_reason": dict(sorted(Counter(task.reason.value for task in plan.kept).items())),
         "vouched": [task.source.name for task in plan.packed if task.vouched],
@@ -191,9 +196,12 @@ def _facts(plan: Plan) -> dict[str, object]:
 
 
 def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
-    packed_source = sum(task.source.nbytes for task in plan.packed)
-    packed = sum(place.nbytes for task in plan.packed for place in task.places.values())
-    rows = [("nf4", str(len(plan.packed)), format_nbytes(packed_source), format_nbytes(packed), "Linear weights")]
+    rows = []
+    for action, tasks, why in (("nf4", plan.packed, "Linear weights"), ("adopt", plan.adopted, "in NF4 already")):
+        if tasks or (action == "nf4" and not plan.adopted):
+            source = sum(task.source.nbytes for task in tasks)
+            packed = sum(place.nbytes for task in tasks for place in task.places.values())
+            rows.append((action, str(len(tasks)), format_nbytes(source), format_nbytes(packed), why))
     for reason, count in sorted(Counter(task.reason for task in plan.kept).items()):
         nbytes = format_nbytes(sum(task.source.nbytes for task in plan.kept if task.reason is reason))
         rows.append(("keep", str(count), nbytes, nbytes, reason.phrase))
@@ -215,7 +223,8 @@ def _show_notes(plan: Plan) -> None:
 
 def _blocks_across_rows(plan: Plan) -> list[str]:
     """Weights whose rows are no multiple of their block: legal, but see docs/bitsandbytes.md."""
-    return [task.source.name for task in plan.packed if task.layout.shape[-1] % task.layout.block_size]
+    weights: list[PackedTask | AdoptedTask] = [*plan.packed, *plan.adopted]
+    return [task.source.name for task in weights if task.layout.shape[-1] % task.layout.block_size]
 
 
 def _unknown(plan: Plan) -> list[str]:

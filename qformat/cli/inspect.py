@@ -84,7 +84,8 @@ def _show_artifact(facts: Mapping[str, Any]) -> None:
     recipe = facts["recipe"]
     click.echo(f"{facts['path']}: qformat artifact, format {facts['format_version']}, by {facts['generator']}")
     source = facts["source"]
-    click.echo(f"source: {source.get('kind')}, {len(source.get('files', {}))} files")
+    where = f", {source['repository']} at commit {source.get('commit')}" if "repository" in source else ""
+    click.echo(f"source: {source.get('kind')}, {len(source.get('files', {}))} files{where}")
     click.echo(f"recipe: {strict_json.dumps(recipe)}")
     _show_tensor_table(facts["tensors"])
     counts = Counter(entry["encoding"] for entry in facts["tensors"])

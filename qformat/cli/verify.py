@@ -13,7 +13,7 @@ import click
 from qformat import strict_json
 from qformat.cli.display import format_nbytes, format_table, progress_bar
 from qformat.cli.verify_remote import verify_repository
-from qformat.errors import TargetError, UsageError
+from qformat.errors import InvalidFileError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from qformat.artifact.verify import Finding, IntegrityReport
@@ -41,7 +41,7 @@ Examples:
   qformat verify owner/SmolLM2-135M-Instruct-nf4 --signature --public-key owner.pub"""
 )
 @click.argument("location", metavar="ART")
-@click.option("--source", metavar="SRC", type=click.Path(path_type=Path), help="The checkpoint that ART was made from.")
+@click.option("--source", metavar="SRC", help="The checkpoint that ART was made from: a folder, or owner/name.")
 @click.option("--report", metavar="FILE.html", type=click.Path(path_type=Path), help="Write a page that opens offline.")
 @click.option("--sha256", is_flag=True, help="Also take the SHA-256 of every shard, as Hub and `sha256sum` do.")
 @click.option(
@@ -55,7 +55,7 @@ Examples:
 def command(
     ctx: click.Context,
     location: str,
-    source: Path | None,
+    source: str | None,
     report: Path | None,
     sha256: bool,
     signature: bool,
@@ -92,7 +92,7 @@ def command(
     with ExitStack() as stack:
         opened = None
         if source is not None:
-            opened = open_source(source)
+            opened = open_source(source, revision=_recorded_commit(artifact, source))
             stack.callback(opened.close)
         started = time.monotonic()
         integrity = _check(artifact, sha256=sha256 or public_key is not None, workers=workers)
@@ -125,15 +125,30 @@ def verification_facts(artifact: Path, source: Path, *, workers: int) -> Verific
         return _facts(integrity, comparison, signature_checked=False)
 
 
-def _refuse_unwritable(report: Path, artifact: Path, source: Path | None) -> None:
+def _recorded_commit(artifact: Path, source: str) -> str | None:
+    """Return the commit of a repository that the artifact was made from, if it was made from that repository."""
+    from qformat.artifact.structure import read_manifest
+    from qformat.converters.open_source import is_repository
+
+    if not is_repository(source):
+        return None
+    try:
+        recorded = read_manifest(artifact).source
+    except InvalidFileError:  # the check of the artifact tells what is wrong with it
+        return None
+    commit = recorded.get("commit")
+    return commit if recorded.get("repository") == source and isinstance(commit, str) else None
+
+
+def _refuse_unwritable(report: Path, artifact: Path, source: str | None) -> None:
     """Refuse what would fail after minutes of work, or spoil what is verified."""
     folder = report.absolute().parent
     if report.is_dir():
         raise UsageError(f"--report {report}: is a folder, expected the name of a file")
     if not folder.is_dir():
         raise UsageError(f"--report {report}: there is no folder {folder}")
-    for checked in (artifact, source):
-        if checked is not None and folder.resolve().is_relative_to(checked.resolve()):
+    for checked in (artifact, *([] if source is None else [Path(source)])):
+        if folder.resolve().is_relative_to(checked.resolve()):
             raise UsageError(
                 f"--report {report}: lies inside {checked}, which must stay as it is. Choose another folder"
             )
@@ -172,6 +187,7 @@ def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers
     from qformat.errors import ArtifactError
 
     total = sum(tensor.nbytes for tensor in source.tensors.values())
+    total += sum(part.nbytes for weight in source.packed.values() for part in weight.parts.values())
     try:
         with progress_bar(total, "Comparing with the source") as update:
             return compare(
@@ -315,7 +331,7 @@ def _error_facts(errors: ErrorSums) -> ErrorFacts:
 
 def _show(
     facts: VerificationFacts,
-    source: Path | None,
+    source: str | None,
     report: Path | None,
     *,
     integrity_seconds: float,

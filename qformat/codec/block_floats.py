@@ -1,4 +1,4 @@
-"""Decoders of the 8- and 4-bit float blocks that checkpoints are published in: FP8 (E4M3) and MXFP4 (E2M1), to bfloat16.
+"""Decoders of the 8- and 4-bit float blocks of published checkpoints: FP8 (E4M3) and MXFP4 (E2M1), to bfloat16.
 
 The values are those of the formats, widened exactly to float32, times the block's scale in float32, rounded once to
 bfloat16 (to nearest, ties to even): what transformers computes when it loads such a checkpoint dequantized. Plain
@@ -26,13 +26,15 @@ def _e4m3_values() -> NDArray[np.float32]:
     exponent, fraction = code >> 3 & 15, code & 7
     magnitude = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8 + fraction, exponent - 10))
     magnitude[code & 127 == 127] = np.nan
-    return np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+    values: NDArray[np.float32] = np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+    return values
 
 
 def _e8m0_values() -> NDArray[np.float32]:
     """Return the 256 powers of two; 255 gives infinity, as transformers computes it."""
     with np.errstate(over="ignore"):
-        return np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
+        powers: NDArray[np.float32] = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
+    return powers
 
 
 def _mxfp4_values() -> NDArray[np.uint16]:

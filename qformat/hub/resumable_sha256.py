@@ -64,7 +64,7 @@ class ResumableSha256:
         """Return the state after the bytes so far."""
         return f"{self.nbytes}:{self._state.astype('>u4').tobytes().hex()}:{self._tail.hex()}"
 
-    def update(self, data: bytes | bytearray | memoryview | NDArray[np.uint8]) -> None:
+    def update(self, data: bytes | bytearray | memoryview) -> None:
         """Add bytes. The GIL is free meanwhile."""
         view = memoryview(data).cast("B")
         self.nbytes += len(view)

@@ -32,6 +32,9 @@ SLOWEST_NBYTES_PER_S = 1000.0
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 5
+_WORTH_TELLING_S = 1.0
+"""A longer pause is shown to the user, who would otherwise see a bar that stands still."""
+
 _MAX_WAIT_ASKED_FOR_S = 300.0
 """A server may ask for a pause with Retry-After; a longer one is not waited for."""
 
@@ -94,7 +97,8 @@ class Retries:
                 next_step="Check the connection; the same command continues where this one stopped",
             )
         pause = self.patience.wait_s(self._failures) if wait_s is None else wait_s
-        _log.info("%s: %s: %s; trying again in %.1f s", self.repository, self.what, problem, pause)
+        level = logging.WARNING if pause >= _WORTH_TELLING_S else logging.INFO
+        _log.log(level, "%s: %s: %s; trying again in %.1f s", self.repository, self.what, problem, pause)
         if self.closing.wait(pause):
             raise HubError(self.repository, f"{self.what}: stopped", next_step="The same command continues")
 
@@ -109,7 +113,7 @@ class Transport:
         self, repository: str, *, token: str | bool | None = None, patience: Patience | None = None,
     ) -> None:  # fmt: skip
         from huggingface_hub import constants
-        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self.repository = repository
         self.endpoint = constants.ENDPOINT

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,11 +58,13 @@ def started() -> Iterator[None]:
 STARTED: list[subprocess.Popen[str]] = []
 
 
-def start(hub: Hub, home: Path, *arguments: str | Path, token: str | None = TOKEN) -> subprocess.Popen[str]:
+def start(
+    hub: Hub, home: Path, *arguments: str | Path, token: str | None = TOKEN, timeout_s: int = 2
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", SMALL_PIECES, "convert", *map(str, arguments)],
         cwd=ROOT,
-        env=environment(hub, home, token),
+        env={**environment(hub, home, token), "HF_HUB_DOWNLOAD_TIMEOUT": str(timeout_s)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -145,13 +148,14 @@ def test_ctrl_c_stops_within_a_moment_and_says_that_the_same_command_continues(
 def test_of_two_processes_one_writes_and_the_other_says_so(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
-    hub.bytes_per_second = 2_000
-    first = start(hub, tmp_path / "home", NAME, tmp_path / "out")
+    gate = threading.Event()  # holds one request for a piece, and with it the first process
+    hub.faults.add("call", route="cdn/", after=10, times=1, hook=lambda: gate.wait(60))
+    first = start(hub, tmp_path / "home", NAME, tmp_path / "out", timeout_s=60)
     wait_for_sealed(first, tmp_path / "out.partial", source, 1)
     code, _, errors = finish(start(hub, tmp_path / "home", NAME, tmp_path / "out"))
     assert code == 1
     assert "another process is writing there" in errors
-    hub.bytes_per_second = None
+    gate.set()
     assert finish(first)[0] == 0
     assert without_source(tmp_path / "out") == expected
 

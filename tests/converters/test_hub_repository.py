@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qformat.cli.main import run
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.converters.open_source import open_source
 from qformat.errors import HubError, SourceError, UsageError
@@ -325,3 +326,37 @@ def test_tensors_of_a_repository_can_be_read_in_any_order_outside_of_a_conversio
         source.read_into(source.tensors[name], 2, memoryview(out))
         assert out == tensor.data[2:]
     source.close()
+
+
+def test_an_artifact_is_compared_with_the_commit_that_it_was_made_from(
+    hub: Hub, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add_folder(NAME, source)
+    convert(NAME, tmp_path / "out")
+    write_checkpoint(tmp_path / "other", llama_tensors(**SIZES, seed=9), n_shards=3, config=llama_config(**SIZES))
+    hub.add_folder(NAME, tmp_path / "other")
+
+    assert run(["verify", str(tmp_path / "out"), "--source", NAME]) == 0
+
+    assert "codes and scales as the recipe gives: 21 of 21" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep_source", [False, True])
+def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
+    hub: Hub, tmp_path: Path, keep_source: bool
+) -> None:
+    from tests.converters.test_source_kinds import fp8_source
+
+    hub.add_folder(NAME, fp8_source(tmp_path / "source"))
+    options = ConversionOptions(keep_source=keep_source)
+    if not keep_source:
+        with pytest.raises(SourceError, match=r"cannot be decoded in a stream.*--keep-source"):
+            convert(NAME, tmp_path / "out", options)
+        assert not hub.requests("tokenizer")
+        return
+
+    convert(NAME, tmp_path / "out", options)
+
+    assert without_source(tmp_path / "out") == converted(tmp_path / "source", tmp_path / "local")
+    recorded = json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]
+    assert (recorded["kind"], recorded["repository"]) == ("fp8", NAME)
