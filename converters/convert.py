@@ -16,7 +16,7 @@ from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.execute import execute, has_nonfinite
 from qformat.converters.open_source import is_repository, open_source
 from qformat.converters.plan import Plan, make_plan
-from qformat.converters.reading import StreamedSource
+from qformat.converters.reading import StreamedSource, pin_of
 from qformat.converters.recipe import Recipe, load_recipe
 from qformat.converters.source import Source
 from qformat.cores import usable_cores
@@ -127,8 +127,8 @@ def convert(
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
         check_target(out, replace=force)
-    opened, planned = (options or ConversionOptions()).open(source, pin=None if restart else _pin_of(out))
-    note: JsonObject = {"pin": opened.pin} if isinstance(opened, StreamedSource) else {}
+    opened, planned = (options or ConversionOptions()).open(source, pin=None if restart else _pin_noted(out))
+    note: JsonObject = {} if (pin := pin_of(opened)) is None else {"pin": pin}
     try:
         on_plan(planned)
         disk = disk or Disk()
@@ -147,7 +147,7 @@ def convert(
     return ConversionSummary(out, planned, time.monotonic() - started, done_before)
 
 
-def _pin_of(out: Path) -> JsonObject | None:
+def _pin_noted(out: Path) -> JsonObject | None:
     """Return what an interrupted run noted about the source that it had pinned."""
     pin = begun_with(out).get("pin")
     return pin if isinstance(pin, dict) else None

@@ -360,3 +360,32 @@ def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
     assert without_source(tmp_path / "out") == converted(tmp_path / "source", tmp_path / "local")
     recorded = json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]
     assert (recorded["kind"], recorded["repository"]) == ("fp8", NAME)
+
+
+def test_pytorch_files_are_converted_from_the_cache_compared_with_their_digests_and_pinned(
+    hub: Hub, tmp_path: Path
+) -> None:
+    from tests.converters.test_torch_bin_source import torch_llama, write_bin
+
+    source = write_bin(tmp_path / "source", torch_llama())
+    repository = hub.add_folder(NAME, source)
+    first = repository.head.oid
+    with pytest.raises(SourceError, match=r"cannot be streamed.*--keep-source"):
+        convert(NAME, tmp_path / "out")
+
+    def stop(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(NAME, tmp_path / "out", ConversionOptions(keep_source=True), on_progress=stop)
+    hub.repositories.commit(NAME, {"README.md": b"the branch moves"})
+
+    convert(NAME, tmp_path / "out", ConversionOptions(keep_source=True))
+
+    assert without_source(tmp_path / "out") == converted(source, tmp_path / "local")
+    recorded = json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]
+    assert (recorded["kind"], recorded["repository"], recorded["commit"]) == ("torch_bin", NAME, first)
+    blob = next(path for path in (tmp_path / "home" / "hub").rglob("pytorch_model.bin")).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(SourceError, match=r"pytorch_model.bin: has the digest"):
+        convert(NAME, tmp_path / "again", ConversionOptions(offline=True))
