@@ -190,9 +190,8 @@ def _show(published: Published) -> None:
         click.echo(f"{where}: {format_nbytes(published.nbytes_to_send)} would be sent")
         return
     if published.changes.others:
-        click.echo(
-            f"Note: {where} also holds {', '.join(published.changes.others[:5])}: no part of the artifact", err=True
-        )
+        others = ", ".join(published.changes.others[:5])
+        click.echo(f"Note: {where} also holds {others}: no part of the artifact", err=True)
     if published.already_there:
         click.echo(f"{where}: holds these very bytes already; nothing was sent")
     else:

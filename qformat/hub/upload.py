@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qformat import __version__
 from qformat.errors import ArtifactError, HubError, UsageError
+from qformat.hub import transport
 from qformat.hub.publication import PublishedFile
 from qformat.hub.remote import DEFAULT_REVISION, RemoteRepository, open_repository
 from qformat.hub.transport import RETRIED_STATUSES, Patience, Retries
@@ -52,7 +53,7 @@ class Uploader:
 
         self.repository = repository
         self._token = token
-        self._patience = patience or Patience()
+        self._patience = patience or transport.DEFAULT_PATIENCE
         self._endpoint = constants.ENDPOINT
         self._api = HfApi(endpoint=self._endpoint, token=token, library_name="qformat", library_version=__version__)
 
