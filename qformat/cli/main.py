@@ -85,8 +85,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UsageError as wrong:
         click.echo(f"Error: {wrong}", err=True)
         return EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort, Interrupted):
-        click.echo("\nInterrupted. Nothing is lost: the same command continues.", err=True)
+    except (KeyboardInterrupt, click.Abort, Interrupted) as stopped:
+        what_to_do = str(stopped) or "Nothing is lost: the same command continues."
+        click.echo(f"\nInterrupted. {what_to_do}", err=True)
         return EXIT_INTERRUPTED
     except QformatError as failed:
         click.echo(f"Error: {failed}", err=True)
