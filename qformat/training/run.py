@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,35 +12,31 @@ from typing import TYPE_CHECKING, cast
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PrinterCallback
 
 from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
-from qformat.errors import DataError, DeviceMemoryError, TargetError, UsageError
+from qformat.errors import DeviceMemoryError, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer, open_shards
-from qformat.model.nf4_linear import NF4Linear
-from qformat.strict_json import Json
 from qformat.training.adapter_card import adapter_card
 from qformat.training.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
 from qformat.training.base_record import BaseRecord
-from qformat.training.checkpoints import LOCK_NAME, PARTIAL_NAME, Checkpoint, CheckpointFolder, disk_problem
+from qformat.training.checkpoints import PARTIAL_NAME, Checkpoint, CheckpointFolder, disk_problem
 from qformat.training.data.collate import PackedCollator, PaddedCollator
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
 from qformat.training.data.tokenised_data import TokenisedData, for_trainer
 from qformat.training.metrics import METRICS_NAME, Listener, MetricsCallback, MetricsFile
 from qformat.training.optimizers import make_optimizer
+from qformat.training.output_layer import decode_output_layer
 from qformat.training.settings import TrainingSettings, page_budget_nbytes
+from qformat.training.starting_checks import check_free, check_same_training
 from qformat.training.trainer import AdapterTrainer, trainer_arguments, write_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 CARD_NAME = "README.md"
-
-_NO_TRAINING = {PARTIAL_NAME, METRICS_NAME, LOCK_NAME, "runs"}
-"""What a training leaves that never came to a checkpoint; runs is TensorBoard's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +105,7 @@ def train(
     checkpoints = CheckpointFolder(job.output, keep=settings.keep_checkpoints)
     checkpoint = None if resume is None else checkpoints.find(resume)
     if checkpoint is None:
-        _check_output(job.output)
+        check_free(job.output)
     if settings.eval_every is not None and not job.eval_data:
         raise UsageError("eval_every: there is no evaluation data. Name some with --eval-data")
     shards = open_shards(job.artifact)
@@ -123,7 +119,7 @@ def train(
         "settings": settings.binding(),
     }
     if checkpoint is not None:
-        _check_same_training(checkpoint, facts, job)
+        check_same_training(checkpoint, facts, artifact=job.artifact, data=job.data, eval_data=job.eval_data)
     say("The first example, trained tokens marked:\n" + show_example(prepared.tokenizer, prepared.train[0]))
 
     with _lack_of_memory_in_words():
@@ -133,7 +129,7 @@ def train(
             dtype=torch.bfloat16,
             trust_remote_code=settings.trust_remote_code,
         )
-        _decode_output_layer(model)
+        decode_output_layer(model)
         adapted = add_adapter(model, settings, base_name=str(job.artifact))
         Disk().make_folder(job.output)
         with checkpoints.lock():
@@ -236,61 +232,6 @@ def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], 
         + "".join(f", {reason}: {n}" for reason, n in left_out.items())
     )
     return _Prepared(tokenizer, train_data, evaluation)
-
-
-def _check_output(output: Path) -> None:
-    if CheckpointFolder(output, keep=1).steps():
-        raise TargetError(f"{output}: holds a training already. Continue it with --resume, or choose another name")
-    if output.is_dir() and not {entry.name for entry in output.iterdir()} <= _NO_TRAINING:
-        raise TargetError(f"{output}: is not empty. Choose another name")
-    if output.exists() and not output.is_dir():
-        raise TargetError(f"{output}: exists and is no folder. Choose another name")
-    if not output.absolute().parent.is_dir():
-        raise TargetError(f"{output.parent}: there is no such folder. Create it first")
-
-
-def _check_same_training(checkpoint: Checkpoint, facts: JsonObject, job: TrainingJob) -> None:
-    """Raises DataError or UsageError naming what is not as it was when the checkpoint was written."""
-    before = checkpoint.facts
-    for name, source in (("data", job.data), ("eval_data", job.eval_data)):
-        if before[name] != facts[name]:
-            raise DataError(
-                "data_changed",
-                ", ".join(source) or "no file",
-                f"is not the data that {checkpoint.folder.name} was trained with",
-                place=None,
-                next_step="Bring it back as it was, or train anew in another folder",
-            )
-    if before["base"] != facts["base"]:
-        raise UsageError(
-            f"{job.artifact}: {checkpoint.folder.name} was trained on other weights: {_in_words(before['base'])}, "
-            f"and this is {_in_words(facts['base'])}. Use the same artifact, or train anew in another folder"
-        )
-    old, new = before["settings"], facts["settings"]
-    assert isinstance(old, dict)
-    assert isinstance(new, dict)
-    differences = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]
-    if differences:
-        raise UsageError(
-            f"{checkpoint.folder}: cannot be continued with other settings: {'; '.join(differences)}. "
-            "Use the same ones, or train anew in another folder"
-        )
-
-
-def _in_words(base: Json) -> str:
-    assert isinstance(base, Mapping)
-    return f"{base['name']} ({base['digest']})"
-
-
-def _decode_output_layer(model: PreTrainedModel) -> None:
-    """Decode a packed output layer: the loss multiplies by its weight piece by piece, without making all logits."""
-    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(output, NF4Linear):
-        return
-    plain = nn.Linear(output.in_features, output.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(output.dequantize(torch.bfloat16), requires_grad=False)
-    plain.bias = output.bias
-    model.set_output_embeddings(plain)  # type: ignore[no-untyped-call]
 
 
 def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) -> None:
