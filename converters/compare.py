@@ -7,6 +7,7 @@ gives the error figures; every kept tensor is compared bit for bit; every source
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,8 +34,8 @@ from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
 from qformat.converters.execute import ABSMAX_CHUNK, CHUNK_NBYTES
-from qformat.converters.safetensors_shards import SafetensorsShards
-from qformat.converters.source import Source, SourceTensor
+from qformat.converters.open_source import open_source
+from qformat.converters.source import PackedWeight, Source, SourceTensor
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
 
@@ -65,7 +66,7 @@ def compare(
     on_compile (once, if kernels must be compiled) are for progress displays.
     Raises: ArtifactError and SourceError if one of the two cannot be opened.
     """
-    opened = SafetensorsShards(Path(source)) if isinstance(source, Path | str) else source
+    opened = open_source(source) if isinstance(source, Path | str) else source
     with ExitStack() as stack:
         if opened is not source:
             stack.callback(opened.close)
@@ -145,6 +146,10 @@ class _Run:
             if name not in records:
                 findings.append(self._source_finding(tensor, "is not in the artifact"))
                 self._progress(tensor.nbytes)
+        for name, weight in self._source.packed.items():
+            if name not in records:
+                missing = dataclasses.replace(weight.parts[Component.PACKED], name=name)
+                findings.append(self._source_finding(missing, "is not in the artifact"))
         n_kept = sum(isinstance(record, KeptRecord) for record in records.values())
         n_unknown = sum(isinstance(record, PackedRecord) and record.source_xxh3 is None for record in records.values())
         return Comparison(
@@ -160,6 +165,8 @@ class _Run:
 
     def _compare(self, name: str, record: TensorRecord) -> _Compared:
         tensor = self._source.tensors.get(name)
+        if isinstance(record, PackedRecord) and (weight := self._source.packed.get(name)) is not None:
+            return self._compare_adopted(name, record, weight)
         if tensor is None:
             message = f"{self._source.location}: tensor {name!r}: is in the artifact, but not in this source"
             return None, [Finding(Reason.SOURCE_MISMATCH, self._source.location.name, message, name)]
@@ -191,6 +198,55 @@ class _Run:
         if n_wrong:
             return compared, [self._artifact_finding(Reason.SOURCE_MISMATCH, tensor.name, wrong)]
         return compared, []
+
+    def _compare_adopted(self, name: str, record: PackedRecord, weight: PackedWeight) -> _Compared:
+        """Compare a weight that the source has in 4 bit, too: codes and scales must be the same bytes."""
+        file = weight.parts[Component.PACKED].file
+        layout, nbytes = record.layout, sum(part.nbytes for part in weight.parts.values())
+        tensor = SourceTensor(name, layout.float_format.value, layout.shape, nbytes, file)
+        self._progress(nbytes)
+        if weight.layout != layout:
+            return None, [self._source_finding(tensor, f"{weight.layout}, but the artifact has {layout}")]
+        stored, theirs = self._stored_scales(name, record), self._adopted_scales(weight)
+        n_wrong_codes, errors, code_counts = 0, RunningErrors(layout.float_format), np.zeros(16, np.int64)
+        n_at_once = CHUNK_NBYTES // layout.float_format.nbytes
+        for start in range(0, layout.n_elements, n_at_once):
+            n_elements = min(n_at_once, layout.n_elements - start)
+            codes, expected = (
+                buffer[: packed_nbytes(n_elements)] for buffer in (self._buffers.stored, self._buffers.packed)
+            )
+            self._read_stored(name, start // 2, codes)
+            self._source.read_into(weight.parts[Component.PACKED], start // 2, expected.data)
+            n_wrong_codes += _count_different_codes(codes, expected)
+            code_counts += count_codes(codes, n_elements=n_elements)
+            reference = self._decode(layout, theirs, expected, start, n_elements).copy()
+            errors.add(reference, self._decode(layout, stored, codes, start, n_elements))
+        compared = PackedComparison(
+            name=name,
+            layout=layout,
+            source_nbytes=nbytes,
+            nbytes=sum(self._artifact.located[name + part.value].entry.nbytes for part in record.components),
+            errors=errors.sums(),
+            code_counts=tuple(code_counts.tolist()),
+            n_wrong_codes=n_wrong_codes,
+            n_wrong_scales=_count_other_scales(stored, theirs),
+            source_named=None,
+        )
+        return compared, list(self._judge_packed(tensor, compared))
+
+    def _adopted_scales(self, weight: PackedWeight) -> _StoredScales:
+        def read(part: Component, dtype: str) -> NDArray[Any]:
+            data = np.empty(weight.parts[part].nbytes, np.uint8)
+            self._source.read_into(weight.parts[part], 0, data.data)
+            return data.view(dtype)
+
+        nested = weight.layout.double_quant
+        return _StoredScales(
+            state=weight.state,
+            absmax=read(Component.ABSMAX, "u1" if nested else "<f4"),
+            nested_absmax=read(Component.NESTED_ABSMAX, "<f4") if nested else None,
+            nested_quant_map=read(Component.NESTED_QUANT_MAP, "<f4") if nested else None,
+        )
 
     def _compare_packed(self, tensor: SourceTensor, record: PackedRecord) -> _Compared:
         layout = record.layout
@@ -334,6 +390,18 @@ def _count_different_codes(found: NDArray[np.uint8], expected: NDArray[np.uint8]
         return 0
     changed = found ^ expected
     return int(np.count_nonzero(changed >> 4) + np.count_nonzero(changed & 15))
+
+
+def _count_other_scales(stored: _StoredScales, expected: _StoredScales) -> int:
+    """Return how many stored numbers of the scales differ from those of an adopted checkpoint."""
+    n_other = _count_different(stored.absmax, expected.absmax) + int(stored.state != expected.state)
+    for found, wanted in (
+        (stored.nested_absmax, expected.nested_absmax),
+        (stored.nested_quant_map, expected.nested_quant_map),
+    ):
+        if found is not None and wanted is not None:
+            n_other += _count_different(found, wanted)
+    return n_other
 
 
 def _count_wrong_scales(stored: _StoredScales, absmax: Raw, float_format: FloatFormat) -> int:

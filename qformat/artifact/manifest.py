@@ -18,6 +18,9 @@ from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
 
 MANIFEST_NAME = "qformat.json"
+SIGNATURE_NAME = "model.sig"
+"""A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
+
 FORMAT_NAME = "qformat"
 FORMAT_VERSION = "1.0"
 MAJOR_VERSION = 1
@@ -91,17 +94,35 @@ class Manifest:
             "tensors": {name: _tensor_json(entry) for name, entry in self.tensors.items()},
             "files": {name: _file_json(entry) for name, entry in sorted(self.files.items())},
         }
-        # One line a member and one line a tensor: small, and readable with ordinary tools.
-        lines = ["{"]
-        for key, value in record.items():
-            if key in {"tensors", "files"}:
-                assert isinstance(value, dict)
-                entries = [f"    {strict_json.dumps(k)}: {strict_json.dumps(v)}" for k, v in value.items()]
-                lines += [f"  {strict_json.dumps(key)}: {{", ",\n".join(entries), "  },"]
-            else:
-                lines.append(f"  {strict_json.dumps(key)}: {strict_json.dumps(value)},")
-        unsealed = "\n".join(lines).encode("utf-8") + b"\n" + _UNSEALED
-        return seal(unsealed)
+        return _sealed(record)
+
+
+def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
+    """Return a manifest that lists one file more (or another file of that name); nothing else in it changes.
+
+    data, path: an artifact's manifest, which is checked, and where it lies. Members that this version does not know
+    stay as they are. Raises ArtifactError.
+    """
+    parse(data, path)
+    record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+    assert isinstance(record, dict)
+    assert isinstance(record["files"], dict)
+    del record["manifest_sha256"]
+    return _sealed({**record, "files": dict(sorted({**record["files"], name: _file_json(file)}.items()))})
+
+
+def _sealed(record: Mapping[str, object]) -> bytes:
+    """Write the members of a manifest but the last (spec section 7.4), and seal it."""
+    # One line a member and one line a tensor: small, and readable with ordinary tools.
+    lines = ["{"]
+    for key, value in record.items():
+        if key in {"tensors", "files"}:
+            assert isinstance(value, dict)
+            entries = [f"    {strict_json.dumps(k)}: {strict_json.dumps(v)}" for k, v in value.items()]
+            lines += [f"  {strict_json.dumps(key)}: {{", ",\n".join(entries), "  },"]
+        else:
+            lines.append(f"  {strict_json.dumps(key)}: {strict_json.dumps(value)},")
+    return seal("\n".join(lines).encode("utf-8") + b"\n" + _UNSEALED)
 
 
 def seal(unsealed: bytes) -> bytes:
