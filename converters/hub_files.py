@@ -68,7 +68,12 @@ class HubFiles(CheckpointFiles):
         for name in names:
             self._listed(name)
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="qformat-headers") as pool:
-            return dict(zip(names, pool.map(self._read_header, names), strict=True))
+            try:
+                return dict(zip(names, pool.map(self._read_header, names), strict=True))
+            except BaseException:
+                self.close()  # whoever waits for the next attempt stops waiting
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with bytes of a shard by a request of its own."""

@@ -36,7 +36,7 @@ _WORTH_TELLING_S = 1.0
 """A longer pause is shown to the user, who would otherwise see a bar that stands still."""
 
 _MAX_WAIT_ASKED_FOR_S = 300.0
-"""A server may ask for a pause with Retry-After; a longer one is not waited for."""
+"""A server may ask for a pause; a longer one is not waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +258,20 @@ class _Busy(Exception):
 
 
 def _asked_wait_s(response: httpx2.Response) -> float | None:
-    """Return the pause that Retry-After asks for in seconds; None without one, or one too long to be waited for."""
+    """Return the pause in seconds that Retry-After, or the Hub's account of its rate limit, asks for.
+
+    None without one, or one that is too long to be waited for.
+    """
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
     text = response.headers.get("Retry-After", "").strip()
-    if not text.isdigit() or len(text) > 6:
+    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    if text.isdigit() and len(text) <= 6:
+        wait_s = float(text)
+    elif limit is not None and limit.remaining == 0:
+        wait_s = limit.reset_in_seconds + 1.0  # it counts whole seconds
+    else:
         return None
-    wait_s = float(text)
     return wait_s if wait_s <= _MAX_WAIT_ASKED_FOR_S else None
 
 

@@ -11,6 +11,7 @@ import pytest
 from qformat.converters.convert import convert, plan
 from qformat.errors import HubError, QformatError, Reason, SourceError, TargetError, UsageError
 from qformat.hub import remote
+from qformat.hub.transport import Retries
 from tests.converters.faulty_disk import FaultyDisk
 from tests.converters.hub_sources import (
     DATA,
@@ -76,6 +77,26 @@ def test_what_passes_is_waited_out_and_the_bytes_are_the_same(
     hub.faults.add(**PASSING[fault])  # type: ignore[arg-type]
     convert(NAME, tmp_path / "out")
     assert without_source(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "7"}, 7.0),
+        ({"RateLimit": '"api";r=0;t=55', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}, 56.0),
+        ({"RateLimit": '"api";r=3;t=55'}, None),
+        ({"Retry-After": "301"}, None),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+    ],
+)
+def test_the_pause_that_a_busy_server_asks_for_is_made(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], seconds: float | None
+) -> None:
+    pauses: list[float | None] = []
+    monkeypatch.setattr(Retries, "failed", lambda self, problem, *, wait_s: pauses.append(wait_s))
+    hub.faults.add("status", route="revision/", times=1, status=429, headers=headers)
+    remote.open_repository(NAME)
+    assert pauses == [seconds]
 
 
 LASTING = {
