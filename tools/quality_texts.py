@@ -1,4 +1,5 @@
-"""The texts of the quality table: all from Python itself and packages that qformat's own tests need.
+"""The texts of the quality table, written by `python tools/quality_texts.py FOLDER`: all from Python itself and packages
+that qformat's own tests need.
 
     calibration   the language reference (`pydoc_data.topics`), first part, and docstrings of the standard library
     reference     the rest of the language reference: the calibration's kind
@@ -19,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -121,3 +123,8 @@ def _licence(package: str) -> str:
     files = importlib.metadata.files(package) or []
     found = sorted(file for file in files if Path(str(file)).name.startswith("LICENSE") and "dist-info" in str(file))
     return max((file.read_text() for file in found), key=len)
+
+
+if __name__ == "__main__":
+    for name, path in write_texts(Path(sys.argv[1])).items():
+        print(f"{name}: {path}")
