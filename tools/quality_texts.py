@@ -1,5 +1,6 @@
-"""The texts of the quality table, written by `python tools/quality_texts.py FOLDER`: all from Python itself and packages
-that qformat's own tests need.
+"""The texts of the quality table, from Python itself and packages that qformat's own tests need.
+
+`python tools/quality_texts.py FOLDER` writes them.
 
     calibration   the language reference (`pydoc_data.topics`), first part, and docstrings of the standard library
     reference     the rest of the language reference: the calibration's kind
