@@ -26,6 +26,7 @@ COMMANDS = {
     "publish": "Publish an artifact on the Hub, with a model card.",
     "fetch": "Download an artifact from the Hub, every byte checked.",
     "diff": "Tell what differs between two artifacts.",
+    "eval": "Measure on texts how close an artifact is to its 16-bit model.",
     "generate": "Generate text with an artifact.",
     "train": "Train a LoRA adapter on an artifact.",
     "info": "Show devices, backends and versions.",
