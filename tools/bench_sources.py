@@ -31,7 +31,7 @@ GGUF_TYPES = {"Q8_0": (32, 34, (0,)), "Q4_0": (32, 18, (0,)), "Q4_K": (256, 144,
 """Block size, bytes of a block, and where its float16 scales lie."""
 
 EXPERTS = (16, 2880, 90)
-"""Of the MXFP4 checkpoint: experts, rows, blocks of 32 in a row (a sixteenth of a layer of gpt-oss-120b)."""
+"""Of each of the MXFP4 tensors: experts, rows, blocks of 32 in a row (half a tensor of gpt-oss-20b)."""
 
 
 def main() -> None:
@@ -122,13 +122,12 @@ def write_fp8(out: Path, tensors: list[NewTensor], n_layers: int) -> None:
 
 def write_experts(folder: Path) -> None:
     n_experts, n_rows, n_groups = EXPERTS
-    name = "model.layers.0.mlp.experts.gate_up_proj"
+    names = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(4)]
     config = {"model_type": "gpt_oss", "tie_word_embeddings": False}
-    write_random(folder / "experts", [NewTensor(name, "BF16", (n_experts, 32 * n_groups, n_rows))], config)
-    stored = [
-        NewTensor(name + "_blocks", "U8", (n_experts, n_rows, n_groups, 16)),
-        NewTensor(name + "_scales", "U8", (n_experts, n_rows, n_groups)),
-    ]
+    shape = (n_experts, 32 * n_groups, n_rows)
+    write_random(folder / "experts", [NewTensor(name, "BF16", shape) for name in names], config)
+    stored = [NewTensor(name + "_blocks", "U8", (n_experts, n_rows, n_groups, 16)) for name in names]
+    stored += [NewTensor(name + "_scales", "U8", (n_experts, n_rows, n_groups)) for name in names]
     write_random(folder / "mxfp4", stored, {**config, "quantization_config": {"quant_method": "mxfp4"}})
 
 
