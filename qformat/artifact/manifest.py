@@ -94,7 +94,7 @@ class Manifest:
             "tensors": {name: _tensor_json(entry) for name, entry in self.tensors.items()},
             "files": {name: _file_json(entry) for name, entry in sorted(self.files.items())},
         }
-        return _sealed_text(record)
+        return _sealed(record)
 
 
 def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
@@ -108,11 +108,12 @@ def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
     assert isinstance(record, dict)
     assert isinstance(record["files"], dict)
     del record["manifest_sha256"]
-    return _sealed_text({**record, "files": dict(sorted({**record["files"], name: _file_json(file)}.items()))})
+    return _sealed({**record, "files": dict(sorted({**record["files"], name: _file_json(file)}.items()))})
 
 
-def _sealed_text(record: Mapping[str, object]) -> bytes:
-    """Write the members, one line each and one line a tensor: small, and readable with ordinary tools; and the seal."""
+def _sealed(record: Mapping[str, object]) -> bytes:
+    """Write the members of a manifest but the last (spec section 7.4), and seal it."""
+    # One line a member and one line a tensor: small, and readable with ordinary tools.
     lines = ["{"]
     for key, value in record.items():
         if key in {"tensors", "files"}:

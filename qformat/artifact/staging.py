@@ -157,7 +157,7 @@ class Staging:
 def begun_with(out: Path) -> JsonObject:
     """Return the journal's first entry if an interrupted run left one: its fingerprint and its note."""
     work = work_folder(out)
-    entries, _ = _read_journal(work / "journal") if work.is_dir() else ([], 0)
+    entries, _ = _read_journal(work / "journal") if os.path.isdir(work) else ([], 0)
     return entries[0] if entries else {}
 
 
@@ -174,6 +174,15 @@ def check_target(out: Path, *, replace: bool) -> None:
             raise TargetError(f"{out}: exists already. Choose another name, or replace it with --force")
         raise TargetError(f"{out}: exists, is not empty and is no artifact. Choose another name")
     raise TargetError(f"{out}: exists and is no folder. Choose another name")
+
+
+def refuse_nested(source: Path, out: Path) -> None:
+    """Refuse an output that lies inside what it is made from, or holds it. Raises TargetError."""
+    inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if inside == outside or inside.is_relative_to(outside):
+        raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
+    if outside.is_relative_to(inside):
+        raise TargetError(f"{out}: holds the source. Choose a folder beside it")
 
 
 def refuse_full_disk(out: Path, nbytes: int) -> None:

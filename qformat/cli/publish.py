@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -28,8 +29,7 @@ Examples:
 @click.option(
     "--source",
     metavar="SRC",
-    type=click.Path(path_type=Path),
-    help="Compare with this checkpoint; its figures and its card's licence go into the card.",
+    help="Compare with this checkpoint, a folder or owner/name; its figures and its card's licence go into the card.",
 )
 @click.option(
     "--figures",
@@ -64,7 +64,7 @@ Examples:
 def command(
     artifact: Path,
     repository: str,
-    source: Path | None,
+    source: str | None,
     figures: Path | None,
     base_model: str | None,
     license_id: str | None,
@@ -85,9 +85,12 @@ def command(
     Every byte is verified first, and a damaged artifact is refused. What the repository has already is not sent again;
     publishing the same twice changes nothing. The token is the ordinary one (HF_TOKEN or `hf auth login`).
     """
+    from qformat.converters.open_source import is_repository
     from qformat.hub.licenses import License
+    from qformat.hub.names import check_repository_name
     from qformat.hub.publish import CardOptions, publish
 
+    check_repository_name(repository)
     if license_id is None and (license_name or license_link):
         raise UsageError("--license-name and --license-link say more about a --license: give that, too")
     if card is not None and (source or figures or base_model or license_id):
@@ -96,11 +99,15 @@ def command(
         raise UsageError("--source compares now, --figures takes what was found before: give one of them")
     options = CardOptions(
         card=card,
-        base_model=base_model,
-        source=source,
+        base_model=base_model or (source if source is not None and is_repository(source) else None),
+        source=Path(source) if source is not None and Path(source).is_dir() else None,
         license=None if license_id is None else License(license_id, license_name, license_link),
         figures=_figures(artifact, source, figures, workers),
     )
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
     with progress_bar(_shards_nbytes(artifact), "Checking digests") as update:
         published = publish(
             artifact,
@@ -121,7 +128,7 @@ def command(
         _show(published)
 
 
-def _figures(artifact: Path, source: Path | None, figures: Path | None, workers: int | None) -> ErrorFigures | None:
+def _figures(artifact: Path, source: str | None, figures: Path | None, workers: int | None) -> ErrorFigures | None:
     """Compare with the source, or read what a comparison has found."""
     from qformat.artifact.structure import read_manifest
     from qformat.hub.error_figures import ErrorFigures, read_error_figures

@@ -113,12 +113,12 @@ def command(
         ctx.exit(EXIT_FINDING)
 
 
-def verification_facts(artifact: Path, source: Path, *, workers: int) -> VerificationFacts:
+def verification_facts(artifact: Path, source: str, *, workers: int) -> VerificationFacts:
     """Verify an artifact, compare it with its source, and return what `--json` prints. Raises SourceError."""
     from qformat.converters.open_source import open_source
 
     with ExitStack() as stack:
-        opened = open_source(source)
+        opened = open_source(source, revision=_recorded_commit(artifact, source))
         stack.callback(opened.close)
         integrity = _check(artifact, sha256=False, workers=workers)
         comparison = _compare(artifact, opened, integrity, workers)

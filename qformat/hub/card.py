@@ -14,7 +14,9 @@ from qformat import strict_json
 from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manifest, PackedRecord
 from qformat.hub.error_figures import ErrorFigures, ErrorRow
+from qformat.hub.evaluation_table import evaluation_sections
 from qformat.hub.licenses import License
+from qformat.hub.markdown import cell, table
 from qformat.hub.origin import Origin
 
 TAGS = ("qformat", "nf4", "bitsandbytes", "4-bit")
@@ -27,9 +29,13 @@ def write_card(
     origin: Origin,
     *,
     figures: ErrorFigures | None = None,
+    evaluation: strict_json.Json = None,
     signed: bool = False,
 ) -> str:
-    """Return the text of the README.md of an artifact that is published as `repository`."""
+    """Return the text of the README.md of an artifact that is published as `repository`.
+
+    figures: how far its weights are from the source's. evaluation: the manifest's member of that name, if it has one.
+    """
     pipeline_tag = origin.pipeline_tag or pipeline_tag_of(config)
     sections = [
         f"---\n{_metadata(origin, pipeline_tag)}\n---",
@@ -37,7 +43,7 @@ def write_card(
         _summary(origin),
         _sizes(manifest),
         *(["## How far it is from the source", _errors(figures)] if figures is not None else []),
-        *_evaluation(manifest),
+        *evaluation_sections(evaluation),
         "## Load it",
         _loading(repository, pipeline_tag),
         "## Check it",
@@ -106,7 +112,7 @@ def _sizes(manifest: Manifest) -> str:
         ("kept as they were", f"{len(kept)} tensors, {_nbytes(kept_nbytes)}" + (f" ({why})" if why else "")),
         ("recipe", _recipe_text(packed)),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _packed_text(packed: Sequence[PackedRecord]) -> str:
@@ -137,7 +143,7 @@ def _errors(figures: ErrorFigures) -> str:
         f"Of {figures.overall.n_tensors:,} packed tensors, {figures.n_exact:,} have the codes and scales that plain "
         "rounding of the source gives. Measured by `qformat verify --source`."
     )
-    return f"{_table(header, rows)}\n\n{exact}"
+    return f"{table(header, rows)}\n\n{exact}"
 
 
 def _error_row(row: ErrorRow) -> tuple[str, ...]:
@@ -150,26 +156,6 @@ def _error_row(row: ErrorRow) -> tuple[str, ...]:
         "–" if row.snr_db is None else f"{row.snr_db:.2f} dB",
         "–" if row.cosine is None else f"{row.cosine:.5f}",
     )
-
-
-def _evaluation(manifest: Manifest) -> list[str]:
-    """Return a section with what the manifest's optional member `evaluation` says, whatever figures it has."""
-    evaluation = manifest.extra.get("evaluation")
-    if not isinstance(evaluation, dict):
-        return []
-    rows = [(path, value) for path, value in _leaves(evaluation) if value]
-    return ["## Measured quality", _table(("figure", "value"), rows)] if rows else []
-
-
-def _leaves(value: strict_json.Json, path: str = "") -> list[tuple[str, str]]:
-    """Return the numbers and short texts of a JSON value, each with the names that lead to it."""
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{path} {key}".strip())]
-    if isinstance(value, list):
-        return [leaf for number, item in enumerate(value, 1) for leaf in _leaves(item, f"{path} {number}")]
-    if isinstance(value, bool) or value is None:
-        return []
-    return [(_cell(path.replace("_", " ")), f"{value:,.6g}" if isinstance(value, float) else _cell(str(value)))]
 
 
 def _loading(repository: str, pipeline_tag: str | None) -> str:
@@ -221,19 +207,19 @@ def _provenance(manifest: Manifest, origin: Origin) -> str:
             source += f" at commit [`{origin.commit}`](https://huggingface.co/{origin.repository}/tree/{origin.commit})"
     rows = [
         ("source", source),
-        ("made by", _cell(manifest.generator)),
+        ("made by", cell(manifest.generator)),
         ("format", f"qformat {manifest.format_version}"),
     ]
     recipe = strict_json.dumps(manifest.recipe, indent=2).replace("`", "\\u0060")  # no text of it ends the block
     return (
-        f"{_table(('', ''), rows)}\n\nThe recipe:\n\n```json\n{recipe}\n```\n\n"
-        f"{_table(('file', 'bytes', 'SHA-256'), _file_rows(manifest.files))}"
+        f"{table(('', ''), rows)}\n\nThe recipe:\n\n```json\n{recipe}\n```\n\n"
+        f"{table(('file', 'bytes', 'SHA-256'), _file_rows(manifest.files))}"
     )
 
 
 def _file_rows(files: Mapping[str, FileRecord]) -> list[tuple[str, ...]]:
     return [
-        (_cell(name), f"{record.nbytes:,}", f"`{record.sha256}`")
+        (cell(name), f"{record.nbytes:,}", f"`{record.sha256}`")
         for name, record in files.items()
         if name != "README.md"
     ]
@@ -252,13 +238,3 @@ def _nbytes(nbytes: int) -> str:
         if nbytes >= 0.9995 * size:
             return f"{nbytes / size:.3g} {unit} ({nbytes:,} bytes)"
     return f"{nbytes} bytes"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Return text of a file's so that it can neither end a cell nor begin markup."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

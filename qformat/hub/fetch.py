@@ -88,7 +88,8 @@ def fetch(
     revision = revision or DEFAULT_REVISION
     begun = {} if restart else begun_with(out)
     same = (begun.get("repository"), begun.get("revision")) == (repository, revision)
-    if not os.path.lexists(work_folder(out)):
+    continuing = os.path.lexists(work_folder(out))
+    if not continuing:
         check_target(out, replace=force)
     opened = open_repository(
         repository,
@@ -103,6 +104,8 @@ def fetch(
             raise finding.as_error(published.where)
     total = sum(record.nbytes for record in published.manifest.files.values())
     disk.needed_nbytes = total + len(published.manifest_bytes)
+    if not continuing:
+        refuse_full_disk(out, disk.needed_nbytes)
     on_plan(total)
     fingerprint = f"fetch {repository} {opened.commit} {hashlib.sha256(published.manifest_bytes).hexdigest()}"
     note = {"repository": repository, "revision": revision, "commit": opened.commit}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, parse
+from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parse
 from qformat.artifact.regular_files import read_small
-from qformat.artifact.structure import CONFIG_NAME, read_manifest
+from qformat.artifact.structure import CONFIG_NAME
 from qformat.artifact.verify import verify_integrity
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, HubError, InvalidFileError, UsageError, VerificationError
@@ -119,7 +120,10 @@ def publish(
         raise HubError(repository, "is public, and --private was asked for", next_step="Choose another name")
     target = there if branch == DEFAULT_REVISION or there is None else uploader.open(branch)
     if sign_key is not None:
-        publication = publication.signed(_signature(publication, target, repository, sign_key))
+        signed_before = [target] if target is not None else []
+        if create_pr and there is not None:
+            signed_before += [opened for _, opened in uploader.pull_requests(publication.title)]
+        publication = publication.signed(_signature(publication, signed_before, repository, sign_key))
     planned = _planned(repository, branch, publication, target or there, text, concern, notes)
     if dry_run:
         return planned
@@ -178,15 +182,25 @@ def _card(
                 f"--card {options.card}: has no metadata: begin it with --- and lines such as license: mit"
             )
         return text, License.of_metadata(metadata).concern(), ()
-    manifest = read_manifest(artifact)
+    manifest, evaluation = _manifest_and_evaluation(artifact)
     origin = find_origin(
         manifest, base_model=options.base_model, source=options.source, license=options.license, token=token
     )
     data = read_small(artifact, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     config = strict_json.loads(data, path=artifact / CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     assert isinstance(config, dict)
-    text = write_card(repository, manifest, config, origin, figures=options.figures, signed=signed)
+    text = write_card(
+        repository, manifest, config, origin, figures=options.figures, evaluation=evaluation, signed=signed
+    )
     return text, _concern(origin), _notes(origin)
+
+
+def _manifest_and_evaluation(artifact: Path) -> tuple[Manifest, strict_json.Json]:
+    """Return the manifest, and its optional member `evaluation`, which the card shows as it is."""
+    path = artifact / MANIFEST_NAME
+    data = read_small(artifact, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+    record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+    return parse(data, path), record.get("evaluation") if isinstance(record, dict) else None
 
 
 def _concern(origin: Origin) -> str | None:
@@ -202,21 +216,22 @@ def _notes(origin: Origin) -> tuple[str, ...]:
     return ()
 
 
-def _signature(publication: Publication, target: RemoteRepository | None, repository: str, key: Path) -> bytes:
+def _signature(
+    publication: Publication, signed_before: Sequence[RemoteRepository], repository: str, key: Path
+) -> bytes:
     """Return the signature that the repository has, if it is this key's of these files, or else a new one.
 
     A new one has other bytes each time: a second commit for nothing.
     """
-    if target is not None and SIGNATURE_NAME in target.files:
-        try:
-            old = target.read_small(SIGNATURE_NAME, max_nbytes=MAX_SIGNATURE_NBYTES)
-            with tempfile.TemporaryDirectory() as folder:
-                public = Path(folder) / "key.pub"
-                public.write_bytes(public_key_of(key))
-                check_signature(old, publication.digests, public, where=SIGNATURE_NAME)
-            return old
-        except InvalidFileError:
-            pass  # of other files or another key: a new one replaces it
+    with tempfile.TemporaryDirectory() as folder:
+        public = Path(folder) / "key.pub"
+        public.write_bytes(public_key_of(key))
+        for opened in signed_before:
+            if SIGNATURE_NAME in opened.files:
+                with suppress(InvalidFileError):  # of other files or another key: a new one replaces it
+                    old = opened.read_small(SIGNATURE_NAME, max_nbytes=MAX_SIGNATURE_NBYTES)
+                    check_signature(old, publication.digests, public, where=SIGNATURE_NAME)
+                    return old
     return sign(publication.digests, repository.partition("/")[2], key)
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from qformat import __version__
@@ -20,7 +21,7 @@ from qformat.hub.transport import RETRIED_STATUSES, Patience, Retries
 
 if TYPE_CHECKING:
     import httpx2
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, Discussion
     from huggingface_hub.errors import HfHubHTTPError
 
 ANSWER_TIMEOUT_S = 300.0
@@ -128,25 +129,20 @@ class Uploader:
 
     def pull_request(self, files: Mapping[str, PublishedFile], title: str) -> Made | None:
         """Return the open pull request that holds these files, if there is one of this title."""
-        listed = self._attempt(
-            "its pull requests",
-            lambda: [
-                entry
-                for entry, _ in zip(
-                    self._api.get_repo_discussions(
-                        self.repository, discussion_type="pull_request", discussion_status="open"
-                    ),
-                    range(_MAX_PULL_REQUESTS),
-                    strict=False,
-                )
-                if entry.title == title
-            ],
-        )
-        for entry in listed:
-            opened = self.open(f"refs/pr/{entry.num}")
-            if opened is not None and holds(opened, files):
-                return Made(opened.commit, f"{self._endpoint}/{self.repository}/discussions/{entry.num}")
+        for address, opened in self.pull_requests(title):
+            if holds(opened, files):
+                return Made(opened.commit, address)
         return None
+
+    def pull_requests(self, title: str) -> Iterator[tuple[str, RemoteRepository]]:
+        """Yield address and content of each open pull request of a title."""
+        listed = self._attempt("its pull requests", lambda: [*islice(self._discussions(), _MAX_PULL_REQUESTS)])
+        for entry in listed:
+            if entry.title == title and (opened := self.open(f"refs/pr/{entry.num}")) is not None:
+                yield f"{self._endpoint}/{self.repository}/discussions/{entry.num}", opened
+
+    def _discussions(self) -> Iterator[Discussion]:
+        return self._api.get_repo_discussions(self.repository, discussion_type="pull_request", discussion_status="open")
 
     def _made_after_all(self, files: Mapping[str, PublishedFile], parent: RemoteRepository, branch: str) -> Made | None:
         """Return the commit if it was made although its answer was lost. Raises HubError if there is another one."""

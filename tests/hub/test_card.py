@@ -42,14 +42,40 @@ def test_texts_of_a_manifest_cannot_break_the_markup(small_artifact: Path) -> No
         manifest,
         generator="x | y\n# <script>alert(1)</script>",
         recipe={"rules": ["```\n# heading"]},
-        extra={"evaluation": {"a|b": {"perplexity": 1.5, "text": "<b>\n|"}, "none": None, "list": [1, [2.5]]}},
     )
-    text = write_card("me/it", hostile, CONFIG, Origin())  # type: ignore[arg-type]
+    evaluation = {"texts": [{"name": "<b>\n| a", "perplexity": {"mean": 1.5, "standard_error": None}}]}
+    text = write_card("me/it", hostile, CONFIG, Origin(), evaluation=evaluation)  # type: ignore[arg-type]
     assert "<script" not in text
     assert "# heading" not in [line.strip() for line in text.splitlines()]
     assert text.count("```") % 2 == 0
-    assert "| a\\|b perplexity | 1.5 |" in text
-    assert "| list 2 1 | 2.5 |" in text
+    assert "| &lt;b> \\| a | – | 1.500 |" in text
+
+
+def test_an_evaluation_is_shown_and_whatever_it_lacks_is_left_out(small_artifact: Path) -> None:
+    manifest = read_manifest(small_artifact)
+
+    def section(evaluation: object) -> str:
+        text = write_card("me/it", manifest, CONFIG, Origin(), evaluation=evaluation)  # type: ignore[arg-type]
+        return text.partition("## How close")[2].partition("\n## ")[0]
+
+    figure = {"mean": 0.01234, "standard_error": 0.0012}
+    texts = [
+        {
+            "name": "prose",
+            "predicted_tokens": 12345,
+            "kl": figure,
+            "perplexity": {"mean": 12.5, "standard_error": 0.25},
+        },
+        {"name": "code", "kl": {"mean": "many"}, "top1_agreement": True},
+        7,
+    ]
+    shown = section({"window_length": 512, "texts": texts, "note": None})
+    assert "| text | tokens | perplexity | KL from the source, nats a token |" in shown
+    assert "| prose | 12,345 | 12.500 ± 0.250 | 0.0123 ± 0.0012 |" in shown
+    assert "| code | – | – | – |" in shown
+    assert "Windows of 512 tokens." in shown
+    for nothing in (None, [], {}, {"texts": []}, {"texts": [{}]}, {"texts": "many"}):
+        assert section(nothing) == ""
 
 
 def test_a_language_list_a_task_and_a_linked_licence_of_the_source_are_kept(small_artifact: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_model_goes_from_the_hub_and_back_and_computes_the_same_everywhere(
     hub: Hub, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("model_signing")
-    commit = hub.add_folder("base/model", case.source).head.oid
+    hub.add_folder("base/model", case.source)
     hub.repositories.commit("base/model", {"README.md": CARD.encode()})
     commit = hub.repositories.by_name["base/model"].head.oid
     key = write_key(tmp_path)
@@ -71,15 +71,17 @@ def test_a_model_goes_from_the_hub_and_back_and_computes_the_same_everywhere(
     assert without_source(streamed) == without_source(local)
     shell(capsys, "verify", streamed, "--source", case.source)
 
-    shell(capsys, "publish", streamed, "me/model-nf4", "--sign-key", key)
+    shell(capsys, "publish", streamed, "me/model-nf4", "--source", "base/model", "--sign-key", key)
     shell(capsys, "verify", "me/model-nf4", "--signature", "--public-key", key.with_suffix(".pub"))
     shell(capsys, "fetch", "me/model-nf4", elsewhere)
     shell(capsys, "verify", elsewhere, "--sha256", "--signature", "--public-key", key.with_suffix(".pub"))
     assert shell(capsys, "diff", streamed, elsewhere, "--weights").endswith("the same weights\n")
 
-    data = huggingface_hub.ModelCard((elsewhere / "README.md").read_text()).data
+    text = (elsewhere / "README.md").read_text()
+    data = huggingface_hub.ModelCard(text).data
     assert (data.base_model, data.license, data.pipeline_tag) == ("base/model", "apache-2.0", "text-generation")
-    assert f"at commit [`{commit}`]" in (elsewhere / "README.md").read_text()
+    assert f"at commit [`{commit}`]" in text
+    assert "| down_proj | " in text
 
     snapshot = Path(huggingface_hub.snapshot_download("me/model-nf4"))
     assert {name: data for name, data in contents(snapshot).items() if name != ".gitattributes"} == contents(elsewhere)

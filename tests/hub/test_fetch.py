@@ -297,6 +297,7 @@ def test_a_full_disk_is_refused_before_a_byte_is_fetched(
     with pytest.raises(TargetError, match="no space"):
         do_fetch(tmp_path / "out")
     assert not hub.requests(BODY)
+    assert names_beside(tmp_path / "out") == {"small-nf4"}
 
 
 def calls_of(out: Path) -> list[str]:

@@ -182,6 +182,14 @@ def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(hub: Hub, artifa
     assert done.others == ("notes.txt",)
 
 
+def test_two_publishers_of_the_same_bytes_at_once_make_one_commit(hub: Hub, artifact: Path) -> None:
+    hub.repositories.create(NAME)
+    hub.faults.add("call", route="/commit/", hook=lambda: do_publish(artifact), times=1)
+    done = do_publish(artifact)
+    assert n_commits(hub) == 1
+    assert done.commit == stored(hub).head.oid
+
+
 def test_a_branch_is_made_and_the_main_one_is_left_alone(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     do_publish(artifact, revision="4bit/nf4")
     assert set(stored(hub).head.files) == {".gitattributes"}
@@ -247,11 +255,14 @@ def test_a_base_model_that_cannot_be_read_leaves_the_licence_open(hub: Hub, arti
 def test_a_licence_with_name_and_link_is_inherited(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    (source / "README.md").write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n")
-    done = do_publish(artifact, CardOptions(source=source))
-    data = huggingface_hub.ModelCard(done.card).data
-    assert (data.license, data.license_name, data.license_link) == ("other", "llama3", "LICENSE")
-    assert "[llama3](LICENSE)" in done.card
+    front = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LINK\n---\n"
+    elsewhere = "https://huggingface.co/base/small/blob/main/terms.md"
+    for link, expected in (("LICENSE", "LICENSE"), ("terms.md", elsewhere), ("https://x.org", "https://x.org")):
+        (source / "README.md").write_text(front.replace("LINK", link))
+        done = do_publish(artifact, CardOptions(source=source, base_model="base/small"), dry_run=True)
+        data = huggingface_hub.ModelCard(done.card).data
+        assert (data.license, data.license_name, data.license_link) == ("other", "llama3", expected)
+        assert f"[llama3]({expected})" in done.card
 
 
 def test_the_base_model_is_known_from_a_folder_in_the_hubs_cache(hub: Hub, small_source: Path, tmp_path: Path) -> None:
@@ -391,3 +402,12 @@ def test_several_shards_of_any_size_options_go_the_same_way(hub: Hub, small_sour
     do_publish(out)
     assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).good
     assert "scales quantized" not in stored(hub).head.files["README.md"].read().decode()
+
+
+def test_an_adapter_of_the_local_artifact_fits_the_published_one(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    from qformat.artifact.structure import check_structure
+    from qformat.training.base_record import BaseRecord
+
+    do_publish(artifact)
+    there = folder_of(stored(hub), tmp_path / "there")
+    assert BaseRecord.of(check_structure(there)).digest == BaseRecord.of(check_structure(artifact)).digest

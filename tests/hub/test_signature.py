@@ -128,6 +128,9 @@ def test_a_published_signature_is_accepted_by_the_tool_and_a_repeated_publish_ke
     (there / "LICENSE").write_text("Permission is not granted.\n")
     assert run_tool("verify", "key", str(there), *options).returncode == 1
 
+    pull_request = {"create_pr": True, "sign_key": write_key(tmp_path, "newest"), "patience": PATIENT}
+    asked = [publish(artifact, "me/signed", card, **pull_request).already_there for _ in range(2)]  # type: ignore[arg-type]
+    assert asked == [False, True]
     assert do_publish(write_key(tmp_path, "newer")) is False
     assert do_publish(None) is False
     assert "model.sig" not in hub.repositories.by_name["me/signed"].head.files
