@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ _MAX_FACTORS = 2**16
 
 
 class GgufFile:
-    """A GGUF file as a checkpoint of transformers. Opening reads the header, and the tokenizer."""
+    """A GGUF file as a checkpoint of transformers. Opening reads the header only, not the tokenizer."""
 
     kind = "gguf"
     packed: Mapping[str, PackedWeight] = {}
@@ -43,6 +44,7 @@ class GgufFile:
         self._name = _only_file(path) if os.path.isdir(path) else path.name
         self._folder = CheckpointFolder(folder)
         self.location = folder
+        self._given_folder = folder == path
         self.state_when_opened = self._folder.state_when_opened
         try:
             self._header = read_header(self._folder.open(self._name), folder / self._name)
@@ -56,11 +58,14 @@ class GgufFile:
                 )
                 for name, tensor in self._named.items()
             }
-            self._side_files = self._read_side_files(given_folder=folder == path)
-            self.side_files: Mapping[str, int] = {name: len(data) for name, data in self._side_files.items()}
         except BaseException:
             self.close()
             raise
+
+    @property
+    def side_files(self) -> Mapping[str, int]:
+        """Files to carry over: those of the given folder, and a tokenizer, which transformers may have to convert."""
+        return {name: len(data) for name, data in self._side_files.items()}
 
     def close(self) -> None:
         """Close the file."""
@@ -144,9 +149,10 @@ class GgufFile:
             raise SourceError(Reason.COMPONENT_SHAPE, path, f"{list(stored.shape)}", tensor=ROPE_FACTORS_NAME)
         return self._decode(stored, 0, 1)
 
-    def _read_side_files(self, *, given_folder: bool) -> dict[str, bytes]:
+    @cached_property
+    def _side_files(self) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
-        if given_folder:
+        if self._given_folder:
             found = {name: self._folder.read_side_file(name) for name in self._folder.list_side_files()}
         if not any(name in found for name in _TOKENIZER_NAMES):
             found |= tokenizer_files(self.location / self._name)

@@ -212,6 +212,8 @@ def _sizes(metadata: _Metadata, header: GgufHeader, architecture: _Architecture)
     }
     if n_heads % n_groups or head % 2:
         raise metadata.refuse("attention.head_count", f"{n_heads} heads of {head} in {n_groups} groups")
+    if (rotated := metadata.integer("rope.dimension_count", 1, 2**16, default=head)) != head:
+        raise metadata.refuse("rope.dimension_count", f"{rotated} of the {head} dimensions of a head are rotated")
     if "ffn_gate_exps.weight" in architecture.parts:
         sizes["e"] = metadata.integer("expert_count", 1, _LARGEST_EXPERT_COUNT)
         sizes["m"] = metadata.integer("expert_feed_forward_length", 1, largest)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from qformat import strict_json
-from qformat.converters.side_files import MAX_SIDE_FILE_NBYTES, is_side_file
+from qformat.converters.side_files import is_side_file
 from qformat.errors import Reason, SourceError
 
-_CONFIG_NAME = "tokenizer_config.json"
-_CIRCUMSTANCES = {"is_local", "local_files_only"}
+_CIRCUMSTANCES = ("is_local", "local_files_only")
+"""What transformers writes of this machine, not of the tokenizer: whether the Hub could be reached."""
+
 _CONVERSION_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, OSError)
 """What transformers and tokenizers raise for a vocabulary that they cannot use."""
 
@@ -34,6 +34,8 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.absolute().parent), gguf_file=path.name)
+            for name in _CIRCUMSTANCES:
+                tokenizer.init_kwargs.pop(name, None)
             tokenizer.save_pretrained(folder)
         except _CONVERSION_ERRORS as error:
             raise SourceError(
@@ -43,16 +45,4 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
                 next_step=f"Update transformers, {instead}",
             ) from None
         found = sorted(entry for entry in Path(folder).iterdir() if is_side_file(entry.name))
-        files = {entry.name: entry.read_bytes() for entry in found}
-    if _CONFIG_NAME in files:
-        files[_CONFIG_NAME] = _without_circumstances(files[_CONFIG_NAME], path)
-    return files
-
-
-def _without_circumstances(data: bytes, path: Path) -> bytes:
-    """Drop what tells of this machine and not of the tokenizer: whether the Hub could be reached."""
-    config = strict_json.loads(data, path=path, max_nbytes=MAX_SIDE_FILE_NBYTES, error=SourceError)
-    if not isinstance(config, dict):
-        return data
-    kept = {name: value for name, value in config.items() if name not in _CIRCUMSTANCES}
-    return (strict_json.dumps(kept, indent=2) + "\n").encode("utf-8")
+        return {entry.name: entry.read_bytes() for entry in found}

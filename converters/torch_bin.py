@@ -1,6 +1,6 @@
 """The PyTorch source: `pytorch_model.bin`, or shards and their index, and a `config.json`.
 
-torch reads the pickle, restricted to weights, and under its FakeTensorMode, so that it allocates nothing and only tells
+torch reads the pickle, restricted to weights, and onto its meta device, so that it allocates nothing and only tells
 where each tensor's bytes lie; they are read from there. This is the one source that imports torch.
 """
 
@@ -154,8 +154,8 @@ class TorchBin:
         if opened.has_member(_BYTE_ORDER) and opened.read_member(_BYTE_ORDER, max_nbytes=16) != b"little":
             raise SourceError(Reason.UNSUPPORTED_SOURCE, path, "was written on a big-endian machine")
         found: dict[str, SourceTensor] = {}
-        for name, fake in _load(descriptor, path).items():
-            stored, found[name] = _place(opened, path, name, fake)
+        for name, empty in _load(descriptor, path).items():
+            stored, found[name] = _place(opened, path, name, empty)
             self._stored[name] = stored
             if not stored.is_contiguous and shard not in self._mapped:
                 self._mapped[shard] = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
@@ -177,12 +177,11 @@ class TorchBin:
 def _load(descriptor: int, path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a pickle, without their data. Raises SourceError, naming what a foreign pickle asks for."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
-        with os.fdopen(os.dup(descriptor), "rb") as file, FakeTensorMode():
+        with os.fdopen(os.dup(descriptor), "rb") as file:
             file.seek(0)  # the descriptor's duplicate shares its position
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded = torch.load(file, map_location="meta", weights_only=True)
     except _PICKLE_ERRORS as error:
         asked = _UNSUPPORTED_GLOBAL.search(str(error))
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -203,7 +202,7 @@ def _load(descriptor: int, path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def _place(opened: TorchZip, path: Path, name: str, fake: torch.Tensor) -> tuple[_Stored, SourceTensor]:
+def _place(opened: TorchZip, path: Path, name: str, empty: torch.Tensor) -> tuple[_Stored, SourceTensor]:
     """Return where a tensor's elements lie, on checked numbers."""
     import torch
 
@@ -214,23 +213,26 @@ def _place(opened: TorchZip, path: Path, name: str, fake: torch.Tensor) -> tuple
     }  # fmt: skip
     if not name or len(name.encode("utf-8", "replace")) > MAX_NAME_NBYTES or not name.isprintable():
         raise SourceError(Reason.HEADER_LIMIT, path, f"{name[:80]!r} is no name of a tensor")
-    if fake.layout is not torch.strided or fake.is_quantized or fake.dtype not in dtypes:
-        what = f"{fake.dtype}, {fake.layout}".replace("torch.", "")
+    if empty.layout is not torch.strided or empty.is_quantized or empty.dtype not in dtypes:
+        what = f"{empty.dtype}, {empty.layout}".replace("torch.", "")
         raise SourceError(Reason.UNSUPPORTED_DTYPE, path, f"{what} tensors cannot be converted", tensor=name)
-    dtype, shape, strides = dtypes[fake.dtype], tuple(map(int, fake.shape)), tuple(map(int, fake.stride()))
+    dtype, shape, strides = dtypes[empty.dtype], tuple(map(int, empty.shape)), tuple(map(int, empty.stride()))
     if len(shape) > _MAX_DIMENSIONS:
         raise SourceError(Reason.HEADER_LIMIT, path, f"has {len(shape)} dimensions", tensor=name)
-    storage = fake.untyped_storage()
+    storage = empty.untyped_storage()
     member, storage_nbytes = storage._checkpoint_offset, int(storage.nbytes())
-    nbytes = int(fake.numel()) * ELEMENT_NBYTES[dtype]
+    nbytes = int(empty.numel()) * ELEMENT_NBYTES[dtype]
     if member is None:
-        raise SourceError(Reason.HEADER_OFFSETS, path, "has no data in the file", tensor=name)
+        raise SourceError(
+            Reason.HEADER_OFFSETS, path, "torch does not say where its data lie in the file", tensor=name,
+            next_step="Update torch, or save the model again with save_pretrained",
+        )  # fmt: skip
     if nbytes:
         opened.refuse_wrong_place(member, storage_nbytes, name)
-    first = int(fake.storage_offset())
+    first = int(empty.storage_offset())
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if min((first, *strides)) < 0 or (nbytes and (first + reach + 1) * ELEMENT_NBYTES[dtype] > storage_nbytes):
         raise SourceError(Reason.HEADER_OFFSETS, path, "reaches beyond its storage", tensor=name)
     start = member + first * ELEMENT_NBYTES[dtype]
-    stored = _Stored(member, start, strides, bool(fake.is_contiguous()))
+    stored = _Stored(member, start, strides, bool(empty.is_contiguous()))
     return stored, SourceTensor(name, dtype, shape, nbytes, path.name)

@@ -19,6 +19,8 @@ from qformat.codec.kernels import filled, kernel, taken
 MXFP4_BLOCK = 32
 """Weights that share an exponent; 16 bytes of codes."""
 
+_TILE_ROWS = 64
+
 
 def _e4m3_values() -> NDArray[np.float32]:
     """Return the 256 values: sign, 4 bits of exponent biased by 7, 3 of fraction; all ones is NaN."""
@@ -110,16 +112,21 @@ def decode_mxfp4_transposed(
     """Decode columns start to stop of a matrix [n_rows, n_groups * 32] of MXFP4 into rows of its transpose.
 
     blocks: uint8 [n_rows, n_groups, 16], low nibble first; exponents: uint8 [n_rows, n_groups], biased by 127; out:
-    bfloat16 bits [stop - start, n_rows]. All flat. Goes by tiles of rows, so that what is read stays in the cache.
+    bfloat16 bits [stop - start, n_rows]. All flat. A block of each of 64 rows is decoded into a tile of 4 KiB, whose
+    rows are then written: of the transpose, a whole cache line is written at a time.
     """
-    tile = 256
-    for first_row in range(0, n_rows, tile):
-        last_row = min(first_row + tile, n_rows)
-        for column in range(start, stop):
-            group, position = column // 32, column % 32
-            byte, shift = position // 2, 4 * (position % 2)
-            place = (column - start) * n_rows
-            for row in range(first_row, last_row):
-                at = row * n_groups + group
-                code = (blocks[at * 16 + byte] >> shift) & 15
-                out[place + row] = _MXFP4_BF16[np.int64(exponents[at]) * 16 + code]
+    tile = np.empty((MXFP4_BLOCK, _TILE_ROWS), np.uint16)
+    for first_row in range(0, n_rows, _TILE_ROWS):
+        n_tile = min(_TILE_ROWS, n_rows - first_row)
+        for group in range(start // MXFP4_BLOCK, (stop + MXFP4_BLOCK - 1) // MXFP4_BLOCK):
+            for row in range(n_tile):
+                at = (first_row + row) * n_groups + group
+                exponent = np.int64(exponents[at]) * 16
+                for byte in range(MXFP4_BLOCK // 2):
+                    pair = np.int64(blocks[at * 16 + byte])
+                    tile[2 * byte, row] = _MXFP4_BF16[exponent + (pair & 15)]
+                    tile[2 * byte + 1, row] = _MXFP4_BF16[exponent + (pair >> 4)]
+            for column in range(max(start, group * MXFP4_BLOCK), min(stop, (group + 1) * MXFP4_BLOCK)):
+                place = (column - start) * n_rows + first_row
+                for row in range(n_tile):
+                    out[place + row] = tile[column % MXFP4_BLOCK, row]

@@ -104,7 +104,8 @@ def write_gguf(
     writer.add_key_length(sizes.head)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(sizes.head)
+    if "llama.rope.dimension_count" not in (metadata or {}):
+        writer.add_rope_dimension_count(sizes.head)
     writer.add_vocab_size(VOCABULARY)
     writer.add_bos_token_id(1)
     if sizes.n_experts:

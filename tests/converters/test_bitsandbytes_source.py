@@ -136,6 +136,20 @@ def test_the_config_keeps_what_readers_of_the_file_rely_on(tmp_path: Path) -> No
     assert verify_integrity(tmp_path / "out").good
 
 
+def test_experts_that_are_packed_one_by_one_are_adopted_and_not_skipped_as_a_whole(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.{}.down_proj.weight"
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    tensors = bnb_llama()
+    for expert in range(2):
+        tensors |= packed(weight * (expert + 1), name.format(expert))
+    source = write_bnb(tmp_path / "source", tensors)
+    convert(source, tmp_path / "out")
+    assert verify_integrity(tmp_path / "out").good
+    assert compare(tmp_path / "out", source).good
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["llm_int8_skip_modules"] == ["lm_head"]
+
+
 def test_a_recipe_cannot_change_what_is_adopted(tmp_path: Path) -> None:
     source = write_bnb(tmp_path / "source", bnb_llama())
     with pytest.raises(UsageError, match="adopted as it is"):

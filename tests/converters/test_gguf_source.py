@@ -94,6 +94,24 @@ def test_names_and_config_are_those_of_transformers(architecture: str, sizes: Si
     assert_equals_transformers(write_gguf(tmp_path / "gguf", architecture, "Q4_0", sizes))
 
 
+def test_biases_of_a_llama_are_put_back_in_order_like_its_rows(tmp_path: Path) -> None:
+    from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
+
+    rng = np.random.default_rng(3)
+    biases = {name: rng.normal(size=n).astype(np.float32) for name, n in (("q", 256), ("k", 128), ("v", 128))}
+    folder = write_gguf(
+        tmp_path / "gguf", kind="F32", extra={f"blk.0.attn_{name}.bias": values for name, values in biases.items()}
+    )
+    source = open_source(folder)
+    assert source.config["attention_bias"] is True
+    processor = LlamaTensorProcessor({"num_attention_heads": 4, "num_key_value_heads": 2})
+    for name, values in biases.items():
+        expected = processor.process(values, f"blk.0.attn_{name}.bias").weights
+        found = read(source, f"model.layers.0.self_attn.{name}_proj.bias", chunk_nbytes=1 << 20)
+        assert np.array_equal(found.view(np.float32), expected), name
+    source.close()
+
+
 def test_the_table_of_names_is_that_of_gguf() -> None:
     import gguf
 
@@ -134,6 +152,7 @@ def test_without_transformers_a_tokenizer_is_asked_for(tmp_path: Path, monkeypat
     folder = write_gguf(tmp_path / "gguf")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     plan(folder)  # the tokenizer lies beside the file
+    open_source(folder / "model.gguf").close()  # nothing asks for a tokenizer
     with pytest.raises(SourceError, match=r"transformers is not installed.*qformat\[gguf\].*tokenizer\.json"):
         plan(folder / "model.gguf")
 
@@ -218,6 +237,7 @@ def test_scaled_positions_are_in_the_config(metadata: dict[str, Any], scaling: o
     ("make", "reason", "said"),
     [
         (lambda f: write_gguf(f, metadata={"llama.rope.scaling.type": "longrope"}), Reason.CONFIG_FIELD, "longrope"),
+        (lambda f: write_gguf(f, metadata={"llama.rope.dimension_count": 32}), Reason.CONFIG_FIELD, "32 of the 64"),
         (lambda f: write_gguf(f, metadata={"split.count": 2}), Reason.UNSUPPORTED_SOURCE, "--merge"),
         (lambda f: write_gguf(f, extra={"blk.7.attn_q.weight": np.zeros((2, 2), np.float32)}), Reason.UNKNOWN_TENSOR,
          "blk.7.attn_q.weight"),

@@ -133,7 +133,7 @@ class _Call:
         ({"state_dict": {"a": torch.zeros(2)}}, "'state_dict' is a dict"),
         ({"a": torch.zeros(2).to_sparse()}, "sparse"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
-        ({"a": torch.zeros(2, device="meta")}, "no data in the file"),
+        ({"a": torch.zeros(2, device="meta")}, "where its data lie"),
         ({"a\nb": torch.zeros(2)}, "is no name"),
         ({"a": torch.zeros((1,) * 9)}, "9 dimensions"),
     ],
