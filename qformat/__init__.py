@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
+    from qformat.quality.evaluate import Evaluation, evaluate
     from qformat.training.run import TrainingJob, TrainingResult, train
     from qformat.training.settings import TrainingSettings
 
@@ -45,6 +46,7 @@ _PUBLIC = {
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
     "Difference": "qformat.hub.diff:Difference",
     "FetchSummary": "qformat.hub.fetch:FetchSummary",
+    "Evaluation": "qformat.quality.evaluate:Evaluation",
     "IntegrityReport": "qformat.artifact.verify:IntegrityReport",
     "KeptTensor": "qformat.artifact.reader:KeptTensor",
     "PackedTensor": "qformat.artifact.reader:PackedTensor",
@@ -57,6 +59,7 @@ _PUBLIC = {
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
     "diff": "qformat.hub.diff:diff",
+    "evaluate": "qformat.quality.evaluate:evaluate",
     "export": "qformat.converters.export:export",
     "fetch": "qformat.hub.fetch:fetch",
     "force_backend": "qformat.kernels.backends:force_backend",
@@ -78,6 +81,7 @@ __all__ = [
     "ConversionOptions",
     "ConversionSummary",
     "Difference",
+    "Evaluation",
     "FetchSummary",
     "IntegrityReport",
     "KeptTensor",
@@ -91,6 +95,7 @@ __all__ = [
     "compare",
     "convert",
     "diff",
+    "evaluate",
     "export",
     "fetch",
     "force_backend",

@@ -79,6 +79,7 @@ class Manifest:
     generator: str
     format_version: str = FORMAT_VERSION
     must_understand: tuple[str, ...] = ()
+    evaluation: JsonObject | None = None
     extra: Mapping[str, strict_json.Json] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -90,6 +91,7 @@ class Manifest:
             "generator": self.generator,
             "source": self.source,
             "recipe": self.recipe,
+            **({} if self.evaluation is None else {"evaluation": self.evaluation}),
             **self.extra,
             "tensors": {name: _tensor_json(entry) for name, entry in self.tensors.items()},
             "files": {name: _file_json(entry) for name, entry in sorted(self.files.items())},
@@ -103,12 +105,32 @@ def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
     data, path: an artifact's manifest, which is checked, and where it lies. Members that this version does not know
     stay as they are. Raises ArtifactError.
     """
+    record = _checked_record(data, path)
+    assert isinstance(record["files"], dict)
+    return _sealed({**record, "files": dict(sorted({**record["files"], name: _file_json(file)}.items()))})
+
+
+def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
+    """Return the bytes of a manifest with another `evaluation` and all else that it says, known or not.
+
+    Raises: ArtifactError, as `parse`.
+    """
+    written: dict[str, object] = {}
+    for key, value in _checked_record(data, path).items():
+        if key == "tensors":
+            written["evaluation"] = evaluation
+        if key != "evaluation":
+            written[key] = value
+    return _sealed(written)
+
+
+def _checked_record(data: bytes, path: Path) -> JsonObject:
+    """Return all members of a good manifest but its digest, those that this version does not know included."""
     parse(data, path)
     record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     assert isinstance(record, dict)
-    assert isinstance(record["files"], dict)
     del record["manifest_sha256"]
-    return _sealed({**record, "files": dict(sorted({**record["files"], name: _file_json(file)}.items()))})
+    return record
 
 
 def _sealed(record: Mapping[str, object]) -> bytes:
@@ -161,7 +183,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         fields.refuse("files", "names the manifest itself")
     known = {
         "format", "format_version", "must_understand", "generator",
-        "source", "recipe", "tensors", "files", "manifest_sha256",
+        "source", "recipe", "evaluation", "tensors", "files", "manifest_sha256",
     }  # fmt: skip
     return Manifest(
         tensors={name: _parse_tensor(fields, name, value) for name, value in tensors.items()},
@@ -171,6 +193,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         generator=fields.string(record, "generator"),
         format_version=version,
         must_understand=tuple(must_understand),
+        evaluation=fields.mapping(record, "evaluation") if "evaluation" in record else None,
         extra={key: value for key, value in record.items() if key not in known},
     )
 
