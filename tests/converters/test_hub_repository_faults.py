@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from qformat.converters.convert import convert, plan
 from qformat.errors import HubError, QformatError, Reason, SourceError, TargetError, UsageError
 from qformat.hub import remote
-from qformat.hub.transport import Retries
-from tests.converters.faulty_disk import FaultyDisk
+from qformat.hub.transport import Patience, Retries, Transport, Unusable
+from tests.converters.faulty_disk import FaultyDisk, Killed
 from tests.converters.hub_sources import (
     DATA,
     NAME,
@@ -375,6 +376,30 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_without_fetching_what
 
     assert without_source(tmp_path / "out") == expected
     assert overlap(by_shard(hub, source), sealed) == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fail_at", range(15, 180, 33))
+def test_a_process_that_dies_at_any_change_of_the_disk_leaves_what_the_next_one_goes_on_with(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, fail_at: int
+) -> None:
+    disk = FaultyDisk(fail_at, "kill")
+    with pytest.raises(Killed):
+        convert(NAME, tmp_path / "out", disk=disk)
+    assert not (tmp_path / "out").exists()
+
+    convert(NAME, tmp_path / "out")
+
+    assert without_source(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "seconds", "is_too_slow"), [(999, 1.1, True), (2000, 1.1, False), (0, 0.9, False), (10**6, 2000.0, True)]
+)
+def test_an_answer_that_trickles_is_cut_off(nbytes: int, seconds: float, is_too_slow: bool) -> None:
+    transport = Transport(NAME, token=False, patience=Patience(timeout_s=1))
+    with pytest.raises(Unusable) if is_too_slow else nullcontext():
+        transport.refuse_trickle(nbytes, seconds)
 
 
 def test_staged_bytes_that_were_damaged_are_fetched_again_and_compared_with_what_was_hashed(
