@@ -324,6 +324,15 @@ def test_the_token_is_nowhere_in_logs_errors_manifest_or_card(
     assert not [text for text in texts if TOKEN in text]
 
 
+@pytest.mark.parametrize("status", [403, 503])
+def test_the_signed_address_of_an_upload_is_not_told(hub: Hub, artifact: Path, status: int) -> None:
+    hub.faults.add("status", route="PUT hub/-/lfs", status=status)
+    with pytest.raises(HubError, match=f"uploading: .*{status}") as caught:
+        do_publish(artifact)
+    assert "of-the-stand-in" not in str(caught.value)
+    assert n_commits(hub) == 0
+
+
 def test_a_file_that_changes_while_it_is_uploaded_is_noticed(hub: Hub, artifact: Path) -> None:
     shard = artifact / "model-00001-of-00002.safetensors"
 
