@@ -13,7 +13,7 @@ from qformat.converters.reading import Reading
 from qformat.converters.safetensors_shards import INDEX_NAME, SINGLE_NAME, SafetensorsShards
 from qformat.converters.side_files import is_side_file
 from qformat.converters.source import SourceTensor
-from qformat.errors import Reason, SourceError
+from qformat.errors import HubError, Reason, SourceError
 from qformat.hub.cache import CachedRepository, find_in_cache
 from qformat.hub.download import download
 from qformat.hub.remote import DEFAULT_REVISION, open_repository
@@ -95,7 +95,7 @@ def open_hub_files(
     if offline or constants.is_offline_mode():
         files = HubFiles(_cached(name, asked), revision=revision)
     else:
-        files = HubFiles(open_repository(name, revision=asked), revision=revision)
+        files = HubFiles(_at_the_hub(name, asked, is_pinned=pinned), revision=revision)
         needed = _needed_files(files)
         if keep_source:
             download(files.repository, needed, revision=revision)
@@ -103,6 +103,18 @@ def open_hub_files(
             files.close()
             files = HubFiles(cached, revision=revision)
     return files
+
+
+def _at_the_hub(name: str, revision: str, *, is_pinned: bool) -> Repository:
+    try:
+        return open_repository(name, revision=revision)
+    except HubError as refused:
+        if is_pinned and refused.code == "RevisionNotFound":
+            raise HubError(
+                name, f"commit {revision}, which the interrupted conversion was begun from, is gone",
+                next_step="Begin anew with --restart", status=refused.status, code=refused.code,
+            ) from None  # fmt: skip
+        raise
 
 
 def _cached(name: str, revision: str) -> CachedRepository:

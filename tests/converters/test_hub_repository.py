@@ -193,12 +193,16 @@ def test_a_revision_is_pinned_and_a_resumed_conversion_stays_at_its_commit(
 
 def test_restart_takes_the_branch_as_it_is_now(hub: Hub, source: Path, tmp_path: Path) -> None:
     repository = hub.add_folder(NAME, source)
+    first = repository.head.oid
     hub.faults.add("status", route="cdn/", after=20, status=404)
     hub.faults.add("status", route="hub/.*safetensors", after=20, status=404)
     with pytest.raises(HubError):
         convert(NAME, tmp_path / "out")
     hub.faults.clear()
     hub.repositories.commit(NAME, {"README.md": b"changed"})
+    del repository.commits[first]  # the history was squashed
+    with pytest.raises(HubError, match=f"commit {first}, which the interrupted .* is gone. Begin anew with --restart"):
+        convert(NAME, tmp_path / "out")
 
     convert(NAME, tmp_path / "out", restart=True)
 
