@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat import strict_json
-from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, parse
+from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.artifact.regular_files import read_small
-from qformat.artifact.structure import CONFIG_NAME
+from qformat.artifact.structure import CONFIG_NAME, read_manifest
 from qformat.errors import ArtifactError, UsageError
 from qformat.hub.card import write_card
 from qformat.hub.error_figures import ErrorFigures
@@ -47,26 +46,14 @@ def prepare_card(
     """Write the card of a verified artifact, or read the user's. Raises UsageError for one that cannot be published."""
     if options.card is not None:
         return _own_card(options.card)
-    path = artifact / MANIFEST_NAME
-    data = read_small(artifact, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
-    manifest = parse(data, path)
-    record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+    manifest = read_manifest(artifact)
     origin = find_origin(
         manifest, base_model=options.base_model, source=options.source, license=options.license, token=token
     )
     data = read_small(artifact, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     config = strict_json.loads(data, path=artifact / CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
-    assert isinstance(record, dict)
     assert isinstance(config, dict)
-    text = write_card(
-        repository,
-        manifest,
-        config,
-        origin,
-        figures=options.figures,
-        evaluation=record.get("evaluation"),
-        signed=signed,
-    )
+    text = write_card(repository, manifest, config, origin, figures=options.figures, signed=signed)
     unknown = "The base model is not known: name it with --base-model OWNER/NAME"
     return PreparedCard(text, _concern(origin), unknown if origin.repository is None else None)
 

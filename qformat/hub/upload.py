@@ -32,7 +32,9 @@ _UPLOAD_ATTEMPTS = 4
 """Of a whole call of huggingface_hub, which retries most of its requests itself."""
 
 _MAX_PULL_REQUESTS = 200
-_REDACTED = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=\?)[^\s'\"]+")
+"""Tokens, and what makes an address of an upload a secret for hours."""
+
 
 _Result = TypeVar("_Result")
 
@@ -192,7 +194,7 @@ class Uploader:
 
     def _refusal(self, what: str, problem: HfHubHTTPError) -> HubError:
         status, code = problem.response.status_code, problem.response.headers.get("X-Error-Code")
-        said = _REDACTED.sub("***", problem.server_message or "").strip()
+        said = _SECRETS.sub("***", problem.server_message or "").strip()
         next_step = {
             401: f"The token is missing or not accepted: {_LOG_IN}",
             403: f"The token may not write there: {_LOG_IN} with a token that may",
@@ -243,6 +245,6 @@ def _address(problem: HfHubHTTPError | httpx2.TransportError) -> str:
 
 
 def _text(problem: Exception) -> str:
-    """Return the first line of a message, without what looks like a token."""
-    lines = _REDACTED.sub("***", str(problem)).strip().splitlines()
+    """Return the first line of a message, without secrets."""
+    lines = _SECRETS.sub("***", str(problem)).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(problem).__name__

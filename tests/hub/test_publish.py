@@ -324,6 +324,15 @@ def test_the_token_is_nowhere_in_logs_errors_manifest_or_card(
     assert not [text for text in texts if TOKEN in text]
 
 
+@pytest.mark.parametrize("status", [403, 503])
+def test_the_signed_address_of_an_upload_is_not_told(hub: Hub, artifact: Path, status: int) -> None:
+    hub.faults.add("status", route="PUT hub/-/lfs", status=status)
+    with pytest.raises(HubError, match=f"uploading: .*{status}") as caught:
+        do_publish(artifact)
+    assert "of-the-stand-in" not in str(caught.value)
+    assert n_commits(hub) == 0
+
+
 def test_a_file_that_changes_while_it_is_uploaded_is_noticed(hub: Hub, artifact: Path) -> None:
     shard = artifact / "model-00001-of-00002.safetensors"
 
@@ -412,3 +421,16 @@ def test_an_adapter_of_the_local_artifact_fits_the_published_one(hub: Hub, artif
     do_publish(artifact)
     there = folder_of(stored(hub), tmp_path / "there")
     assert BaseRecord.of(check_structure(there)).digest == BaseRecord.of(check_structure(artifact)).digest
+
+
+def test_a_recorded_evaluation_is_in_the_card_and_in_the_published_manifest(hub: Hub, artifact: Path) -> None:
+    from qformat.artifact.record_evaluation import record_evaluation
+    from qformat.artifact.structure import read_manifest
+
+    kl = {"mean": 0.0123, "standard_error": 0.001}
+    evaluation = {"window_length": 256, "texts": [{"name": "prose", "predicted_tokens": 5100, "kl": kl}]}
+    record_evaluation(artifact, evaluation, of=read_manifest(artifact))  # type: ignore[arg-type]
+    do_publish(artifact)
+    files = stored(hub).head.files
+    assert "| prose | 5,100 | 0.0123 ± 0.0010 |" in files["README.md"].read().decode()
+    assert json.loads(files["qformat.json"].read())["evaluation"] == evaluation
