@@ -55,12 +55,15 @@ def build_on_meta(
     return model
 
 
-def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], path: Path) -> None:
+def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], path: Path) -> dict[str, str]:
     """Hang all tensors into a model on the meta device; then nothing of it is left there.
+
+    Return the model's name of each tensor that it took: it reads over some, as transformers does.
 
     Raises ArtifactError for a tensor that the model has no place for, one of another shape, and one that is missing.
     """
     names = names_in_model(model, tensors, path)
+    originals = {renamed: name for name, renamed in names.items()}
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
     places = {
@@ -71,14 +74,17 @@ def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tens
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and name in places:
             _set_tensor(model, name, tensor, places[name], path)
-        elif isinstance(tensor, Tensor) and not _is_expected_extra(model, name):
-            raise _does_not_fit(path, name, "the model that config.json describes has no such tensor")
+        elif isinstance(tensor, Tensor):
+            if not _is_expected_extra(model, name):
+                raise _does_not_fit(path, name, "the model that config.json describes has no such tensor")
+            del originals[name]
     for name, tensor in tensors.items():
         if isinstance(tensor, PackedComponents):
             replace_linear(model, name, tensor, path, biases)
     model.tie_weights()
     _check_complete(model, path)
     _initialise_the_rest(model, device)
+    return {name: renamed for renamed, name in originals.items()}
 
 
 def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) -> Any:

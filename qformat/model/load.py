@@ -15,8 +15,10 @@ from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.reader import Artifact, MappedShards, open_artifact
 from qformat.artifact.structure import CONFIG_NAME, ShardLayout
 from qformat.artifact.verify import verify_integrity
+from qformat.artifact.watch import MappedFileWatch
 from qformat.errors import UsageError
 from qformat.model.build import attach, build_on_meta, read_config
+from qformat.model.loaded_model import Origin, adopt
 from qformat.model.shard_tensors import ShardData, map_shards, tensors_of
 from qformat.model.stream import TorchDevice, data_starts, stream_shards
 
@@ -60,9 +62,11 @@ def load_model(
         attention=attention,
     )
     data = map_shards(shards) if target.type == "cpu" else shards_on_device(shards.layout, target, verify=verify)
-    attach(model, tensors_of(shards, data), path)
+    names = attach(model, tensors_of(shards, data), path)
     _set_generation_config(model, path)
     model.eval()  # type: ignore[no-untyped-call]
+    shards.watch.check()
+    adopt(model, Origin(shards.layout, names, shards.watch if target.type == "cpu" else MappedFileWatch()))
     return model
 
 

@@ -13,9 +13,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 
 from qformat.artifact.components import Component
+from qformat.artifact.reader import MappedShards
 from qformat.model.build import linear_at, names_in_model, replace_linear
 from qformat.model.load import open_shards
-from qformat.model.shard_tensors import PackedComponents, map_shards, packed_names, tensors_of
+from qformat.model.loaded_model import Origin, adopt
+from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 
 METHOD = "bitsandbytes_4bit"
 """transformers' name of what quantization_config describes."""
@@ -53,6 +55,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self._path = Path()
+        self._shards: MappedShards
+        self._names: dict[str, str] = {}
         self._packed: dict[str, PackedComponents] = {}
         self._linears: dict[str, nn.Linear] = {}
 
@@ -68,9 +72,11 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         if not checkpoint_files:
             raise ValueError("qformat needs the files of the checkpoint: pass a folder or a repository, no state_dict")
         self._path = Path(checkpoint_files[0]).parent
-        shards = open_shards(self._path)
-        tensors = tensors_of(shards, map_shards(shards))
-        names = names_in_model(model, packed_names(shards.layout.located), self._path)
+        self._shards = open_shards(self._path)
+        tensors = tensors_of(self._shards, map_shards(self._shards))
+        names = names_in_model(model, tensors, self._path)
+        present = model.state_dict()
+        self._names = {name: renamed for name, renamed in names.items() if renamed in present}
         self._packed = {names[name]: packed for name, packed in tensors.items() if isinstance(packed, PackedComponents)}
         for name in self._packed:
             self._linears[name] = linear_at(model, name, self._path)
@@ -88,6 +94,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
             replace_linear(model, name, packed, self._path, biases={f"{module_name}.bias"})
             model.get_submodule(module_name).to(_device_of(model, name))
         self._packed = {}
+        self._shards.watch.check()
+        adopt(model, Origin(self._shards.layout, self._names, self._shards.watch))
         return model
 
     @property
