@@ -13,7 +13,8 @@ import click
 
 from qformat.artifact.manifest import JsonObject
 from qformat.cli.display import format_nbytes
-from qformat.training.settings import TrainingSettings, read_toml, size_nbytes, value_type
+from qformat.sizes import size_nbytes
+from qformat.training.settings import TrainingSettings, read_toml, value_type
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -55,14 +55,15 @@ def build_on_meta(
     return model
 
 
-def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], path: Path) -> dict[str, str]:
+def attach(
+    model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], names: Mapping[str, str], path: Path
+) -> dict[str, str]:
     """Hang all tensors into a model on the meta device; then nothing of it is left there.
 
-    Return the model's name of each tensor that it took: it reads over some, as transformers does.
+    names: of `names_in_model`. Return those of the tensors that it took: it reads over some, as transformers does.
 
     Raises ArtifactError for a tensor that the model has no place for, one of another shape, and one that is missing.
     """
-    names = names_in_model(model, tensors, path)
     originals = {renamed: name for name, renamed in names.items()}
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))

@@ -59,6 +59,13 @@ def packed_names(names: Iterable[str]) -> set[str]:
     return {name.removesuffix(Component.QUANT_STATE) for name in names if name.endswith(Component.QUANT_STATE)}
 
 
+def tensor_names(names: Iterable[str]) -> list[str]:
+    """Return the names of all tensors, packed ones once, by the names of all components."""
+    names = list(names)
+    parts = {name + part.value for name in packed_names(names) for part in Component if part.value}
+    return [name for name in names if name not in parts]
+
+
 def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str, PackedComponents | Tensor]:
     """Return all tensors by name, as views of the shards' bytes."""
     located = shards.layout.located

@@ -149,7 +149,7 @@ class FakeTraining:
             for name, parts in tensors.packed.items():
                 shape = tuple(linear_at(model, places[name], tensors.folder).weight.shape)
                 found[name] = _packed(name, parts, shape, tensors)
-            attach(model, found, tensors.folder)
+            attach(model, found, names_in_model(model, found, tensors.folder), tensors.folder)
             output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             self.decodes_output = isinstance(output, NF4Linear)
             if isinstance(output, NF4Linear):  # as `train` does

@@ -19,7 +19,7 @@ import qformat
 from qformat.artifact.components import Component
 from qformat.artifact.reader import PackedTensor
 from qformat.converters.convert import convert
-from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.errors import ArtifactError, DeviceMemoryError, Reason, UsageError
 from qformat.kernels.backends import force_backend
 from qformat.model import load
 from qformat.model.load import load_model, load_tokenizer, shards_on_device
@@ -266,11 +266,11 @@ def test_shards_on_a_device_hold_what_the_file_holds(tiny: Path) -> None:
 
 
 def test_a_device_without_room_is_refused_before_anything_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_free_nbytes", lambda device: 1000)
+    monkeypatch.setattr(load, "free_nbytes", lambda device: 1000)
     monkeypatch.setattr(load, "stream_shards", lambda *_, **__: pytest.fail("something was read"))
     with (
         qformat.open(tiny) as opened,
-        pytest.raises(UsageError, match=r"the weights need 0\.\d GB, and cpu has 0\.0 GB"),
+        pytest.raises(DeviceMemoryError, match=r"the weights need 0\.\d+ GB, and cpu has 0\.00 GB"),
     ):
         shards_on_device(opened.structure, torch.device("cpu"), verify="structure")
 
