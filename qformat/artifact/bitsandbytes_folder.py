@@ -47,11 +47,13 @@ def read_bitsandbytes_folder(path: Path) -> ShardLayout:
         packed = [name.removesuffix(Component.QUANT_STATE) for name in located if name.endswith(Component.QUANT_STATE)]
         if not packed:
             raise _nothing_packed(path, located)
+        states = {}
+        paths = {shard: path / shard for shard in descriptors}
         for name in packed:
             layout = _packed_shape(path, name, located, descriptors)
             _check_components(path, name, layout, located)
-            check_small_parts(path, name, layout, located, descriptors)
-    return ShardLayout(path, shard_nbytes, located)
+            states[name] = check_small_parts(name, layout, located, descriptors, paths)
+    return ShardLayout(path, shard_nbytes, located, states)
 
 
 def _shard_names(path: Path) -> list[str]:

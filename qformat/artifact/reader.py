@@ -17,7 +17,6 @@ from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.regular_files import open_regular
 from qformat.artifact.structure import ShardLayout, Structure, check_structure, size_error
 from qformat.artifact.watch import MappedFileWatch
-from qformat.codec import quant_state
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.quant_state import QuantState
 from qformat.errors import ArtifactError, UsageError
@@ -124,8 +123,7 @@ class MappedShards:
 
     def quant_state(self, name: str) -> QuantState:
         """Return what the codes of a packed tensor mean. Raises KeyError for a name that is no packed tensor."""
-        data = self.view(name + Component.QUANT_STATE.value).tobytes()
-        return quant_state.parse(data, path=self.path, tensor=name)
+        return self.layout.states[name]
 
     def mapped(self, shard: str) -> mmap.mmap:
         """Return the mapping of a whole shard file. It is private: what is written to it never reaches the file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,7 @@ def attach(
     originals = {renamed: name for name, renamed in names.items()}
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
-    places = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    places = tensors_by_name(model)
     biases = {name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and name.endswith(".bias")}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and name in places:
@@ -186,15 +183,17 @@ def _is_expected_extra(model: PreTrainedModel, name: str) -> bool:
 
 
 def _check_complete(model: PreTrainedModel, path: Path) -> None:
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise _missing(path, name)
+    if any(tensor.is_meta for tensors in _tensors_by_module(model, persistent=True) for tensor in tensors):
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_meta:
+                raise _missing(path, name)
 
 
 def _initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no file holds (rotary frequencies and the like) as the model's own code does."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for tensors in _tensors_by_module(model, persistent=False):
+        for tensor in tensors:
+            tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -202,6 +201,25 @@ def _initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
         if isinstance(module, NF4Linear):
             module._is_hf_initialized = True  # type: ignore[assignment]
     model.initialize_weights()  # type: ignore[no-untyped-call]
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers, tied ones under each name; torch's own walks take several times as long."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }
+
+
+def _tensors_by_module(model: nn.Module, *, persistent: bool) -> Iterator[list[Tensor]]:
+    """Yield the tensors of each module, or only those of its state; `parameters()` and `buffers()` take far longer."""
+    for module in model.modules():
+        left_out = module._non_persistent_buffers_set if persistent else ()
+        buffers = [buffer for name, buffer in module._buffers.items() if name not in left_out]
+        yield [tensor for tensor in (*module._parameters.values(), *buffers) if tensor is not None]
 
 
 def _missing(path: Path, name: str) -> ArtifactError:

@@ -13,7 +13,7 @@ from qformat.artifact.reader import MappedShards
 from qformat.artifact.structure import ShardLayout
 from qformat.errors import DeviceMemoryError
 from qformat.kernels.cpu import SCRATCH_NBYTES
-from qformat.model.build import attach
+from qformat.model.build import attach, tensors_by_name
 from qformat.model.layer_stream import LayerDevice, LayerStream, layer_device
 from qformat.model.memory import free_nbytes
 from qformat.model.placement import (
@@ -27,7 +27,7 @@ from qformat.model.placement import (
     place_automatically,
     place_by_map,
 )
-from qformat.model.shard_tensors import TORCH_DTYPES, map_shards, packed_names, tensors_of
+from qformat.model.shard_tensors import TORCH_DTYPES, map_shards, tensors_of
 
 _HOST = torch.device("cpu")
 
@@ -89,14 +89,13 @@ def check_fits_mapped(model: PreTrainedModel, layout: ShardLayout, names: Mappin
     What is copied is what was kept in another dtype than the model has; decoding takes a buffer.
     Raises: DeviceMemoryError.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    packed = packed_names(layout.located)
+    tensors = tensors_by_name(model)
     needed = largest = 0
     for name, renamed in names.items():
         if (tensor := tensors.get(renamed)) is None:
             continue
         nbytes = tensor.numel() * tensor.dtype.itemsize
-        if name in packed:
+        if name in layout.states:
             largest = max(largest, nbytes)
         elif TORCH_DTYPES[layout.located[name].entry.dtype] != tensor.dtype:
             needed += nbytes

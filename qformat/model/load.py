@@ -75,7 +75,7 @@ def load_model(
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
-    names = names_in_model(model, tensor_names(shards.layout.located), path)
+    names = names_in_model(model, tensor_names(shards.layout), path)
     if device_map is not None:
         placed = decide(model, shards.layout, names, target, device_map, max_memory)
         names = attach_placed(model, shards, names, target, placed)
@@ -105,7 +105,7 @@ def open_shards(path: Path) -> MappedShards:
 
 
 def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verify) -> dict[str, ShardData]:
-    """Copy the shards to a device, one allocation each. Raises DeviceMemoryError, before reading, if it is too small."""
+    """Copy the shards to a device, one allocation each. Raises DeviceMemoryError, before reading, if it is small."""
     starts = data_starts(layout)
     needed = sum(layout.shard_nbytes[shard] - start for shard, start in starts.items())
     free = free_nbytes(device)

@@ -30,7 +30,7 @@ from qformat.artifact.watch import MappedFileWatch
 from qformat.artifact.write_back import GENERATION_CONFIG_NAME, write_back
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import read_config
-from qformat.model.shard_tensors import TORCH_DTYPES, packed_names
+from qformat.model.shard_tensors import TORCH_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,9 @@ def save(model: Any, out: Path) -> bool:
     origin: Origin = model._qformat_origin
     origin.watch.check()
     state: dict[str, Tensor] = model.state_dict()
-    packed = packed_names(origin.layout.located)
 
     def held(name: str, located: Located) -> Buffer | None:
-        tensor = state.get(_name_in_model(origin, packed, name))
+        tensor = state.get(_name_in_model(origin, name))
         return None if tensor is None else _bytes_of(tensor, name, located)
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -135,10 +134,10 @@ def save(model: Any, out: Path) -> bool:
     )
 
 
-def _name_in_model(origin: Origin, packed: set[str], name: str) -> str:
+def _name_in_model(origin: Origin, name: str) -> str:
     for part in Component:
         owner = name.removesuffix(part.value)
-        if part.value and owner in packed and name.endswith(part.value):
+        if part.value and owner in origin.layout.states and name.endswith(part.value):
             return origin.names.get(owner, owner) + part.value
     return origin.names.get(name, name)
 
@@ -146,9 +145,8 @@ def _name_in_model(origin: Origin, packed: set[str], name: str) -> str:
 def _other_tensors(model: Any) -> str | None:
     """Return how the model's tensors differ from those of its files in name or shape; None if they do not."""
     origin: Origin = model._qformat_origin
-    packed = packed_names(origin.layout.located)
     state: dict[str, Tensor] = model.state_dict()
-    named = {_name_in_model(origin, packed, name): located for name, located in origin.layout.located.items()}
+    named = {_name_in_model(origin, name): located for name, located in origin.layout.located.items()}
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     for name in origin.names.values():
         if name not in state:

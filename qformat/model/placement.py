@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from qformat.artifact.components import Component
 from qformat.artifact.structure import ShardLayout
 from qformat.errors import DeviceMemoryError, UsageError
-from qformat.model.shard_tensors import packed_names
 from qformat.sizes import size_nbytes
 
 N_SLOTS = 2
@@ -174,8 +173,7 @@ def _tensor_sizes(
     model: PreTrainedModel, layout: ShardLayout, names: Mapping[str, str]
 ) -> Iterable[tuple[str, int, bool, int]]:
     """Yield name, bytes, whether it is packed, and bytes when decoded, of every tensor; tied ones once."""
-    packed = packed_names(layout.located)
-    of_packed = {names[name]: name for name in packed}
+    of_packed = {names[name]: name for name in layout.states}
     seen: set[int] = set()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:

@@ -49,7 +49,7 @@ def unplaced(artifact: Path) -> tuple[Any, Any, dict[str, str]]:
     shards = open_shards(artifact)
     config = read_config(artifact, trust_remote_code=False)
     model = build_on_meta(artifact, config, dtype=torch.bfloat16, trust_remote_code=False, attention=None)
-    return model, shards, names_in_model(model, tensor_names(shards.layout.located), artifact)
+    return model, shards, names_in_model(model, tensor_names(shards.layout), artifact)
 
 
 def layer(number: int) -> str:
