@@ -166,6 +166,11 @@ class LayerStream:
         """The layers whose home is host memory."""
         return tuple(layer.name for layer in self._layers)
 
+    @property
+    def pass_nbytes(self) -> int:
+        """Bytes that a pass through the model copies to the device."""
+        return sum(layer.host.nbytes for layer in self._layers)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, number: int) -> None:
         """Bring a layer in, and start to copy the one that will probably be next."""
@@ -233,10 +238,12 @@ class LayerStream:
         return None if self._layers[self._current].module.training else following % len(self._layers)
 
     def _before_forward(self, number: int, module: nn.Module, arguments: Any) -> None:
-        if torch.is_grad_enabled() and module.training and not getattr(module, "gradient_checkpointing", False):
+        checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
+        trained = module.training or any(parameter.requires_grad for parameter in module.parameters())
+        if torch.is_grad_enabled() and trained and not checkpointed:
             raise UsageError(
                 f"{self._layers[number].name}: is streamed from host memory, and its weights are gone by the time of "
-                "the backward pass. Train with gradient checkpointing: model.gradient_checkpointing_enable()"
+                "the backward pass. Train with model.gradient_checkpointing_enable(), evaluate in torch.no_grad()"
             )
         self.enter(number)
 
