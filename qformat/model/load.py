@@ -15,7 +15,7 @@ from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.reader import Artifact, MappedShards, open_artifact
 from qformat.artifact.structure import CONFIG_NAME, ShardLayout
-from qformat.artifact.verify import verify_integrity
+from qformat.artifact.verify import verify_integrity, verify_other_files
 from qformat.artifact.watch import MappedFileWatch
 from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import attach, build_on_meta, names_in_model, read_config
@@ -26,7 +26,7 @@ from qformat.model.placement import DeviceName
 from qformat.model.shard_tensors import ShardData, map_shards, tensor_names, tensors_of
 from qformat.model.stream import TorchDevice, data_starts, stream_shards
 
-Verify = Literal["full", "structure"]
+Verify = Literal["full", "structure", "none"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def load_model(
     device: where it runs, by default the GPU if there is one. On the CPU every tensor is a view of the mapped file, on
         a GPU one of its shard, which is read into a single allocation.
     dtype: of activations and of what was kept in 16 bit, by default that of config.json; another one copies the latter.
-    verify: "structure" checks all but the weights' bytes; "full" reads every byte and compares its digest.
+    verify: "structure" checks all but the weights' bytes; "full" reads every byte and compares its digest; "none" reads
+        no manifest, as of a folder that has none: headers and small maps are checked against one another.
     attention: transformers' name of an attention implementation.
     device_map: for a model larger than a GPU. Layers that it maps to "cpu" stay in pinned host memory and are copied to
         the GPU one after the other, each while the one before it runs. "auto": as few as `max_memory` of the device
@@ -60,13 +61,13 @@ def load_model(
     """
     path = Path(path)
     target = _device(device)
-    shards = open_shards(path)
+    shards = MappedShards(read_bitsandbytes_folder(path)) if verify == "none" else open_shards(path)
     if device_map is not None and target.type == "cpu":
         raise UsageError("device_map: is for a GPU. On the CPU weights are mapped: pages are read when they are needed")
     if max_memory is not None and device_map is None:
         raise UsageError("max_memory: says what device_map='auto' may use, and there is no device_map")
-    if verify == "full" and (target.type == "cpu" or device_map is not None):
-        _check_digests(shards)
+    if verify == "full":
+        _check_digests(shards, streamed=target.type != "cpu" and device_map is None)
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
         path,
@@ -118,10 +119,14 @@ def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verif
     return {shard: ShardData(tensor, starts[shard]) for shard, tensor in data.items()}
 
 
-def _check_digests(shards: MappedShards) -> None:
+def _check_digests(shards: MappedShards, *, streamed: bool) -> None:
+    """Compare all digests, or those of the files beside the shards: streamed shards are hashed on their way."""
     if not isinstance(shards, Artifact):
         raise UsageError(f"{shards.path}: has no manifest, so there are no digests that verify='full' could compare")
-    findings = verify_integrity(shards.path).findings
+    if streamed:
+        findings = verify_other_files(shards.path, shards.manifest)
+    else:
+        findings = verify_integrity(shards.path).findings
     if findings:
         raise findings[0].as_error(shards.path)
 

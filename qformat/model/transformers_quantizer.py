@@ -14,9 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from qformat.artifact.components import Component
 from qformat.artifact.reader import MappedShards
+from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import linear_at, names_in_model, replace_linear
 from qformat.model.load import open_shards
 from qformat.model.loaded_model import Origin, adopt
+from qformat.model.memory import free_nbytes
+from qformat.model.placement import allowed_gb, needed_gb
 from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 
 METHOD = "bitsandbytes_4bit"
@@ -67,8 +70,13 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         return device_map
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        device_map: dict[str, Any] | str | None = None,
+        **_: object,
     ) -> None:
+        _check_not_offloaded(device_map if isinstance(device_map, dict) else {})
         if not checkpoint_files:
             raise ValueError("qformat needs the files of the checkpoint: pass a folder or a repository, no state_dict")
         self._path = Path(checkpoint_files[0]).parent
@@ -85,6 +93,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         model._keys_to_ignore_on_load_unexpected = {*ignored, _component_pattern(self._packed)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        _check_not_offloaded(getattr(model, "hf_device_map", None) or {})
+        self._check_memory(model)
         for name, packed in self._packed.items():
             module_name = name.removesuffix(".weight")
             linear = self._linears.pop(name)
@@ -97,6 +107,22 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         self._shards.watch.check()
         adopt(model, Origin(self._shards.layout, self._names, self._shards.watch))
         return model
+
+    def _check_memory(self, model: PreTrainedModel) -> None:
+        """Refuse what is too large: transformers' "auto" does not see the packed weights, which it places as nothing."""
+        needed: dict[torch.device, int] = {}
+        for name, packed in self._packed.items():
+            device = _device_of(model, name)
+            nbytes = sum(tensor.nbytes for tensor in packed.components.values())
+            needed[device] = needed.get(device, 0) + nbytes
+        for device, nbytes in needed.items():
+            free = None if device.type == "cpu" else free_nbytes(device)
+            if free is not None and nbytes > free:
+                raise DeviceMemoryError(
+                    f"{self._path}: the packed weights need {needed_gb(nbytes)} on {device}, and {allowed_gb(free)} are "
+                    "free there. Name the GPU of each layer in device_map, or use qformat.load_model(path, "
+                    "device_map='auto'), which keeps layers in host memory"
+                )
 
     @property
     def is_trainable(self) -> bool:
@@ -111,6 +137,16 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the components as they are."""
         return True
+
+
+def _check_not_offloaded(device_map: dict[str, Any]) -> None:
+    """Refuse to offload: accelerate would move buffers of the codes in and out without knowing what they are."""
+    homes = {str(home) for home in device_map.values()}
+    if "disk" in homes or ("cpu" in homes and len(homes) > 1):
+        raise UsageError(
+            "device_map: from_pretrained cannot keep packed layers in host memory or on disk. "
+            "Use qformat.load_model(path, device='cuda', device_map='auto'), which streams them"
+        )
 
 
 class _OnlyBias(nn.Module):
