@@ -123,10 +123,8 @@ def _check_digests(shards: MappedShards, *, streamed: bool) -> None:
     """Compare all digests, or those of the files beside the shards: streamed shards are hashed on their way."""
     if not isinstance(shards, Artifact):
         raise UsageError(f"{shards.path}: has no manifest, so there are no digests that verify='full' could compare")
-    if streamed:
-        findings = verify_other_files(shards.path, shards.manifest)
-    else:
-        findings = verify_integrity(shards.path).findings
+    path = shards.path
+    findings = verify_other_files(path, shards.manifest) if streamed else verify_integrity(path).findings
     if findings:
         raise findings[0].as_error(shards.path)
 

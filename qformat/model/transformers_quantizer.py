@@ -109,7 +109,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         return model
 
     def _check_memory(self, model: PreTrainedModel) -> None:
-        """Refuse what is too large: transformers' "auto" does not see the packed weights, which it places as nothing."""
+        """Refuse what is too large: transformers' "auto" places packed weights as if they were nothing."""
         needed: dict[torch.device, int] = {}
         for name, packed in self._packed.items():
             device = _device_of(model, name)
@@ -119,8 +119,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
             free = None if device.type == "cpu" else free_nbytes(device)
             if free is not None and nbytes > free:
                 raise DeviceMemoryError(
-                    f"{self._path}: the packed weights need {needed_gb(nbytes)} on {device}, and {allowed_gb(free)} are "
-                    "free there. Name the GPU of each layer in device_map, or use qformat.load_model(path, "
+                    f"{self._path}: the packed weights need {needed_gb(nbytes)} on {device}, and {allowed_gb(free)} "
+                    "are free there. Name the GPU of each layer in device_map, or use qformat.load_model(path, "
                     "device_map='auto'), which keeps layers in host memory"
                 )
 
