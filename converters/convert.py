@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.disk import Disk, allocated_nbytes, free_nbytes
-from qformat.artifact.staging import Staging, check_target, work_folder
+from qformat.artifact.disk import Disk
+from qformat.artifact.manifest import JsonObject
+from qformat.artifact.staging import Staging, begun_with, check_target, refuse_full_disk, work_folder
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.execute import execute, has_nonfinite
+from qformat.converters.open_source import is_repository, open_source
 from qformat.converters.plan import Plan, make_plan
+from qformat.converters.reading import StreamedSource
 from qformat.converters.recipe import Recipe, load_recipe
-from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source
 from qformat.cores import usable_cores
 from qformat.errors import TargetError, UsageError
@@ -26,7 +28,10 @@ DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
-    """What a user may choose about a conversion."""
+    """What a user may choose about a conversion.
+
+    revision, offline, keep_source: of a repository of the Hub, see `open_source`.
+    """
 
     recipe: Path | None = None
     skip: Sequence[str] = ()
@@ -34,6 +39,9 @@ class ConversionOptions:
     double_quant: bool = True
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     keep_nonfinite: bool = False
+    revision: str | None = None
+    offline: bool = False
+    keep_source: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -45,10 +53,17 @@ class ConversionOptions:
         """Read the recipe file and put the skip patterns in front of it."""
         return load_recipe(self.recipe, skip=self.skip, block_size=self.block_size, double_quant=self.double_quant)
 
-    def open(self, source: Path) -> tuple[Source, Plan]:
-        """Open a source and plan its conversion. The caller closes the source."""
-        opened = SafetensorsShards(source)
+    def open(self, source: Path | str, *, pin: JsonObject | None = None) -> tuple[Source, Plan]:
+        """Open a source and plan its conversion. The caller closes the source. pin: see `open_source`."""
+        opened = open_source(
+            source, revision=self.revision, offline=self.offline, keep_source=self.keep_source, pin=pin
+        )
         try:
+            if self.keep_nonfinite and isinstance(opened, StreamedSource):
+                raise UsageError(
+                    "--keep-nonfinite reads the source twice: download it first with --keep-source, and convert the "
+                    "folder in the cache"
+                )
             recipe = self.load_recipe()
             planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)
             if self.keep_nonfinite and (found := find_nonfinite(opened, planned)):
@@ -75,7 +90,7 @@ def plan(source: Path | str, options: ConversionOptions | None = None) -> Plan:
 
     Raises: SourceError, UsageError.
     """
-    opened, planned = (options or ConversionOptions()).open(Path(source))
+    opened, planned = (options or ConversionOptions()).open(source)
     opened.close()
     return planned
 
@@ -93,7 +108,9 @@ def convert(
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
 ) -> ConversionSummary:
-    """Convert a 16- or 32-bit safetensors checkpoint into a 4-bit artifact.
+    """Convert a checkpoint, of any kind that `open_source` knows, into a 4-bit artifact.
+
+    source: a folder, or a text of the form owner/name: a repository of the Hub, which is streamed and not stored.
 
     workers: threads, by default one a core; any number gives the same bytes. force: replace an artifact of that
     name. restart: drop what an interrupted run left. on_plan, on_progress (source bytes done) and on_compile (once,
@@ -102,21 +119,23 @@ def convert(
     and the same call continues where this one stopped.
     """
     started = time.monotonic()
-    source, out = Path(source), Path(out)
+    out = Path(out)
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers: at least 1 is needed")
-    refuse_nested(source, out)
+    if not is_repository(source):
+        refuse_nested(Path(source), out)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
         check_target(out, replace=force)
-    opened, planned = (options or ConversionOptions()).open(source)
+    opened, planned = (options or ConversionOptions()).open(source, pin=None if restart else _pin_of(out))
+    note: JsonObject = {"pin": opened.pin} if isinstance(opened, StreamedSource) else {}
     try:
         on_plan(planned)
         disk = disk or Disk()
         disk.needed_nbytes = planned.nbytes
         if not continuing:
             refuse_full_disk(out, planned.nbytes)
-        with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart) as staging:
+        with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart, note=note) as staging:
             if not staging.sealed_before:
                 refuse_full_disk(out, planned.nbytes)
                 for float_format in {task.layout.float_format for task in planned.packed}:
@@ -126,6 +145,12 @@ def convert(
     finally:
         opened.close()
     return ConversionSummary(out, planned, time.monotonic() - started, done_before)
+
+
+def _pin_of(out: Path) -> JsonObject | None:
+    """Return what an interrupted run noted about the source that it had pinned."""
+    pin = begun_with(out).get("pin")
+    return pin if isinstance(pin, dict) else None
 
 
 def find_nonfinite(source: Source, planned: Plan) -> list[str]:
@@ -140,12 +165,3 @@ def refuse_nested(source: Path, out: Path) -> None:
         raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
     if outside.is_relative_to(inside):
         raise TargetError(f"{out}: holds the source. Choose a folder beside it")
-
-
-def refuse_full_disk(out: Path, nbytes: int) -> None:
-    """Refuse an output for which the disk has no room; what is staged already counts as there. Raises TargetError."""
-    needed, free = nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
-    if needed > free:
-        raise TargetError(
-            f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"
-        )

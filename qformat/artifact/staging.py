@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
-from qformat.artifact.disk import Disk
+from qformat.artifact.disk import Disk, allocated_nbytes, free_nbytes
 from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
 from qformat.errors import ArtifactError, InvalidFileError, TargetError
 
@@ -41,16 +41,21 @@ class Staging:
         self.entries: list[JsonObject] = []
         self.sealed_before = False
         self._replace = replace
+        self._note: JsonObject = {}
         self._journal_path = work / "journal"
         self._lock: int | None = lock
         self._journal: int | None = None
 
     @classmethod
-    def begin(cls, out: Path, fingerprint: str, *, disk: Disk, replace: bool = False, restart: bool = False) -> Staging:
+    def begin(
+        cls, out: Path, fingerprint: str, *, disk: Disk, replace: bool = False, restart: bool = False,
+        note: JsonObject | None = None,
+    ) -> Staging:  # fmt: skip
         """Start writing `out`, or continue an interrupted run with the same fingerprint.
 
         replace: an artifact (or empty folder) of that name may be there and is exchanged at the seal.
         restart: drop what an interrupted run left instead of continuing it.
+        note: kept in the journal's first entry, where `begun_with` finds it.
         Raises TargetError: `out` exists, its parent does not, another process writes it, or what an interrupted run
         left was begun from something else.
         """
@@ -64,6 +69,7 @@ class Staging:
         disk.make_folder(work)
         staging = cls(out, work, disk, _take_lock(work, disk), replace=replace)
         try:
+            staging._note = note or {}
             staging._continue_or_start(fingerprint, restart=restart)
         except BaseException:
             staging.close()
@@ -136,7 +142,7 @@ class Staging:
         if entries:
             self.entries = entries[1:]
         else:
-            self.record({"fingerprint": fingerprint})
+            self.record({**self._note, "fingerprint": fingerprint})
 
     def _clean_up(self) -> None:
         """Remove the work folder, the journal last: until then a crash is recognised as one after the seal."""
@@ -146,6 +152,13 @@ class Staging:
         self.disk.remove_file(self.work / "lock")
         self.disk.remove_folder(self.work)
         self.disk.sync_folder(self.out.parent)
+
+
+def begun_with(out: Path) -> JsonObject:
+    """Return the journal's first entry if an interrupted run left one: its fingerprint and its note."""
+    work = work_folder(out)
+    entries, _ = _read_journal(work / "journal") if work.is_dir() else ([], 0)
+    return entries[0] if entries else {}
 
 
 def check_target(out: Path, *, replace: bool) -> None:
@@ -161,6 +174,15 @@ def check_target(out: Path, *, replace: bool) -> None:
             raise TargetError(f"{out}: exists already. Choose another name, or replace it with --force")
         raise TargetError(f"{out}: exists, is not empty and is no artifact. Choose another name")
     raise TargetError(f"{out}: exists and is no folder. Choose another name")
+
+
+def refuse_full_disk(out: Path, nbytes: int) -> None:
+    """Refuse an output for which the disk has no room; what is staged already counts as there. Raises TargetError."""
+    needed, free = nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
+    if needed > free:
+        raise TargetError(
+            f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"
+        )
 
 
 def work_folder(out: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.manifest import MANIFEST_NAME
@@ -18,7 +18,7 @@ from qformat.artifact.structure import CONFIG_NAME, ShardLayout
 from qformat.artifact.verify import verify_integrity, verify_other_files
 from qformat.artifact.watch import MappedFileWatch
 from qformat.errors import DeviceMemoryError, UsageError
-from qformat.model.build import attach, build_on_meta, names_in_model, read_config
+from qformat.model.build import attach, build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.host_layers import DeviceMap, attach_placed, check_fits_mapped, decide
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
@@ -59,8 +59,8 @@ def load_model(
     the tensors and for an architecture that transformers does not know; UsageError for a device that is not
     there; DeviceMemoryError, before anything is read, where memory does not suffice, with what is needed.
     """
+    target = chosen_device(device)
     path = Path(path)
-    target = _device(device)
     shards = MappedShards(read_bitsandbytes_folder(path)) if verify == "none" else open_shards(path)
     if device_map is not None and target.type == "cpu":
         raise UsageError("device_map: is for a GPU. On the CPU weights are mapped: pages are read when they are needed")
@@ -68,28 +68,53 @@ def load_model(
         raise UsageError("max_memory: says what device_map='auto' may use, and there is no device_map")
     if verify == "full":
         _check_digests(shards, streamed=target.type != "cpu" and device_map is None)
+    return model_of_shards(
+        shards,
+        device=target,
+        dtype=dtype,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+        attention=attention,
+        device_map=device_map,
+        max_memory=max_memory,
+    )
+
+
+def model_of_shards(
+    shards: MappedShards,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    verify: Verify,
+    trust_remote_code: bool,
+    attention: str | None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[DeviceName, int | str] | None = None,
+) -> PreTrainedModel:
+    """Build the model of opened shards around them; see `load_model`."""
+    path = shards.path
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
         path,
         config,
-        dtype=dtype or _dtype_of(config),
+        dtype=dtype or dtype_of(config),
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
     names = names_in_model(model, tensor_names(shards.layout), path)
     if device_map is not None:
-        placed = decide(model, shards.layout, names, target, device_map, max_memory)
-        names = attach_placed(model, shards, names, target, placed)
+        placed = decide(model, shards.layout, names, device, device_map, max_memory)
+        names = attach_placed(model, shards, names, device, placed)
     else:
-        if target.type == "cpu":
+        if device.type == "cpu":
             check_fits_mapped(model, shards.layout, names)
-        data = map_shards(shards) if target.type == "cpu" else shards_on_device(shards.layout, target, verify=verify)
+        data = map_shards(shards) if device.type == "cpu" else shards_on_device(shards.layout, device, verify=verify)
         names = attach(model, tensors_of(shards, data), names, path)
     _set_generation_config(model, path)
     model.eval()  # type: ignore[no-untyped-call]
     shards.watch.check()
-    is_mapped = target.type == "cpu"
-    adopt(model, Origin(shards.layout, names, shards.watch if is_mapped else MappedFileWatch()))
+    if shards.layout.states:
+        adopt(model, Origin(shards.layout, names, shards.watch if device.type == "cpu" else MappedFileWatch()))
     return model
 
 
@@ -129,11 +154,8 @@ def _check_digests(shards: MappedShards, *, streamed: bool) -> None:
         raise findings[0].as_error(shards.path)
 
 
-def _dtype_of(config: PretrainedConfig) -> torch.dtype:
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-
-
-def _device(device: torch.device | str | None) -> torch.device:
+def chosen_device(device: torch.device | str | None) -> torch.device:
+    """Return a device, by default the GPU if there is one. Raises UsageError where it cannot be used."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=chosen)

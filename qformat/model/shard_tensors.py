@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,11 @@ def map_shards(shards: MappedShards) -> dict[str, ShardData]:
     """Return every shard as a view of the mapped file. A tensor keeps its mapping alive, `shards` may be closed."""
     names = {located.shard for located in shards.layout.located.values()}
     return {name: ShardData(torch.frombuffer(shards.mapped(name), dtype=torch.uint8), 0) for name in names}
+
+
+def packed_names(names: Iterable[str]) -> set[str]:
+    """Return the packed weights, by the names of all components."""
+    return {name.removesuffix(Component.QUANT_STATE) for name in names if name.endswith(Component.QUANT_STATE)}
 
 
 def tensor_names(layout: ShardLayout) -> list[str]:

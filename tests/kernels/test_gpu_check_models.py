@@ -65,7 +65,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
         (budget,) = options.pop("max_memory").values()
         return load.load_model(path, max_memory={0: budget}, **options)
 
-    monkeypatch.setattr(load, "_device", lambda device: GPU)
+    monkeypatch.setattr(load, "chosen_device", lambda device: GPU)
     monkeypatch.setattr(load, "attach_placed", placed)
     monkeypatch.setattr(host_layers, "free_nbytes", lambda device: nbytes if device == GPU else 2**40)
     monkeypatch.setattr(gpu_check_models, "load_model", loaded)

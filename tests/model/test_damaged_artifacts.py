@@ -46,7 +46,7 @@ def test_what_only_verify_finds_is_refused_by_a_full_verification(vector: corpus
 def streaming_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way to a GPU, with the CPU as the device that is copied to."""
     real = load.shards_on_device
-    monkeypatch.setattr(load, "_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(load, "chosen_device", lambda device: torch.device("cuda", 0))
 
     def on_the_cpu(layout: Any, device: Any, *, verify: Any) -> Any:
         return real(layout, torch.device("cpu"), verify=verify)

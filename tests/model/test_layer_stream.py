@@ -230,7 +230,7 @@ def test_plain_memory_serves_as_a_device(artifact: Path) -> None:
 def gpu_with(monkeypatch: pytest.MonkeyPatch, *, free: int, host: int = 2**40) -> None:
     """A GPU that is not there: decisions about it need none."""
     monkeypatch.setattr(host_layers, "free_nbytes", lambda device: free if device == GPU else host)
-    monkeypatch.setattr(load, "_device", lambda device: GPU)
+    monkeypatch.setattr(load, "chosen_device", lambda device: GPU)
 
 
 def test_load_model_streams_what_does_not_fit(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
