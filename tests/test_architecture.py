@@ -26,7 +26,7 @@ ALLOWED = {
     "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model"},
     "qformat.quality": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model", "qformat.training"},
-    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact"},
+    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact", "qformat.quality"},
     "qformat.cli": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"}
     | {"qformat.training", "qformat.quality"},

@@ -78,7 +78,7 @@ def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tens
             replace_linear(model, name, tensor, path, biases)
     model.tie_weights()
     _check_complete(model, path)
-    _initialise_the_rest(model, device)
+    initialise_the_rest(model, device)
 
 
 def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) -> Any:
@@ -184,7 +184,7 @@ def _check_complete(model: PreTrainedModel, path: Path) -> None:
             raise _missing(path, name)
 
 
-def _initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
+def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no file holds (rotary frequencies and the like) as the model's own code does."""
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
