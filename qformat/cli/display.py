@@ -43,3 +43,25 @@ def progress_bar(total_nbytes: int, description: str) -> Iterator[Callable[[int]
             bar.update(nbytes)
 
         yield update
+
+
+@contextmanager
+def step_bar(total: int, description: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show steps and time left on stderr, nothing if that is no terminal; yields `show(steps done)`.
+
+    The time left follows from the steps since the first call: those that an earlier run did took no time.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=description, unit=f" {unit}", leave=False) as bar:
+
+        def show(done: int) -> None:
+            if bar.n == 0:
+                bar.initial = done
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        yield show

@@ -100,7 +100,7 @@ class _Run:
         self._staged = staged
         self._folder = staged.staging.work / FOLDER_NAME
         self._disk = staged.staging.disk
-        self._batches = calibration.windows.split(max(1, BATCH_TOKENS // calibration.windows.shape[1]))
+        self._batches = torch.split(calibration.windows, max(1, BATCH_TOKENS // calibration.windows.shape[1]))
         self._calls: Calls = {}
 
     def layers(self) -> Iterator[tuple[str, EncodedWeight]]:
@@ -249,7 +249,7 @@ class _Run:
         return self._calls[len(hidden)][index](self._decoder.layers[index], hidden)
 
     def _in_batches(self, hidden: HiddenStates) -> tuple[Tensor, ...]:
-        return hidden.read().split(len(self._batches[0]))
+        return torch.split(hidden.read(), len(self._batches[0]))
 
     def _path(self, layer: int) -> Path:
         """Two files in turn: one is read while the other is written."""

@@ -94,7 +94,7 @@ class Decoder:
 
     def _load(self, names: Iterable[str], read: ReadTensor) -> None:
         shown = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             found, _ = convert_and_load_state_dict_in_model(
                 self.model,
@@ -102,12 +102,12 @@ class Decoder:
                 LoadStateDictConfig(
                     dtype=torch.float32,
                     device_map={"": "cpu"},
-                    weight_mapping=get_model_conversion_mapping(self.model),
+                    weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
                 ),
             )
         finally:
             if shown:
-                transformers_logging.enable_progress_bar()
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
         if found.conversion_errors or found.mismatched_keys or found.error_msgs:
             wrong = [*found.conversion_errors, *map(str, found.mismatched_keys), *found.error_msgs]
             raise self._refused(f"transformers cannot load {wrong[0]}")

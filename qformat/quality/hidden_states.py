@@ -61,7 +61,7 @@ class HiddenStatesWriter:
 
     def write(self, hidden: Tensor) -> None:
         """Append windows [n, length, width]. Raises TargetError."""
-        data = memoryview(hidden.contiguous().numpy()).cast("B")
+        data = hidden.contiguous().numpy().data.cast("B")
         self._digest.update(data)
         self._disk.write_at(self._descriptor, data, self._written, self._path)
         self._written += len(data)

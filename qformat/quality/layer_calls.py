@@ -116,7 +116,7 @@ def _same(one: Any, other: Any) -> bool:
 @contextmanager
 def _forwards_replaced(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     for module, forward in replacements.items():
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
     try:
         yield
     finally:

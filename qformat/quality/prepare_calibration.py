@@ -89,7 +89,7 @@ def _windows(source: Path, decoder: Decoder, settings: CalibrationSettings) -> T
     if count == 0:
         raise UsageError(f"{settings.tokens} calibration tokens: a window has {length}. Take at least as many")
     windows = read_windows(settings.data, _tokenizer(source), length=length).sample(count, seed=SEED)
-    vocabulary = decoder.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = decoder.model.get_input_embeddings().num_embeddings
     if windows.ids.max() >= vocabulary:
         raise SourceError(
             Reason.CONFIG_FIELD,
