@@ -177,7 +177,8 @@ def gemma3(folder: Path) -> Path:
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=32, vocab_size=runs.VOCABULARY, sliding_window=16, sliding_window_pattern=2, max_position_embeddings=256,
+        head_dim=32, vocab_size=runs.VOCABULARY, sliding_window=16, sliding_window_pattern=2,
+        max_position_embeddings=256,
     )  # fmt: skip
     Gemma3ForCausalLM(config).save_pretrained(folder)
     return folder
