@@ -24,10 +24,12 @@ ALLOWED = {
     "qformat.model": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels"},
     "qformat.report": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model"},
+    "qformat.quality": BASE
+    | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model", "qformat.training"},
     "qformat.converters": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.cli": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"}
-    | {"qformat.training"},
+    | {"qformat.training", "qformat.quality"},
 }
 """What each layer may import besides itself. `qformat` itself (version, lazy public names) is free to all."""
 
