@@ -140,8 +140,8 @@ def block_dots_case(name: str, *, values: str = "bf16", block_size: int = 64) ->
         "n": "i32",
     }
     return Case(
-        f"block_dots_{name}", block_dots_kernel, signature, triton_block_dots.constants(block_size),
-        options=triton_block_dots.OPTIONS, weights=triton_block_dots.ELEMENTS,
+        f"block_dots_{name}", block_dots_kernel, signature, triton_block_dots.constants(block_size, aligned=True),
+        options=triton_block_dots.OPTIONS, weights=triton_block_dots.TILE,
         bytes_per_weight=0.5 + 4 / block_size + (4 if values == "fp32" else 2), in_loop=False,
     )  # fmt: skip
 
