@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from qformat import strict_json
-from qformat.artifact import header
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import TensorEntry
-from qformat.artifact.limits import MAX_INDEX_NBYTES
-from qformat.artifact.regular_files import open_regular, read_exactly, read_small
-from qformat.artifact.structure import INDEX_NAME, Located, ShardLayout, check_small_parts
+from qformat.artifact.regular_files import open_regular, read_exactly
+from qformat.artifact.safetensors_folder import read_headers
+from qformat.artifact.structure import Located, ShardLayout, check_small_parts
 from qformat.codec import quant_state
 from qformat.errors import ArtifactError, Reason
-
-SINGLE_SHARD_NAME = "model.safetensors"
 
 _FP4_STATE = ".quant_state.bitsandbytes__fp4"
 
@@ -30,52 +25,20 @@ def read_bitsandbytes_folder(path: Path) -> ShardLayout:
 
     Raises: ArtifactError with the reason, the file, the tensor and the field; also for a folder without NF4 weights.
     """
+    shards = read_headers(path, error=ArtifactError)
+    located = shards.located
+    packed = [name.removesuffix(Component.QUANT_STATE) for name in located if name.endswith(Component.QUANT_STATE)]
+    if not packed:
+        raise _nothing_packed(path, located)
     with ExitStack() as stack:
-        descriptors: dict[str, int] = {}
-        located: dict[str, Located] = {}
-        shard_nbytes: dict[str, int] = {}
-        for shard in _shard_names(path):
-            descriptor = stack.enter_context(open_regular(path, shard, error=ArtifactError))
-            descriptors[shard] = descriptor
-            shard_nbytes[shard] = os.fstat(descriptor).st_size
-            for name, entry in header.read(descriptor, path / shard, error=ArtifactError).tensors.items():
-                if name in located:
-                    raise ArtifactError(
-                        Reason.DUPLICATE_TENSOR, path / shard, f"is in {located[name].shard}, too", tensor=name
-                    )
-                located[name] = Located(shard, entry)
-        packed = [name.removesuffix(Component.QUANT_STATE) for name in located if name.endswith(Component.QUANT_STATE)]
-        if not packed:
-            raise _nothing_packed(path, located)
+        descriptors = {
+            shard: stack.enter_context(open_regular(path, shard, error=ArtifactError)) for shard in shards.shard_nbytes
+        }
         for name in packed:
             layout = _packed_shape(path, name, located, descriptors)
             _check_components(path, name, layout, located)
             check_small_parts(path, name, layout, located, descriptors)
-    return ShardLayout(path, shard_nbytes, located)
-
-
-def _shard_names(path: Path) -> list[str]:
-    if not path.is_dir():
-        raise ArtifactError(Reason.MISSING_FILE, path, "there is no such folder")
-    if not os.path.lexists(path / INDEX_NAME):
-        return [SINGLE_SHARD_NAME]
-    data = read_small(path, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
-    index = strict_json.loads(data, path=path / INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict):
-        raise ArtifactError(Reason.INDEX_MISMATCH, path / INDEX_NAME, "missing or not an object", field="weight_map")
-    names = set()
-    for tensor, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise ArtifactError(
-                Reason.INDEX_MISMATCH,
-                path / INDEX_NAME,
-                f"{shard!r} is no file name",
-                tensor=tensor,
-                field="weight_map",
-            )
-        names.add(shard)
-    return sorted(names)
+    return shards
 
 
 def _nothing_packed(path: Path, located: Mapping[str, Located]) -> ArtifactError:

@@ -36,6 +36,11 @@ def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         ) from error
 
 
+def dtype_of(config: PretrainedConfig) -> torch.dtype:
+    """Return the format of a model's arithmetic that its config names, by default bfloat16."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+
+
 def build_on_meta(
     path: Path, config: PretrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool, attention: str | None
 ) -> PreTrainedModel:

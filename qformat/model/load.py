@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.manifest import MANIFEST_NAME
@@ -16,7 +16,7 @@ from qformat.artifact.reader import Artifact, MappedShards, open_artifact
 from qformat.artifact.structure import CONFIG_NAME, ShardLayout
 from qformat.artifact.verify import verify_integrity
 from qformat.errors import UsageError
-from qformat.model.build import attach, build_on_meta, read_config
+from qformat.model.build import attach, build_on_meta, dtype_of, read_config
 from qformat.model.shard_tensors import ShardData, map_shards, tensors_of
 from qformat.model.stream import TorchDevice, data_starts, stream_shards
 
@@ -46,20 +46,35 @@ def load_model(
     the tensors and for an architecture that transformers does not know; UsageError for a device that is not
     there or too small.
     """
-    path = Path(path)
-    target = _device(device)
-    shards = open_shards(path)
+    target = chosen_device(device)
+    shards = open_shards(Path(path))
     if verify == "full" and target.type == "cpu":
         _check_digests(shards)
+    return model_of_shards(
+        shards, device=target, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code, attention=attention
+    )
+
+
+def model_of_shards(
+    shards: MappedShards,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    verify: Verify,
+    trust_remote_code: bool,
+    attention: str | None,
+) -> PreTrainedModel:
+    """Build the model of opened shards around them; see `load_model`."""
+    path = shards.path
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
         path,
         config,
-        dtype=dtype or _dtype_of(config),
+        dtype=dtype or dtype_of(config),
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
-    data = map_shards(shards) if target.type == "cpu" else shards_on_device(shards.layout, target, verify=verify)
+    data = map_shards(shards) if device.type == "cpu" else shards_on_device(shards.layout, device, verify=verify)
     attach(model, tensors_of(shards, data), path)
     _set_generation_config(model, path)
     model.eval()  # type: ignore[no-untyped-call]
@@ -104,11 +119,8 @@ def _check_digests(shards: MappedShards) -> None:
         raise findings[0].as_error(shards.path)
 
 
-def _dtype_of(config: PretrainedConfig) -> torch.dtype:
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-
-
-def _device(device: torch.device | str | None) -> torch.device:
+def chosen_device(device: torch.device | str | None) -> torch.device:
+    """Return a device, by default the GPU if there is one. Raises UsageError where it cannot be used."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=chosen)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from qformat import strict_json
-from qformat.artifact import header
-from qformat.artifact.bitsandbytes_folder import SINGLE_SHARD_NAME, read_bitsandbytes_folder
+from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import ELEMENT_NBYTES, NewTensor
-from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_SIZE
+from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_SIZE
 from qformat.artifact.manifest import MANIFEST_NAME, JsonObject, KeptRecord
-from qformat.artifact.regular_files import check_plain_name, open_regular, read_small
-from qformat.artifact.structure import CONFIG_NAME, INDEX_NAME, read_manifest
+from qformat.artifact.regular_files import read_small
+from qformat.artifact.safetensors_folder import read_headers
+from qformat.artifact.structure import CONFIG_NAME, read_manifest
 from qformat.errors import ArtifactError, Reason, SourceError, UsageError
 
 Conversion = Callable[[list[NewTensor], JsonObject], Mapping[str, PackedShape]]
@@ -110,30 +109,11 @@ def _as_converted(folder: Path, tensors: list[NewTensor], conversion: Conversion
 def _folder_headers(folder: Path) -> list[NewTensor]:
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder. Give a folder, or the id of a repository on the Hub")
-    found = []
-    with ExitStack() as stack:
-        for shard in _shard_names(folder):
-            descriptor = stack.enter_context(open_regular(folder, shard, error=SourceError))
-            entries = header.read(descriptor, folder / shard, error=SourceError).tensors.values()
-            found += [NewTensor(entry.name, entry.dtype, entry.shape) for entry in entries]
+    located = read_headers(folder, error=SourceError).located.values()
+    found = [NewTensor(place.entry.name, place.entry.dtype, place.entry.shape) for place in located]
     if any(tensor.name.endswith(Component.QUANT_STATE) for tensor in found):
         read_bitsandbytes_folder(folder)  # refuses what cannot be trained on
     return found
-
-
-def _shard_names(folder: Path) -> list[str]:
-    path = folder / INDEX_NAME
-    if not os.path.lexists(path):
-        return [SINGLE_SHARD_NAME]
-    data = read_small(folder, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=SourceError)
-    index = strict_json.loads(data, path=path, max_nbytes=MAX_INDEX_NBYTES, error=SourceError)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise SourceError(Reason.INDEX_MISMATCH, path, "missing or no object of file names", field="weight_map")
-    names = sorted({str(shard) for shard in weight_map.values()})
-    for name in names:
-        check_plain_name(name, path=path, error=SourceError)
-    return names
 
 
 def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[NewTensor]]:
