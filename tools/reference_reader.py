@@ -102,7 +102,7 @@ def check_manifest(data: bytes, manifest: Any) -> tuple[dict[str, Any], dict[str
     kinds = {"must_understand": list, "generator": str, "source": dict, "recipe": dict, "tensors": dict, "files": dict}
     demand(all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()), "manifest_field", MANIFEST)
     good = manifest["tensors"] and all(isinstance(item, str) for item in manifest["must_understand"])
-    demand(good, "manifest_field", MANIFEST)
+    demand(good and isinstance(manifest.get("evaluation", {}), dict), "manifest_field", MANIFEST)
     demand(not manifest["must_understand"], "unsupported_feature", MANIFEST)
     for name, entry in manifest["tensors"].items():
         demand(isinstance(entry, dict) and is_tensor_entry(entry, name), "manifest_field", MANIFEST, name)

@@ -80,6 +80,7 @@ class Manifest:
     generator: str
     format_version: str = FORMAT_VERSION
     must_understand: tuple[str, ...] = ()
+    evaluation: JsonObject | None = None
     extra: Mapping[str, strict_json.Json] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -91,21 +92,43 @@ class Manifest:
             "generator": self.generator,
             "source": self.source,
             "recipe": self.recipe,
+            **({} if self.evaluation is None else {"evaluation": self.evaluation}),
             **self.extra,
             "tensors": {name: _tensor_json(entry) for name, entry in self.tensors.items()},
             "files": {name: _file_json(entry) for name, entry in sorted(self.files.items())},
         }
-        # One line a member and one line a tensor: small, and readable with ordinary tools.
-        lines = ["{"]
-        for key, value in record.items():
-            if key in {"tensors", "files"}:
-                assert isinstance(value, dict)
-                entries = [f"    {strict_json.dumps(k)}: {strict_json.dumps(v)}" for k, v in value.items()]
-                lines += [f"  {strict_json.dumps(key)}: {{", ",\n".join(entries), "  },"]
-            else:
-                lines.append(f"  {strict_json.dumps(key)}: {strict_json.dumps(value)},")
-        unsealed = "\n".join(lines).encode("utf-8") + b"\n" + _UNSEALED
-        return seal(unsealed)
+        return _sealed(record)
+
+
+def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
+    """Return the bytes of a manifest with another `evaluation` and all else that it says, known or not.
+
+    Raises: ArtifactError, as `parse`.
+    """
+    parse(data, path)
+    record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+    assert isinstance(record, dict)
+    written: dict[str, object] = {}
+    for key, value in record.items():
+        if key == "tensors":
+            written["evaluation"] = evaluation
+        if key not in {"evaluation", "manifest_sha256"}:
+            written[key] = value
+    return _sealed(written)
+
+
+def _sealed(record: Mapping[str, object]) -> bytes:
+    """Write the members of a manifest but the last (spec section 7.4), and seal it."""
+    # One line a member and one line a tensor: small, and readable with ordinary tools.
+    lines = ["{"]
+    for key, value in record.items():
+        if key in {"tensors", "files"}:
+            assert isinstance(value, dict)
+            entries = [f"    {strict_json.dumps(k)}: {strict_json.dumps(v)}" for k, v in value.items()]
+            lines += [f"  {strict_json.dumps(key)}: {{", ",\n".join(entries), "  },"]
+        else:
+            lines.append(f"  {strict_json.dumps(key)}: {strict_json.dumps(value)},")
+    return seal("\n".join(lines).encode("utf-8") + b"\n" + _UNSEALED)
 
 
 def seal(unsealed: bytes) -> bytes:
@@ -144,7 +167,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         fields.refuse("files", "names the manifest itself")
     known = {
         "format", "format_version", "must_understand", "generator",
-        "source", "recipe", "tensors", "files", "manifest_sha256",
+        "source", "recipe", "evaluation", "tensors", "files", "manifest_sha256",
     }  # fmt: skip
     return Manifest(
         tensors={name: _parse_tensor(fields, name, value) for name, value in tensors.items()},
@@ -154,6 +177,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         generator=fields.string(record, "generator"),
         format_version=version,
         must_understand=tuple(must_understand),
+        evaluation=fields.mapping(record, "evaluation") if "evaluation" in record else None,
         extra={key: value for key, value in record.items() if key not in known},
     )
 

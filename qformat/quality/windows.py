@@ -38,13 +38,13 @@ _BATCH_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class TokenWindows:
-    """Windows of a text.
+    """Windows of a text. parts: the files, folders or names that it was given as.
 
     ids: int32 [n_windows, length]. numbers: int64 [n_windows], which windows of the whole text they are, from 0.
     sha256: of the bytes of the data, its files one after the other. n_tokens: of the whole text.
     """
 
-    name: str
+    parts: tuple[str, ...]
     ids: NDArray[np.int32]
     numbers: NDArray[np.int64]
     sha256: str
@@ -52,6 +52,11 @@ class TokenWindows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def name(self) -> str:
+        """The text, for messages."""
+        return ", ".join(self.parts)
 
     @property
     def length(self) -> int:
@@ -99,7 +104,6 @@ def read_windows(
         raise UsageError(f"windows of {length} token(s): at least 2 are needed, since the first one predicts nothing")
     backend = own_tokenizer(tokenizer)
     parts = [source] if isinstance(source, (str, Path)) else list(source)
-    name = ", ".join(map(str, parts))
     sha256 = hashlib.sha256()
     streams = []
     for part in parts:
@@ -112,12 +116,12 @@ def read_windows(
     if not len(ids):
         raise DataError(
             "too_short",
-            name,
+            ", ".join(map(str, parts)),
             f"{len(stream)} tokens, which is less than one window of {length}",
             place=None,
             next_step="Give more text, or shorter windows",
         )
-    return TokenWindows(name, ids, np.arange(len(ids)), sha256.hexdigest(), len(stream))
+    return TokenWindows(tuple(map(str, parts)), ids, np.arange(len(ids)), sha256.hexdigest(), len(stream))
 
 
 def cut(stream: NDArray[np.int32], length: int, *, bos_id: int | None) -> NDArray[np.int32]:

@@ -1,0 +1,71 @@
+"""What the logits of a window say about each of its tokens: loss, divergence from the 16-bit model, most likely token.
+
+    loss[t] = -log q(token t + 1 | tokens 0 ... t)
+    kl[t]   = sum over tokens v of p(v) (log p(v) - log q(v)),   p: the 16-bit model, q: the other one
+
+All positions but the last are scored, since nothing tells what would follow the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_CHUNK_NBYTES = 2**21
+"""Of float32 logits at a time: what is computed from them stays in the cache, and memory does not grow with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of a window of L tokens, each [L - 1]; or of several, [n_windows, L - 1].
+
+    loss: float64, nats. top1: int64, the most likely token. kl: float64, nats, where there is a 16-bit model.
+    """
+
+    loss: NDArray[np.float64]
+    top1: NDArray[np.int64]
+    kl: NDArray[np.float64] | None
+
+
+def score_window(logits: Tensor, ids: Tensor, *, reference: Tensor | None = None) -> Scores:
+    """Score a window. logits, reference: [L, vocabulary], any float dtype; computed in float32. ids: int64 [L]."""
+    n_positions, n_vocabulary = ids.numel() - 1, logits.shape[-1]
+    step = max(1, _CHUNK_NBYTES // (4 * n_vocabulary))
+    loss, top1, kl = [], [], []
+    for start in range(0, n_positions, step):
+        stop = min(start + step, n_positions)
+        chunk = logits[start:stop].float()
+        log_q = torch.log_softmax(chunk, -1)  # [step, vocabulary]
+        loss.append(-log_q.gather(-1, ids[start + 1 : stop + 1, None])[:, 0])
+        top1.append(chunk.argmax(-1))
+        if reference is not None:
+            log_p = torch.log_softmax(reference[start:stop].float(), -1)
+            log_q.neg_().add_(log_p)
+            kl.append(log_p.exp_().mul_(log_q).sum(-1))
+    return Scores(
+        torch.cat(loss).double().cpu().numpy(),
+        torch.cat(top1).cpu().numpy(),
+        torch.cat(kl).double().cpu().numpy() if kl else None,
+    )
+
+
+def stack(scores: list[Scores]) -> Scores:
+    """Return the scores of several windows of one length as one."""
+    kl = [score.kl for score in scores if score.kl is not None]
+    return Scores(
+        np.stack([score.loss for score in scores]),
+        np.stack([score.top1 for score in scores]),
+        np.stack(kl) if kl else None,
+    )
+
+
+def first_non_finite(scores: Scores) -> int | None:
+    """Return the first position of a window whose logits are not finite numbers, as loss or divergence betray them."""
+    bad = ~np.isfinite(scores.loss)
+    if scores.kl is not None:
+        bad |= ~np.isfinite(scores.kl)
+    return int(np.flatnonzero(bad)[0]) if bad.any() else None
