@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 import qformat
@@ -147,7 +148,7 @@ class _Copy:
         yield from _checked(source, 0, entries[0].start, path, record.header_xxh3, tensor=None)
         for entry in entries:
             if entry.name in self.new:
-                yield memoryview(self.new[entry.name]).cast("B")
+                yield self.new[entry.name].reshape(-1).view(np.uint8).data
             else:
                 digest = self.digests[entry.name]
                 yield from _checked(source, entry.start, entry.stop, path, digest, tensor=entry.name)

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "Show what an artifact or a checkpoint holds.",
     "verify": "Prove that an artifact is whole, and how far it is from its source.",
     "generate": "Generate text with an artifact.",
+    "tune": "Bring an artifact closer to its 16-bit source, with the same codes and size.",
     "train": "Train a LoRA adapter on an artifact.",
     "info": "Show devices, backends and versions.",
 }

@@ -38,6 +38,10 @@ class Target(Protocol):
     def finite(self) -> bool:
         """Whether the 16-bit model gave finite numbers only."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class DenseTarget:
@@ -57,6 +61,11 @@ class DenseTarget:
     def finite(self) -> bool:
         """Whether all hidden states are."""
         return bool(torch.isfinite(self.hidden).all())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.hidden.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,11 @@ class TopKTarget:
     def finite(self) -> bool:
         """Whether all log-probabilities are."""
         return bool(torch.isfinite(self.log_p).all())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.log_p.nbytes + self.tokens.nbytes
 
 
 def distil(student: SplitModel, ids: Tensor, target: Target) -> float:

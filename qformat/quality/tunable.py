@@ -60,16 +60,12 @@ class TunableLinear(nn.Module):
 class _Rounded(nn.Module):
     """Trained in float32, used in the model's dtype: the forward pass sees what will be stored."""
 
-    def __init__(self, dtype: torch.dtype, trained: Tensor) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = dtype
-        self._trained = [trained]  # not a parameter of this module, and not a buffer
 
     def forward(self, value: Tensor) -> Tensor:
         return value.to(self._dtype)
-
-    def right_inverse(self, _: Tensor) -> Tensor:
-        return self._trained[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +137,7 @@ def make_tunable(model: PreTrainedModel, artifact: Artifact) -> TunableModel:
 
 
 def share_kept_tensors(tunable: TunableModel, teacher: PreTrainedModel) -> None:
-    """Let the model use the 16-bit model's own tensors where they are the same: those that are neither packed nor norms.
+    """Let the model use the 16-bit model's own tensors where they are the same: neither packed nor trained.
 
     They were compared by their digests; a second copy of a large embedding would only cost memory.
     """
@@ -166,7 +162,7 @@ def _norm_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, s
 
 def _train_norm(module: nn.Module, leaf: str) -> nn.Parameter:
     value: Tensor = getattr(module, leaf)
-    rounded = _Rounded(value.dtype, value.detach().float().clone())
-    parametrize.register_parametrization(module, leaf, rounded, unsafe=True)
-    original: nn.Parameter = getattr(module.parametrizations, leaf).original
-    return original.requires_grad_()
+    trained = nn.Parameter(value.detach().to(torch.float32, copy=True))
+    module._parameters[leaf] = trained
+    parametrize.register_parametrization(module, leaf, _Rounded(value.dtype), unsafe=True)
+    return trained

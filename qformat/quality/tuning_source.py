@@ -1,4 +1,4 @@
-"""Is this 16-bit checkpoint the one that an artifact was made from? By the digests in the manifest, tensor by tensor."""
+"""Is a 16-bit checkpoint the one that an artifact was made from? By the digests in the manifest, tensor by tensor."""
 
 from __future__ import annotations
 
