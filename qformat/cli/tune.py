@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -40,8 +41,8 @@ Examples:
 @click.option("--held-out", type=int, default=16, show_default=True,
               help="Windows that are set aside, to tell whether it got better.")  # fmt: skip
 @click.option("--teacher-cache", metavar="DIR", type=click.Path(path_type=Path),
-              help="Compute the 16-bit model's predictions first, keep the most likely ones there, and tune without the "
-                   "16-bit model in memory.")  # fmt: skip
+              help="Compute the 16-bit model's predictions first, keep the most likely ones there, and tune without it "
+                   "in memory.")  # fmt: skip
 @click.option("--top-k", type=int, default=64, show_default=True, help="Predictions kept of a token in that cache.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of windows.")
 @click.option("--device", help="cpu or cuda; by default the GPU if there is one.")
@@ -117,8 +118,6 @@ def _table(result: TuningResult) -> str:
 
 
 def _cells(closeness: Closeness) -> tuple[str, ...]:
-    import math
-
     loss = closeness.mean("loss")
     return (
         f"{closeness.mean('kl'):.4f} ± {closeness.error('kl'):.4f}",
@@ -133,7 +132,7 @@ def _facts(result: TuningResult, seconds: float) -> dict[str, object]:
         found: dict[str, object] = {}
         for name in ("kl", "top1", "loss"):
             error = closeness.error(name)
-            found[name] = {"mean": closeness.mean(name), "standard_error": None if error != error else error}
+            found[name] = {"mean": closeness.mean(name), "standard_error": None if math.isnan(error) else error}
         return found
 
     return {

@@ -59,8 +59,8 @@ class DenseTarget:
         return Comparison(kl, agrees, log_q.exp_().sub_(p) if gradient else None)
 
     def finite(self) -> bool:
-        """Whether all hidden states are."""
-        return bool(torch.isfinite(self.hidden).all())
+        """Whether all hidden states are, and the logits of one position, where the head's weights show."""
+        return bool(torch.isfinite(self.hidden).all() and torch.isfinite(self.head(self.hidden[-1:])).all())
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3
 from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
-from qformat.errors import DivergenceError, TargetError
+from qformat.errors import DivergenceError, TargetError, UsageError
 from qformat.quality.distillation import DenseTarget, Target, TopKTarget
 from qformat.quality.output_head import SplitModel, split_head
 
@@ -45,7 +45,9 @@ class LiveTeacher:
 
     @torch.no_grad()
     def top_k(self, numbers: NDArray[np.int64], ids: Tensor, k: int) -> TopKTarget:
-        """Return the k largest probabilities of each position."""
+        """Return the k largest probabilities of each position. Raises UsageError for more than there are."""
+        if k > self._split.vocabulary:
+            raise UsageError(f"top_k: {k}, but the 16-bit model has a vocabulary of {self._split.vocabulary}")
         dense = self.target(numbers, ids)
         parts = []
         for positions in self._split.chunks(len(dense.hidden)):

@@ -148,7 +148,7 @@ def tune(
             tuned = aside.measure(student)
             replacements = tunable.rounded(artifact)
             after = aside.measure(student)
-            if not accept_worse and not after.mean("kl") < before.mean("kl"):
+            if not accept_worse and (best == 0 or not after.mean("kl") < before.mean("kl")):
                 raise VerificationError(
                     f"{job.out}: not written, since it did not get better: on held-out text {_figures(after)}, before "
                     f"{_figures(before)}. Give more text or other settings (with --restart), or write it with "

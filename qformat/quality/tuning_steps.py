@@ -37,13 +37,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 DIVERGED = 3.0
 DIVERGED_NATS = 0.05
-"""A mean KL of the last steps of this many times that of the first ones, and this much, is no noise: windows differ by
-half of it."""
+"""A mean KL of the last steps of this many times the held-out one at the beginning, and this much, is no noise."""
 
 KEPT_NBYTES = 256 << 20
 """Of all held-out windows' targets: hidden states take 2 bytes a token and dimension."""
 
-_RECENT = 10
+_RECENT = 5
 """Steps that are averaged to tell."""
 
 
@@ -62,21 +61,17 @@ class StepLine:
 class History:
     """What a tuning remembers of its steps; a checkpoint's facts. held_out: mean KL at the step of each checkpoint."""
 
-    first_kl: list[float] = field(default_factory=list)
     recent_kl: list[float] = field(default_factory=list)
     held_out: dict[str, float] = field(default_factory=dict)
 
     def note(self, kl: float) -> None:
         """Add the KL of a step."""
-        if len(self.first_kl) < _RECENT:
-            self.first_kl.append(kl)
         self.recent_kl = [*self.recent_kl, kl][-_RECENT:]
 
     @property
     def diverged(self) -> bool:
-        """Whether the last steps are far worse than the first."""
-        recent, first = sum(self.recent_kl) / len(self.recent_kl), sum(self.first_kl) / len(self.first_kl)
-        return recent > DIVERGED * first + DIVERGED_NATS
+        """Whether the last steps are far worse than the beginning."""
+        return sum(self.recent_kl) / len(self.recent_kl) > DIVERGED * self.held_out["0"] + DIVERGED_NATS
 
     def best(self) -> int:
         """Return the step with the smallest held-out KL."""
@@ -244,12 +239,10 @@ class TuningRun:
 
 
 def _history(facts: JsonObject) -> History:
-    first, recent, held_out = facts["first_kl"], facts["recent_kl"], facts["held_out"]
-    assert isinstance(first, list)
+    recent, held_out = facts["recent_kl"], facts["held_out"]
     assert isinstance(recent, list)
     assert isinstance(held_out, dict)
     return History(
-        [float(kl) for kl in first if isinstance(kl, (int, float))],
         [float(kl) for kl in recent if isinstance(kl, (int, float))],
         {step: float(kl) for step, kl in held_out.items() if isinstance(kl, (int, float))},
     )
