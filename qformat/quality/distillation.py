@@ -50,6 +50,7 @@ class DenseTarget:
     hidden: Tensor
     head: Callable[[Tensor], Tensor]
 
+    @torch.no_grad()
     def compare(self, log_q: Tensor, positions: slice, *, gradient: bool) -> Comparison:
         """Compare with the whole distribution."""
         log_p = torch.log_softmax(self.head(self.hidden[positions]), -1, dtype=torch.float32)

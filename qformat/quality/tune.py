@@ -235,11 +235,11 @@ def _student(
     if isinstance(teacher, LiveTeacher):
         share_kept_tensors(tunable, teacher.model)
     if settings.gradient_checkpointing:
-        _checkpoint_gradients(model)
+        checkpoint_gradients(model)
     return tunable
 
 
-def _checkpoint_gradients(model: PreTrainedModel) -> None:
+def checkpoint_gradients(model: PreTrainedModel) -> None:
     """Compute activations again in backward. Only the layers themselves "train": nothing in them drops out."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
