@@ -3,6 +3,9 @@
 Both are streamed beside each other, chunk by chunk: every weight is encoded again and its codes and scales compared
 byte for byte; what the artifact's own codes decode to, rounded to the weight's dtype (what a reader computes with),
 gives the error figures; every kept tensor is compared bit for bit; every source tensor's digest with the manifest.
+
+Of a tuned artifact the codes must be the same, the scales near those that encoding gives (`tuned_scales`), and kept
+tensors may be others where the manifest names the source's digest: vectors, which is what norms are.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from qformat.converters.comparison import Comparison, KeptComparison, PackedComp
 from qformat.converters.execute import ABSMAX_CHUNK, CHUNK_NBYTES
 from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source, SourceTensor
+from qformat.converters.tuned_scales import count_too_far, scale_change
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
 
@@ -49,6 +53,16 @@ class _StoredScales:
     absmax: NDArray[Any]
     nested_absmax: NDArray[np.float32] | None
     nested_quant_map: NDArray[np.float32] | None
+
+    def decoded(self) -> NDArray[np.float32]:
+        """Return the scales that a reader multiplies with, float32 [n_blocks]."""
+        if self.nested_absmax is None or self.nested_quant_map is None:
+            return self.absmax
+        assert self.state.nested_offset is not None
+        out = np.empty(self.absmax.size, np.float32)
+        offset = np.float32(self.state.nested_offset)
+        cpu.decode_scales_into(self.absmax, self.nested_absmax, self.nested_quant_map, offset, out)
+        return out
 
 
 def compare(
@@ -129,6 +143,7 @@ class _Run:
         self._progress = progress
         self._buffers = _Buffers()
         self._stopping = threading.Event()
+        self._scale_change = scale_change(artifact.manifest.recipe)
 
     def do(self, workers: int) -> Comparison:
         records = self._artifact.manifest.tensors
@@ -155,6 +170,7 @@ class _Run:
             n_packed=len(records) - n_kept,
             n_kept=n_kept,
             n_source_digests=len(records) - n_unknown,
+            scale_change=self._scale_change,
             findings=tuple(findings),
         )
 
@@ -181,14 +197,22 @@ class _Run:
             stored = self._buffers.stored[: chunk.size]
             self._read_stored(tensor.name, offset, stored)
             n_wrong += _count_different(stored, chunk)
-        named = digest.hexdigest() == record.xxh3
+        named = digest.hexdigest() == (record.source_xxh3 or record.xxh3)
+        tuned = record.source_xxh3 is not None and self._scale_change is not None and len(record.shape) == 1
         compared = KeptComparison(
-            tensor.name, record.dtype, record.shape, record.reason, tensor.nbytes, n_wrong, source_named=named
+            tensor.name,
+            record.dtype,
+            record.shape,
+            record.reason,
+            tensor.nbytes,
+            n_wrong,
+            source_named=named,
+            tuned=tuned,
         )
         wrong = f"{n_wrong} of {tensor.nbytes} bytes of this kept tensor are not the source's"
         if not named:
             return compared, [self._other_source(tensor, wrong)]
-        if n_wrong:
+        if n_wrong and not tuned:
             return compared, [self._artifact_finding(Reason.SOURCE_MISMATCH, tensor.name, wrong)]
         return compared, []
 
@@ -222,7 +246,7 @@ class _Run:
             errors=errors.sums(),
             code_counts=tuple(code_counts.tolist()),
             n_wrong_codes=n_wrong_codes if finite else None,
-            n_wrong_scales=_count_wrong_scales(stored, absmax, float_format) if finite else None,
+            n_wrong_scales=self._count_wrong_scales(stored, absmax, float_format) if finite else None,
             source_named=named,
         )
         return compared, list(self._judge_packed(tensor, compared))
@@ -263,7 +287,7 @@ class _Run:
         if compared.n_wrong_codes is not None:
             wrong = (
                 f"{compared.n_wrong_codes} of {n_weights} codes and {compared.n_wrong_scales} of the scales are not "
-                "what encoding the source gives"
+                f"what encoding the source gives{self._allowed()}"
             )
         if compared.source_named is False:
             yield self._other_source(tensor, wrong)
@@ -274,6 +298,12 @@ class _Run:
         if compared.n_wrong_codes is not None and not compared.errors.finite:
             problem = "some codes decode to values that are not finite"
             yield self._artifact_finding(Reason.NONFINITE_WEIGHT, tensor.name, problem)
+
+    def _count_wrong_scales(self, stored: _StoredScales, absmax: Raw, float_format: FloatFormat) -> int:
+        """Return how many numbers of the scales are not what absmax values [n_blocks] of the source give or allow."""
+        if self._scale_change is None:
+            return _count_wrong_scales(stored, absmax, float_format)
+        return count_too_far(stored.decoded(), stored.nested_absmax, widen(absmax, float_format), self._scale_change)
 
     def _stored_scales(self, name: str, record: PackedRecord) -> _StoredScales:
         def read(part: Component, dtype: str) -> NDArray[Any]:
@@ -305,6 +335,9 @@ class _Run:
             digest.update(chunk)
             yield offset, chunk
             self._progress(chunk.size)
+
+    def _allowed(self) -> str:
+        return "" if self._scale_change is None else f" (scales: within {self._scale_change:.0%} of it)"
 
     def _other_source(self, tensor: SourceTensor, wrong: str) -> Finding:
         return self._source_finding(

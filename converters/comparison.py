@@ -52,6 +52,8 @@ class KeptComparison:
     nbytes: int
     n_wrong_bytes: int
     source_named: bool
+    tuned: bool = False
+    """The manifest says that it was tuned, and it may differ."""
 
     @property
     def identical(self) -> bool:
@@ -64,7 +66,8 @@ class Comparison:
     """The result of `compare`; tensors in the order of the manifest, without those that could not be compared.
 
     n_packed, n_kept: how many of each the artifact has; n_source_digests: for how many of them the manifest has the
-    digest of the source.
+    digest of the source. scale_change: in a tuned artifact, the share by which scales may differ from those that the
+    recipe gives.
     """
 
     artifact: Path
@@ -75,6 +78,7 @@ class Comparison:
     n_kept: int
     n_source_digests: int
     findings: tuple[Finding, ...]
+    scale_change: float | None = None
 
     @property
     def good(self) -> bool:
@@ -100,6 +104,11 @@ class Comparison:
     def n_identical(self) -> int:
         """How many kept tensors are the source's, bit for bit."""
         return sum(tensor.identical for tensor in self.kept)
+
+    @property
+    def tuned(self) -> tuple[KeptComparison, ...]:
+        """The kept tensors that were tuned and differ from the source's."""
+        return tuple(tensor for tensor in self.kept if tensor.tuned and not tensor.identical)
 
     @property
     def n_source_named(self) -> int:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.disk import Disk, allocated_nbytes, free_nbytes
-from qformat.artifact.staging import Staging, check_target, work_folder
+from qformat.artifact.disk import Disk
+from qformat.artifact.staging import Staging, check_target, refuse_full_disk, refuse_nested, work_folder
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.calibrated import calibrate
@@ -19,7 +19,7 @@ from qformat.converters.recipe import Recipe, load_recipe
 from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source
 from qformat.cores import usable_cores
-from qformat.errors import TargetError, UsageError
+from qformat.errors import UsageError
 from qformat.quality.calibration_settings import CalibrationSettings
 
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
@@ -146,21 +146,3 @@ def convert(
 def find_nonfinite(source: Source, planned: Plan) -> list[str]:
     """Return the names of the weights to encode that have an infinite or NaN element. Reads all of them."""
     return [task.source.name for task in planned.packed if has_nonfinite(source, task)]
-
-
-def refuse_nested(source: Path, out: Path) -> None:
-    """Refuse an output that lies inside what it is made from, or holds it. Raises TargetError."""
-    inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-    if inside == outside or inside.is_relative_to(outside):
-        raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
-    if outside.is_relative_to(inside):
-        raise TargetError(f"{out}: holds the source. Choose a folder beside it")
-
-
-def refuse_full_disk(out: Path, nbytes: int) -> None:
-    """Refuse an output for which the disk has no room; what is staged already counts as there. Raises TargetError."""
-    needed, free = nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
-    if needed > free:
-        raise TargetError(
-            f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"
-        )

@@ -13,11 +13,11 @@ import numpy as np
 
 from qformat.artifact.disk import Disk
 from qformat.artifact.reader import open_artifact
-from qformat.artifact.staging import work_folder
+from qformat.artifact.staging import refuse_full_disk, refuse_nested, work_folder
 from qformat.codec import cpu
 from qformat.codec.floats import FloatFormat
 from qformat.converters.checkpoint_staging import CheckpointStaging, check_checkpoint_target
-from qformat.converters.convert import DEFAULT_MAX_SHARD_NBYTES, refuse_full_disk, refuse_nested
+from qformat.converters.convert import DEFAULT_MAX_SHARD_NBYTES
 from qformat.converters.export_execute import execute_export
 from qformat.converters.export_plan import ExportPlan, make_export_plan
 from qformat.cores import usable_cores

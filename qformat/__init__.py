@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
+    from qformat.quality.evaluate import Evaluation, evaluate
     from qformat.training.run import TrainingJob, TrainingResult, train
     from qformat.training.settings import TrainingSettings
 
@@ -38,6 +39,7 @@ _PUBLIC = {
     "Comparison": "qformat.converters.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
+    "Evaluation": "qformat.quality.evaluate:Evaluation",
     "IntegrityReport": "qformat.artifact.verify:IntegrityReport",
     "KeptTensor": "qformat.artifact.reader:KeptTensor",
     "PackedTensor": "qformat.artifact.reader:PackedTensor",
@@ -47,6 +49,7 @@ _PUBLIC = {
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
+    "evaluate": "qformat.quality.evaluate:evaluate",
     "export": "qformat.converters.export:export",
     "force_backend": "qformat.kernels.backends:force_backend",
     "load_model": "qformat.model.load:load_model",
@@ -63,6 +66,7 @@ __all__ = [
     "Comparison",
     "ConversionOptions",
     "ConversionSummary",
+    "Evaluation",
     "IntegrityReport",
     "KeptTensor",
     "PackedTensor",
@@ -72,6 +76,7 @@ __all__ = [
     "TrainingSettings",
     "compare",
     "convert",
+    "evaluate",
     "export",
     "force_backend",
     "load_model",

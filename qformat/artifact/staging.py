@@ -22,7 +22,7 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
-from qformat.artifact.disk import Disk
+from qformat.artifact.disk import Disk, allocated_nbytes, free_nbytes
 from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
 from qformat.errors import ArtifactError, InvalidFileError, TargetError
 
@@ -161,6 +161,24 @@ def check_target(out: Path, *, replace: bool) -> None:
             raise TargetError(f"{out}: exists already. Choose another name, or replace it with --force")
         raise TargetError(f"{out}: exists, is not empty and is no artifact. Choose another name")
     raise TargetError(f"{out}: exists and is no folder. Choose another name")
+
+
+def refuse_nested(source: Path, out: Path) -> None:
+    """Refuse an output that lies inside what it is made from, or holds it. Raises TargetError."""
+    inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    if inside == outside or inside.is_relative_to(outside):
+        raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
+    if outside.is_relative_to(inside):
+        raise TargetError(f"{out}: holds the source. Choose a folder beside it")
+
+
+def refuse_full_disk(out: Path, nbytes: int) -> None:
+    """Refuse an output for which the disk has no room; what is staged already counts as there. Raises TargetError."""
+    needed, free = nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
+    if needed > free:
+        raise TargetError(
+            f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"
+        )
 
 
 def work_folder(out: Path) -> Path:

@@ -29,15 +29,22 @@ def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) ->
     return "\n".join(lines)
 
 
+def duration(seconds: float) -> str:
+    """Return a time as `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 @contextmanager
-def progress_bar(total_nbytes: int, description: str) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, description: str, *, unit: str = "B") -> Iterator[Callable[[int], None]]:
     """Show bytes, rate and time left on stderr, nothing if that is no terminal; yields `update(nbytes)`."""
     if not sys.stderr.isatty():
         yield lambda nbytes: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=total_nbytes, desc=description, unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", leave=False) as bar:
 
         def update(nbytes: int) -> None:
             bar.update(nbytes)

@@ -23,7 +23,9 @@ COMMANDS = {
     "export": "Write an artifact as a plain 16- or 32-bit checkpoint.",
     "inspect": "Show what an artifact or a checkpoint holds.",
     "verify": "Prove that an artifact is whole, and how far it is from its source.",
+    "eval": "Measure on texts how close an artifact is to its 16-bit model.",
     "generate": "Generate text with an artifact.",
+    "tune": "Bring an artifact closer to its 16-bit source, with the same codes and size.",
     "train": "Train a LoRA adapter on an artifact.",
     "info": "Show devices, backends and versions.",
 }

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from qformat.artifact.manifest import JsonObject
-from qformat.cli.display import format_nbytes
+from qformat.cli.display import duration, format_nbytes
 from qformat.training.settings import TrainingSettings, read_toml, size_nbytes, value_type
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -166,7 +166,7 @@ class _Progress:
             f"{line['tokens_per_s']:,.0f} tokens/s  {format_nbytes(_number(line['memory_nbytes']))}"
         )
         if left is not None:
-            text += f"  {_duration(left)} left"
+            text += f"  {duration(left)} left"
         click.echo(f"\r\x1b[K{text}" if self._in_place else text, err=True, nl=not self._in_place)
         self._dirty = self._in_place
         if step == n_steps:
@@ -181,9 +181,3 @@ class _Progress:
 def _number(value: object) -> float:
     assert isinstance(value, (int, float))
     return value
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -84,7 +84,9 @@ def load_checkpoint(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", trust_remote_code=trust_remote_code
         )
-        return model.to(target).eval()  # type: ignore[no-any-return]
+        model.to(target)  # type: ignore[arg-type]
+        model.eval()  # type: ignore[no-untyped-call]
+        return model
     return model_of_shards(
         shards, device=target, dtype=dtype, verify="structure", trust_remote_code=trust_remote_code, attention=None
     )

@@ -6,6 +6,7 @@ of each token are its scores.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qformat.artifact.manifest import MANIFEST_NAME, Manifest
+from qformat.artifact.structure import read_manifest
 from qformat.errors import UsageError, VerificationError
 from qformat.model.checkpoint import find_folder, load_any
 from qformat.model.load import load_tokenizer
@@ -42,12 +45,14 @@ class TextScores:
 class Evaluation:
     """What was measured. source_checked: the 16-bit model has the bytes that the first model's manifest names.
 
-    dtype: of the arithmetic. seconds: of the forward passes and scores.
+    manifest: the first model's as it was measured, None where it has none. dtype: of the arithmetic. seconds: of the
+    forward passes and scores.
     """
 
     models: list[str]
     source: str | None
     source_checked: bool
+    manifest: Manifest | None
     dtype: torch.dtype
     texts: list[TextScores]
     seconds: float
@@ -99,9 +104,10 @@ def evaluate(
     """
     folders = [find_folder(model) for model in (artifact, *against)]
     source_folder = None if source is None else find_folder(source)
+    manifest = read_manifest(folders[0]) if os.path.lexists(folders[0] / MANIFEST_NAME) else None
     checked = False
-    if source_folder is not None and not any_source:
-        checked = check_source(folders[0], source_folder)
+    if manifest is not None and source_folder is not None and not any_source:
+        checked = check_source(manifest, source_folder, artifact=str(artifact))
     everyone = folders if source_folder is None else [source_folder, *folders]
     windows = _read_texts(texts, everyone, folders[0], window_length, n_windows, trust_remote_code=trust_remote_code)
 
@@ -127,6 +133,7 @@ def evaluate(
         models=[model.name for model in models],
         source=None if teacher is None else teacher.name,
         source_checked=checked,
+        manifest=manifest,
         dtype=models[0].model.dtype,
         texts=scored,
         seconds=monotonic() - started,

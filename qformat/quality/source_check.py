@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 from qformat.artifact.digests import xxh3
-from qformat.artifact.manifest import MANIFEST_NAME, PackedRecord
+from qformat.artifact.manifest import Manifest, PackedRecord
 from qformat.artifact.reader import MappedShards
 from qformat.artifact.safetensors_folder import read_headers
-from qformat.artifact.structure import read_manifest
 from qformat.errors import Reason, SourceError
 
 
-def check_source(artifact: Path, source: Path) -> bool:
-    """Read the weights of `source` that `artifact` packed and compare their digests; False: there are none to compare.
+def check_source(manifest: Manifest, source: Path, *, artifact: str) -> bool:
+    """Read the weights of `source` that an artifact packed and compare their digests; False: there are none to compare.
 
+    artifact: its name, for messages.
     Raises SourceError for the first one that is missing or another.
     """
-    if not os.path.lexists(artifact / MANIFEST_NAME):
-        return False
     digests = {
         name: record.source_xxh3
-        for name, record in read_manifest(artifact).tensors.items()
+        for name, record in manifest.tensors.items()
         if isinstance(record, PackedRecord) and record.source_xxh3 is not None
     }
     shards = MappedShards(read_headers(source, error=SourceError))
@@ -37,7 +34,7 @@ def check_source(artifact: Path, source: Path) -> bool:
     return bool(digests)
 
 
-def _mismatch(artifact: Path, source: Path, name: str, problem: str) -> SourceError:
+def _mismatch(artifact: str, source: Path, name: str, problem: str) -> SourceError:
     return SourceError(
         Reason.SOURCE_MISMATCH,
         source,

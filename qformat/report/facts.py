@@ -85,6 +85,7 @@ class KeptFacts(TypedDict):
     nbytes: int
     n_wrong_bytes: int
     source_named: bool
+    tuned: bool
 
 
 class KindFacts(TypedDict):
@@ -99,6 +100,7 @@ class ComparisonFacts(TypedDict):
     """The comparison with a source.
 
     n_exact of n_packed, n_identical of n_kept and n_source_named of n_source_digests tensors passed the three checks.
+    n_tuned kept tensors differ as the manifest says that they do, and scales may by a share of scale_change.
     bits_per_weight is that of packed weights, bits_per_parameter that of all tensors.
     """
 
@@ -112,6 +114,8 @@ class ComparisonFacts(TypedDict):
     n_exact: int
     n_kept: int
     n_identical: int
+    n_tuned: int
+    scale_change: float | None
     n_source_digests: int
     n_source_named: int
     by_kind: list[KindFacts]

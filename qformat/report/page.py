@@ -66,8 +66,20 @@ def _verdict(facts: VerificationFacts) -> str:
     else:
         n_packed, n_kept = comparison["n_packed"], comparison["n_kept"]
         for text, n_good, n_all in (
-            ("Codes and scales are what the recipe gives", comparison["n_exact"], n_packed),
-            ("Kept tensors are the source's, bit for bit", comparison["n_identical"], n_kept),
+            (
+                "Codes and scales are what the recipe gives"
+                if comparison["scale_change"] is None
+                else f"Codes are what the recipe gives, tuned scales within {comparison['scale_change']:.0%} of it",
+                comparison["n_exact"],
+                n_packed,
+            ),
+            (
+                "Kept tensors are the source's, bit for bit"
+                if not comparison["n_tuned"]
+                else f"Kept tensors are the source's, bit for bit, or tuned ({comparison['n_tuned']:,})",
+                comparison["n_identical"] + comparison["n_tuned"],
+                n_kept,
+            ),
             (
                 "The source is the one that the manifest names",
                 comparison["n_source_named"],
@@ -244,7 +256,9 @@ def _kept(comparison: ComparisonFacts) -> str:
             Cell(f"{tensor['nbytes']:,}", tensor["nbytes"]),
             Cell(escape(tensor["reason"].replace("_", " "))),
             Cell(
-                f'<span class="no">{tensor["n_wrong_bytes"]:,} bytes differ</span>'
+                "tuned"
+                if tensor["tuned"]
+                else f'<span class="no">{tensor["n_wrong_bytes"]:,} bytes differ</span>'
                 if tensor["n_wrong_bytes"]
                 else '<span class="yes"></span>'
             ),

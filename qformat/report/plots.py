@@ -126,6 +126,45 @@ def curve_panel(
     return _svg(width, height, title, parts)
 
 
+def column_panel(labels: Sequence[str], shares: Sequence[float], title: str) -> str:
+    """Return columns of shares that add up to one, such as a histogram; labels: escaped already."""
+    width, height, left, bottom = 520, 220, 44, 26
+    marks = ticks(0, max(*shares, 0.01))
+    y = _Axis(0, marks[-1], height - bottom, 8)
+    slot = (width - left) / len(shares)
+    parts = [_grid(y, marks, left, width)]
+    for index, (label, share) in enumerate(zip(labels, shares, strict=True)):
+        x, top = left + index * slot, y.place(share)
+        parts.append(
+            f'<g><title>{label}: {share:.2%}</title><rect class="bar" x="{x + 2:.1f}" y="{top:.1f}" '
+            f'width="{slot - 4:.1f}" height="{y.start - top:.1f}"/></g>'
+            f'<text class="tick" x="{x + slot / 2:.1f}" y="{height - 8}" text-anchor="middle">{label}</text>'
+        )
+    return _svg(width, height, title, parts)
+
+
+def bar_list(bars: Sequence[tuple[str, float, str]], title: str) -> str:
+    """Return bars under one another, from zero to either side: (label, value, what to say about it), not escaped."""
+    width, row, left = 520, 20, 150
+    values = [value for _, value, _ in bars]
+    marks = ticks(min(*values, 0.0, 0.0), max(*values, 0.0, 0.0))
+    x = _Axis(marks[0], marks[-1], left + 8, width - 12)
+    height = row * len(bars) + 26
+    parts = [
+        f'<line class="grid" x1="{x.place(mark):.1f}" x2="{x.place(mark):.1f}" y1="0" y2="{height - 22}"/>'
+        f'<text class="tick" x="{x.place(mark):.1f}" y="{height - 6}" text-anchor="middle">{mark:g}</text>'
+        for mark in marks
+    ]
+    for index, (label, value, says) in enumerate(bars):
+        start, stop = sorted((x.place(0), x.place(value)))
+        parts.append(
+            f'<g><title>{escape(says)}</title><rect class="bar" x="{start:.1f}" y="{index * row + 3}" '
+            f'width="{stop - start:.1f}" height="{row - 6}"/></g>'
+            f'<text class="tick strong" x="{left}" y="{index * row + 14}" text-anchor="end">{escape(label)}</text>'
+        )
+    return _svg(width, height, title, parts)
+
+
 def _grid(y: _Axis, marks: Sequence[float], left: float, right: float) -> str:
     decimals = next((n for n in range(4) if all(abs(mark - round(mark, n + 2)) < 1e-9 for mark in marks)), 4)
     return "".join(

@@ -55,6 +55,7 @@ def kept(name: str, *, n_wrong_bytes: int = 0) -> KeptFacts:
         "nbytes": 128,
         "n_wrong_bytes": n_wrong_bytes,
         "source_named": True,
+        "tuned": False,
     }
 
 
@@ -71,6 +72,8 @@ def compared(weights: list[PackedFacts], others: list[KeptFacts]) -> ComparisonF
         "n_exact": len(weights),
         "n_kept": len(others),
         "n_identical": len(others),
+        "n_tuned": 0,
+        "scale_change": None,
         "n_source_digests": len(weights) + len(others),
         "n_source_named": len(weights) + len(others),
         "by_kind": [
