@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
+    from qformat.quality.calibration_settings import CalibrationSettings
     from qformat.quality.evaluate import Evaluation, evaluate
     from qformat.training.run import TrainingJob, TrainingResult, train
     from qformat.training.settings import TrainingSettings
 
 _PUBLIC = {
     "Artifact": "qformat.artifact.reader:Artifact",
+    "CalibrationSettings": "qformat.quality.calibration_settings:CalibrationSettings",
     "Comparison": "qformat.converters.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
@@ -63,6 +65,7 @@ _PUBLIC = {
 
 __all__ = [
     "Artifact",
+    "CalibrationSettings",
     "Comparison",
     "ConversionOptions",
     "ConversionSummary",
