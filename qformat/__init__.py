@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
     from qformat.quality.evaluate import Evaluation, evaluate
+    from qformat.quality.tune import TuningJob, TuningResult, tune
+    from qformat.quality.tuning_settings import TuningSettings
     from qformat.training.run import TrainingJob, TrainingResult, train
     from qformat.training.settings import TrainingSettings
 
@@ -47,6 +49,9 @@ _PUBLIC = {
     "TrainingJob": "qformat.training.run:TrainingJob",
     "TrainingResult": "qformat.training.run:TrainingResult",
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
+    "TuningJob": "qformat.quality.tune:TuningJob",
+    "TuningResult": "qformat.quality.tune:TuningResult",
+    "TuningSettings": "qformat.quality.tuning_settings:TuningSettings",
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
     "evaluate": "qformat.quality.evaluate:evaluate",
@@ -58,6 +63,7 @@ _PUBLIC = {
     "plan": "qformat.converters.convert:plan",
     "register": "qformat.model.transformers_quantizer:register",
     "train": "qformat.training.run:train",
+    "tune": "qformat.quality.tune:tune",
     "verify": "qformat.artifact.verify:verify_integrity",
 }
 
@@ -74,6 +80,9 @@ __all__ = [
     "TrainingJob",
     "TrainingResult",
     "TrainingSettings",
+    "TuningJob",
+    "TuningResult",
+    "TuningSettings",
     "compare",
     "convert",
     "evaluate",
@@ -85,6 +94,7 @@ __all__ = [
     "plan",
     "register",
     "train",
+    "tune",
     "verify",
 ]
 

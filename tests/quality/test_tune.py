@@ -134,7 +134,7 @@ class _Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 4, 7, 8])
+@pytest.mark.parametrize("at", [7, pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_stopped_tuning_goes_on_and_ends_in_the_same_bytes(
     at: int, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -176,7 +176,9 @@ def test_a_killed_process_is_continued(
     assert contents(tmp_path / "out") == contents(result.out)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.75, 0.97])
+@pytest.mark.parametrize(
+    "share", [0.5, 0.9, *(pytest.param(share, marks=pytest.mark.slow) for share in (0, 0.1, 0.3, 0.7, 0.99))]
+)
 def test_a_full_disk_is_told_and_nothing_is_lost(
     share: float, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
