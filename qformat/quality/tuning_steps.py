@@ -71,7 +71,9 @@ class History:
     @property
     def diverged(self) -> bool:
         """Whether the last steps are far worse than the beginning."""
-        return sum(self.recent_kl) / len(self.recent_kl) > DIVERGED * self.held_out["0"] + DIVERGED_NATS
+        if len(self.recent_kl) < _RECENT:
+            return False
+        return sum(self.recent_kl) / _RECENT > DIVERGED * self.held_out["0"] + DIVERGED_NATS
 
     def best(self) -> int:
         """Return the step with the smallest held-out KL."""
