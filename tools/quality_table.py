@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window-length", type=int, default=512)
     parser.add_argument("--calibration-tokens", type=int, default=16_384, help="convert's default")
     parser.add_argument("--steps", type=int, default=160, help="of tuning the calibrated artifact: tune's default")
-    parser.add_argument("--steps-of-plain", type=int, default=100, help="of tuning the plain artifact")
+    parser.add_argument("--steps-of-plain", type=int, default=80, help="of tuning the plain artifact")
     parser.add_argument("--lora-steps", type=int, default=40)
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="rows by key; repeatable")
     parser.add_argument("--update", type=Path, metavar="PAGE.md")
