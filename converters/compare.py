@@ -5,7 +5,8 @@ byte for byte; what the artifact's own codes decode to, rounded to the weight's 
 gives the error figures; every kept tensor is compared bit for bit; every source tensor's digest with the manifest.
 
 Of a tuned artifact the codes must be the same, the scales near those that encoding gives (`tuned_scales`), and kept
-tensors may be others where the manifest names the source's digest: vectors, which is what norms are.
+tensors may be others where the manifest names the source's digest: vectors, which is what norms are. A weight whose
+codes were chosen on a text must be near the source (`chosen_codes`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
+from qformat.converters.chosen_codes import count_far_scales, not_chosen
 from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
 from qformat.converters.execute import ABSMAX_CHUNK, CHUNK_NBYTES
 from qformat.converters.safetensors_shards import SafetensorsShards
@@ -144,6 +146,7 @@ class _Run:
         self._buffers = _Buffers()
         self._stopping = threading.Event()
         self._scale_change = scale_change(artifact.manifest.recipe)
+        self._not_chosen = not_chosen(artifact.manifest.recipe)
 
     def do(self, workers: int) -> Comparison:
         records = self._artifact.manifest.tensors
@@ -238,6 +241,7 @@ class _Run:
             absmax[first_block : first_block + scales.size] = narrow(scales, float_format)
             n_wrong_codes += _count_different_codes(codes, expected)
         named = None if record.source_xxh3 is None else digest.hexdigest() == record.source_xxh3
+        chosen = self._not_chosen is not None and tensor.name not in self._not_chosen
         compared = PackedComparison(
             name=tensor.name,
             layout=layout,
@@ -248,6 +252,9 @@ class _Run:
             n_wrong_codes=n_wrong_codes if finite else None,
             n_wrong_scales=self._count_wrong_scales(stored, absmax, float_format) if finite else None,
             source_named=named,
+            n_far_scales=count_far_scales(stored.decoded(), stored.nested_absmax, widen(absmax, float_format))
+            if chosen
+            else None,
         )
         return compared, list(self._judge_packed(tensor, compared))
 
@@ -289,11 +296,16 @@ class _Run:
                 f"{compared.n_wrong_codes} of {n_weights} codes and {compared.n_wrong_scales} of the scales are not "
                 f"what encoding the source gives{self._allowed()}"
             )
+        if compared.n_far_scales is not None:
+            wrong = (
+                f"its codes were chosen on a text, but {compared.n_far_scales} of {compared.layout.n_blocks} scales "
+                f"are far from the source's, or the relative RMS error of {compared.errors.relative_rms or 0:.1%} is"
+            )
         if compared.source_named is False:
             yield self._other_source(tensor, wrong)
         elif compared.n_wrong_codes is None:
             yield self._source_finding(tensor, wrong, Reason.NONFINITE_WEIGHT)
-        elif not compared.exact:
+        elif not compared.holds:
             yield self._artifact_finding(Reason.CODES_MISMATCH, tensor.name, wrong)
         if compared.n_wrong_codes is not None and not compared.errors.finite:
             problem = "some codes decode to values that are not finite"

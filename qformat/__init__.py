@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
+    from qformat.quality.calibration_settings import CalibrationSettings
     from qformat.quality.evaluate import Evaluation, evaluate
     from qformat.quality.tune import TuningJob, TuningResult, tune
     from qformat.quality.tuning_settings import TuningSettings
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Artifact": "qformat.artifact.reader:Artifact",
+    "CalibrationSettings": "qformat.quality.calibration_settings:CalibrationSettings",
     "Comparison": "qformat.converters.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
@@ -69,6 +71,7 @@ _PUBLIC = {
 
 __all__ = [
     "Artifact",
+    "CalibrationSettings",
     "Comparison",
     "ConversionOptions",
     "ConversionSummary",

@@ -83,6 +83,19 @@ def test_the_conversion_path_imports_no_torch(module: str) -> None:
     assert not {name.split(".")[0] for name in imports_of(modules()[module])} & heavy
 
 
+def test_converters_reach_for_quality_in_one_place_and_for_its_settings() -> None:
+    found = {
+        (module, imported.rpartition(".")[0])
+        for module, path in modules().items()
+        if layer_of(module) == "qformat.converters"
+        for imported in imports_of(path)
+        if imported.startswith("qformat.quality")
+    }
+    settings = "qformat.quality.calibration_settings"
+    assert {module for module, imported in found if imported != settings} == {"qformat.converters.calibrated"}
+    assert not any(name.startswith("qformat.model") for name in imports_of(modules()[settings]))
+
+
 def test_a_conversion_loads_no_torch(tmp_path: Path) -> None:
     script = (
         "import sys, qformat; from pathlib import Path\n"

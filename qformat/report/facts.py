@@ -72,6 +72,7 @@ class PackedFacts(TypedDict):
     code_counts: list[int]
     n_wrong_codes: int | None
     n_wrong_scales: int | None
+    n_far_scales: int | None
     source_named: bool | None
 
 
@@ -100,7 +101,8 @@ class ComparisonFacts(TypedDict):
     """The comparison with a source.
 
     n_exact of n_packed, n_identical of n_kept and n_source_named of n_source_digests tensors passed the three checks.
-    n_tuned kept tensors differ as the manifest says that they do, and scales may by a share of scale_change.
+    The codes of n_chosen packed weights were chosen on a text, n_near of them are near the source; n_exact counts the
+    others. n_tuned kept tensors differ as the manifest says that they do, and scales may by a share of scale_change.
     bits_per_weight is that of packed weights, bits_per_parameter that of all tensors.
     """
 
@@ -112,6 +114,8 @@ class ComparisonFacts(TypedDict):
     code_counts: list[int]
     n_packed: int
     n_exact: int
+    n_chosen: int
+    n_near: int
     n_kept: int
     n_identical: int
     n_tuned: int

@@ -64,14 +64,19 @@ def _verdict(facts: VerificationFacts) -> str:
     if comparison is None:
         checks.append('<li class="open">Not compared with a source</li>')
     else:
-        n_packed, n_kept = comparison["n_packed"], comparison["n_kept"]
+        n_encoded, n_kept = comparison["n_packed"] - comparison["n_chosen"], comparison["n_kept"]
         for text, n_good, n_all in (
             (
                 "Codes and scales are what the recipe gives"
                 if comparison["scale_change"] is None
                 else f"Codes are what the recipe gives, tuned scales within {comparison['scale_change']:.0%} of it",
                 comparison["n_exact"],
-                n_packed,
+                n_encoded,
+            ),
+            (
+                "Codes and scales were chosen on a text, and are near the source",
+                comparison["n_near"],
+                comparison["n_chosen"],
             ),
             (
                 "Kept tensors are the source's, bit for bit"
@@ -86,7 +91,8 @@ def _verdict(facts: VerificationFacts) -> str:
                 comparison["n_source_digests"],
             ),
         ):
-            checks.append(_check(n_good == n_all, f"{text}: {n_good:,} of {n_all:,} tensors"))
+            if n_all:
+                checks.append(_check(n_good == n_all, f"{text}: {n_good:,} of {n_all:,} tensors"))
     title = "Good" if facts["good"] else f"{len(findings)} finding{'s' if len(findings) != 1 else ''}"
     state = "good" if facts["good"] else "bad"
     return f'<div class="verdict {state}"><strong>{title}</strong><ul>{"".join(checks)}</ul></div>' + _findings(
@@ -232,6 +238,8 @@ def _packed(comparison: ComparisonFacts) -> str:
 
 def _mark(tensor: PackedFacts) -> str:
     codes, scales = tensor["n_wrong_codes"], tensor["n_wrong_scales"]
+    if tensor["n_far_scales"] is not None:
+        return f"chosen on a text, {tensor['n_far_scales']:,} scales far"
     if codes is None or scales is None:
         return '<span class="no">source not finite</span>'
     wrong = f"{codes:,} codes, {scales:,} scales differ"

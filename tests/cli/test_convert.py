@@ -159,7 +159,7 @@ def test_a_dry_run_names_what_would_not_be_calibrated(tmp_path: Path, capsys: py
     assert "Not calibrated, its blocks run across rows: model.layers.0.mlp.gate_proj.weight" in shown
     assert run([*command, "--dry-run", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["calibration"]["windows"] == 15
+    assert facts["calibration"]["windows"] == 21
     assert not (tmp_path / "out").exists()
     assert run([*command]) == 0
     assert facts["nbytes"] == sum(len(data) for data in contents(tmp_path / "out").values())

@@ -42,6 +42,7 @@ def packed(name: str, *, kind: str = "q_proj", layer: int | None = 0, rms: float
         "code_counts": [256] * 16,
         "n_wrong_codes": 0,
         "n_wrong_scales": 0,
+        "n_far_scales": None,
         "source_named": True,
     }
 
@@ -70,6 +71,8 @@ def compared(weights: list[PackedFacts], others: list[KeptFacts]) -> ComparisonF
         "code_counts": [256 * len(weights)] * 16,
         "n_packed": len(weights),
         "n_exact": len(weights),
+        "n_chosen": 0,
+        "n_near": 0,
         "n_kept": len(others),
         "n_identical": len(others),
         "n_tuned": 0,
