@@ -18,6 +18,7 @@ import torch
 from qformat.artifact.manifest import KeptRecord, PackedRecord, seal
 from qformat.artifact.reader import PackedTensor, open_artifact
 from qformat.artifact.verify import verify_integrity
+from qformat.converters.compare import compare
 from qformat.errors import DataError, DivergenceError, Reason, SourceError, TargetError, UsageError, VerificationError
 from qformat.model.load import load_tokenizer
 from qformat.quality import tune as module
@@ -26,6 +27,7 @@ from qformat.quality.windows import read_windows
 from tests.converters.faulty_disk import FaultyDisk
 from tests.model import sides
 from tests.quality import models, tuned
+from tests.quality.calibrated import calibrate
 from tests.quality.tuned import run
 from tests.small_models import contents, names_beside, write_checkpoint
 
@@ -402,3 +404,16 @@ def test_nothing_is_left_behind_by_refusals(artifact: Path, source: Path, tmp_pa
     with pytest.raises(UsageError, match="learning_rate"):
         run(artifact, source, tmp_path / "missing.txt", tmp_path / "out", learning_rate=float("nan"))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_calibrated_artifact_is_tuned_and_still_verified(source: Path, text: Path, tmp_path: Path) -> None:
+    artifact = calibrate(source, tmp_path / "calibrated", text)
+    found = run(artifact, source, text, tmp_path / "out")
+    assert found is not None
+    assert found.after.mean("kl") < found.before.mean("kl")
+    with open_artifact(found.out) as opened:
+        assert {"calibration", "tuning"} <= set(opened.manifest.recipe)
+    assert verify_integrity(found.out, sha256=True).good
+    compared = compare(found.out, source)
+    assert compared.good
+    assert (compared.n_chosen, len(compared.tuned)) == (14, 5)
