@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from qformat.model.transformers_quantizer import register
     from qformat.quality.calibration_settings import CalibrationSettings
     from qformat.quality.evaluate import Evaluation, evaluate
+    from qformat.quality.tune import TuningJob, TuningResult, tune
+    from qformat.quality.tuning_settings import TuningSettings
     from qformat.training.run import TrainingJob, TrainingResult, train
     from qformat.training.settings import TrainingSettings
 
@@ -49,6 +51,9 @@ _PUBLIC = {
     "TrainingJob": "qformat.training.run:TrainingJob",
     "TrainingResult": "qformat.training.run:TrainingResult",
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
+    "TuningJob": "qformat.quality.tune:TuningJob",
+    "TuningResult": "qformat.quality.tune:TuningResult",
+    "TuningSettings": "qformat.quality.tuning_settings:TuningSettings",
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
     "evaluate": "qformat.quality.evaluate:evaluate",
@@ -60,6 +65,7 @@ _PUBLIC = {
     "plan": "qformat.converters.convert:plan",
     "register": "qformat.model.transformers_quantizer:register",
     "train": "qformat.training.run:train",
+    "tune": "qformat.quality.tune:tune",
     "verify": "qformat.artifact.verify:verify_integrity",
 }
 
@@ -77,6 +83,9 @@ __all__ = [
     "TrainingJob",
     "TrainingResult",
     "TrainingSettings",
+    "TuningJob",
+    "TuningResult",
+    "TuningSettings",
     "compare",
     "convert",
     "evaluate",
@@ -88,6 +97,7 @@ __all__ = [
     "plan",
     "register",
     "train",
+    "tune",
     "verify",
 ]
 

@@ -74,6 +74,7 @@ def _artifact_facts(artifact: Artifact) -> dict[str, Any]:
         "generator": manifest.generator,
         "source": manifest.source,
         "recipe": manifest.recipe,
+        "evaluation": manifest.evaluation,
         "nbytes": sum(record.nbytes for record in manifest.files.values()),
         "files": {name: {"nbytes": record.nbytes, "sha256": record.sha256} for name, record in manifest.files.items()},
         "tensors": tensors,
@@ -86,6 +87,8 @@ def _show_artifact(facts: Mapping[str, Any]) -> None:
     source = facts["source"]
     click.echo(f"source: {source.get('kind')}, {len(source.get('files', {}))} files")
     click.echo(f"recipe: {strict_json.dumps(recipe)}")
+    if facts["evaluation"] is not None:
+        click.echo(f"evaluation: {strict_json.dumps(facts['evaluation'])}")
     _show_tensor_table(facts["tensors"])
     counts = Counter(entry["encoding"] for entry in facts["tensors"])
     click.echo(

@@ -141,11 +141,10 @@ def tune(
             if first:
                 say(f"going on after step {first}")
             if not use_best:
-                run.run(first, on_step)
+                run.run(first, before, on_step)
             elif not first:
                 raise UsageError(f"{checkpoints.output}: holds no checkpoint of a tuning that could be written")
-            best = run.bring_back_best()
-            tuned = aside.measure(student)
+            best, tuned = run.bring_back_best()
             replacements = tunable.rounded(artifact)
             after = aside.measure(student)
             if not accept_worse and (best == 0 or not after.mean("kl") < before.mean("kl")):

@@ -71,7 +71,9 @@ class History:
     @property
     def diverged(self) -> bool:
         """Whether the last steps are far worse than the beginning."""
-        return sum(self.recent_kl) / len(self.recent_kl) > DIVERGED * self.held_out["0"] + DIVERGED_NATS
+        if len(self.recent_kl) < _RECENT:
+            return False
+        return sum(self.recent_kl) / _RECENT > DIVERGED * self.held_out["0"] + DIVERGED_NATS
 
     def best(self) -> int:
         """Return the step with the smallest held-out KL."""
@@ -122,7 +124,10 @@ def learning_rate(step: int, settings: TuningSettings) -> float:
 
 
 class TuningRun:
-    """One tuning: what is trained, its optimizer, and where checkpoints go."""
+    """One tuning: what is trained, its optimizer, and where checkpoints go.
+
+    measured: what held-out windows said at the checkpoints that this process wrote, by step.
+    """
 
     def __init__(
         self,
@@ -146,6 +151,7 @@ class TuningRun:
             self._parameters.values(), lr=settings.learning_rate, betas=BETAS, foreach=False, fused=True
         )
         self.history = History()
+        self.measured: dict[int, Closeness] = {}
 
     def resume(self) -> int:
         """Bring back the last checkpoint, if there is one; return how many steps are done. Raises AdapterError."""
@@ -156,11 +162,14 @@ class TuningRun:
         self._restore(checkpoint, with_optimizer=True)
         return checkpoint.step
 
-    def run(self, first: int, on_step: Callable[[StepLine], None]) -> None:
-        """Take the steps from `first` on. Raises DivergenceError, naming step and best checkpoint; TargetError."""
+    def run(self, first: int, before: Closeness, on_step: Callable[[StepLine], None]) -> None:
+        """Take the steps from `first` on; before: how close the artifact was.
+
+        Raises DivergenceError, naming step and best checkpoint; TargetError.
+        """
         settings, device = self._settings, self._held_out.device
         if first == 0:
-            self._checkpoint(0)
+            self._checkpoint(0, before)
         for step in range(first, settings.steps):
             started = time.monotonic()
             rate = learning_rate(step, settings)
@@ -181,19 +190,20 @@ class TuningRun:
             speed = ids.numel() / max(time.monotonic() - started, 1e-9)
             on_step(StepLine(step + 1, kl, rate, speed, peak_nbytes(device)))
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                self._checkpoint(step + 1)
+                self._checkpoint(step + 1, self._held_out.measure(self._student))
 
-    def bring_back_best(self) -> int:
-        """Bring back the values of the checkpoint that was closest on held-out windows; return its step."""
+    def bring_back_best(self) -> tuple[int, Closeness]:
+        """Bring back the values that were closest on held-out windows; return their step, and how close they are."""
         best = self.history.best()
         self._restore(self._checkpoints.find(f"checkpoint-{best}"), with_optimizer=False)
-        return best
+        return best, self.measured.get(best) or self._held_out.measure(self._student)
 
-    def _checkpoint(self, step: int) -> None:
-        kl = self._held_out.measure(self._student).mean("kl")
+    def _checkpoint(self, step: int, closeness: Closeness) -> None:
+        kl = closeness.mean("kl")
         if not math.isfinite(kl):
             raise self._stopped(step, f"the KL on held-out windows is {kl}")
         self.history.held_out[str(step)] = kl
+        self.measured[step] = closeness
         states = {}
         for name, parameter in self._parameters.items():
             states[f"{name}.value"] = parameter.detach()

@@ -90,6 +90,9 @@ def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
     once = (copy / "qformat.json").read_bytes()
     assert run(arguments) == 0
     assert (copy / "qformat.json").read_bytes() == once
+    capsys.readouterr()
+    assert run(["inspect", str(copy)]) == 0
+    assert 'evaluation: {"window_length":64' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

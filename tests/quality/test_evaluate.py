@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -14,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qformat.errors import DataError, SourceError, UsageError, VerificationError
 from qformat.model.load import load_model
+from qformat.quality import evaluate as evaluate_module
 from qformat.quality.estimates import estimate
 from qformat.quality.evaluate import evaluate
 from qformat.quality.evaluation_facts import differences, facts, figures, record
+from qformat.quality.scores import Scores, score_window
 from qformat.quality.windows import read_windows
 from tests.quality import models
 from tests.small_models import tensor_of, write_checkpoint
@@ -167,6 +170,27 @@ def test_a_teacher_that_gives_no_numbers_is_named_with_the_window(
     expected = rf"broken: .*no finite numbers in window {first} of .*words.txt, token 0"
     with pytest.raises(VerificationError, match=expected):
         evaluate(artifact, [text], source=broken, **SMALL)
+
+
+def test_logits_are_those_of_one_window_and_two_models_at_a_time(
+    source: Path, artifact: Path, coarse: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+
+    def counting(logits: torch.Tensor, *arguments: Any, **named: Any) -> Scores:
+        size = (64, models.SIZES["vocabulary"])
+        found = {
+            item.untyped_storage().data_ptr()
+            for item in gc.get_objects()
+            if type(item) is torch.Tensor and item.shape[-2:] == size
+        }
+        alive.append(len(found))
+        return score_window(logits, *arguments, **named)
+
+    monkeypatch.setattr(evaluate_module, "score_window", counting)
+    evaluate(artifact, [text], source=source, against=[coarse, artifact], **SMALL)
+    assert len(alive) == 5 * 4
+    assert max(alive) == 2
 
 
 def test_progress_counts_the_windows_of_all_texts(artifact: Path, text: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from qformat.artifact.manifest import KeptRecord, PackedRecord, seal
 from qformat.artifact.reader import PackedTensor, open_artifact
 from qformat.artifact.verify import verify_integrity
+from qformat.converters.compare import compare
 from qformat.errors import DataError, DivergenceError, Reason, SourceError, TargetError, UsageError, VerificationError
 from qformat.model.load import load_tokenizer
 from qformat.quality import tune as module
@@ -26,6 +27,7 @@ from qformat.quality.windows import read_windows
 from tests.converters.faulty_disk import FaultyDisk
 from tests.model import sides
 from tests.quality import models, tuned
+from tests.quality.calibrated import calibrate
 from tests.quality.tuned import run
 from tests.small_models import contents, names_beside, write_checkpoint
 
@@ -134,7 +136,7 @@ class _Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 4, 7, 8])
+@pytest.mark.parametrize("at", [7, pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_stopped_tuning_goes_on_and_ends_in_the_same_bytes(
     at: int, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -176,7 +178,9 @@ def test_a_killed_process_is_continued(
     assert contents(tmp_path / "out") == contents(result.out)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.75, 0.97])
+@pytest.mark.parametrize(
+    "share", [0.5, 0.9, *(pytest.param(share, marks=pytest.mark.slow) for share in (0, 0.1, 0.3, 0.7, 0.99))]
+)
 def test_a_full_disk_is_told_and_nothing_is_lost(
     share: float, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -400,3 +404,16 @@ def test_nothing_is_left_behind_by_refusals(artifact: Path, source: Path, tmp_pa
     with pytest.raises(UsageError, match="learning_rate"):
         run(artifact, source, tmp_path / "missing.txt", tmp_path / "out", learning_rate=float("nan"))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_calibrated_artifact_is_tuned_and_still_verified(source: Path, text: Path, tmp_path: Path) -> None:
+    artifact = calibrate(source, tmp_path / "calibrated", text)
+    found = run(artifact, source, text, tmp_path / "out")
+    assert found is not None
+    assert found.after.mean("kl") < found.before.mean("kl")
+    with open_artifact(found.out) as opened:
+        assert {"calibration", "tuning"} <= set(opened.manifest.recipe)
+    assert verify_integrity(found.out, sha256=True).good
+    compared = compare(found.out, source)
+    assert compared.good
+    assert (compared.n_chosen, len(compared.tuned)) == (14, 5)

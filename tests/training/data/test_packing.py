@@ -61,7 +61,7 @@ def test_packed_examples_give_the_logits_that_they_give_alone(attention: str) ->
     rows = [example(5, 9), example(7, seed=1), example(3, 1, 4, seed=2)]
     batch = PackedCollator()(rows)
     with torch.no_grad():
-        packed = model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[0]
+        packed = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
         start = 0
         for row in rows:
             offset = 0
@@ -70,9 +70,7 @@ def test_packed_examples_give_the_logits_that_they_give_alone(attention: str) ->
                 torch.testing.assert_close(packed[start : start + length], alone, rtol=1e-5, atol=1e-5)
                 offset, start = offset + length, start + length
         other = [rows[0], example(7, seed=9), rows[2]]
-        changed = model(**{k: v for k, v in PackedCollator()(other).items() if k != "labels"}, use_cache=False).logits[
-            0
-        ]
+        changed = model(**{k: v for k, v in PackedCollator()(other).items() if k != "labels"}).logits[0]
     assert torch.equal(changed[:14], packed[:14])
     assert torch.equal(changed[21:], packed[21:])
 
