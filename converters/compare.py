@@ -3,6 +3,10 @@
 Both are streamed beside each other, chunk by chunk: every weight is encoded again and its codes and scales compared
 byte for byte; what the artifact's own codes decode to, rounded to the weight's dtype (what a reader computes with),
 gives the error figures; every kept tensor is compared bit for bit; every source tensor's digest with the manifest.
+
+Of a tuned artifact the codes must be the same, the scales near those that encoding gives (`tuned_scales`), and kept
+tensors may be others where the manifest names the source's digest: vectors, which is what norms are. A weight whose
+codes were chosen on a text must be near the source (`chosen_codes`).
 """
 
 from __future__ import annotations
@@ -25,13 +29,15 @@ from qformat.artifact.regular_files import open_regular, read_exactly
 from qformat.artifact.verify import Finding
 from qformat.codec import cpu, quant_state
 from qformat.codec.error_sums import RunningErrors, count_codes
-from qformat.codec.floats import Raw, narrow
+from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
+from qformat.converters.chosen_codes import count_far_scales, not_chosen
 from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
 from qformat.converters.execute import CHUNK_NBYTES
 from qformat.converters.open_source import open_source
 from qformat.converters.source import PackedWeight, Source, SourceTensor
 from qformat.converters.stored_scales import StoredScales, count_different, count_different_codes
+from qformat.converters.tuned_scales import count_too_far, scale_change
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
 
@@ -116,6 +122,8 @@ class _Run:
         self._progress = progress
         self._buffers = _Buffers()
         self._stopping = threading.Event()
+        self._scale_change = scale_change(artifact.manifest.recipe)
+        self._not_chosen = not_chosen(artifact.manifest.recipe)
 
     def do(self, workers: int) -> Comparison:
         records = self._artifact.manifest.tensors
@@ -146,6 +154,7 @@ class _Run:
             n_packed=len(records) - n_kept,
             n_kept=n_kept,
             n_source_digests=len(records) - n_unknown,
+            scale_change=self._scale_change,
             findings=tuple(findings),
         )
 
@@ -174,14 +183,22 @@ class _Run:
             stored = self._buffers.stored[: chunk.size]
             self._read_stored(tensor.name, offset, stored)
             n_wrong += count_different(stored, chunk)
-        named = digest.hexdigest() == record.xxh3
+        named = digest.hexdigest() == (record.source_xxh3 or record.xxh3)
+        tuned = record.source_xxh3 is not None and self._scale_change is not None and len(record.shape) == 1
         compared = KeptComparison(
-            tensor.name, record.dtype, record.shape, record.reason, tensor.nbytes, n_wrong, source_named=named
+            tensor.name,
+            record.dtype,
+            record.shape,
+            record.reason,
+            tensor.nbytes,
+            n_wrong,
+            source_named=named,
+            tuned=tuned,
         )
         wrong = f"{n_wrong} of {tensor.nbytes} bytes of this kept tensor are not the source's"
         if not named:
             return compared, [self._other_source(tensor, wrong)]
-        if n_wrong:
+        if n_wrong and not tuned:
             return compared, [self._artifact_finding(Reason.SOURCE_MISMATCH, tensor.name, wrong)]
         return compared, []
 
@@ -242,6 +259,7 @@ class _Run:
             absmax[first_block : first_block + scales.size] = narrow(scales, float_format)
             n_wrong_codes += count_different_codes(codes, expected)
         named = None if record.source_xxh3 is None else digest.hexdigest() == record.source_xxh3
+        chosen = self._not_chosen is not None and tensor.name not in self._not_chosen
         compared = PackedComparison(
             name=tensor.name,
             layout=layout,
@@ -250,8 +268,11 @@ class _Run:
             errors=errors.sums(),
             code_counts=tuple(code_counts.tolist()),
             n_wrong_codes=n_wrong_codes if finite else None,
-            n_wrong_scales=stored.count_wrong(absmax, float_format) if finite else None,
+            n_wrong_scales=self._count_wrong_scales(stored, absmax, float_format) if finite else None,
             source_named=named,
+            n_far_scales=count_far_scales(stored.decoded(), stored.nested_absmax, widen(absmax, float_format))
+            if chosen
+            else None,
         )
         return compared, list(self._judge_packed(tensor, compared))
 
@@ -270,17 +291,28 @@ class _Run:
         if compared.n_wrong_codes is not None:
             wrong = (
                 f"{compared.n_wrong_codes} of {n_weights} codes and {compared.n_wrong_scales} of the scales are not "
-                "what encoding the source gives"
+                f"what encoding the source gives{self._allowed()}"
+            )
+        if compared.n_far_scales is not None:
+            wrong = (
+                f"its codes were chosen on a text, but {compared.n_far_scales} of {compared.layout.n_blocks} scales "
+                f"are far from the source's, or the relative RMS error of {compared.errors.relative_rms or 0:.1%} is"
             )
         if compared.source_named is False:
             yield self._other_source(tensor, wrong)
         elif compared.n_wrong_codes is None:
             yield self._source_finding(tensor, wrong, Reason.NONFINITE_WEIGHT)
-        elif not compared.exact:
+        elif not compared.holds:
             yield self._artifact_finding(Reason.CODES_MISMATCH, tensor.name, wrong)
         if compared.n_wrong_codes is not None and not compared.errors.finite:
             problem = "some codes decode to values that are not finite"
             yield self._artifact_finding(Reason.NONFINITE_WEIGHT, tensor.name, problem)
+
+    def _count_wrong_scales(self, stored: StoredScales, absmax: Raw, float_format: FloatFormat) -> int:
+        """Return how many numbers of the scales are not what absmax values [n_blocks] of the source give or allow."""
+        if self._scale_change is None:
+            return stored.count_wrong(absmax, float_format)
+        return count_too_far(stored.decoded(), stored.nested_absmax, widen(absmax, float_format), self._scale_change)
 
     def _stored_scales(self, name: str, record: PackedRecord) -> StoredScales:
         def read(part: Component) -> NDArray[np.uint8]:
@@ -315,6 +347,9 @@ class _Run:
             digest.update(chunk)
             yield offset, chunk
             self._progress(chunk.size)
+
+    def _allowed(self) -> str:
+        return "" if self._scale_change is None else f" (scales: within {self._scale_change:.0%} of it)"
 
     def _other_source(self, tensor: SourceTensor, wrong: str) -> Finding:
         return self._source_finding(

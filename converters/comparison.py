@@ -10,6 +10,7 @@ from pathlib import Path
 from qformat.artifact.components import PackedShape
 from qformat.artifact.verify import Finding
 from qformat.codec.error_sums import ErrorSums, add_up
+from qformat.converters.chosen_codes import MAX_RELATIVE_RMS, MAX_SHARE_FAR
 from qformat.converters.rules import module_path
 
 _NUMBER = re.compile(r"[0-9]{1,6}")
@@ -22,7 +23,8 @@ class PackedComparison:
     errors: of the values that a reader gets, in the weight's dtype. code_counts: how often each of the 16 codes
     occurs. n_wrong_codes, n_wrong_scales: how many are not what encoding the source gives, or None where the source
     cannot be encoded, since it is not finite. source_named: the source is the one whose digest the manifest has, or
-    None if it has none. nbytes: of all components.
+    None if it has none. nbytes: of all components. n_far_scales: of a weight whose codes were chosen on a text, the
+    scales that are far from the source's (`chosen_codes`); None for all others.
     """
 
     name: str
@@ -34,6 +36,21 @@ class PackedComparison:
     n_wrong_codes: int | None
     n_wrong_scales: int | None
     source_named: bool | None
+    n_far_scales: int | None = None
+
+    @property
+    def chosen(self) -> bool:
+        """Whether its codes were chosen on a text."""
+        return self.n_far_scales is not None
+
+    @property
+    def holds(self) -> bool:
+        """Whether codes and scales are what the recipe gives, or are near the source where they were chosen."""
+        if self.n_far_scales is None or self.exact:
+            return self.exact
+        error = self.errors.relative_rms
+        few_far = self.n_far_scales <= MAX_SHARE_FAR * self.layout.n_blocks
+        return few_far and error is not None and error <= MAX_RELATIVE_RMS
 
     @property
     def exact(self) -> bool:
@@ -52,6 +69,8 @@ class KeptComparison:
     nbytes: int
     n_wrong_bytes: int
     source_named: bool
+    tuned: bool = False
+    """The manifest says that it was tuned, and it may differ."""
 
     @property
     def identical(self) -> bool:
@@ -64,7 +83,8 @@ class Comparison:
     """The result of `compare`; tensors in the order of the manifest, without those that could not be compared.
 
     n_packed, n_kept: how many of each the artifact has; n_source_digests: for how many of them the manifest has the
-    digest of the source.
+    digest of the source. scale_change: in a tuned artifact, the share by which scales may differ from those that the
+    recipe gives.
     """
 
     artifact: Path
@@ -75,6 +95,7 @@ class Comparison:
     n_kept: int
     n_source_digests: int
     findings: tuple[Finding, ...]
+    scale_change: float | None = None
 
     @property
     def good(self) -> bool:
@@ -93,13 +114,28 @@ class Comparison:
 
     @property
     def n_exact(self) -> int:
-        """How many packed weights have the codes and scales that encoding the source gives."""
-        return sum(tensor.exact for tensor in self.packed)
+        """How many packed weights have the codes and scales that encoding the source gives, chosen ones left out."""
+        return sum(tensor.exact for tensor in self.packed if not tensor.chosen)
+
+    @property
+    def n_chosen(self) -> int:
+        """How many packed weights have codes that were chosen on a text."""
+        return sum(tensor.chosen for tensor in self.packed)
+
+    @property
+    def n_near(self) -> int:
+        """How many of these are near the source."""
+        return sum(tensor.holds for tensor in self.packed if tensor.chosen)
 
     @property
     def n_identical(self) -> int:
         """How many kept tensors are the source's, bit for bit."""
         return sum(tensor.identical for tensor in self.kept)
+
+    @property
+    def tuned(self) -> tuple[KeptComparison, ...]:
+        """The kept tensors that were tuned and differ from the source's."""
+        return tuple(tensor for tensor in self.kept if tensor.tuned and not tensor.identical)
 
     @property
     def n_source_named(self) -> int:

@@ -13,6 +13,7 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.staging import Staging, begun_with, check_target, refuse_full_disk, refuse_nested, work_folder
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
+from qformat.converters.calibrated import calibrate
 from qformat.converters.execute import execute, has_nonfinite
 from qformat.converters.open_source import is_repository, open_source
 from qformat.converters.plan import Plan, make_plan
@@ -21,6 +22,7 @@ from qformat.converters.recipe import Recipe, load_recipe
 from qformat.converters.source import Source
 from qformat.cores import usable_cores
 from qformat.errors import UsageError
+from qformat.quality.calibration_settings import CalibrationSettings
 
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
 """The size that the Hub recommends and transformers uses for a shard."""
@@ -31,6 +33,7 @@ class ConversionOptions:
     """What a user may choose about a conversion.
 
     revision, offline, keep_source: of a repository of the Hub, see `open_source`.
+    calibration: choose codes and scales on a text, layer by layer.
     """
 
     recipe: Path | None = None
@@ -39,6 +42,7 @@ class ConversionOptions:
     double_quant: bool = True
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     keep_nonfinite: bool = False
+    calibration: CalibrationSettings | None = None
     revision: str | None = None
     offline: bool = False
     keep_source: bool = False
@@ -90,8 +94,13 @@ def plan(source: Path | str, options: ConversionOptions | None = None) -> Plan:
 
     Raises: SourceError, UsageError.
     """
-    opened, planned = (options or ConversionOptions()).open(source)
-    opened.close()
+    options = options or ConversionOptions()
+    opened, planned = options.open(source)
+    try:
+        if options.calibration is not None:
+            return calibrate(opened, planned, options.calibration, workers=usable_cores()).plan
+    finally:
+        opened.close()
     return planned
 
 
@@ -107,14 +116,16 @@ def convert(
     on_plan: Callable[[Plan], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionSummary:
     """Convert a checkpoint, of any kind that `open_source` knows, into a 4-bit artifact.
 
     source: a folder, or a text of the form owner/name: a repository of the Hub, which is streamed and not stored.
 
     workers: threads, by default one a core; any number gives the same bytes. force: replace an artifact of that
-    name. restart: drop what an interrupted run left. on_plan, on_progress (source bytes done) and on_compile (once,
-    if kernels must be compiled) are for progress displays.
+    name. restart: drop what an interrupted run left. on_plan, on_progress (source bytes done), on_compile (once,
+    if kernels must be compiled) and on_layer (layers calibrated, and all of them) are for progress displays.
+    With `options.calibration` the bytes depend on the number of workers, and torch and transformers are needed.
     Raises: SourceError, TargetError, UsageError. On any error nothing stands under `out` that was not there before,
     and the same call continues where this one stopped.
     """
@@ -127,20 +138,25 @@ def convert(
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
         check_target(out, replace=force)
-    opened, planned = (options or ConversionOptions()).open(source, pin=None if restart else _pin_noted(out))
+    options, workers = options or ConversionOptions(), workers or usable_cores()
+    opened, planned = options.open(source, pin=None if restart else _pin_noted(out))
     note: JsonObject = {} if (pin := pin_of(opened)) is None else {"pin": pin}
     try:
+        encoder, nbytes = None, planned.nbytes
+        if options.calibration is not None:
+            calibrated = calibrate(opened, planned, options.calibration, workers=workers, on_layer=on_layer)
+            planned, encoder, nbytes = calibrated.plan, calibrated.encoder, calibrated.nbytes
         on_plan(planned)
         disk = disk or Disk()
-        disk.needed_nbytes = planned.nbytes
+        disk.needed_nbytes = nbytes
         if not continuing:
-            refuse_full_disk(out, planned.nbytes)
+            refuse_full_disk(out, nbytes)
         with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart, note=note) as staging:
             if not staging.sealed_before:
-                refuse_full_disk(out, planned.nbytes)
+                refuse_full_disk(out, nbytes)
                 for float_format in {task.layout.float_format for task in planned.packed}:
                     cpu.warm_up(float_format, on_compile=on_compile)
-                execute(planned, opened, staging, workers=workers or usable_cores(), progress=on_progress)
+                execute(planned, opened, staging, workers=workers, progress=on_progress, encoder=encoder)
             done_before = staging.sealed_before
     finally:
         opened.close()

@@ -11,14 +11,18 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Follower, WrittenFile, Xxh3, xxh3, xxh3_of_range
+from qformat.artifact.encoded_weight import EncodedWeight, from_components
 from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject
+from qformat.artifact.regular_files import read_exactly
 from qformat.artifact.staging import Staging
+from qformat.artifact.weight_encoder import WeightEncoder
 from qformat.codec import cpu
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
@@ -48,9 +52,18 @@ class _Buffers(threading.local):
         self.absmax = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
 
 
-def execute(plan: Plan, source: Source, staging: Staging, *, workers: int, progress: Progress) -> None:
+def execute(
+    plan: Plan,
+    source: Source,
+    staging: Staging,
+    *,
+    workers: int,
+    progress: Progress,
+    encoder: WeightEncoder | None = None,
+) -> None:
     """Write what the plan says into a staged folder and seal it.
 
+    encoder: chooses the codes of some weights; all others get those of the spec's section 4.2.
     Raises SourceError, TargetError; on these and on KeyboardInterrupt the workers stop within a chunk, the staged
     folder stays and a later run continues.
     """
@@ -61,8 +74,12 @@ def execute(plan: Plan, source: Source, staging: Staging, *, workers: int, progr
         run = _Run(plan, source, reading, staging, output, progress)
         digests = run.resume()
         staging.record({"source_state": run.source_state})
-        digests |= run.do([task for task in plan.tasks if task.source.name not in digests], workers)
+        left = [task for task in plan.tasks if task.source.name not in digests]
+        chosen = encoder.names if encoder is not None else frozenset()
+        digests |= run.do([task for task in left if task.source.name not in chosen], workers)
         reading.finish()
+        if encoder is not None:
+            digests |= run.do_chosen([task for task in left if task.source.name in chosen], encoder, digests, workers)
         sha256 = follower.finish()
     files = {shard.name: FileRecord(shard.nbytes, sha256[shard.name], xxh3(shard.header)) for shard in plan.shards}
     files |= _write_small_files(plan, source, staging)
@@ -149,6 +166,24 @@ class _Run:
             on_stop=self._reading.close,
         )
 
+    def do_chosen(
+        self, tasks: list[Task], encoder: WeightEncoder, digests: Mapping[str, TensorDigests], workers: int
+    ) -> dict[str, TensorDigests]:
+        """Let an encoder choose the codes of tasks. `digests`: of what is staged before."""
+        named = {task.source.name: task for task in tasks if isinstance(task, PackedTask)}
+        # First of all, since the encoder may take hours: is everything finite?
+        sources = run_tasks(
+            named, self._examine, workers=workers, stopping=self._stopping, thread_name="qformat-examine"
+        )
+        packed = {task.source.name: task for task in self._plan.packed}
+        staged = _Staged(packed, self._source, self._staging, self._output, set(digests))
+        done: dict[str, TensorDigests] = {}
+        for name, weight in encoder.encode(staged):
+            done[name] = self._store(named[name], weight, sources[name])
+            staged.names.add(name)
+        assert done.keys() == named.keys(), "an encoder yields all of its weights"
+        return done
+
     def refuse_changed_source(self) -> None:
         """Refuse to seal what was read from files that somebody has changed since they were opened."""
         state = self._source.state()
@@ -166,18 +201,42 @@ class _Run:
             digests = self._encode(task)
         else:
             digests = self._adopt(task) if isinstance(task, AdoptedTask) else self._copy(task)
+        self._reading.settle(task.source, digests.source_xxh3)
+        self._note(task, digests)
+        return digests
+
+    def _note(self, task: Task, digests: TensorDigests) -> None:
         entry: JsonObject = {
             "tensor": task.source.name,
             "source_xxh3": digests.source_xxh3,
             "components": {part.label: digest for part, digest in digests.components.items()},
         }
-        self._reading.settle(task.source, digests.source_xxh3)
         self._record(entry)
-        return digests
 
     def _record(self, entry: JsonObject) -> None:
         with self._journal_lock:
             self._staging.record(entry)
+
+    def _examine(self, task: PackedTask) -> str:
+        """Return the XXH3-128 of a weight's source, all of which must be finite."""
+        float_format = task.layout.float_format
+        digest = Xxh3()
+        for offset, chunk in self._chunks(task.source, digest):
+            raw: Raw = chunk.view(float_format.raw_dtype)
+            if not np.isfinite(widen(raw, float_format)).all():
+                raise nonfinite_error(self._source, task.source, offset // float_format.nbytes, raw, float_format)
+        return digest.hexdigest()
+
+    def _store(self, task: PackedTask, weight: EncodedWeight, source_xxh3: str) -> TensorDigests:
+        """Write all components of a weight that an encoder made."""
+        components: dict[Component, str] = {}
+        for part, data in weight.components(task.layout).items():
+            assert data.nbytes == task.places[part].nbytes
+            self._output.write(task.places[part], 0, data)
+            components[part] = xxh3(data)
+        digests = TensorDigests(components, source_xxh3)
+        self._note(task, digests)
+        return digests
 
     def _copy(self, task: KeptTask) -> TensorDigests:
         digest = Xxh3()
@@ -321,6 +380,39 @@ class _Run:
         for place in _places(task).values():
             self._output.on_written(place.shard, place.start, place.start + place.nbytes)
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """What is staged, for an encoder. tasks: of all packed weights; names: of the tensors that are staged."""
+
+    tasks: Mapping[str, PackedTask]
+    source: Source
+    staging: Staging
+    output: StagedShards
+    names: set[str]
+
+    def read_source(self, name: str) -> NDArray[np.uint8]:
+        """Return the bytes of a tensor of the source."""
+        tensor = self.source.tensors[name]
+        data = np.empty(tensor.nbytes, np.uint8)
+        self.source.read_into(tensor, 0, data.data)
+        return data
+
+    def is_staged(self, name: str) -> bool:
+        """Whether a weight is encoded and staged already."""
+        return name in self.names
+
+    def read_encoded(self, name: str) -> EncodedWeight:
+        """Return a weight that is staged."""
+        parts = {part: self._read(place) for part, place in self.tasks[name].places.items()}
+        return from_components(parts, path=self.staging.folder, tensor=name)
+
+    def _read(self, place: Place) -> NDArray[np.uint8]:
+        data = np.empty(place.nbytes, np.uint8)
+        path = self.staging.folder / place.shard
+        read_exactly(self.output.descriptors[place.shard], place.start, data.data, path=path, error=ArtifactError)
+        return data
 
 
 def has_nonfinite(source: Source, task: PackedTask) -> bool:

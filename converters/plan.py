@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import qformat
 from qformat import strict_json
@@ -155,6 +155,11 @@ class Plan:
         n_weights = sum(task.layout.n_elements for task in weights)
         nbytes = sum(place.nbytes for task in weights for place in task.places.values())
         return 8 * nbytes / n_weights if n_weights else 0.0
+
+    def calibrated(self, record: JsonObject) -> Plan:
+        """Return the plan of the same bytes with codes chosen as `record`, which the manifest will tell, says."""
+        fingerprint = hashlib.sha256((self.fingerprint + strict_json.dumps(record)).encode("utf-8")).hexdigest()
+        return replace(self, recipe={**self.recipe, "calibration": record}, fingerprint=fingerprint)
 
     def manifest(self, digests: Mapping[str, TensorDigests], files: Mapping[str, FileRecord]) -> Manifest:
         """Return the manifest of the finished artifact."""

@@ -39,6 +39,16 @@ class StoredScales:
             nested_quant_map=read(Component.NESTED_QUANT_MAP).view("<f4") if nested else None,
         )
 
+    def decoded(self) -> NDArray[np.float32]:
+        """Return the scales that a reader multiplies with, float32 [n_blocks]."""
+        if self.nested_absmax is None or self.nested_quant_map is None:
+            return self.absmax
+        assert self.state.nested_offset is not None
+        out = np.empty(self.absmax.size, np.float32)
+        offset = np.float32(self.state.nested_offset)
+        cpu.decode_scales_into(self.absmax, self.nested_absmax, self.nested_quant_map, offset, out)
+        return out
+
     def decode(
         self,
         layout: PackedShape,

@@ -35,12 +35,16 @@ if TYPE_CHECKING:
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
+    from qformat.quality.calibration_settings import CalibrationSettings
     from qformat.quality.evaluate import Evaluation, evaluate
+    from qformat.quality.tune import TuningJob, TuningResult, tune
+    from qformat.quality.tuning_settings import TuningSettings
     from qformat.training.run import TrainingJob, TrainingResult, train
     from qformat.training.settings import TrainingSettings
 
 _PUBLIC = {
     "Artifact": "qformat.artifact.reader:Artifact",
+    "CalibrationSettings": "qformat.quality.calibration_settings:CalibrationSettings",
     "CardOptions": "qformat.hub.prepared_card:CardOptions",
     "Comparison": "qformat.converters.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
@@ -57,6 +61,9 @@ _PUBLIC = {
     "TrainingJob": "qformat.training.run:TrainingJob",
     "TrainingResult": "qformat.training.run:TrainingResult",
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
+    "TuningJob": "qformat.quality.tune:TuningJob",
+    "TuningResult": "qformat.quality.tune:TuningResult",
+    "TuningSettings": "qformat.quality.tuning_settings:TuningSettings",
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
     "diff": "qformat.hub.diff:diff",
@@ -71,12 +78,14 @@ _PUBLIC = {
     "publish": "qformat.hub.publish:publish",
     "register": "qformat.model.transformers_quantizer:register",
     "train": "qformat.training.run:train",
+    "tune": "qformat.quality.tune:tune",
     "verify": "qformat.artifact.verify:verify_integrity",
     "verify_remote": "qformat.hub.remote_verify:verify_remote",
 }
 
 __all__ = [
     "Artifact",
+    "CalibrationSettings",
     "CardOptions",
     "Comparison",
     "ConversionOptions",
@@ -93,6 +102,9 @@ __all__ = [
     "TrainingJob",
     "TrainingResult",
     "TrainingSettings",
+    "TuningJob",
+    "TuningResult",
+    "TuningSettings",
     "compare",
     "convert",
     "diff",
@@ -107,6 +119,7 @@ __all__ = [
     "publish",
     "register",
     "train",
+    "tune",
     "verify",
     "verify_remote",
 ]

@@ -12,7 +12,7 @@
     ├── VerificationError       a check was run to its end and failed                        (exit code 1)
     ├── DeviceMemoryError       a device's memory is too small for what was asked            (exit code 1)
     ├── AdapterError            an adapter or a checkpoint of one is damaged or does not fit (exit code 1)
-    ├── DivergenceError         a training's loss or gradient is no longer a finite number   (exit code 1)
+    ├── DivergenceError         a loss, gradient or activation is no longer a finite number  (exit code 1)
     └── Interrupted             the user stopped it; the same command continues              (exit code 130)
 
 `Reason` is the closed list of reason codes of the format (spec section 9): stable names for machines.
@@ -174,7 +174,7 @@ class AdapterError(QformatError):
 
 
 class DivergenceError(QformatError):
-    """The loss or the gradient of a training is no longer a finite number; names the step and the last checkpoint."""
+    """A loss, a gradient or an activation is no longer a finite number; names the step, or the layer."""
 
 
 class Interrupted(QformatError):

@@ -28,7 +28,7 @@ ALLOWED = {
     "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model"},
     "qformat.quality": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model", "qformat.training"},
-    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact", "qformat.hub"},
+    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact", "qformat.hub", "qformat.quality"},
     "qformat.cli": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"}
     | {"qformat.training", "qformat.hub", "qformat.quality"},
@@ -91,6 +91,19 @@ def test_every_import_points_down_the_layers(module: str) -> None:
 def test_the_conversion_path_imports_no_torch(module: str) -> None:
     heavy = {"torch", "transformers", "safetensors", "bitsandbytes"} - MAY_IMPORT.get(module, set())
     assert not {name.split(".")[0] for name in imports_of(modules()[module])} & heavy
+
+
+def test_converters_reach_for_quality_in_one_place_and_for_its_settings() -> None:
+    found = {
+        (module, imported.rpartition(".")[0])
+        for module, path in modules().items()
+        if layer_of(module) == "qformat.converters"
+        for imported in imports_of(path)
+        if imported.startswith("qformat.quality")
+    }
+    settings = "qformat.quality.calibration_settings"
+    assert {module for module, imported in found if imported != settings} == {"qformat.converters.calibrated"}
+    assert not any(name.startswith("qformat.model") for name in imports_of(modules()[settings]))
 
 
 @pytest.mark.parametrize(

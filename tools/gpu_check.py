@@ -41,9 +41,12 @@ from gpu_check_results import Result, Settings  # noqa: E402
 
 from qformat.kernels import triton_launch  # noqa: E402
 from qformat.kernels.packed_weight import PackedWeight  # noqa: E402
+from qformat.kernels.scaled_linear import linear_nf4_scale_gradient  # noqa: E402
+from qformat.kernels.triton_block_dots import TILE as BLOCK_DOTS_TILE  # noqa: E402
+from qformat.kernels.triton_block_dots import block_dots  # noqa: E402
 from qformat.kernels.triton_dequantize import TILE, dequantize  # noqa: E402
 from qformat.kernels.triton_product import LaunchPlan, plan, product, product_as_planned  # noqa: E402
-from tests.kernels.weights import bits, random_weight, reference_bits  # noqa: E402
+from tests.kernels.weights import bits, exact_block_dots, random_codes, random_weight, reference_bits  # noqa: E402
 
 NO_GPU = 2
 SCHEMA = 1
@@ -82,6 +85,22 @@ def check_product_exact(settings: Settings) -> Iterator[Result]:
                 )
                 for dtype in (torch.bfloat16, torch.float16):
                     yield mismatches("product_exact", weight, dtype, wrong_weights(weight, dtype))
+
+
+def check_block_dots_close(settings: Settings) -> Iterator[Result]:
+    """Sums over blocks, of which the gradient of the scales is made, as a share of the bound of their float32 sums."""
+    sizes = [1, 65, BLOCK_DOTS_TILE, 3 * BLOCK_DOTS_TILE + 517, *([] if settings.quick else [1 << 24])]
+    for n in sizes:
+        packed = random_codes(n).to(settings.device)
+        for block_size in (32, 64, 128, 256):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                values = torch.randn(n, device=settings.device).to(dtype)
+                out = torch.empty(-(-n // block_size), device=settings.device)
+                block_dots(values, packed, block_size, out)
+                exact, magnitude = exact_block_dots(values, packed, block_size)
+                share = float(((out.double().cpu() - exact).abs() / (magnitude * block_size * 2.0**-24)).max())
+                case = f"{str(dtype).removeprefix('torch.')} {n} block {block_size}"
+                yield Result("block_dots_close", case, "error / bound", share, "", share <= 1)
 
 
 def wrong_weights(weight: PackedWeight, dtype: torch.dtype) -> int:
@@ -165,6 +184,20 @@ def check_product_speed(settings: Settings) -> Iterator[Result]:
             peer = bitsandbytes_product(x, weights) if m == 1 else None
             if peer is not None:
                 yield against("product_speed", case, "bitsandbytes", graph_seconds(peer, settings), seconds)
+
+
+def check_scale_gradient_speed(settings: Settings) -> Iterator[Result]:
+    """The gradient of the scales against the matrix product that it needs, for 2048 tokens."""
+    for n, k in settings.shapes:
+        weight = random_weight((n, k), double_quant=False, device=str(settings.device))
+        x = torch.randn(2048, k, device=settings.device).to(torch.bfloat16)
+        grad = torch.randn(2048, n, device=settings.device).to(torch.bfloat16)
+        arguments = (grad, x, weight.packed, weight.absmax, weight.block_size, n, k)
+        seconds = graph_seconds([partial(linear_nf4_scale_gradient, *arguments)], settings)
+        out = torch.empty((n, k), dtype=torch.bfloat16, device=settings.device)
+        product_seconds = graph_seconds([partial(torch.mm, grad.t(), x, out=out)], settings)
+        yield Result("scale_gradient_speed", f"{n}x{k}", "time", seconds * 1e6, "us")
+        yield against("scale_gradient_speed", f"{n}x{k}", "its product", product_seconds, seconds)
 
 
 def check_product_plans(settings: Settings) -> Iterator[Result]:
@@ -297,9 +330,11 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Result]]] = {
     "dequantize_exact": check_dequantize_exact,
     "product_exact": check_product_exact,
     "product_close": check_product_close,
+    "block_dots_close": check_block_dots_close,
     "copy": check_copy,
     "dequantize_speed": check_dequantize_speed,
     "product_speed": check_product_speed,
+    "scale_gradient_speed": check_scale_gradient_speed,
     "product_plans": check_product_plans,
     **MODEL_CHECKS,
 }

@@ -121,7 +121,8 @@ def is_tensor_entry(entry: dict[str, Any], name: str) -> bool:  # [7.2]
     if not is_sizes(entry.get("shape")) or len(entry["shape"]) > 8 or not isinstance(dtype, str):
         return False
     if entry.get("encoding") == "kept":
-        return is_hex(entry.get("xxh3"), 32) and isinstance(entry.get("reason"), str)
+        good = is_hex(entry.get("xxh3"), 32) and is_hex(entry.get("source_xxh3", "0" * 32), 32)
+        return good and isinstance(entry.get("reason"), str)
     if type(block) is not int or type(double) is not bool or not isinstance(digests, dict):
         return False
     labels = {"packed", "absmax", "quant_map", "quant_state"} | set(["nested_absmax", "nested_quant_map"] * double)

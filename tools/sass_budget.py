@@ -31,7 +31,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qformat.kernels import triton_dequantize, triton_product
+from qformat.kernels import triton_block_dots, triton_dequantize, triton_product
+from qformat.kernels.triton_block_dots_kernel import block_dots_kernel
 from qformat.kernels.triton_dequantize_kernel import dequantize_kernel
 from qformat.kernels.triton_product_kernel import product_kernel
 
@@ -130,6 +131,21 @@ def product_case(
     )  # fmt: skip
 
 
+def block_dots_case(name: str, *, values: str = "bf16", block_size: int = 64) -> Case:
+    signature = {
+        "values_ptr": f"*{values}",
+        "packed_ptr": "*u8",
+        "codebook_ptr": "*fp32",
+        "out_ptr": "*fp32",
+        "n": "i32",
+    }
+    return Case(
+        f"block_dots_{name}", block_dots_kernel, signature, triton_block_dots.constants(block_size, aligned=True),
+        options=triton_block_dots.OPTIONS, weights=triton_block_dots.TILE,
+        bytes_per_weight=0.5 + 4 / block_size + (4 if values == "fp32" else 2), in_loop=False,
+    )  # fmt: skip
+
+
 CASES = {
     case.name: case
     for case in (
@@ -146,6 +162,8 @@ CASES = {
         product_case("m16_bf16", 16),
         product_case("m16_fp16_block128_tail", 16, dtype="fp16", k=576, block_size=128),
         product_case("m16_bf16_block32_tail", 16, k=576, block_size=32),
+        block_dots_case("bf16"),
+        block_dots_case("fp32_block256", values="fp32", block_size=256),
     )
 }
 

@@ -60,12 +60,16 @@ class PackedRecord:
 
 @dataclass(frozen=True, slots=True)
 class KeptRecord:
-    """A tensor kept bit for bit: dtype and shape as in the shard, its XXH3-128, and why it was kept."""
+    """A tensor that is not packed: dtype and shape as in the shard, its XXH3-128, and why it was kept.
+
+    source_xxh3: None for the source's bytes; of one that was tuned, the XXH3-128 of the source's.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     xxh3: str
     reason: str
+    source_xxh3: str | None = None
 
 
 TensorRecord = PackedRecord | KeptRecord
@@ -229,6 +233,9 @@ class _Fields:
         value = self.string(record, name)
         return value if pattern.fullmatch(value) else self.refuse(name, f"{value!r} is not {meaning}")
 
+    def source_digest(self, record: JsonObject) -> str | None:
+        return self.matching(record, "source_xxh3", _HEX128, "an XXH3-128") if "source_xxh3" in record else None
+
     def size(self, record: JsonObject, name: str) -> int:
         value = record.get(name)
         if type(value) is not int or not 0 <= value <= MAX_SIZE:
@@ -298,6 +305,7 @@ def _parse_tensor(fields: _Fields, name: str, value: strict_json.Json) -> Tensor
             shape=fields.shape(value),
             xxh3=fields.matching(value, "xxh3", _HEX128, "an XXH3-128"),
             reason=fields.string(value, "reason"),
+            source_xxh3=fields.source_digest(value),
         )
     if encoding != "nf4":
         fields.refuse("encoding", f"{encoding!r}, expected 'nf4' or 'kept'")
@@ -321,8 +329,8 @@ def _parse_tensor(fields: _Fields, name: str, value: strict_json.Json) -> Tensor
         components={
             part: fields.matching(components, label, _HEX128, "an XXH3-128") for label, part in expected.items()
         },
-        source_xxh3=fields.matching(value, "source_xxh3", _HEX128, "an XXH3-128") if "source_xxh3" in value else None,
-    )  # fmt: skip
+        source_xxh3=fields.source_digest(value),
+    )
 
 
 def _parse_file(fields: _Fields, name: str, value: strict_json.Json) -> FileRecord:
@@ -339,23 +347,25 @@ def _parse_file(fields: _Fields, name: str, value: strict_json.Json) -> FileReco
 
 
 def _tensor_json(record: TensorRecord) -> dict[str, object]:
+    entry: dict[str, object]
     if isinstance(record, KeptRecord):
-        return {
+        entry = {
             "encoding": "kept",
             "dtype": record.dtype,
             "shape": record.shape,
             "xxh3": record.xxh3,
             "reason": record.reason,
         }
-    layout = record.layout
-    entry: dict[str, object] = {
-        "encoding": "nf4",
-        "dtype": layout.float_format.value,
-        "shape": layout.shape,
-        "block_size": layout.block_size,
-        "double_quant": layout.double_quant,
-        "components": {part.label: digest for part, digest in record.components.items()},
-    }
+    else:
+        layout = record.layout
+        entry = {
+            "encoding": "nf4",
+            "dtype": layout.float_format.value,
+            "shape": layout.shape,
+            "block_size": layout.block_size,
+            "double_quant": layout.double_quant,
+            "components": {part.label: digest for part, digest in record.components.items()},
+        }
     if record.source_xxh3 is not None:
         entry["source_xxh3"] = record.source_xxh3
     return entry

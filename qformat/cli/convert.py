@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table, progress_bar
+from qformat.cli.display import format_nbytes, format_table, progress_bar, step_bar
 from qformat.errors import UsageError
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionSummary
     from qformat.converters.plan import AdoptedTask, PackedTask, Plan
+    from qformat.quality.calibration_settings import CalibrationSettings
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -28,6 +29,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 Examples:
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*' --block-size 128
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --calibrate text.txt
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run
   qformat convert Qwen3-8B-Q6_K.gguf Qwen3-8B-nf4
   qformat convert meta-llama/Llama-3.2-1B Llama-3.2-1B-nf4 --revision main"""
@@ -38,6 +40,13 @@ Examples:
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Keep what matches in 16 bit. May be repeated.")
 @click.option("--block-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
 @click.option("--no-double-quant", is_flag=True, help="Store float32 scales (0.37 bits a weight more).")
+@click.option(
+    "--calibrate",
+    multiple=True,
+    metavar="FILE",
+    help="Choose codes and scales on this text, layer by layer (text, JSON lines, Parquet; may be repeated).",
+)
+@click.option("--calibration-tokens", type=int, metavar="N", help="Tokens of it to take.  [default: 16384]")
 @click.option("--keep-nonfinite", is_flag=True, help="Keep weights with Inf or NaN in 16 bit. Reads SRC twice.")
 @click.option("--revision", help="Branch, tag or commit of a repository of the Hub.  [default: main]")
 @click.option("--offline", is_flag=True, help="Make no request: read the local cache of the Hub.")
@@ -55,6 +64,8 @@ def command(
     skip: tuple[str, ...],
     block_size: int,
     no_double_quant: bool,
+    calibrate: tuple[str, ...],
+    calibration_tokens: int | None,
     keep_nonfinite: bool,
     revision: str | None,
     offline: bool,
@@ -84,6 +95,7 @@ def command(
         double_quant=not no_double_quant,
         max_shard_nbytes=parse_size(max_shard_size),
         keep_nonfinite=keep_nonfinite,
+        calibration=_calibration(calibrate, calibration_tokens),
         revision=revision,
         offline=offline,
         keep_source=keep_source,
@@ -103,6 +115,7 @@ def command(
             on_plan=bar.start,
             on_progress=bar.update,
             on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+            on_layer=bar.show_layer,
         )
     finally:
         bar.stop()
@@ -117,12 +130,23 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSettings | None:
+    from qformat.quality.calibration_settings import DEFAULT_TOKENS, CalibrationSettings
+
+    if not data:
+        if n_tokens is not None:
+            raise UsageError("--calibration-tokens: there is no text to take them from. Give one with --calibrate FILE")
+        return None
+    return CalibrationSettings(data, DEFAULT_TOKENS if n_tokens is None else n_tokens)
+
+
 class _Bar:
-    """The progress bar of a conversion, which begins once the plan tells how much there is."""
+    """The progress bar of a conversion: of bytes once the plan tells how many, then of layers that are calibrated."""
 
     def __init__(self) -> None:
         self._open = ExitStack()
         self._advance: Callable[[int], None] = lambda nbytes: None
+        self._layers: Callable[[int], None] | None = None
 
     def start(self, plan: Plan) -> None:
         what = "Fetching and converting" if "repository" in plan.source else "Converting"
@@ -130,6 +154,12 @@ class _Bar:
 
     def update(self, nbytes: int) -> None:
         self._advance(nbytes)
+
+    def show_layer(self, done: int, total: int) -> None:
+        if self._layers is None:
+            self._open.close()  # the bytes are done
+            self._layers = self._open.enter_context(step_bar(total, "Calibrating", "layer"))
+        self._layers(done)
 
     def stop(self) -> None:
         self._open.close()
@@ -193,6 +223,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "vouched": [task.source.name for task in plan.packed if task.vouched],
         "not_known_to_be_linear": _unknown(plan),
         "blocks_across_rows": _blocks_across_rows(plan),
+        "calibration": plan.recipe.get("calibration"),
     }
 
 
@@ -220,6 +251,23 @@ def _show_notes(plan: Plan) -> None:
             f"In {len(crossing)} weights (such as {crossing[0]}) blocks run across rows: bitsandbytes 0.50 decodes "
             "some such weights wrongly on CPUs with AVX-512. A smaller block size, or --skip, avoids it"
         )
+    _show_calibration(plan)
+
+
+def _show_calibration(plan: Plan) -> None:
+    record = plan.recipe.get("calibration")
+    if not isinstance(record, dict):
+        return
+    plain = record["plain"]
+    assert isinstance(plain, dict)
+    click.echo(
+        f"Calibrated on {record['tokens']:,} tokens in {record['windows']} windows: "
+        f"{len(plan.packed) - len(plain)} of {len(plan.packed)} weights"
+    )
+    for why in sorted({str(why) for why in plain.values()}):
+        names = [name for name in plain if plain[name] == why]
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        click.echo(f"Not calibrated, {why}: {shown}")
 
 
 def _blocks_across_rows(plan: Plan) -> list[str]:

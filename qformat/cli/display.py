@@ -29,6 +29,13 @@ def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) ->
     return "\n".join(lines)
 
 
+def duration(seconds: float) -> str:
+    """Return a time as `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 @contextmanager
 def progress_bar(total: int, description: str, *, unit: str = "B") -> Iterator[Callable[[int], None]]:
     """Show bytes, rate and time left on stderr, nothing if that is no terminal; yields `update(nbytes)`."""
@@ -43,3 +50,27 @@ def progress_bar(total: int, description: str, *, unit: str = "B") -> Iterator[C
             bar.update(nbytes)
 
         yield update
+
+
+@contextmanager
+def step_bar(total: int, description: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show steps and time left on stderr, nothing if that is no terminal; yields `show(steps done)`.
+
+    The time left follows from the steps since the first call: those that an earlier run did took no time.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from tqdm import tqdm
+
+    started: list[int] = []
+    with tqdm(total=total, desc=description, unit=f" {unit}", leave=False) as bar:
+
+        def show(done: int) -> None:
+            if first := not started:
+                started.append(done)
+                bar.n = bar.initial = done
+            bar.update(0 if first else done - bar.n)
+            bar.refresh()
+
+        yield show

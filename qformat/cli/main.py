@@ -28,6 +28,7 @@ COMMANDS = {
     "diff": "Tell what differs between two artifacts.",
     "eval": "Measure on texts how close an artifact is to its 16-bit model.",
     "generate": "Generate text with an artifact.",
+    "tune": "Bring an artifact closer to its 16-bit source, with the same codes and size.",
     "train": "Train a LoRA adapter on an artifact.",
     "info": "Show devices, backends and versions.",
 }

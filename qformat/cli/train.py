@@ -13,7 +13,7 @@ import click
 
 from qformat import strict_json
 from qformat.artifact.manifest import JsonObject
-from qformat.cli.display import format_nbytes
+from qformat.cli.display import duration, format_nbytes
 from qformat.errors import Interrupted
 from qformat.sizes import size_nbytes
 from qformat.training.settings import TrainingSettings, read_toml, value_type
@@ -194,7 +194,7 @@ class _Progress:
             f"{line['tokens_per_s']:,.0f} tokens/s  {format_nbytes(_number(line['memory_nbytes']))}"
         )
         if left is not None:
-            text += f"  {_duration(left)} left"
+            text += f"  {duration(left)} left"
         click.echo(f"\r\x1b[K{text}" if self._in_place else text, err=True, nl=not self._in_place)
         self._dirty = self._in_place
         if step == n_steps:
@@ -209,9 +209,3 @@ class _Progress:
 def _number(value: object) -> float:
     assert isinstance(value, (int, float))
     return value
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

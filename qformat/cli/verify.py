@@ -269,8 +269,12 @@ def _comparison_facts(comparison: Comparison) -> ComparisonFacts:
         "code_counts": list(comparison.code_counts),
         "n_packed": comparison.n_packed,
         "n_exact": comparison.n_exact,
+        "n_chosen": comparison.n_chosen,
+        "n_near": comparison.n_near,
         "n_kept": comparison.n_kept,
         "n_identical": comparison.n_identical,
+        "n_tuned": len(comparison.tuned),
+        "scale_change": comparison.scale_change,
         "n_source_digests": comparison.n_source_digests,
         "n_source_named": comparison.n_source_named,
         "by_kind": [
@@ -303,6 +307,7 @@ def _packed_facts(tensor: PackedComparison) -> PackedFacts:
         "code_counts": list(tensor.code_counts),
         "n_wrong_codes": tensor.n_wrong_codes,
         "n_wrong_scales": tensor.n_wrong_scales,
+        "n_far_scales": tensor.n_far_scales,
         "source_named": tensor.source_named,
     }
 
@@ -316,6 +321,7 @@ def _kept_facts(tensor: KeptComparison) -> KeptFacts:
         "nbytes": tensor.nbytes,
         "n_wrong_bytes": tensor.n_wrong_bytes,
         "source_named": tensor.source_named,
+        "tuned": tensor.tuned,
     }
 
 
@@ -370,13 +376,21 @@ def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
         click.echo()
         click.echo(format_table(rows, right=range(1, 7)))
         click.echo()
-    n_packed, n_kept = comparison["n_packed"], comparison["n_kept"]
+    n_encoded, n_kept = comparison["n_packed"] - comparison["n_chosen"], comparison["n_kept"]
+    change, n_tuned = comparison["scale_change"], comparison["n_tuned"]
+    scales = "codes and scales" if change is None else f"codes, and scales within {change:.0%},"
     for meaning, n_good, n_all in (
-        ("codes and scales as the recipe gives", comparison["n_exact"], n_packed),
+        (f"{scales} as the recipe gives", comparison["n_exact"], n_encoded),
+        ("codes and scales chosen on a text, and near the source", comparison["n_near"], comparison["n_chosen"]),
         ("kept tensors identical", comparison["n_identical"], n_kept),
         ("source tensors as the manifest names", comparison["n_source_named"], comparison["n_source_digests"]),
     ):
-        click.echo(f"{meaning}: {n_good} of {n_all}")
+        if n_all:
+            click.echo(f"{meaning}: {n_good} of {n_all}")
+    if n_tuned:
+        names = [tensor["name"] for tensor in comparison["kept"] if tensor["tuned"] and tensor["n_wrong_bytes"]]
+        more = f" and {n_tuned - 1} others" if n_tuned > 1 else ""
+        click.echo(f"kept tensors tuned, as the manifest says: {names[0]}{more}")
 
 
 def _row(name: str, n_tensors: int, errors: ErrorFacts) -> tuple[str, ...]:

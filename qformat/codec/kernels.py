@@ -53,12 +53,16 @@ class Kernel:
         return (self._entry or self.compile())(*arguments, *self.constants)
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Hand a function to numba, to be compiled on demand, cached beside the source or in the user's cache folder."""
+def jit(function: Callable[..., Any], *, any_order: bool = False) -> Any:
+    """Hand a function to numba, to be compiled on demand, cached beside the source or in the user's cache folder.
+
+    any_order: sums may be taken in the order that suits the CPU, for results that need not be the reference's bits.
+    """
+    fastmath: Any = {"reassoc", "contract"} if any_order else False
     try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        return numba.njit(nogil=True, error_model="numpy", cache=True, fastmath=fastmath)(function)
     except RuntimeError:  # neither folder can be written: compile in every process
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
 
 
 def kernel(signature: Signature) -> Callable[[Callable[..., Any]], Kernel]:

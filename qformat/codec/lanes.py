@@ -223,3 +223,9 @@ def narrowed(values: Lanes, float_format: FloatFormat) -> Lanes:
 def steps(typed: Callable[..., Any]) -> Any:
     """Offer LLVM code to numba as a function; strings and numbers written out in a call reach it as literal types."""
     return intrinsic(prefer_literal=True)(typed)
+
+
+@steps
+def as_float(_: Any, bits: Any) -> Any:
+    """Return the float32 that uint32 bits mean."""
+    return types.float32(bits), lambda _context, builder, _signature, arguments: builder.bitcast(arguments[0], F32)

@@ -34,6 +34,7 @@ from qformat.codec.lanes import (
     Lanes,
     Memory,
     Shuffle,
+    as_float,
     look_up_floats,
     narrowed,
     steps,
@@ -93,12 +94,6 @@ def _sum(lanes: Lanes) -> Lanes:
         half = lanes.count // 2
         lanes = lanes.pick(range(half)) + lanes.pick(range(half, lanes.count))
     return lanes
-
-
-@steps
-def _as_float(_: Any, bits: Any) -> Any:
-    """Return the float32 that uint32 bits mean."""
-    return types.float32(bits), lambda _context, builder, _signature, arguments: builder.bitcast(arguments[0], F32)
 
 
 @steps
@@ -285,7 +280,7 @@ def product_function(instructions: ProductInstructions, float_format: FloatForma
         absmax = carray(_pointer_to(fields[6], absmax_type), (n_blocks,))
         nested = carray(_pointer_to(fields[7], np.float32), ((n_blocks + 255) // 256,))
         nested_map = carray(_pointer_to(fields[8], np.float32), (256,))
-        offset = _as_float(np.uint32(fields[9]))
+        offset = as_float(np.uint32(fields[9]))
         sums = np.empty(4, out_type)
         share = _next(job)
         while share < n_shares:

@@ -32,6 +32,7 @@ from qformat.codec.lanes import (
     Lanes,
     Memory,
     Shuffle,
+    as_float,
     call,
     look_up_floats,
     look_up_shorts,
@@ -86,12 +87,6 @@ def _largest_magnitude(_: Any, raw: Any, start: Any, count: Any, float_format: A
         return builder.shl(builder.zext(largest, I32), ir.Constant(I32, 16))
 
     return types.uint32(raw, start, count, float_format), generate
-
-
-@steps
-def _as_float(_: Any, bits: Any) -> Any:
-    """Return the float32 that uint32 bits mean."""
-    return types.float32(bits), lambda _context, builder, _signature, arguments: builder.bitcast(arguments[0], F32)
 
 
 @steps
@@ -166,10 +161,10 @@ def _encode(raw: Any, block_size: Any, packed: Any, absmax: Any, float_format: A
             first = _largest_magnitude(raw, start, 32, float_format)
             second = _largest_magnitude(raw, start + 32, 32, float_format)
             largest_of_all = max(largest_of_all, first, second)
-            absmax[2 * pair] = _as_float(first)
-            absmax[2 * pair + 1] = _as_float(second)
-            first_factor = np.float32(1) / max(_as_float(first), SMALLEST_DIVISOR)
-            second_factor = np.float32(1) / max(_as_float(second), SMALLEST_DIVISOR)
+            absmax[2 * pair] = as_float(first)
+            absmax[2 * pair + 1] = as_float(second)
+            first_factor = np.float32(1) / max(as_float(first), SMALLEST_DIVISOR)
+            second_factor = np.float32(1) / max(as_float(second), SMALLEST_DIVISOR)
             _encode_64(raw, start, first_factor, second_factor, packed, float_format, shuffle)
     else:
         for block in range(absmax.size):
@@ -177,8 +172,8 @@ def _encode(raw: Any, block_size: Any, packed: Any, absmax: Any, float_format: A
             for start in range(block * block_size, (block + 1) * block_size, 64):
                 largest = max(largest, _largest_magnitude(raw, start, 64, float_format))
             largest_of_all = max(largest_of_all, largest)
-            absmax[block] = _as_float(largest)
-            factor = np.float32(1) / max(_as_float(largest), SMALLEST_DIVISOR)
+            absmax[block] = as_float(largest)
+            factor = np.float32(1) / max(as_float(largest), SMALLEST_DIVISOR)
             for start in range(block * block_size, (block + 1) * block_size, 64):
                 _encode_64(raw, start, factor, factor, packed, float_format, shuffle)
     return largest_of_all < F32_INFINITY

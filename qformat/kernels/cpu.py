@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qformat.codec import cpu
+from qformat.codec.block_dots import block_dots_into
 from qformat.codec.codebooks import DYNAMIC_MAP
 from qformat.codec.floats import FloatFormat
 from qformat.codec.product import Product, unsupported
@@ -57,6 +58,11 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
     return out
 
 
+def block_dots(values: Tensor, packed: Tensor, block_size: int, out: Tensor) -> None:
+    """Fill out float32 [n_blocks] with the blocks' sums of values [n], bf16 or fp32, times what their codes mean."""
+    block_dots_into(_raw(values), FORMATS[values.dtype], _array(packed), block_size=block_size, out=_array(out))
+
+
 def product(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x [M, K] times the weight's transpose, [M, N], without decoding the weight to memory."""
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
@@ -98,12 +104,7 @@ def product_unsupported(m: int, weight: PackedWeight, dtype: torch.dtype) -> str
 
 def _bands(weight: PackedWeight, dtype: torch.dtype) -> list[tuple[int, int]]:
     """Return ranges of rows that fit the scratch buffer and, but for the last, end at the end of a block."""
-    n, k = weight.shape
-    if weight.n_elements * dtype.itemsize <= SCRATCH_NBYTES:
-        return [(0, n)]
-    step = int(np.lcm(weight.block_size, k)) // k  # the fewest rows that hold whole blocks
-    rows = max(step, SCRATCH_NBYTES // (k * dtype.itemsize) // step * step)
-    return [(first, min(first + rows, n)) for first in range(0, n, rows)]
+    return weight.bands(SCRATCH_NBYTES // dtype.itemsize)
 
 
 def _decode_rows(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The four functions that each backend has, under one signature."""
+"""The functions that each backend has, under one signature."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from qformat.kernels.backends import choose
 from qformat.kernels.packed_weight import PackedWeight
 
 Dequantize = Callable[[PackedWeight, Tensor], None]
+BlockDots = Callable[[Tensor, Tensor, int, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Implementation:
     input_gradient(grad [M, N], weight) -> [M, K]
     product(x [M, K], weight) -> [M, N]: without a decoded weight in memory, where product_unsupported(m, weight, dtype)
         gives no reason against it
+    block_dots(values [n], packed [ceil(n/2)], block_size, out [n_blocks]): the blocks' sums of values times what their
+        codes mean, in float32; values as a matrix product gives them
     """
 
     dequantize: Dequantize
@@ -32,6 +35,7 @@ class Implementation:
     input_gradient: Callable[[Tensor, PackedWeight], Tensor]
     product: Callable[[Tensor, PackedWeight], Tensor]
     product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None]
+    block_dots: BlockDots
 
 
 def implementation(device: torch.device) -> Implementation:
@@ -43,12 +47,14 @@ def implementation(device: torch.device) -> Implementation:
 def _numba() -> Implementation:
     from qformat.kernels import cpu
 
-    return Implementation(cpu.dequantize, cpu.linear, cpu.input_gradient, cpu.product, cpu.product_unsupported)
+    return Implementation(
+        cpu.dequantize, cpu.linear, cpu.input_gradient, cpu.product, cpu.product_unsupported, cpu.block_dots
+    )
 
 
 @cache
 def _triton() -> Implementation:
-    from qformat.kernels import triton_dequantize, triton_product
+    from qformat.kernels import triton_block_dots, triton_dequantize, triton_product
 
     def product(x: Tensor, weight: PackedWeight) -> Tensor:
         out = x.new_empty((x.shape[0], weight.shape[0]))
@@ -58,7 +64,7 @@ def _triton() -> Implementation:
     def unsupported(m: int, weight: PackedWeight, dtype: torch.dtype) -> str | None:
         return triton_product.product_unsupported(m, weight.shape, weight.block_size, dtype)
 
-    return _by_decoding(triton_dequantize.dequantize, product, unsupported)
+    return _by_decoding(triton_dequantize.dequantize, product, unsupported, triton_block_dots.block_dots)
 
 
 @cache
@@ -68,7 +74,10 @@ def _torch() -> Implementation:
     def product(x: Tensor, weight: PackedWeight) -> Tensor:
         raise AssertionError("unsupported, as product_unsupported says")
 
-    return _by_decoding(torch_decode.dequantize, product, lambda _m, _weight, _dtype: "the torch backend has none")
+    def unsupported(_m: int, _weight: PackedWeight, _dtype: torch.dtype) -> str | None:
+        return "the torch backend has none"
+
+    return _by_decoding(torch_decode.dequantize, product, unsupported, torch_decode.block_dots)
 
 
 _MAKERS = {"numba": _numba, "triton": _triton, "torch": _torch}
@@ -78,6 +87,7 @@ def _by_decoding(
     dequantize: Dequantize,
     product: Callable[[Tensor, PackedWeight], Tensor],
     product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None],
+    block_dots: BlockDots,
 ) -> Implementation:
     """Products by decoding the whole weight. The device's caching allocator hands out the same scratch each time."""
 
@@ -92,4 +102,5 @@ def _by_decoding(
         input_gradient=lambda grad, weight: torch.mm(grad, decoded(weight, grad.dtype)),
         product=product,
         product_unsupported=product_unsupported,
+        block_dots=block_dots,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,18 @@ class PackedWeight:
     def device(self) -> torch.device:
         """The device of every component."""
         return self.packed.device
+
+    def bands(self, max_elements: int) -> list[tuple[int, int]]:
+        """Return ranges of rows of at most that many elements that, but for the last, end at the end of a block.
+
+        Where no row ends a block for long, a range is as long as it must be.
+        """
+        n, k = self.shape
+        if self.n_elements <= max_elements:
+            return [(0, n)]
+        step = math.lcm(self.block_size, k) // k  # the fewest rows that hold whole blocks
+        rows = max(step, max_elements // k // step * step)
+        return [(first, min(first + rows, n)) for first in range(0, n, rows)]
 
     def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, n: int) -> None:
         if tensor.dtype != dtype or tensor.numel() != n or not tensor.is_contiguous():

@@ -1,4 +1,4 @@
-"""Dequantization in plain torch operations: for devices that neither numba nor Triton runs on. Same bits, slow."""
+"""The operations in plain torch: for devices that neither numba nor Triton runs on. Same bits, slow."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.codec.nested import NESTED_BLOCK_SIZE
@@ -15,9 +16,21 @@ from qformat.kernels.packed_weight import PackedWeight
 def dequantize(weight: PackedWeight, out: Tensor) -> None:
     """Decode a weight into `out` [N, K], bf16, fp16 or fp32, on the same device."""
     n = weight.n_elements
-    codes = torch.stack((weight.packed.flatten() >> 4, weight.packed.flatten() & 15), dim=1).flatten()[:n]
     scales = _scales(weight).repeat_interleave(weight.block_size)[:n]
-    out.copy_((_codebook(weight.device)[codes.int()] * scales).view(weight.shape))
+    out.copy_((_values(weight.packed, n) * scales).view(weight.shape))
+
+
+def block_dots(values: Tensor, packed: Tensor, block_size: int, out: Tensor) -> None:
+    """Fill out float32 [n_blocks] with the blocks' sums of values [n] times what their codes mean."""
+    products = _values(packed, values.numel()) * values.float()
+    padding = out.numel() * block_size - products.numel()
+    torch.sum(functional.pad(products, (0, padding)).view(-1, block_size), dim=1, out=out)
+
+
+def _values(packed: Tensor, n: int) -> Tensor:
+    """Return what n codes mean, float32 [n]."""
+    codes = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:n]
+    return _codebook(packed.device)[codes.int()]
 
 
 def _scales(weight: PackedWeight) -> Tensor:

@@ -86,7 +86,7 @@ def attach(
             replace_linear(model, name, tensor, path, biases)
     model.tie_weights()
     _check_complete(model, path)
-    _initialise_the_rest(model, device)
+    initialise_the_rest(model, device)
     return {name: renamed for renamed, name in originals.items()}
 
 
@@ -194,7 +194,7 @@ def _check_complete(model: PreTrainedModel, path: Path) -> None:
                 raise _missing(path, name)
 
 
-def _initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
+def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no file holds (rotary frequencies and the like) as the model's own code does."""
     for tensors in _tensors_by_module(model, persistent=False):
         for tensor in tensors:

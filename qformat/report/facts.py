@@ -76,6 +76,7 @@ class PackedFacts(TypedDict):
     code_counts: list[int]
     n_wrong_codes: int | None
     n_wrong_scales: int | None
+    n_far_scales: int | None
     source_named: bool | None
 
 
@@ -89,6 +90,7 @@ class KeptFacts(TypedDict):
     nbytes: int
     n_wrong_bytes: int
     source_named: bool
+    tuned: bool
 
 
 class KindFacts(TypedDict):
@@ -103,6 +105,8 @@ class ComparisonFacts(TypedDict):
     """The comparison with a source.
 
     n_exact of n_packed, n_identical of n_kept and n_source_named of n_source_digests tensors passed the three checks.
+    The codes of n_chosen packed weights were chosen on a text, n_near of them are near the source; n_exact counts the
+    others. n_tuned kept tensors differ as the manifest says that they do, and scales may by a share of scale_change.
     bits_per_weight is that of packed weights, bits_per_parameter that of all tensors.
     """
 
@@ -114,8 +118,12 @@ class ComparisonFacts(TypedDict):
     code_counts: list[int]
     n_packed: int
     n_exact: int
+    n_chosen: int
+    n_near: int
     n_kept: int
     n_identical: int
+    n_tuned: int
+    scale_change: float | None
     n_source_digests: int
     n_source_named: int
     by_kind: list[KindFacts]

@@ -64,17 +64,35 @@ def _verdict(facts: VerificationFacts) -> str:
     if comparison is None:
         checks.append('<li class="open">Not compared with a source</li>')
     else:
-        n_packed, n_kept = comparison["n_packed"], comparison["n_kept"]
+        n_encoded, n_kept = comparison["n_packed"] - comparison["n_chosen"], comparison["n_kept"]
         for text, n_good, n_all in (
-            ("Codes and scales are what the recipe gives", comparison["n_exact"], n_packed),
-            ("Kept tensors are the source's, bit for bit", comparison["n_identical"], n_kept),
+            (
+                "Codes and scales are what the recipe gives"
+                if comparison["scale_change"] is None
+                else f"Codes are what the recipe gives, tuned scales within {comparison['scale_change']:.0%} of it",
+                comparison["n_exact"],
+                n_encoded,
+            ),
+            (
+                "Codes and scales were chosen on a text, and are near the source",
+                comparison["n_near"],
+                comparison["n_chosen"],
+            ),
+            (
+                "Kept tensors are the source's, bit for bit"
+                if not comparison["n_tuned"]
+                else f"Kept tensors are the source's, bit for bit, or tuned ({comparison['n_tuned']:,})",
+                comparison["n_identical"] + comparison["n_tuned"],
+                n_kept,
+            ),
             (
                 "The source is the one that the manifest names",
                 comparison["n_source_named"],
                 comparison["n_source_digests"],
             ),
         ):
-            checks.append(_check(n_good == n_all, f"{text}: {n_good:,} of {n_all:,} tensors"))
+            if n_all:
+                checks.append(_check(n_good == n_all, f"{text}: {n_good:,} of {n_all:,} tensors"))
     title = "Good" if facts["good"] else f"{len(findings)} finding{'s' if len(findings) != 1 else ''}"
     state = "good" if facts["good"] else "bad"
     return f'<div class="verdict {state}"><strong>{title}</strong><ul>{"".join(checks)}</ul></div>' + _findings(
@@ -220,6 +238,8 @@ def _packed(comparison: ComparisonFacts) -> str:
 
 def _mark(tensor: PackedFacts) -> str:
     codes, scales = tensor["n_wrong_codes"], tensor["n_wrong_scales"]
+    if tensor["n_far_scales"] is not None:
+        return f"chosen on a text, {tensor['n_far_scales']:,} scales far"
     if codes is None or scales is None:
         return '<span class="no">source not finite</span>'
     wrong = f"{codes:,} codes, {scales:,} scales differ"
@@ -244,7 +264,9 @@ def _kept(comparison: ComparisonFacts) -> str:
             Cell(f"{tensor['nbytes']:,}", tensor["nbytes"]),
             Cell(escape(tensor["reason"].replace("_", " "))),
             Cell(
-                f'<span class="no">{tensor["n_wrong_bytes"]:,} bytes differ</span>'
+                "tuned"
+                if tensor["tuned"]
+                else f'<span class="no">{tensor["n_wrong_bytes"]:,} bytes differ</span>'
                 if tensor["n_wrong_bytes"]
                 else '<span class="yes"></span>'
             ),

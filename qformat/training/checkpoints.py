@@ -42,11 +42,14 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints in one output folder."""
+    """The checkpoints in one output folder. to_continue: what a user is told to do when the disk has room again."""
 
-    def __init__(self, output: Path, *, keep: int, disk: Disk | None = None) -> None:
+    def __init__(
+        self, output: Path, *, keep: int, disk: Disk | None = None, to_continue: str = "continue with --resume"
+    ) -> None:
         self.output = output
         self._keep = keep
+        self._to_continue = to_continue
         self._disk = disk or Disk()
 
     @property
@@ -108,6 +111,12 @@ class CheckpointFolder:
         for old in self.steps()[: -self._keep]:
             self._disk.remove_folder(self.folder(old))
 
+    def keep_only(self, steps: set[int]) -> None:
+        """Remove the checkpoints of all other steps."""
+        for step in self.steps():
+            if step not in steps:
+                self._disk.remove_folder(self.folder(step))
+
     def find(self, which: str) -> Checkpoint:
         """Return the latest checkpoint or a named one. Raises AdapterError if it is damaged, UsageError if absent."""
         steps = self.steps()
@@ -161,7 +170,7 @@ class CheckpointFolder:
         kept = "there is none yet" if whole is None else f"{whole} is whole"
         return (
             f"{final}: cannot be written: {problem} ({free:,} bytes are free). "
-            f"Of earlier ones, {kept}. Make room and continue with --resume"
+            f"Of earlier ones, {kept}. Make room and {self._to_continue}"
         )
 
 

@@ -11,6 +11,7 @@ import qformat
 from qformat.cli.convert import parse_size
 from qformat.cli.main import run
 from qformat.errors import UsageError
+from tests.quality import models as quality_models
 from tests.small_models import contents, llama_tensors, weight, write_checkpoint, write_llama
 
 
@@ -138,3 +139,40 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 @pytest.mark.parametrize("options", [["--block-size", "48"], ["--workers", "0"], ["--max-shard-size", "0"]])
 def test_senseless_options_are_wrong_usage(source: Path, tmp_path: Path, options: list[str]) -> None:
     assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 2
+
+
+def test_a_calibrated_conversion_tells_what_was_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, text = quality_models.write_source(tmp_path / "source"), quality_models.write_text(tmp_path / "words.txt")
+    options = ["--calibrate", str(text), "--calibration-tokens", "600"]
+    assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 0
+    assert "Calibrated on 512 tokens in 4 windows: 14 of 14 weights" in capsys.readouterr().out
+    assert run(["inspect", str(tmp_path / "out")]) == 0
+    assert "error_feedback" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_what_would_not_be_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, text = quality_models.write_source(tmp_path / "source"), quality_models.write_text(tmp_path / "words.txt")
+    command = ["convert", str(source), str(tmp_path / "out"), "--calibrate", str(text), "--block-size", "128"]
+    assert run([*command, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 14 weights" in shown
+    assert "Not calibrated, its blocks run across rows: model.layers.0.mlp.gate_proj.weight" in shown
+    assert run([*command, "--dry-run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["calibration"]["windows"] == 21
+    assert not (tmp_path / "out").exists()
+    assert run([*command]) == 0
+    assert facts["nbytes"] == sum(len(data) for data in contents(tmp_path / "out").values())
+
+
+def test_calibration_tokens_without_a_text_are_wrong_usage(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["convert", str(source), str(tmp_path / "out"), "--calibration-tokens", "600"]) == 2
+    assert "--calibrate FILE" in capsys.readouterr().err
+
+
+def test_a_text_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
+    source = quality_models.write_source(tmp_path / "source")
+    assert run(["convert", str(source), str(tmp_path / "out"), "--calibrate", str(tmp_path / "none.txt")]) == 2
+    assert not (tmp_path / "out").exists()

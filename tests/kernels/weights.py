@@ -58,3 +58,20 @@ def bits(tensor: Tensor) -> NDArray[np.generic]:
     if tensor.dtype == torch.float32:
         return tensor.cpu().numpy().view(np.uint32)
     return tensor.cpu().view(torch.int16).numpy().view(np.uint16)
+
+
+def random_codes(n: int) -> Tensor:
+    """Return n random codes, packed."""
+    codes = np.random.default_rng(n).integers(0, 256, nf4.packed_nbytes(n), dtype=np.uint8)
+    return torch.from_numpy(codes)
+
+
+def exact_block_dots(values: Tensor, packed: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return each block's sum of values [n] times what their codes mean, float64, and the sum of magnitudes."""
+    n = values.numel()
+    ones = np.ones(nf4.block_count(n, block_size), np.float32)
+    factors = nf4.decode(packed.cpu().numpy(), ones, n_elements=n, block_size=block_size)
+    products = np.zeros(ones.size * block_size)
+    products[:n] = values.double().cpu().numpy() * factors
+    blocks = products.reshape(-1, block_size)
+    return torch.from_numpy(blocks.sum(1)), torch.from_numpy(np.abs(blocks).sum(1))

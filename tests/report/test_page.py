@@ -42,6 +42,7 @@ def packed(name: str, *, kind: str = "q_proj", layer: int | None = 0, rms: float
         "code_counts": [256] * 16,
         "n_wrong_codes": 0,
         "n_wrong_scales": 0,
+        "n_far_scales": None,
         "source_named": True,
     }
 
@@ -55,6 +56,7 @@ def kept(name: str, *, n_wrong_bytes: int = 0) -> KeptFacts:
         "nbytes": 128,
         "n_wrong_bytes": n_wrong_bytes,
         "source_named": True,
+        "tuned": False,
     }
 
 
@@ -69,8 +71,12 @@ def compared(weights: list[PackedFacts], others: list[KeptFacts]) -> ComparisonF
         "code_counts": [256 * len(weights)] * 16,
         "n_packed": len(weights),
         "n_exact": len(weights),
+        "n_chosen": 0,
+        "n_near": 0,
         "n_kept": len(others),
         "n_identical": len(others),
+        "n_tuned": 0,
+        "scale_change": None,
         "n_source_digests": len(weights) + len(others),
         "n_source_named": len(weights) + len(others),
         "by_kind": [

@@ -19,6 +19,12 @@ def test_the_dequantization_check_passes() -> None:
     assert all(result.passed for result in results)
 
 
+def test_the_check_of_sums_over_blocks_passes() -> None:
+    results = list(gpu_check.check_block_dots_close(CPU))
+    assert len(results) == 4 * 4 * 3
+    assert all(result.passed for result in results)
+
+
 def test_the_product_check_finds_each_wrong_weight() -> None:
     weight = gpu_check.random_weight((20, 64))
     assert gpu_check.wrong_weights(weight, torch.bfloat16) == 0

@@ -1,0 +1,100 @@
+"""The linear operation whose scales are trained: `torch.ops.qformat.linear_nf4_scaled` and its gradients.
+
+y = x W^T + bias with W[n, k] = codebook[code] * scale of its block: codes stay, scales are float32 and have a gradient,
+
+    d scale[b] = sum over the block of dW[n, k] * codebook[code],    dW = dy^T x,
+
+taken a chunk of rows of dW at a time, so that no gradient of the whole weight is ever there. As in `ops`, the weight
+itself is decoded again for the gradient of x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qformat.errors import UsageError
+from qformat.kernels import ops
+from qformat.kernels.implementations import implementation
+from qformat.kernels.packed_weight import PackedWeight
+
+CHUNK = 1 << 22
+"""Elements of the weight's gradient that exist at a time: 8 MiB in bf16."""
+
+
+@torch.library.custom_op("qformat::linear_nf4_scaled", mutates_args=())
+def linear_nf4_scaled(
+    x: Tensor, packed: Tensor, scales: Tensor, block_size: int, rows: int, columns: int, bias: Tensor | None
+) -> Tensor:
+    """Return x [..., columns] times the transpose of the weight [rows, columns], plus bias [rows], in x's dtype.
+
+    packed: uint8 [ceil(n/2)]; scales: float32 [n_blocks]. Differentiable in x, scales and bias.
+    """
+    return ops.linear(x, _weight(packed, scales, block_size, rows, columns), bias)
+
+
+@linear_nf4_scaled.register_fake
+def _(x: Tensor, packed: Any, scales: Any, block_size: Any, rows: int, columns: Any, bias: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.custom_op("qformat::linear_nf4_scale_gradient", mutates_args=())
+def linear_nf4_scale_gradient(
+    grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, rows: int, columns: int
+) -> Tensor:
+    """Return the gradient of the scales, float32 [n_blocks], from that of the output [..., rows] and x [..., columns].
+
+    The products are taken in the dtype that the forward product is taken in, and summed over a block in float32.
+    """
+    weight = _weight(packed, scales, block_size, rows, columns)
+    if grad.shape != (*x.shape[:-1], rows) or x.shape[-1] != columns or grad.dtype != x.dtype:
+        raise UsageError(f"grad: {grad.dtype} {list(grad.shape)}, x: {x.dtype} {list(x.shape)} of a {rows}x{columns}")
+    block_dots = implementation(x.device).block_dots
+    flat_x, flat_grad = x.reshape(-1, columns), grad.reshape(-1, rows)
+    dtype = ops.product_dtype(flat_x)
+    flat_x, flat_grad = flat_x.to(dtype), flat_grad.to(dtype)
+    out = scales.new_empty(scales.shape)
+    bands = weight.bands(CHUNK)
+    chunk = flat_x.new_empty(max(last - first for first, last in bands) * columns)
+    for first, last in bands:
+        start, stop = first * columns, last * columns
+        part = chunk[: stop - start]
+        torch.mm(flat_grad[:, first:last].t(), flat_x, out=part.view(last - first, columns))
+        blocks = slice(start // block_size, -(-stop // block_size))
+        block_dots(part, packed.view(-1)[start // 2 : (stop + 1) // 2], block_size, out[blocks])
+    return out
+
+
+@linear_nf4_scale_gradient.register_fake
+def _(grad: Any, x: Any, packed: Any, scales: Tensor, block_size: Any, rows: Any, columns: Any) -> Tensor:
+    return scales.new_empty(scales.shape)
+
+
+def _weight(packed: Tensor, scales: Tensor, block_size: int, rows: int, columns: int) -> PackedWeight:
+    return PackedWeight(packed, scales, None, None, 0.0, block_size, (rows, columns))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scales, *numbers, _ = inputs
+    # x is needed for the gradient of the scales only.
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, packed, scales)
+    ctx.numbers = numbers
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, packed, scales = ctx.saved_tensors
+    wants_x, wants_scales, wants_bias = (ctx.needs_input_grad[index] for index in (0, 2, 6))
+    grad_x = grad_scales = grad_bias = None
+    if wants_x:
+        nested = (None, None, 0.0)
+        grad_x = ops.linear_nf4_input_gradient(grad, packed, scales, *nested, *ctx.numbers)
+    if wants_scales:
+        grad_scales = linear_nf4_scale_gradient(grad, x, packed, scales, *ctx.numbers)
+    if wants_bias:
+        grad_bias = grad.flatten(0, -2).sum(0)
+    return grad_x, None, grad_scales, None, None, None, grad_bias
+
+
+linear_nf4_scaled.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,132 @@
+"""The 16-bit model's word on each window: computed by the model itself when asked, or read from a cache on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qformat import strict_json
+from qformat.artifact.digests import xxh3
+from qformat.artifact.disk import Disk
+from qformat.artifact.manifest import JsonObject
+from qformat.errors import DivergenceError, TargetError, UsageError
+from qformat.quality.distillation import DenseTarget, Target, TopKTarget
+from qformat.quality.output_head import SplitModel, split_head
+
+_DIGEST_NBYTES = 32
+
+
+class Teacher(Protocol):
+    """Gives targets. numbers: of the windows in their text; ids: their tokens [B, L]."""
+
+    def target(self, numbers: NDArray[np.int64], ids: Tensor) -> Target:
+        """Return what the 16-bit model says. Raises DivergenceError where that is no finite number."""
+
+
+class LiveTeacher:
+    """The model itself."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.requires_grad_(False)
+        self._split: SplitModel = split_head(model)
+
+    @torch.no_grad()
+    def target(self, numbers: NDArray[np.int64], ids: Tensor) -> DenseTarget:
+        """Return the whole distribution."""
+        target = DenseTarget(self._split.body(ids).flatten(0, 1), self._split.head)
+        refuse_nonfinite(target, numbers)
+        return target
+
+    @torch.no_grad()
+    def top_k(self, numbers: NDArray[np.int64], ids: Tensor, k: int) -> TopKTarget:
+        """Return the k largest probabilities of each position. Raises UsageError for more than there are."""
+        if k > self._split.vocabulary:
+            raise UsageError(f"top_k: {k}, but the 16-bit model has a vocabulary of {self._split.vocabulary}")
+        dense = self.target(numbers, ids)
+        parts = []
+        for positions in self._split.chunks(len(dense.hidden)):
+            log_p = torch.log_softmax(dense.head(dense.hidden[positions]), -1, dtype=torch.float32)
+            parts.append(log_p.topk(k, -1))
+        target = TopKTarget(torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts]))
+        refuse_nonfinite(target, numbers)
+        return target
+
+
+def refuse_nonfinite(target: Target, numbers: NDArray[np.int64]) -> None:
+    """Raise DivergenceError where the 16-bit model itself gives no finite numbers."""
+    if not target.finite():
+        raise DivergenceError(
+            f"the 16-bit model gives values that are not finite on a window among {numbers.tolist()} of the data: "
+            "there is nothing to tune towards. Check it with qformat eval"
+        )
+
+
+class TeacherCache:
+    """The k largest log-probabilities of windows in a folder, one file a window: float32 [L, k], int32 [L, k], digest.
+
+    facts: everything that they depend on. Their digest is the name of the folder below `parent`, so that one folder
+    serves several models, texts and settings. A file appears whole, and is compared with its digest when it is read.
+    """
+
+    def __init__(self, parent: Path, facts: JsonObject, *, length: int, k: int, disk: Disk | None = None) -> None:
+        self.key = xxh3(strict_json.dumps(facts).encode())
+        self.folder = parent / self.key
+        self._facts = facts
+        self._length, self._k = length, k
+        self._disk = disk or Disk()
+
+    def missing(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the windows that are not there yet."""
+        return np.array([number for number in numbers if not self._path(number).is_file()], np.int64)
+
+    def begin(self) -> None:
+        """Make the folder. Raises TargetError where it cannot be."""
+        self._disk.make_folder(self.folder.parent)
+        self._disk.make_folder(self.folder)
+        self._disk.write_file(self.folder / "about.json", strict_json.dumps(self._facts, indent=2).encode() + b"\n")
+
+    def write(self, numbers: NDArray[np.int64], target: TopKTarget) -> None:
+        """Store windows. Raises TargetError."""
+        log_p = target.log_p.view(len(numbers), self._length, self._k).cpu().numpy().astype("<f4")
+        tokens = target.tokens.view(len(numbers), self._length, self._k).cpu().numpy().astype("<i4")
+        for number, values, indices in zip(numbers, log_p, tokens, strict=True):
+            data = values.tobytes() + indices.tobytes()
+            path = self._path(number)
+            unfinished = path.with_suffix(".partial")
+            self._disk.write_file(unfinished, data + self._digest(number, data))
+            self._disk.rename(unfinished, path)
+
+    def target(self, numbers: NDArray[np.int64], ids: Tensor) -> TopKTarget:
+        """Read windows. Raises TargetError for one that is damaged or missing."""
+        read = [self._read(number) for number in numbers]
+        log_p = torch.from_numpy(np.concatenate([values for values, _ in read])).to(ids.device)
+        tokens = torch.from_numpy(np.concatenate([indices for _, indices in read])).to(ids.device, torch.int64)
+        return TopKTarget(log_p, tokens)
+
+    def _read(self, number: np.int64) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        path = self._path(number)
+        try:
+            data = path.read_bytes()
+        except OSError as problem:
+            raise TargetError(f"{path}: cannot be read: {problem.strerror}") from None
+        body = data[:-_DIGEST_NBYTES]
+        half = 4 * self._length * self._k
+        if len(body) != 2 * half or data[-_DIGEST_NBYTES:] != self._digest(number, body):
+            raise TargetError(f"{path}: was damaged. Remove it: the same command then computes it again")
+        shape = (self._length, self._k)
+        return (
+            np.frombuffer(body, "<f4", half // 4).reshape(shape),
+            np.frombuffer(body, "<i4", half // 4, half).reshape(shape),
+        )
+
+    def _digest(self, number: np.int64, data: bytes) -> bytes:
+        return xxh3(f"{self.key} {number} ".encode() + data).encode()
+
+    def _path(self, number: np.int64) -> Path:
+        return self.folder / f"window-{number:08d}"

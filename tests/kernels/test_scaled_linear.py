@@ -1,0 +1,137 @@
+"""The linear operation with trained scales: opcheck, the bits of `linear_nf4`, gradients against the dense form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qformat.errors import UsageError
+from qformat.kernels import backends, ops, scaled_linear
+from qformat.kernels.packed_weight import PackedWeight
+from qformat.kernels.scaled_linear import linear_nf4_scale_gradient, linear_nf4_scaled
+from tests.kernels.guarded import guarded_weight
+from tests.kernels.weights import random_weight
+
+SHAPES = [(96, 192), (9, 7), (40, 100)]
+"""Blocks within rows, one partial block, blocks across rows with a tail."""
+
+
+@pytest.fixture(autouse=True)
+def _best_backend_afterwards() -> Iterator[None]:
+    yield
+    backends.force_backend(None)
+
+
+def dense(weight: PackedWeight, scales: Tensor) -> Tensor:
+    """Return the weight in float64 as a differentiable function of its scales."""
+    ones = torch.ones_like(weight.absmax)
+    parts = (weight.packed, ones, None, None, 0.0, weight.block_size, *weight.shape)
+    codes = ops.dequantize_nf4(*parts, torch.float32).double().view(-1)
+    return (codes * scales.repeat_interleave(weight.block_size)[: codes.numel()]).view(weight.shape)
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_all_gradients_equal_those_of_the_dense_form(backend: str, shape: tuple[int, int], block_size: int) -> None:
+    backends.force_backend(backend)
+    weight = guarded_weight(random_weight(shape, block_size=block_size, double_quant=False))
+    generator = torch.Generator().manual_seed(0)
+    x, bias, grad = (
+        torch.randn(*size, generator=generator) for size in ((3, 20, shape[1]), shape[:1], (3, 20, shape[0]))
+    )
+    mine = [tensor.clone().requires_grad_() for tensor in (x, weight.absmax, bias)]
+    exact = [tensor.double().requires_grad_() for tensor in (x, weight.absmax, bias)]
+    y = linear_nf4_scaled(mine[0], weight.packed, mine[1], block_size, *shape, mine[2])
+    y.backward(grad)
+    wanted = functional.linear(exact[0], dense(weight, exact[1]), exact[2])
+    wanted.backward(grad.double())
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
+    for found, true in zip(mine, exact, strict=True):
+        torch.testing.assert_close(found.grad.double(), true.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_the_gradient_of_the_scales_is_the_slope_of_the_loss() -> None:
+    """Finite differences: the loss is linear in a scale, so the difference quotient is exact but for rounding."""
+    weight = random_weight((8, 96), double_quant=False)
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
+    scales = weight.absmax.clone().requires_grad_()
+
+    def loss(scales: Tensor) -> Tensor:
+        return linear_nf4_scaled(x, weight.packed, scales, 64, 8, 96, None).square().double().sum()
+
+    loss(scales).backward()
+    step = 2.0**-6
+    for block in range(scales.numel()):
+        moved = torch.zeros_like(scales)
+        moved[block] = step
+        slope = (loss(scales.detach() + moved) - loss(scales.detach() - moved)) / (2 * step)
+        torch.testing.assert_close(scales.grad[block].double(), slope, rtol=2e-3, atol=2e-2)
+
+
+def test_in_bf16_the_gradient_is_that_of_the_rounded_products() -> None:
+    weight = random_weight((96, 192), double_quant=False)
+    x = torch.randn(64, 192).to(torch.bfloat16)
+    grad = torch.randn(64, 96).to(torch.bfloat16)
+    found = linear_nf4_scale_gradient(grad, x, weight.packed, weight.absmax, 64, 96, 192)
+    scales = weight.absmax.double().requires_grad_()
+    functional.linear(x.double(), dense(weight, scales)).backward(grad.double())
+    exact, size = scales.grad, grad.double().abs().T @ x.double().abs()
+    bound = size.view(-1, 64).sum(1) * 2.0**-8
+    assert found.dtype == torch.float32
+    assert ((found.double() - exact).abs() <= bound).all()
+    assert float((found.double() - exact).norm() / exact.norm()) < 5e-3
+
+
+def test_the_forward_has_the_bits_of_the_plain_operation() -> None:
+    weight = random_weight((96, 192), double_quant=False)
+    for rows in (1, 40):  # from the codes, and by decoding
+        x = torch.randn(rows, 192).to(torch.bfloat16)
+        assert torch.equal(linear_nf4_scaled(x, weight.packed, weight.absmax, 64, 96, 192, None), ops.linear(x, weight))
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_both_operations_pass_opcheck(with_bias: bool) -> None:
+    weight = random_weight((40, 192), double_quant=False)
+    scales = weight.absmax.clone().requires_grad_()
+    x = torch.randn(3, 20, 192, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(40, dtype=torch.bfloat16, requires_grad=True) if with_bias else None
+    torch.library.opcheck(linear_nf4_scaled, (x, weight.packed, scales, 64, 40, 192, bias))
+    grad = torch.randn(3, 20, 40, dtype=torch.bfloat16)
+    arguments = (grad, x.detach(), weight.packed, weight.absmax, 64, 40, 192)
+    torch.library.opcheck(linear_nf4_scale_gradient, arguments)
+
+
+def test_the_gradient_is_taken_in_chunks_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight((100, 448), block_size=128, double_quant=False)  # whole blocks end every second row
+    x, grad = torch.randn(20, 448), torch.randn(20, 100)
+    arguments = (grad, x, weight.packed, weight.absmax, 128, 100, 448)
+    whole = linear_nf4_scale_gradient(*arguments)
+    monkeypatch.setattr(scaled_linear, "CHUNK", 4_000)
+    assert len(weight.bands(4_000)) > 5
+    torch.testing.assert_close(linear_nf4_scale_gradient(*arguments), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_asked_for_is_kept_and_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight((40, 192), double_quant=False)
+    x = torch.randn(20, 192, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y = linear_nf4_scaled(x, weight.packed, weight.absmax, 64, 40, 192, None)
+    y.sum().backward()
+    assert set(kept) == {weight.packed.data_ptr(), weight.absmax.data_ptr()}
+    assert x.grad is not None
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    weight = random_weight((40, 192), double_quant=False)
+    with pytest.raises(UsageError, match=r"x: shape \[2, 191\]"):
+        linear_nf4_scaled(torch.zeros(2, 191), weight.packed, weight.absmax, 64, 40, 192, None)
+    with pytest.raises(UsageError, match="absmax: contiguous"):
+        linear_nf4_scaled(torch.zeros(2, 192), weight.packed, weight.absmax[1:], 64, 40, 192, None)
+    with pytest.raises(UsageError, match="grad: "):
+        linear_nf4_scale_gradient(torch.zeros(2, 41), torch.zeros(2, 192), weight.packed, weight.absmax, 64, 40, 192)
