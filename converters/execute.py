@@ -159,7 +159,8 @@ class _Run:
         sources = run_tasks(
             named, self._examine, workers=workers, stopping=self._stopping, thread_name="qformat-examine"
         )
-        staged = _Staged(self._plan, self._source, self._staging, self._output, set(digests))
+        packed = {task.source.name: task for task in self._plan.packed}
+        staged = _Staged(packed, self._source, self._staging, self._output, set(digests))
         done: dict[str, TensorDigests] = {}
         for name, weight in encoder.encode(staged):
             done[name] = self._store(named[name], weight, sources[name])
@@ -324,9 +325,9 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """What is staged, for an encoder. names: of the tensors that are."""
+    """What is staged, for an encoder. tasks: of all packed weights; names: of the tensors that are staged."""
 
-    plan: Plan
+    tasks: Mapping[str, PackedTask]
     source: Source
     staging: Staging
     output: StagedShards
@@ -345,8 +346,7 @@ class _Staged:
 
     def read_encoded(self, name: str) -> EncodedWeight:
         """Return a weight that is staged."""
-        task = next(task for task in self.plan.packed if task.source.name == name)
-        parts = {part: self._read(place) for part, place in task.places.items()}
+        parts = {part: self._read(place) for part, place in self.tasks[name].places.items()}
         return from_components(parts, path=self.staging.folder, tensor=name)
 
     def _read(self, place: Place) -> NDArray[np.uint8]:

@@ -63,12 +63,14 @@ def step_bar(total: int, description: str, unit: str) -> Iterator[Callable[[int]
         return
     from tqdm import tqdm
 
+    started: list[int] = []
     with tqdm(total=total, desc=description, unit=f" {unit}", leave=False) as bar:
 
         def show(done: int) -> None:
-            if bar.n == 0:
-                bar.initial = done
-            bar.update(done - bar.n)
+            if first := not started:
+                started.append(done)
+                bar.n = bar.initial = done
+            bar.update(0 if first else done - bar.n)
             bar.refresh()
 
         yield show

@@ -9,7 +9,7 @@ from pathlib import Path
 from qformat.errors import UsageError
 
 DEFAULT_TOKENS = 16_384
-"""32 windows of 512: twice as many change KL to the 16-bit model by less than its error bar (docs/quality.md)."""
+"""32 windows of 512: some ten rows of input for each column of a small model's widest layer."""
 
 WINDOW_LENGTH = 512
 """Tokens of a window, less where the model takes no more."""

@@ -238,6 +238,24 @@ def test_other_architectures_come_nearer_in_every_layer(make: Any, text: Path, t
         assert errors[1] < errors[0], name
 
 
+def test_a_weight_whose_input_is_always_zero_is_encoded_as_ever(text: Path, tmp_path: Path) -> None:
+    tensors = models.tensors()
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.mlp.gate_proj.weight"
+        tensors[name] = tensor_of(np.zeros(tensors[name].shape, np.float32), "BF16")
+    config = {**llama_config(**models.SIZES), "max_position_embeddings": 128}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    runs.small_tokenizer().save_pretrained(source)
+    out, plain = calibrate(source, tmp_path / "out", text), models.write_artifact(source, tmp_path / "plain")
+    with qformat.open(out) as ours, qformat.open(plain) as as_ever:
+        name = "model.layers.1.mlp.down_proj.weight"
+        assert ours.manifest.tensors[name] == as_ever.manifest.tensors[name]
+        assert ours.manifest.tensors["model.layers.1.mlp.up_proj.weight"] != as_ever.manifest.tensors[
+            "model.layers.1.mlp.up_proj.weight"]  # fmt: skip
+    assert not weights_of(out)["model.layers.0.mlp.gate_proj.weight"].any()
+    assert qformat.compare(out, source).good
+
+
 def test_progress_counts_all_layers(source: Path, text: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     calibrate(source, tmp_path / "out", text, on_layer=lambda done, total: seen.append((done, total)))
