@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qformat import __version__
 from qformat.errors import ArtifactError, HubError, UsageError
+from qformat.hub import transport
 from qformat.hub.publication import PublishedFile
 from qformat.hub.remote import DEFAULT_REVISION, RemoteRepository, open_repository
 from qformat.hub.transport import RETRIED_STATUSES, Patience, Retries
@@ -31,7 +32,9 @@ _UPLOAD_ATTEMPTS = 4
 """Of a whole call of huggingface_hub, which retries most of its requests itself."""
 
 _MAX_PULL_REQUESTS = 200
-_REDACTED = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=\?)[^\s'\"]+")
+"""Tokens, and what makes an address of an upload a secret for hours."""
+
 
 _Result = TypeVar("_Result")
 
@@ -52,7 +55,7 @@ class Uploader:
 
         self.repository = repository
         self._token = token
-        self._patience = patience or Patience()
+        self._patience = patience or transport.DEFAULT_PATIENCE
         self._endpoint = constants.ENDPOINT
         self._api = HfApi(endpoint=self._endpoint, token=token, library_name="qformat", library_version=__version__)
 
@@ -191,7 +194,7 @@ class Uploader:
 
     def _refusal(self, what: str, problem: HfHubHTTPError) -> HubError:
         status, code = problem.response.status_code, problem.response.headers.get("X-Error-Code")
-        said = _REDACTED.sub("***", problem.server_message or "").strip()
+        said = _SECRETS.sub("***", problem.server_message or "").strip()
         next_step = {
             401: f"The token is missing or not accepted: {_LOG_IN}",
             403: f"The token may not write there: {_LOG_IN} with a token that may",
@@ -242,6 +245,6 @@ def _address(problem: HfHubHTTPError | httpx2.TransportError) -> str:
 
 
 def _text(problem: Exception) -> str:
-    """Return the first line of a message, without what looks like a token."""
-    lines = _REDACTED.sub("***", str(problem)).strip().splitlines()
+    """Return the first line of a message, without secrets."""
+    lines = _SECRETS.sub("***", str(problem)).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(problem).__name__
