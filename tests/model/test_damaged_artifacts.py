@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
-from qformat.artifact.structure import INDEX_NAME
+from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.errors import ArtifactError
 from qformat.model import load
 from qformat.model.load import load_model
@@ -70,9 +70,10 @@ def registered() -> Iterator[None]:
     AUTO_QUANTIZER_MAPPING[METHOD] = before
 
 
-# transformers itself reads config.json and the index first, and says in its own words what is wrong there.
+# transformers itself reads config.json, the index and headers first, and says in its own words what is wrong there.
+OURS = {"quant_state", "codebook", "nonfinite_scale"}
 ONE_OF_EACH_REASON = {
-    vector["reason"]: vector for vector in REFUSED if vector["file"] not in {"config.json", INDEX_NAME}
+    vector["reason"]: vector for vector in REFUSED if vector["file"] == MANIFEST_NAME or vector["reason"] in OURS
 }.values()
 
 
