@@ -5,11 +5,16 @@ torch and transformers are loaded only when this is called: a conversion without
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from qformat.artifact.weight_encoder import WeightEncoder
-from qformat.converters.plan import Plan
+from qformat.converters.checkpoint_folder import CONFIG_NAME
+from qformat.converters.plan import Plan, small_json
+from qformat.converters.reading import StreamedSource
 from qformat.converters.source import Source
 from qformat.errors import UsageError
 from qformat.quality.calibration_settings import CalibrationSettings
@@ -36,18 +41,36 @@ def calibrate(
 
     Raises: SourceError, UsageError, DataError.
     """
+    if isinstance(source, StreamedSource):
+        raise UsageError(f"{source.location}: its layers are read again and again. Store it first, with --keep-source")
+    if plan.adopted:
+        name = plan.adopted[0].source.name
+        raise UsageError(f"{source.location}: {name!r} is in 4 bit already. Calibrate the 16-bit checkpoint")
     from qformat.quality.calibrate import SourceTensorFacts
     from qformat.quality.prepare_calibration import prepare_calibration
 
-    if not source.location.is_dir():
-        raise UsageError(f"{source.location}: calibration needs a folder with config.json and a tokenizer")
-    calibration = prepare_calibration(
-        source.location,
-        {name: SourceTensorFacts(tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()},
-        {task.source.name: task.layout for task in plan.packed},
-        settings,
-        workers=workers,
-        on_layer=on_layer,
-    )
+    with _as_folder(source) as folder:
+        calibration = prepare_calibration(
+            folder,
+            {name: SourceTensorFacts(tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()},
+            {task.source.name: task.layout for task in plan.packed},
+            settings,
+            workers=workers,
+            on_layer=on_layer,
+        )
     planned = plan.calibrated(calibration.record)
     return Calibrated(planned, calibration, planned.nbytes + calibration.scratch_nbytes)
+
+
+@contextmanager
+def _as_folder(source: Source) -> Iterator[Path]:
+    """Yield a folder with the source's config.json and tokenizer, for a while if it is none itself (a GGUF file)."""
+    if source.location.is_dir():
+        yield source.location
+        return
+    with TemporaryDirectory(prefix="qformat-") as name:
+        folder = Path(name)
+        for file in source.side_files:
+            (folder / file).write_bytes(source.read_side_file(file))
+        (folder / CONFIG_NAME).write_bytes(small_json(source.config))
+        yield folder

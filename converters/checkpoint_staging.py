@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from qformat.artifact.disk import Disk
-from qformat.artifact.manifest import MANIFEST_NAME
+from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
 from qformat.artifact.staging import Staging, _holds_something, _read_journal, work_folder
 from qformat.artifact.structure import INDEX_NAME
 from qformat.errors import TargetError
@@ -23,7 +23,10 @@ class CheckpointStaging(Staging):
     """A checkpoint folder in the making."""
 
     @classmethod
-    def begin(cls, out: Path, fingerprint: str, *, disk: Disk, replace: bool = False, restart: bool = False) -> Staging:
+    def begin(
+        cls, out: Path, fingerprint: str, *, disk: Disk, replace: bool = False, restart: bool = False,
+        note: JsonObject | None = None,
+    ) -> Staging:  # fmt: skip
         """Start writing `out`, or continue an interrupted run with the same fingerprint, as for an artifact.
 
         replace: a checkpoint with an index (or an empty folder) may be there and is exchanged at the seal.
@@ -33,7 +36,7 @@ class CheckpointStaging(Staging):
         if os.path.isdir(out.parent) and not os.path.lexists(work):
             check_checkpoint_target(out, replace=replace)
             disk.make_folder(work)  # with it there, the check for artifacts is left out
-        return super().begin(out, fingerprint, disk=disk, replace=replace, restart=restart)
+        return super().begin(out, fingerprint, disk=disk, replace=replace, restart=restart, note=note)
 
     def seal(self) -> None:
         """Bring everything to the disk and give the folder its final name."""
@@ -82,7 +85,7 @@ class CheckpointStaging(Staging):
         if entries:
             self.entries = entries[1:]
         else:
-            self.record({"fingerprint": fingerprint})
+            self.record({**self._note, "fingerprint": fingerprint})
 
 
 def check_checkpoint_target(out: Path, *, replace: bool) -> None:

@@ -11,13 +11,12 @@ codes were chosen on a text must be near the source (`chosen_codes`).
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,42 +28,20 @@ from qformat.artifact.reader import Artifact, open_artifact
 from qformat.artifact.regular_files import open_regular, read_exactly
 from qformat.artifact.verify import Finding
 from qformat.codec import cpu, quant_state
-from qformat.codec.codebooks import DYNAMIC_MAP
 from qformat.codec.error_sums import RunningErrors, count_codes
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
-from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
-from qformat.codec.quant_state import QuantState
 from qformat.converters.chosen_codes import count_far_scales, not_chosen
 from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
-from qformat.converters.execute import ABSMAX_CHUNK, CHUNK_NBYTES
-from qformat.converters.safetensors_shards import SafetensorsShards
-from qformat.converters.source import Source, SourceTensor
+from qformat.converters.execute import CHUNK_NBYTES
+from qformat.converters.open_source import open_source
+from qformat.converters.source import PackedWeight, Source, SourceTensor
+from qformat.converters.stored_scales import StoredScales, count_different, count_different_codes
 from qformat.converters.tuned_scales import count_too_far, scale_change
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
 
 __all__ = ["Comparison", "compare"]
-
-
-@dataclass(frozen=True, slots=True)
-class _StoredScales:
-    """The scales of a packed tensor as they lie in the artifact, under the names that its reader has for them."""
-
-    state: QuantState
-    absmax: NDArray[Any]
-    nested_absmax: NDArray[np.float32] | None
-    nested_quant_map: NDArray[np.float32] | None
-
-    def decoded(self) -> NDArray[np.float32]:
-        """Return the scales that a reader multiplies with, float32 [n_blocks]."""
-        if self.nested_absmax is None or self.nested_quant_map is None:
-            return self.absmax
-        assert self.state.nested_offset is not None
-        out = np.empty(self.absmax.size, np.float32)
-        offset = np.float32(self.state.nested_offset)
-        cpu.decode_scales_into(self.absmax, self.nested_absmax, self.nested_quant_map, offset, out)
-        return out
 
 
 def compare(
@@ -81,7 +58,7 @@ def compare(
     on_compile (once, if kernels must be compiled) are for progress displays.
     Raises: ArtifactError and SourceError if one of the two cannot be opened.
     """
-    opened = SafetensorsShards(Path(source)) if isinstance(source, Path | str) else source
+    opened = open_source(source) if isinstance(source, Path | str) else source
     with ExitStack() as stack:
         if opened is not source:
             stack.callback(opened.close)
@@ -163,6 +140,10 @@ class _Run:
             if name not in records:
                 findings.append(self._source_finding(tensor, "is not in the artifact"))
                 self._progress(tensor.nbytes)
+        for name, weight in self._source.packed.items():
+            if name not in records:
+                missing = dataclasses.replace(weight.parts[Component.PACKED], name=name)
+                findings.append(self._source_finding(missing, "is not in the artifact"))
         n_kept = sum(isinstance(record, KeptRecord) for record in records.values())
         n_unknown = sum(isinstance(record, PackedRecord) and record.source_xxh3 is None for record in records.values())
         return Comparison(
@@ -179,6 +160,8 @@ class _Run:
 
     def _compare(self, name: str, record: TensorRecord) -> _Compared:
         tensor = self._source.tensors.get(name)
+        if isinstance(record, PackedRecord) and (weight := self._source.packed.get(name)) is not None:
+            return self._compare_adopted(name, record, weight)
         if tensor is None:
             message = f"{self._source.location}: tensor {name!r}: is in the artifact, but not in this source"
             return None, [Finding(Reason.SOURCE_MISMATCH, self._source.location.name, message, name)]
@@ -199,7 +182,7 @@ class _Run:
         for offset, chunk in self._chunks(tensor, digest):
             stored = self._buffers.stored[: chunk.size]
             self._read_stored(tensor.name, offset, stored)
-            n_wrong += _count_different(stored, chunk)
+            n_wrong += count_different(stored, chunk)
         named = digest.hexdigest() == (record.source_xxh3 or record.xxh3)
         tuned = record.source_xxh3 is not None and self._scale_change is not None and len(record.shape) == 1
         compared = KeptComparison(
@@ -218,6 +201,41 @@ class _Run:
         if n_wrong and not tuned:
             return compared, [self._artifact_finding(Reason.SOURCE_MISMATCH, tensor.name, wrong)]
         return compared, []
+
+    def _compare_adopted(self, name: str, record: PackedRecord, weight: PackedWeight) -> _Compared:
+        """Compare a weight that the source has in 4 bit, too: codes and scales must be the same bytes."""
+        file = weight.parts[Component.PACKED].file
+        layout, nbytes = record.layout, sum(part.nbytes for part in weight.parts.values())
+        tensor = SourceTensor(name, layout.float_format.value, layout.shape, nbytes, file)
+        self._progress(nbytes)
+        if weight.layout != layout:
+            return None, [self._source_finding(tensor, f"{weight.layout}, but the artifact has {layout}")]
+        stored, theirs = self._stored_scales(name, record), self._adopted_scales(weight)
+        n_wrong_codes, errors, code_counts = 0, RunningErrors(layout.float_format), np.zeros(16, np.int64)
+        n_at_once = CHUNK_NBYTES // layout.float_format.nbytes
+        for start in range(0, layout.n_elements, n_at_once):
+            n_elements = min(n_at_once, layout.n_elements - start)
+            codes, expected = (
+                buffer[: packed_nbytes(n_elements)] for buffer in (self._buffers.stored, self._buffers.packed)
+            )
+            self._read_stored(name, start // 2, codes)
+            self._source.read_into(weight.parts[Component.PACKED], start // 2, expected.data)
+            n_wrong_codes += count_different_codes(codes, expected)
+            code_counts += count_codes(codes, n_elements=n_elements)
+            reference = self._decode(layout, theirs, expected, start, n_elements).copy()
+            errors.add(reference, self._decode(layout, stored, codes, start, n_elements))
+        compared = PackedComparison(
+            name=name,
+            layout=layout,
+            source_nbytes=nbytes,
+            nbytes=sum(self._artifact.located[name + part.value].entry.nbytes for part in record.components),
+            errors=errors.sums(),
+            code_counts=tuple(code_counts.tolist()),
+            n_wrong_codes=n_wrong_codes,
+            n_wrong_scales=stored.count_different(theirs),
+            source_named=None,
+        )
+        return compared, list(self._judge_packed(tensor, compared))
 
     def _compare_packed(self, tensor: SourceTensor, record: PackedRecord) -> _Compared:
         layout = record.layout
@@ -239,7 +257,7 @@ class _Run:
             finite &= cpu.encode_into(raw, float_format, block_size=layout.block_size, packed=expected, absmax=scales)
             first_block = start // layout.block_size
             absmax[first_block : first_block + scales.size] = narrow(scales, float_format)
-            n_wrong_codes += _count_different_codes(codes, expected)
+            n_wrong_codes += count_different_codes(codes, expected)
         named = None if record.source_xxh3 is None else digest.hexdigest() == record.source_xxh3
         chosen = self._not_chosen is not None and tensor.name not in self._not_chosen
         compared = PackedComparison(
@@ -259,32 +277,11 @@ class _Run:
         return compared, list(self._judge_packed(tensor, compared))
 
     def _decode(
-        self, layout: PackedShape, stored: _StoredScales, codes: NDArray[np.uint8], start: int, n_elements: int
+        self, layout: PackedShape, stored: StoredScales, codes: NDArray[np.uint8], start: int, n_elements: int
     ) -> Raw:
         """Decode codes that begin at element `start` as a reader does, into scratch memory."""
-        blocks = slice(start // layout.block_size, block_count(start + n_elements, layout.block_size))
-        scales = stored.absmax[blocks]
-        if stored.nested_absmax is not None and stored.nested_quant_map is not None:
-            assert stored.state.nested_offset is not None
-            decoded = self._buffers.scales[: scales.size]
-            cpu.decode_scales_into(
-                scales,
-                stored.nested_absmax,
-                stored.nested_quant_map,
-                np.float32(stored.state.nested_offset),
-                decoded,
-                first_block=blocks.start,
-            )
-            scales = decoded
         out = self._buffers.decoded[: n_elements * layout.float_format.nbytes].view(layout.float_format.raw_dtype)
-        cpu.decode_into(
-            codes,
-            scales,
-            n_elements=n_elements,
-            block_size=layout.block_size,
-            float_format=layout.float_format,
-            out=out,
-        )
+        stored.decode(layout, codes, start, n_elements, scratch=self._buffers.scales, out=out)
         return out
 
     def _judge_packed(self, tensor: SourceTensor, compared: PackedComparison) -> Iterator[Finding]:
@@ -311,25 +308,28 @@ class _Run:
             problem = "some codes decode to values that are not finite"
             yield self._artifact_finding(Reason.NONFINITE_WEIGHT, tensor.name, problem)
 
-    def _count_wrong_scales(self, stored: _StoredScales, absmax: Raw, float_format: FloatFormat) -> int:
+    def _count_wrong_scales(self, stored: StoredScales, absmax: Raw, float_format: FloatFormat) -> int:
         """Return how many numbers of the scales are not what absmax values [n_blocks] of the source give or allow."""
         if self._scale_change is None:
-            return _count_wrong_scales(stored, absmax, float_format)
+            return stored.count_wrong(absmax, float_format)
         return count_too_far(stored.decoded(), stored.nested_absmax, widen(absmax, float_format), self._scale_change)
 
-    def _stored_scales(self, name: str, record: PackedRecord) -> _StoredScales:
-        def read(part: Component, dtype: str) -> NDArray[Any]:
+    def _stored_scales(self, name: str, record: PackedRecord) -> StoredScales:
+        def read(part: Component) -> NDArray[np.uint8]:
             data = np.empty(self._artifact.located[name + part.value].entry.nbytes, np.uint8)
             self._read_stored(name + part.value, 0, data)
-            return data.view(dtype)
+            return data
 
-        nested = record.layout.double_quant
-        return _StoredScales(
-            state=quant_state.parse(read(Component.QUANT_STATE, "u1").tobytes(), path=self._artifact.path, tensor=name),
-            absmax=read(Component.ABSMAX, "u1" if nested else "<f4"),
-            nested_absmax=read(Component.NESTED_ABSMAX, "<f4") if nested else None,
-            nested_quant_map=read(Component.NESTED_QUANT_MAP, "<f4") if nested else None,
-        )
+        state = quant_state.parse(read(Component.QUANT_STATE).tobytes(), path=self._artifact.path, tensor=name)
+        return StoredScales.read(state, read)
+
+    def _adopted_scales(self, weight: PackedWeight) -> StoredScales:
+        def read(part: Component) -> NDArray[np.uint8]:
+            data = np.empty(weight.parts[part].nbytes, np.uint8)
+            self._source.read_into(weight.parts[part], 0, data.data)
+            return data
+
+        return StoredScales.read(weight.state, read)
 
     def _read_stored(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill `out` with bytes of a tensor of the artifact's shards, from its byte `offset` on."""
@@ -364,46 +364,3 @@ class _Run:
         shard = self._artifact.located[name].shard
         path = self._artifact.path / shard
         return Finding(reason, shard, f"{path}: tensor {name!r}: {problem}. Convert the source again", name)
-
-
-def _count_different(found: NDArray[Any], expected: NDArray[Any]) -> int:
-    """Return in how many elements two arrays of equal size differ, bit for bit."""
-    if found.dtype.kind == "f":
-        found, expected = found.view(np.uint32), expected.view(np.uint32)
-    return 0 if np.array_equal(found, expected) else int(np.count_nonzero(found != expected))
-
-
-def _count_different_codes(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> int:
-    """Return how many of the codes in packed bytes differ, the padding of an odd tensor counted as a code."""
-    if np.array_equal(found, expected):
-        return 0
-    changed = found ^ expected
-    return int(np.count_nonzero(changed >> 4) + np.count_nonzero(changed & 15))
-
-
-def _count_wrong_scales(stored: _StoredScales, absmax: Raw, float_format: FloatFormat) -> int:
-    """Return how many stored numbers of the scales are not what absmax values [n_blocks] of the source give."""
-    nested_absmax, nested_map = stored.nested_absmax, stored.nested_quant_map
-    if nested_absmax is None or nested_map is None:
-        return sum(
-            _count_different(stored.absmax[start : start + values.size], values)
-            for start, values in _absmax_chunks(absmax, float_format)
-        )
-    total = 0.0
-    for _, values in _absmax_chunks(absmax, float_format):
-        total = cpu.add_in_order(values, total)
-    offset = np.float32(total / absmax.size if absmax.size else 0)
-    n_wrong = int(stored.state.nested_offset != float(offset)) + _count_different(nested_map, DYNAMIC_MAP)
-    for start, values in _absmax_chunks(absmax, float_format):
-        codes = np.empty(values.size, np.uint8)
-        nested = np.empty(block_count(values.size, NESTED_BLOCK_SIZE), np.float32)
-        cpu.encode_absmax_into(values, offset, codes=codes, nested_absmax=nested)
-        group = start // NESTED_BLOCK_SIZE
-        n_wrong += _count_different(stored.absmax[start : start + values.size], codes)
-        n_wrong += _count_different(nested_absmax[group : group + nested.size], nested)
-    return n_wrong
-
-
-def _absmax_chunks(absmax: Raw, float_format: FloatFormat) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    for start in range(0, absmax.size, ABSMAX_CHUNK):
-        yield start, widen(absmax[start : start + ABSMAX_CHUNK], float_format)

@@ -9,14 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.disk import Disk
-from qformat.artifact.staging import Staging, check_target, refuse_full_disk, refuse_nested, work_folder
+from qformat.artifact.manifest import JsonObject
+from qformat.artifact.staging import (
+    Staging,
+    begun_with,
+    check_target,
+    refuse_full_disk,
+    refuse_nested,
+    work_folder,
+)
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.calibrated import calibrate
 from qformat.converters.execute import execute, has_nonfinite
+from qformat.converters.open_source import is_repository, open_source
 from qformat.converters.plan import Plan, make_plan
+from qformat.converters.reading import StreamedSource
 from qformat.converters.recipe import Recipe, load_recipe
-from qformat.converters.safetensors_shards import SafetensorsShards
 from qformat.converters.source import Source
 from qformat.cores import usable_cores
 from qformat.errors import UsageError
@@ -28,7 +37,11 @@ DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
-    """What a user may choose about a conversion. calibration: choose codes and scales on a text, layer by layer."""
+    """What a user may choose about a conversion.
+
+    revision, offline, keep_source: of a repository of the Hub, see `open_source`.
+    calibration: choose codes and scales on a text, layer by layer.
+    """
 
     recipe: Path | None = None
     skip: Sequence[str] = ()
@@ -37,6 +50,9 @@ class ConversionOptions:
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     keep_nonfinite: bool = False
     calibration: CalibrationSettings | None = None
+    revision: str | None = None
+    offline: bool = False
+    keep_source: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -48,10 +64,17 @@ class ConversionOptions:
         """Read the recipe file and put the skip patterns in front of it."""
         return load_recipe(self.recipe, skip=self.skip, block_size=self.block_size, double_quant=self.double_quant)
 
-    def open(self, source: Path) -> tuple[Source, Plan]:
-        """Open a source and plan its conversion. The caller closes the source."""
-        opened = SafetensorsShards(source)
+    def open(self, source: Path | str, *, pin: JsonObject | None = None) -> tuple[Source, Plan]:
+        """Open a source and plan its conversion. The caller closes the source. pin: see `open_source`."""
+        opened = open_source(
+            source, revision=self.revision, offline=self.offline, keep_source=self.keep_source, pin=pin
+        )
         try:
+            if self.keep_nonfinite and isinstance(opened, StreamedSource):
+                raise UsageError(
+                    "--keep-nonfinite reads the source twice: download it first with --keep-source, and convert the "
+                    "folder in the cache"
+                )
             recipe = self.load_recipe()
             planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)
             if self.keep_nonfinite and (found := find_nonfinite(opened, planned)):
@@ -79,7 +102,7 @@ def plan(source: Path | str, options: ConversionOptions | None = None) -> Plan:
     Raises: SourceError, UsageError.
     """
     options = options or ConversionOptions()
-    opened, planned = options.open(Path(source))
+    opened, planned = options.open(source)
     try:
         if options.calibration is not None:
             return calibrate(opened, planned, options.calibration, workers=usable_cores()).plan
@@ -102,7 +125,9 @@ def convert(
     on_compile: Callable[[], None] = lambda: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionSummary:
-    """Convert a 16- or 32-bit safetensors checkpoint into a 4-bit artifact.
+    """Convert a checkpoint, of any kind that `open_source` knows, into a 4-bit artifact.
+
+    source: a folder, or a text of the form owner/name: a repository of the Hub, which is streamed and not stored.
 
     workers: threads, by default one a core; any number gives the same bytes. force: replace an artifact of that
     name. restart: drop what an interrupted run left. on_plan, on_progress (source bytes done), on_compile (once,
@@ -112,15 +137,17 @@ def convert(
     and the same call continues where this one stopped.
     """
     started = time.monotonic()
-    source, out = Path(source), Path(out)
+    out = Path(out)
     if workers is not None and workers < 1:
         raise UsageError(f"{workers} workers: at least 1 is needed")
-    refuse_nested(source, out)
+    if not is_repository(source):
+        refuse_nested(Path(source), out)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
         check_target(out, replace=force)
     options, workers = options or ConversionOptions(), workers or usable_cores()
-    opened, planned = options.open(source)
+    opened, planned = options.open(source, pin=None if restart else _pin_of(out))
+    note: JsonObject = {"pin": opened.pin} if isinstance(opened, StreamedSource) else {}
     try:
         encoder, nbytes = None, planned.nbytes
         if options.calibration is not None:
@@ -131,7 +158,7 @@ def convert(
         disk.needed_nbytes = nbytes
         if not continuing:
             refuse_full_disk(out, nbytes)
-        with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart) as staging:
+        with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart, note=note) as staging:
             if not staging.sealed_before:
                 refuse_full_disk(out, nbytes)
                 for float_format in {task.layout.float_format for task in planned.packed}:
@@ -141,6 +168,12 @@ def convert(
     finally:
         opened.close()
     return ConversionSummary(out, planned, time.monotonic() - started, done_before)
+
+
+def _pin_of(out: Path) -> JsonObject | None:
+    """Return what an interrupted run noted about the source that it had pinned."""
+    pin = begun_with(out).get("pin")
+    return pin if isinstance(pin, dict) else None
 
 
 def find_nonfinite(source: Source, planned: Plan) -> list[str]:

@@ -29,9 +29,11 @@ from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
-from qformat.converters.plan import KeptTask, PackedTask, Place, Plan, Task, TensorDigests
+from qformat.converters.plan import AdoptedTask, KeptTask, PackedTask, Place, Plan, Task, TensorDigests
+from qformat.converters.reading import Reading, reading_of
 from qformat.converters.source import Source, SourceTensor
-from qformat.converters.staged_shards import Progress, StagedShards, open_shards, run_tasks
+from qformat.converters.staged_shards import Progress, StagedShards, open_shards
+from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Interrupted, Reason, SourceError
 
 CHUNK_NBYTES = 4 * 2**20
@@ -67,12 +69,15 @@ def execute(
     """
     with ExitStack() as stack:
         output, follower = _open_output(plan, staging, stack)
-        run = _Run(plan, source, staging, output, progress)
+        reading = reading_of(source)
+        stack.callback(reading.close)
+        run = _Run(plan, source, reading, staging, output, progress)
         digests = run.resume()
         staging.record({"source_state": run.source_state})
         left = [task for task in plan.tasks if task.source.name not in digests]
         chosen = encoder.names if encoder is not None else frozenset()
         digests |= run.do([task for task in left if task.source.name not in chosen], workers)
+        reading.finish()
         if encoder is not None:
             digests |= run.do_chosen([task for task in left if task.source.name in chosen], encoder, digests, workers)
         sha256 = follower.finish()
@@ -111,10 +116,13 @@ def _write_small_files(plan: Plan, source: Source, staging: Staging) -> dict[str
 class _Run:
     """One execution of a plan: the tasks, and what they share."""
 
-    def __init__(self, plan: Plan, source: Source, staging: Staging, output: StagedShards, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, source: Source, reading: Reading, staging: Staging, output: StagedShards, progress: Progress
+    ) -> None:
         self.source_state = dict(sorted(source.state_when_opened.items()))
         self._plan = plan
         self._source = source
+        self._reading = reading
         self._staging = staging
         self._output = output
         self._stopping = threading.Event()
@@ -124,7 +132,7 @@ class _Run:
 
     def resume(self) -> dict[str, TensorDigests]:
         """Return the digests of the tasks that an interrupted run completed and whose bytes are really there."""
-        entries = {str(entry["tensor"]): entry for entry in self._staging.entries if "tensor" in entry}
+        entries = {str(entry["tensor"]): entry for entry in self._reading.trusted(self._staging.entries)}
         states = [entry["source_state"] for entry in self._staging.entries if "source_state" in entry]
         unchanged = bool(states) and states[-1] == self.source_state
         done: dict[str, TensorDigests] = {}
@@ -147,8 +155,16 @@ class _Run:
 
     def do(self, tasks: list[Task], workers: int) -> dict[str, TensorDigests]:
         """Run tasks on a thread pool. Stops all of them on the first error."""
-        named = {task.source.name: task for task in tasks}
-        return run_tasks(named, self._do, workers=workers, stopping=self._stopping, thread_name="qformat-encode")
+        by_name = {task.source.name: task for task in tasks}
+        named = {name: by_name[name] for name in self._reading.begin([task.source for task in tasks], self._record)}
+        return run_tasks(
+            named,
+            self._do,
+            workers=workers,
+            stopping=self._stopping,
+            thread_name="qformat-encode",
+            on_stop=self._reading.close,
+        )
 
     def do_chosen(
         self, tasks: list[Task], encoder: WeightEncoder, digests: Mapping[str, TensorDigests], workers: int
@@ -181,16 +197,23 @@ class _Run:
                 )
 
     def _do(self, task: Task) -> TensorDigests:
-        digests = self._encode(task) if isinstance(task, PackedTask) else self._copy(task)
-        self._record(task, digests)
+        if isinstance(task, PackedTask):
+            digests = self._encode(task)
+        else:
+            digests = self._adopt(task) if isinstance(task, AdoptedTask) else self._copy(task)
+        self._reading.settle(task.source, digests.source_xxh3)
+        self._note(task, digests)
         return digests
 
-    def _record(self, task: Task, digests: TensorDigests) -> None:
+    def _note(self, task: Task, digests: TensorDigests) -> None:
         entry: JsonObject = {
             "tensor": task.source.name,
             "source_xxh3": digests.source_xxh3,
             "components": {part.label: digest for part, digest in digests.components.items()},
         }
+        self._record(entry)
+
+    def _record(self, entry: JsonObject) -> None:
         with self._journal_lock:
             self._staging.record(entry)
 
@@ -198,7 +221,7 @@ class _Run:
         """Return the XXH3-128 of a weight's source, all of which must be finite."""
         float_format = task.layout.float_format
         digest = Xxh3()
-        for offset, chunk in self._chunks(task, digest):
+        for offset, chunk in self._chunks(task.source, digest):
             raw: Raw = chunk.view(float_format.raw_dtype)
             if not np.isfinite(widen(raw, float_format)).all():
                 raise nonfinite_error(self._source, task.source, offset // float_format.nbytes, raw, float_format)
@@ -212,20 +235,54 @@ class _Run:
             self._output.write(task.places[part], 0, data)
             components[part] = xxh3(data)
         digests = TensorDigests(components, source_xxh3)
-        self._record(task, digests)
+        self._note(task, digests)
         return digests
 
     def _copy(self, task: KeptTask) -> TensorDigests:
         digest = Xxh3()
-        for offset, chunk in self._chunks(task, digest):
+        for offset, chunk in self._chunks(task.source, digest):
             self._output.write(task.place, offset, chunk)
         return TensorDigests({Component.PACKED: digest.hexdigest()}, digest.hexdigest())
+
+    def _adopt(self, task: AdoptedTask) -> TensorDigests:
+        """Copy every component; the quant_state alone is written anew, padded."""
+        source_digest = Xxh3()
+        components: dict[Component, str] = {}
+        for part, place in task.places.items():
+            digest = Xxh3()
+            if part is Component.QUANT_STATE:
+                state = np.frombuffer(task.weight.state.to_padded_json(), np.uint8)
+                digest.update(state)
+                self._output.write(place, 0, state)
+                components[part] = digest.hexdigest()
+                continue
+            for offset, chunk in self._chunks(task.weight.parts[part], source_digest):
+                wanted = chunk[: place.nbytes - offset]  # codes that were stored in wider elements may be longer
+                self._refuse_bad_part(task, part, offset, wanted)
+                digest.update(wanted)
+                self._output.write(place, offset, wanted)
+            components[part] = digest.hexdigest()
+        return TensorDigests(components, source_digest.hexdigest())
+
+    def _refuse_bad_part(self, task: AdoptedTask, part: Component, offset: int, data: NDArray[np.uint8]) -> None:
+        """Refuse another codebook, and scales and maps that are not finite."""
+        path = self._source.location / task.weight.parts[part].file
+        name, label = task.source.name, part.label
+        if part is Component.QUANT_MAP and data.tobytes() != NF4_CODEBOOK.astype("<f4").tobytes():
+            raise SourceError(Reason.CODEBOOK, path, "is not the NF4 codebook", tensor=name, field=label)
+        if part is Component.PACKED or (part is Component.ABSMAX and task.layout.double_quant):
+            return
+        values = data.view("<f4")
+        if not np.isfinite(values).all():
+            index = int(np.flatnonzero(~np.isfinite(values))[0])
+            problem = f"{values[index]} at entry {offset // 4 + index}"
+            raise SourceError(Reason.NONFINITE_SCALE, path, problem, tensor=name, field=label)
 
     def _encode(self, task: PackedTask) -> TensorDigests:
         layout = task.layout
         source_digest, packed_digest = Xxh3(), Xxh3()
         absmax = np.empty(layout.n_blocks, layout.float_format.raw_dtype)
-        for offset, chunk in self._chunks(task, source_digest):
+        for offset, chunk in self._chunks(task.source, source_digest):
             raw: Raw = chunk.view(layout.float_format.raw_dtype)
             start = offset // layout.float_format.nbytes
             first_block = start // layout.block_size
@@ -290,23 +347,25 @@ class _Run:
             Component.NESTED_ABSMAX: nested_digest.hexdigest(),
         }
 
-    def _chunks(self, task: Task, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield (byte offset, bytes) of a task's source tensor, hashing as they pass. The bytes are scratch memory."""
-        for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
+    def _chunks(self, tensor: SourceTensor, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield (byte offset, bytes) of a source tensor, hashing as they pass. The bytes are scratch memory."""
+        for offset in range(0, tensor.nbytes, CHUNK_NBYTES):
             if self._stopping.is_set():
                 raise Interrupted
-            chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
-            self._source.read_into(task.source, offset, chunk.data)
+            chunk = self._buffers.source[: min(CHUNK_NBYTES, tensor.nbytes - offset)]
+            self._source.read_into(tensor, offset, chunk.data)
             digest.update(chunk)
             yield offset, chunk
             self._progress(chunk.size)
 
     def _digest_source(self, task: Task) -> str:
         digest = Xxh3()
-        for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
-            chunk = self._buffers.source[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
-            self._source.read_into(task.source, offset, chunk.data)
-            digest.update(chunk)
+        parts = [task.source] if not isinstance(task, AdoptedTask) else _stored_parts(task)
+        for tensor in parts:
+            for offset in range(0, tensor.nbytes, CHUNK_NBYTES):
+                chunk = self._buffers.source[: min(CHUNK_NBYTES, tensor.nbytes - offset)]
+                self._source.read_into(tensor, offset, chunk.data)
+                digest.update(chunk)
         return digest.hexdigest()
 
     def _is_on_disk(self, task: Task, digests: TensorDigests) -> bool:
@@ -393,7 +452,12 @@ def _mean(absmax: Raw, float_format: FloatFormat) -> np.float32:
 
 
 def _places(task: Task) -> Mapping[Component, Place]:
-    return task.places if isinstance(task, PackedTask) else {Component.PACKED: task.place}
+    return {Component.PACKED: task.place} if isinstance(task, KeptTask) else task.places
+
+
+def _stored_parts(task: AdoptedTask) -> list[SourceTensor]:
+    """Return the parts of an adopted weight in the order in which they are copied."""
+    return [task.weight.parts[part] for part in task.places if part in task.weight.parts]
 
 
 def _digests_from_journal(task: Task, entry: JsonObject) -> TensorDigests | None:

@@ -27,8 +27,9 @@ from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 from qformat.converters.export_plan import ExportPlan, ExportTask, read_small_file
-from qformat.converters.staged_shards import Progress, StagedShards, open_shards, run_tasks
+from qformat.converters.staged_shards import Progress, StagedShards, open_shards
 from qformat.converters.write_behind import WriteBehind
+from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Interrupted, Reason
 
 CHUNK_NBYTES = 4 * 2**20

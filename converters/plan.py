@@ -24,12 +24,14 @@ from qformat.artifact.manifest import (
     PackedRecord,
     TensorRecord,
 )
+from qformat.artifact.structure import INDEX_NAME
 from qformat.codec.floats import FloatFormat
+from qformat.converters import adoption
 from qformat.converters import recipe as recipes
+from qformat.converters.checkpoint_folder import CONFIG_NAME
 from qformat.converters.recipe import NF4Options, Recipe
 from qformat.converters.rules import KeepReason, TensorInfo, module_path, skip_modules
-from qformat.converters.safetensors_shards import CONFIG_NAME, INDEX_NAME
-from qformat.converters.source import Source, SourceTensor
+from qformat.converters.source import PackedWeight, Source, SourceTensor
 from qformat.errors import Reason, SourceError
 
 _QUANTIZED_SUFFIXES = {
@@ -76,12 +78,32 @@ class KeptTask:
     reason: KeepReason
 
 
-Task = PackedTask | KeptTask
+@dataclass(frozen=True, slots=True)
+class AdoptedTask:
+    """A weight that the source has in 4 bit already: its components are copied, and where each of them goes.
+
+    `source` stands for all of them: its shape and dtype are the weight's, its bytes those that are copied.
+    """
+
+    source: SourceTensor
+    weight: PackedWeight
+    places: Mapping[Component, Place]
+
+    @property
+    def layout(self) -> PackedShape:
+        """Layout of the weight."""
+        return self.weight.layout
+
+
+Task = PackedTask | AdoptedTask | KeptTask
 
 
 @dataclass(frozen=True, slots=True)
 class TensorDigests:
-    """What executing a task found: XXH3-128 of each component, or of the kept tensor, and of the source's bytes."""
+    """What executing a task found: XXH3-128 of each component, or of the kept tensor, and of the source's bytes.
+
+    Those of an adopted weight are its stored components, one after another.
+    """
 
     components: Mapping[Component, str]
     source_xxh3: str
@@ -105,6 +127,11 @@ class Plan:
         return tuple(task for task in self.tasks if isinstance(task, PackedTask))
 
     @property
+    def adopted(self) -> tuple[AdoptedTask, ...]:
+        """The weights that are in 4 bit already."""
+        return tuple(task for task in self.tasks if isinstance(task, AdoptedTask))
+
+    @property
     def kept(self) -> tuple[KeptTask, ...]:
         """The tensors to copy."""
         return tuple(task for task in self.tasks if isinstance(task, KeptTask))
@@ -124,8 +151,9 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Bits that an encoded weight takes, all components counted; 0 without any."""
-        n_weights = sum(task.layout.n_elements for task in self.packed)
-        nbytes = sum(place.nbytes for task in self.packed for place in task.places.values())
+        weights: tuple[PackedTask | AdoptedTask, ...] = (*self.packed, *self.adopted)
+        n_weights = sum(task.layout.n_elements for task in weights)
+        nbytes = sum(place.nbytes for task in weights for place in task.places.values())
         return 8 * nbytes / n_weights if n_weights else 0.0
 
     def calibrated(self, record: JsonObject) -> Plan:
@@ -157,11 +185,12 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
 
     Raises: SourceError for a checkpoint that cannot be converted; UsageError for a recipe that does not fit it.
     """
-    tensors = sorted(source.tensors.values(), key=lambda tensor: natural_order(tensor.name))
-    for tensor in tensors:
+    for tensor in source.tensors.values():
         _refuse_quantized(source, tensor)
+    adopted = {name: _adopted_tensor(source, name, weight) for name, weight in source.packed.items()}
+    tensors = sorted([*source.tensors.values(), *adopted.values()], key=lambda tensor: natural_order(tensor.name))
     infos = [TensorInfo(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    choices = recipes.apply(recipe, infos, source.config)
+    choices = adoption.choose(recipe, infos, source) if adopted else recipes.apply(recipe, infos, source.config)
     layouts = {
         tensor.name: _layout(tensor, options)
         for tensor in tensors
@@ -178,18 +207,24 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
     tasks: list[Task] = []
     for tensor, group in zip(tensors, groups, strict=True):
         choice = choices[tensor.name]
-        if tensor.name in layouts:
+        if tensor.name in adopted:
+            where = {part: places[new.name] for part, new in group.items()}
+            tasks.append(AdoptedTask(tensor, source.packed[tensor.name], where))
+        elif tensor.name in layouts:
             where = {part: places[new.name] for part, new in group.items()}
             tasks.append(PackedTask(tensor, layouts[tensor.name], where, choice.vouched))
         else:
             assert choice.reason is not None
             tasks.append(KeptTask(tensor, places[tensor.name], choice.reason))
-    config = _config_bytes(source.config, skip_modules(choices, source.config), recipe, layouts)
+    if adopted:
+        config = small_json({**source.config, "quantization_config": adoption.quantization_config(choices, source)})
+    else:
+        config = _config_bytes(source.config, skip_modules(choices, source.config), recipe, layouts)
     index = index_bytes(shards)
     _refuse_unreadable(source, CONFIG_NAME, config, max_nbytes=MAX_CONFIG_NBYTES)
     _refuse_unreadable(source, INDEX_NAME, index, max_nbytes=MAX_INDEX_NBYTES)
     small_files = {CONFIG_NAME: config, INDEX_NAME: index}
-    canonical: JsonObject = _as_json(recipe.canonical())
+    canonical: JsonObject = {"adopted": source.kind} if adopted else _as_json(recipe.canonical())
     return Plan(
         tasks=tuple(tasks),
         shards=shards,
@@ -203,6 +238,12 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
 
 def _layout(tensor: SourceTensor, options: NF4Options) -> PackedShape:
     return PackedShape(tensor.shape, FloatFormat(tensor.dtype), options.block_size, options.double_quant)
+
+
+def _adopted_tensor(source: Source, name: str, weight: PackedWeight) -> SourceTensor:
+    nbytes = sum(part.nbytes for part in weight.parts.values())
+    file = weight.parts[Component.PACKED].file
+    return SourceTensor(name, weight.layout.float_format.value, weight.layout.shape, nbytes, file)
 
 
 def _components(tensor: SourceTensor, layout: PackedShape | None) -> dict[Component, NewTensor]:
@@ -271,7 +312,8 @@ def _record(task: Task, digests: TensorDigests) -> TensorRecord:
     if isinstance(task, KeptTask):
         return KeptRecord(task.source.dtype, task.source.shape, digests.source_xxh3, task.reason.value)
     components = {part: digests.components[part] for part in task.places}
-    return PackedRecord(task.layout, components, digests.source_xxh3)
+    # The weight that an adopted one was made from is not known.
+    return PackedRecord(task.layout, components, digests.source_xxh3 if isinstance(task, PackedTask) else None)
 
 
 def _config_bytes(config: JsonObject, skip: list[str], recipe: Recipe, layouts: Mapping[str, PackedShape]) -> bytes:

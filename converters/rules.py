@@ -51,6 +51,7 @@ class KeepReason(StrEnum):
     NOT_KNOWN_TO_BE_LINEAR = "not_known_to_be_linear"
     COUPLED = "coupled"
     SKIPPED_BY_RECIPE = "skipped_by_recipe"
+    NOT_PACKED_IN_SOURCE = "not_packed_in_source"
 
     @property
     def phrase(self) -> str:
@@ -79,6 +80,7 @@ _PHRASES: Final[dict[KeepReason, str]] = {
     KeepReason.NOT_KNOWN_TO_BE_LINEAR: "not known to be a Linear",
     KeepReason.COUPLED: "kept because a partner that vLLM fuses it with is kept",
     KeepReason.SKIPPED_BY_RECIPE: "kept by the recipe",
+    KeepReason.NOT_PACKED_IN_SOURCE: "in 16 bit in the adopted checkpoint",
 }
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.manifest import JsonObject
+from qformat.codec.quant_state import QuantState
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,19 @@ class SourceTensor:
         return self.nbytes // ELEMENT_NBYTES[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight that a source has in 4 bit already, in the layout of an artifact: it is adopted, not encoded.
+
+    state: what its quant_state says; parts: its other components, to be read like any tensor. Codes may be stored in
+    wider elements than bytes, and a little longer than they are.
+    """
+
+    layout: PackedShape
+    state: QuantState
+    parts: Mapping[Component, SourceTensor]
+
+
 class Source(Protocol):
     """A checkpoint that can be converted. Raises SourceError for everything that is wrong with its files."""
 
@@ -40,7 +55,11 @@ class Source(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
-        """Every tensor by name."""
+        """Every tensor by name, but for those in `packed`."""
+
+    @property
+    def packed(self) -> Mapping[str, PackedWeight]:
+        """Weights that are in 4 bit already, by name; most kinds of source have none."""
 
     @property
     def config(self) -> JsonObject:

@@ -7,13 +7,10 @@ change nothing.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +21,6 @@ from qformat.artifact.staging import Staging
 from qformat.converters.plan import Place
 
 Progress = Callable[[int], None]
-
-_Task = TypeVar("_Task")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +54,3 @@ def open_shards(shards: Iterable[Shard], staging: Staging, stack: ExitStack) -> 
         stack.callback(os.close, descriptors[shard.name])
         staging.disk.set_size(descriptors[shard.name], shard.nbytes, path)
     return descriptors
-
-
-def run_tasks(
-    tasks: Mapping[str, _Task],
-    do: Callable[[_Task], _Result],
-    *,
-    workers: int,
-    stopping: threading.Event,
-    thread_name: str,
-) -> dict[str, _Result]:
-    """Run tasks on threads and return the results by name. On the first error `stopping` is set for all of them."""
-    with ThreadPoolExecutor(workers, thread_name_prefix=thread_name) as pool:
-        futures = {name: pool.submit(do, task) for name, task in tasks.items()}
-        try:
-            finished, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-            return {name: future.result() for name, future in futures.items() if future in finished}
-        except BaseException:
-            stopping.set()
-            pool.shutdown(cancel_futures=True)
-            raise

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
     from qformat.converters.export import export
     from qformat.converters.plan import Plan
+    from qformat.hub.diff import Difference, diff
+    from qformat.hub.fetch import FetchSummary, fetch
+    from qformat.hub.publish import CardOptions, Published, publish
+    from qformat.hub.remote_verify import RemoteReport, verify_remote
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
@@ -40,14 +44,19 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Artifact": "qformat.artifact.reader:Artifact",
     "CalibrationSettings": "qformat.quality.calibration_settings:CalibrationSettings",
+    "CardOptions": "qformat.hub.publish:CardOptions",
     "Comparison": "qformat.converters.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
+    "Difference": "qformat.hub.diff:Difference",
+    "FetchSummary": "qformat.hub.fetch:FetchSummary",
     "Evaluation": "qformat.quality.evaluate:Evaluation",
     "IntegrityReport": "qformat.artifact.verify:IntegrityReport",
     "KeptTensor": "qformat.artifact.reader:KeptTensor",
     "PackedTensor": "qformat.artifact.reader:PackedTensor",
     "Plan": "qformat.converters.plan:Plan",
+    "Published": "qformat.hub.publish:Published",
+    "RemoteReport": "qformat.hub.remote_verify:RemoteReport",
     "TrainingJob": "qformat.training.run:TrainingJob",
     "TrainingResult": "qformat.training.run:TrainingResult",
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
@@ -56,30 +65,39 @@ _PUBLIC = {
     "TuningSettings": "qformat.quality.tuning_settings:TuningSettings",
     "compare": "qformat.converters.compare:compare",
     "convert": "qformat.converters.convert:convert",
+    "diff": "qformat.hub.diff:diff",
     "evaluate": "qformat.quality.evaluate:evaluate",
     "export": "qformat.converters.export:export",
+    "fetch": "qformat.hub.fetch:fetch",
     "force_backend": "qformat.kernels.backends:force_backend",
     "load_model": "qformat.model.load:load_model",
     "load_tokenizer": "qformat.model.load:load_tokenizer",
     "open": "qformat.artifact.reader:open_artifact",
     "plan": "qformat.converters.convert:plan",
+    "publish": "qformat.hub.publish:publish",
     "register": "qformat.model.transformers_quantizer:register",
     "train": "qformat.training.run:train",
     "tune": "qformat.quality.tune:tune",
     "verify": "qformat.artifact.verify:verify_integrity",
+    "verify_remote": "qformat.hub.remote_verify:verify_remote",
 }
 
 __all__ = [
     "Artifact",
     "CalibrationSettings",
+    "CardOptions",
     "Comparison",
     "ConversionOptions",
     "ConversionSummary",
+    "Difference",
     "Evaluation",
+    "FetchSummary",
     "IntegrityReport",
     "KeptTensor",
     "PackedTensor",
     "Plan",
+    "Published",
+    "RemoteReport",
     "TrainingJob",
     "TrainingResult",
     "TrainingSettings",
@@ -88,17 +106,21 @@ __all__ = [
     "TuningSettings",
     "compare",
     "convert",
+    "diff",
     "evaluate",
     "export",
+    "fetch",
     "force_backend",
     "load_model",
     "load_tokenizer",
     "open",
     "plan",
+    "publish",
     "register",
     "train",
     "tune",
     "verify",
+    "verify_remote",
 ]
 
 

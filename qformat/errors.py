@@ -7,6 +7,7 @@
     │   ├── SourceError         ... a file of the checkpoint that is converted
     │   └── ArtifactError       ... a file of a 4-bit artifact
     ├── DataError               a row of training data cannot be used; names file and line   (exit code 1)
+    ├── HubError                the Hub refuses, does not answer or answers nonsense         (exit code 1)
     ├── TargetError             the output cannot be written where it was asked for          (exit code 1)
     ├── VerificationError       a check was run to its end and failed                        (exit code 1)
     ├── DeviceMemoryError       a device's memory is too small for what was asked            (exit code 1)
@@ -66,6 +67,7 @@ class Reason(StrEnum):
     SOURCE_CHANGED = "source_changed"
     CODES_MISMATCH = "codes_mismatch"
     SOURCE_MISMATCH = "source_mismatch"
+    SIGNATURE = "signature"
 
 
 class QformatError(Exception):
@@ -135,6 +137,24 @@ class DataError(QformatError):
         self.problem = problem
         self.place = place
         self.next_step = next_step
+
+
+class HubError(QformatError):
+    """The Hub refuses a request, does not answer, or answers what makes no sense.
+
+    The message reads `REPOSITORY: PROBLEM. NEXT STEP` and never holds a token.
+    status: of the HTTP answer, None where there was none. code: what the Hub calls it, such as `GatedRepo`, if it says.
+    """
+
+    def __init__(
+        self, repository: str, problem: str, *, next_step: str, status: int | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(f"{repository}: {problem}. {next_step}")
+        self.repository = repository
+        self.problem = problem
+        self.next_step = next_step
+        self.status = status
+        self.code = code
 
 
 class TargetError(QformatError):

@@ -20,16 +20,17 @@ ALLOWED = {
     "qformat.strict_json": {"qformat.errors"},
     "qformat.codec": BASE,
     "qformat.artifact": BASE | {"qformat.codec"},
+    "qformat.hub": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.kernels": BASE | {"qformat.codec"},
     "qformat.model": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels"},
     "qformat.report": BASE | {"qformat.codec", "qformat.artifact"},
     "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model"},
     "qformat.quality": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model", "qformat.training"},
-    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact", "qformat.quality"},
+    "qformat.converters": BASE | {"qformat.codec", "qformat.artifact", "qformat.hub", "qformat.quality"},
     "qformat.cli": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"}
-    | {"qformat.training", "qformat.quality"},
+    | {"qformat.training", "qformat.hub", "qformat.quality"},
 }
 """What each layer may import besides itself. `qformat` itself (version, lazy public names) is free to all."""
 
@@ -39,7 +40,15 @@ NO_TORCH = (
     "qformat.codec",
     "qformat.artifact",
     "qformat.converters",
+    "qformat.hub",
 )
+
+
+MAY_IMPORT = {
+    "qformat.converters.torch_bin": {"torch"},  # reads the pickle of a .bin file
+    "qformat.converters.gguf_tokenizer": {"transformers"},  # converts a vocabulary
+}
+"""The exceptions: the source whose files nothing but the library itself should read, when one is converted."""
 
 
 def layer_of(module: str) -> str:
@@ -79,7 +88,7 @@ def test_every_import_points_down_the_layers(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in sorted(modules()) if layer_of(name) in NO_TORCH])
 def test_the_conversion_path_imports_no_torch(module: str) -> None:
-    heavy = {"torch", "transformers", "safetensors", "bitsandbytes"}
+    heavy = {"torch", "transformers", "safetensors", "bitsandbytes"} - MAY_IMPORT.get(module, set())
     assert not {name.split(".")[0] for name in imports_of(modules()[module])} & heavy
 
 
@@ -94,6 +103,14 @@ def test_converters_reach_for_quality_in_one_place_and_for_its_settings() -> Non
     settings = "qformat.quality.calibration_settings"
     assert {module for module, imported in found if imported != settings} == {"qformat.converters.calibrated"}
     assert not any(name.startswith("qformat.model") for name in imports_of(modules()[settings]))
+
+
+@pytest.mark.parametrize(
+    ("module", "library"), [(module, name) for module in MAY_IMPORT for name in MAY_IMPORT[module]]
+)
+def test_what_only_one_kind_of_source_needs_is_imported_inside_its_functions(module: str, library: str) -> None:
+    script = f"import sys, {module}, qformat.converters.open_source; assert {library!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
 def test_a_conversion_loads_no_torch(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Steps of PagedAdamW against torch's AdamW, interleaved in one process.
 
-Each row times one optimizer against the torch optimizer whose bits it gives, step by step in turn. The ratio is that of
-the medians; 8-bit states are set against torch's fused path.
+Each row times one optimizer against the torch optimizer whose bits it gives, step by step in turn. The ratio is the
+median over pairs of steps; 8-bit states are set against torch's fused path.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import torch
+from interleaved import median_ratio
 from torch import Tensor
 
 from qformat.training.paged_adamw import PagedAdamW
@@ -51,19 +52,23 @@ def contests(n_parameters: int) -> list[Contest]:
 @click.option("--threads", default=2, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--size", type=click.Choice(list(SIZES)), multiple=True, help="All, if not given.")
-def main(repeats: int, threads: int, device: str, size: tuple[str, ...]) -> None:
+@click.option("--only", default="", help="Rows that have this in their title.")
+def main(repeats: int, threads: int, device: str, size: tuple[str, ...], only: str) -> None:
     torch.set_num_threads(threads)
     print(f"torch {torch.__version__}, {device}, {threads} threads, medians of {repeats} interleaved steps")
     print(f"{'':28} {'':26} {'ours, ms':>10} {'torch, ms':>10} {'ratio':>7}")
     for title in size or SIZES:
         n_parameters, n_tensors = SIZES[title]
         for contest in contests(n_parameters):
+            if only not in contest.title:
+                continue
             ours, peer = compete(contest, n_parameters // n_tensors, n_tensors, repeats, device)
-            print(f"{title:28} {contest.title:26} {ours:10.1f} {peer:10.1f} {ours / peer:7.2f}", flush=True)
+            medians = f"{statistics.median(ours):10.1f} {statistics.median(peer):10.1f}"
+            print(f"{title:28} {contest.title:26} {medians} {median_ratio(ours, peer):7.2f}", flush=True)
 
 
-def compete(contest: Contest, size: int, n_tensors: int, repeats: int, device: str) -> tuple[float, float]:
-    """Return the median milliseconds of a step of either side."""
+def compete(contest: Contest, size: int, n_tensors: int, repeats: int, device: str) -> tuple[list[float], list[float]]:
+    """Return the milliseconds of each step of either side."""
     sides = [factory(parameters(size, n_tensors, device)) for factory in (contest.ours, contest.peer)]
     for optimizer in sides:
         step(optimizer)
@@ -71,7 +76,7 @@ def compete(contest: Contest, size: int, n_tensors: int, repeats: int, device: s
     for turn in range(repeats):
         for side in ((0, 1), (1, 0))[turn % 2]:
             times[side].append(step(sides[side]))
-    return statistics.median(times[0]), statistics.median(times[1])
+    return times
 
 
 def parameters(size: int, n_tensors: int, device: str) -> list[Tensor]:

@@ -24,7 +24,7 @@ CODEBOOK_BITS = """BF800000 BF3239B1 BF066B30 BECA32A0 BE91A24D BE3D353F BDBA787
                    3DA2FAFF 3E24CAE3 3E7C04DD 3EAD033A 3EE1A4B8 3F1007AB 3F3913B3 3F800000"""
 CODEBOOK = b"".join(bytes.fromhex(bits)[::-1] for bits in CODEBOOK_BITS.split())
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-MANIFEST, INDEX, CONFIG = "qformat.json", "model.safetensors.index.json", "config.json"
+MANIFEST, INDEX, CONFIG, SIGNATURE = "qformat.json", "model.safetensors.index.json", "config.json", "model.sig"
 LIMITS = {MANIFEST: 2**27, INDEX: 2**26, CONFIG: 2**22}
 QUANTIZATION = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                 "bnb_4bit_quant_storage": "uint8"}  # fmt: skip
@@ -225,7 +225,7 @@ class Artifact:
         demand(good and not any(x.startswith(item + ".") for x in packed for item in skip), "skip_modules", CONFIG)
         for name, entry in packed.items():
             self.check_packed(name, entry)
-        good = all(path.name in {*self.files, MANIFEST} or path.name[0] == "." for path in folder.iterdir())
+        good = all(path.name in {*self.files, MANIFEST, SIGNATURE} or path.name[0] == "." for path in folder.iterdir())
         demand(good, "extra_file", folder)
 
     def check_packed(self, name: str, entry: dict[str, Any]) -> None:  # [3.2, 5.3]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,25 +91,44 @@ def build(tensors: Iterable[NewTensor]) -> bytes:
 
 def read(descriptor: int, path: Path, *, error: type[InvalidFileError]) -> Header:
     """Read and check the header of an open safetensors file. Raises `error` with a header_* or truncated reason."""
-    nbytes_found = os.fstat(descriptor).st_size
-    if nbytes_found < _LENGTH.size:
-        raise error(Reason.TRUNCATED, path, f"{nbytes_found} bytes, shorter than a safetensors file's length field")
+
+    def read_into(offset: int, out: memoryview) -> None:
+        read_exactly(descriptor, offset, out, path=path, error=error)
+
+    text = read_text(read_into, file_nbytes=(nbytes := os.fstat(descriptor).st_size), path=path, error=error)
+    return parse(text, file_nbytes=nbytes, path=path, error=error)
+
+
+def read_text(
+    read_into: Callable[[int, memoryview], None], *, file_nbytes: int, path: Path, error: type[InvalidFileError]
+) -> bytes:
+    """Return the JSON bytes of a header, in two reads: of the length field and of the text.
+
+    read_into: fills memory with the file's bytes from an offset on, wherever the file lies.
+    """
+    if file_nbytes < _LENGTH.size:
+        raise error(Reason.TRUNCATED, path, f"{file_nbytes} bytes, shorter than a safetensors file's length field")
     prefix = bytearray(_LENGTH.size)
-    read_exactly(descriptor, 0, memoryview(prefix), path=path, error=error)
+    read_into(0, memoryview(prefix))
     (nbytes,) = _LENGTH.unpack(prefix)
     if nbytes > MAX_HEADER_NBYTES:
         raise error(
             Reason.HEADER_LENGTH, path, f"header length {nbytes}, at most {MAX_HEADER_NBYTES} is read",
             next_step="This is no safetensors file, or its first bytes are damaged",
         )  # fmt: skip
-    if nbytes > nbytes_found - _LENGTH.size:
+    if nbytes > file_nbytes - _LENGTH.size:
         raise error(
-            Reason.TRUNCATED, path, f"header length {nbytes}, but the file has only {nbytes_found} bytes",
+            Reason.TRUNCATED, path, f"header length {nbytes}, but the file has only {file_nbytes} bytes",
             next_step="Fetch the file again",
         )  # fmt: skip
     text = bytearray(nbytes)
-    read_exactly(descriptor, _LENGTH.size, memoryview(text), path=path, error=error)
-    return parse(bytes(text), file_nbytes=nbytes_found, path=path, error=error)
+    read_into(_LENGTH.size, memoryview(text))
+    return bytes(text)
+
+
+def framed(text: bytes) -> bytes:
+    """Return a header's text behind its length field, as a file begins."""
+    return _LENGTH.pack(len(text)) + text
 
 
 def parse(text: bytes, *, file_nbytes: int, path: Path, error: type[InvalidFileError]) -> Header:

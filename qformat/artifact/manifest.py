@@ -18,6 +18,9 @@ from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
 
 MANIFEST_NAME = "qformat.json"
+SIGNATURE_NAME = "model.sig"
+"""A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
+
 FORMAT_NAME = "qformat"
 FORMAT_VERSION = "1.0"
 MAJOR_VERSION = 1
@@ -100,21 +103,38 @@ class Manifest:
         return _sealed(record)
 
 
+def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
+    """Return a manifest that lists one file more (or another file of that name); nothing else in it changes.
+
+    data, path: an artifact's manifest, which is checked, and where it lies. Members that this version does not know
+    stay as they are. Raises ArtifactError.
+    """
+    record = _checked_record(data, path)
+    assert isinstance(record["files"], dict)
+    return _sealed({**record, "files": dict(sorted({**record["files"], name: _file_json(file)}.items()))})
+
+
 def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
     """Return the bytes of a manifest with another `evaluation` and all else that it says, known or not.
 
     Raises: ArtifactError, as `parse`.
     """
+    written: dict[str, object] = {}
+    for key, value in _checked_record(data, path).items():
+        if key == "tensors":
+            written["evaluation"] = evaluation
+        if key != "evaluation":
+            written[key] = value
+    return _sealed(written)
+
+
+def _checked_record(data: bytes, path: Path) -> JsonObject:
+    """Return all members of a good manifest but its digest, those that this version does not know included."""
     parse(data, path)
     record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     assert isinstance(record, dict)
-    written: dict[str, object] = {}
-    for key, value in record.items():
-        if key == "tensors":
-            written["evaluation"] = evaluation
-        if key not in {"evaluation", "manifest_sha256"}:
-            written[key] = value
-    return _sealed(written)
+    del record["manifest_sha256"]
+    return record
 
 
 def _sealed(record: Mapping[str, object]) -> bytes:

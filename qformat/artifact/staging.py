@@ -41,16 +41,21 @@ class Staging:
         self.entries: list[JsonObject] = []
         self.sealed_before = False
         self._replace = replace
+        self._note: JsonObject = {}
         self._journal_path = work / "journal"
         self._lock: int | None = lock
         self._journal: int | None = None
 
     @classmethod
-    def begin(cls, out: Path, fingerprint: str, *, disk: Disk, replace: bool = False, restart: bool = False) -> Staging:
+    def begin(
+        cls, out: Path, fingerprint: str, *, disk: Disk, replace: bool = False, restart: bool = False,
+        note: JsonObject | None = None,
+    ) -> Staging:  # fmt: skip
         """Start writing `out`, or continue an interrupted run with the same fingerprint.
 
         replace: an artifact (or empty folder) of that name may be there and is exchanged at the seal.
         restart: drop what an interrupted run left instead of continuing it.
+        note: kept in the journal's first entry, where `begun_with` finds it.
         Raises TargetError: `out` exists, its parent does not, another process writes it, or what an interrupted run
         left was begun from something else.
         """
@@ -64,6 +69,7 @@ class Staging:
         disk.make_folder(work)
         staging = cls(out, work, disk, _take_lock(work, disk), replace=replace)
         try:
+            staging._note = note or {}
             staging._continue_or_start(fingerprint, restart=restart)
         except BaseException:
             staging.close()
@@ -136,7 +142,7 @@ class Staging:
         if entries:
             self.entries = entries[1:]
         else:
-            self.record({"fingerprint": fingerprint})
+            self.record({**self._note, "fingerprint": fingerprint})
 
     def _clean_up(self) -> None:
         """Remove the work folder, the journal last: until then a crash is recognised as one after the seal."""
@@ -146,6 +152,13 @@ class Staging:
         self.disk.remove_file(self.work / "lock")
         self.disk.remove_folder(self.work)
         self.disk.sync_folder(self.out.parent)
+
+
+def begun_with(out: Path) -> JsonObject:
+    """Return the journal's first entry if an interrupted run left one: its fingerprint and its note."""
+    work = work_folder(out)
+    entries, _ = _read_journal(work / "journal") if work.is_dir() else ([], 0)
+    return entries[0] if entries else {}
 
 
 def check_target(out: Path, *, replace: bool) -> None:

@@ -71,9 +71,11 @@ def check_structure(path: Path) -> Structure:
             if record.header_xxh3 is not None:
                 descriptors[name] = descriptor
                 headers[name] = header.read(descriptor, path / name, error=ArtifactError)
-        _check_tensors(path, parsed, headers)
-        _check_index(path, headers)
-        _check_config(path, parsed)
+        check_tensors(path, parsed, headers)
+        index = read_small(path, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
+        check_index(index, path / INDEX_NAME, headers)
+        config = read_small(path, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+        check_config(config, path / CONFIG_NAME, parsed)
         located = {
             name: Located(shard, entry) for shard, read in headers.items() for name, entry in read.tensors.items()
         }
@@ -114,7 +116,11 @@ def size_error(path: Path, found: int, expected: int) -> ArtifactError:
     )
 
 
-def _check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) -> None:
+def check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) -> None:
+    """Check that the shards, by name, hold just what a manifest implies, each where it may lie. Raises ArtifactError.
+
+    path: the folder, or whatever messages name as the artifact.
+    """
     expected = expected_tensors(parsed)
     seen: dict[str, str] = {}
     for shard, read in headers.items():
@@ -158,28 +164,29 @@ def _check_entry(path: Path, entry: TensorEntry, expected: NewTensor) -> None:
         )  # fmt: skip
 
 
-def _check_index(path: Path, headers: Mapping[str, Header]) -> None:
-    data = read_small(path, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
-    index = strict_json.loads(data, path=path / INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
+def check_index(data: bytes, path: Path, headers: Mapping[str, Header]) -> None:
+    """Check that the bytes of an index name just the tensors of the shards. Raises ArtifactError."""
+    index = strict_json.loads(data, path=path, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
-        raise ArtifactError(Reason.INDEX_MISMATCH, path / INDEX_NAME, "missing or not an object", field="weight_map")
+        raise ArtifactError(Reason.INDEX_MISMATCH, path, "missing or not an object", field="weight_map")
     found = {name: shard for shard, read in headers.items() for name in read.tensors}
     for name in sorted(weight_map.keys() | found.keys()):
         if name not in found or weight_map.get(name) != found[name]:
             raise ArtifactError(
                 Reason.INDEX_MISMATCH,
-                path / INDEX_NAME,
+                path,
                 f"{weight_map.get(name, 'missing')!r}, but it is in {found.get(name, 'no shard')!r}",
                 tensor=name,
                 field="weight_map",
             )
 
 
-def _check_config(path: Path, parsed: Manifest) -> None:
-    """The fields that make a bitsandbytes reader read the artifact as what it is (spec section 10)."""
-    where = path / CONFIG_NAME
-    data = read_small(path, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+def check_config(data: bytes, where: Path, parsed: Manifest) -> None:
+    """Check the fields that make a bitsandbytes reader read the artifact as what it is. Raises ArtifactError.
+
+    data, where: config.json and its path (spec section 10).
+    """
     config = strict_json.loads(data, path=where, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qformat.artifact import header
 from qformat.artifact.digests import sha256_of_file, xxh3_of_range
-from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, KeptRecord, Manifest
+from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, KeptRecord, Manifest
 from qformat.artifact.regular_files import open_regular
 from qformat.artifact.structure import check_structure, expected_tensors, read_manifest, size_error
 from qformat.errors import ArtifactError, Reason
@@ -182,7 +182,7 @@ def _check_whole(path: Path, descriptor: int, record: FileRecord) -> Finding | N
 
 
 def _extra_files(path: Path, manifest: Manifest) -> Iterable[Finding]:
-    known = {*manifest.files, MANIFEST_NAME}
+    known = {*manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
     for entry in sorted(path.iterdir()):
         # What begins with a dot was put there by git or a client of the Hub, and no reader looks at it.
         if entry.name not in known and not entry.name.startswith("."):

@@ -17,7 +17,7 @@ from qformat.errors import UsageError
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionSummary
-    from qformat.converters.plan import Plan
+    from qformat.converters.plan import AdoptedTask, PackedTask, Plan
     from qformat.quality.calibration_settings import CalibrationSettings
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -30,9 +30,11 @@ Examples:
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*' --block-size 128
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --calibrate text.txt
-  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run"""
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run
+  qformat convert Qwen3-8B-Q6_K.gguf Qwen3-8B-nf4
+  qformat convert meta-llama/Llama-3.2-1B Llama-3.2-1B-nf4 --revision main"""
 )
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("source", metavar="SRC")
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of ordered pattern -> action rules.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Keep what matches in 16 bit. May be repeated.")
@@ -46,6 +48,9 @@ Examples:
 )
 @click.option("--calibration-tokens", type=int, metavar="N", help="Tokens of it to take.  [default: 16384]")
 @click.option("--keep-nonfinite", is_flag=True, help="Keep weights with Inf or NaN in 16 bit. Reads SRC twice.")
+@click.option("--revision", help="Branch, tag or commit of a repository of the Hub.  [default: main]")
+@click.option("--offline", is_flag=True, help="Make no request: read the local cache of the Hub.")
+@click.option("--keep-source", is_flag=True, help="Store the source in the local cache of the Hub and convert that.")
 @click.option("--workers", type=int, help="Threads; any number gives the same bytes.  [default: one a core]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a shard.")
 @click.option("--force", is_flag=True, help="Replace the artifact OUT, in one step once the new one is whole.")
@@ -53,7 +58,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    source: Path,
+    source: str,
     out: Path,
     recipe: Path | None,
     skip: tuple[str, ...],
@@ -62,6 +67,9 @@ def command(
     calibrate: tuple[str, ...],
     calibration_tokens: int | None,
     keep_nonfinite: bool,
+    revision: str | None,
+    offline: bool,
+    keep_source: bool,
     workers: int | None,
     max_shard_size: str,
     force: bool,
@@ -69,7 +77,11 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert the safetensors checkpoint in folder SRC into the 4-bit artifact OUT.
+    """Convert the checkpoint SRC into the 4-bit artifact OUT.
+
+    SRC is a folder of safetensors or PyTorch files in 16 or 32 bit, fp8, MXFP4 or bitsandbytes' NF4, or a GGUF file:
+    `qformat info` lists the kinds. Or it is a repository of the Hub (owner/name) with safetensors in 16 or 32 bit: it
+    is fetched once, in ranges, checked and encoded on the way, and not stored.
 
     transformers + bitsandbytes, PEFT and vLLM load OUT as it is. Memory stays flat whatever the model's size. An
     interrupted conversion is continued by the same command; nothing stands under OUT before it is whole.
@@ -84,6 +96,9 @@ def command(
         max_shard_nbytes=parse_size(max_shard_size),
         keep_nonfinite=keep_nonfinite,
         calibration=_calibration(calibrate, calibration_tokens),
+        revision=revision,
+        offline=offline,
+        keep_source=keep_source,
     )
     if dry_run:
         _show_plan(plan(source, options), out, as_json=as_json)
@@ -201,6 +216,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "nbytes": plan.nbytes,
         "bits_per_weight": plan.bits_per_weight,
         "packed_tensors": len(plan.packed),
+        "adopted_tensors": len(plan.adopted),
         "kept_tensors": len(plan.kept),
         "kept_by_reason": dict(sorted(Counter(task.reason.value for task in plan.kept).items())),
         "vouched": [task.source.name for task in plan.packed if task.vouched],
@@ -211,9 +227,12 @@ def _facts(plan: Plan) -> dict[str, object]:
 
 
 def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
-    packed_source = sum(task.source.nbytes for task in plan.packed)
-    packed = sum(place.nbytes for task in plan.packed for place in task.places.values())
-    rows = [("nf4", str(len(plan.packed)), format_nbytes(packed_source), format_nbytes(packed), "Linear weights")]
+    rows = []
+    for action, tasks, why in (("nf4", plan.packed, "Linear weights"), ("adopt", plan.adopted, "in NF4 already")):
+        if tasks or (action == "nf4" and not plan.adopted):
+            source = sum(task.source.nbytes for task in tasks)
+            packed = sum(place.nbytes for task in tasks for place in task.places.values())
+            rows.append((action, str(len(tasks)), format_nbytes(source), format_nbytes(packed), why))
     for reason, count in sorted(Counter(task.reason for task in plan.kept).items()):
         nbytes = format_nbytes(sum(task.source.nbytes for task in plan.kept if task.reason is reason))
         rows.append(("keep", str(count), nbytes, nbytes, reason.phrase))
@@ -252,7 +271,8 @@ def _show_calibration(plan: Plan) -> None:
 
 def _blocks_across_rows(plan: Plan) -> list[str]:
     """Weights whose rows are no multiple of their block: legal, but see docs/bitsandbytes.md."""
-    return [task.source.name for task in plan.packed if task.layout.shape[-1] % task.layout.block_size]
+    weights: list[PackedTask | AdoptedTask] = [*plan.packed, *plan.adopted]
+    return [task.source.name for task in weights if task.layout.shape[-1] % task.layout.block_size]
 
 
 def _unknown(plan: Plan) -> list[str]:

@@ -29,15 +29,17 @@ def command(backend: str | None, as_json: bool) -> None:
     from qformat.kernels.backends import force_backend
 
     force_backend(backend)
-    versions, devices, operations = _versions(), _devices(), _operations()
+    versions, devices, operations, sources = _versions(), _devices(), _operations(), _sources()
     if as_json:
-        click.echo(strict_json.dumps({"versions": versions, "devices": devices, "operations": operations}, indent=2))
+        facts = {"versions": versions, "devices": devices, "operations": operations, "sources": sources}
+        click.echo(strict_json.dumps(facts, indent=2))
         return
     click.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
     click.echo("\n".join(f"{device['name']}: {device['description']}" for device in devices))
     rows = [["device", "operation", "backend", "why"]]
     rows += [[row["device"], row["operation"], row["backend"], row["why"]] for row in operations]
     click.echo("\n" + format_table(rows))
+    click.echo("\n" + format_table([["source", "what `qformat convert` reads"], *map(list, sources.items())]))
 
 
 def _versions() -> dict[str, str]:
@@ -48,6 +50,12 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _sources() -> dict[str, str]:
+    from qformat.converters.open_source import KINDS
+
+    return {kind.name: kind.description for kind in KINDS}
 
 
 def _devices() -> list[dict[str, str]]:

@@ -85,7 +85,8 @@ def _show_artifact(facts: Mapping[str, Any]) -> None:
     recipe = facts["recipe"]
     click.echo(f"{facts['path']}: qformat artifact, format {facts['format_version']}, by {facts['generator']}")
     source = facts["source"]
-    click.echo(f"source: {source.get('kind')}, {len(source.get('files', {}))} files")
+    where = f", {source['repository']} at commit {source.get('commit')}" if "repository" in source else ""
+    click.echo(f"source: {source.get('kind')}, {len(source.get('files', {}))} files{where}")
     click.echo(f"recipe: {strict_json.dumps(recipe)}")
     if facts["evaluation"] is not None:
         click.echo(f"evaluation: {strict_json.dumps(facts['evaluation'])}")
@@ -202,14 +203,15 @@ def _show_tensor(facts: Mapping[str, Any]) -> None:
 
 
 def _checkpoint_facts(path: Path, tensor: str | None) -> dict[str, Any]:
-    from qformat.converters.safetensors_shards import SafetensorsShards
+    from qformat.converters.open_source import open_source
 
-    source = SafetensorsShards(path)
+    source = open_source(path)
     source.close()
     if tensor is not None and tensor not in source.tensors:
         raise UsageError(_no_such_tensor(tensor, list(source.tensors)))
     return {
         "path": str(path),
+        "kind": source.kind,
         "tensors": [
             {
                 "name": entry.name,
@@ -226,7 +228,7 @@ def _checkpoint_facts(path: Path, tensor: str | None) -> dict[str, Any]:
 
 
 def _show_checkpoint(facts: Mapping[str, Any]) -> None:
-    click.echo(f"{facts['path']}: plain safetensors checkpoint")
+    click.echo(f"{facts['path']}: plain {facts['kind']} checkpoint")
     _show_tensor_table(facts["tensors"])
     total = sum(entry["nbytes"] for entry in facts["tensors"])
     click.echo(f"{len(facts['tensors'])} tensors, {format_nbytes(total)}")

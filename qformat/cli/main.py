@@ -23,6 +23,9 @@ COMMANDS = {
     "export": "Write an artifact as a plain 16- or 32-bit checkpoint.",
     "inspect": "Show what an artifact or a checkpoint holds.",
     "verify": "Prove that an artifact is whole, and how far it is from its source.",
+    "publish": "Publish an artifact on the Hub, with a model card.",
+    "fetch": "Download an artifact from the Hub, every byte checked.",
+    "diff": "Tell what differs between two artifacts.",
     "eval": "Measure on texts how close an artifact is to its 16-bit model.",
     "generate": "Generate text with an artifact.",
     "tune": "Bring an artifact closer to its 16-bit source, with the same codes and size.",
@@ -87,8 +90,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UsageError as wrong:
         click.echo(f"Error: {wrong}", err=True)
         return EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort, Interrupted):
-        click.echo("\nInterrupted. Nothing is lost: the same command continues.", err=True)
+    except (KeyboardInterrupt, click.Abort, Interrupted) as stopped:
+        what_to_do = str(stopped) or "Nothing is lost: the same command continues."
+        click.echo(f"\nInterrupted. {what_to_do}", err=True)
         return EXIT_INTERRUPTED
     except QformatError as failed:
         click.echo(f"Error: {failed}", err=True)

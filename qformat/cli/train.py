@@ -5,15 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import Field, fields
+from dataclasses import Field, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qformat import strict_json
 from qformat.artifact.manifest import JsonObject
 from qformat.cli.display import duration, format_nbytes
+from qformat.errors import Interrupted
 from qformat.training.settings import TrainingSettings, read_toml, size_nbytes, value_type
+
+if TYPE_CHECKING:
+    from qformat.training.run import TrainingResult
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -50,11 +55,12 @@ Examples:
 )
 @click.argument("artifact", metavar="ART")
 @click.option("--data", metavar="FILE", multiple=True,
-              help="JSON lines or Parquet with text, messages, or prompt and completion; a folder of them; owner/name "
-                   "of a dataset of the Hub. May be repeated.")  # fmt: skip
+              help="JSON lines or Parquet with text, messages, or prompt and completion; a folder of them; a dataset "
+                   "of the Hub: owner/name[:configuration][@revision]. May be repeated.")  # fmt: skip
 @click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="Where the adapter goes.")
 @click.option("--eval-data", metavar="FILE", multiple=True, help="Held-out data: its loss is told before and after.")
-@click.option("--split", default="train", show_default=True, help="Of a dataset of the Hub.")
+@click.option("--split", default="train", show_default=True, help="Of --data, where it is a dataset of the Hub.")
+@click.option("--eval-split", default="test", show_default=True, help="Of --eval-data, likewise.")
 @click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
               help="TOML with the settings below; what the command line says wins.")  # fmt: skip
 @click.option("--resume", metavar="CHECKPOINT", is_flag=False, flag_value="latest",
@@ -63,6 +69,7 @@ Examples:
               help="Only tell how much device memory it takes, and the largest batch and sequence that fit. ART may "
                    "then also be a 16-bit folder or a repository of the Hub; no weight is fetched.")  # fmt: skip
 @click.option("--device-memory", metavar="SIZE", help="For --dry-run: of the device, such as 24GiB, if not this one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 @_setting_options
 def command(
     artifact: str,
@@ -70,10 +77,12 @@ def command(
     output: Path | None,
     eval_data: tuple[str, ...],
     split: str,
+    eval_split: str,
     config: Path | None,
     resume: str | None,
     dry_run: bool,
     device_memory: str | None,
+    as_json: bool,
     **given: Any,
 ) -> None:
     """Train a LoRA adapter on the packed weights of artifact ART, on one GPU or (slowly) the CPU."""
@@ -84,31 +93,47 @@ def command(
 
     quiet_transformers()
     if dry_run:
-        _print_plan(artifact, settings, device_memory)
+        _print_plan(artifact, settings, device_memory, as_json=as_json)
         return
     assert output is not None
     from qformat.report.training_page import write_training_page
     from qformat.training.run import TrainingJob, train
 
-    job = TrainingJob(Path(artifact), data, output, eval_data, split)
+    job = TrainingJob(Path(artifact), data, output, eval_data, split, eval_split)
     progress = _Progress()
     try:
         result = train(job, settings, resume=resume, say=progress.say, on_metrics=progress.metrics)
     except KeyboardInterrupt:
-        click.echo("\nStopped. Add --resume to the same command to continue from the last checkpoint.", err=True)
-        raise
+        raise Interrupted("Add --resume to the same command to continue from the last checkpoint.") from None
     page = output / "report.html"
     write_training_page(output.name, result.metrics, result.facts, page)
+    if as_json:
+        click.echo(strict_json.dumps(_as_record(result, page), indent=2))
+        return
     if result.loss_before is not None and result.loss_after is not None:
         click.echo(f"loss on held-out data: {result.loss_before:.4f} before, {result.loss_after:.4f} after")
     click.echo(f"{output}: adapter after {result.steps} steps; {page} shows the curves")
 
 
-def _print_plan(source: str, settings: TrainingSettings, device_memory: str | None) -> None:
+def _as_record(result: TrainingResult, page: Path) -> JsonObject:
+    steps = [line for line in result.metrics if "loss" in line]
+    return {
+        "output": str(result.output),
+        "report": str(page),
+        "steps": result.steps,
+        "loss": steps[-1]["loss"] if steps else None,
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+        **result.facts,
+    }
+
+
+def _print_plan(source: str, settings: TrainingSettings, device_memory: str | None, *, as_json: bool) -> None:
     import torch
 
     from qformat.cli.default_conversion import as_converted
-    from qformat.training.memory_plan import MemoryPlanner, format_plan
+    from qformat.training.memory_plan import MemoryPlanner
+    from qformat.training.memory_plan_table import format_plan
     from qformat.training.memory_plan_tensors import read_model_tensors
 
     size = None
@@ -119,10 +144,12 @@ def _print_plan(source: str, settings: TrainingSettings, device_memory: str | No
     tensors = read_model_tensors(source, conversion=as_converted)
     planner = MemoryPlanner(tensors, settings, trust_remote_code=settings.trust_remote_code)
     plan = planner.plan(device_nbytes=size)
-    if size is None:
-        click.echo(format_plan(plan))
+    largest: dict[str, int] = {}
+    if size is not None:
+        largest = {"largest_batch": planner.largest_batch(size), "largest_sequence": planner.largest_sequence(size)}
+    if as_json:
+        click.echo(strict_json.dumps({**asdict(plan), "peak": plan.peak, "fits": plan.fits, **largest}, indent=2))
         return
-    largest = {"largest_batch": planner.largest_batch(size), "largest_sequence": planner.largest_sequence(size)}
     click.echo(format_plan(plan, **largest))
 
 

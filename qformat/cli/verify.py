@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,8 @@ import click
 
 from qformat import strict_json
 from qformat.cli.display import format_nbytes, format_table, progress_bar
-from qformat.errors import TargetError, UsageError
+from qformat.cli.verify_remote import verify_repository
+from qformat.errors import InvalidFileError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from qformat.artifact.verify import Finding, IntegrityReport
@@ -35,46 +37,71 @@ EXIT_FINDING = 1
     epilog="""\b
 Examples:
   qformat verify SmolLM2-135M-Instruct-nf4
-  qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --report quality.html"""
+  qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --report quality.html
+  qformat verify owner/SmolLM2-135M-Instruct-nf4 --signature --public-key owner.pub"""
 )
-@click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
-@click.option("--source", metavar="SRC", type=click.Path(path_type=Path), help="The checkpoint that ART was made from.")
+@click.argument("location", metavar="ART")
+@click.option("--source", metavar="SRC", help="The checkpoint that ART was made from: a folder, or owner/name.")
 @click.option("--report", metavar="FILE.html", type=click.Path(path_type=Path), help="Write a page that opens offline.")
 @click.option("--sha256", is_flag=True, help="Also take the SHA-256 of every shard, as Hub and `sha256sum` do.")
+@click.option(
+    "--signature", is_flag=True, help="Check the signature, too; it must be there, and --public-key tells whose."
+)
+@click.option("--public-key", metavar="KEY.pub", type=click.Path(path_type=Path), help="The publisher's key (PEM).")
+@click.option("--revision", help="Branch, tag or commit, if ART is a repository of the Hub.  [default: main]")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a core]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def command(
     ctx: click.Context,
-    artifact: Path,
-    source: Path | None,
+    location: str,
+    source: str | None,
     report: Path | None,
     sha256: bool,
+    signature: bool,
+    public_key: Path | None,
+    revision: str | None,
     workers: int | None,
     as_json: bool,
 ) -> None:
     """Prove that the artifact in folder ART is whole: its structure and the digest of every byte.
 
+    ART may be a repository of the Hub (owner/name), if no folder has that name: its manifest, the sizes and SHA-256
+    that the Hub lists, headers and small files are checked, and no weights are fetched.
+
     With --source, also encode every weight again and compare the bytes, compare every kept tensor bit for bit, and
     measure how far what a reader computes with is from SRC. Exits with 1 if anything is wrong.
     """
-    from qformat.converters.safetensors_shards import SafetensorsShards
+    from qformat.converters.open_source import is_repository, open_source
     from qformat.cores import usable_cores
 
+    if signature and public_key is None:
+        raise UsageError("--signature: give the publisher's key with --public-key KEY.pub")
+    if is_repository(location):
+        if source is not None or report is not None or sha256:
+            raise UsageError(f"{location}: --source, --report and --sha256 are for a folder: `qformat fetch` it first")
+        if not verify_repository(location, revision=revision, public_key=public_key, as_json=as_json):
+            ctx.exit(EXIT_FINDING)
+        return
+    if revision is not None:
+        raise UsageError(f"{location}: is no repository of the Hub, and --revision is for those")
+    artifact = Path(location)
     if report is not None:
         _refuse_unwritable(report, artifact, source)
     workers = workers or usable_cores()
     with ExitStack() as stack:
         opened = None
         if source is not None:
-            opened = SafetensorsShards(source)
+            opened = open_source(source, revision=_recorded_commit(artifact, source))
             stack.callback(opened.close)
         started = time.monotonic()
-        integrity = _check(artifact, sha256=sha256, workers=workers)
+        integrity = _check(artifact, sha256=sha256 or public_key is not None, workers=workers)
+        if public_key is not None:
+            integrity = _with_signature(integrity, public_key)
         checked = time.monotonic()
         comparison = _compare(artifact, opened, integrity, workers) if opened is not None else None
         compared = time.monotonic()
-    facts = _facts(integrity, comparison)
+    facts = _facts(integrity, comparison, signature_checked=public_key is not None)
     if report is not None:
         _write(facts, report)
     if as_json:
@@ -86,15 +113,42 @@ def command(
         ctx.exit(EXIT_FINDING)
 
 
-def _refuse_unwritable(report: Path, artifact: Path, source: Path | None) -> None:
+def verification_facts(artifact: Path, source: str, *, workers: int) -> VerificationFacts:
+    """Verify an artifact, compare it with its source, and return what `--json` prints. Raises SourceError."""
+    from qformat.converters.open_source import open_source
+
+    with ExitStack() as stack:
+        opened = open_source(source, revision=_recorded_commit(artifact, source))
+        stack.callback(opened.close)
+        integrity = _check(artifact, sha256=False, workers=workers)
+        comparison = _compare(artifact, opened, integrity, workers)
+        return _facts(integrity, comparison, signature_checked=False)
+
+
+def _recorded_commit(artifact: Path, source: str) -> str | None:
+    """Return the commit of a repository that the artifact was made from, if it was made from that repository."""
+    from qformat.artifact.structure import read_manifest
+    from qformat.converters.open_source import is_repository
+
+    if not is_repository(source):
+        return None
+    try:
+        recorded = read_manifest(artifact).source
+    except InvalidFileError:  # the check of the artifact tells what is wrong with it
+        return None
+    commit = recorded.get("commit")
+    return commit if recorded.get("repository") == source and isinstance(commit, str) else None
+
+
+def _refuse_unwritable(report: Path, artifact: Path, source: str | None) -> None:
     """Refuse what would fail after minutes of work, or spoil what is verified."""
     folder = report.absolute().parent
     if report.is_dir():
         raise UsageError(f"--report {report}: is a folder, expected the name of a file")
     if not folder.is_dir():
         raise UsageError(f"--report {report}: there is no folder {folder}")
-    for checked in (artifact, source):
-        if checked is not None and folder.resolve().is_relative_to(checked.resolve()):
+    for checked in (artifact, *([] if source is None else [Path(source)])):
+        if folder.resolve().is_relative_to(checked.resolve()):
             raise UsageError(
                 f"--report {report}: lies inside {checked}, which must stay as it is. Choose another folder"
             )
@@ -114,12 +168,26 @@ def _check(artifact: Path, *, sha256: bool, workers: int) -> IntegrityReport:
         return verify_integrity(artifact, sha256=sha256, workers=workers, on_progress=update)
 
 
+def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityReport:
+    """Return the report with what is wrong with the signature, if anything is."""
+    from qformat.artifact.verify import finding_of
+    from qformat.errors import ArtifactError
+    from qformat.hub.signature import check_local_signature
+
+    try:
+        check_local_signature(integrity.path, public_key)
+    except ArtifactError as error:
+        return replace(integrity, findings=(*integrity.findings, finding_of(error)))
+    return integrity
+
+
 def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers: int) -> Comparison | None:
     """Compare, unless the artifact is too damaged to be opened: the integrity report has told why."""
     from qformat.converters.compare import compare
     from qformat.errors import ArtifactError
 
     total = sum(tensor.nbytes for tensor in source.tensors.values())
+    total += sum(part.nbytes for weight in source.packed.values() for part in weight.parts.values())
     try:
         with progress_bar(total, "Comparing with the source") as update:
             return compare(
@@ -144,7 +212,7 @@ def _write(facts: VerificationFacts, report: Path) -> None:
         raise TargetError(f"--report {report}: {error.strerror}") from error
 
 
-def _facts(integrity: IntegrityReport, comparison: Comparison | None) -> VerificationFacts:
+def _facts(integrity: IntegrityReport, comparison: Comparison | None, *, signature_checked: bool) -> VerificationFacts:
     findings = [*integrity.findings, *(comparison.findings if comparison is not None else ())]
     return {
         "path": str(integrity.path),
@@ -155,6 +223,7 @@ def _facts(integrity: IntegrityReport, comparison: Comparison | None) -> Verific
             "n_files": integrity.n_files,
             "nbytes": integrity.nbytes,
             "sha256_checked": integrity.sha256_checked,
+            "signature_checked": signature_checked,
         },
         "manifest": _manifest_facts(integrity.path),
         "comparison": _comparison_facts(comparison) if comparison is not None else None,
@@ -268,7 +337,7 @@ def _error_facts(errors: ErrorSums) -> ErrorFacts:
 
 def _show(
     facts: VerificationFacts,
-    source: Path | None,
+    source: str | None,
     report: Path | None,
     *,
     integrity_seconds: float,
@@ -276,6 +345,7 @@ def _show(
 ) -> None:
     integrity, comparison = facts["integrity"], facts["comparison"]
     checks = "structure and digests" + (", SHA-256 of every file" if integrity["sha256_checked"] else "")
+    checks += ", signature" if integrity["signature_checked"] else ""
     rate = format_nbytes(integrity["nbytes"] / max(integrity_seconds, 1e-9))
     click.echo(
         f"{facts['path']}: {integrity['n_files']} files, {format_nbytes(integrity['nbytes'])}, {checks} checked in "

@@ -21,12 +21,16 @@ class FindingFacts(TypedDict):
 
 
 class IntegrityFacts(TypedDict):
-    """The check of structure and digests. nbytes: of every file that the manifest names."""
+    """The check of structure and digests. nbytes: of every file that the manifest names.
+
+    signature_checked: the signature was checked with a public key; what is wrong with it is a finding.
+    """
 
     good: bool
     n_files: int
     nbytes: int
     sha256_checked: bool
+    signature_checked: bool
 
 
 class FileFacts(TypedDict):

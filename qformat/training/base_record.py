@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
-from qformat.artifact.manifest import MANIFEST_NAME
+from qformat.artifact.manifest import KeptRecord, TensorRecord
 from qformat.artifact.structure import CONFIG_NAME, ShardLayout, Structure
 from qformat.errors import AdapterError, ArtifactError
 
@@ -25,13 +25,17 @@ class BaseRecord:
 
     @classmethod
     def of(cls, layout: ShardLayout) -> BaseRecord:
-        """Identify a model: an artifact by the seal of its manifest, a folder without one by hashing its files."""
+        """Identify a model: an artifact by the digests of its tensors, a folder without any by hashing its files.
+
+        The manifest's own digest would do no longer once a model card is published with the artifact.
+        """
         name = layout.path.resolve().name
         if isinstance(layout, Structure):
-            manifest = (layout.path / MANIFEST_NAME).read_bytes()
-            return cls(f"manifest-xxh3:{xxh3(manifest)}", name)
-        digests = [(file, _digest_of(layout.path / file)) for file in sorted([*layout.shard_nbytes, CONFIG_NAME])]
-        return cls(f"files-xxh3:{xxh3(strict_json.dumps(digests).encode())}", name)
+            tensors = [(tensor, _digests_of(record)) for tensor, record in layout.manifest.tensors.items()]
+            digests = [*tensors, (CONFIG_NAME, [_digest_of(layout.path / CONFIG_NAME)])]
+            return cls(f"tensors-xxh3:{xxh3(strict_json.dumps(digests).encode())}", name)
+        files = [(file, _digest_of(layout.path / file)) for file in sorted([*layout.shard_nbytes, CONFIG_NAME])]
+        return cls(f"files-xxh3:{xxh3(strict_json.dumps(files).encode())}", name)
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""
@@ -60,6 +64,10 @@ def read_base_record(adapter: Path) -> BaseRecord | None:
 
 def _damaged(path: Path, problem: str) -> AdapterError:
     return AdapterError(f"{path}: is damaged: {problem}. Remove it to use the adapter without the check")
+
+
+def _digests_of(record: TensorRecord) -> list[str]:
+    return [record.xxh3] if isinstance(record, KeptRecord) else list(record.components.values())
 
 
 def _digest_of(path: Path) -> str:

@@ -10,7 +10,6 @@ pages as `PagedAdamW` does it. Not planned: fragmentation and what CUDA itself t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,11 @@ from qformat.artifact.components import Component
 from qformat.errors import UsageError
 from qformat.model.nf4_linear import NF4Linear
 from qformat.training.eight_bit_update import MIN_BLOCK_STATES_SIZE, EightBitUpdate
+from qformat.training.memory_plan_loss import Loss
+from qformat.training.memory_plan_meter import Segment
+from qformat.training.memory_plan_search import largest
 from qformat.training.memory_plan_tensors import Conversion, ModelTensors, read_model_tensors
-from qformat.training.memory_plan_trace import FakeTraining, Loss, Segment
+from qformat.training.memory_plan_trace import FakeTraining
 from qformat.training.page_device import CUDA_RESERVE_NBYTES
 from qformat.training.page_layout import PageLayout, page_nbytes_near
 from qformat.training.page_store import RING_PAGES
@@ -169,7 +171,7 @@ class MemoryPlanner:
         def room(rows: int) -> int:
             return self._room(self.plan(batch_size=rows, seq_len=seq_len, device_nbytes=device_nbytes))
 
-        return _largest(room, MAX_BATCH_SIZE, start=-(-_LINEAR_FROM // (seq_len or self._settings.seq_len)))
+        return largest(room, MAX_BATCH_SIZE, start=-(-_LINEAR_FROM // (seq_len or self._settings.seq_len)))
 
     def largest_sequence(self, device_nbytes: int, *, batch_size: int | None = None) -> int:
         """Return the longest sequence that fits, a multiple of 64, 0 if none does. Raises UsageError."""
@@ -179,7 +181,7 @@ class MemoryPlanner:
             return self._room(plan)
 
         start = -(-_LINEAR_FROM // ((batch_size or self._settings.batch_size) * SEQ_LEN_STEP))
-        return SEQ_LEN_STEP * _largest(room, MAX_SEQ_LEN // SEQ_LEN_STEP, start=start)
+        return SEQ_LEN_STEP * largest(room, MAX_SEQ_LEN // SEQ_LEN_STEP, start=start)
 
     def _room(self, plan: MemoryPlan) -> int:
         """Return what is left free, where states are paged out as far as they can be; negative if it does not fit."""
@@ -264,68 +266,8 @@ def plan_memory(
     return planner.plan(device_nbytes=device_nbytes)
 
 
-def format_plan(plan: MemoryPlan, *, largest_batch: int | None = None, largest_sequence: int | None = None) -> str:
-    """Return the plan as an aligned table, sizes in GiB as devices count them."""
-    states = plan.states
-    lines: list[tuple[str, str, str]] = [
-        ("weights", _gib(plan.weights), f"4-bit codes {_gib(plan.packed)}, scales {_gib(plan.constants)}, "
-                                        f"16 bit {_gib(plan.kept)}"),
-        ("adapters", _gib(plan.adapters), ""),
-        ("gradients", _gib(plan.gradients), ""),
-        ("optimizer states", _gib(states.on_device), f"of {_gib(states.total)}; {_gib(states.saved)} in host memory"),
-        ("activations", _gib(plan.activations), f"kept for backward, {plan.batch_size} x {plan.seq_len} tokens"),
-        ("loss", _gib(plan.loss), "while it is computed"),
-        ("one layer", _gib(plan.layer), f"while it runs backward; its largest weight decoded {_gib(plan.decoded)}"),
-        ("", "", ""),
-        ("peak", _gib(plan.peak), f"forward {_gib(plan.forward)}, loss {_gib(plan.loss_peak)}, "
-                                  f"backward {_gib(plan.backward)}, step {_gib(plan.step_peak)}"),
-    ]  # fmt: skip
-    if plan.device is not None:
-        verdict = "fits" if plan.fits else "does not fit"
-        lines.append(("device", _gib(plan.device), f"{verdict}, with {_gib(CUDA_RESERVE_NBYTES)} kept free for CUDA"))
-    if largest_batch is not None:
-        lines.append(("largest batch", str(largest_batch), f"at {plan.seq_len} tokens"))
-    if largest_sequence is not None:
-        lines.append(("longest sequence", str(largest_sequence), f"at batch size {plan.batch_size}"))
-    widths = [max(len(line[column]) for line in lines) for column in range(2)]
-    return "\n".join(f"{name:<{widths[0]}}  {size:>{widths[1]}}  {note}".rstrip() for name, size, note in lines)
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
-
-
 def _state_format(param: Tensor, eight_bit: bool) -> FloatStates | BlockStates:
     """As `PagedAdamW` chooses."""
     if not eight_bit:
         return FloatStates(param.dtype)
     return BlockStates() if param.numel() >= MIN_BLOCK_STATES_SIZE else FloatStates(torch.float32)
-
-
-def _largest(room: Callable[[int], int], most: int, *, start: int = 2) -> int:
-    """Return the largest n up to `most` for which room(n), which falls, is not negative: by secants, then bisection."""
-    if (at_low := room(1)) < 0:
-        return 0
-    low, high, at_high, reach = 1, most + 1, 0, start - 2  # at_high: 0 as long as nothing was found that does not fit
-    for turn in range(2 * most.bit_length() + 8):
-        if high - low <= 1:
-            break
-        if at_high == 0:
-            guess = low + max(1, reach)
-        elif turn % 3 == 2:
-            guess = (low + high) // 2
-        else:
-            guess = low + (high - low) * at_low // (at_low - at_high)
-        guess = min(max(guess, low + 1), high - 1)
-        found = room(guess)
-        if found < 0:
-            high, at_high = guess, found
-            continue
-        reach = found * (guess - low) // max(1, at_low - found)
-        low, at_low = guess, found
-        if at_high and low + 1 < high:  # a secant is often right
-            found = room(low + 1)
-            if found < 0:
-                return low
-            low, at_low = low + 1, found
-    return low

@@ -74,7 +74,7 @@ class MetricsCallback(TrainerCallback):
     """Writes each log of the Trainer to the file and tells the listener.
 
     loss, learning_rate, grad_norm: of the steps since the last line. tokens_per_s: of the same. memory_nbytes: the peak
-    so far. paging: `PagingStatistics`.
+    so far. paging: `PagingStatistics`. when: "before" and "after" the training, of an evaluation then.
     """
 
     def __init__(self, file: MetricsFile, listener: Listener, optimizer: torch.optim.Optimizer) -> None:
@@ -83,7 +83,6 @@ class MetricsCallback(TrainerCallback):
         self._optimizer = optimizer
         self._started = self._last = time.monotonic()
         self._last_tokens = 0.0
-        self.when: str | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,8 +114,8 @@ class MetricsCallback(TrainerCallback):
             self._last_tokens = tokens
             if isinstance(self._optimizer, PagedAdamW):
                 line["paging"] = asdict(self._optimizer.paging_statistics())
-        elif self.when is not None:
-            line["when"] = self.when
+        elif state.global_step in {0, state.max_steps}:
+            line["when"] = "after" if state.global_step else "before"
         self._last = now
         line["seconds"] = now - self._started
         line["memory_nbytes"] = peak_nbytes(args.device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -12,55 +12,70 @@ from typing import TYPE_CHECKING, cast
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PrinterCallback
 
 from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
-from qformat.errors import DataError, TargetError, UsageError
+from qformat.errors import DeviceMemoryError, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer, open_shards
-from qformat.model.nf4_linear import NF4Linear
-from qformat.strict_json import Json
 from qformat.training.adapter_card import adapter_card
 from qformat.training.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
 from qformat.training.base_record import BaseRecord
-from qformat.training.checkpoints import LOCK_NAME, PARTIAL_NAME, Checkpoint, CheckpointFolder, disk_problem
+from qformat.training.checkpoints import PARTIAL_NAME, Checkpoint, CheckpointFolder, disk_problem
 from qformat.training.data.collate import PackedCollator, PaddedCollator
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
 from qformat.training.data.tokenised_data import TokenisedData, for_trainer
 from qformat.training.metrics import METRICS_NAME, Listener, MetricsCallback, MetricsFile
 from qformat.training.optimizers import make_optimizer
+from qformat.training.output_layer import decode_output_layer
 from qformat.training.settings import TrainingSettings, page_budget_nbytes
+from qformat.training.starting_checks import check_free, check_same_training
 from qformat.training.trainer import AdapterTrainer, trainer_arguments, write_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """What is trained on what, and where to. data, eval_data: see `qformat.training.data.sources.find_files`."""
+    """What is trained on what, and where to.
+
+    data, eval_data: see `qformat.training.data.sources.find_files`. split, eval_split: of datasets of the Hub.
+    """
 
     artifact: Path
     data: Sequence[str]
     output: Path
     eval_data: Sequence[str] = ()
     split: str = "train"
+    eval_split: str = "test"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What came out. Losses are means over the tokens of the evaluation data, in nats."""
+    """What came out. metrics: the lines of metrics.jsonl. facts: what it was trained on, and how."""
 
     output: Path
     steps: int
-    loss_before: float | None
-    loss_after: float | None
     metrics: list[JsonObject]
     facts: JsonObject
+
+    @property
+    def loss_before(self) -> float | None:
+        """The mean loss over the tokens of the evaluation data before the first step, in nats."""
+        return self._held_out_loss("before")
+
+    @property
+    def loss_after(self) -> float | None:
+        """The same after the last step."""
+        return self._held_out_loss("after")
+
+    def _held_out_loss(self, when: str) -> float | None:
+        losses = [line.get("eval_loss") for line in self.metrics if line.get("when") == when]
+        return losses[-1] if losses and isinstance(losses[-1], float) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +105,7 @@ def train(
     checkpoints = CheckpointFolder(job.output, keep=settings.keep_checkpoints)
     checkpoint = None if resume is None else checkpoints.find(resume)
     if checkpoint is None:
-        _check_output(job.output)
+        check_free(job.output)
     if settings.eval_every is not None and not job.eval_data:
         raise UsageError("eval_every: there is no evaluation data. Name some with --eval-data")
     shards = open_shards(job.artifact)
@@ -102,27 +117,38 @@ def train(
         "data": prepared.train.content_digest,
         "eval_data": None if prepared.evaluation is None else prepared.evaluation.content_digest,
         "settings": settings.binding(),
-        "loss_before": None,
     }
     if checkpoint is not None:
-        _check_same_training(checkpoint, facts, job)
-        facts["loss_before"] = checkpoint.facts.get("loss_before")
+        check_same_training(checkpoint, facts, artifact=job.artifact, data=job.data, eval_data=job.eval_data)
     say("The first example, trained tokens marked:\n" + show_example(prepared.tokenizer, prepared.train[0]))
 
-    model = load_model(
-        job.artifact,
-        device=settings.device,
-        dtype=torch.bfloat16,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    _decode_output_layer(model)
-    adapted = add_adapter(model, settings, base_name=str(job.artifact))
-    Disk().make_folder(job.output)
-    with checkpoints.lock():
-        run = _Run(job, settings, prepared, adapted, checkpoints, facts, base)
-        result = run.train(checkpoint, say, on_metrics)
-        _write_result(adapted, result, base)
+    with _lack_of_memory_in_words():
+        model = load_model(
+            job.artifact,
+            device=settings.device,
+            dtype=torch.bfloat16,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        decode_output_layer(model)
+        adapted = add_adapter(model, settings, base_name=str(job.artifact))
+        Disk().make_folder(job.output)
+        with checkpoints.lock():
+            run = _Run(job, settings, prepared, adapted, checkpoints, facts, base)
+            result = run.train(checkpoint, say, on_metrics)
+            _write_result(adapted, result, base)
     return result
+
+
+@contextmanager
+def _lack_of_memory_in_words() -> Iterator[None]:
+    """Micro-batches say it themselves; here it is about all else: loading, and the step of the optimizer."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            "the device has too little memory to load the model or to update the weights. See with --dry-run what "
+            f"fits; lower --rank or --page-budget, or free memory that other programs hold: {error}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,26 +169,20 @@ class _Run:
             metrics.forget_all()
         else:
             metrics.forget_after(checkpoint.step)
-        trainer, callback = self._make_trainer(metrics, on_metrics)
+        trainer = self._make_trainer(metrics, on_metrics)
         if checkpoint is not None:
             trainer._total_train_tokens = cast(int, checkpoint.facts["tokens"])
             say(f"Continuing after step {checkpoint.step}")
-        elif self.prepared.evaluation is not None:
-            self.facts["loss_before"] = _evaluate(trainer, callback, "before")
         trainer.train_from(None if checkpoint is None else checkpoint.folder)
-        evaluated = self.prepared.evaluation is not None
-        loss_after = _evaluate(trainer, callback, "after") if evaluated else None
         about = {"settings": self.settings.to_json(), "statistics": self.prepared.train.statistics.to_json()}
         return TrainingResult(
             output=self.job.output,
             steps=trainer.state.global_step,
-            loss_before=_as_float(self.facts["loss_before"]),
-            loss_after=loss_after,
             metrics=metrics.read(),
             facts={**self.facts, **about},
         )
 
-    def _make_trainer(self, metrics: MetricsFile, on_metrics: Listener) -> tuple[AdapterTrainer, MetricsCallback]:
+    def _make_trainer(self, metrics: MetricsFile, on_metrics: Listener) -> AdapterTrainer:
         settings, prepared = self.settings, self.prepared
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         budget = page_budget_nbytes(settings.page_budget)
@@ -173,7 +193,6 @@ class _Run:
             weight_decay=settings.weight_decay,
             page_budget="auto" if budget is None else budget,
         )
-        callback = MetricsCallback(metrics, on_metrics, optimizer)
         rows = prepared.train.packed(settings.seq_len) if settings.packing else prepared.train
         tokenizer = prepared.tokenizer
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -185,21 +204,14 @@ class _Run:
             data_collator=PackedCollator() if settings.packing else PaddedCollator(pad_id=pad_id or 0),
             processing_class=tokenizer,
             optimizers=(optimizer, None),
-            callbacks=[callback],
+            callbacks=[MetricsCallback(metrics, on_metrics, optimizer)],
             checkpoints=self.checkpoints,
             facts=self.facts,
             base=self.base,
             lengths=rows.lengths,
         )
         trainer.remove_callback(PrinterCallback)
-        return trainer, callback
-
-
-def _evaluate(trainer: AdapterTrainer, callback: MetricsCallback, when: str) -> float:
-    callback.when = when
-    loss = float(trainer.evaluate()["eval_loss"])
-    callback.when = None
-    return loss
+        return trainer
 
 
 def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], None]) -> _Prepared:
@@ -210,8 +222,8 @@ def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], 
         loss_on=settings.loss_on,
         skip_bad_lines=settings.skip_bad_lines,
     )
-    train_data = prepare_data(_source(job.data), tokenizer, data_settings, split=job.split)
-    evaluation = prepare_data(_source(job.eval_data), tokenizer, data_settings) if job.eval_data else None
+    train_data = prepare_data(job.data, tokenizer, data_settings, split=job.split)
+    evaluation = prepare_data(job.eval_data, tokenizer, data_settings, split=job.eval_split) if job.eval_data else None
     counts = train_data.statistics
     left_out = {**counts.dropped, **counts.bad}
     say(
@@ -220,65 +232,6 @@ def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], 
         + "".join(f", {reason}: {n}" for reason, n in left_out.items())
     )
     return _Prepared(tokenizer, train_data, evaluation)
-
-
-def _source(names: Sequence[str]) -> str | Sequence[str]:
-    return names[0] if len(names) == 1 else names
-
-
-def _check_output(output: Path) -> None:
-    if CheckpointFolder(output, keep=1).steps():
-        raise TargetError(f"{output}: holds a training already. Continue it with --resume, or choose another name")
-    if output.is_dir() and not {entry.name for entry in output.iterdir()} <= {PARTIAL_NAME, METRICS_NAME, LOCK_NAME}:
-        raise TargetError(f"{output}: is not empty. Choose another name")
-    if output.exists() and not output.is_dir():
-        raise TargetError(f"{output}: exists and is no folder. Choose another name")
-    if not output.absolute().parent.is_dir():
-        raise TargetError(f"{output.parent}: there is no such folder. Create it first")
-
-
-def _check_same_training(checkpoint: Checkpoint, facts: JsonObject, job: TrainingJob) -> None:
-    """Raises DataError or UsageError naming what is not as it was when the checkpoint was written."""
-    before = checkpoint.facts
-    for name, source in (("data", job.data), ("eval_data", job.eval_data)):
-        if before[name] != facts[name]:
-            raise DataError(
-                "data_changed",
-                ", ".join(source) or "no file",
-                f"is not the data that {checkpoint.folder.name} was trained with",
-                place=None,
-                next_step="Bring it back as it was, or train anew in another folder",
-            )
-    if before["base"] != facts["base"]:
-        raise UsageError(
-            f"{job.artifact}: {checkpoint.folder.name} was trained on other weights: {_in_words(before['base'])}, "
-            f"and this is {_in_words(facts['base'])}. Use the same artifact, or train anew in another folder"
-        )
-    old, new = before["settings"], facts["settings"]
-    assert isinstance(old, dict)
-    assert isinstance(new, dict)
-    differences = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]
-    if differences:
-        raise UsageError(
-            f"{checkpoint.folder}: cannot be continued with other settings: {'; '.join(differences)}. "
-            "Use the same ones, or train anew in another folder"
-        )
-
-
-def _in_words(base: Json) -> str:
-    assert isinstance(base, Mapping)
-    return f"{base['name']} ({base['digest']})"
-
-
-def _decode_output_layer(model: PreTrainedModel) -> None:
-    """Decode a packed output layer: the loss multiplies by its weight piece by piece, without making all logits."""
-    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if not isinstance(output, NF4Linear):
-        return
-    plain = nn.Linear(output.in_features, output.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(output.dequantize(torch.bfloat16), requires_grad=False)
-    plain.bias = output.bias
-    model.set_output_embeddings(plain)  # type: ignore[no-untyped-call]
 
 
 def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) -> None:
@@ -305,7 +258,3 @@ def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) ->
     finally:
         disk.remove_folder(folder)
     disk.sync_folder(result.output)
-
-
-def _as_float(value: Json) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None

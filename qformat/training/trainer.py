@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from qformat.training.checkpoints import CheckpointFolder
 from qformat.training.data.tokenised_data import IGNORED
 from qformat.training.length_groups import SeededLengthGroups
 from qformat.training.paged_adamw import PagedAdamW
-from qformat.training.paging_retry import run_with_paging_retry
+from qformat.training.paging_retry import Result, run_with_paging_retry
 from qformat.training.settings import TrainingSettings
 
 TRAINER_STATE_NAME = "trainer_state.json"
@@ -62,24 +63,37 @@ class AdapterTrainer(SFTTrainer):
         self._facts = facts
         self._base = base
         self._run_folder: Path | None = None
+        self._evaluated_at: int | None = None
         super().__init__(*arguments, **named)
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train from the start or from a checkpoint to the last step, which a checkpoint may have reached already."""
-        if checkpoint is not None:
-            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if state.global_step >= state.max_steps:  # transformers would take one step more
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = state
-                return
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is None:
+            self.args.eval_on_start = self.eval_dataset is not None
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        # transformers would take one step more.
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        if self.eval_dataset is not None:
+            self.evaluate()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward of a micro-batch, twice if the first runs out of memory; return its loss."""
-        n_tokens = self._total_train_tokens
+        n_tokens, n_metrics = (
+            self._total_train_tokens,
+            {name: len(seen) for name, seen in self._metrics["train"].items()},
+        )
 
         def micro_batch() -> Tensor:
+            # What trl counted in a run that ran out of memory, it counts again in the next.
             self._total_train_tokens = n_tokens
+            for name, seen in self._metrics["train"].items():
+                del seen[n_metrics.get(name, 0) :]
             loss: Tensor = super(AdapterTrainer, self).training_step(  # type: ignore[no-untyped-call]
                 model, dict(inputs), num_items_in_batch
             )
@@ -101,19 +115,19 @@ class AdapterTrainer(SFTTrainer):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 prepared = self._prepare_inputs(inputs)
                 n_tokens += int((prepared["labels"] != IGNORED).sum())
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    total += float(self._summed_loss(model, prepared))
+                total += self._run_micro_batch(partial(self._summed_loss, model, prepared))
         loss = total / n_tokens
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0))}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         model.train(was_training)
+        self._evaluated_at = self.state.global_step
         return metrics
 
-    def _summed_loss(self, model: PeftModel, inputs: dict[str, Any]) -> Tensor:
+    def _summed_loss(self, model: PeftModel, inputs: dict[str, Any]) -> float:
         """Return the loss summed over tokens: divided by one "item"."""
-        loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=1)  # type: ignore[no-untyped-call]
-        return loss
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return float(self.compute_loss(model, dict(inputs), num_items_in_batch=1))  # type: ignore[no-untyped-call]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -121,7 +135,7 @@ class AdapterTrainer(SFTTrainer):
         together = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return SeededLengthGroups(together, self._lengths, self.args.seed)
 
-    def _run_micro_batch(self, micro_batch: Callable[[], Tensor]) -> Tensor:
+    def _run_micro_batch(self, micro_batch: Callable[[], Result]) -> Result:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         if isinstance(optimizer, PagedAdamW):
             return run_with_paging_retry(optimizer, micro_batch)
@@ -156,6 +170,10 @@ class AdapterTrainer(SFTTrainer):
                 super(SFTTrainer, self)._save_checkpoint(model, trial)
             finally:
                 self._run_folder = None
+        is_last = self.state.global_step == self.state.max_steps
+        if is_last and self.eval_dataset is not None and self._evaluated_at != self.state.global_step:
+            # After the last checkpoint, which is then safe, and before trackers are told that this is the end.
+            self.evaluate()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._run_folder) if self._run_folder is not None else str(super()._get_output_dir(trial))

@@ -108,6 +108,7 @@ def test_json_is_one_object_with_everything(artifact: Path, source: Path) -> Non
         "n_files": 8,
         "nbytes": facts["integrity"]["nbytes"],
         "sha256_checked": False,
+        "signature_checked": False,
     }
     assert facts["manifest"]["recipe"]["defaults"] == {"block_size": 64, "double_quant": True}
     comparison = facts["comparison"]

@@ -466,7 +466,7 @@ def test_tensors_of_a_quantized_checkpoint_are_recognised_without_a_config(
     assert "16-bit checkpoint that it was made from" in str(error)
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {"quant_method": "fp8"}, {}, 5, [], "bitsandbytes"])
+@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {"quant_method": "awq"}, {}, 5, [], "bitsandbytes"])
 def test_a_config_of_a_quantized_checkpoint_is_refused(quantization: object, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", config={"quantization_config": quantization})
     error = refusal(source)
@@ -478,8 +478,6 @@ def test_an_artifact_is_not_converted_again(single: Path, tmp_path: Path) -> Non
     convert(single, tmp_path / "artifact")
     error = refusal(tmp_path / "artifact")
     assert error.reason is Reason.ALREADY_QUANTIZED
-    (tmp_path / "artifact" / "qformat.json").unlink()
-    assert refusal(tmp_path / "artifact").reason is Reason.ALREADY_QUANTIZED
 
 
 # config.json
@@ -764,9 +762,6 @@ def test_a_blob_that_is_itself_a_link_or_a_fifo_is_refused(single: Path, tmp_pat
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("pytorch_model.bin", "PyTorch .bin"),
-        ("pytorch_model-00001-of-00002.bin", "PyTorch .bin"),
-        ("model.Q4_K_M.gguf", "GGUF"),
         ("consolidated.00.pt", "PyTorch .pt"),
         ("flax_model.msgpack", "Flax"),
         ("tf_model.h5", "TensorFlow"),

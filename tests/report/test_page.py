@@ -97,7 +97,7 @@ def facts_of(comparison: ComparisonFacts | None, *, path: str = "/models/Small-n
         "path": path,
         "good": True,
         "findings": [],
-        "integrity": {"good": True, "n_files": 3, "nbytes": 12345, "sha256_checked": True},
+        "integrity": {"good": True, "n_files": 3, "nbytes": 12345, "sha256_checked": True, "signature_checked": False},
         "manifest": {
             "format_version": "1.0",
             "generator": "qformat 0.1.0",

@@ -33,9 +33,13 @@ from qformat.codec.floats import FloatFormat
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.load import load_model
 from qformat.model.nf4_linear import NF4Linear
-from qformat.training.memory_plan import MemoryPlan, MemoryPlanner, StatesPlan, _largest, format_plan, plan_memory
+from qformat.training.memory_plan import MemoryPlan, MemoryPlanner, StatesPlan, plan_memory
+from qformat.training.memory_plan_loss import Loss
+from qformat.training.memory_plan_meter import Segment
+from qformat.training.memory_plan_search import largest
+from qformat.training.memory_plan_table import format_plan
 from qformat.training.memory_plan_tensors import ModelTensors, read_model_tensors
-from qformat.training.memory_plan_trace import FakeTraining, Loss, Segment
+from qformat.training.memory_plan_trace import FakeTraining
 from qformat.training.optimizers import make_optimizer
 from qformat.training.page_device import CUDA_RESERVE_NBYTES
 from qformat.training.settings import TrainingSettings, page_budget_nbytes
@@ -394,7 +398,7 @@ def test_the_search_finds_where_the_room_ends(most: int, limit: int, power: floa
         asked.append(n)
         return int(1000 * ((limit + 0.5) ** power - n**power))
 
-    assert _largest(room, most, start=start) == min(limit, most)
+    assert largest(room, most, start=start) == min(limit, most)
     assert len(asked) < 30
 
 

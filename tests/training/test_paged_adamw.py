@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qformat.errors import DeviceMemoryError, UsageError
+from qformat.errors import UsageError
 from qformat.training.page_layout import PAGE_GRAIN_NBYTES
 from qformat.training.paged_adamw import PagedAdamW
-from qformat.training.paging_retry import run_with_paging_retry
 from tests.training.artificial_device import ArtificialDevice
 
 SHAPES = [(1,), (7,), (64, 33), (129, 65), (5, 7, 11), (4096,), (3, 4001), (16, 16), (9001,)]
@@ -322,43 +321,3 @@ def test_states_of_another_kind_or_shape_are_refused_before_anything_changes() -
 def test_it_cannot_be_pickled() -> None:
     with pytest.raises(UsageError, match="state_dict"):
         copy.deepcopy(PagedAdamW([nn.Parameter(torch.zeros(3))]))
-
-
-def _micro_batch(model: nn.Module, x: Tensor, failures: list[bool]) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        loss = model(x).square().mean()
-        loss.backward()
-        if failures and failures.pop():
-            raise torch.OutOfMemoryError("says the test")
-        return loss.detach()
-
-    return run
-
-
-@pytest.mark.parametrize("accumulated", [False, True])
-def test_a_micro_batch_that_ran_out_of_memory_gives_the_gradients_it_would_have_given(accumulated: bool) -> None:
-    gradients = []
-    for failures in ([], [True]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 4))
-        device = ArtificialDevice()
-        optimizer = PagedAdamW(model.parameters(), page_nbytes=PAGE, device=device)
-        _micro_batch(model, torch.ones(4, 8), [])()
-        optimizer.step()
-        if not accumulated:
-            optimizer.zero_grad()
-        was_there = dict(model.named_parameters())["0.weight"].grad
-        run_with_paging_retry(optimizer, _micro_batch(model, torch.randn(4, 8), failures))
-        gradients.append([as_bytes(p.grad) for p in model.parameters() if p.grad is not None])
-        if accumulated:
-            assert dict(model.named_parameters())["0.weight"].grad is was_there
-        assert device.n_caches_emptied == (optimizer.paging_statistics().resident == 0)
-    assert gradients[0] == gradients[1]
-
-
-def test_running_out_of_memory_twice_is_an_error_that_says_what_to_lower() -> None:
-    model = nn.Linear(8, 4)
-    optimizer = PagedAdamW(model.parameters(), page_nbytes=PAGE)
-    with pytest.raises(DeviceMemoryError, match="Lower the batch size or the sequence length"):
-        run_with_paging_retry(optimizer, _micro_batch(model, torch.ones(2, 8), [True, True]))
-    assert all(param.grad is None for param in model.parameters())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from qformat.errors import AdapterError, DataError, DeviceMemoryError, DivergenceError, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer
+from qformat.training.page_device import PlainPages
 from qformat.training.run import TrainingResult
 from qformat.training.trainer import AdapterTrainer
 from tests.training import runs
@@ -94,7 +95,7 @@ def test_an_evaluation_between_steps_changes_nothing(
     artifact: Path, examples: Path, held_out: Path, tmp_path: Path, undisturbed: TrainingResult
 ) -> None:
     result = runs.run(artifact, examples, tmp_path / "out", eval_data=held_out, eval_every=1)
-    assert sum("eval_loss" in line for line in result.metrics) == 8
+    assert sum("eval_loss" in line for line in result.metrics) == 7
     assert runs.adapter_bytes(result.output) == runs.adapter_bytes(undisturbed.output)
 
 
@@ -113,6 +114,37 @@ def test_an_evaluation_weighs_every_token_alike(artifact: Path, examples: Path, 
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     assert losses[0] == pytest.approx(losses[2], rel=2e-3)
+
+
+def test_a_tracker_of_transformers_gets_the_curves_and_both_evaluations(
+    artifact: Path, examples: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = runs.run(artifact, examples, tmp_path / "out", eval_data=held_out, report_to=("tensorboard",))
+    tracked = tensorboard_scalars(tmp_path / "out" / "runs")
+    steps = [line for line in result.metrics if "loss" in line]
+    assert tracked["train/loss"] == [(line["step"], pytest.approx(line["loss"])) for line in steps]
+    assert tracked["train/learning_rate"] == [(line["step"], pytest.approx(line["learning_rate"])) for line in steps]
+    assert tracked["eval/loss"] == [(0, pytest.approx(result.loss_before)), (6, pytest.approx(result.loss_after))]
+    assert not list((tmp_path / "here").iterdir())  # TensorBoard's own idea of where to write
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read event files: records of length (u64), its checksum (u32), an Event, and a checksum (u32)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.rglob("events.*")):
+        data, position = path.read_bytes(), 0
+        while position < len(data):
+            nbytes = int.from_bytes(data[position : position + 8], "little")
+            event = Event.FromString(data[position + 12 : position + 12 + nbytes])
+            position += 12 + nbytes + 4
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
 
 
 RESUMED: list[dict[str, Any]] = [
@@ -225,7 +257,36 @@ def test_running_out_of_memory_once_changes_nothing(
     _fail_micro_batches(monkeypatch, {3, 8})
     result = runs.run(artifact, examples, tmp_path / "out")
     assert runs.adapter_bytes(result.output) == runs.adapter_bytes(undisturbed.output)
-    assert [line["tokens"] for line in result.metrics] == [line["tokens"] for line in undisturbed.metrics]
+    for name in ("loss", "grad_norm", "tokens", "mean_token_accuracy"):
+        assert [line[name] for line in result.metrics] == [line[name] for line in undisturbed.metrics]
+
+
+def test_running_out_of_memory_in_an_evaluation_changes_nothing(
+    artifact: Path,
+    examples: Path,
+    held_out: Path,
+    tmp_path: Path,
+    undisturbed: TrainingResult,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _fail_micro_batches(monkeypatch, {2, 8})  # the first ones evaluate, and so do those after two steps
+    result = runs.run(artifact, examples, tmp_path / "out", eval_data=held_out, eval_every=2)
+    assert runs.adapter_bytes(result.output) == runs.adapter_bytes(undisturbed.output)
+
+
+def test_running_out_of_memory_elsewhere_is_told_in_words(
+    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Any:
+        raise torch.OutOfMemoryError("no memory left, says the test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qformat.training.run.load_model", lambda *_, **__: fails())
+        with pytest.raises(DeviceMemoryError, match="too little memory to load the model"):
+            runs.run(artifact, examples, tmp_path / "out")
+    monkeypatch.setattr(PlainPages, "allocate", fails)
+    with pytest.raises(DeviceMemoryError, match=r"to update the weights.*--dry-run"):
+        runs.run(artifact, examples, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("optim", "advice"), [("paged_adamw_32bit", "Lower the batch size"), ("adamw", "paged")])

@@ -97,12 +97,11 @@ def prepare_data(
     *,
     cache: Path | None = None,
     split: str = "train",
-    revision: str | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> TokenisedData:
     """Return the tokenised examples of a source, out of the cache or into it.
 
-    source, split, revision: see `find_files`. cache: its folder, by default `default_folder()`.
+    source, split: see `find_files`. cache: its folder, by default `default_folder()`.
     on_rows: called with the number of rows read so far, while the cache is built.
 
     A cache that is there is checked byte by byte, at several GB/s, and built again where it is damaged.
@@ -112,7 +111,7 @@ def prepare_data(
     meanwhile; UsageError for a source that is not there or a tokenizer that cannot do it; TargetError for a cache
     folder that cannot be written.
     """
-    files = find_files(source, split=split, revision=revision)
+    files = find_files(source, split=split)
     states = [read_state(file) for file in files]
     backend = own_tokenizer(tokenizer)
     content_digest = _content_digest(files, states)

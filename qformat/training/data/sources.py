@@ -33,7 +33,9 @@ _KINDS = {
 # `.json` inside of a folder is as often its description (dataset_info.json) as it is data.
 _IN_FOLDERS = (".jsonl", ".ndjson", ".parquet")
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<configuration>[\w.-]+))?(@(?P<revision>\S+))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +55,24 @@ class FileState:
     modified_ns: int
 
 
-def find_files(source: Source, *, split: str = "train", revision: str | None = None) -> list[DataFile]:
+def find_files(source: Source, *, split: str = "train") -> list[DataFile]:
     """Return the files of a source, in the order in which they are read.
 
-    source: a file, a folder (its .jsonl, .ndjson and .parquet files at any depth, sorted by path), several of these, or
-        the name `owner/dataset` of a dataset of the Hub, which `datasets` fetches as a local copy.
-    split, revision: of a dataset of the Hub.
+    source: a file; a folder (its .jsonl, .ndjson and .parquet files at any depth, sorted by path); a dataset of the Hub
+        as `owner/name`, `owner/name:configuration` or with `@revision` at its end, of which `datasets` keeps a local
+        copy; or several of these.
+    split: of datasets of the Hub.
     Raises UsageError: nothing is there, or it is of no kind that can be read.
     """
-    if isinstance(source, (str, Path)):
-        if isinstance(source, str) and not os.path.lexists(source) and _is_hub_name(source):
-            return hub_files(source, split=split, revision=revision)
-        return _local_files(Path(source))
-    files = [file for part in source for file in _local_files(Path(part))]
-    if not files:
+    parts = [source] if isinstance(source, (str, Path)) else list(source)
+    if not parts:
         raise UsageError("no data file was given. Name at least one file or folder")
-    return files
+    return [file for part in parts for file in _files_of(part, split)]
 
 
-def hub_files(name: str, *, split: str, revision: str | None = None, cache: Path | None = None) -> list[DataFile]:
+def hub_files(
+    name: str, *, split: str, configuration: str | None = None, revision: str | None = None
+) -> list[DataFile]:
     """Fetch one split of a dataset with `datasets` and return the Arrow files that it keeps in its cache.
 
     name: `owner/dataset`, or a local folder in the same layout. Raises UsageError where `datasets` cannot get it.
@@ -81,14 +82,12 @@ def hub_files(name: str, *, split: str, revision: str | None = None, cache: Path
     if "[" in split:  # the files hold the whole split
         raise UsageError(f"{name}: split={split!r} is a part of a split. Name a whole one, or write the part to a file")
     try:
-        rows = datasets.load_dataset(
-            name, split=split, revision=revision, cache_dir=None if cache is None else str(cache)
-        )
+        rows = datasets.load_dataset(name, configuration, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
-        first = str(problem).partition("\n")[0]
+        first = " ".join(str(problem).split())
         raise UsageError(
             f"{name}: no such path here, and `datasets` cannot load its split {split!r}: {first}. "
-            "Check the name, the split and the connection"
+            "Check the name (owner/name:configuration@revision), the split and the connection"
         ) from problem
     return [DataFile(Path(entry["filename"]), FileKind.ARROW_STREAM) for entry in rows.cache_files]
 
@@ -126,8 +125,12 @@ def _changed(file: DataFile) -> DataError:
     )
 
 
-def _is_hub_name(source: str) -> bool:
-    return _HUB_NAME.fullmatch(source) is not None and Path(source).suffix not in _KINDS
+def _files_of(source: Path | str, split: str) -> list[DataFile]:
+    if isinstance(source, str) and not os.path.lexists(source) and Path(source).suffix not in _KINDS:
+        match = _HUB_NAME.fullmatch(source)
+        if match is not None:
+            return hub_files(split=split, **match.groupdict())
+    return _local_files(Path(source))
 
 
 def _local_files(path: Path) -> list[DataFile]:

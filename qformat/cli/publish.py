@@ -1,0 +1,213 @@
+"""`qformat publish`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from qformat import strict_json
+from qformat.cli.display import format_nbytes, format_table, progress_bar
+from qformat.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from qformat.hub.error_figures import ErrorFigures
+    from qformat.hub.publish import Published
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --dry-run
+  qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 --license apache-2.0 \\
+      --base-model HuggingFaceTB/SmolLM2-135M-Instruct --sign-key key.pem"""
+)
+@click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option(
+    "--source",
+    metavar="SRC",
+    help="Compare with this checkpoint, a folder or owner/name; its figures and its card's licence go into the card.",
+)
+@click.option(
+    "--figures",
+    metavar="FILE.json",
+    type=click.Path(path_type=Path),
+    help="What `qformat verify --source --json` printed, instead of comparing again.",
+)
+@click.option(
+    "--base-model", metavar="OWNER/NAME", help="The model that ART was made from, where the manifest does not tell."
+)
+@click.option(
+    "--license", "license_id", metavar="ID", help="Its licence, as the Hub spells it, such as apache-2.0 or other."
+)
+@click.option("--license-name", help="The name of a licence that is 'other'.")
+@click.option("--license-link", help="Where the text of a licence that is 'other' can be read.")
+@click.option("--confirm-license", is_flag=True, help="Publish although the licence is missing or forbids derivatives.")
+@click.option(
+    "--card", metavar="FILE", type=click.Path(path_type=Path), help="Publish this README.md instead of writing one."
+)
+@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--revision", metavar="BRANCH", help="Publish to this branch, made if it is not there.  [default: main]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
+@click.option(
+    "--sign-key",
+    metavar="KEY.pem",
+    type=click.Path(path_type=Path),
+    help="Sign with this elliptic-curve key (OpenSSF model-signing).",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be sent, and the card; send nothing.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a core]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(
+    artifact: Path,
+    repository: str,
+    source: str | None,
+    figures: Path | None,
+    base_model: str | None,
+    license_id: str | None,
+    license_name: str | None,
+    license_link: str | None,
+    confirm_license: bool,
+    card: Path | None,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    sign_key: Path | None,
+    dry_run: bool,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Publish the artifact in folder ART as a repository of the Hub, with a model card.
+
+    Every byte is verified first, and a damaged artifact is refused. What the repository has already is not sent again;
+    publishing the same twice changes nothing. The token is the ordinary one (HF_TOKEN or `hf auth login`).
+    """
+    from qformat.converters.open_source import is_repository
+    from qformat.hub.licenses import License
+    from qformat.hub.names import check_repository_name
+    from qformat.hub.publish import CardOptions, publish
+
+    check_repository_name(repository)
+    if license_id is None and (license_name or license_link):
+        raise UsageError("--license-name and --license-link say more about a --license: give that, too")
+    if card is not None and (source or figures or base_model or license_id):
+        raise UsageError("--card is published as it is: leave out --source, --figures, --base-model and --license")
+    if source is not None and figures is not None:
+        raise UsageError("--source compares now, --figures takes what was found before: give one of them")
+    options = CardOptions(
+        card=card,
+        base_model=base_model or (source if source is not None and is_repository(source) else None),
+        source=Path(source) if source is not None and Path(source).is_dir() else None,
+        license=None if license_id is None else License(license_id, license_name, license_link),
+        figures=_figures(artifact, source, figures, workers),
+    )
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
+    with progress_bar(_shards_nbytes(artifact), "Checking digests") as update:
+        published = publish(
+            artifact,
+            repository,
+            options,
+            revision=revision,
+            private=private,
+            create_pr=create_pr,
+            sign_key=sign_key,
+            confirm_license=confirm_license,
+            dry_run=dry_run,
+            workers=workers,
+            on_progress=update,
+        )
+    if as_json:
+        click.echo(strict_json.dumps(_facts(published), indent=2))
+    else:
+        _show(published)
+
+
+def _figures(artifact: Path, source: str | None, figures: Path | None, workers: int | None) -> ErrorFigures | None:
+    """Compare with the source, or read what a comparison has found."""
+    from qformat.artifact.structure import read_manifest
+    from qformat.hub.error_figures import ErrorFigures, read_error_figures
+
+    if figures is not None:
+        return read_error_figures(figures, read_manifest(artifact))
+    if source is None:
+        return None
+    from qformat.cli.verify import verification_facts
+    from qformat.cores import usable_cores
+
+    facts = verification_facts(artifact, source, workers=workers or usable_cores())
+    if not facts["good"]:
+        found = "\n".join(finding["message"] for finding in facts["findings"][:3])
+        raise VerificationError(f"{artifact}: is not what {source} gives, and is not published:\n{found}")
+    return ErrorFigures.parse(cast(strict_json.Json, facts), read_manifest(artifact), source)
+
+
+def _shards_nbytes(artifact: Path) -> int:
+    from qformat.artifact.structure import read_manifest
+    from qformat.errors import ArtifactError
+
+    try:
+        files = read_manifest(artifact).files
+    except ArtifactError:
+        return 0  # publish tells why
+    return sum(record.nbytes for record in files.values() if record.header_xxh3 is not None)
+
+
+def _facts(published: Published) -> dict[str, object]:
+    return {
+        "repository": published.repository,
+        "revision": published.revision,
+        "commit": published.commit,
+        "pull_request": published.pull_request,
+        "already_there": published.already_there,
+        "nbytes": published.publication.nbytes,
+        "nbytes_to_send": published.nbytes_to_send,
+        "new": list(published.new),
+        "changed": list(published.changed),
+        "unchanged": list(published.unchanged),
+        "removed": list(published.removed),
+        "others": list(published.others),
+        "license_concern": published.concern,
+        "notes": list(published.notes),
+        "card": published.card,
+    }
+
+
+def _show(published: Published) -> None:
+    for note in published.notes:
+        click.echo(f"Note: {note}", err=True)
+    if published.concern is not None:
+        click.echo(f"Warning: {published.concern}", err=True)
+    where = published.repository + ("" if published.revision == "main" else f" ({published.revision})")
+    if published.commit is None:
+        _show_plan(published)
+        click.echo(f"{where}: {format_nbytes(published.nbytes_to_send)} would be sent")
+        return
+    if published.others:
+        click.echo(f"Note: {where} also holds {', '.join(published.others[:5])}: no part of the artifact", err=True)
+    if published.already_there:
+        click.echo(f"{where}: holds these very bytes already; nothing was sent")
+    else:
+        sent = len(published.new) + len(published.changed)
+        click.echo(f"{where}: {sent} files, {format_nbytes(published.nbytes_to_send)} sent")
+    click.echo(f"commit {published.commit}" + (f", {published.pull_request}" if published.pull_request else ""))
+
+
+def _show_plan(published: Published) -> None:
+    files = published.publication.files
+    rows: list[tuple[str, ...]] = [("action", "file", "bytes")]
+    for action, names in (
+        ("add", published.new),
+        ("replace", published.changed),
+        ("leave", published.unchanged),
+    ):
+        rows += [(action, name, f"{files[name].nbytes:,}") for name in names]
+    rows += [("remove", name, "") for name in published.removed]
+    click.echo(format_table(rows, right=(2,)))
+    click.echo()
+    click.echo(published.card)

@@ -1,0 +1,65 @@
+"""`qformat verify OWNER/NAME`: how the check of an artifact on the Hub is shown."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat import strict_json
+from qformat.cli.display import format_nbytes
+
+if TYPE_CHECKING:
+    from qformat.hub.remote_verify import RemoteReport
+
+
+def verify_repository(repository: str, *, revision: str | None, public_key: Path | None, as_json: bool) -> bool:
+    """Check an artifact on the Hub, print what was found, and return whether it is good."""
+    from qformat.hub.remote_verify import verify_remote
+
+    started = time.monotonic()
+    report = verify_remote(repository, revision=revision, public_key=public_key)
+    seconds = time.monotonic() - started
+    if as_json:
+        click.echo(strict_json.dumps({**_facts(report), "seconds": round(seconds, 3)}, indent=2))
+    else:
+        _show(report, seconds)
+    return report.good
+
+
+def _facts(report: RemoteReport) -> dict[str, object]:
+    return {
+        "repository": report.repository,
+        "commit": report.commit,
+        "good": report.good,
+        "findings": [
+            {"reason": one.reason.value, "file": one.file, "tensor": one.tensor, "message": one.message}
+            for one in report.findings
+        ],
+        "n_files": report.n_files,
+        "nbytes": report.nbytes,
+        "nbytes_read": report.nbytes_read,
+        "signed": report.signed,
+        "signature_checked": report.signature_checked,
+        "others": list(report.others),
+    }
+
+
+def _show(report: RemoteReport, seconds: float) -> None:
+    click.echo(
+        f"{report.repository}@{report.commit[:12]}: {report.n_files} files, {format_nbytes(report.nbytes)}; manifest, "
+        f"sizes, listed SHA-256, headers and small files checked in {seconds:.1f} s, "
+        f"{format_nbytes(report.nbytes_read)} fetched"
+    )
+    if report.others:
+        click.echo(f"not in the manifest: {', '.join(report.others[:5])}")
+    if report.signature_checked:
+        click.echo("signature: made with this key, of these files")
+    elif report.signed:
+        click.echo("signature: there, not checked; give the publisher's key with --public-key")
+    for finding in report.findings:
+        click.echo(f"{finding.reason}: {finding.message}")
+    n_findings = len(report.findings)
+    click.echo("good" if report.good else f"NOT GOOD: {n_findings} finding{'s' if n_findings != 1 else ''}")

@@ -1,0 +1,181 @@
+"""Verify an artifact on the Hub without fetching its weights.
+
+    manifest    fetched, its own digest checked
+    every file  is there, with the manifest's size; and its SHA-256, as the Hub lists it for large files
+    small files fetched and hashed
+    headers     fetched by range, hashed, and checked against manifest and index
+    signature   fetched and checked, if a public key is given
+
+What stays to be believed is that the Hub stores the bytes whose SHA-256 it lists: `fetch` proves that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qformat.artifact import header
+from qformat.artifact.digests import xxh3
+from qformat.artifact.header import Header
+from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord
+from qformat.artifact.structure import CONFIG_NAME, INDEX_NAME, check_config, check_index, check_tensors
+from qformat.artifact.verify import Finding, finding_of
+from qformat.cores import run_tasks
+from qformat.errors import ArtifactError, Reason
+from qformat.hub.listing import PublishedArtifact, listing_findings, read_published
+from qformat.hub.remote import open_repository
+from qformat.hub.signature import check_published_signature
+from qformat.hub.stream import CONNECTIONS
+from qformat.hub.transport import Patience
+
+MAX_SMALL_NBYTES = 64 * 2**20
+"""A file outside of the shards that is fetched to be hashed; a larger one is in large-file storage, whose SHA-256 is
+listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteReport:
+    """The result of `verify_remote`: good if nothing was found.
+
+    nbytes: of the artifact. nbytes_read: of what was fetched. signed: a signature lies beside the manifest.
+    signature_checked: a public key was given and the signature is this key's.
+    """
+
+    repository: str
+    commit: str
+    findings: tuple[Finding, ...]
+    n_files: int = 0
+    nbytes: int = 0
+    nbytes_read: int = 0
+    signed: bool = False
+    signature_checked: bool = False
+    others: tuple[str, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+
+def verify_remote(
+    repository: str,
+    *,
+    revision: str | None = None,
+    public_key: Path | None = None,
+    token: str | bool | None = None,
+    patience: Patience | None = None,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> RemoteReport:
+    """Check the artifact in a repository of the Hub without fetching its weights; every problem is a finding.
+
+    public_key: of the publisher (PEM): the signature must be there and be made with it. on_progress: bytes read.
+    Raises: HubError where the repository cannot be read; UsageError for a public key that is none.
+    """
+    opened = open_repository(repository, revision=revision, token=token, patience=patience, error=ArtifactError)
+    try:
+        published = read_published(opened)
+    except ArtifactError as error:
+        return RemoteReport(repository, opened.commit, (finding_of(error),))
+    check = _Check(published, on_progress)
+    findings = [*listing_findings(published)]
+    spoken_of = {finding.file for finding in findings}
+    findings += check.files(spoken_of)
+    if not findings:
+        findings += check.structure()
+    if public_key is not None:
+        findings += check.signature(public_key)
+    taken = {*published.manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
+    return RemoteReport(
+        repository=repository,
+        commit=opened.commit,
+        findings=tuple(findings),
+        n_files=len(published.manifest.files) + 1,
+        nbytes=sum(record.nbytes for record in published.manifest.files.values()) + len(published.manifest_bytes),
+        nbytes_read=check.nbytes_read + len(published.manifest_bytes),
+        signed=published.signed,
+        signature_checked=public_key is not None and all(one.file != SIGNATURE_NAME for one in findings),
+        others=tuple(name for name in opened.files if name not in taken and not name.startswith(".")),
+    )
+
+
+@dataclass(slots=True)
+class _Check:
+    published: PublishedArtifact
+    on_progress: Callable[[int], None]
+    nbytes_read: int = 0
+    headers: dict[str, Header] = field(default_factory=dict)
+    small: dict[str, bytes] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def files(self, without: set[str]) -> list[Finding]:
+        """Fetch and check headers and small files, several at a time, but for those that are known to be wrong."""
+        tasks = {name: (name, record) for name, record in self.published.manifest.files.items() if name not in without}
+        found = run_tasks(
+            tasks, self._file, workers=CONNECTIONS, stopping=threading.Event(), thread_name="qformat-verify"
+        )
+        return [finding for finding in found.values() if finding is not None]
+
+    def structure(self) -> list[Finding]:
+        """Check that headers, index and config are what the manifest implies."""
+        where, manifest = self.published.where, self.published.manifest
+        try:
+            check_tensors(where, manifest, self.headers)
+            for name in (INDEX_NAME, CONFIG_NAME):
+                if name not in self.small:
+                    raise ArtifactError(Reason.MISSING_FILE, where / name, "the manifest does not list it")
+            check_index(self.small[INDEX_NAME], where / INDEX_NAME, self.headers)
+            check_config(self.small[CONFIG_NAME], where / CONFIG_NAME, manifest)
+        except ArtifactError as error:
+            return [finding_of(error)]
+        return []
+
+    def signature(self, public_key: Path) -> list[Finding]:
+        """Check the signature with the publisher's key."""
+        try:
+            check_published_signature(self.published, public_key)
+        except ArtifactError as error:
+            return [finding_of(error)]
+        return []
+
+    def _file(self, item: tuple[str, FileRecord]) -> Finding | None:
+        name, record = item
+        try:
+            if record.header_xxh3 is not None:
+                self._header(name, record.header_xxh3)
+            elif self.published.repository.files[name].sha256 is None or name in {INDEX_NAME, CONFIG_NAME}:
+                self._small(name, record)
+        except ArtifactError as error:
+            return finding_of(error)
+        return None
+
+    def _header(self, name: str, expected: str) -> None:
+        path, nbytes = self.published.where / name, self.published.repository.files[name].nbytes
+
+        def read_into(offset: int, out: memoryview) -> None:
+            self.published.repository.read_range(name, offset, out, on_bytes=self._arrived)
+
+        text = header.read_text(read_into, file_nbytes=nbytes, path=path, error=ArtifactError)
+        found = xxh3(header.framed(text))
+        if found != expected:
+            raise ArtifactError(
+                Reason.FILE_DIGEST, path, f"the header was changed: XXH3-128 {found}, expected {expected}"
+            )
+        self.headers[name] = header.parse(text, file_nbytes=nbytes, path=path, error=ArtifactError)
+
+    def _small(self, name: str, record: FileRecord) -> None:
+        data = self.published.repository.read_small(name, max_nbytes=MAX_SMALL_NBYTES)
+        self._arrived(len(data))
+        found = hashlib.sha256(data).hexdigest()
+        if found != record.sha256:
+            path = self.published.where / name
+            raise ArtifactError(Reason.FILE_DIGEST, path, f"is another file: SHA-256 {found}, expected {record.sha256}")
+        if name in {INDEX_NAME, CONFIG_NAME}:
+            self.small[name] = data
+
+    def _arrived(self, nbytes: int) -> None:
+        with self._lock:
+            self.nbytes_read += nbytes
+        self.on_progress(nbytes)

@@ -1,0 +1,414 @@
+"""fetch: the bytes that were published, or a clear error and nothing under OUT; whatever connection and disk do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact import manifest as manifests
+from qformat.artifact.verify import verify_integrity
+from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
+from qformat.hub import fetch as fetching
+from qformat.hub.fetch import FetchSummary, fetch
+from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
+from tests.hub.conftest import PATIENT, TOKEN
+from tests.hub_stand_in import Hub, environment
+from tests.small_models import contents, names_beside
+from tests.spec import corpus, edits
+
+NAME = "owner/small-nf4"
+SHARD = "model-00001-of-00002.safetensors"
+BODY = "GET cdn/"
+"""Requests that bring bytes of shards."""
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "PIECE_NBYTES", 4096)
+
+
+@pytest.fixture
+def published(hub: Hub, artifact: Path) -> dict[str, bytes]:
+    """What is in the repository, without what the Hub adds."""
+    hub.add_folder(NAME, artifact)
+    return contents(artifact)
+
+
+def do_fetch(out: Path, **options: object) -> FetchSummary:
+    return fetch(NAME, out, patience=PATIENT, **options)  # type: ignore[arg-type]
+
+
+def test_a_fetched_artifact_has_the_published_bytes_and_the_token_goes_to_the_hub_alone(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repositories.commit(NAME, {"notes/extra.txt": b"more", "notes.md": b"more"})
+    progress: list[int] = []
+    summary = do_fetch(tmp_path / "out", on_progress=progress.append)
+
+    assert contents(tmp_path / "out") == published
+    assert verify_integrity(tmp_path / "out", sha256=True).good
+    assert names_beside(tmp_path / "out") == {"out", "small-nf4"}
+    assert summary.others == ("notes.md", "notes/extra.txt")
+    assert sum(progress) == summary.nbytes - len(published["qformat.json"]) == summary.nbytes_fetched
+    assert hub.requests(" cdn/")
+    assert not [one for one in hub.requests(" cdn/") if "authorization" in one.headers]
+    ranges = Counter((one.path, one.headers.get("range")) for one in hub.requests(BODY) if one.status == 206)
+    assert set(ranges.values()) == {1}, "no range is fetched twice"
+
+
+@pytest.mark.parametrize("every", [3, 4, 7])
+@pytest.mark.parametrize("kind", ["status", "drop"])
+def test_refused_and_dropped_requests_are_made_again(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path, every: int, kind: str
+) -> None:
+    hub.faults.add(kind, every=every)  # type: ignore[arg-type]
+    do_fetch(tmp_path / "out", connections=1)
+    assert contents(tmp_path / "out") == published
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"kind": "cut", "nbytes": 1000},
+        {"kind": "cut", "nbytes": 0},
+        {"kind": "whole"},
+        {"kind": "no_content_range"},
+        {"kind": "wrong_content_range"},
+        {"kind": "short_range"},
+        {"kind": "stall", "nbytes": 100, "seconds": 3.0, "times": 2},
+        {"kind": "slow", "seconds": 3.0, "times": 2},
+        {"kind": "flip", "nbytes": 70, "times": 1},
+        {"kind": "flip", "nbytes": 3, "times": 3},
+    ],
+    ids=lambda switches: f"{switches['kind']} {switches.get('nbytes', '')}",
+)
+def test_broken_answers_end_in_the_same_bytes(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path, switches: dict[str, object]
+) -> None:
+    fault = hub.faults.add(**{"route": BODY, "every": 2, **switches})  # type: ignore[arg-type]
+    do_fetch(tmp_path / "out", connections=1)
+    assert contents(tmp_path / "out") == published
+    assert fault.n_done
+
+
+def test_several_connections_that_break_at_once_end_in_the_same_bytes(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    for kind in ("status", "drop", "cut"):
+        hub.faults.add(kind, route=BODY, nbytes=700, times=1)  # type: ignore[arg-type]
+    do_fetch(tmp_path / "out", connections=8)
+    assert contents(tmp_path / "out") == published
+
+
+def test_a_flipped_bit_in_a_small_file_is_fetched_again(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+    hub.faults.add("flip", route="resolve/.*/LICENSE", nbytes=3, times=1)
+    do_fetch(tmp_path / "out")
+    assert contents(tmp_path / "out") == published
+
+
+def test_bytes_that_stay_wrong_are_named_and_only_their_file_is_fetched_again_later(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.faults.add("flip", route=BODY, nbytes=5)
+    with pytest.raises(ArtifactError, match=r"model-0000\d-of-00002\.safetensors: arrived twice") as caught:
+        do_fetch(tmp_path / "out")
+    assert caught.value.reason is Reason.FILE_DIGEST
+    assert names_beside(tmp_path / "out") == {"out.partial", "small-nf4"}
+    hub.faults.clear()
+    hub.log.clear()
+    do_fetch(tmp_path / "out")
+    assert contents(tmp_path / "out") == published
+    assert not hub.requests("resolve/.*/LICENSE")
+
+
+def test_a_file_that_is_another_one_than_the_manifests_is_refused_before_it_is_fetched(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    changed = bytearray(published[SHARD])
+    changed[-1] ^= 1
+    hub.repositories.commit(NAME, {SHARD: bytes(changed)})
+    with pytest.raises(ArtifactError, match=f"{SHARD}: is another file: SHA-256"):
+        do_fetch(tmp_path / "out")
+    assert not hub.requests(BODY)
+    hub.repositories.commit(NAME, {SHARD: published[SHARD], "config.json": b"{}"})
+    with pytest.raises(ArtifactError, match=r"config\.json: 2 bytes, expected"):
+        do_fetch(tmp_path / "out")
+
+
+def test_a_shard_that_changes_under_its_commit_is_noticed(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.cdn_endpoint = None
+    changed = bytearray(published[SHARD])
+    changed[-1] ^= 1
+    hub.faults.add(
+        "call",
+        route=f"resolve/.*{SHARD}",
+        after=2,
+        times=1,
+        hook=lambda: hub.repositories.change_in_place(NAME, SHARD, bytes(changed)),
+    )
+    with pytest.raises(ArtifactError, match=f"{SHARD}: was changed"):
+        do_fetch(tmp_path / "out")
+    hub.repositories.change_in_place(NAME, SHARD, published[SHARD])
+    do_fetch(tmp_path / "out")
+    assert contents(tmp_path / "out") == published
+
+
+def test_an_interrupted_fetch_goes_on_with_its_commit_and_fetches_only_what_is_missing(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.faults.add("status", route=BODY, after=5, status=404)
+    with pytest.raises(HubError):
+        do_fetch(tmp_path / "out", connections=1)
+    first = sum(one.nbytes_sent for one in hub.log if one.status == 206)
+    hub.faults.clear()
+    hub.log.clear()
+    hub.repositories.commit(NAME, {"LICENSE": b"another one\n"})
+    summary = do_fetch(tmp_path / "out")
+
+    assert contents(tmp_path / "out") == published
+    assert summary.nbytes_fetched < summary.nbytes - len(published["qformat.json"])
+    manifest_again = len(published["qformat.json"])
+    sent = sum(one.nbytes_sent for one in hub.log if one.status == 206)
+    assert first + sent == sum(map(len, published.values())) + manifest_again
+
+
+def test_another_revision_does_not_go_on_with_what_was_begun(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repositories.commit(NAME, {"notes.txt": b""}, ref="other")
+    hub.repositories.by_name[NAME].refs["other"] = hub.repositories.commit(NAME, {"x.txt": b"x"})
+    hub.faults.add("status", route=BODY, status=404)
+    with pytest.raises(HubError):
+        do_fetch(tmp_path / "out", revision=hub.repositories.by_name[NAME].head.parent)
+    hub.faults.clear()
+    with pytest.raises(TargetError, match="--restart"):
+        do_fetch(tmp_path / "out", revision="other")
+    do_fetch(tmp_path / "out", revision="other", restart=True)
+    assert contents(tmp_path / "out") == published
+
+
+def damaged_pieces(work: Path) -> None:
+    """Change a byte in every staged file."""
+    for path in (work / "folder").iterdir():
+        data = bytearray(path.read_bytes())
+        if data:
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data)
+
+
+def cut_files(work: Path) -> None:
+    for path in (work / "folder").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+def removed_files(work: Path) -> None:
+    for path in (work / "folder").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", [damaged_pieces, cut_files, removed_files])
+def test_staged_bytes_are_checked_before_a_fetch_goes_on(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    hub.faults.add("status", route=BODY, after=5, status=404)
+    with pytest.raises(HubError):
+        do_fetch(tmp_path / "out", connections=1)
+    hub.faults.clear()
+    damage(tmp_path / "out.partial")
+    do_fetch(tmp_path / "out")
+    assert contents(tmp_path / "out") == published
+
+
+def test_an_older_artifact_is_replaced_in_one_step_if_asked_to(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    do_fetch(tmp_path / "out")
+    with pytest.raises(TargetError, match="--force"):
+        do_fetch(tmp_path / "out")
+    hub.repositories.commit(NAME, {"unrelated.txt": b""})
+    do_fetch(tmp_path / "out", force=True)
+    assert contents(tmp_path / "out") == published
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
+    with pytest.raises(TargetError, match="is no artifact"):
+        do_fetch(tmp_path / "mine", force=True)
+
+
+def test_every_kind_of_absence_is_named(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+    hub.repositories.create("owner/empty")
+    hub.add_folder("owner/gated", tmp_path / "small-nf4", gated=True)
+    out = tmp_path / "out"
+    with pytest.raises(HubError, match="owner/missing: there is no such repository"):
+        fetch("owner/missing", out, patience=PATIENT)
+    with pytest.raises(HubError, match="no such revision"):
+        fetch(NAME, out, revision="missing", patience=PATIENT)
+    with pytest.raises(ArtifactError, match=r"holds no qformat artifact.*qformat convert owner/empty OUT"):
+        fetch("owner/empty", out, patience=PATIENT)
+    with pytest.raises(HubError, match=r"access is gated: .*not in the authorized list"):
+        fetch("owner/gated", out, patience=PATIENT)
+    with pytest.raises(UsageError, match="owner/name"):
+        fetch("../elsewhere", out, patience=PATIENT)
+    assert not out.exists()
+    assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/etc/evil", "a\\b", "..", "%2e%2e/evil"])
+def test_names_in_a_manifest_that_leave_the_folder_are_refused(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    record = json.loads(published["qformat.json"])
+    lines = published["qformat.json"].decode().splitlines(keepends=True)
+    at = next(number for number, line in enumerate(lines) if line.startswith('    "LICENSE"'))
+    lines[at] = lines[at].replace('"LICENSE"', json.dumps(name))
+    unsealed = "".join(lines).encode().replace(record["manifest_sha256"].encode(), b"0" * 64)
+    hub.repositories.commit(NAME, {"qformat.json": manifests.seal(unsealed)})
+    with pytest.raises(ArtifactError, match=r"is not the plain name|there is no such file in the repository"):
+        do_fetch(tmp_path / "out")
+
+
+def test_an_artifact_whose_parts_do_not_fit_is_not_sealed_although_every_digest_is_right(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
+    vector = next(one for one in corpus.edited() if one.get("reason") == "codebook")
+    base = Path(__file__).parents[2] / "spec" / "vectors" / "artifacts" / vector["base"]
+    edits.apply(vector["edits"], Path(shutil.copytree(base, tmp_path / "bad")))
+    hub.add_folder("owner/bad", tmp_path / "bad")
+    with pytest.raises(ArtifactError, match="codebook"):
+        fetch("owner/bad", tmp_path / "out", patience=PATIENT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_refused_before_a_byte_is_fetched(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qformat.artifact.staging.free_nbytes", lambda path: 1000)
+    with pytest.raises(TargetError, match="no space"):
+        do_fetch(tmp_path / "out")
+    assert not hub.requests(BODY)
+
+
+def calls_of(out: Path) -> list[str]:
+    disk = FaultyDisk()
+    do_fetch(out, disk=disk, connections=1)
+    return disk.names
+
+
+def faults(names: list[str], stride: int) -> list[tuple[int, str]]:
+    """Every n-th call with a fault that fits it, and all of the last ones: those of the seal."""
+    chosen = [*range(0, len(names), stride), *range(len(names) - 12, len(names))]
+    return [(at, fault) for at in dict.fromkeys(chosen) for fault in ("kill", "ENOSPC", "EIO")]
+
+
+def check_faults(published: dict[str, bytes], tmp_path: Path, stride: int) -> None:
+    names = calls_of(tmp_path / "counted")
+    for number, (at, fault) in enumerate(faults(names, stride)):
+        folder = tmp_path / f"fault{number}"
+        folder.mkdir()
+        out = folder / "out"
+        with contextlib.suppress(Killed, TargetError):
+            do_fetch(out, disk=FaultyDisk(at, fault), connections=1)
+        assert not out.exists() or contents(out) == published
+        if not out.exists():
+            do_fetch(out, disk=FaultyDisk())
+        elif out.with_name("out.partial").exists():
+            # A crash in the very last step of the seal: the command clears up, and may say that all is there.
+            with contextlib.suppress(TargetError):
+                do_fetch(out, disk=FaultyDisk())
+        assert contents(out) == published, (at, names[at], fault)
+        assert names_beside(out) == {"out"}
+
+
+def test_a_fault_of_the_disk_at_some_calls_loses_nothing(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+    check_faults(published, tmp_path, stride=17)
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_disk_at_every_call_loses_nothing(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+    check_faults(published, tmp_path, stride=1)
+
+
+def test_a_power_cut_loses_only_what_was_not_on_the_disk(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+    n_calls = len(calls_of(tmp_path / "counted"))
+    for seed, at in enumerate(range(20, n_calls, 23)):
+        folder = tmp_path / f"cut{seed}"
+        folder.mkdir()
+        with pytest.raises(Killed):
+            do_fetch(folder / "out", disk=PowerCut(at, seed), connections=2)
+        if not (folder / "out").exists():
+            do_fetch(folder / "out", disk=FaultyDisk())
+        assert contents(folder / "out") == published
+
+
+SCRIPT = """
+import sys
+from qformat.hub import fetch as fetching
+from qformat.hub.fetch import fetch
+fetching.PIECE_NBYTES = 4096
+fetch("owner/small-nf4", sys.argv[1], connections=1, on_progress=lambda nbytes: print(nbytes, flush=True))
+"""
+
+
+def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "out")],
+        env=environment(hub, tmp_path / "hub_home", TOKEN),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_fetch_is_continued_and_a_second_process_is_refused_meanwhile(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path, how: signal.Signals
+) -> None:
+    hub.faults.add("slow", route=BODY, seconds=0.3)
+    with start(hub, tmp_path) as process:
+        assert process.stdout is not None
+        for _ in range(6):
+            assert process.stdout.readline()
+        with pytest.raises(TargetError, match="another process"):
+            do_fetch(tmp_path / "out")
+        process.send_signal(how)
+        process.communicate(timeout=20)
+    assert process.returncode != 0
+    assert not (tmp_path / "out").exists()
+    time.sleep(0.2)  # what the stand-in is still answering comes to its log
+    hub.faults.clear()
+    hub.log.clear()
+    summary = do_fetch(tmp_path / "out")
+    assert contents(tmp_path / "out") == published
+    assert summary.nbytes_fetched < summary.nbytes - 20_000
+
+
+def test_the_command_line_fetches_and_tells_what_it_did(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qformat.cli.main import run
+
+    hub.repositories.commit(NAME, {"model.sig": b"{}", "notes.txt": b"x"})
+    assert run(["fetch", NAME, str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert "9 files, " in shown.out
+    assert "every digest checked" in shown.out
+    assert "signed; check it with" in shown.out
+    assert "notes.txt: not in the manifest, left there" in shown.err
+    assert (tmp_path / "out" / "model.sig").read_bytes() == b"{}"
+    assert run(["fetch", NAME, str(tmp_path / "out")]) == 1
+    assert run(["fetch", NAME, str(tmp_path / "out"), "--force", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["commit"] == hub.repositories.by_name[NAME].head.oid
+    assert TOKEN not in json.dumps(facts)
+    assert run(["fetch", "no-repository", str(tmp_path / "other")]) == 2

@@ -1,0 +1,191 @@
+"""verify OWNER/NAME: every difference between manifest and repository is found without fetching a shard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact import manifest as manifests
+from qformat.errors import HubError, Reason
+from qformat.hub.licenses import License
+from qformat.hub.publish import CardOptions, publish
+from qformat.hub.remote_verify import RemoteReport, verify_remote
+from tests.hub.conftest import PATIENT, TOKEN
+from tests.hub.test_signature import write_key
+from tests.hub_stand_in import Hub
+from tests.small_models import contents
+
+NAME = "me/small-nf4"
+SHARD = "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture
+def published(hub: Hub, artifact: Path) -> dict[str, bytes]:
+    """The files of a published artifact."""
+    publish(artifact, NAME, CardOptions(license=License("mit")), patience=PATIENT)
+    hub.log.clear()
+    return {name: file.read() for name, file in hub.repositories.by_name[NAME].head.files.items()}
+
+
+def check(**options: object) -> RemoteReport:
+    return verify_remote(NAME, patience=PATIENT, **options)  # type: ignore[arg-type]
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def resealed(published: dict[str, bytes], old: str, new: str) -> bytes:
+    """Return the manifest with a text replaced, and its own digest made again."""
+    text = published["qformat.json"].decode()
+    assert old in text
+    digest = json.loads(text)["manifest_sha256"]
+    return manifests.seal(text.replace(old, new).replace(digest, "0" * 64).encode())
+
+
+def test_a_good_artifact_is_good_and_no_weights_are_fetched(hub: Hub, published: dict[str, bytes]) -> None:
+    report = check()
+    assert report.good, report.findings
+    assert (report.n_files, report.signed, report.others) == (10, False, ())
+    assert report.nbytes == sum(len(data) for name, data in published.items() if name != ".gitattributes")
+    requests = hub.requests(r"cdn/|resolve/.*\.safetensors")
+    asked = [one for one in requests if one.server == "cdn"]
+    assert len(asked) == 4, "length and text of each header"
+    data_nbytes = sum(len(data) for name, data in published.items() if name.endswith(".safetensors"))
+    assert sum(one.nbytes_sent for one in asked) < data_nbytes / 2
+    assert not [one for one in hub.requests("cdn/") if "authorization" in one.headers]
+
+
+@pytest.mark.parametrize("at", [-1, 5000, 100, 3])
+def test_a_changed_bit_of_a_shard_is_found(hub: Hub, published: dict[str, bytes], at: int) -> None:
+    shard = published[SHARD]
+    hub.repositories.commit(NAME, {SHARD: flipped(shard, at % len(shard))})
+    report = check()
+    assert [(one.reason, one.file) for one in report.findings] == [(Reason.FILE_DIGEST, SHARD)]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "LICENSE", "model.safetensors.index.json", "README.md", "tokenizer.json"]
+)
+def test_a_changed_bit_of_a_small_file_is_found(hub: Hub, published: dict[str, bytes], name: str) -> None:
+    hub.repositories.commit(NAME, {name: flipped(published[name], 1)})
+    report = check()
+    assert [(one.reason, one.file) for one in report.findings] == [(Reason.FILE_DIGEST, name)]
+
+
+def test_a_changed_manifest_is_found_and_another_whole_one_does_not_fit(hub: Hub, published: dict[str, bytes]) -> None:
+    hub.repositories.commit(NAME, {"qformat.json": flipped(published["qformat.json"], 300)})
+    assert [one.file for one in check().findings] == ["qformat.json"]
+    name = '"model.layers.1.self_attn.v_proj.weight"'
+    hub.repositories.commit(NAME, {"qformat.json": resealed(published, name, name.replace("v_proj", "w_proj"))})
+    assert [one.reason for one in check().findings] == [Reason.UNKNOWN_TENSOR]
+
+
+def test_missing_cut_and_additional_files_are_found(hub: Hub, published: dict[str, bytes]) -> None:
+    repository = hub.repositories.by_name[NAME]
+    kept = {name: file for name, file in repository.head.files.items() if name != "LICENSE"}
+    repository.commit("main", kept, "one less")
+    hub.repositories.commit(NAME, {SHARD: published[SHARD][:-1], "adapter.safetensors": b"x", "notes.md": b"x"})
+    report = check()
+    assert {(one.reason, one.file) for one in report.findings} == {
+        (Reason.MISSING_FILE, "LICENSE"),
+        (Reason.FILE_SIZE, SHARD),
+        (Reason.EXTRA_FILE, "adapter.safetensors"),
+    }
+    assert report.others == ("adapter.safetensors", "notes.md")
+
+
+def test_a_header_that_the_server_changes_on_the_way_is_found(hub: Hub, published: dict[str, bytes]) -> None:
+    hub.faults.add("flip", route="GET cdn/", nbytes=20)
+    assert {one.reason for one in check().findings} == {Reason.FILE_DIGEST}
+
+
+@pytest.mark.parametrize("every", [3, 5])
+def test_refused_requests_are_made_again(hub: Hub, published: dict[str, bytes], every: int) -> None:
+    hub.faults.add("status", route="GET cdn/|resolve/", every=every, times=3)
+    assert check().good
+
+
+def test_what_is_no_artifact_or_not_there_is_told(hub: Hub, published: dict[str, bytes]) -> None:
+    hub.repositories.create("me/empty")
+    report = verify_remote("me/empty", patience=PATIENT)
+    assert [one.reason for one in report.findings] == [Reason.MISSING_FILE]
+    with pytest.raises(HubError, match="no such repository"):
+        verify_remote("me/missing", patience=PATIENT)
+
+
+def test_a_signature_is_checked_with_the_publishers_key_here_and_after_fetching(
+    hub: Hub, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("model_signing")
+    from qformat.cli.main import run
+
+    key, other = write_key(tmp_path), write_key(tmp_path, "other")
+    publish(artifact, NAME, CardOptions(license=License("mit")), sign_key=key, patience=PATIENT)
+    with_key = ["--public-key", str(key.with_suffix(".pub"))]
+    with_other = ["--signature", "--public-key", str(other.with_suffix(".pub"))]
+    out = str(tmp_path / "out")
+
+    assert run(["verify", NAME]) == 0
+    assert "signature: there, not checked" in capsys.readouterr().out
+    assert run(["verify", NAME, "--signature", *with_key]) == 0
+    assert "signature: made with this key" in capsys.readouterr().out
+    assert run(["verify", NAME, *with_other]) == 1
+    assert "signature: me/small-nf4@" in capsys.readouterr().out
+    assert run(["fetch", NAME, out]) == 0
+    assert run(["verify", out, "--signature", *with_key]) == 0
+    assert "SHA-256 of every file, signature checked" in capsys.readouterr().out
+    assert run(["verify", out, *with_other]) == 1
+    assert run(["verify", out, "--signature"]) == 2
+    (Path(out) / "model.sig").unlink()
+    capsys.readouterr()
+    assert run(["verify", out, *with_key]) == 1
+    assert "missing_file" in capsys.readouterr().out
+
+
+def test_somebody_elses_signature_of_another_manifest_does_not_pass(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("model_signing")
+    key = write_key(tmp_path)
+    publish(artifact, NAME, CardOptions(license=License("mit")), sign_key=key, patience=PATIENT)
+    files = {name: file.read() for name, file in hub.repositories.by_name[NAME].head.files.items()}
+    hub.repositories.commit(NAME, {"qformat.json": resealed(files, '"generator": "qformat', '"generator": "other')})
+    report = check(public_key=key.with_suffix(".pub"))
+    assert [one.reason for one in report.findings] == [Reason.SIGNATURE]
+    assert not report.signature_checked
+
+
+def test_the_command_line_prefers_a_folder_and_refuses_options_that_do_not_fit(
+    hub: Hub,
+    published: dict[str, bytes],
+    artifact: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    from qformat.cli.main import run
+
+    assert run(["verify", NAME, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["good"]
+    assert facts["commit"] == hub.repositories.by_name[NAME].head.oid
+    assert TOKEN not in json.dumps(facts)
+    assert run(["verify", NAME, "--revision", "missing"]) == 1
+    assert run(["verify", NAME, "--sha256"]) == 2
+    assert run(["verify", str(artifact), "--revision", "main"]) == 2
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me").mkdir()
+    artifact.rename(tmp_path / NAME)
+    hub.log.clear()
+    assert run(["verify", NAME]) == 0
+    assert not hub.log
+    assert contents(tmp_path / NAME)
+
+
+def test_a_path_that_is_missing_is_not_looked_up_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    from qformat.cli.main import run
+
+    assert run(["verify", "./missing/folder"]) == 1
+    assert run(["verify", str(tmp_path / "missing")]) == 1
+    assert not hub.log
