@@ -144,7 +144,9 @@ def _without_codes(record: PackedRecord) -> dict[Component, str]:
 
 
 def _source(record: TensorRecord) -> str | None:
-    return record.xxh3 if isinstance(record, KeptRecord) else record.source_xxh3
+    if isinstance(record, KeptRecord) and record.source_xxh3 is None:
+        return record.xxh3
+    return record.source_xxh3
 
 
 def _members(a: Manifest, b: Manifest) -> dict[str, tuple[strict_json.Json, strict_json.Json]]:

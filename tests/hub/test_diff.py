@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import qformat
+from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.manifest_diff import Aspect, diff_manifests
 from qformat.artifact.reader import KeptTensor, PackedTensor
 from qformat.artifact.structure import read_manifest
@@ -112,6 +113,15 @@ def test_a_source_that_only_one_manifest_knows_is_no_difference(one: Path) -> No
     found = diff_manifests(manifest, replace(manifest, tensors=unknown))
     assert not found.tensors
     assert (found.n_tensors, found.n_sources, found.n_same_sources) == (5, 4, 4)
+
+
+def test_a_kept_tensor_that_was_tuned_differs_in_its_data_and_not_in_its_source(one: Path) -> None:
+    manifest = read_manifest(one)
+    name, record = next((name, kept) for name, kept in manifest.tensors.items() if isinstance(kept, KeptRecord))
+    tuned = replace(record, xxh3="0" * 32, source_xxh3=record.xxh3)
+    found = diff_manifests(manifest, replace(manifest, tensors={**manifest.tensors, name: tuned}))
+    assert {tensor.name: tensor.aspects for tensor in found.tensors} == {name: (Aspect.DATA,)}
+    assert found.same_source
 
 
 def test_a_published_artifact_has_the_weights_of_the_local_one_and_a_card_more(
