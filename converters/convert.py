@@ -10,21 +10,14 @@ from pathlib import Path
 
 from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
-from qformat.artifact.staging import (
-    Staging,
-    begun_with,
-    check_target,
-    refuse_full_disk,
-    refuse_nested,
-    work_folder,
-)
+from qformat.artifact.staging import Staging, begun_with, check_target, refuse_full_disk, refuse_nested, work_folder
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.calibrated import calibrate
 from qformat.converters.execute import execute, has_nonfinite
 from qformat.converters.open_source import is_repository, open_source
 from qformat.converters.plan import Plan, make_plan
-from qformat.converters.reading import StreamedSource
+from qformat.converters.reading import StreamedSource, pin_of
 from qformat.converters.recipe import Recipe, load_recipe
 from qformat.converters.source import Source
 from qformat.cores import usable_cores
@@ -146,8 +139,8 @@ def convert(
     if not continuing:
         check_target(out, replace=force)
     options, workers = options or ConversionOptions(), workers or usable_cores()
-    opened, planned = options.open(source, pin=None if restart else _pin_of(out))
-    note: JsonObject = {"pin": opened.pin} if isinstance(opened, StreamedSource) else {}
+    opened, planned = options.open(source, pin=None if restart else _pin_noted(out))
+    note: JsonObject = {} if (pin := pin_of(opened)) is None else {"pin": pin}
     try:
         encoder, nbytes = None, planned.nbytes
         if options.calibration is not None:
@@ -170,7 +163,7 @@ def convert(
     return ConversionSummary(out, planned, time.monotonic() - started, done_before)
 
 
-def _pin_of(out: Path) -> JsonObject | None:
+def _pin_noted(out: Path) -> JsonObject | None:
     """Return what an interrupted run noted about the source that it had pinned."""
     pin = begun_with(out).get("pin")
     return pin if isinstance(pin, dict) else None

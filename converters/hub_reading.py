@@ -46,6 +46,7 @@ class HubReading(Reading):
         self._entries = entries
         self._proofs = _Proofs()
         self._proved = threading.Condition()
+        self._record: Record = lambda entry: None
         self._stream: ByteStream | None = None
         self._hasher: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -83,8 +84,9 @@ class HubReading(Reading):
             elif name in wanted:
                 in_order = hashed is None or entry.stop > hashed.nbytes or name not in self._proofs.xxh3
                 spans.append(Span(name, shard, entry.start, entry.stop, in_order))
+        self._record = record
         self._stream = self._files.stream = ByteStream(self._files.repository, spans)
-        self._hasher = threading.Thread(target=self._hash, args=(record,), name="qformat-hub-sha256", daemon=True)
+        self._hasher = threading.Thread(target=self._hash, name="qformat-hub-sha256", daemon=True)
         self._hasher.start()
         return kept + [span.key for span in spans]
 
@@ -98,10 +100,11 @@ class HubReading(Reading):
             if self._failure is not None:
                 raise self._failure
             expected = self._proofs.xxh3[tensor.name]
-        if source_xxh3 != expected:
-            raise digest_error(
-                f"{self._files.path / tensor.file}: tensor {tensor.name!r}", source_xxh3, expected, SourceError
-            )
+            if source_xxh3 != expected:  # one of the two arrived damaged, and nobody knows which
+                shown = f"{self._files.path / tensor.file}: tensor {tensor.name!r}"
+                self._failure = digest_error(shown, source_xxh3, expected, SourceError)
+                self._record({"distrusted": tensor.file})
+                raise self._failure
 
     def finish(self) -> None:
         """Wait for the SHA-256 of the last shard. Raises SourceError if one is not what the commit says."""
@@ -117,10 +120,10 @@ class HubReading(Reading):
             self._hasher.join()
         self._files.stream = None
 
-    def _hash(self, record: Record) -> None:
+    def _hash(self) -> None:
         assert self._stream is not None
         try:
-            self._hash_all(self._stream, record)
+            self._hash_all(self._stream)
         except QformatError as failure:
             self._fail(failure)
         except BaseException as failure:  # whoever waits must learn of it, whatever it is
@@ -131,13 +134,13 @@ class HubReading(Reading):
         assert self._stream is not None
         self._stream.fail(failure)
         with self._proved:
-            self._failure = failure
+            self._failure = self._failure or failure
             self._proved.notify_all()
 
-    def _hash_all(self, stream: ByteStream, record: Record) -> None:
+    def _hash_all(self, stream: ByteStream) -> None:
         sha256 = dict(self._proofs.states)
         for name, state in sorted(sha256.items()):
-            self._compare_complete(name, state, record)  # a run that ended before it could
+            self._compare_complete(name, state)  # a run that ended before it could
         xxh3 = Xxh3()
         for span, data in stream.in_order():
             if span.file not in sha256:
@@ -150,17 +153,20 @@ class HubReading(Reading):
                 continue
             assert state.nbytes == span.stop, f"{span.key}: hashed up to byte {state.nbytes}, expected {span.stop}"
             digest, xxh3 = xxh3.hexdigest(), Xxh3()
-            record({"hashed": span.key, "shard": span.file, "source_xxh3": digest, "sha256_state": state.to_text()})
+            entry: JsonObject = {"hashed": span.key, "shard": span.file, "source_xxh3": digest}
             with self._proved:
+                if self._failure is not None:  # nothing may be noted of a shard behind the note that it is distrusted
+                    return
+                self._record({**entry, "sha256_state": state.to_text()})
                 self._proofs.xxh3[span.key] = digest
                 self._proved.notify_all()
-            self._compare_complete(span.file, state, record)
+            self._compare_complete(span.file, state)
 
-    def _compare_complete(self, name: str, state: ResumableSha256, record: Record) -> None:
+    def _compare_complete(self, name: str, state: ResumableSha256) -> None:
         """Compare the SHA-256 of a shard of which every byte was hashed with the commit's."""
         file = self._files.shards[name].file
         if state.nbytes == file.nbytes and (found := state.hexdigest()) != file.sha256:
-            record({"distrusted": name})
+            self._record({"distrusted": name})
             raise digest_error(str(self._files.path / name), found, str(file.sha256), SourceError)
 
     def _place(self, name: str) -> tuple[object, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.checkpoint_folder import CONFIG_NAME
@@ -12,11 +13,13 @@ from qformat.converters.reading import Reading
 from qformat.converters.safetensors_shards import INDEX_NAME, SINGLE_NAME, SafetensorsShards
 from qformat.converters.side_files import is_side_file
 from qformat.converters.source import SourceTensor
-from qformat.errors import Reason, SourceError
+from qformat.errors import HubError, Reason, SourceError
 from qformat.hub.cache import CachedRepository, find_in_cache
 from qformat.hub.download import download
 from qformat.hub.remote import DEFAULT_REVISION, open_repository
 from qformat.hub.repository import Repository
+
+_TORCH_BIN = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 
 
 class HubRepository(SafetensorsShards):
@@ -69,15 +72,15 @@ class HubRepository(SafetensorsShards):
         return self.files.pin
 
 
-def open_hub_repository(
+def open_hub_files(
     name: str,
     *,
     revision: str | None = None,
     offline: bool = False,
     keep_source: bool = False,
     pin: JsonObject | None = None,
-) -> HubRepository:
-    """Open a checkpoint of the Hub at the commit that the revision has now.
+) -> HubFiles:
+    """Find a checkpoint of the Hub at the commit that the revision has now. The caller closes the files.
 
     offline: make no request, read the local cache; so does HF_HUB_OFFLINE. keep_source: download into the local cache
     first. pin: of an interrupted run, whose commit is the one to go on with if it asked for the same.
@@ -92,17 +95,25 @@ def open_hub_repository(
     if offline or constants.is_offline_mode():
         files = HubFiles(_cached(name, asked), revision=revision)
     else:
-        files = HubFiles(open_repository(name, revision=asked), revision=revision)
+        files = HubFiles(_at_the_hub(name, asked, is_pinned=pinned), revision=revision)
         needed = _needed_files(files)
         if keep_source:
             download(files.repository, needed, revision=revision)
         if (cached := _whole_in_cache(files.repository, needed)) is not None:
             files.close()
             files = HubFiles(cached, revision=revision)
+    return files
+
+
+def _at_the_hub(name: str, revision: str, *, is_pinned: bool) -> Repository:
     try:
-        return HubRepository(files)
-    except BaseException:
-        files.close()
+        return open_repository(name, revision=revision)
+    except HubError as refused:
+        if is_pinned and refused.code == "RevisionNotFound":
+            raise HubError(
+                name, f"commit {revision}, which the interrupted conversion was begun from, is gone",
+                next_step="Begin anew with --restart", status=refused.status, code=refused.code,
+            ) from None  # fmt: skip
         raise
 
 
@@ -137,4 +148,6 @@ def _needed_files(files: HubFiles) -> list[str]:
     """Return the files of a repository that a conversion reads, and that exist."""
     shards = (files.read_weight_map(INDEX_NAME) or {SINGLE_NAME: SINGLE_NAME}).values()
     named = {CONFIG_NAME, INDEX_NAME, *shards}
+    if not any(files.has(shard) for shard in shards):
+        named |= {name for name in files.names() if _TORCH_BIN.fullmatch(name)}
     return [name for name in files.names() if name in named or is_side_file(name)]

@@ -54,7 +54,7 @@ def open_source(
     """Open the checkpoint at a location: a folder, a GGUF file, or a repository of the Hub. The caller closes it.
 
     location: what lies here comes first; otherwise a text of the form owner/name is a repository, and a Path never is.
-    revision, offline, keep_source, pin: of a repository, see `open_hub_repository`.
+    revision, offline, keep_source, pin: of a repository, see `open_hub_files`.
     Raises: SourceError for what is no checkpoint, or a damaged one, or one of a kind that cannot be converted;
     HubError; UsageError for options that do not fit the location.
     """
@@ -64,7 +64,7 @@ def open_source(
         raise UsageError(f"{location}: is no repository of the Hub (owner/name), and the option is for those")
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    container = next((kind for kind in _CONTAINERS if kind.lies_at(path, names)), None)
+    container = _container_at(path, names)
     # What is no checkpoint goes to the safetensors source, which tells what is missing.
     opened = container.open(path) if container is not None else _open_safetensors(path)
     try:
@@ -72,6 +72,10 @@ def open_source(
     except BaseException:
         opened.close()
         raise
+
+
+def _container_at(path: Path, names: list[str]) -> _Container | None:
+    return next((kind for kind in _CONTAINERS if kind.lies_at(path, names)), None)
 
 
 def is_repository(location: Path | str) -> bool:
@@ -106,16 +110,21 @@ def _encoding_of(source: Source) -> _Encoding | None:
 
 
 def _open_hub(name: str, *, revision: str | None, offline: bool, keep_source: bool, pin: JsonObject | None) -> Source:
-    from qformat.converters.hub_repository import open_hub_repository
+    from qformat.converters.hub_repository import HubRepository, open_hub_files
+    from qformat.converters.hub_snapshot import HubSnapshot
 
-    opened = open_hub_repository(name, revision=revision, offline=offline, keep_source=keep_source, pin=pin)
+    files = open_hub_files(name, revision=revision, offline=offline, keep_source=keep_source, pin=pin)
     try:
+        container = _container_at(files.path, files.names())
+        if container is not None and container.open is not _open_safetensors:
+            return HubSnapshot(files, container.open)
+        opened = HubRepository(files)
         if (encoding := _encoding_of(opened)) is None:
             return opened
         opened.check_for_any_order()
         return encoding.open(opened)
     except BaseException:
-        opened.close()
+        files.close()
         raise
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from qformat.artifact.manifest import JsonObject
+from qformat.converters.decoding_source import DecodingSource
 from qformat.converters.source import Source, SourceTensor
 
 Record = Callable[[JsonObject], None]
@@ -43,15 +44,27 @@ class Reading:
 
 
 @runtime_checkable
-class StreamedSource(Source, Protocol):
-    """A source that cannot be read in any order without fetching bytes twice."""
+class PinnedSource(Source, Protocol):
+    """A source whose location may stand for something else by the time that an interrupted run goes on."""
 
     @property
     def pin(self) -> JsonObject:
-        """What a later run needs to go on with the same bytes, whatever the name stands for by then."""
+        """What a later run needs to go on with the same bytes."""
+
+
+@runtime_checkable
+class StreamedSource(Source, Protocol):
+    """A source that cannot be read in any order without fetching bytes twice."""
 
     def new_reading(self) -> Reading:
         """Return the reading of one run; `read_into` serves it while it lasts."""
+
+
+def pin_of(source: Source) -> JsonObject | None:
+    """Return the pin of a source, or of the one that it decodes, if there is one."""
+    while not isinstance(source, PinnedSource) and isinstance(source, DecodingSource):
+        source = source.stored
+    return source.pin if isinstance(source, PinnedSource) else None
 
 
 def reading_of(source: Source) -> Reading:

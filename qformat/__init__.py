@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from qformat.converters.plan import Plan
     from qformat.hub.diff import Difference, diff
     from qformat.hub.fetch import FetchSummary, fetch
-    from qformat.hub.publish import CardOptions, Published, publish
+    from qformat.hub.prepared_card import CardOptions
+    from qformat.hub.publish import Published, publish
     from qformat.hub.remote_verify import RemoteReport, verify_remote
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Artifact": "qformat.artifact.reader:Artifact",
     "CalibrationSettings": "qformat.quality.calibration_settings:CalibrationSettings",
-    "CardOptions": "qformat.hub.publish:CardOptions",
+    "CardOptions": "qformat.hub.prepared_card:CardOptions",
     "Comparison": "qformat.converters.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",

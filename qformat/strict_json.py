@@ -54,13 +54,7 @@ def loads(
         text = data.decode("utf-8")
         _check_structure(text, max_nbytes // MIN_NBYTES_PER_VALUE)
         # The one place where the standard parser is called.
-        value: Json = json.loads(  # noqa: TID251
-            text,
-            parse_constant=_refuse_constant,
-            parse_int=_bounded_int,
-            parse_float=_bounded_float,
-            object_pairs_hook=_unique_keys,
-        )
+        value: Json = _DECODER.decode(text)
         if _SURROGATE_ESCAPE.search(text):
             dumps(value).encode("utf-8")  # half a surrogate pair is no character and cannot be written again
     except _Refused as refused:
@@ -83,15 +77,32 @@ def dumps(value: object, *, indent: int | None = None) -> str:
 
 def _check_structure(text: str, max_values: int) -> None:
     """Refuse deep nesting and too many values before the recursive parser sees them; strings do not count."""
+    n_open = text.count("[") + text.count("{")
+    if n_open <= MAX_DEPTH and n_open + text.count(",") < max_values:
+        return  # whatever of it lies in strings
     skeleton = _STRINGS.sub("", text)
     n_values = 1 + skeleton.count(",") + skeleton.count("[") + skeleton.count("{")
     if n_values > max_values:
         raise _Refused(Reason.JSON_LIMIT, f"{n_values} values, at most {max_values} are read")
+    brackets = _NOT_BRACKETS.sub("", skeleton)
+    if _is_shallow(brackets):
+        return
     depth = 0
-    for bracket in _NOT_BRACKETS.sub("", skeleton):
+    for bracket in brackets:
         depth += 1 if bracket in "[{" else -1
         if depth > MAX_DEPTH:
             raise _Refused(Reason.JSON_LIMIT, f"nested deeper than {MAX_DEPTH}")
+
+
+def _is_shallow(brackets: str) -> bool:
+    """Whether brackets are certainly nested no deeper than allowed; a header's thousands are looked at at once."""
+    if len(brackets) <= MAX_DEPTH:
+        return True
+    for _ in range(MAX_DEPTH // 2):  # each replacement takes off one level where it finds any
+        brackets = brackets.replace("[]", "").replace("{}", "")
+        if not brackets:
+            return True
+    return False
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -122,3 +133,12 @@ def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
                 raise _Refused(Reason.JSON_DUPLICATE_KEY, f"key {key!r} occurs twice")
             seen.add(key)
     return value
+
+
+_DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant,
+    parse_int=_bounded_int,
+    parse_float=_bounded_float,
+    object_pairs_hook=_unique_keys,
+)
+"""Made once: an artifact has a JSON text for each packed tensor."""

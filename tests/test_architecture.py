@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BASE = {"qformat.errors", "qformat.strict_json", "qformat.cores"}
+BASE = {"qformat.errors", "qformat.strict_json", "qformat.cores", "qformat.sizes"}
 
 ALLOWED = {
     "qformat.errors": set(),
     "qformat.cores": set(),
+    "qformat.sizes": {"qformat.errors"},
     "qformat.strict_json": {"qformat.errors"},
     "qformat.codec": BASE,
     "qformat.artifact": BASE | {"qformat.codec"},

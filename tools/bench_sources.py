@@ -4,7 +4,8 @@ Usage: python tools/bench_sources.py [--folder DIR] [--layers 4] [--runs 3]
 
 The model is the random bf16 Llama of bench_convert. Every kind is compared with a safetensors checkpoint that holds
 the tensors that it decodes to (random bits of the same shapes: the time does not depend on the values). Medians of the
-runs, the ratio of the medians, and the largest resident set.
+runs of wall and CPU time, the ratio of each to safetensors', and the largest resident set. On a machine that others use
+as well, only the ratio of CPU times says something.
 """
 
 from __future__ import annotations
@@ -53,25 +54,30 @@ def main() -> None:
 def show(folder: Path, *, runs: int) -> None:
     twins = {"mxfp4": "experts"}
     sources = sorted(path for path in folder.iterdir() if path.is_dir())
-    seconds: dict[str, list[float]] = {source.name: [] for source in sources}
-    rss = dict.fromkeys(seconds, 0.0)
+    wall: dict[str, list[float]] = {source.name: [] for source in sources}
+    cpu: dict[str, list[float]] = {source.name: [] for source in sources}
+    rss = dict.fromkeys(wall, 0.0)
     for run in range(runs + 1):  # the first warms the caches
         for source in sources:
-            taken, resident = convert(source, folder / "out")
+            taken, spent, resident = convert(source, folder / "out")
             rss[source.name] = max(rss[source.name], resident)
             if run:
-                seconds[source.name].append(taken)
+                wall[source.name].append(taken)
+                cpu[source.name].append(spent)
     print(f"medians of {runs}, {len(os.sched_getaffinity(0))} cores")
-    print(f"{'source':20} {'on disk':>9} {'seconds':>8} {'ratio':>6} {'peak RSS':>9}")
+    print(f"{'source':20} {'on disk':>9} {'wall s':>8} {'ratio':>6} {'CPU s':>8} {'ratio':>6} {'peak RSS':>9}")
     for source in sources:
-        median = statistics.median(seconds[source.name])
-        ratio = median / statistics.median(seconds[twins.get(source.name, "safetensors")])
         nbytes = sum(path.stat().st_size for path in source.iterdir())
-        print(f"{source.name:20} {nbytes / 1e6:6.0f} MB {median:8.2f} {ratio:6.2f} {rss[source.name]:6.0f} MB")
+        figures = ""
+        for seconds in (wall, cpu):
+            median = statistics.median(seconds[source.name])
+            ratio = median / statistics.median(seconds[twins.get(source.name, "safetensors")])
+            figures += f"{median:8.2f} {ratio:6.2f} "
+        print(f"{source.name:20} {nbytes / 1e6:6.0f} MB {figures}{rss[source.name]:6.0f} MB")
 
 
-def convert(source: Path, out: Path) -> tuple[float, float]:
-    """Return seconds and peak resident megabytes of one conversion."""
+def convert(source: Path, out: Path) -> tuple[float, float, float]:
+    """Return wall seconds, CPU seconds and peak resident megabytes of one conversion."""
     shutil.rmtree(out, ignore_errors=True)
     qformat = str(Path(sys.executable).with_name("qformat"))
     started = monotonic()
@@ -82,7 +88,7 @@ def convert(source: Path, out: Path) -> tuple[float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"convert {source}: exit code {process.returncode}")
-    return taken, usage.ru_maxrss / 1024
+    return taken, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def write_sources(folder: Path, n_layers: int) -> None:

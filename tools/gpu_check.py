@@ -1,10 +1,14 @@
 """Everything that needs a GPU, in one command: are the kernels right on this card, and how fast are they?
 
-Usage: python tools/gpu_check.py [--only NAME ...] [--quick] [--json PATH] [--table PATH] [--compare OLD.json] [--list]
+Usage: python tools/gpu_check.py [--only NAME ...] [--quick] [--artifact DIR] [--json PATH] [--table PATH]
+                                 [--compare OLD.json] [--list]
 
 Writes gpu_check.json (every figure, with the device and the versions) and gpu_check.txt (the same as a table), and
 prints the table. --compare adds the ratio of each figure to that of an earlier run. Exit code: 0 all checks passed, 1
 one failed, 2 there is no GPU or the arguments make no sense.
+
+The checks of models run on the artifact DIR, or on a random Llama of 1.1 billion parameters (with --quick: 0.2) that is
+made and converted for them.
 
 Speed is given as the share of what a plain copy reaches on the same card in the same run: the roof of a kernel that is
 bound by memory is 1. Weights rotate through more memory than the L2 cache holds, launches are replayed from a CUDA
@@ -19,8 +23,9 @@ import importlib.metadata
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import bench_load  # noqa: E402
+from gpu_check_models import MODEL_CHECKS  # noqa: E402
+from gpu_check_results import Result, Settings  # noqa: E402
 
 from qformat.kernels import triton_launch  # noqa: E402
 from qformat.kernels.packed_weight import PackedWeight  # noqa: E402
@@ -42,39 +51,8 @@ from tests.kernels.weights import bits, exact_block_dots, random_codes, random_w
 NO_GPU = 2
 SCHEMA = 1
 
-SHAPES = [(576, 576), (1536, 576), (4864, 896), (2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336)]
-"""Linears of SmolLM2-135M, Qwen2.5-0.5B and Llama 3.1 8B, and one between."""
-
 ROTATION_NBYTES = 256 * 2**20
 """Weights that a timed graph goes through: more than twice any L2 cache (H100 50 MB, B200 126 MB)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One figure. `passed` is None for a measurement without a verdict."""
-
-    check: str
-    case: str
-    metric: str
-    value: float
-    unit: str
-    passed: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What every check gets. quick: few shapes and repeats, to see that all works."""
-
-    device: torch.device
-    quick: bool = False
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        return SHAPES[1::3] if self.quick else SHAPES
-
-    @property
-    def repeats(self) -> int:
-        return 5 if self.quick else 30
 
 
 # --- exactness
@@ -358,6 +336,7 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Result]]] = {
     "product_speed": check_product_speed,
     "scale_gradient_speed": check_scale_gradient_speed,
     "product_plans": check_product_plans,
+    **MODEL_CHECKS,
 }
 """In the order in which they run: first what is right, then what is fast. A new check is a line here."""
 
@@ -445,10 +424,21 @@ def read_report(path: Path) -> dict[str, Any]:
     return run
 
 
+@contextmanager
+def artifact_for(names: Sequence[str], given: Path | None, *, quick: bool) -> Iterator[Path | None]:
+    """Yield the artifact that checks of models run on, made for them where none was given."""
+    if given is not None or MODEL_CHECKS.keys().isdisjoint(names):
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        yield bench_load.make_artifact(Path(folder), 4 if quick else 22)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(CHECKS), default=list(CHECKS))
     parser.add_argument("--quick", action="store_true", help="few shapes and repeats")
+    parser.add_argument("--artifact", type=Path, metavar="DIR", help="for checks of models; a random Llama otherwise")
     parser.add_argument("--json", type=Path, default=Path("gpu_check.json"))
     parser.add_argument("--table", type=Path, default=Path("gpu_check.txt"))
     parser.add_argument("--compare", type=Path, metavar="OLD.json")
@@ -470,7 +460,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gpu_check: {unavailable}", file=sys.stderr)
         return NO_GPU
     device = torch.device("cuda", torch.cuda.current_device())
-    results = run_checks(options.only, Settings(device, quick=options.quick))
+    with artifact_for(options.only, options.artifact, quick=options.quick) as artifact:
+        results = run_checks(options.only, Settings(device, quick=options.quick, artifact=artifact))
     run = report(results, device=device_facts(device))
     options.json.write_text(json.dumps(run, indent=2) + "\n")
     text = table(run, earlier=earlier)

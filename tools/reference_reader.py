@@ -117,12 +117,11 @@ def check_manifest(data: bytes, manifest: Any) -> tuple[dict[str, Any], dict[str
 
 
 def is_tensor_entry(entry: dict[str, Any], name: str) -> bool:  # [7.2]
-    dtype, block, double, digests = map(entry.get, ("dtype", "block_size", "double_quant", "components"))
+    dtype, block, double, digests, xxh3 = map(entry.get, ("dtype", "block_size", "double_quant", "components", "xxh3"))
     if not is_sizes(entry.get("shape")) or len(entry["shape"]) > 8 or not isinstance(dtype, str):
         return False
     if entry.get("encoding") == "kept":
-        good = is_hex(entry.get("xxh3"), 32) and is_hex(entry.get("source_xxh3", "0" * 32), 32)
-        return good and isinstance(entry.get("reason"), str)
+        return is_hex(xxh3, 32) and is_hex(entry.get("source_xxh3", xxh3), 32) and isinstance(entry.get("reason"), str)
     if type(block) is not int or type(double) is not bool or not isinstance(digests, dict):
         return False
     labels = {"packed", "absmax", "quant_map", "quant_state"} | set(["nested_absmax", "nested_quant_map"] * double)

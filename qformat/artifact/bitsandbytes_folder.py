@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,11 +35,13 @@ def read_bitsandbytes_folder(path: Path) -> ShardLayout:
         descriptors = {
             shard: stack.enter_context(open_regular(path, shard, error=ArtifactError)) for shard in shards.shard_nbytes
         }
+        states = {}
+        paths = {shard: path / shard for shard in descriptors}
         for name in packed:
             layout = _packed_shape(path, name, located, descriptors)
             _check_components(path, name, layout, located)
-            check_small_parts(path, name, layout, located, descriptors)
-    return shards
+            states[name] = check_small_parts(name, layout, located, descriptors, paths)
+    return dataclasses.replace(shards, states=states)
 
 
 def _nothing_packed(path: Path, located: Mapping[str, Located]) -> ArtifactError:

@@ -26,8 +26,10 @@ class Component(StrEnum):
     @property
     def label(self) -> str:
         """The name in manifests and messages: `packed`, `absmax`, ..., `quant_state`."""
-        return self.name.lower()
+        return _LABELS[self]
 
+
+_LABELS = {part: part.name.lower() for part in Component}
 
 SINGLE_LEVEL = (Component.PACKED, Component.ABSMAX, Component.QUANT_MAP, Component.QUANT_STATE)
 DOUBLE_QUANT = tuple(Component)
@@ -74,4 +76,4 @@ class PackedShape:
             Component.QUANT_STATE: ("U8", (state_nbytes,)),
         }
         present = DOUBLE_QUANT if self.double_quant else SINGLE_LEVEL
-        return {part: NewTensor(name + part.value, *layout[part]) for part in present}
+        return {part: NewTensor(name + part, *layout[part]) for part in present}

@@ -18,7 +18,7 @@ from qformat.errors import ArtifactError, InvalidFileError
 READ_NBYTES = 4 * 2**20
 """Bytes read at a time while hashing: large enough for the disk, small enough to stay in the L3 cache."""
 
-Buffer = bytes | memoryview | NDArray[Any]
+Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
 
 class Xxh3:

@@ -58,7 +58,7 @@ class Disk:
             count = self._call_write(path, partial(self.raw_write, descriptor, view))
             view = view[count:]
 
-    def write_file(self, path: Path, data: bytes) -> None:
+    def write_file(self, path: Path, data: bytes | bytearray) -> None:
         """Write a whole small file and bring it to the disk."""
         descriptor = self.open_for_writing(path)
         try:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from qformat import strict_json
 from qformat.artifact.limits import MAX_DIMENSIONS, MAX_HEADER_NBYTES, MAX_NAME_NBYTES, MAX_SIZE
@@ -175,18 +176,14 @@ def _entry(
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ELEMENT_NBYTES:
         raise refuse(Reason.UNSUPPORTED_DTYPE, f"{dtype!r} is not a dtype that qformat reads", "dtype")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in shape):
+    if not isinstance(shape, list) or not _are_sizes(shape):
         raise refuse(Reason.HEADER_FIELD, f"not a list of sizes up to {MAX_SIZE}", "shape")
     if len(shape) > MAX_DIMENSIONS:
         raise refuse(Reason.HEADER_LIMIT, f"{len(shape)} dimensions, at most {MAX_DIMENSIONS} are read", "shape")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(offset) is int and 0 <= offset <= MAX_SIZE for offset in offsets)
-    ):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets):
         raise refuse(Reason.HEADER_FIELD, "not a pair of byte offsets", "data_offsets")
-    sizes = tuple(int(size) for size in shape if isinstance(size, int))
-    begin, end = (int(offset) for offset in offsets if isinstance(offset, int))
+    sizes = tuple(shape)
+    begin, end = offsets
     expected = math.prod(sizes) * ELEMENT_NBYTES[dtype]
     if end - begin != expected:
         raise refuse(
@@ -197,6 +194,14 @@ def _entry(
     if (data_start + begin) % ELEMENT_NBYTES[dtype]:
         raise refuse(Reason.ALIGNMENT, f"{dtype} data at byte {data_start + begin} of the file", "data_offsets")
     return TensorEntry(name, dtype, sizes, data_start + begin, data_start + end)
+
+
+def _are_sizes(values: list[strict_json.Json]) -> TypeGuard[list[int]]:
+    # A loop: a generator takes twice as long, and a header has thousands of these.
+    for value in values:  # noqa: SIM110
+        if type(value) is not int or not 0 <= value <= MAX_SIZE:
+            return False
+    return True
 
 
 def _check_coverage(

@@ -34,6 +34,9 @@ _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
 _SEAL = re.compile(rb'  "manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
 _UNSEALED = b'  "manifest_sha256": "' + b"0" * 64 + b'"\n}\n'
 
+_DOUBLE_QUANT_BY_LABEL = {part.label: part for part in DOUBLE_QUANT}
+_SINGLE_LEVEL_BY_LABEL = {part.label: part for part in SINGLE_LEVEL}
+
 JsonObject = dict[str, strict_json.Json]
 
 
@@ -281,7 +284,10 @@ def _check_seal(data: bytes, path: Path) -> None:
 
 def _check_component_names(fields: _Fields, tensors: JsonObject) -> None:
     """No tensor may have the name of another one's component: the same bytes would be both."""
+    suffixes = tuple(part.value for part in DOUBLE_QUANT if part.value)
     for name in tensors:
+        if not name.endswith(suffixes):
+            continue
         for part in DOUBLE_QUANT:
             owner = tensors.get(name.removesuffix(part.value)) if part.value and name.endswith(part.value) else None
             if isinstance(owner, dict) and owner.get("encoding") == "nf4":
@@ -315,7 +321,7 @@ def _parse_tensor(fields: _Fields, name: str, value: strict_json.Json) -> Tensor
     if type(double_quant) is not bool:
         fields.refuse("double_quant", f"{double_quant!r}, expected true or false")
     components = fields.mapping(value, "components")
-    expected = {part.label: part for part in (DOUBLE_QUANT if double_quant else SINGLE_LEVEL)}
+    expected = _DOUBLE_QUANT_BY_LABEL if double_quant else _SINGLE_LEVEL_BY_LABEL
     if components.keys() != expected.keys():
         fields.refuse("components", f"{sorted(components)}, expected {sorted(expected)}")
     return PackedRecord(

@@ -154,6 +154,7 @@ def _members(a: Manifest, b: Manifest) -> dict[str, tuple[strict_json.Json, stri
             "generator": manifest.generator,
             "source": manifest.source,
             "recipe": manifest.recipe,
+            "evaluation": manifest.evaluation,
             **manifest.extra,
         }
 

@@ -16,7 +16,7 @@ from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.regular_files import open_regular
 from qformat.artifact.structure import ShardLayout, Structure, check_structure, size_error
-from qformat.codec import quant_state
+from qformat.artifact.watch import MappedFileWatch
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.quant_state import QuantState
 from qformat.errors import ArtifactError, UsageError
@@ -109,11 +109,12 @@ class KeptTensor:
 
 
 class MappedShards:
-    """The shards of a folder, mapped when they are first looked at."""
+    """The shards of a folder, mapped when they are first looked at. `watch` tells whether the files changed since."""
 
     def __init__(self, layout: ShardLayout) -> None:
         self.path = layout.path
         self.layout = layout
+        self.watch = MappedFileWatch()
         self._maps: dict[str, mmap.mmap] = {}
 
     def close(self) -> None:
@@ -122,20 +123,20 @@ class MappedShards:
 
     def quant_state(self, name: str) -> QuantState:
         """Return what the codes of a packed tensor mean. Raises KeyError for a name that is no packed tensor."""
-        data = self.view(name + Component.QUANT_STATE.value).tobytes()
-        return quant_state.parse(data, path=self.path, tensor=name)
+        return self.layout.states[name]
 
     def mapped(self, shard: str) -> mmap.mmap:
         """Return the mapping of a whole shard file. It is private: what is written to it never reaches the file."""
         if shard not in self._maps:
             expected = self.layout.shard_nbytes[shard]
             with open_regular(self.path, shard, error=ArtifactError) as descriptor:
-                nbytes = os.fstat(descriptor).st_size
-                if nbytes != expected:
-                    raise size_error(self.path / shard, nbytes, expected)
+                status = os.fstat(descriptor)
+                if status.st_size != expected:
+                    raise size_error(self.path / shard, status.st_size, expected)
                 self._maps[shard] = mmap.mmap(
                     descriptor, expected, flags=_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
                 )
+                self.watch.add(self.path / shard, self._maps[shard], status)
         return self._maps[shard]
 
     def view(self, name: str) -> NDArray[Any]:

@@ -27,7 +27,7 @@ def read_headers(path: Path, *, error: type[InvalidFileError]) -> ShardLayout:
             if name in located:
                 raise error(Reason.DUPLICATE_TENSOR, path / shard, f"is in {located[name].shard}, too", tensor=name)
             located[name] = Located(shard, entry)
-    return ShardLayout(path, shard_nbytes, located)
+    return ShardLayout(path, shard_nbytes, located, {})
 
 
 def _shard_names(path: Path, error: type[InvalidFileError]) -> list[str]:

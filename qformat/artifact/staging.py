@@ -157,7 +157,7 @@ class Staging:
 def begun_with(out: Path) -> JsonObject:
     """Return the journal's first entry if an interrupted run left one: its fingerprint and its note."""
     work = work_folder(out)
-    entries, _ = _read_journal(work / "journal") if work.is_dir() else ([], 0)
+    entries, _ = _read_journal(work / "journal") if os.path.isdir(work) else ([], 0)
     return entries[0] if entries else {}
 
 

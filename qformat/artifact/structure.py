@@ -23,11 +23,15 @@ from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MAN
 from qformat.artifact.manifest import MANIFEST_NAME, KeptRecord, Manifest, PackedRecord
 from qformat.artifact.regular_files import open_regular, read_exactly, read_small
 from qformat.codec import quant_state
-from qformat.codec.codebooks import NF4_CODEBOOK
+from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
+from qformat.codec.quant_state import QuantState
 from qformat.errors import ArtifactError, Reason
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+
+_CODEBOOK = NF4_CODEBOOK.astype("<f4").tobytes()
+_DYNAMIC_MAP = DYNAMIC_MAP.astype("<f4").tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +44,13 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """Checked shards of a folder: their sizes, and where every component lies, by the component's name in them."""
+    """Checked shards of a folder: their sizes, where every component lies, by its name in them, and what the codes of
+    each packed tensor mean."""
 
     path: Path
     shard_nbytes: Mapping[str, int]
     located: Mapping[str, Located]
+    states: Mapping[str, QuantState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +85,14 @@ def check_structure(path: Path) -> Structure:
         located = {
             name: Located(shard, entry) for shard, read in headers.items() for name, entry in read.tensors.items()
         }
-        for name, entry in parsed.tensors.items():
-            if isinstance(entry, PackedRecord):
-                check_small_parts(path, name, entry.layout, located, descriptors)
+        paths = {shard: path / shard for shard in descriptors}
+        states = {
+            name: check_small_parts(name, entry.layout, located, descriptors, paths)
+            for name, entry in parsed.tensors.items()
+            if isinstance(entry, PackedRecord)
+        }
     shard_nbytes = {name: parsed.files[name].nbytes for name in headers}
-    return Structure(path, shard_nbytes, located, parsed)
+    return Structure(path, shard_nbytes, located, states, parsed)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -228,21 +237,21 @@ def _parents(module: str) -> set[str]:
 
 
 def check_small_parts(
-    path: Path,
     name: str,
     layout: PackedShape,
     located: Mapping[str, Located],
     descriptors: Mapping[str, int],
-) -> None:
-    """Check quant_state, codebook and finiteness of the scales' maps of one packed tensor. Raises ArtifactError.
+    paths: Mapping[str, Path],
+) -> QuantState:
+    """Check quant_state, codebook and finiteness of the scales' maps of one packed tensor; return the first.
 
-    descriptors: open files, by shard.
+    Raises: ArtifactError. descriptors, paths: open files, and their names, by shard.
     """
 
     def read(part: Component) -> tuple[Path, bytes]:
-        where = located[name + part.value]
+        where = located[name + part]
         data = bytearray(where.entry.nbytes)
-        shard = path / where.shard
+        shard = paths[where.shard]
         read_exactly(descriptors[where.shard], where.entry.start, memoryview(data), path=shard, error=ArtifactError)
         return shard, bytes(data)
 
@@ -263,11 +272,13 @@ def check_small_parts(
                 field=field,
             )
     shard, data = read(Component.QUANT_MAP)
-    if data != NF4_CODEBOOK.astype("<f4").tobytes():
+    if data != _CODEBOOK:
         raise ArtifactError(Reason.CODEBOOK, shard, "is not the NF4 codebook", tensor=name, field="quant_map")
     scales = (Component.NESTED_ABSMAX, Component.NESTED_QUANT_MAP) if layout.double_quant else (Component.ABSMAX,)
     for part in scales:
         shard, data = read(part)
+        if part is Component.NESTED_QUANT_MAP and data == _DYNAMIC_MAP:
+            continue
         values = np.frombuffer(data, "<f4")
         if not np.isfinite(values).all():
             index = int(np.flatnonzero(~np.isfinite(values))[0])
@@ -278,3 +289,4 @@ def check_small_parts(
                 tensor=name,
                 field=part.label,
             )
+    return state

@@ -124,6 +124,22 @@ def verify_integrity(
     return IntegrityReport(path, tuple(findings), len(manifest.files) + 1, nbytes, sha256)
 
 
+def verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
+    """Check every file that is no shard: the SHA-256 of those in the manifest, and that there is no other."""
+    names = [name for name, record in manifest.files.items() if record.header_xxh3 is None]
+    findings: list[Finding] = []
+    with ExitStack() as stack:
+        for name in names:
+            try:
+                descriptor = stack.enter_context(open_regular(path, name, error=ArtifactError))
+            except ArtifactError as error:
+                findings.append(finding_of(error))
+                continue
+            finding = _check_whole(path / name, descriptor, manifest.files[name])
+            findings += [] if finding is None else [finding]
+    return (*findings, *_extra_files(path, manifest))
+
+
 def finding_of(error: ArtifactError) -> Finding:
     """Return an error of the reader as a finding."""
     return Finding(error.reason, Path(error.path).name, str(error), error.tensor, error.field)

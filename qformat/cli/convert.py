@@ -149,7 +149,8 @@ class _Bar:
         self._layers: Callable[[int], None] | None = None
 
     def start(self, plan: Plan) -> None:
-        self._advance = self._open.enter_context(progress_bar(plan.source_nbytes, "Converting"))
+        what = "Fetching and converting" if "repository" in plan.source else "Converting"
+        self._advance = self._open.enter_context(progress_bar(plan.source_nbytes, what))
 
     def update(self, nbytes: int) -> None:
         self._advance(nbytes)

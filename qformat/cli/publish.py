@@ -88,7 +88,8 @@ def command(
     from qformat.converters.open_source import is_repository
     from qformat.hub.licenses import License
     from qformat.hub.names import check_repository_name
-    from qformat.hub.publish import CardOptions, publish
+    from qformat.hub.prepared_card import CardOptions
+    from qformat.hub.publish import publish
 
     check_repository_name(repository)
     if license_id is None and (license_name or license_link):
@@ -167,33 +168,34 @@ def _facts(published: Published) -> dict[str, object]:
         "already_there": published.already_there,
         "nbytes": published.publication.nbytes,
         "nbytes_to_send": published.nbytes_to_send,
-        "new": list(published.new),
-        "changed": list(published.changed),
-        "unchanged": list(published.unchanged),
-        "removed": list(published.removed),
-        "others": list(published.others),
-        "license_concern": published.concern,
-        "notes": list(published.notes),
-        "card": published.card,
+        "new": list(published.changes.new),
+        "changed": list(published.changes.changed),
+        "unchanged": list(published.changes.unchanged),
+        "removed": list(published.changes.removed),
+        "others": list(published.changes.others),
+        "license_concern": published.card.concern,
+        "note": published.card.note,
+        "card": published.card.text,
     }
 
 
 def _show(published: Published) -> None:
-    for note in published.notes:
-        click.echo(f"Note: {note}", err=True)
-    if published.concern is not None:
-        click.echo(f"Warning: {published.concern}", err=True)
+    if published.card.note is not None:
+        click.echo(f"Note: {published.card.note}", err=True)
+    if published.card.concern is not None:
+        click.echo(f"Warning: {published.card.concern}", err=True)
     where = published.repository + ("" if published.revision == "main" else f" ({published.revision})")
     if published.commit is None:
         _show_plan(published)
         click.echo(f"{where}: {format_nbytes(published.nbytes_to_send)} would be sent")
         return
-    if published.others:
-        click.echo(f"Note: {where} also holds {', '.join(published.others[:5])}: no part of the artifact", err=True)
+    if published.changes.others:
+        others = ", ".join(published.changes.others[:5])
+        click.echo(f"Note: {where} also holds {others}: no part of the artifact", err=True)
     if published.already_there:
         click.echo(f"{where}: holds these very bytes already; nothing was sent")
     else:
-        sent = len(published.new) + len(published.changed)
+        sent = len(published.changes.sent)
         click.echo(f"{where}: {sent} files, {format_nbytes(published.nbytes_to_send)} sent")
     click.echo(f"commit {published.commit}" + (f", {published.pull_request}" if published.pull_request else ""))
 
@@ -202,12 +204,12 @@ def _show_plan(published: Published) -> None:
     files = published.publication.files
     rows: list[tuple[str, ...]] = [("action", "file", "bytes")]
     for action, names in (
-        ("add", published.new),
-        ("replace", published.changed),
-        ("leave", published.unchanged),
+        ("add", published.changes.new),
+        ("replace", published.changes.changed),
+        ("leave", published.changes.unchanged),
     ):
         rows += [(action, name, f"{files[name].nbytes:,}") for name in names]
-    rows += [("remove", name, "") for name in published.removed]
+    rows += [("remove", name, "") for name in published.changes.removed]
     click.echo(format_table(rows, right=(2,)))
     click.echo()
-    click.echo(published.card)
+    click.echo(published.card.text)

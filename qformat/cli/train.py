@@ -15,7 +15,8 @@ from qformat import strict_json
 from qformat.artifact.manifest import JsonObject
 from qformat.cli.display import duration, format_nbytes
 from qformat.errors import Interrupted
-from qformat.training.settings import TrainingSettings, read_toml, size_nbytes, value_type
+from qformat.sizes import size_nbytes
+from qformat.training.settings import TrainingSettings, read_toml, value_type
 
 if TYPE_CHECKING:
     from qformat.training.run import TrainingResult

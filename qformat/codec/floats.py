@@ -38,7 +38,10 @@ class FloatFormat(Enum):
     @classmethod
     def from_torch_name(cls, name: str) -> FloatFormat:
         """Return the format of a torch dtype name. Raises KeyError for any other name."""
-        return {member.torch_name: member for member in cls}[name]
+        return TORCH_NAMES[name]
+
+
+TORCH_NAMES = {member.torch_name: member for member in FloatFormat}
 
 
 def widen(raw: Raw, float_format: FloatFormat) -> NDArray[np.float32]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from qformat import strict_json
-from qformat.codec.floats import FloatFormat
+from qformat.codec.floats import TORCH_NAMES, FloatFormat
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
@@ -69,6 +70,7 @@ class QuantState:
         return self.to_json().ljust(size, b" ")
 
 
+@lru_cache(maxsize=4096)
 def padded_nbytes(*, block_size: int, float_format: FloatFormat, shape: tuple[int, ...], double_quant: bool) -> int:
     """Return the size of the padded record; it does not depend on the offset's digits, so a plan can know it."""
     placeholder = QuantState(block_size, float_format, shape, 0.0 if double_quant else None)
@@ -99,7 +101,7 @@ def parse(data: bytes, *, path: Path | str, tensor: str) -> QuantState:
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise refuse("blocksize", f"{block_size!r}, expected one of {BLOCK_SIZES}")
     dtype = record["dtype"]
-    if not isinstance(dtype, str) or dtype not in {member.torch_name for member in FloatFormat}:
+    if not isinstance(dtype, str) or dtype not in TORCH_NAMES:
         raise refuse("dtype", f"{dtype!r}, expected bfloat16, float16 or float32")
     shape = record["shape"]
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):

@@ -29,12 +29,11 @@ def write_card(
     origin: Origin,
     *,
     figures: ErrorFigures | None = None,
-    evaluation: strict_json.Json = None,
     signed: bool = False,
 ) -> str:
     """Return the text of the README.md of an artifact that is published as `repository`.
 
-    figures: how far its weights are from the source's. evaluation: the manifest's member of that name, if it has one.
+    figures: how far its weights are from the source's.
     """
     pipeline_tag = origin.pipeline_tag or pipeline_tag_of(config)
     sections = [
@@ -43,7 +42,7 @@ def write_card(
         _summary(origin),
         _sizes(manifest),
         *(["## How far it is from the source", _errors(figures)] if figures is not None else []),
-        *evaluation_sections(evaluation),
+        *evaluation_sections(manifest.evaluation),
         "## Load it",
         _loading(repository, pipeline_tag),
         "## Check it",

@@ -38,9 +38,11 @@ _FIGURES = (
 )
 
 
-def evaluation_sections(evaluation: strict_json.Json) -> list[str]:
+def evaluation_sections(evaluation: JsonObject | None) -> list[str]:
     """Return a heading and a table of what was measured on each text; nothing where there are no figures."""
-    texts = evaluation.get("texts") if isinstance(evaluation, dict) else None
+    if evaluation is None:
+        return []
+    texts = evaluation.get("texts")
     measured = [text for text in texts if isinstance(text, dict)] if isinstance(texts, list) else []
     figures = [figure for figure in _FIGURES if any(figure.shown(text) != "–" for text in measured)]
     if not measured or not figures:
@@ -48,7 +50,6 @@ def evaluation_sections(evaluation: strict_json.Json) -> list[str]:
     header = ("text", "tokens", *(figure.title for figure in figures))
     rows = [(_name(text), _count(text), *(figure.shown(text) for figure in figures)) for text in measured]
     note = "Measured by `qformat eval` on held-out text; ± is the standard error over windows."
-    assert isinstance(evaluation, dict)
     length = evaluation.get("window_length")
     if type(length) is int:
         note += f" Windows of {length:,} tokens."

@@ -63,7 +63,9 @@ def find_origin(
             origin = replace(origin, unread=str(problem))
         except UnicodeDecodeError:
             origin = replace(origin, unread=f"{repository}/{CARD_NAME}: is not UTF-8")
-    return origin if license is None else replace(origin, license=license)
+    if license is not None:
+        return replace(origin, license=license)
+    return replace(origin, license=_with_whole_link(origin, manifest))
 
 
 def card_metadata(text: str, where: Path | str) -> JsonObject:
@@ -104,6 +106,16 @@ def _read_local(source: Path) -> str:
         return read_small(source, CARD_NAME, max_nbytes=MAX_CARD_NBYTES, error=ArtifactError).decode("utf-8")
     except (ArtifactError, UnicodeDecodeError) as problem:
         raise UsageError(f"{source / CARD_NAME}: {problem}") from None
+
+
+def _with_whole_link(origin: Origin, manifest: Manifest) -> License:
+    """Return the licence with a link that leads somewhere: to the base model's file, if the artifact has none."""
+    link = origin.license.link
+    if link is None or "://" in link or link in manifest.files or origin.repository is None:
+        return origin.license
+    file = link.removeprefix("./").lstrip("/")
+    address = f"https://huggingface.co/{origin.repository}/blob/{origin.commit or 'main'}/{file}"
+    return replace(origin.license, link=address)
 
 
 def _with_card(origin: Origin, text: str) -> Origin:

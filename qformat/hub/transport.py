@@ -161,7 +161,7 @@ class Transport:
             retries.failed(busy.problem, wait_s=busy.wait_s)
         except Unusable as problem:
             retries.failed(str(problem))
-        except httpx2.HTTPError as problem:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as problem:
             raise HubError(
                 self.repository, f"{retries.what}: {self._shown(problem)}", next_step="Check HF_ENDPOINT and the proxy"
             ) from None
@@ -214,8 +214,11 @@ class Transport:
         return {name: value for name, value in self._headers.items() if name.lower() != "authorization"}
 
     def _redirected(self, response: httpx2.Response, what: str) -> str:
-        target = urljoin(str(response.url), response.headers.get("Location", ""))
-        scheme = urlsplit(target).scheme
+        try:
+            target = urljoin(str(response.url), response.headers.get("Location", ""))
+            scheme = urlsplit(target).scheme
+        except ValueError:  # no address at all, such as http://[
+            target, scheme = "", ""
         if scheme != "https" and (scheme != "http" or urlsplit(self.endpoint).scheme != "http"):
             raise HubError(
                 self.repository,
@@ -276,5 +279,10 @@ def _asked_wait_s(response: httpx2.Response) -> float | None:
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, (parts.hostname or "").lower(), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    """Return scheme, host and port; nothing's origin for what is no address."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return "", "", None
+    return parts.scheme, (parts.hostname or "").lower(), port

@@ -10,17 +10,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from qformat import __version__
 from qformat.errors import ArtifactError, HubError, UsageError
+from qformat.hub import transport
 from qformat.hub.publication import PublishedFile
 from qformat.hub.remote import DEFAULT_REVISION, RemoteRepository, open_repository
 from qformat.hub.transport import RETRIED_STATUSES, Patience, Retries
 
 if TYPE_CHECKING:
     import httpx2
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, Discussion
     from huggingface_hub.errors import HfHubHTTPError
 
 ANSWER_TIMEOUT_S = 300.0
@@ -30,7 +32,9 @@ _UPLOAD_ATTEMPTS = 4
 """Of a whole call of huggingface_hub, which retries most of its requests itself."""
 
 _MAX_PULL_REQUESTS = 200
-_REDACTED = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=\?)[^\s'\"]+")
+"""Tokens, and what makes an address of an upload a secret for hours."""
+
 
 _Result = TypeVar("_Result")
 
@@ -51,7 +55,7 @@ class Uploader:
 
         self.repository = repository
         self._token = token
-        self._patience = patience or Patience()
+        self._patience = patience or transport.DEFAULT_PATIENCE
         self._endpoint = constants.ENDPOINT
         self._api = HfApi(endpoint=self._endpoint, token=token, library_name="qformat", library_version=__version__)
 
@@ -128,25 +132,20 @@ class Uploader:
 
     def pull_request(self, files: Mapping[str, PublishedFile], title: str) -> Made | None:
         """Return the open pull request that holds these files, if there is one of this title."""
-        listed = self._attempt(
-            "its pull requests",
-            lambda: [
-                entry
-                for entry, _ in zip(
-                    self._api.get_repo_discussions(
-                        self.repository, discussion_type="pull_request", discussion_status="open"
-                    ),
-                    range(_MAX_PULL_REQUESTS),
-                    strict=False,
-                )
-                if entry.title == title
-            ],
-        )
-        for entry in listed:
-            opened = self.open(f"refs/pr/{entry.num}")
-            if opened is not None and holds(opened, files):
-                return Made(opened.commit, f"{self._endpoint}/{self.repository}/discussions/{entry.num}")
+        for address, opened in self.pull_requests(title):
+            if holds(opened, files):
+                return Made(opened.commit, address)
         return None
+
+    def pull_requests(self, title: str) -> Iterator[tuple[str, RemoteRepository]]:
+        """Yield address and content of each open pull request of a title."""
+        listed = self._attempt("its pull requests", lambda: [*islice(self._discussions(), _MAX_PULL_REQUESTS)])
+        for entry in listed:
+            if entry.title == title and (opened := self.open(f"refs/pr/{entry.num}")) is not None:
+                yield f"{self._endpoint}/{self.repository}/discussions/{entry.num}", opened
+
+    def _discussions(self) -> Iterator[Discussion]:
+        return self._api.get_repo_discussions(self.repository, discussion_type="pull_request", discussion_status="open")
 
     def _made_after_all(self, files: Mapping[str, PublishedFile], parent: RemoteRepository, branch: str) -> Made | None:
         """Return the commit if it was made although its answer was lost. Raises HubError if there is another one."""
@@ -195,7 +194,7 @@ class Uploader:
 
     def _refusal(self, what: str, problem: HfHubHTTPError) -> HubError:
         status, code = problem.response.status_code, problem.response.headers.get("X-Error-Code")
-        said = _REDACTED.sub("***", problem.server_message or "").strip()
+        said = _SECRETS.sub("***", problem.server_message or "").strip()
         next_step = {
             401: f"The token is missing or not accepted: {_LOG_IN}",
             403: f"The token may not write there: {_LOG_IN} with a token that may",
@@ -246,6 +245,6 @@ def _address(problem: HfHubHTTPError | httpx2.TransportError) -> str:
 
 
 def _text(problem: Exception) -> str:
-    """Return the first line of a message, without what looks like a token."""
-    lines = _REDACTED.sub("***", str(problem)).strip().splitlines()
+    """Return the first line of a message, without secrets."""
+    lines = _SECRETS.sub("***", str(problem)).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(problem).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +60,34 @@ def build_on_meta(
     return model
 
 
-def attach(model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], path: Path) -> None:
+def attach(
+    model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], names: Mapping[str, str], path: Path
+) -> dict[str, str]:
     """Hang all tensors into a model on the meta device; then nothing of it is left there.
+
+    names: of `names_in_model`. Return those of the tensors that it took: it reads over some, as transformers does.
 
     Raises ArtifactError for a tensor that the model has no place for, one of another shape, and one that is missing.
     """
-    names = names_in_model(model, tensors, path)
+    originals = {renamed: name for name, renamed in names.items()}
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
-    places = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    places = tensors_by_name(model)
     biases = {name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and name.endswith(".bias")}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and name in places:
             _set_tensor(model, name, tensor, places[name], path)
-        elif isinstance(tensor, Tensor) and not _is_expected_extra(model, name):
-            raise _does_not_fit(path, name, "the model that config.json describes has no such tensor")
+        elif isinstance(tensor, Tensor):
+            if not _is_expected_extra(model, name):
+                raise _does_not_fit(path, name, "the model that config.json describes has no such tensor")
+            del originals[name]
     for name, tensor in tensors.items():
         if isinstance(tensor, PackedComponents):
             replace_linear(model, name, tensor, path, biases)
     model.tie_weights()
     _check_complete(model, path)
     initialise_the_rest(model, device)
+    return {name: renamed for renamed, name in originals.items()}
 
 
 def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) -> Any:
@@ -184,15 +188,17 @@ def _is_expected_extra(model: PreTrainedModel, name: str) -> bool:
 
 
 def _check_complete(model: PreTrainedModel, path: Path) -> None:
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise _missing(path, name)
+    if any(tensor.is_meta for tensors in _tensors_by_module(model, persistent=True) for tensor in tensors):
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor.is_meta:
+                raise _missing(path, name)
 
 
 def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
     """Compute the buffers that no file holds (rotary frequencies and the like) as the model's own code does."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for tensors in _tensors_by_module(model, persistent=False):
+        for tensor in tensors:
+            tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -200,6 +206,25 @@ def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
         if isinstance(module, NF4Linear):
             module._is_hf_initialized = True  # type: ignore[assignment]
     model.initialize_weights()  # type: ignore[no-untyped-call]
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers, tied ones under each name; torch's own walks take several times as long."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }
+
+
+def _tensors_by_module(model: nn.Module, *, persistent: bool) -> Iterator[list[Tensor]]:
+    """Yield the tensors of each module, or only those of its state; `parameters()` and `buffers()` take far longer."""
+    for module in model.modules():
+        left_out = module._non_persistent_buffers_set if persistent else ()
+        buffers = [buffer for name, buffer in module._buffers.items() if name not in left_out]
+        yield [tensor for tensor in (*module._parameters.values(), *buffers) if tensor is not None]
 
 
 def _missing(path: Path, name: str) -> ArtifactError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,18 @@ from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.reader import Artifact, MappedShards, open_artifact
 from qformat.artifact.structure import CONFIG_NAME, ShardLayout
-from qformat.artifact.verify import verify_integrity
-from qformat.errors import UsageError
-from qformat.model.build import attach, build_on_meta, dtype_of, read_config
-from qformat.model.shard_tensors import ShardData, map_shards, tensors_of
+from qformat.artifact.verify import verify_integrity, verify_other_files
+from qformat.artifact.watch import MappedFileWatch
+from qformat.errors import DeviceMemoryError, UsageError
+from qformat.model.build import attach, build_on_meta, dtype_of, names_in_model, read_config
+from qformat.model.host_layers import DeviceMap, attach_placed, check_fits_mapped, decide
+from qformat.model.loaded_model import Origin, adopt
+from qformat.model.memory import free_nbytes
+from qformat.model.placement import DeviceName
+from qformat.model.shard_tensors import ShardData, map_shards, tensor_names, tensors_of
 from qformat.model.stream import TorchDevice, data_starts, stream_shards
 
-Verify = Literal["full", "structure"]
+Verify = Literal["full", "structure", "none"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,25 +39,44 @@ def load_model(
     verify: Verify = "structure",
     trust_remote_code: bool = False,
     attention: str | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[DeviceName, int | str] | None = None,
 ) -> PreTrainedModel:
     """Load an artifact as a transformers model whose 4-bit weights stay packed.
 
     device: where it runs, by default the GPU if there is one. On the CPU every tensor is a view of the mapped file, on
         a GPU one of its shard, which is read into a single allocation.
     dtype: of activations and of what was kept in 16 bit, by default that of config.json; another one copies the latter.
-    verify: "structure" checks all but the weights' bytes; "full" reads every byte and compares its digest.
+    verify: "structure" checks all but the weights' bytes; "full" reads every byte and compares its digest; "none" reads
+        no manifest, as of a folder that has none: headers and small maps are checked against one another.
     attention: transformers' name of an attention implementation.
+    device_map: for a model larger than a GPU. Layers that it maps to "cpu" stay in pinned host memory and are copied to
+        the GPU one after the other, each while the one before it runs. "auto": as few as `max_memory` of the device
+        asks for, by default nine tenths of what is free. Training needs gradient checkpointing.
+    max_memory: bytes, or "10GiB", by device: the GPU, and "cpu".
 
     Raises: ArtifactError for a damaged artifact (the reasons of `qformat verify`), for a config.json that does not fit
     the tensors and for an architecture that transformers does not know; UsageError for a device that is not
-    there or too small.
+    there; DeviceMemoryError, before anything is read, where memory does not suffice, with what is needed.
     """
     target = chosen_device(device)
-    shards = open_shards(Path(path))
-    if verify == "full" and target.type == "cpu":
-        _check_digests(shards)
+    path = Path(path)
+    shards = MappedShards(read_bitsandbytes_folder(path)) if verify == "none" else open_shards(path)
+    if device_map is not None and target.type == "cpu":
+        raise UsageError("device_map: is for a GPU. On the CPU weights are mapped: pages are read when they are needed")
+    if max_memory is not None and device_map is None:
+        raise UsageError("max_memory: says what device_map='auto' may use, and there is no device_map")
+    if verify == "full":
+        _check_digests(shards, streamed=target.type != "cpu" and device_map is None)
     return model_of_shards(
-        shards, device=target, dtype=dtype, verify=verify, trust_remote_code=trust_remote_code, attention=attention
+        shards,
+        device=target,
+        dtype=dtype,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+        attention=attention,
+        device_map=device_map,
+        max_memory=max_memory,
     )
 
 
@@ -63,6 +88,8 @@ def model_of_shards(
     verify: Verify,
     trust_remote_code: bool,
     attention: str | None,
+    device_map: DeviceMap | None = None,
+    max_memory: Mapping[DeviceName, int | str] | None = None,
 ) -> PreTrainedModel:
     """Build the model of opened shards around them; see `load_model`."""
     path = shards.path
@@ -74,10 +101,20 @@ def model_of_shards(
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
-    data = map_shards(shards) if device.type == "cpu" else shards_on_device(shards.layout, device, verify=verify)
-    attach(model, tensors_of(shards, data), path)
+    names = names_in_model(model, tensor_names(shards.layout), path)
+    if device_map is not None:
+        placed = decide(model, shards.layout, names, device, device_map, max_memory)
+        names = attach_placed(model, shards, names, device, placed)
+    else:
+        if device.type == "cpu":
+            check_fits_mapped(model, shards.layout, names)
+        data = map_shards(shards) if device.type == "cpu" else shards_on_device(shards.layout, device, verify=verify)
+        names = attach(model, tensors_of(shards, data), names, path)
     _set_generation_config(model, path)
     model.eval()  # type: ignore[no-untyped-call]
+    shards.watch.check()
+    if shards.layout.states:
+        adopt(model, Origin(shards.layout, names, shards.watch if device.type == "cpu" else MappedFileWatch()))
     return model
 
 
@@ -94,27 +131,25 @@ def open_shards(path: Path) -> MappedShards:
 
 
 def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verify) -> dict[str, ShardData]:
-    """Copy the shards to a device, one allocation each. Raises UsageError, before reading, if they do not fit there."""
+    """Copy the shards to a device, one allocation each. Raises DeviceMemoryError, before reading, if it is small."""
     starts = data_starts(layout)
     needed = sum(layout.shard_nbytes[shard] - start for shard, start in starts.items())
-    free = _free_nbytes(device)
+    free = free_nbytes(device)
     if free is not None and needed > free:
-        raise UsageError(
-            f"{layout.path}: the weights need {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free. "
-            "Free memory there, or use the CPU"
+        raise DeviceMemoryError(
+            f"{layout.path}: the weights need {needed / 1e9:.2f} GB, and {device} has {free / 1e9:.2f} GB free. "
+            "Free memory there, keep layers in host memory with device_map='auto', or use the CPU"
         )
     data = stream_shards(layout, TorchDevice(device), verify=verify)
     return {shard: ShardData(tensor, starts[shard]) for shard, tensor in data.items()}
 
 
-def _free_nbytes(device: torch.device) -> int | None:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-
-
-def _check_digests(shards: MappedShards) -> None:
+def _check_digests(shards: MappedShards, *, streamed: bool) -> None:
+    """Compare all digests, or those of the files beside the shards: streamed shards are hashed on their way."""
     if not isinstance(shards, Artifact):
         raise UsageError(f"{shards.path}: has no manifest, so there are no digests that verify='full' could compare")
-    findings = verify_integrity(shards.path).findings
+    path = shards.path
+    findings = verify_other_files(path, shards.manifest) if streamed else verify_integrity(path).findings
     if findings:
         raise findings[0].as_error(shards.path)
 

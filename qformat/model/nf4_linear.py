@@ -37,6 +37,9 @@ class NF4Linear(nn.Linear):
     absmax: Tensor
     nested_absmax: Tensor | None
     nested_quant_map: Tensor | None
+    block_size: int
+    nested_offset: float
+    _packed_weight: PackedWeight | None
 
     def __init__(
         self,
@@ -49,15 +52,18 @@ class NF4Linear(nn.Linear):
         nn.Module.__init__(self)  # that of nn.Linear would allocate a float weight
         if tuple(state.shape) != (out_features, in_features):
             raise UsageError(f"a weight of shape {list(state.shape)} in a layer of {out_features} x {in_features}")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.block_size = state.block_size
-        self.nested_offset = 0.0 if state.nested_offset is None else float(state.nested_offset)
-        self.weight = nn.Parameter(components[Component.PACKED], requires_grad=False)
-        for component, name in _BUFFERS.items():
-            self.register_buffer(name, components.get(component), persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias)  # type: ignore[assignment]
-        self._packed_weight: PackedWeight | None = None
+        # Past `nn.Module.__setattr__` and `register_buffer`: a model has hundreds of these, and loads in milliseconds.
+        self.__dict__.update(
+            in_features=in_features,
+            out_features=out_features,
+            block_size=state.block_size,
+            nested_offset=0.0 if state.nested_offset is None else float(state.nested_offset),
+            _packed_weight=None,
+        )
+        self._parameters["weight"] = nn.Parameter(components[Component.PACKED], requires_grad=False)
+        self._parameters["bias"] = None if bias is None else nn.Parameter(bias)
+        self._buffers.update((name, components.get(component)) for component, name in _BUFFERS.items())
+        self._non_persistent_buffers_set.update(_BUFFERS.values())
 
     def packed_weight(self) -> PackedWeight:
         """Return the weight as the kernels take it; the components were checked when it was first asked for."""

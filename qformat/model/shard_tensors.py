@@ -12,6 +12,7 @@ from torch import Tensor
 from qformat.artifact.components import Component
 from qformat.artifact.header import TensorEntry
 from qformat.artifact.reader import MappedShards
+from qformat.artifact.structure import ShardLayout
 from qformat.codec.nf4 import packed_nbytes
 from qformat.codec.quant_state import QuantState
 
@@ -25,6 +26,10 @@ TORCH_DTYPES = {
 """By safetensors' names."""
 
 
+_PARTS = tuple(Component)
+_BESIDE_PACKED = tuple(part for part in Component if part is not Component.PACKED)
+
+
 @dataclass(frozen=True, slots=True)
 class ShardData:
     """The bytes of a shard, uint8, from byte `start` of the file on."""
@@ -35,9 +40,12 @@ class ShardData:
     def view(self, entry: TensorEntry) -> Tensor:
         """Return a component in its dtype and shape: a view, where it lies aligned."""
         data = self.data[entry.start - self.start : entry.stop - self.start]
-        if data.data_ptr() % (TORCH_DTYPES[entry.dtype].itemsize):
+        dtype = TORCH_DTYPES[entry.dtype]
+        if dtype.itemsize > 1 and data.data_ptr() % dtype.itemsize:
             data = data.clone()  # Our own files are aligned; others' need not be.
-        return data.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+        if dtype is not torch.uint8:
+            data = data.view(dtype)
+        return data if len(entry.shape) == 1 else data.view(entry.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,12 @@ def packed_names(names: Iterable[str]) -> set[str]:
     return {name.removesuffix(Component.QUANT_STATE) for name in names if name.endswith(Component.QUANT_STATE)}
 
 
+def tensor_names(layout: ShardLayout) -> list[str]:
+    """Return the names of all tensors in the shards, packed ones once."""
+    parts = {name + part for name in layout.states for part in _BESIDE_PACKED}
+    return [name for name in layout.located if name not in parts]
+
+
 def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str, PackedComponents | Tensor]:
     """Return all tensors by name, as views of the shards' bytes."""
     located = shards.layout.located
@@ -68,13 +82,15 @@ def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str,
 
     found: dict[str, PackedComponents | Tensor] = {}
     of_packed: set[str] = set()
-    for name in sorted(packed_names(located)):
-        parts = {part: view(name + part.value) for part in Component if name + part.value in located}
-        of_packed |= {name + part.value for part in parts}
+    for name in sorted(shards.layout.states):
+        parts = {part: view(name + part) for part in _PARTS if name + part in located}
+        of_packed.update(name + part for part in parts)
         state = shards.quant_state(name)
         # bitsandbytes may store the codes under another dtype, as a vector, and filled up to a whole element.
-        codes = parts[Component.PACKED].view(torch.uint8).view(-1, 1)
-        parts[Component.PACKED] = codes[: packed_nbytes(math.prod(state.shape))]
+        n_codes = packed_nbytes(math.prod(state.shape))
+        codes = parts[Component.PACKED]
+        if codes.dtype is not torch.uint8 or codes.shape != (n_codes, 1):
+            parts[Component.PACKED] = codes.view(torch.uint8).view(-1, 1)[:n_codes]
         found[name] = PackedComponents(parts, state)
     found.update((name, view(name)) for name in located if name not in of_packed)
     return found

@@ -13,9 +13,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 
 from qformat.artifact.components import Component
+from qformat.artifact.reader import MappedShards
+from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import linear_at, names_in_model, replace_linear
 from qformat.model.load import open_shards
-from qformat.model.shard_tensors import PackedComponents, map_shards, packed_names, tensors_of
+from qformat.model.loaded_model import Origin, adopt
+from qformat.model.memory import free_nbytes
+from qformat.model.placement import allowed_gb, needed_gb
+from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 
 METHOD = "bitsandbytes_4bit"
 """transformers' name of what quantization_config describes."""
@@ -53,6 +58,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self._path = Path()
+        self._shards: MappedShards
+        self._names: dict[str, str] = {}
         self._packed: dict[str, PackedComponents] = {}
         self._linears: dict[str, nn.Linear] = {}
 
@@ -63,14 +70,21 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         return device_map
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        device_map: dict[str, Any] | str | None = None,
+        **_: object,
     ) -> None:
+        _check_not_offloaded(device_map if isinstance(device_map, dict) else {})
         if not checkpoint_files:
             raise ValueError("qformat needs the files of the checkpoint: pass a folder or a repository, no state_dict")
         self._path = Path(checkpoint_files[0]).parent
-        shards = open_shards(self._path)
-        tensors = tensors_of(shards, map_shards(shards))
-        names = names_in_model(model, packed_names(shards.layout.located), self._path)
+        self._shards = open_shards(self._path)
+        tensors = tensors_of(self._shards, map_shards(self._shards))
+        names = names_in_model(model, tensors, self._path)
+        present = model.state_dict()
+        self._names = {name: renamed for name, renamed in names.items() if renamed in present}
         self._packed = {names[name]: packed for name, packed in tensors.items() if isinstance(packed, PackedComponents)}
         for name in self._packed:
             self._linears[name] = linear_at(model, name, self._path)
@@ -79,6 +93,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         model._keys_to_ignore_on_load_unexpected = {*ignored, _component_pattern(self._packed)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        _check_not_offloaded(getattr(model, "hf_device_map", None) or {})
+        self._check_memory(model)
         for name, packed in self._packed.items():
             module_name = name.removesuffix(".weight")
             linear = self._linears.pop(name)
@@ -88,7 +104,25 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
             replace_linear(model, name, packed, self._path, biases={f"{module_name}.bias"})
             model.get_submodule(module_name).to(_device_of(model, name))
         self._packed = {}
+        self._shards.watch.check()
+        adopt(model, Origin(self._shards.layout, self._names, self._shards.watch))
         return model
+
+    def _check_memory(self, model: PreTrainedModel) -> None:
+        """Refuse what is too large: transformers' "auto" places packed weights as if they were nothing."""
+        needed: dict[torch.device, int] = {}
+        for name, packed in self._packed.items():
+            device = _device_of(model, name)
+            nbytes = sum(tensor.nbytes for tensor in packed.components.values())
+            needed[device] = needed.get(device, 0) + nbytes
+        for device, nbytes in needed.items():
+            free = None if device.type == "cpu" else free_nbytes(device)
+            if free is not None and nbytes > free:
+                raise DeviceMemoryError(
+                    f"{self._path}: the packed weights need {needed_gb(nbytes)} on {device}, and {allowed_gb(free)} "
+                    "are free there. Name the GPU of each layer in device_map, or use qformat.load_model(path, "
+                    "device_map='auto'), which keeps layers in host memory"
+                )
 
     @property
     def is_trainable(self) -> bool:
@@ -103,6 +137,16 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the components as they are."""
         return True
+
+
+def _check_not_offloaded(device_map: dict[str, Any]) -> None:
+    """Refuse to offload: accelerate would move buffers of the codes in and out without knowing what they are."""
+    homes = {str(home) for home in device_map.values()}
+    if "disk" in homes or ("cpu" in homes and len(homes) > 1):
+        raise UsageError(
+            "device_map: from_pretrained cannot keep packed layers in host memory or on disk. "
+            "Use qformat.load_model(path, device='cuda', device_map='auto'), which streams them"
+        )
 
 
 class _OnlyBias(nn.Module):

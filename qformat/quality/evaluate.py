@@ -67,7 +67,6 @@ class Evaluation:
 @dataclass(frozen=True, slots=True)
 class _Model:
     name: str
-    folder: Path
     model: PreTrainedModel
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -95,7 +94,7 @@ def evaluate(
 
     artifact, source, against: folders, or repositories that the Hub's cache has; any of them may be in 4 or 16 bit.
     texts: see `read_windows`. n_windows: of each text, at even distances; all where it has fewer.
-    any_source: allow a source other than the one that the artifact was made from.
+    any_source: allow a source other than the one that the artifacts were made from.
     device, dtype: see `load_model`. on_window: called with the number of windows that are done, and of all.
 
     Raises UsageError for what does not fit together: tokenizers, vocabularies, windows longer than the model's context;
@@ -104,16 +103,16 @@ def evaluate(
     """
     folders = [find_folder(model) for model in (artifact, *against)]
     source_folder = None if source is None else find_folder(source)
-    manifest = read_manifest(folders[0]) if os.path.lexists(folders[0] / MANIFEST_NAME) else None
-    checked = False
-    if manifest is not None and source_folder is not None and not any_source:
-        checked = check_source(manifest, source_folder, artifact=str(artifact))
+    manifests = {str(folder): read_manifest(folder) for folder in folders if os.path.lexists(folder / MANIFEST_NAME)}
+    checked: set[str] = set()
+    if source_folder is not None and not any_source:
+        checked = check_source(manifests, source_folder)
     everyone = folders if source_folder is None else [source_folder, *folders]
     windows = _read_texts(texts, everyone, folders[0], window_length, n_windows, trust_remote_code=trust_remote_code)
 
     def load(name: Path | str, folder: Path) -> _Model:
         model = load_any(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        return _Model(str(name), folder, model)
+        return _Model(str(name), model)
 
     teacher = None if source is None or source_folder is None else load(source, source_folder)
     models = [load(name, folder) for name, folder in zip((artifact, *against), folders, strict=True)]
@@ -132,8 +131,8 @@ def evaluate(
     return Evaluation(
         models=[model.name for model in models],
         source=None if teacher is None else teacher.name,
-        source_checked=checked,
-        manifest=manifest,
+        source_checked=str(folders[0]) in checked,
+        manifest=manifests.get(str(folders[0])),
         dtype=models[0].model.dtype,
         texts=scored,
         seconds=monotonic() - started,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +14,28 @@ from qformat.artifact.safetensors_folder import read_headers
 from qformat.errors import Reason, SourceError
 
 
-def check_source(manifest: Manifest, source: Path, *, artifact: str) -> bool:
-    """Read the weights of `source` that an artifact packed and compare their digests; False: there are none to compare.
+def check_source(manifests: Mapping[str, Manifest], source: Path) -> set[str]:
+    """Compare the weights of `source` with the digests in the manifests of artifacts; each weight is read once.
 
-    artifact: its name, for messages.
-    Raises SourceError for the first one that is missing or another.
+    manifests: by the artifact's name. Returns the names of those that have such digests.
+    Raises SourceError for the first weight that is missing or another.
     """
-    digests = {
-        name: record.source_xxh3
-        for name, record in manifest.tensors.items()
-        if isinstance(record, PackedRecord) and record.source_xxh3 is not None
-    }
     shards = MappedShards(read_headers(source, error=SourceError))
-    for name, digest in digests.items():
-        if name not in shards.layout.located:
-            raise _mismatch(artifact, source, name, "is not there")
-        found = xxh3(shards.view(name).reshape(-1).view(np.uint8))
-        if found != digest:
-            raise _mismatch(artifact, source, name, f"has the digest {found}, expected {digest}")
-    return bool(digests)
+    found: dict[str, str] = {}
+    checked = set()
+    for artifact, manifest in manifests.items():
+        for name, record in manifest.tensors.items():
+            if not isinstance(record, PackedRecord) or record.source_xxh3 is None:
+                continue
+            if name not in shards.layout.located:
+                raise _mismatch(artifact, source, name, "is not there")
+            if name not in found:
+                found[name] = xxh3(shards.view(name).reshape(-1).view(np.uint8))
+            if found[name] != record.source_xxh3:
+                problem = f"has the digest {found[name]}, expected {record.source_xxh3}"
+                raise _mismatch(artifact, source, name, problem)
+            checked.add(artifact)
+    return checked
 
 
 def _mismatch(artifact: str, source: Path, name: str, problem: str) -> SourceError:

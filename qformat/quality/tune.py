@@ -115,47 +115,124 @@ def tune(
         everything = read_windows(list(job.data), tokenizer, length=settings.seq_len)
         windows, held_out = everything.hold_out(settings.held_out)
         record = _record(settings, everything, cached=job.teacher_cache is not None)
-        fingerprint = _fingerprint(artifact, source_digest, record)
-        nbytes = sum(file.nbytes for file in artifact.manifest.files.values())
-        with Staging.begin(job.out, fingerprint, disk=disk, replace=force, restart=restart) as staging:
+        ready = _Ready(job, settings, artifact, source, source_digest, windows, held_out, record, device, disk, say)
+        with Staging.begin(job.out, ready.fingerprint(), disk=disk, replace=force, restart=restart) as staging:
             if staging.sealed_before:
                 return None
-            refuse_full_disk(job.out, nbytes)
-            checkpoints = CheckpointFolder(
-                checkpoint_folder(staging.work), keep=settings.steps + 1, disk=disk,
-                to_continue="run the same command again: it continues",
-            )  # fmt: skip
+            refuse_full_disk(job.out, sum(file.nbytes for file in artifact.manifest.files.values()))
+            folder = checkpoint_folder(staging.work)
             if restart:
-                disk.remove_folder(checkpoints.output)
-            disk.make_folder(checkpoints.output)
-            teacher = _teacher(job, settings, source, source_digest, windows, held_out, device, disk, say)
-            tunable = _student(job.artifact, artifact, teacher, settings, device)
-            _check_vocabulary(tunable.model, everything, job.artifact)
-            student = split_head(tunable.model)
-            aside = HeldOut(held_out, teacher, settings.batch_size, device)
-            run = TuningRun(tunable, student, teacher, windows, aside, settings, checkpoints)
-            before = aside.measure(student)
-            say(f"{len(windows)} windows of {settings.seq_len} tokens to tune on")
-            say(f"{len(held_out)} windows held out: {_figures(before)}")
-            first = run.resume()
-            if first:
-                say(f"going on after step {first}")
-            if not use_best:
-                run.run(first, before, on_step)
-            elif not first:
-                raise UsageError(f"{checkpoints.output}: holds no checkpoint of a tuning that could be written")
-            best, tuned = run.bring_back_best()
-            replacements = tunable.rounded(artifact)
-            after = aside.measure(student)
-            if not accept_worse and (best == 0 or not after.mean("kl") < before.mean("kl")):
-                raise VerificationError(
-                    f"{job.out}: not written, since it did not get better: on held-out text {_figures(after)}, before "
-                    f"{_figures(before)}. Give more text or other settings (with --restart), or write it with "
-                    "--accept-worse"
-                )
-            rewrite_artifact(artifact, staging, replacements, recipe={**artifact.manifest.recipe, "tuning": record})
-    n_tokens = best * settings.batch_size * settings.seq_len
-    return TuningResult(job.out, best, before, tuned, after, n_tokens, peak_nbytes(device))
+                disk.remove_folder(folder)
+            disk.make_folder(folder)
+            return ready.tune(staging, folder, accept_worse=accept_worse, use_best=use_best, on_step=on_step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A tuning all of whose input is there, checked and fits together."""
+
+    job: TuningJob
+    settings: TuningSettings
+    artifact: Artifact
+    source: Path
+    source_digest: str
+    windows: TokenWindows
+    held_out: TokenWindows
+    record: JsonObject
+    device: torch.device
+    disk: Disk
+    say: Callable[[str], None]
+
+    def fingerprint(self) -> str:
+        """Return a digest of everything that decides the output's bytes."""
+        manifest, record = self.artifact.manifest.to_bytes(), strict_json.dumps(self.record).encode()
+        return xxh3(manifest + self.source_digest.encode() + record)
+
+    def tune(
+        self,
+        staging: Staging,
+        folder: Path,
+        *,
+        accept_worse: bool,
+        use_best: bool,
+        on_step: Callable[[StepLine], None],
+    ) -> TuningResult:
+        """Take the steps that are left, round, judge, and write and seal the output. `folder` holds checkpoints."""
+        teacher = self._teacher()
+        tunable = self._student(teacher)
+        student = split_head(tunable.model)
+        aside = HeldOut(self.held_out, teacher, self.settings.batch_size, self.device)
+        checkpoints = CheckpointFolder(
+            folder, keep=self.settings.steps + 1, disk=self.disk, to_continue="run the same command again: it continues"
+        )
+        run = TuningRun(tunable, student, teacher, self.windows, aside, self.settings, checkpoints)
+        before = aside.measure(student)
+        self.say(f"{len(self.windows)} windows of {self.settings.seq_len} tokens to tune on")
+        self.say(f"{len(self.held_out)} windows held out: {_figures(before)}")
+        first = run.resume()
+        if first:
+            self.say(f"going on after step {first}")
+        if use_best and not first:
+            raise UsageError(f"{folder}: holds no checkpoint of a tuning that could be written")
+        if not use_best:
+            run.run(first, before, on_step)
+        best, tuned = run.bring_back_best()
+        replacements = tunable.rounded(self.artifact)
+        after = aside.measure(student)
+        if not accept_worse and (best == 0 or not after.mean("kl") < before.mean("kl")):
+            raise VerificationError(
+                f"{self.job.out}: not written, since it did not get better: on held-out text {_figures(after)}, before "
+                f"{_figures(before)}. Give more text or other settings (with --restart), or write it with "
+                "--accept-worse"
+            )
+        recipe = {**self.artifact.manifest.recipe, "tuning": self.record}
+        rewrite_artifact(self.artifact, staging, replacements, recipe=recipe)
+        n_tokens = best * self.settings.batch_size * self.settings.seq_len
+        return TuningResult(self.job.out, best, before, tuned, after, n_tokens, peak_nbytes(self.device))
+
+    def _load_teacher(self) -> LiveTeacher:
+        trust = self.settings.trust_remote_code
+        return LiveTeacher(load_checkpoint(self.source, device=self.device, dtype=DTYPE, trust_remote_code=trust))
+
+    def _teacher(self) -> Teacher:
+        """Return the 16-bit model, mapped; or, with a cache, fill that first and let go of the model."""
+        if self.job.teacher_cache is None:
+            return self._load_teacher()
+        settings, windows = self.settings, self.windows
+        facts: JsonObject = {
+            "source": self.source_digest,
+            "data_sha256": windows.sha256,
+            "seq_len": settings.seq_len,
+            "top_k": settings.top_k,
+            "dtype": str(DTYPE),
+            "tokens_xxh3": xxh3(np.concatenate([windows.ids, self.held_out.ids])),
+        }
+        cache = TeacherCache(self.job.teacher_cache, facts, length=settings.seq_len, k=settings.top_k, disk=self.disk)
+        used = {int(row) for step in range(settings.steps) for row in rows_of_step(step, len(windows), settings)}
+        needed = {int(windows.numbers[row]): windows.ids[row] for row in sorted(used)}
+        needed |= dict(zip(self.held_out.numbers.tolist(), self.held_out.ids, strict=True))
+        missing = cache.missing(np.array(list(needed), np.int64))
+        if len(missing):
+            self.say(f"{cache.folder}: {len(missing)} of {len(needed)} windows are read by the 16-bit model first")
+            cache.begin()
+            teacher = self._load_teacher()
+            for start in range(0, len(missing), settings.batch_size):
+                numbers = missing[start : start + settings.batch_size]
+                rows = np.stack([needed[int(number)] for number in numbers]).astype(np.int64)
+                cache.write(numbers, teacher.top_k(numbers, torch.from_numpy(rows).to(self.device), settings.top_k))
+        return cache
+
+    def _student(self, teacher: Teacher) -> TunableModel:
+        path, settings = self.job.artifact, self.settings
+        model = load_model(path, device=self.device, dtype=DTYPE, trust_remote_code=settings.trust_remote_code)
+        largest = int(max(self.windows.ids.max(), self.held_out.ids.max()))
+        _check_fits(model, path, largest_token=largest, length=settings.seq_len)
+        tunable = make_tunable(model, self.artifact)
+        if isinstance(teacher, LiveTeacher):
+            share_kept_tensors(tunable, teacher.model)
+        if settings.gradient_checkpointing:
+            checkpoint_gradients(model)
+        return tunable
 
 
 def _record(settings: TuningSettings, windows: TokenWindows, *, cached: bool) -> JsonObject:
@@ -178,66 +255,6 @@ def _record(settings: TuningSettings, windows: TokenWindows, *, cached: bool) ->
     }
 
 
-def _fingerprint(artifact: Artifact, source_digest: str, record: JsonObject) -> str:
-    return xxh3(artifact.manifest.to_bytes() + source_digest.encode() + strict_json.dumps(record).encode())
-
-
-def _teacher(
-    job: TuningJob,
-    settings: TuningSettings,
-    source: Path,
-    source_digest: str,
-    windows: TokenWindows,
-    held_out: TokenWindows,
-    device: torch.device,
-    disk: Disk,
-    say: Callable[[str], None],
-) -> Teacher:
-    """Return the 16-bit model, mapped; or, with a cache, fill that first and let go of the model."""
-
-    def load() -> LiveTeacher:
-        return LiveTeacher(
-            load_checkpoint(source, device=device, dtype=DTYPE, trust_remote_code=settings.trust_remote_code)
-        )
-
-    if job.teacher_cache is None:
-        return load()
-    facts: JsonObject = {
-        "source": source_digest,
-        "data_sha256": windows.sha256,
-        "seq_len": settings.seq_len,
-        "top_k": settings.top_k,
-        "dtype": str(DTYPE),
-        "tokens_xxh3": xxh3(np.concatenate([windows.ids, held_out.ids])),
-    }
-    cache = TeacherCache(job.teacher_cache, facts, length=settings.seq_len, k=settings.top_k, disk=disk)
-    used = {int(row) for step in range(settings.steps) for row in rows_of_step(step, len(windows), settings)}
-    needed = {int(windows.numbers[row]): windows.ids[row] for row in sorted(used)}
-    needed |= dict(zip(held_out.numbers.tolist(), held_out.ids, strict=True))
-    missing = cache.missing(np.array(list(needed), np.int64))
-    if len(missing):
-        say(f"{cache.folder}: the 16-bit model's word on {len(missing)} of {len(needed)} windows is computed first")
-        cache.begin()
-        teacher = load()
-        for start in range(0, len(missing), settings.batch_size):
-            numbers = missing[start : start + settings.batch_size]
-            ids = torch.from_numpy(np.stack([needed[int(number)] for number in numbers]).astype(np.int64)).to(device)
-            cache.write(numbers, teacher.top_k(numbers, ids, settings.top_k))
-    return cache
-
-
-def _student(
-    path: Path, artifact: Artifact, teacher: Teacher, settings: TuningSettings, device: torch.device
-) -> TunableModel:
-    model = load_model(path, device=device, dtype=DTYPE, trust_remote_code=settings.trust_remote_code)
-    tunable = make_tunable(model, artifact)
-    if isinstance(teacher, LiveTeacher):
-        share_kept_tensors(tunable, teacher.model)
-    if settings.gradient_checkpointing:
-        checkpoint_gradients(model)
-    return tunable
-
-
 def checkpoint_gradients(model: PreTrainedModel) -> None:
     """Compute activations again in backward. Only the layers themselves "train": nothing in them drops out."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -247,13 +264,15 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
             module.training = True
 
 
-def _check_vocabulary(model: PreTrainedModel, windows: TokenWindows, path: Path) -> None:
-    largest, n = int(windows.ids.max()), int(model.config.get_text_config().vocab_size)
-    if largest >= n:
-        raise UsageError(f"{path}: its tokenizer gives token {largest}, but the model has a vocabulary of {n}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and windows.length > context:
-        raise UsageError(f"{path}: takes at most {context} tokens, and windows have {windows.length}. Shorten them")
+def _check_fits(model: PreTrainedModel, path: Path, *, largest_token: int, length: int) -> None:
+    config = model.config.get_text_config()
+    if largest_token >= config.vocab_size:
+        raise UsageError(
+            f"{path}: its tokenizer gives token {largest_token}, but the model has a vocabulary of {config.vocab_size}"
+        )
+    context = getattr(config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise UsageError(f"{path}: takes at most {context} tokens, and windows have {length}. Shorten them")
 
 
 def _figures(closeness: Closeness) -> str:

@@ -87,7 +87,7 @@ def _base(tensors: ModelTensors, mode: FakeTensorMode, trust_remote_code: bool) 
         for name, parts in tensors.packed.items():
             shape = tuple(linear_at(model, places[name], tensors.folder).weight.shape)
             found[name] = _packed(name, parts, shape, tensors)
-        attach(model, found, tensors.folder)
+        attach(model, found, names_in_model(model, found, tensors.folder), tensors.folder)
         return model, decode_output_layer(model)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args, overload
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -15,8 +13,9 @@ from qformat.errors import UsageError
 from qformat.training.adamw_updates import AdamSettings, FusedUpdate, Piece, SingleUpdate, Update, in_memory_order
 from qformat.training.eight_bit_update import MIN_BLOCK_STATES_SIZE, EightBitUpdate
 from qformat.training.page_device import PageDevice, page_device
-from qformat.training.page_layout import PAGE_GRAIN_NBYTES, PageLayout, Span, page_nbytes_near
+from qformat.training.page_layout import PAGE_GRAIN_NBYTES, page_nbytes_near
 from qformat.training.page_store import Budget, PageStore, PagingStatistics, Window
+from qformat.training.placed_states import PlacedParameter, PlacedStates
 from qformat.training.saved_states import check_saved, read_states, write_states
 from qformat.training.state_formats import BlockStates, FloatStates, StateFormat
 
@@ -26,33 +25,6 @@ PAGE_NBYTES = 4 * 2**20
 """Copies of this size reach the bandwidth of PCIe, and three of them are little beside any budget."""
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(eq=False, slots=True)
-class PlacedParameter:
-    """A parameter that has states, and, during a step, its gradient and group."""
-
-    param: Tensor
-    format: StateFormat
-    span: Span
-    step: Tensor
-    grad: Tensor | None = None
-    group: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Views:
-    """The states of elements [first, stop) of a parameter within a window."""
-
-    placed: PlacedParameter
-    first: int
-    stop: int
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    @property
-    def whole(self) -> bool:
-        return self.stop - self.first == self.placed.span.size
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -100,9 +72,6 @@ class PagedAdamW(torch.optim.Optimizer):
         if state_bits == 8:
             self._update = EightBitUpdate()
         self._param_device: torch.device | None = None
-        self._placed: dict[Tensor, PlacedParameter] = {}
-        self._page_parameters: list[list[PlacedParameter]] = []
-        self._resident_views: WeakKeyDictionary[Window, list[_Views]] = WeakKeyDictionary()
         # The settings of torch.optim.AdamW that are not ours keep their names, so that each loads the other's groups.
         others = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False}
         ours = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -148,8 +117,7 @@ class PagedAdamW(torch.optim.Optimizer):
             if work:
                 self._run(work)
         finally:
-            for placed in self._placed.values():
-                placed.grad = None
+            self._placed.forget_gradients()
         return loss
 
     def page_out(self) -> None:
@@ -168,9 +136,9 @@ class PagedAdamW(torch.optim.Optimizer):
         """
         saved = super().state_dict()
         saved["state"] = {
-            number: {"step": placed.step.clone()} | read_states(self._store, placed.param, placed.format, placed.span)
+            number: self._saved(self._placed[param])
             for number, param in enumerate(self._parameters())
-            if (placed := self._placed.get(param)) is not None
+            if param in self._placed
         }
         return saved
 
@@ -241,27 +209,21 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _forget_states(self) -> None:
         self.state.clear()
-        self._placed.clear()
-        self._page_parameters.clear()
-        self._resident_views.clear()
-        self._layout = PageLayout(self._page_nbytes)
+        self._placed = PlacedStates(self._page_nbytes)
         self._store = PageStore(self._pages, self._page_nbytes, self._page_budget)
 
+    def _saved(self, placed: PlacedParameter) -> dict[str, Tensor]:
+        states = read_states(self._store, placed.param, placed.format, placed.span)
+        return {"step": placed.step.clone()} | states
+
     def _place(self, params: list[Tensor]) -> None:
-        """Give parameters zeros as states, in pages of their own."""
-        formats = [self._format_of(param) for param in params]
-        spans = self._layout.place(
-            [(p.numel(), f.unit_size, f.unit_nbytes) for p, f in zip(params, formats, strict=True)]
-        )
-        self._store.grow(self._layout.n_pages)
-        self._page_parameters += [[] for _ in range(self._layout.n_pages - len(self._page_parameters))]
-        for param, state_format, span in zip(params, formats, spans, strict=True):
-            device = param.device if self._update.steps_on_device else None
-            step = torch.zeros((), dtype=torch.float32, device=device)
-            placed = self._placed[param] = PlacedParameter(param, state_format, span, step)
+        """Give parameters zeros as states."""
+        on_device = self._update.steps_on_device
+        steps = [torch.zeros((), dtype=torch.float32, device=p.device if on_device else None) for p in params]
+        self._placed.place(params, [self._format_of(param) for param in params], steps)
+        self._store.grow(self._placed.n_pages)
+        for param, step in zip(params, steps, strict=True):
             self.state[param]["step"] = step
-            for page in self._layout.pages(span):
-                self._page_parameters[page].append(placed)
 
     def _gather_work(self) -> list[PlacedParameter]:
         """Return the parameters that have gradients, with them; place those that come for the first time."""
@@ -282,7 +244,7 @@ class PagedAdamW(torch.optim.Optimizer):
         return work
 
     def _run(self, work: list[PlacedParameter]) -> None:
-        pages = sorted({page for placed in work for page in self._layout.pages(placed.span)})
+        pages = self._placed.pages_of(work)
         workspace_nbytes = self._update.workspace_nbytes({placed.param.dtype for placed in work})
         reservation = self._store.reserve(pages, workspace_nbytes)
         try:
@@ -296,7 +258,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _update_window(self, window: Window, settings: list[AdamSettings], workspace: Tensor | None) -> None:
         batches: dict[tuple[int, StateFormat], list[Piece]] = {}
-        for views in self._views(window):
+        for views in self._placed.views(window):
             placed = views.placed
             param, grad = placed.param, placed.grad
             if grad is None:
@@ -308,31 +270,6 @@ class PagedAdamW(torch.optim.Optimizer):
             batches.setdefault((placed.group, placed.format), []).append(piece)
         for (group, _), pieces in batches.items():
             self._update.apply(pieces, settings[group], workspace)
-
-    def _views(self, window: Window) -> list[_Views]:
-        """Return the states in a window, kept if it is resident: making views takes longer than small updates."""
-        if not window.resident:
-            return self._make_views(window)
-        views = self._resident_views.get(window)
-        if views is None:
-            views = self._resident_views[window] = self._make_views(window)
-        return views
-
-    def _make_views(self, window: Window) -> list[_Views]:
-        views = []
-        row_nbytes = self._layout.row_nbytes
-        pages = range(window.start // row_nbytes, window.stop // row_nbytes)
-        # A parameter over several pages comes once.
-        for placed in dict.fromkeys(placed for page in pages for placed in self._page_parameters[page]):
-            part = placed.span.part(window.start, window.stop)
-            assert part is not None
-            data = window.memory[:, part.offset - window.start : part.offset - window.start + part.nbytes]
-            size = part.stop - part.first
-            moments = [placed.format.view(row, size) for row in data]
-            if size == placed.span.size and isinstance(placed.format, FloatStates):
-                moments = [moment.as_strided(placed.param.shape, placed.param.stride()) for moment in moments]
-            views.append(_Views(placed, part.first, part.stop, moments[0], moments[1]))
-        return views
 
 
 def _path(update: UpdateName) -> dict[str, bool | None]:

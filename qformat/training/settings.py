@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qformat.errors import UsageError
+from qformat.sizes import size_nbytes
 from qformat.strict_json import Json
 
 ALL_LINEAR = "all-linear"
@@ -129,20 +130,6 @@ def read_toml(path: Path) -> dict[str, Any]:
 def page_budget_nbytes(text: str) -> int | None:
     """Return the bytes that a budget names, None for "auto". Raises UsageError."""
     return None if text == "auto" else size_nbytes("page_budget", text, or_else="auto, or ")
-
-
-def size_nbytes(name: str, text: str, *, or_else: str = "") -> int:
-    """Return the bytes of "512MiB", "2GB" or "7". Raises UsageError naming the option."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "": 1}
-    number = text.rstrip("BGKMi")
-    unit = text[len(number) :]
-    try:
-        nbytes = float(number) * units[unit]
-    except (ValueError, KeyError):
-        nbytes = -1.0
-    if not 0 <= nbytes < 2**63:
-        raise UsageError(f"{name} {text!r}: expected {or_else}bytes such as 0, 512MiB or 2GB")
-    return int(nbytes)
 
 
 def value_type(item: Field[Any]) -> type:

@@ -41,7 +41,12 @@ def test_a_training_tells_what_it_does_and_leaves_a_report(
     assert "http" not in page.replace("http-equiv", "")
     assert train(artifact, examples, tmp_path / "out") == 1
     assert "--resume" in capsys.readouterr().err
-    assert train(artifact, examples, tmp_path / "out", "--eval-data", str(examples), "--resume") == 0
+    capsys.readouterr()
+    assert train(artifact, examples, tmp_path / "out", "--eval-data", str(examples), "--resume", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["steps"], record["statistics"]["examples"], record["settings"]["rank"]) == (2, 8, 4)
+    assert record["loss_before"] > 0
+    assert record["loss_after"] > 0
     assert train(artifact, examples, tmp_path / "out", "--eval-data", str(examples), "--resume=checkpoint-1") == 0
 
 
@@ -122,8 +127,27 @@ def test_a_dry_run_tells_the_memory_and_reads_no_data(artifact: Path, capsys: py
     source = artifact.parent / "source"
     assert run(["train", str(source), "--dry-run", "--seq-len", "64"]) == 0
     assert "largest batch" not in capsys.readouterr().out
+    assert run(["train", str(artifact), "--dry-run", "--seq-len", "64", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is None
+    assert plan["peak"] == max(plan[phase] for phase in ("forward", "loss_peak", "backward", "step_peak"))
     assert run(["train", str(artifact), "--dry-run", "--device-memory", "much"]) == 2
     assert "--device-memory 'much'" in capsys.readouterr().err
+
+
+def test_who_stops_a_training_is_told_how_it_goes_on(
+    artifact: Path,
+    examples: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qformat.training.run.train", stopped)
+    assert train(artifact, examples, tmp_path / "out") == 130
+    assert "Interrupted. Add --resume to the same command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "missing"), [([], "--data"), (["--data", "x.jsonl"], "--output")])

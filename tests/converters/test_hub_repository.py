@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from qformat.cli.main import run
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.converters.open_source import open_source
 from qformat.errors import HubError, SourceError, UsageError
+from qformat.hub import stream
 from tests.converters.hub_sources import (
     DATA,
     NAME,
@@ -79,6 +81,10 @@ def test_a_plan_of_thirty_shards_takes_two_requests_a_shard_several_at_a_time_an
     source = write_checkpoint(tmp_path / "source", tensors, n_shards=30, config=llama_config(n_layers=60))
     with serving(monkeypatch, tmp_path / "home", with_cdn=False) as hub:
         hub.add_folder(NAME, source)
+        together = threading.Barrier(
+            4, timeout=20
+        )  # let through by four requests at a time, or an error of the stand-in
+        hub.faults.add("call", route=r"\.safetensors$", times=40, hook=together.wait)
 
         planned = plan(NAME)
 
@@ -108,6 +114,19 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host_and_into_no_file(
     assert TOKEN not in caplog.text
     for path in (tmp_path / "out").iterdir():
         assert TOKEN.encode() not in path.read_bytes()
+
+
+def test_several_pieces_are_fetched_at_a_time(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "WINDOW_NBYTES", 64 * 8192)  # that none waits for another one's buffer
+    hub.add_folder(NAME, source)
+    together = threading.Barrier(4, timeout=20)
+    hub.faults.add("call", route="cdn/", after=6, times=20, hook=together.wait)
+
+    convert(NAME, tmp_path / "out")
+
+    assert without_source(tmp_path / "out") == expected
 
 
 def test_the_storage_is_asked_directly_once_its_address_is_known(hub: Hub, source: Path, tmp_path: Path) -> None:
@@ -193,12 +212,16 @@ def test_a_revision_is_pinned_and_a_resumed_conversion_stays_at_its_commit(
 
 def test_restart_takes_the_branch_as_it_is_now(hub: Hub, source: Path, tmp_path: Path) -> None:
     repository = hub.add_folder(NAME, source)
+    first = repository.head.oid
     hub.faults.add("status", route="cdn/", after=20, status=404)
     hub.faults.add("status", route="hub/.*safetensors", after=20, status=404)
     with pytest.raises(HubError):
         convert(NAME, tmp_path / "out")
     hub.faults.clear()
     hub.repositories.commit(NAME, {"README.md": b"changed"})
+    del repository.commits[first]  # the history was squashed
+    with pytest.raises(HubError, match=f"commit {first}, which the interrupted .* is gone. Begin anew with --restart"):
+        convert(NAME, tmp_path / "out")
 
     convert(NAME, tmp_path / "out", restart=True)
 
@@ -360,3 +383,32 @@ def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
     assert without_source(tmp_path / "out") == converted(tmp_path / "source", tmp_path / "local")
     recorded = json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]
     assert (recorded["kind"], recorded["repository"]) == ("fp8", NAME)
+
+
+def test_pytorch_files_are_converted_from_the_cache_compared_with_their_digests_and_pinned(
+    hub: Hub, tmp_path: Path
+) -> None:
+    from tests.converters.test_torch_bin_source import torch_llama, write_bin
+
+    source = write_bin(tmp_path / "source", torch_llama())
+    repository = hub.add_folder(NAME, source)
+    first = repository.head.oid
+    with pytest.raises(SourceError, match=r"cannot be streamed.*--keep-source"):
+        convert(NAME, tmp_path / "out")
+
+    def stop(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(NAME, tmp_path / "out", ConversionOptions(keep_source=True), on_progress=stop)
+    hub.repositories.commit(NAME, {"README.md": b"the branch moves"})
+
+    convert(NAME, tmp_path / "out", ConversionOptions(keep_source=True))
+
+    assert without_source(tmp_path / "out") == converted(source, tmp_path / "local")
+    recorded = json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]
+    assert (recorded["kind"], recorded["repository"], recorded["commit"]) == ("torch_bin", NAME, first)
+    blob = next(path for path in (tmp_path / "home" / "hub").rglob("pytorch_model.bin")).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(SourceError, match=r"pytorch_model.bin: has the digest"):
+        convert(NAME, tmp_path / "again", ConversionOptions(offline=True))

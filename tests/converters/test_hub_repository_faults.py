@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from qformat.converters.convert import convert, plan
 from qformat.errors import HubError, QformatError, Reason, SourceError, TargetError, UsageError
 from qformat.hub import remote
-from qformat.hub.transport import Retries
-from tests.converters.faulty_disk import FaultyDisk
+from qformat.hub.transport import Patience, Retries, Transport, Unusable
+from tests.converters.faulty_disk import FaultyDisk, Killed
 from tests.converters.hub_sources import (
     DATA,
     NAME,
@@ -233,10 +234,10 @@ def test_a_token_that_the_server_sends_back_is_not_shown(hub: Hub, tmp_path: Pat
     assert "access is refused: *** may not read" in str(raised.value)
 
 
-@pytest.mark.parametrize("location", ["ftp://127.0.0.1/x", "javascript:1", ""])
+@pytest.mark.parametrize("location", ["ftp://127.0.0.1/x", "javascript:1", "", "http://[", "http://127.0.0.1:x/"])
 def test_redirects_lead_to_http_hosts_and_nowhere_else_and_end(hub: Hub, tmp_path: Path, location: str) -> None:
     hub.faults.add("status", route="revision/", status=302, headers={"Location": location})
-    with pytest.raises(HubError, match="redirect"):
+    with pytest.raises(HubError, match=r"redirect|InvalidURL"):
         plan(NAME)
 
 
@@ -377,6 +378,30 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_without_fetching_what
     assert overlap(by_shard(hub, source), sealed) == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fail_at", range(15, 180, 33))
+def test_a_process_that_dies_at_any_change_of_the_disk_leaves_what_the_next_one_goes_on_with(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, fail_at: int
+) -> None:
+    disk = FaultyDisk(fail_at, "kill")
+    with pytest.raises(Killed):
+        convert(NAME, tmp_path / "out", disk=disk)
+    assert not (tmp_path / "out").exists()
+
+    convert(NAME, tmp_path / "out")
+
+    assert without_source(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "seconds", "is_too_slow"), [(999, 1.1, True), (2000, 1.1, False), (0, 0.9, False), (10**6, 2000.0, True)]
+)
+def test_an_answer_that_trickles_is_cut_off(nbytes: int, seconds: float, is_too_slow: bool) -> None:
+    transport = Transport(NAME, token=False, patience=Patience(timeout_s=1))
+    with pytest.raises(Unusable) if is_too_slow else nullcontext():
+        transport.refuse_trickle(nbytes, seconds)
+
+
 def test_staged_bytes_that_were_damaged_are_fetched_again_and_compared_with_what_was_hashed(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
@@ -397,7 +422,7 @@ def test_staged_bytes_that_were_damaged_are_fetched_again_and_compared_with_what
 
 
 def test_a_tensor_that_is_fetched_again_must_have_the_bytes_that_were_hashed(
-    plain_hub: Hub, source: Path, tmp_path: Path
+    plain_hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     plain_hub.faults.add("status", route=r"00003-of-00003\.safetensors$", after=3, status=404)
     with pytest.raises(HubError):
@@ -413,3 +438,7 @@ def test_a_tensor_that_is_fetched_again_must_have_the_bytes_that_were_hashed(
         convert(NAME, tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
+    plain_hub.log.clear()
+    convert(NAME, tmp_path / "out")
+    assert without_source(tmp_path / "out") == expected
+    assert overlap(by_shard(plain_hub, source), sealed) > 80_000  # the shard that one of the two came from, whole

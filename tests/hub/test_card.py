@@ -42,9 +42,9 @@ def test_texts_of_a_manifest_cannot_break_the_markup(small_artifact: Path) -> No
         manifest,
         generator="x | y\n# <script>alert(1)</script>",
         recipe={"rules": ["```\n# heading"]},
+        evaluation={"texts": [{"name": "<b>\n| a", "perplexity": {"mean": 1.5, "standard_error": None}}]},
     )
-    evaluation = {"texts": [{"name": "<b>\n| a", "perplexity": {"mean": 1.5, "standard_error": None}}]}
-    text = write_card("me/it", hostile, CONFIG, Origin(), evaluation=evaluation)  # type: ignore[arg-type]
+    text = write_card("me/it", hostile, CONFIG, Origin())  # type: ignore[arg-type]
     assert "<script" not in text
     assert "# heading" not in [line.strip() for line in text.splitlines()]
     assert text.count("```") % 2 == 0
@@ -55,7 +55,7 @@ def test_an_evaluation_is_shown_and_whatever_it_lacks_is_left_out(small_artifact
     manifest = read_manifest(small_artifact)
 
     def section(evaluation: object) -> str:
-        text = write_card("me/it", manifest, CONFIG, Origin(), evaluation=evaluation)  # type: ignore[arg-type]
+        text = write_card("me/it", replace(manifest, evaluation=evaluation), CONFIG, Origin())  # type: ignore[arg-type]
         return text.partition("## How close")[2].partition("\n## ")[0]
 
     figure = {"mean": 0.01234, "standard_error": 0.0012}
@@ -74,7 +74,7 @@ def test_an_evaluation_is_shown_and_whatever_it_lacks_is_left_out(small_artifact
     assert "| prose | 12,345 | 12.500 ± 0.250 | 0.0123 ± 0.0012 |" in shown
     assert "| code | – | – | – |" in shown
     assert "Windows of 512 tokens." in shown
-    for nothing in (None, [], {}, {"texts": []}, {"texts": [{}]}, {"texts": "many"}):
+    for nothing in (None, {}, {"texts": []}, {"texts": [{}]}, {"texts": "many"}):
         assert section(nothing) == ""
 
 

@@ -18,7 +18,8 @@ from qformat.cli.main import run
 from qformat.converters.convert import ConversionOptions, convert
 from qformat.hub.diff import diff
 from qformat.hub.licenses import License
-from qformat.hub.publish import CardOptions, publish
+from qformat.hub.prepared_card import CardOptions
+from qformat.hub.publish import publish
 from tests.hub.conftest import PATIENT
 from tests.hub_stand_in import Hub
 from tests.small_models import tiny_tensors, weight, write_checkpoint, write_tiny

@@ -18,7 +18,7 @@ import pytest
 from qformat.artifact import manifest as manifests
 from qformat.artifact.verify import verify_integrity
 from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
-from qformat.hub import fetch as fetching
+from qformat.hub import fetch_run
 from qformat.hub.fetch import FetchSummary, fetch
 from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
 from tests.hub.conftest import PATIENT, TOKEN
@@ -34,7 +34,7 @@ BODY = "GET cdn/"
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "PIECE_NBYTES", 4096)
+    monkeypatch.setattr(fetch_run, "PIECE_NBYTES", 4096)
 
 
 @pytest.fixture
@@ -297,6 +297,7 @@ def test_a_full_disk_is_refused_before_a_byte_is_fetched(
     with pytest.raises(TargetError, match="no space"):
         do_fetch(tmp_path / "out")
     assert not hub.requests(BODY)
+    assert names_beside(tmp_path / "out") == {"small-nf4"}
 
 
 def calls_of(out: Path) -> list[str]:
@@ -353,9 +354,9 @@ def test_a_power_cut_loses_only_what_was_not_on_the_disk(hub: Hub, published: di
 
 SCRIPT = """
 import sys
-from qformat.hub import fetch as fetching
+from qformat.hub import fetch_run
 from qformat.hub.fetch import fetch
-fetching.PIECE_NBYTES = 4096
+fetch_run.PIECE_NBYTES = 4096
 fetch("owner/small-nf4", sys.argv[1], connections=1, on_progress=lambda nbytes: print(nbytes, flush=True))
 """
 

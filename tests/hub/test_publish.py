@@ -14,7 +14,8 @@ from qformat.artifact.verify import verify_integrity
 from qformat.converters.convert import ConversionOptions, convert
 from qformat.errors import HubError, UsageError, VerificationError
 from qformat.hub.licenses import License
-from qformat.hub.publish import CardOptions, Published, publish
+from qformat.hub.prepared_card import CardOptions
+from qformat.hub.publish import Published, publish
 from tests.hub.conftest import PATIENT, TOKEN
 from tests.hub_stand_in import Hub, Repository
 from tests.small_models import contents, write_tiny
@@ -179,7 +180,15 @@ def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(hub: Hub, artifa
         do_publish(artifact)
     assert set(stored(hub).head.files) == {".gitattributes", "notes.txt"}
     done = do_publish(artifact)
-    assert done.others == ("notes.txt",)
+    assert done.changes.others == ("notes.txt",)
+
+
+def test_two_publishers_of_the_same_bytes_at_once_make_one_commit(hub: Hub, artifact: Path) -> None:
+    hub.repositories.create(NAME)
+    hub.faults.add("call", route="/commit/", hook=lambda: do_publish(artifact), times=1)
+    done = do_publish(artifact)
+    assert n_commits(hub) == 1
+    assert done.commit == stored(hub).head.oid
 
 
 def test_a_branch_is_made_and_the_main_one_is_left_alone(hub: Hub, artifact: Path, tmp_path: Path) -> None:
@@ -196,7 +205,7 @@ def test_files_of_an_older_artifact_are_removed_in_the_same_commit(
     one_shard = tmp_path / "one"
     convert(small_source, one_shard)
     done = do_publish(one_shard)
-    assert done.removed == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert done.changes.removed == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).good
     assert n_commits(hub) == 2
 
@@ -204,7 +213,7 @@ def test_files_of_an_older_artifact_are_removed_in_the_same_commit(
 def test_other_weights_in_the_repository_are_not_mixed_with(hub: Hub, artifact: Path) -> None:
     hub.repositories.create(NAME)
     hub.repositories.commit(NAME, {"model.safetensors": b"16 bit"})
-    with pytest.raises(HubError, match=r"holds other weights on 'main': model\.safetensors"):
+    with pytest.raises(HubError, match=r"holds other weights: model\.safetensors"):
         do_publish(artifact)
 
 
@@ -233,7 +242,7 @@ def test_a_doubtful_licence_must_be_confirmed(hub: Hub, artifact: Path, front: s
     with pytest.raises(UsageError, match=f"{concern}.*--confirm-license"):
         do_publish(artifact, card)
     assert NAME not in hub.repositories.by_name
-    assert concern in str(do_publish(artifact, card, dry_run=True).concern)
+    assert concern in str(do_publish(artifact, card, dry_run=True).card.concern)
     do_publish(artifact, card, confirm_license=True)
     assert n_commits(hub) == 1
 
@@ -247,11 +256,14 @@ def test_a_base_model_that_cannot_be_read_leaves_the_licence_open(hub: Hub, arti
 def test_a_licence_with_name_and_link_is_inherited(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    (source / "README.md").write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n")
-    done = do_publish(artifact, CardOptions(source=source))
-    data = huggingface_hub.ModelCard(done.card).data
-    assert (data.license, data.license_name, data.license_link) == ("other", "llama3", "LICENSE")
-    assert "[llama3](LICENSE)" in done.card
+    front = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LINK\n---\n"
+    elsewhere = "https://huggingface.co/base/small/blob/main/terms.md"
+    for link, expected in (("LICENSE", "LICENSE"), ("terms.md", elsewhere), ("https://x.org", "https://x.org")):
+        (source / "README.md").write_text(front.replace("LINK", link))
+        done = do_publish(artifact, CardOptions(source=source, base_model="base/small"), dry_run=True)
+        data = huggingface_hub.ModelCard(done.card.text).data
+        assert (data.license, data.license_name, data.license_link) == ("other", "llama3", expected)
+        assert f"[llama3]({expected})" in done.card.text
 
 
 def test_the_base_model_is_known_from_a_folder_in_the_hubs_cache(hub: Hub, small_source: Path, tmp_path: Path) -> None:
@@ -260,8 +272,8 @@ def test_the_base_model_is_known_from_a_folder_in_the_hubs_cache(hub: Hub, small
     out = tmp_path / "out"
     convert(snapshot, out)
     done = do_publish(out, CardOptions(source=snapshot))
-    assert f"at commit [`{commit}`]" in done.card
-    assert huggingface_hub.ModelCard(done.card).data.base_model == "base/small"
+    assert f"at commit [`{commit}`]" in done.card.text
+    assert huggingface_hub.ModelCard(done.card.text).data.base_model == "base/small"
 
 
 def test_a_card_of_ones_own_is_published_as_it_is(hub: Hub, artifact: Path, tmp_path: Path) -> None:
@@ -279,7 +291,7 @@ def test_a_card_of_ones_own_is_published_as_it_is(hub: Hub, artifact: Path, tmp_
 def test_a_dry_run_only_reads(hub: Hub, artifact: Path) -> None:
     planned = do_publish(artifact, dry_run=True)
     assert planned.commit is None
-    assert set(planned.new) == {*contents(artifact), "README.md"}
+    assert set(planned.changes.new) == {*contents(artifact), "README.md"}
     assert planned.nbytes_to_send == planned.publication.nbytes > 50_000
     assert not [request for request in hub.log if request.method != "GET"]
 
@@ -310,6 +322,15 @@ def test_the_token_is_nowhere_in_logs_errors_manifest_or_card(
     texts += [file.read().decode("latin-1") for file in stored(hub).head.files.values()]
     assert hub.requests("POST")[0].headers["authorization"] == f"Bearer {TOKEN}"
     assert not [text for text in texts if TOKEN in text]
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_the_signed_address_of_an_upload_is_not_told(hub: Hub, artifact: Path, status: int) -> None:
+    hub.faults.add("status", route="PUT hub/-/lfs", status=status)
+    with pytest.raises(HubError, match=f"uploading: .*{status}") as caught:
+        do_publish(artifact)
+    assert "of-the-stand-in" not in str(caught.value)
+    assert n_commits(hub) == 0
 
 
 def test_a_file_that_changes_while_it_is_uploaded_is_noticed(hub: Hub, artifact: Path) -> None:
@@ -400,3 +421,16 @@ def test_an_adapter_of_the_local_artifact_fits_the_published_one(hub: Hub, artif
     do_publish(artifact)
     there = folder_of(stored(hub), tmp_path / "there")
     assert BaseRecord.of(check_structure(there)).digest == BaseRecord.of(check_structure(artifact)).digest
+
+
+def test_a_recorded_evaluation_is_in_the_card_and_in_the_published_manifest(hub: Hub, artifact: Path) -> None:
+    from qformat.artifact.record_evaluation import record_evaluation
+    from qformat.artifact.structure import read_manifest
+
+    kl = {"mean": 0.0123, "standard_error": 0.001}
+    evaluation = {"window_length": 256, "texts": [{"name": "prose", "predicted_tokens": 5100, "kl": kl}]}
+    record_evaluation(artifact, evaluation, of=read_manifest(artifact))  # type: ignore[arg-type]
+    do_publish(artifact)
+    files = stored(hub).head.files
+    assert "| prose | 5,100 | 0.0123 ± 0.0010 |" in files["README.md"].read().decode()
+    assert json.loads(files["qformat.json"].read())["evaluation"] == evaluation

@@ -12,7 +12,8 @@ import pytest
 from qformat.artifact.verify import verify_integrity
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.hub.licenses import License
-from qformat.hub.publish import CardOptions, publish
+from qformat.hub.prepared_card import CardOptions
+from qformat.hub.publish import publish
 from qformat.hub.signature import check_signature, public_key_of, sign
 from tests.hub.conftest import PATIENT
 from tests.hub_stand_in import Hub
@@ -128,6 +129,9 @@ def test_a_published_signature_is_accepted_by_the_tool_and_a_repeated_publish_ke
     (there / "LICENSE").write_text("Permission is not granted.\n")
     assert run_tool("verify", "key", str(there), *options).returncode == 1
 
+    pull_request = {"create_pr": True, "sign_key": write_key(tmp_path, "newest"), "patience": PATIENT}
+    asked = [publish(artifact, "me/signed", card, **pull_request).already_there for _ in range(2)]  # type: ignore[arg-type]
+    assert asked == [False, True]
     assert do_publish(write_key(tmp_path, "newer")) is False
     assert do_publish(None) is False
     assert "model.sig" not in hub.repositories.by_name["me/signed"].head.files

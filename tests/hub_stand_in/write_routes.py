@@ -14,6 +14,9 @@ from tests.hub_stand_in.repositories import Repository, StoredFile, is_lfs
 if TYPE_CHECKING:
     from tests.hub_stand_in.server import Call, Hub
 
+SIGNED = "?X-Amz-Signature=of-the-stand-in"
+"""What makes an address of an upload a secret."""
+
 
 def create_repository(hub: Hub, call: Call) -> Answer:
     """POST /api/repos/create."""
@@ -73,10 +76,10 @@ def lfs_batch(hub: Hub, call: Call) -> Answer:
         oid, nbytes = asked["oid"], asked["size"]
         entry: dict[str, object] = {"oid": oid, "size": nbytes}
         if oid not in hub.repositories.objects:
-            upload: dict[str, object] = {"href": f"{hub.endpoint}/-/lfs/{oid}"}
+            upload: dict[str, object] = {"href": f"{hub.endpoint}/-/lfs/{oid}{SIGNED}"}
             if hub.part_nbytes is not None and nbytes > hub.part_nbytes:
                 n_parts = -(-nbytes // hub.part_nbytes)
-                parts = {f"{part:05d}": f"{hub.endpoint}/-/lfs/{oid}/{part}" for part in range(1, n_parts + 1)}
+                parts = {f"{part:05d}": f"{hub.endpoint}/-/lfs/{oid}/{part}{SIGNED}" for part in range(1, n_parts + 1)}
                 upload = {
                     "href": f"{hub.endpoint}/-/lfs/{oid}/complete",
                     "header": {"chunk_size": str(hub.part_nbytes), **parts},

@@ -19,9 +19,9 @@ import qformat
 from qformat.artifact.components import Component
 from qformat.artifact.reader import PackedTensor
 from qformat.converters.convert import convert
-from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.errors import ArtifactError, DeviceMemoryError, Reason, UsageError
 from qformat.kernels.backends import force_backend
-from qformat.model import load
+from qformat.model import host_layers, load
 from qformat.model.load import load_model, load_tokenizer, shards_on_device
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import map_shards, tensors_of
@@ -266,11 +266,11 @@ def test_shards_on_a_device_hold_what_the_file_holds(tiny: Path) -> None:
 
 
 def test_a_device_without_room_is_refused_before_anything_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "_free_nbytes", lambda device: 1000)
+    monkeypatch.setattr(load, "free_nbytes", lambda device: 1000)
     monkeypatch.setattr(load, "stream_shards", lambda *_, **__: pytest.fail("something was read"))
     with (
         qformat.open(tiny) as opened,
-        pytest.raises(UsageError, match=r"the weights need 0\.\d GB, and cpu has 0\.0 GB"),
+        pytest.raises(DeviceMemoryError, match=r"the weights need 0\.\d+ GB, and cpu has 0\.00 GB"),
     ):
         shards_on_device(opened.structure, torch.device("cpu"), verify="structure")
 
@@ -286,6 +286,23 @@ def test_full_verification_finds_a_flipped_bit_and_structure_does_not_read_it(ti
     with pytest.raises(ArtifactError, match="up_proj") as caught:
         load_model(tiny, device="cpu", verify="full")
     assert caught.value.reason is Reason.COMPONENT_DIGEST
+
+
+def test_without_verification_no_manifest_is_read(tiny: Path) -> None:
+    expected = load_model(tiny, device="cpu").state_dict()
+    (tiny / "qformat.json").write_text("damaged")
+    found = load_model(tiny, device="cpu", verify="none").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(ArtifactError):
+        load_model(tiny, device="cpu")
+
+
+def test_copies_that_do_not_fit_the_memory_are_refused_with_what_is_needed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_layers, "free_nbytes", lambda device: 1000)
+    with pytest.raises(DeviceMemoryError, match=r"needs 0\.01 GB on cpu, and 0\.00 GB may be used"):
+        load_model(tiny, device="cpu", dtype=torch.float32)
 
 
 def test_loading_needs_no_bitsandbytes(tiny: Path) -> None:

@@ -13,9 +13,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
 from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
-from qformat.errors import ArtifactError
+from qformat.errors import ArtifactError, DeviceMemoryError, UsageError
+from qformat.model import transformers_quantizer
 from qformat.model.nf4_linear import NF4Linear
-from qformat.model.transformers_quantizer import METHOD, NF4Quantizer
+from qformat.model.transformers_quantizer import METHOD, NF4Quantizer, _device_of
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
@@ -78,6 +79,38 @@ def test_from_pretrained_maps_the_packed_weights(artifact, registered):
     shards = {path.stat().st_size for path in artifact.glob("*.safetensors")}
     assert linear.weight.untyped_storage().nbytes() in shards, "a view of the whole mapped shard"
     assert start == model.model.layers[1].mlp.up_proj.weight.untyped_storage().data_ptr()
+
+
+def test_what_was_kept_in_16_bit_is_mapped_as_well(artifact, registered):
+    model = AutoModelForCausalLM.from_pretrained(artifact)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    for name, tensor in model.state_dict().items():
+        assert any(start <= tensor.data_ptr() < stop for start, stop in ranges), name
+
+
+@pytest.mark.parametrize("home", ["disk", "cpu"])
+def test_offloading_is_refused_with_what_to_use_instead(artifact, registered, home, monkeypatch):
+    quantizer = NF4Quantizer(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    device_map = {"": 0, "model.layers.1": home}
+    with pytest.raises(UsageError, match="load_model"):
+        quantizer._process_model_before_weight_loading(None, checkpoint_files=["x"], device_map=device_map)
+
+
+def test_each_packed_layer_goes_to_the_device_that_the_map_names(artifact, registered):
+    """Placed on the meta device, since there are no two GPUs here."""
+    model = AutoModelForCausalLM.from_pretrained(artifact, device_map={"": "cpu"})
+    model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "meta", "": "cpu"}
+    homes = {name: _device_of(model, name).type for name, _ in model.named_parameters() if "proj.weight" in name}
+    assert {name: home for name, home in homes.items() if ("layers.1." in name) != (home == "meta")} == {}
+    assert len(homes) == 14
+
+
+def test_too_little_memory_for_the_packed_weights_is_said_with_what_is_needed(artifact, registered, monkeypatch):
+    monkeypatch.setattr(transformers_quantizer, "_device_of", lambda *_: torch.device("meta"))
+    monkeypatch.setattr(transformers_quantizer, "free_nbytes", lambda device: 1000)
+    with pytest.raises(DeviceMemoryError, match=r"the packed weights need 0\.\d+ GB on meta, and 0\.00 GB are free"):
+        AutoModelForCausalLM.from_pretrained(artifact)
 
 
 def test_registering_needs_no_bitsandbytes(artifact):

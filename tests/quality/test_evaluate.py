@@ -104,6 +104,9 @@ def test_another_source_is_refused_unless_it_is_wanted(artifact: Path, text: Pat
     with pytest.raises(SourceError, match=r"made from other weights.*--any-source"):
         evaluate(artifact, [text], source=other, **SMALL)
     assert not evaluate(artifact, [text], source=other, any_source=True, **SMALL).source_checked
+    of_other = models.write_artifact(other, tmp_path / "of_other")
+    with pytest.raises(SourceError, match=r"nf4 was made from other weights"):
+        evaluate(of_other, [text], source=other, against=[artifact], **SMALL)
 
 
 def test_a_source_without_a_weight_of_the_artifact_is_refused(artifact: Path, text: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qformat.errors import DataError, UsageError
+from qformat.errors import DataError, TargetError, UsageError
 from qformat.training.data import prepare
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
 from qformat.training.data.tokenised_data import IGNORED, TokenisedData
+from tests.converters.faulty_disk import FaultyDisk, Killed
 from tests.training import runs
 
 CHATS: list[dict[str, Any]] = [
@@ -236,6 +238,28 @@ def test_a_damaged_cache_is_built_again(
         file.write_bytes(data if damage == "flip" else data[:-1])
     again = prepare_data(path, tokenizer, settings, cache=cache)
     assert examples(again) == expected
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "full from here on", "kill"])
+def test_a_disk_that_fails_at_any_call_leaves_no_cache_or_a_whole_one(
+    fault: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.jsonl", TEXTS)
+    settings = DataSettings(max_length=64)
+    expected = examples(prepare_data(path, tokenizer, settings, cache=tmp_path / "expected"))
+    counted = FaultyDisk()
+    monkeypatch.setattr(prepare, "Disk", lambda: counted)
+    prepare_data(path, tokenizer, settings, cache=tmp_path / "counted")
+    assert counted.n_calls >= 20
+    for number in range(counted.n_calls):
+        cache = tmp_path / f"at_{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "Disk", lambda number=number: FaultyDisk(number, fault))
+            # Removing what is unfinished fails where everything does, and says nothing then.
+            with contextlib.suppress(TargetError, Killed):
+                prepare_data(path, tokenizer, settings, cache=cache)
+        assert examples(prepare_data(path, tokenizer, settings, cache=cache)) == expected, number
+        assert not list(cache.glob("*.partial"))
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

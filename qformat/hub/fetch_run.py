@@ -1,0 +1,190 @@
+"""The second step of a fetch: every piece that is missing, by several connections, into a staged folder; then the seal.
+
+Every file is cut into pieces, and the SHA-256 of each file is taken behind those who write them, in order. The journal
+holds the XXH3-128 of every piece that is written:
+
+    {"file": FILE, "start": BYTE, "stop": BYTE, "xxh3": DIGEST}
+    {"distrusted": FILE}                                         its SHA-256 came out wrong: fetch it anew
+
+so that a later run fetches only what is missing. Before the seal the folder is verified like any artifact.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from qformat.artifact.digests import Follower, WrittenFile, sha256_of_file, xxh3, xxh3_of_range
+from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord
+from qformat.artifact.staging import Staging
+from qformat.artifact.verify import range_checks, verify_integrity
+from qformat.cores import run_tasks, usable_cores
+from qformat.errors import ArtifactError, Interrupted, Reason
+from qformat.hub.listing import PublishedArtifact
+from qformat.hub.signature import MAX_SIGNATURE_NBYTES
+from qformat.hub.stream import PIECE_NBYTES
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    file: str
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.file} {self.start}"
+
+
+class FetchRun:
+    """One run of a fetch: what its threads share."""
+
+    def __init__(
+        self, published: PublishedArtifact, staging: Staging, connections: int, on_progress: Callable[[int], None]
+    ) -> None:
+        self._published = published
+        self._files = published.manifest.files
+        self._staging = staging
+        self._connections = connections
+        self._on_progress = on_progress
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._buffers = threading.local()
+        self._descriptors: dict[str, int] = {}
+        self._n_fetched = 0
+
+    def run(self) -> int:
+        """Fetch what is missing, check all of it and seal; return how many bytes were fetched."""
+        with ExitStack() as stack:
+            for name, record in self._files.items():
+                path = self._staging.folder / name
+                self._descriptors[name] = self._staging.disk.open_for_writing(path)
+                stack.callback(os.close, self._descriptors[name])
+                self._staging.disk.set_size(self._descriptors[name], record.nbytes, path)
+            digests = self._fetch(stack)
+            for name, record in self._files.items():
+                if digests[name] != record.sha256:
+                    self._mend(name, record)
+        self._write_small()
+        self._refuse_damaged()
+        self._staging.seal()
+        return self._n_fetched
+
+    def _fetch(self, stack: ExitStack) -> dict[str, str]:
+        """Fetch every piece that is not there and return the SHA-256 of each file."""
+        written = {
+            name: WrittenFile(self._staging.folder / name, self._descriptors[name], record.nbytes)
+            for name, record in self._files.items()
+        }
+        follower = Follower(written)
+        stack.callback(follower.close)
+        there = self._resumed()
+        missing = {}
+        for piece in [piece for name, record in self._files.items() for piece in _pieces(name, record)]:
+            if piece in there:
+                follower.mark_written(piece.file, piece.start, piece.stop)
+                self._on_progress(piece.stop - piece.start)
+            else:
+                missing[piece.key] = piece
+
+        def do(piece: _Piece) -> None:
+            self._fetch_piece(piece)
+            follower.mark_written(piece.file, piece.start, piece.stop)
+
+        run_tasks(
+            missing,
+            do,
+            workers=self._connections,
+            stopping=self._stopping,
+            thread_name="qformat-fetch",
+            on_stop=self._published.repository.close,
+        )
+        return follower.finish()
+
+    def _resumed(self) -> set[_Piece]:
+        """Return the pieces that an interrupted run wrote and whose bytes are really there."""
+        noted: dict[_Piece, str] = {}
+        for entry in self._staging.entries:
+            if "distrusted" in entry:
+                noted = {piece: digest for piece, digest in noted.items() if piece.file != entry["distrusted"]}
+                continue
+            file, start, stop, digest = (entry.get(key) for key in ("file", "start", "stop", "xxh3"))
+            if isinstance(file, str) and isinstance(start, int) and isinstance(stop, int) and isinstance(digest, str):
+                noted[_Piece(file, start, stop)] = digest
+        return {
+            piece
+            for piece, digest in noted.items()
+            if piece.file in self._files
+            and piece.stop <= self._files[piece.file].nbytes
+            and self._xxh3_of(piece) == digest
+        }
+
+    def _fetch_piece(self, piece: _Piece) -> None:
+        if not hasattr(self._buffers, "bytes"):
+            self._buffers.bytes = bytearray(PIECE_NBYTES)
+        data = memoryview(self._buffers.bytes)[: piece.stop - piece.start]
+        self._published.repository.read_range(piece.file, piece.start, data, on_bytes=self._arrived)
+        path = self._staging.folder / piece.file
+        self._staging.disk.write_at(self._descriptors[piece.file], data, piece.start, path)
+        with self._lock:
+            self._staging.record({"file": piece.file, "start": piece.start, "stop": piece.stop, "xxh3": xxh3(data)})
+
+    def _arrived(self, nbytes: int) -> None:
+        if self._stopping.is_set():
+            raise Interrupted
+        with self._lock:
+            self._n_fetched += nbytes
+        self._on_progress(nbytes)
+
+    def _mend(self, name: str, record: FileRecord) -> None:
+        """Fetch once more what of a file is damaged. Raises ArtifactError if it is still not the manifest's."""
+        for piece in self._damaged(name, record):
+            self._fetch_piece(piece)
+        path = self._staging.folder / name
+        found = sha256_of_file(self._descriptors[name], record.nbytes, path=path, error=ArtifactError)
+        if found != record.sha256:
+            self._staging.record({"distrusted": name})
+            raise ArtifactError(
+                Reason.FILE_DIGEST,
+                self._published.where / name,
+                f"arrived twice with other bytes than the manifest's: SHA-256 {found}, expected {record.sha256}",
+                next_step="Run the same command again: it fetches this file anew and keeps the others",
+            )
+
+    def _damaged(self, name: str, record: FileRecord) -> list[_Piece]:
+        """Return the pieces with bytes that the manifest's XXH3-128 do not know; all of them where they do not tell."""
+        pieces = _pieces(name, record)
+        if record.header_xxh3 is None:
+            return pieces
+        checks = range_checks(self._staging.folder, self._published.manifest, {name: self._descriptors[name]}, [])
+        wrong = [check for check in checks if check.run() is not None]
+        found = [
+            piece for piece in pieces if any(check.start < piece.stop and piece.start < check.stop for check in wrong)
+        ]
+        return found or pieces
+
+    def _write_small(self) -> None:
+        """Write the manifest, which was checked when it was read, and the signature."""
+        self._staging.disk.write_file(self._staging.folder / MANIFEST_NAME, self._published.manifest_bytes)
+        if self._published.signed:
+            data = self._published.repository.read_small(SIGNATURE_NAME, max_nbytes=MAX_SIGNATURE_NBYTES)
+            self._staging.disk.write_file(self._staging.folder / SIGNATURE_NAME, data)
+
+    def _refuse_damaged(self) -> None:
+        """Verify the folder as a whole: that its parts fit each other is not told by their SHA-256."""
+        report = verify_integrity(self._staging.folder, workers=usable_cores())
+        if not report.good:
+            raise report.findings[0].as_error(self._staging.folder)
+
+    def _xxh3_of(self, piece: _Piece) -> str:
+        path = self._staging.folder / piece.file
+        return xxh3_of_range(self._descriptors[piece.file], piece.start, piece.stop, path=path, error=ArtifactError)
+
+
+def _pieces(name: str, record: FileRecord) -> list[_Piece]:
+    return [
+        _Piece(name, start, min(start + PIECE_NBYTES, record.nbytes)) for start in range(0, record.nbytes, PIECE_NBYTES)
+    ]

@@ -1,0 +1,220 @@
+"""What a model that was loaded from files adds to its transformers class: it writes them back, and minds the mapping.
+
+`adopt` gives a model a class of its own, with the same name, as torch's FSDP2 does: transformers offers quantizers no
+hook that writes files in another layout than its own (`get_state_dict_and_metadata` only names tensors).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+import qformat
+from qformat import strict_json
+from qformat.artifact.components import Component
+from qformat.artifact.digests import Buffer
+from qformat.artifact.limits import MAX_CONFIG_NBYTES
+from qformat.artifact.manifest import MANIFEST_NAME
+from qformat.artifact.structure import CONFIG_NAME, Located, ShardLayout
+from qformat.artifact.watch import MappedFileWatch
+from qformat.artifact.write_back import GENERATION_CONFIG_NAME, write_back
+from qformat.errors import ArtifactError, TargetError, UsageError
+from qformat.model.build import read_config
+from qformat.model.shard_tensors import TORCH_DTYPES
+
+logger = logging.getLogger(__name__)
+
+_DEFAULTS = {
+    "is_main_process": True, "state_dict": None, "push_to_hub": False, "max_shard_size": "50GB", "variant": None,
+    "token": None, "save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False,
+}  # fmt: skip
+"""Of transformers' `save_pretrained`. Any other choice is about a checkpoint in transformers' own layout."""
+
+_NOT_COMPARED = {"dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path"}
+"""Members of a config that loading changes, or that say how it was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The files that a model was loaded from.
+
+    names: the model's name of each tensor in them. The watch is over the files that tensors are views of.
+    """
+
+    layout: ShardLayout
+    names: Mapping[str, str]
+    watch: MappedFileWatch = field(default_factory=MappedFileWatch)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return Origin(self.layout, self.names)
+
+
+class LoadedModel:
+    """Mixed into a transformers class by `adopt`."""
+
+    _qformat_origin: Origin
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """Write the artifact as a new folder: the same bytes, or, where tensors were changed, with renewed digests.
+
+        The files beside the shards (tokenizer, licence) are copied. With an argument that asks for a checkpoint in
+        transformers' layout (state_dict, max_shard_size, ...), or with other tensors than the files have, it is
+        transformers' own: components with their bytes, no manifest.
+
+        Raises: TargetError if the folder is there and not empty; UsageError for a tensor that the files' dtype would
+        round; ArtifactError for files that were changed or removed since the model was loaded.
+        """
+        out = Path(os.path.abspath(save_directory))
+        plain = not args and all(options[name] == _DEFAULTS.get(name) for name in options if name != "is_main_process")
+        others = None if not plain else _other_tensors(self)
+        adapters_only = getattr(self, "_hf_peft_config_loaded", False)
+        if not plain or others or adapters_only:
+            _check_foreign_target(out, self._qformat_origin.layout.path)
+            if others and not adapters_only:
+                logger.warning("%s: written without a manifest, because the model %s", out, others)
+            super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
+        elif options.get("is_main_process", True):
+            save(self, out)
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Generate as transformers does, on files that are still what they were. Raises ArtifactError."""
+        self._qformat_origin.watch.check()
+        return super().generate(*args, **options)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the transformers class, adopted again when it is read."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, (adopted, *arguments), *rest = reduced
+        return _make, (adopted.__mro__[2], *arguments), *rest
+
+
+def adopt(model: PreTrainedModel, origin: Origin) -> None:
+    """Let a model write back the files that it was loaded from."""
+    adopted: Any = model
+    own: Any = type(model)
+    adopted.__class__ = _adopted(own)
+    adopted._qformat_origin = origin
+
+
+@cache
+def _adopted(own: Any) -> Any:
+    if issubclass(own, LoadedModel):
+        return own
+    return type(own.__name__, (LoadedModel, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+
+
+def _make(own: type, *arguments: Any) -> Any:
+    adopted = _adopted(own)
+    return adopted.__new__(adopted, *arguments)
+
+
+def save(model: Any, out: Path) -> bool:
+    """Write a loaded model's files as the new folder `out`; return whether all are the same. Raises as above."""
+    origin: Origin = model._qformat_origin
+    origin.watch.check()
+    state: dict[str, Tensor] = model.state_dict()
+
+    def held(name: str, located: Located) -> Buffer | None:
+        tensor = state.get(_name_in_model(origin, name))
+        return None if tensor is None else _bytes_of(tensor, name, located)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return write_back(
+        origin.layout, out, held, files=_changed_configs(model), generator=f"qformat {qformat.__version__}"
+    )
+
+
+def _name_in_model(origin: Origin, name: str) -> str:
+    for part in Component:
+        owner = name.removesuffix(part.value)
+        if part.value and owner in origin.layout.states and name.endswith(part.value):
+            return origin.names.get(owner, owner) + part.value
+    return origin.names.get(name, name)
+
+
+def _other_tensors(model: Any) -> str | None:
+    """Return how the model's tensors differ from those of its files in name or shape; None if they do not."""
+    origin: Origin = model._qformat_origin
+    state: dict[str, Tensor] = model.state_dict()
+    named = {_name_in_model(origin, name): located for name, located in origin.layout.located.items()}
+    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    for name in origin.names.values():
+        if name not in state:
+            return f"has no {name} any more"
+    for name, tensor in state.items():
+        if name not in named and name not in tied:
+            return f"has {name}, which the files have not"
+        if name in named and tensor.numel() != _n_elements(named[name]) and tensor.dtype != torch.uint8:
+            return f"has {name} in another shape"
+    return None
+
+
+def _n_elements(located: Located) -> int:
+    count = 1
+    for size in located.entry.shape:
+        count *= size
+    return count
+
+
+def _bytes_of(tensor: Tensor, name: str, located: Located) -> Buffer:
+    wanted = TORCH_DTYPES[located.entry.dtype]
+    value = tensor.detach().cpu()
+    if value.dtype != wanted and value.is_floating_point():
+        value = tensor.detach().to(wanted).cpu()
+        if not torch.equal(value.to(tensor.dtype), tensor.detach().cpu()):
+            raise UsageError(
+                f"{name}: is {tensor.dtype} in the model, and the files' {wanted} would round it. Bring it to that "
+                "dtype first, or write a checkpoint without a manifest: save_pretrained(..., state_dict=...)"
+            )
+    flat = value.contiguous().view(-1)
+    return flat.view(torch.uint8).numpy() if flat.numel() else b""
+
+
+def _changed_configs(model: Any) -> dict[str, bytes]:
+    """Return the config files that no longer say what the model's configs do."""
+    path: Path = model._qformat_origin.layout.path
+    stored = read_config(path, trust_remote_code=model.is_remote_code())
+    found: dict[str, bytes] = {}
+    written = _with_changes(path / CONFIG_NAME, stored.to_dict(), model.config.to_dict())
+    if written is not None:
+        found[CONFIG_NAME] = written
+    if model.can_generate():
+        file = path / GENERATION_CONFIG_NAME
+        base = GenerationConfig.from_pretrained(path) if file.is_file() else GenerationConfig.from_model_config(stored)
+        written = _with_changes(file, base.to_dict(), model.generation_config.to_dict())
+        if written is not None:
+            found[GENERATION_CONFIG_NAME] = written
+    return found
+
+
+def _with_changes(file: Path, stored: dict[str, Any], now: dict[str, Any]) -> bytes | None:
+    changes = {
+        name: now.get(name)
+        for name in {*stored, *now} - _NOT_COMPARED
+        if json.dumps(stored.get(name), default=str) != json.dumps(now.get(name), default=str)
+    }
+    if not changes:
+        return None
+    text: Any = {}
+    if file.is_file():
+        data = file.read_bytes()
+        text = strict_json.loads(data, path=file, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+    return (json.dumps({**text, **changes}, indent=2, sort_keys=True) + "\n").encode("utf-8")
+
+
+def _check_foreign_target(out: Path, origin: Path) -> None:
+    """Refuse a folder whose files the model is mapped from, or whose manifest would no longer be true."""
+    if os.path.realpath(out) == os.path.realpath(origin):
+        raise TargetError(f"{out}: the model is mapped from the files there. Choose another folder")
+    if os.path.lexists(out / MANIFEST_NAME):
+        raise TargetError(f"{out}: holds an artifact, whose manifest would no longer be true. Choose another folder")

@@ -1,0 +1,285 @@
+"""`model.save_pretrained` of a loaded model: the artifact back, byte for byte, or with digests of what was changed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+import qformat
+from qformat.artifact.manifest import MANIFEST_NAME
+from qformat.artifact.structure import read_manifest
+from qformat.errors import ArtifactError, Reason, TargetError, UsageError
+from qformat.model.load import load_model
+from qformat.model.transformers_quantizer import METHOD
+from tests.converters.faulty_disk import FaultyDisk
+from tests.model.sides import with_lora
+from tests.small_models import llama_config, llama_tensors, write_checkpoint
+
+Load = Callable[[Path], Any]
+
+IDS = torch.arange(20)[None]
+
+
+def by_registration(path: Path) -> Any:
+    before = AUTO_QUANTIZER_MAPPING[METHOD]
+    qformat.register()
+    try:
+        return AutoModelForCausalLM.from_pretrained(path)
+    finally:
+        AUTO_QUANTIZER_MAPPING[METHOD] = before
+
+
+def by_load_model(path: Path) -> Any:
+    return load_model(path, device="cpu")
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """Two shards, and files beside them."""
+    sizes = {"hidden": 128, "intermediate": 192, "vocabulary": 50}
+    source = write_checkpoint(tmp_path / "source", llama_tensors(**sizes), config=llama_config(**sizes))
+    (source / "LICENSE").write_text("free")
+    (source / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 7}\n')
+    qformat.convert(source, tmp_path / "artifact", qformat.ConversionOptions(max_shard_nbytes=100_000))
+    return tmp_path / "artifact"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("load", [by_load_model, by_registration])
+def test_an_unchanged_model_is_saved_as_the_same_bytes(artifact: Path, tmp_path: Path, load: Load) -> None:
+    load(artifact).save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(artifact)
+    assert qformat.verify(tmp_path / "saved", sha256=True).good
+
+
+def test_running_and_generating_changes_nothing_that_is_saved(artifact: Path, tmp_path: Path) -> None:
+    model = by_load_model(artifact)
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    model.eval().generate(IDS, max_new_tokens=3, do_sample=False)
+    model.save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(artifact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_dtype_of_activations_is_saved_as_the_files_were(
+    artifact: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    load_model(artifact, device="cpu", dtype=dtype).save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(artifact)
+
+
+@pytest.mark.parametrize("load", [by_load_model, by_registration])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight.absmax"])
+def test_a_changed_tensor_gets_a_digest_of_its_own(artifact: Path, tmp_path: Path, load: Load, name: str) -> None:
+    model = load(artifact)
+    model.state_dict()[name][0] += 1
+    model.save_pretrained(tmp_path / "saved")
+    assert qformat.verify(tmp_path / "saved", sha256=True).good
+    old, new = contents(artifact), contents(tmp_path / "saved")
+    differing = {file for file in old if old[file] != new[file]}
+    assert len(differing) == 2
+    assert MANIFEST_NAME in differing
+    before, after = read_manifest(artifact).tensors, read_manifest(tmp_path / "saved").tensors
+    assert {tensor for tensor in before if before[tensor] != after[tensor]} == {name.removesuffix(".absmax")}
+    again = load_model(tmp_path / "saved", device="cpu")
+    assert torch.equal(again.state_dict()[name], model.state_dict()[name])
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_changed_config_is_written_and_nothing_else(artifact: Path, tmp_path: Path) -> None:
+    model = by_load_model(artifact)
+    model.config.use_cache = False
+    model.generation_config.max_new_tokens = 9
+    model.save_pretrained(tmp_path / "saved")
+    assert qformat.verify(tmp_path / "saved", sha256=True).good
+    old, new = contents(artifact), contents(tmp_path / "saved")
+    assert {name for name in old if old[name] != new[name]} == {
+        "config.json", "generation_config.json", MANIFEST_NAME,
+    }  # fmt: skip
+    again = by_load_model(tmp_path / "saved")
+    assert again.config.use_cache is False
+    assert (again.generation_config.max_new_tokens, again.generation_config.eos_token_id) == (9, 2)
+
+
+def test_a_value_that_the_files_dtype_would_round_is_refused(artifact: Path, tmp_path: Path) -> None:
+    model = load_model(artifact, device="cpu", dtype=torch.float32)
+    model.model.norm.weight.data[0] = 1 + 2.0**-20
+    with pytest.raises(UsageError, match=r"norm\.weight: is torch\.float32 in the model.*round"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_damaged_byte_gets_no_digest_that_makes_it_look_right(artifact: Path, tmp_path: Path) -> None:
+    shard = min(artifact.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    model = by_load_model(artifact)  # the structure is good
+    with pytest.raises(ArtifactError) as refusal:
+        model.save_pretrained(tmp_path / "saved")
+    assert refusal.value.reason is Reason.COMPONENT_DIGEST
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "config.json", MANIFEST_NAME])
+def test_a_file_that_was_changed_or_removed_since_is_refused(artifact: Path, tmp_path: Path, name: str) -> None:
+    model = by_load_model(artifact)
+    text = (artifact / name).read_bytes()
+    (artifact / name).write_bytes(text.replace(b"free", b"gone").replace(b'"reason"', b'"reasom"') + b" ")
+    with pytest.raises(ArtifactError):
+        model.save_pretrained(tmp_path / "saved")
+    (artifact / name).unlink()
+    with pytest.raises(ArtifactError):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_existing_folder_is_refused_and_left_alone(artifact: Path, tmp_path: Path) -> None:
+    model = by_load_model(artifact)
+    before = contents(artifact)
+    for target in (artifact, tmp_path / "source"):
+        with pytest.raises(TargetError, match="exists"):
+            model.save_pretrained(target)
+    with pytest.raises(TargetError, match="mapped from the files there"):
+        model.save_pretrained(artifact, state_dict=model.state_dict())
+    shutil.copytree(artifact, tmp_path / "other")
+    with pytest.raises(TargetError, match="manifest would no longer be true"):
+        model.save_pretrained(tmp_path / "other", max_shard_size="1GB")
+    assert contents(artifact) == before == contents(tmp_path / "other")
+
+
+def test_only_the_main_process_writes(artifact: Path, tmp_path: Path) -> None:
+    model = by_load_model(artifact)
+    model.save_pretrained(tmp_path / "saved", is_main_process=False)
+    assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "deep" / "er", is_main_process=True)
+    assert contents(tmp_path / "deep" / "er") == contents(artifact)
+
+
+def test_other_tensors_are_saved_by_transformers_without_a_manifest(
+    artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = by_load_model(artifact)
+    model.resize_token_embeddings(64)
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path / "saved")
+    assert "without a manifest, because the model has model.embed_tokens.weight in another shape" in caplog.text
+    assert not (tmp_path / "saved" / MANIFEST_NAME).exists()
+    assert torch.equal(by_load_model(tmp_path / "saved")(IDS).logits, model(IDS).logits)
+
+
+def test_with_an_argument_of_transformers_layout_transformers_writes(artifact: Path, tmp_path: Path) -> None:
+    model = by_load_model(artifact)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > len(list(artifact.glob("*.safetensors")))
+    before, after = model.state_dict(), by_load_model(tmp_path / "saved").state_dict()
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
+
+
+def test_an_adapter_is_saved_as_one(artifact: Path, tmp_path: Path) -> None:
+    wrapped = with_lora(by_load_model(artifact))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    assert not list((tmp_path / "adapter").glob("model*"))
+
+
+def test_a_folder_without_a_manifest_is_written_back_without_one(artifact: Path, tmp_path: Path) -> None:
+    (artifact / MANIFEST_NAME).unlink()
+    by_load_model(artifact).save_pretrained(tmp_path / "saved")
+    left_out = {"LICENSE", "tokenizer.json", "tokenizer_config.json"}
+    assert contents(tmp_path / "saved") == {
+        name: data for name, data in contents(artifact).items() if name not in left_out
+    }
+
+
+def test_copies_save_as_well_and_keep_their_class(artifact: Path, tmp_path: Path) -> None:
+    model = by_load_model(artifact)
+    own = type(model).__mro__[2]
+    for number, other in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        assert isinstance(other, own)
+        assert type(other).__name__ == own.__name__
+        other.save_pretrained(tmp_path / str(number))
+        assert contents(tmp_path / str(number)) == contents(artifact)
+
+
+def test_a_full_disk_leaves_nothing_under_the_name(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = by_load_model(artifact)
+    monkeypatch.setattr("qformat.artifact.write_back.Disk", lambda needed: FaultyDisk(20, "full from here on"))
+    with pytest.raises(TargetError):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(artifact)
+    assert not (tmp_path / "saved.partial").exists()
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    os.utime(path, ns=(0, 1))  # the clock of a file system may be too coarse to see it
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(overwrite, Reason.FILE_DIGEST), (lambda path: os.truncate(path, path.stat().st_size - 1), Reason.FILE_SIZE)],
+)
+@pytest.mark.parametrize("load", [by_load_model, by_registration])
+def test_a_mapped_file_that_changes_is_noticed_before_it_is_used(
+    artifact: Path, tmp_path: Path, change: Callable[[Path], None], reason: Reason, load: Load
+) -> None:
+    model = load(artifact)
+    change(max(artifact.glob("*.safetensors")))
+    for use in (lambda: model.generate(IDS, max_new_tokens=2), lambda: model.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(ArtifactError, match="replace files by renaming") as refusal:
+            use()
+        assert refusal.value.reason is reason
+
+
+def test_files_that_are_replaced_or_removed_do_not_matter(artifact: Path) -> None:
+    model = by_load_model(artifact)
+    expected = model.generate(IDS, max_new_tokens=2, do_sample=False)
+    for shard in artifact.glob("*.safetensors"):
+        other = shard.with_suffix(".new")
+        other.write_bytes(b"another")
+        other.rename(shard)
+    assert torch.equal(model.generate(IDS, max_new_tokens=2, do_sample=False), expected)
+    shutil.rmtree(artifact)
+    assert torch.equal(model.generate(IDS, max_new_tokens=2, do_sample=False), expected)
+
+
+def test_a_file_that_changes_while_the_model_is_loaded_is_noticed(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qformat.model import load
+
+    attach = load.attach
+
+    def slowly(*arguments: Any) -> Any:
+        os.truncate(max(artifact.glob("*.safetensors")), 5)
+        return attach(*arguments)
+
+    monkeypatch.setattr(load, "attach", slowly)
+    with pytest.raises(ArtifactError) as refusal:
+        by_load_model(artifact)
+    assert refusal.value.reason is Reason.FILE_SIZE
