@@ -64,8 +64,8 @@ def calibrate(
 
 @contextmanager
 def _as_folder(source: Source) -> Iterator[Path]:
-    """Yield a folder with the source's config.json and tokenizer, for a while if it is none itself (a GGUF file)."""
-    if source.location.is_dir():
+    """Yield a folder with the source's config.json and tokenizer: its own, or one for a while (of a GGUF file)."""
+    if (source.location / CONFIG_NAME).is_file() and source.kind != "gguf":
         yield source.location
         return
     with TemporaryDirectory(prefix="qformat-") as name:
