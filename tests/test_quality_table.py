@@ -19,6 +19,7 @@ import torch
 import qformat
 from qformat.artifact.reader import PackedTensor
 from qformat.converters.convert import ConversionOptions, convert
+from tests.quality import models
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
 
 SETTINGS: dict[str, Any] = {
@@ -130,3 +131,27 @@ def test_tables_show_means_with_errors_and_pairs(tmp_path: Path) -> None:
     assert "old" not in page.read_text()
     quality_page.draw(lines, titles, tmp_path / "images" / "quality.png")
     assert (tmp_path / "images" / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_tiny_model_goes_through_the_whole_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = models.write_source(tmp_path / "small")
+    page = tmp_path / "quality.md"
+    page.write_text(f"{quality_page.BEGIN}\n{quality_page.END}\n")
+    chosen = [quality_rows.REFERENCE, "Int4-64-nested", quality_rows.PLAIN, "lora-plain"]
+    only = [part for key in chosen for part in ("--only", key)]
+    sizes = ["--windows", "2", "--window-length", "64", "--lora-steps", "3", "--update", str(page)]
+    monkeypatch.setattr("sys.argv", ["quality_table", str(source), str(tmp_path / "work"), *sizes, *only])
+    quality_table.main()
+    shown = capsys.readouterr().out
+    assert all(f"{key}: " in shown for key in chosen)
+    lines = (tmp_path / "work" / "results.jsonl").read_text().splitlines()
+    measured = {line["row"]: line for line in map(json.loads, lines[1:])}
+    assert measured[quality_rows.REFERENCE]["texts"]["code"]["kl"] == [0.0, 0.0]
+    assert min(measured[quality_rows.PLAIN]["texts"]["code"]["kl"]) > 0
+    assert measured["lora-plain"]["loss_after"] != measured["lora-plain"]["loss_before"]
+    assert "| NF4, block 64, nested scales | 4.127 |" in page.read_text()
+    assert (tmp_path / "images" / "quality.png").exists()
