@@ -34,10 +34,10 @@ from qformat.model.load import chosen_device, load_model, load_tokenizer
 from qformat.model.memory import peak_nbytes
 from qformat.quality.distillation import Closeness
 from qformat.quality.output_head import split_head
+from qformat.quality.source_check import check_whole_source
 from qformat.quality.teacher import LiveTeacher, Teacher, TeacherCache
 from qformat.quality.tunable import LARGEST_CHANGE, TunableModel, make_tunable, share_kept_tensors
 from qformat.quality.tuning_settings import TuningSettings
-from qformat.quality.tuning_source import check_whole_source
 from qformat.quality.tuning_steps import HeldOut, StepLine, TuningRun, checkpoint_folder, rows_of_step
 from qformat.quality.windows import TokenWindows, read_windows
 from qformat.training.checkpoints import CheckpointFolder

@@ -88,7 +88,11 @@ def test_it_ends_in_the_bytes_of_the_trainers_default(default: Trainer, tmp_path
     assert optimizer.optimizer.paging_statistics().misses > 0
 
 
-@pytest.mark.parametrize(("first", "second"), [(paged, paged), (paged, None), (None, paged)], ids=str)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(paged, paged), (paged, None), (None, paged)],
+    ids=["paged-paged", "paged-torch", "torch-paged"],
+)
 def test_a_checkpoint_of_either_optimizer_goes_on_in_the_other(
     default: Trainer, tmp_path: Path, first: Any, second: Any
 ) -> None:
