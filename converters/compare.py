@@ -33,10 +33,10 @@ from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.converters.chosen_codes import count_far_scales, not_chosen
 from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
-from qformat.converters.execute import CHUNK_NBYTES
 from qformat.converters.open_source import open_source
 from qformat.converters.source import PackedWeight, Source, SourceTensor
 from qformat.converters.stored_scales import StoredScales, count_different, count_different_codes
+from qformat.converters.task_writer import CHUNK_NBYTES
 from qformat.converters.tuned_scales import count_too_far, scale_change
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason

@@ -14,12 +14,13 @@ from qformat.artifact.staging import Staging, begun_with, check_target, refuse_f
 from qformat.codec import cpu
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.calibrated import calibrate
-from qformat.converters.execute import execute, has_nonfinite
+from qformat.converters.execute import execute
 from qformat.converters.open_source import is_repository, open_source
 from qformat.converters.plan import Plan, make_plan
 from qformat.converters.reading import StreamedSource, pin_of
 from qformat.converters.recipe import Recipe, load_recipe
 from qformat.converters.source import Source
+from qformat.converters.task_writer import has_nonfinite
 from qformat.cores import usable_cores
 from qformat.errors import UsageError
 from qformat.quality.calibration_settings import CalibrationSettings

@@ -16,7 +16,7 @@ from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count
 from qformat.codec.quant_state import QuantState
-from qformat.converters.execute import ABSMAX_CHUNK
+from qformat.converters.task_writer import ABSMAX_CHUNK
 
 
 @dataclass(frozen=True, slots=True)

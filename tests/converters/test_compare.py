@@ -22,7 +22,7 @@ from qformat.artifact.manifest import parse as parse_manifest
 from qformat.artifact.reader import open_artifact
 from qformat.codec.error_sums import ErrorSums, RunningErrors, add_up, count_codes
 from qformat.codec.floats import FloatFormat, narrow, widen
-from qformat.converters import execute
+from qformat.converters import task_writer
 from qformat.converters.compare import compare
 from qformat.converters.comparison import Comparison, kind_of, layer_of
 from qformat.converters.convert import ConversionOptions, convert
@@ -485,7 +485,7 @@ def write_several_chunks(folder: Path) -> Path:
     """Write a weight of four and a half chunks, one of an odd size, and a kept one of two."""
     n_columns = 2048
     tensors = {
-        DOWN: weight((9 * execute.CHUNK_NBYTES // 2 // 2 // n_columns, n_columns), "BF16", seed=1),
+        DOWN: weight((9 * task_writer.CHUNK_NBYTES // 2 // 2 // n_columns, n_columns), "BF16", seed=1),
         "model.layers.0.self_attn.o_proj.weight": weight((1021, 1031), "F32", seed=2),
         "model.embed_tokens.weight": weight((2048, n_columns), "BF16", seed=3),
     }
