@@ -93,6 +93,9 @@ def model_of_shards(
 ) -> PreTrainedModel:
     """Build the model of opened shards around them; see `load_model`."""
     path = shards.path
+    data = None
+    if verify == "full" and device_map is None:  # digests are compared before anything is made of the bytes
+        data = _shard_data(shards, device, verify)
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
         path,
@@ -108,8 +111,7 @@ def model_of_shards(
     else:
         if device.type == "cpu":
             check_fits_mapped(model, shards.layout, names)
-        data = map_shards(shards) if device.type == "cpu" else shards_on_device(shards.layout, device, verify=verify)
-        names = attach(model, tensors_of(shards, data), names, path)
+        names = attach(model, tensors_of(shards, data or _shard_data(shards, device, verify)), names, path)
     _set_generation_config(model, path)
     model.eval()  # type: ignore[no-untyped-call]
     shards.watch.check()
@@ -128,6 +130,10 @@ def open_shards(path: Path) -> MappedShards:
     shards = MappedShards(read_bitsandbytes_folder(path))
     logger.warning("%s has no %s: no digests tell whether its weights are whole", path, MANIFEST_NAME)
     return shards
+
+
+def _shard_data(shards: MappedShards, device: torch.device, verify: Verify) -> dict[str, ShardData]:
+    return map_shards(shards) if device.type == "cpu" else shards_on_device(shards.layout, device, verify=verify)
 
 
 def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verify) -> dict[str, ShardData]:
