@@ -47,17 +47,18 @@ ROUTES: tuple[tuple[str, str, Callable[..., Answer]], ...] = (
 WRITING = re.compile(r"/api/(repos|models/.+/(branch|preupload|commit))/|\.git/info/lfs/")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """One request as it came in, and what was answered; header names in lower case."""
+    """One request as it came in, and what was answered; header names in lower case. It is logged before it is answered:
+    whoever has the answer finds it in the log."""
 
     server: str
     method: str
     path: str
     headers: Mapping[str, str]
     status: int
-    nbytes_sent: int
-    """Bytes of the body that were sent."""
+    nbytes_sent: int = 0
+    """Bytes of the body that were sent; 0 where the client went away."""
 
 
 @dataclass
@@ -176,7 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "slow" in by_kind:
             time.sleep(by_kind["slow"].seconds)
         if "drop" in by_kind:
-            self._hang_up(call, 0)
+            self._note(call, 0)
+            self._hang_up()
             return
         if "status" in by_kind:
             fault = by_kind["status"]
@@ -184,52 +186,56 @@ class _Handler(BaseHTTPRequestHandler):
             return
         answer = read_routes.delivered(self.hub, split.path) if self.server_name == "cdn" else self.hub.answer(call)
         if "lose" in by_kind:
-            self._hang_up(call, 0)
+            self._note(call, 0)
+            self._hang_up()
             return
         self._send(answer, call, faults)
 
-    def _hang_up(self, call: Call, nbytes_sent: int, status: int = 0) -> None:
+    def _hang_up(self) -> None:
         self.close_connection = True
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
-        self._note(call, status, nbytes_sent)
 
-    def _note(self, call: Call, status: int, nbytes_sent: int) -> None:
-        self.hub.log.append(Request(self.server_name, self.command, self.path, call.headers, status, nbytes_sent))
+    def _note(self, call: Call, status: int) -> Request:
+        request = Request(self.server_name, self.command, self.path, call.headers, status)
+        self.hub.log.append(request)
+        return request
 
     def _send(self, answer: Answer, call: Call, faults: list[Fault]) -> None:
         outgoing = sending(answer, call.headers.get("range"), faults)
         by_kind = {fault.kind: fault for fault in faults}
         if "status" in by_kind:
             outgoing.headers |= by_kind["status"].headers
+        request = self._note(call, outgoing.status)
         try:
             self.send_response(outgoing.status)
             for name, value in outgoing.headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(outgoing.nbytes))
             self.end_headers()
-            sent = 0 if self.command == "HEAD" else self._send_body(outgoing, by_kind)
+            if self.command != "HEAD":
+                self._send_body(outgoing, by_kind, request)
         except (ConnectionError, TimeoutError):
-            self._hang_up(call, 0, outgoing.status)
+            request.nbytes_sent = 0
+            self._hang_up()
             return
-        if sent < outgoing.nbytes and self.command != "HEAD":
+        if request.nbytes_sent < outgoing.nbytes and self.command != "HEAD":
             if "stall" in by_kind:
                 time.sleep(by_kind["stall"].seconds)
-            self._hang_up(call, sent, outgoing.status)
-        else:
-            self._note(call, outgoing.status, sent)
+            self._hang_up()
 
-    def _send_body(self, outgoing: Sending, by_kind: Mapping[str, Fault]) -> int:
+    def _send_body(self, outgoing: Sending, by_kind: Mapping[str, Fault], request: Request) -> None:
         limit = min((by_kind[kind].nbytes for kind in ("cut", "stall") if kind in by_kind), default=outgoing.nbytes)
-        rate, began, sent = self.hub.bytes_per_second, time.monotonic(), 0
+        rate, began = self.hub.bytes_per_second, time.monotonic()
         for piece in outgoing.pieces:
-            sent += self.wfile.write(piece[: limit - sent])
+            part = piece[: limit - request.nbytes_sent]
+            request.nbytes_sent += len(part)
+            self.wfile.write(part)
             if rate is not None:
-                time.sleep(max(0.0, began + sent / rate - time.monotonic()))
-            if sent >= limit:
+                time.sleep(max(0.0, began + request.nbytes_sent / rate - time.monotonic()))
+            if request.nbytes_sent >= limit:
                 break
         self.wfile.flush()
-        return sent
 
 
 class _Server(ThreadingHTTPServer):
