@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/ready
-	$(BIN)/python tools/demo.py demo
+	$(BIN)/python -m tools.demo demo
 
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
@@ -26,8 +26,8 @@ lint: $(VENV)/ready
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
 bench: $(VENV)/ready
-	$(BIN)/python tools/bench_codec.py
-	$(BIN)/python tools/bench_convert.py
+	$(BIN)/python -m tools.bench.codec
+	$(BIN)/python -m tools.bench.convert
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

@@ -8,22 +8,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
-from qformat.artifact.staging import Staging, begun_with, check_target, refuse_full_disk, refuse_nested, work_folder
-from qformat.codec import cpu
+from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.staging import (
+    Staging,
+    begun_with,
+    check_target,
+    refuse_full_disk,
+    refuse_nested,
+    work_folder,
+)
+from qformat.codec.cpu.blocks import warm_up
 from qformat.codec.nf4 import BLOCK_SIZES
-from qformat.converters.calibrated import calibrate
-from qformat.converters.execute import execute
-from qformat.converters.open_source import is_repository, open_source
-from qformat.converters.plan import Plan, make_plan
-from qformat.converters.reading import StreamedSource, pin_of
-from qformat.converters.recipe import Recipe, load_recipe
-from qformat.converters.source import Source
-from qformat.converters.task_writer import has_nonfinite
+from qformat.converters.encode.calibrated import calibrate
+from qformat.converters.encode.execute import execute
+from qformat.converters.encode.plan import Plan, make_plan
+from qformat.converters.encode.task_writer import has_nonfinite
+from qformat.converters.rules.recipe import Recipe, load_recipe
+from qformat.converters.sources.open_source import is_repository, open_source
+from qformat.converters.sources.reading import StreamedSource, pin_of
+from qformat.converters.sources.source import Source
 from qformat.cores import usable_cores
 from qformat.errors import UsageError
-from qformat.quality.calibration_settings import CalibrationSettings
+from qformat.quality.calibration.settings import CalibrationSettings
 
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
 """The size that the Hub recommends and transformers uses for a shard."""
@@ -156,7 +163,7 @@ def convert(
             if not staging.sealed_before:
                 refuse_full_disk(out, nbytes)
                 for float_format in {task.layout.float_format for task in planned.packed}:
-                    cpu.warm_up(float_format, on_compile=on_compile)
+                    warm_up(float_format, on_compile=on_compile)
                 execute(planned, opened, staging, workers=workers, progress=on_progress, encoder=encoder)
             done_before = staging.sealed_before
     finally:

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from qformat.artifact.disk import Disk
-from qformat.artifact.reader import open_artifact
-from qformat.artifact.staging import refuse_full_disk, refuse_nested, work_folder
-from qformat.codec import cpu
+from qformat.artifact.reading.reader import open_artifact
+from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.staging import refuse_full_disk, refuse_nested, work_folder
+from qformat.codec.cpu.blocks import COMPILING_TAKES_S, decode_nested_into
 from qformat.codec.floats import FloatFormat
-from qformat.converters.checkpoint_staging import CheckpointStaging, check_checkpoint_target
 from qformat.converters.convert import DEFAULT_MAX_SHARD_NBYTES
-from qformat.converters.export_execute import execute_export
-from qformat.converters.export_plan import ExportPlan, make_export_plan
+from qformat.converters.decode.checkpoint_staging import CheckpointStaging, check_checkpoint_target
+from qformat.converters.decode.execute import execute_export
+from qformat.converters.decode.plan import ExportPlan, make_export_plan
 from qformat.cores import usable_cores
 from qformat.errors import UsageError
 
@@ -113,12 +113,12 @@ def _target(to: str, max_shard_nbytes: int) -> FloatFormat:
 
 def _load_decoders(planned: ExportPlan, on_compile: Callable[[], None]) -> None:
     """Load or compile the kernels in one thread, by decoding one block; `on_compile` tells that it takes long."""
-    timer = threading.Timer(cpu.COMPILING_TAKES_S, on_compile)
+    timer = threading.Timer(COMPILING_TAKES_S, on_compile)
     timer.daemon = True
     timer.start()
     block_size = 256
     try:
-        cpu.decode_nested_into(
+        decode_nested_into(
             np.zeros(block_size // 2, np.uint8),
             np.zeros(1, np.uint8),
             np.zeros(1, np.float32),

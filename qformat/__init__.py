@@ -19,67 +19,67 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from qformat.artifact.reader import Artifact, KeptTensor, PackedTensor
-    from qformat.artifact.reader import open_artifact as open
-    from qformat.artifact.verify import IntegrityReport
-    from qformat.artifact.verify import verify_integrity as verify
-    from qformat.converters.compare import Comparison, compare
+    from qformat.artifact.reading.reader import Artifact, KeptTensor, PackedTensor
+    from qformat.artifact.reading.reader import open_artifact as open
+    from qformat.artifact.reading.verify import IntegrityReport
+    from qformat.artifact.reading.verify import verify_integrity as verify
+    from qformat.converters.compare.compare import Comparison, compare
     from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
+    from qformat.converters.encode.plan import Plan
     from qformat.converters.export import export
-    from qformat.converters.plan import Plan
+    from qformat.hub.card.prepared_card import CardOptions
     from qformat.hub.diff import Difference, diff
     from qformat.hub.fetch import FetchSummary, fetch
-    from qformat.hub.prepared_card import CardOptions
-    from qformat.hub.publish import Published, publish
+    from qformat.hub.publishing.publish import Published, publish
     from qformat.hub.remote_verify import RemoteReport, verify_remote
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
     from qformat.model.transformers_quantizer import register
-    from qformat.quality.calibration_settings import CalibrationSettings
-    from qformat.quality.evaluate import Evaluation, evaluate
-    from qformat.quality.tune import TuningJob, TuningResult, tune
-    from qformat.quality.tuning_settings import TuningSettings
+    from qformat.quality.calibration.settings import CalibrationSettings
+    from qformat.quality.evaluation.evaluate import Evaluation, evaluate
+    from qformat.quality.tuning.settings import TuningSettings
+    from qformat.quality.tuning.tune import TuningJob, TuningResult, tune
     from qformat.training.run import TrainingJob, TrainingResult, train
     from qformat.training.settings import TrainingSettings
 
 _PUBLIC = {
-    "Artifact": "qformat.artifact.reader:Artifact",
-    "CalibrationSettings": "qformat.quality.calibration_settings:CalibrationSettings",
-    "CardOptions": "qformat.hub.prepared_card:CardOptions",
-    "Comparison": "qformat.converters.compare:Comparison",
+    "Artifact": "qformat.artifact.reading.reader:Artifact",
+    "CalibrationSettings": "qformat.quality.calibration.settings:CalibrationSettings",
+    "CardOptions": "qformat.hub.card.prepared_card:CardOptions",
+    "Comparison": "qformat.converters.compare.compare:Comparison",
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
     "Difference": "qformat.hub.diff:Difference",
     "FetchSummary": "qformat.hub.fetch:FetchSummary",
-    "Evaluation": "qformat.quality.evaluate:Evaluation",
-    "IntegrityReport": "qformat.artifact.verify:IntegrityReport",
-    "KeptTensor": "qformat.artifact.reader:KeptTensor",
-    "PackedTensor": "qformat.artifact.reader:PackedTensor",
-    "Plan": "qformat.converters.plan:Plan",
-    "Published": "qformat.hub.publish:Published",
+    "Evaluation": "qformat.quality.evaluation.evaluate:Evaluation",
+    "IntegrityReport": "qformat.artifact.reading.verify:IntegrityReport",
+    "KeptTensor": "qformat.artifact.reading.reader:KeptTensor",
+    "PackedTensor": "qformat.artifact.reading.reader:PackedTensor",
+    "Plan": "qformat.converters.encode.plan:Plan",
+    "Published": "qformat.hub.publishing.publish:Published",
     "RemoteReport": "qformat.hub.remote_verify:RemoteReport",
     "TrainingJob": "qformat.training.run:TrainingJob",
     "TrainingResult": "qformat.training.run:TrainingResult",
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
-    "TuningJob": "qformat.quality.tune:TuningJob",
-    "TuningResult": "qformat.quality.tune:TuningResult",
-    "TuningSettings": "qformat.quality.tuning_settings:TuningSettings",
-    "compare": "qformat.converters.compare:compare",
+    "TuningJob": "qformat.quality.tuning.tune:TuningJob",
+    "TuningResult": "qformat.quality.tuning.tune:TuningResult",
+    "TuningSettings": "qformat.quality.tuning.settings:TuningSettings",
+    "compare": "qformat.converters.compare.compare:compare",
     "convert": "qformat.converters.convert:convert",
     "diff": "qformat.hub.diff:diff",
-    "evaluate": "qformat.quality.evaluate:evaluate",
+    "evaluate": "qformat.quality.evaluation.evaluate:evaluate",
     "export": "qformat.converters.export:export",
     "fetch": "qformat.hub.fetch:fetch",
     "force_backend": "qformat.kernels.backends:force_backend",
     "load_model": "qformat.model.load:load_model",
     "load_tokenizer": "qformat.model.load:load_tokenizer",
-    "open": "qformat.artifact.reader:open_artifact",
+    "open": "qformat.artifact.reading.reader:open_artifact",
     "plan": "qformat.converters.convert:plan",
-    "publish": "qformat.hub.publish:publish",
+    "publish": "qformat.hub.publishing.publish:publish",
     "register": "qformat.model.transformers_quantizer:register",
     "train": "qformat.training.run:train",
-    "tune": "qformat.quality.tune:tune",
-    "verify": "qformat.artifact.verify:verify_integrity",
+    "tune": "qformat.quality.tuning.tune:tune",
+    "verify": "qformat.artifact.reading.verify:verify_integrity",
     "verify_remote": "qformat.hub.remote_verify:verify_remote",
 }
 

@@ -125,7 +125,7 @@ class ArtifactError(InvalidFileError):
 class DataError(QformatError):
     """Training data cannot be used. The message reads `FILE: line N: PROBLEM. NEXT STEP`.
 
-    reason: a stable name to count by (`qformat.training.data.rows.BadRow`).
+    reason: a stable name to count by (`qformat.training.data.reading.rows.BadRow`).
     place: `line 17` or `row 17`, both counted from 1, or None where it concerns the whole file.
     """
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+from tests.repository import ROOT
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -26,8 +26,8 @@ def smollm2() -> Path:
             import subprocess
 
             script = (
-                "import sys, demo; from pathlib import Path; "
+                "import sys; from pathlib import Path; from tools import demo; "
                 "demo.build_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))"
             )
-            subprocess.run([sys.executable, "-c", script, str(folder), str(source)], check=True, cwd=ROOT / "tools")
+            subprocess.run([sys.executable, "-c", script, str(folder), str(source)], check=True, cwd=ROOT)
     return source

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.repository import ROOT
 
 BASE = {"qformat.errors", "qformat.strict_json", "qformat.cores", "qformat.sizes"}
 
@@ -46,8 +46,8 @@ NO_TORCH = (
 
 
 MAY_IMPORT = {
-    "qformat.converters.torch_bin": {"torch"},  # reads the pickle of a .bin file
-    "qformat.converters.gguf_tokenizer": {"transformers"},  # converts a vocabulary
+    "qformat.converters.sources.torch_bin": {"torch"},  # reads the pickle of a .bin file
+    "qformat.converters.sources.gguf.tokenizer": {"transformers"},  # converts a vocabulary
 }
 """The exceptions: the source whose files nothing but the library itself should read, when one is converted."""
 
@@ -101,8 +101,8 @@ def test_converters_reach_for_quality_in_one_place_and_for_its_settings() -> Non
         for imported in imports_of(path)
         if imported.startswith("qformat.quality")
     }
-    settings = "qformat.quality.calibration_settings"
-    assert {module for module, imported in found if imported != settings} == {"qformat.converters.calibrated"}
+    settings = "qformat.quality.calibration.settings"
+    assert {module for module, imported in found if imported != settings} == {"qformat.converters.encode.calibrated"}
     assert not any(name.startswith("qformat.model") for name in imports_of(modules()[settings]))
 
 
@@ -110,7 +110,7 @@ def test_converters_reach_for_quality_in_one_place_and_for_its_settings() -> Non
     ("module", "library"), [(module, name) for module in MAY_IMPORT for name in MAY_IMPORT[module]]
 )
 def test_what_only_one_kind_of_source_needs_is_imported_inside_its_functions(module: str, library: str) -> None:
-    script = f"import sys, {module}, qformat.converters.open_source; assert {library!r} not in sys.modules"
+    script = f"import sys, {module}, qformat.converters.sources.open_source; assert {library!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 

@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.repository import ROOT
 
 
 def test_wheel_and_sdist_build_and_the_wheel_has_only_qformat_at_its_top(tmp_path: Path) -> None:
@@ -28,4 +28,4 @@ def test_wheel_and_sdist_build_and_the_wheel_has_only_qformat_at_its_top(tmp_pat
     assert "qformat/converters/plan.py" in names
     assert "qformat/py.typed" in names
     with tarfile.open(next((tmp_path / "dist").glob("*.tar.gz"))) as archive:
-        assert any(name.endswith("converters/plan.py") for name in archive.getnames())
+        assert any(name.endswith("converters/encode/plan.py") for name in archive.getnames())

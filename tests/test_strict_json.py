@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from qformat import strict_json
 from qformat.errors import ArtifactError, Reason, SourceError
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.repository import ROOT
 
 
 def loads(data: bytes, *, max_nbytes: int = 2**20) -> strict_json.Json:

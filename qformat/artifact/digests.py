@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from qformat.artifact.regular_files import read_exactly
+from qformat.artifact.reading.regular_files import read_exactly
 from qformat.errors import ArtifactError, InvalidFileError
 
 READ_NBYTES = 4 * 2**20

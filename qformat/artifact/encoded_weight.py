@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.artifact.components import Component, PackedShape
-from qformat.codec import cpu, quant_state
+from qformat.codec import quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
+from qformat.codec.cpu.blocks import decode_into, encode_into
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.nested import NestedAbsmax, decode_absmax, encode_absmax
 from qformat.codec.nf4 import packed_nbytes
@@ -37,7 +38,7 @@ class EncodedWeight:
     def decode(self, layout: PackedShape) -> Raw:
         """Return the weights as a reader gets them: raw elements [n] of the layout's float format."""
         out: Raw = np.empty(layout.n_elements, layout.float_format.raw_dtype)
-        cpu.decode_into(
+        decode_into(
             self.packed,
             self.scales,
             n_elements=layout.n_elements,
@@ -89,7 +90,7 @@ def encode_plain(raw: Raw, layout: PackedShape) -> EncodedWeight:
     """Encode finite raw weights [n] as a writer does by default: a scale is its block's largest magnitude."""
     packed = np.empty(packed_nbytes(layout.n_elements), np.uint8)
     absmax = np.empty(layout.n_blocks, np.float32)
-    cpu.encode_into(raw, layout.float_format, block_size=layout.block_size, packed=packed, absmax=absmax)
+    encode_into(raw, layout.float_format, block_size=layout.block_size, packed=packed, absmax=absmax)
     return EncodedWeight(packed, store_scales(absmax, double_quant=layout.double_quant))
 
 

@@ -15,7 +15,7 @@ from typing import TypeGuard
 
 from qformat import strict_json
 from qformat.artifact.limits import MAX_DIMENSIONS, MAX_HEADER_NBYTES, MAX_NAME_NBYTES, MAX_SIZE
-from qformat.artifact.regular_files import read_exactly
+from qformat.artifact.reading.regular_files import read_exactly
 from qformat.errors import InvalidFileError, Reason
 
 ELEMENT_NBYTES = {

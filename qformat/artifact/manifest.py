@@ -12,7 +12,7 @@ from typing import NoReturn
 from qformat import strict_json
 from qformat.artifact.components import DOUBLE_QUANT, SINGLE_LEVEL, Component, PackedShape
 from qformat.artifact.limits import MAX_DIMENSIONS, MAX_MANIFEST_NBYTES, MAX_SIZE
-from qformat.artifact.regular_files import check_plain_name
+from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.artifact.reader import Artifact, KeptTensor, PackedTensor
+from qformat.artifact.reading.reader import Artifact, KeptTensor, PackedTensor
 
 _CHUNK_NBYTES = 2**24
 """Bytes compared at a time: numpy makes several copies of that size."""

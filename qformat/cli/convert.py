@@ -17,8 +17,8 @@ from qformat.errors import UsageError
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionSummary
-    from qformat.converters.plan import AdoptedTask, PackedTask, Plan
-    from qformat.quality.calibration_settings import CalibrationSettings
+    from qformat.converters.encode.plan import AdoptedTask, PackedTask, Plan
+    from qformat.quality.calibration.settings import CalibrationSettings
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -131,7 +131,7 @@ def parse_size(text: str) -> int:
 
 
 def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSettings | None:
-    from qformat.quality.calibration_settings import DEFAULT_TOKENS, CalibrationSettings
+    from qformat.quality.calibration.settings import DEFAULT_TOKENS, CalibrationSettings
 
     if not data:
         if n_tokens is not None:
@@ -166,7 +166,7 @@ class _Bar:
 
 
 def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.disk import free_nbytes
+    from qformat.artifact.writing.disk import free_nbytes
 
     free = free_nbytes(out.absolute())
     facts = {**_facts(plan), "free_nbytes": free, "fits": plan.nbytes <= free}

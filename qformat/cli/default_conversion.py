@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from qformat.artifact.components import PackedShape
 from qformat.artifact.header import NewTensor
 from qformat.codec.floats import FloatFormat
-from qformat.converters import recipe
-from qformat.converters.rules import TensorInfo
+from qformat.converters.rules import recipe
+from qformat.converters.rules.rules import TensorInfo
 
 
 def as_converted(tensors: list[NewTensor], config: Mapping[str, object]) -> dict[str, PackedShape]:

@@ -12,7 +12,7 @@ from qformat.cli.display import format_table, progress_bar
 from qformat.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
-    from qformat.quality.evaluate import Evaluation
+    from qformat.quality.evaluation.evaluate import Evaluation
 
 
 @click.command(
@@ -65,8 +65,8 @@ def command(
     quiet_transformers()
     import torch
 
-    from qformat.quality.evaluate import evaluate
-    from qformat.quality.evaluation_facts import facts
+    from qformat.quality.evaluation.evaluate import evaluate
+    from qformat.quality.evaluation.facts import facts
 
     with progress_bar(windows * len(data), "Measuring", unit=" windows") as update:
         result = evaluate(
@@ -113,7 +113,7 @@ def _check_usage(*, record: bool, any_source: bool, report: Path | None, folders
 def _write_report(result: Evaluation, found: dict[str, Any], report: Path, *, trust_remote_code: bool) -> None:
     from qformat.model.checkpoint import find_folder
     from qformat.model.load import load_tokenizer
-    from qformat.quality.evaluation_details import KL_BOUNDS, details
+    from qformat.quality.evaluation.details import KL_BOUNDS, details
     from qformat.report.evaluation_page import write_evaluation_page
 
     found_details = []
@@ -127,8 +127,8 @@ def _write_report(result: Evaluation, found: dict[str, Any], report: Path, *, tr
 
 
 def _record(result: Evaluation, artifact: Path) -> None:
-    from qformat.artifact.record_evaluation import record_evaluation
-    from qformat.quality.evaluation_facts import record
+    from qformat.artifact.writing.record_evaluation import record_evaluation
+    from qformat.quality.evaluation.facts import record
 
     assert result.manifest is not None
     record_evaluation(artifact, record(result), of=result.manifest)

@@ -18,8 +18,8 @@ from qformat.cli.display import format_nbytes, format_table, progress_bar
 from qformat.errors import UsageError
 
 if TYPE_CHECKING:
+    from qformat.converters.decode.plan import ExportPlan, ExportTask
     from qformat.converters.export import ExportSummary
-    from qformat.converters.export_plan import ExportPlan, ExportTask
 
 
 @click.command(
@@ -115,7 +115,7 @@ class _Bar:
 
 
 def _show_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.disk import free_nbytes
+    from qformat.artifact.writing.disk import free_nbytes
 
     free = free_nbytes(out.absolute())
     fits = plan.nbytes <= free

@@ -53,7 +53,7 @@ def _versions() -> dict[str, str]:
 
 
 def _sources() -> dict[str, str]:
-    from qformat.converters.open_source import KINDS
+    from qformat.converters.sources.open_source import KINDS
 
     return {kind.name: kind.description for kind in KINDS}
 
@@ -61,7 +61,7 @@ def _sources() -> dict[str, str]:
 def _devices() -> list[dict[str, str]]:
     import torch
 
-    from qformat.codec.cpu import decoder_name
+    from qformat.codec.cpu.blocks import decoder_name
     from qformat.kernels.cpu_features import has_fast_bf16
 
     bf16 = "bf16 products in hardware" if has_fast_bf16() else "no bf16 products in hardware: computes in fp32"
@@ -96,9 +96,10 @@ def _operations() -> list[dict[str, Any]]:
 
 
 def _small_product(backend: str) -> str:
+    from qformat.codec.cpu.product import best_instructions
     from qformat.codec.floats import FloatFormat
-    from qformat.codec.product import best_instructions
-    from qformat.kernels import cpu, triton_product
+    from qformat.kernels import cpu
+    from qformat.kernels.triton import product as triton_product
 
     if backend == "numba":
         name = best_instructions(FloatFormat.BF16)

@@ -14,7 +14,7 @@ from qformat.cli.display import format_nbytes, format_table
 from qformat.errors import UsageError
 
 if TYPE_CHECKING:
-    from qformat.artifact.reader import Artifact, PackedTensor
+    from qformat.artifact.reading.reader import Artifact, PackedTensor
 
 N_SHOWN_VALUES = 8
 
@@ -33,7 +33,7 @@ def command(path: Path, tensor: str | None, as_json: bool) -> None:
     from qformat.artifact.manifest import MANIFEST_NAME
 
     if (path / MANIFEST_NAME).exists():
-        from qformat.artifact.reader import open_artifact
+        from qformat.artifact.reading.reader import open_artifact
 
         with open_artifact(path) as artifact:
             facts = _artifact_facts(artifact) if tensor is None else _tensor_facts(artifact, tensor)
@@ -115,7 +115,7 @@ def _show_tensor_table(tensors: list[dict[str, Any]]) -> None:
 
 
 def _tensor_facts(artifact: Artifact, name: str) -> dict[str, Any]:
-    from qformat.artifact.reader import PackedTensor
+    from qformat.artifact.reading.reader import PackedTensor
 
     if name not in artifact:
         raise UsageError(_no_such_tensor(name, list(artifact)))
@@ -203,7 +203,7 @@ def _show_tensor(facts: Mapping[str, Any]) -> None:
 
 
 def _checkpoint_facts(path: Path, tensor: str | None) -> dict[str, Any]:
-    from qformat.converters.open_source import open_source
+    from qformat.converters.sources.open_source import open_source
 
     source = open_source(path)
     source.close()

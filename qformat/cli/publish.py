@@ -13,8 +13,8 @@ from qformat.cli.display import format_nbytes, format_table, progress_bar
 from qformat.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from qformat.hub.error_figures import ErrorFigures
-    from qformat.hub.publish import Published
+    from qformat.hub.card.error_figures import ErrorFigures
+    from qformat.hub.publishing.publish import Published
 
 
 @click.command(
@@ -85,11 +85,11 @@ def command(
     Every byte is verified first, and a damaged artifact is refused. What the repository has already is not sent again;
     publishing the same twice changes nothing. The token is the ordinary one (HF_TOKEN or `hf auth login`).
     """
-    from qformat.converters.open_source import is_repository
-    from qformat.hub.licenses import License
+    from qformat.converters.sources.open_source import is_repository
+    from qformat.hub.card.licenses import License
+    from qformat.hub.card.prepared_card import CardOptions
     from qformat.hub.names import check_repository_name
-    from qformat.hub.prepared_card import CardOptions
-    from qformat.hub.publish import publish
+    from qformat.hub.publishing.publish import publish
 
     check_repository_name(repository)
     if license_id is None and (license_name or license_link):
@@ -131,8 +131,8 @@ def command(
 
 def _figures(artifact: Path, source: str | None, figures: Path | None, workers: int | None) -> ErrorFigures | None:
     """Compare with the source, or read what a comparison has found."""
-    from qformat.artifact.structure import read_manifest
-    from qformat.hub.error_figures import ErrorFigures, read_error_figures
+    from qformat.artifact.reading.structure import read_manifest
+    from qformat.hub.card.error_figures import ErrorFigures, read_error_figures
 
     if figures is not None:
         return read_error_figures(figures, read_manifest(artifact))
@@ -149,7 +149,7 @@ def _figures(artifact: Path, source: str | None, figures: Path | None, workers: 
 
 
 def _shards_nbytes(artifact: Path) -> int:
-    from qformat.artifact.structure import read_manifest
+    from qformat.artifact.reading.structure import read_manifest
     from qformat.errors import ArtifactError
 
     try:

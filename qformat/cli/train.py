@@ -133,9 +133,9 @@ def _print_plan(source: str, settings: TrainingSettings, device_memory: str | No
     import torch
 
     from qformat.cli.default_conversion import as_converted
-    from qformat.training.memory_plan import MemoryPlanner
-    from qformat.training.memory_plan_table import format_plan
-    from qformat.training.memory_plan_tensors import read_model_tensors
+    from qformat.training.memory_plan.plan import MemoryPlanner
+    from qformat.training.memory_plan.table import format_plan
+    from qformat.training.memory_plan.tensors import read_model_tensors
 
     size = None
     if device_memory is not None:

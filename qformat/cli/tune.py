@@ -14,9 +14,9 @@ from qformat import strict_json
 from qformat.cli.display import duration, format_nbytes
 
 if TYPE_CHECKING:
-    from qformat.quality.distillation import Closeness
-    from qformat.quality.tune import TuningResult
-    from qformat.quality.tuning_steps import StepLine
+    from qformat.quality.tuning.distillation import Closeness
+    from qformat.quality.tuning.steps import StepLine
+    from qformat.quality.tuning.tune import TuningResult
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -77,8 +77,8 @@ def command(
 
     quiet_transformers()
 
-    from qformat.quality.tune import TuningJob, tune
-    from qformat.quality.tuning_settings import TuningSettings
+    from qformat.quality.tuning.settings import TuningSettings
+    from qformat.quality.tuning.tune import TuningJob, tune
 
     settings = TuningSettings(**chosen)
     progress = _Progress(settings.steps)

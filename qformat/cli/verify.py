@@ -16,10 +16,10 @@ from qformat.cli.verify_remote import verify_repository
 from qformat.errors import InvalidFileError, TargetError, UsageError
 
 if TYPE_CHECKING:
-    from qformat.artifact.verify import Finding, IntegrityReport
-    from qformat.codec.error_sums import ErrorSums
-    from qformat.converters.comparison import Comparison, KeptComparison, PackedComparison
-    from qformat.converters.source import Source
+    from qformat.artifact.reading.verify import Finding, IntegrityReport
+    from qformat.codec.cpu.error_sums import ErrorSums
+    from qformat.converters.compare.comparison import Comparison, KeptComparison, PackedComparison
+    from qformat.converters.sources.source import Source
     from qformat.report.facts import (
         ComparisonFacts,
         ErrorFacts,
@@ -72,7 +72,7 @@ def command(
     With --source, also encode every weight again and compare the bytes, compare every kept tensor bit for bit, and
     measure how far what a reader computes with is from SRC. Exits with 1 if anything is wrong.
     """
-    from qformat.converters.open_source import is_repository, open_source
+    from qformat.converters.sources.open_source import is_repository, open_source
     from qformat.cores import usable_cores
 
     if signature and public_key is None:
@@ -115,7 +115,7 @@ def command(
 
 def verification_facts(artifact: Path, source: str, *, workers: int) -> VerificationFacts:
     """Verify an artifact, compare it with its source, and return what `--json` prints. Raises SourceError."""
-    from qformat.converters.open_source import open_source
+    from qformat.converters.sources.open_source import open_source
 
     with ExitStack() as stack:
         opened = open_source(source, revision=_recorded_commit(artifact, source))
@@ -127,8 +127,8 @@ def verification_facts(artifact: Path, source: str, *, workers: int) -> Verifica
 
 def _recorded_commit(artifact: Path, source: str) -> str | None:
     """Return the commit of a repository that the artifact was made from, if it was made from that repository."""
-    from qformat.artifact.structure import read_manifest
-    from qformat.converters.open_source import is_repository
+    from qformat.artifact.reading.structure import read_manifest
+    from qformat.converters.sources.open_source import is_repository
 
     if not is_repository(source):
         return None
@@ -155,8 +155,8 @@ def _refuse_unwritable(report: Path, artifact: Path, source: str | None) -> None
 
 
 def _check(artifact: Path, *, sha256: bool, workers: int) -> IntegrityReport:
-    from qformat.artifact.structure import read_manifest
-    from qformat.artifact.verify import verify_integrity
+    from qformat.artifact.reading.structure import read_manifest
+    from qformat.artifact.reading.verify import verify_integrity
     from qformat.errors import ArtifactError
 
     try:
@@ -170,7 +170,7 @@ def _check(artifact: Path, *, sha256: bool, workers: int) -> IntegrityReport:
 
 def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityReport:
     """Return the report with what is wrong with the signature, if anything is."""
-    from qformat.artifact.verify import finding_of
+    from qformat.artifact.reading.verify import finding_of
     from qformat.errors import ArtifactError
     from qformat.hub.signature import check_local_signature
 
@@ -183,7 +183,7 @@ def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityRe
 
 def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers: int) -> Comparison | None:
     """Compare, unless the artifact is too damaged to be opened: the integrity report has told why."""
-    from qformat.converters.compare import compare
+    from qformat.converters.compare.compare import compare
     from qformat.errors import ArtifactError
 
     total = sum(tensor.nbytes for tensor in source.tensors.values())
@@ -204,7 +204,7 @@ def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers
 
 
 def _write(facts: VerificationFacts, report: Path) -> None:
-    from qformat.report.page import write_html
+    from qformat.report.artifact_page import write_html
 
     try:
         write_html(facts, report)
@@ -241,7 +241,7 @@ def _finding_facts(finding: Finding) -> FindingFacts:
 
 
 def _manifest_facts(artifact: Path) -> ManifestFacts | None:
-    from qformat.artifact.structure import read_manifest
+    from qformat.artifact.reading.structure import read_manifest
     from qformat.errors import ArtifactError
 
     try:
@@ -258,7 +258,7 @@ def _manifest_facts(artifact: Path) -> ManifestFacts | None:
 
 
 def _comparison_facts(comparison: Comparison) -> ComparisonFacts:
-    from qformat.codec.error_sums import add_up
+    from qformat.codec.cpu.error_sums import add_up
 
     return {
         "source": str(comparison.source),
@@ -291,7 +291,7 @@ def _comparison_facts(comparison: Comparison) -> ComparisonFacts:
 
 
 def _packed_facts(tensor: PackedComparison) -> PackedFacts:
-    from qformat.converters.comparison import kind_of, layer_of
+    from qformat.converters.compare.comparison import kind_of, layer_of
 
     return {
         "name": tensor.name,

@@ -1,1 +1,1 @@
-"""Reading repositories of the Hub: requests with retries, pinned revisions, byte ranges, the local cache."""
+"""The Hub: artifacts fetched, published, verified and compared where they are."""

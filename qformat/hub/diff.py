@@ -10,15 +10,15 @@ from pathlib import Path
 from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.manifest import KeptRecord, Manifest, TensorRecord
 from qformat.artifact.manifest_diff import Aspect, ManifestDifference, diff_manifests
-from qformat.artifact.reader import open_artifact
-from qformat.artifact.structure import read_manifest
+from qformat.artifact.reading.reader import open_artifact
+from qformat.artifact.reading.structure import read_manifest
 from qformat.artifact.value_diff import ValueDifference, diff_values
 from qformat.codec.nf4 import packed_nbytes
 from qformat.errors import ArtifactError
-from qformat.hub.listing import read_published
 from qformat.hub.names import is_repository_name
-from qformat.hub.remote import open_repository
-from qformat.hub.transport import Patience
+from qformat.hub.reading.listing import read_published
+from qformat.hub.reading.remote import open_repository
+from qformat.hub.reading.transport import Patience
 
 _COUNTED = {Aspect.CODES, Aspect.SCALES, Aspect.DATA}
 

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME
-from qformat.artifact.staging import Staging, begun_with, check_target, refuse_full_disk, work_folder
+from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.staging import Staging, begun_with, check_target, refuse_full_disk, work_folder
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.fetch_run import FetchRun
-from qformat.hub.listing import listing_findings, read_published
-from qformat.hub.remote import DEFAULT_REVISION, open_repository
-from qformat.hub.stream import CONNECTIONS
-from qformat.hub.transport import Patience
+from qformat.hub.reading.listing import listing_findings, read_published
+from qformat.hub.reading.remote import DEFAULT_REVISION, open_repository
+from qformat.hub.reading.stream import CONNECTIONS
+from qformat.hub.reading.transport import Patience
 
 
 @dataclass(frozen=True, slots=True)

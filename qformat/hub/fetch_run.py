@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 from qformat.artifact.digests import Follower, WrittenFile, sha256_of_file, xxh3, xxh3_of_range
 from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord
-from qformat.artifact.staging import Staging
-from qformat.artifact.verify import range_checks, verify_integrity
+from qformat.artifact.reading.verify import range_checks, verify_integrity
+from qformat.artifact.writing.staging import Staging
 from qformat.cores import run_tasks, usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
-from qformat.hub.listing import PublishedArtifact
+from qformat.hub.reading.listing import PublishedArtifact
+from qformat.hub.reading.stream import PIECE_NBYTES
 from qformat.hub.signature import MAX_SIGNATURE_NBYTES
-from qformat.hub.stream import PIECE_NBYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
-from qformat.artifact.regular_files import check_plain_name
+from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.errors import InvalidFileError, Reason, UsageError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")

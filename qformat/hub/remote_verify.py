@@ -21,15 +21,15 @@ from qformat.artifact import header
 from qformat.artifact.digests import xxh3
 from qformat.artifact.header import Header
 from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord
-from qformat.artifact.structure import CONFIG_NAME, INDEX_NAME, check_config, check_index, check_tensors
-from qformat.artifact.verify import Finding, finding_of
+from qformat.artifact.reading.structure import CONFIG_NAME, INDEX_NAME, check_config, check_index, check_tensors
+from qformat.artifact.reading.verify import Finding, finding_of
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
-from qformat.hub.listing import PublishedArtifact, listing_findings, read_published
-from qformat.hub.remote import open_repository
+from qformat.hub.reading.listing import PublishedArtifact, listing_findings, read_published
+from qformat.hub.reading.remote import open_repository
+from qformat.hub.reading.stream import CONNECTIONS
+from qformat.hub.reading.transport import Patience
 from qformat.hub.signature import check_published_signature
-from qformat.hub.stream import CONNECTIONS
-from qformat.hub.transport import Patience
 
 MAX_SMALL_NBYTES = 64 * 2**20
 """A file outside of the shards that is fetched to be hashed; a larger one is in large-file storage, whose SHA-256 is

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parse
-from qformat.artifact.regular_files import read_small
+from qformat.artifact.reading.regular_files import read_small
 from qformat.errors import ArtifactError, Reason, UsageError
-from qformat.hub.listing import PublishedArtifact
+from qformat.hub.reading.listing import PublishedArtifact
 
 if TYPE_CHECKING:
     import model_signing.hashing

@@ -34,7 +34,7 @@ def _numba_unavailable(device_type: str) -> str | None:
 
 
 def _triton_unavailable(device_type: str) -> str | None:
-    from qformat.kernels.triton_launch import interpreting, triton_unavailable
+    from qformat.kernels.triton.launch import interpreting, triton_unavailable
 
     reason = triton_unavailable()
     if reason is not None:

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from qformat.codec import cpu
-from qformat.codec.block_dots import block_dots_into
 from qformat.codec.codebooks import DYNAMIC_MAP
+from qformat.codec.cpu.block_dots import block_dots_into
+from qformat.codec.cpu.blocks import decode_into, decode_nested_into
+from qformat.codec.cpu.product import Product, unsupported
 from qformat.codec.floats import FloatFormat
-from qformat.codec.product import Product, unsupported
 from qformat.kernels import openmp
 from qformat.kernels.packed_weight import PackedWeight
 
@@ -25,7 +25,7 @@ buffers anew each time, and fresh pages cost five times what decoding costs (2,2
 
 MAX_M = 16
 """Rows of x up to which the product from the codes is taken: at 16 it takes 0.25 to 0.68 of the time of decoding and
-torch's product (`tools/bench_kernels.py --crossover`, 2 cores with AVX512-BF16)."""
+torch's product (`tools/bench/kernels.py --crossover`, 2 cores with AVX512-BF16)."""
 
 FORMATS = {torch.bfloat16: FloatFormat.BF16, torch.float16: FloatFormat.F16, torch.float32: FloatFormat.F32}
 
@@ -130,7 +130,7 @@ def _decode_elements(weight: PackedWeight, start: int, stop: int, out: Tensor) -
     blocks = slice(start // size, -(-stop // size))
     packed = _array(weight.packed)[start // 2 : (stop + 1) // 2]
     if weight.nested_absmax is None or weight.nested_quant_map is None:
-        cpu.decode_into(
+        decode_into(
             packed,
             _array(weight.absmax)[blocks],
             n_elements=stop - start,
@@ -140,7 +140,7 @@ def _decode_elements(weight: PackedWeight, start: int, stop: int, out: Tensor) -
             workers=torch.get_num_threads(),
         )
         return
-    cpu.decode_nested_into(
+    decode_nested_into(
         packed,
         _array(weight.absmax)[blocks],
         _array(weight.nested_absmax),

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from qformat.codec.lanes import cpu_features
+from qformat.codec.cpu.lanes import cpu_features
 
 BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
 """LLVM's names, x86-64 and AArch64."""

@@ -54,7 +54,9 @@ def _numba() -> Implementation:
 
 @cache
 def _triton() -> Implementation:
-    from qformat.kernels import triton_block_dots, triton_dequantize, triton_product
+    from qformat.kernels.triton import block_dots as triton_block_dots
+    from qformat.kernels.triton import dequantize as triton_dequantize
+    from qformat.kernels.triton import product as triton_product
 
     def product(x: Tensor, weight: PackedWeight) -> Tensor:
         out = x.new_empty((x.shape[0], weight.shape[0]))

@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-from qformat.artifact.structure import CONFIG_NAME, INDEX_NAME
+from qformat.artifact.reading.structure import CONFIG_NAME, INDEX_NAME
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import PackedComponents

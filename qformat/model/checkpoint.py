@@ -12,9 +12,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from qformat.artifact.manifest import MANIFEST_NAME
-from qformat.artifact.reader import MappedShards
-from qformat.artifact.safetensors_folder import read_headers
-from qformat.artifact.structure import CONFIG_NAME
+from qformat.artifact.reading.reader import MappedShards
+from qformat.artifact.reading.safetensors_folder import read_headers
+from qformat.artifact.reading.structure import CONFIG_NAME
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.build import build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.load import chosen_device, load_model, model_of_shards

@@ -11,20 +11,20 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.manifest import MANIFEST_NAME
-from qformat.artifact.reader import Artifact, MappedShards, open_artifact
-from qformat.artifact.structure import CONFIG_NAME, ShardLayout
-from qformat.artifact.verify import verify_integrity, verify_other_files
-from qformat.artifact.watch import MappedFileWatch
+from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
+from qformat.artifact.reading.reader import Artifact, MappedShards, open_artifact
+from qformat.artifact.reading.structure import CONFIG_NAME, ShardLayout
+from qformat.artifact.reading.verify import verify_integrity, verify_other_files
+from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import attach, build_on_meta, dtype_of, names_in_model, read_config
-from qformat.model.host_layers import DeviceMap, attach_placed, check_fits_mapped, decide
+from qformat.model.devices.host_layers import DeviceMap, attach_placed, check_fits_mapped, decide
+from qformat.model.devices.placement import DeviceName
+from qformat.model.devices.shard_stream import TorchDevice, data_starts, stream_shards
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
-from qformat.model.placement import DeviceName
 from qformat.model.shard_tensors import ShardData, map_shards, tensor_names, tensors_of
-from qformat.model.stream import TorchDevice, data_starts, stream_shards
 
 Verify = Literal["full", "structure", "none"]
 

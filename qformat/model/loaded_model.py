@@ -25,9 +25,9 @@ from qformat.artifact.components import Component
 from qformat.artifact.digests import Buffer
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.artifact.manifest import MANIFEST_NAME
-from qformat.artifact.structure import CONFIG_NAME, Located, ShardLayout
-from qformat.artifact.watch import MappedFileWatch
-from qformat.artifact.write_back import GENERATION_CONFIG_NAME, write_back
+from qformat.artifact.reading.structure import CONFIG_NAME, Located, ShardLayout
+from qformat.artifact.reading.watch import MappedFileWatch
+from qformat.artifact.writing.write_back import GENERATION_CONFIG_NAME, write_back
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import read_config
 from qformat.model.shard_tensors import TORCH_DTYPES

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qformat.artifact.components import Component
 from qformat.artifact.header import TensorEntry
-from qformat.artifact.reader import MappedShards
-from qformat.artifact.structure import ShardLayout
+from qformat.artifact.reading.reader import MappedShards
+from qformat.artifact.reading.structure import ShardLayout
 from qformat.codec.nf4 import packed_nbytes
 from qformat.codec.quant_state import QuantState
 

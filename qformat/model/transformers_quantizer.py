@@ -13,13 +13,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 
 from qformat.artifact.components import Component
-from qformat.artifact.reader import MappedShards
+from qformat.artifact.reading.reader import MappedShards
 from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import linear_at, names_in_model, replace_linear
+from qformat.model.devices.placement import allowed_gb, needed_gb
 from qformat.model.load import open_shards
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
-from qformat.model.placement import allowed_gb, needed_gb
 from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 
 METHOD = "bitsandbytes_4bit"

@@ -10,10 +10,10 @@ from pathlib import Path
 from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
-from qformat.artifact.reader import Artifact
-from qformat.artifact.regular_files import open_regular
-from qformat.artifact.safetensors_folder import read_headers
-from qformat.artifact.structure import ShardLayout
+from qformat.artifact.reading.reader import Artifact
+from qformat.artifact.reading.regular_files import open_regular
+from qformat.artifact.reading.safetensors_folder import read_headers
+from qformat.artifact.reading.structure import ShardLayout
 from qformat.cores import usable_cores
 from qformat.errors import Reason, SourceError, UsageError
 

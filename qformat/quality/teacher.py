@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
-from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.writing.disk import Disk
 from qformat.errors import DivergenceError, TargetError, UsageError
-from qformat.quality.distillation import DenseTarget, Target, TopKTarget
 from qformat.quality.output_head import SplitModel, split_head
+from qformat.quality.tuning.distillation import DenseTarget, Target, TopKTarget
 
 _DIGEST_NBYTES = 32
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
-from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.writing.disk import Disk
 from qformat.errors import AdapterError, ArtifactError, TargetError, UsageError
 
 SEAL_NAME = "checkpoint.json"

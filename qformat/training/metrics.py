@@ -12,11 +12,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qformat import strict_json
-from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.writing.disk import Disk
 from qformat.errors import ArtifactError
 from qformat.model.memory import peak_nbytes
-from qformat.training.paged_adamw import PagedAdamW
+from qformat.training.optimizer.paged_adamw import PagedAdamW
 
 METRICS_NAME = "metrics.jsonl"
 

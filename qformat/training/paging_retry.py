@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qformat.errors import DeviceMemoryError
-from qformat.training.paged_adamw import PagedAdamW
+from qformat.training.optimizer.paged_adamw import PagedAdamW
 
 logger = logging.getLogger(__name__)
 

@@ -14,21 +14,21 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 
-from qformat.artifact.disk import Disk
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer, open_shards
-from qformat.training.adapter_card import adapter_card
-from qformat.training.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
-from qformat.training.base_record import BaseRecord
+from qformat.training.adapter.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
+from qformat.training.adapter.base_record import BaseRecord
+from qformat.training.adapter.card import adapter_card
+from qformat.training.adapter.output_layer import decode_output_layer
 from qformat.training.checkpoints import PARTIAL_NAME, Checkpoint, CheckpointFolder, disk_problem
 from qformat.training.data.collate import PackedCollator, PaddedCollator
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
 from qformat.training.data.tokenised_data import TokenisedData, for_trainer
 from qformat.training.metrics import METRICS_NAME, Listener, MetricsCallback, MetricsFile
-from qformat.training.optimizers import make_optimizer
-from qformat.training.output_layer import decode_output_layer
+from qformat.training.optimizer.choice import make_optimizer
 from qformat.training.settings import TrainingSettings, page_budget_nbytes
 from qformat.training.starting_checks import check_free, check_same_training
 from qformat.training.trainer import AdapterTrainer, trainer_arguments, write_adapter
@@ -43,7 +43,7 @@ CARD_NAME = "README.md"
 class TrainingJob:
     """What is trained on what, and where to.
 
-    data, eval_data: see `qformat.training.data.sources.find_files`. split, eval_split: of datasets of the Hub.
+    data, eval_data: see `qformat.training.data.reading.sources.find_files`. split, eval_split: of datasets of the Hub.
     """
 
     artifact: Path

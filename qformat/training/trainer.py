@@ -31,11 +31,11 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qformat.artifact.manifest import JsonObject
 from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
-from qformat.training.base_record import BASE_RECORD_NAME, BaseRecord
+from qformat.training.adapter.base_record import BASE_RECORD_NAME, BaseRecord
 from qformat.training.checkpoints import CheckpointFolder
+from qformat.training.data.length_groups import SeededLengthGroups
 from qformat.training.data.tokenised_data import IGNORED
-from qformat.training.length_groups import SeededLengthGroups
-from qformat.training.paged_adamw import PagedAdamW
+from qformat.training.optimizer.paged_adamw import PagedAdamW
 from qformat.training.paging_retry import Result, run_with_paging_retry
 from qformat.training.settings import TrainingSettings
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.verify import IntegrityReport, verify_integrity
+from qformat.artifact.reading.verify import IntegrityReport, verify_integrity
 from qformat.converters.convert import ConversionOptions, convert
 from tests.small_models import write_tiny
 

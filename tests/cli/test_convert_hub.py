@@ -13,16 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.converters.hub_sources import DATA, NAME, TOKEN, converted, fetched_ranges, without_source, write_source
-from tests.converters.test_hub_repository_faults import by_shard, overlap, sealed_ranges
+from tests.converters.sources.hub_sources import (
+    DATA,
+    NAME,
+    TOKEN,
+    converted,
+    fetched_ranges,
+    without_source,
+    write_source,
+)
+from tests.converters.sources.test_hub_repository_faults import by_shard, overlap, sealed_ranges
 from tests.hub_stand_in import Hub, environment, running
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT
 
 SMALL_PIECES = """
 import sys
 from qformat.cli.main import main
-from qformat.hub import stream
+from qformat.hub.reading import stream
 stream.PIECE_NBYTES, stream.WINDOW_NBYTES = 8192, 5 * 8192
 main(sys.argv[1:])
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact.disk import Disk
+from qformat.artifact.writing.disk import Disk
 from qformat.converters.convert import ConversionOptions, convert
 from tests.small_models import tiny_tensors
 

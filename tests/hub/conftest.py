@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qformat.converters.convert import convert
-from qformat.hub.transport import Patience
+from qformat.hub.reading.transport import Patience
 from tests.hub_stand_in import Hub, point_here, running
 from tests.small_models import write_llama
 

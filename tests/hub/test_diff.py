@@ -13,14 +13,14 @@ import pytest
 import qformat
 from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.manifest_diff import Aspect, diff_manifests
-from qformat.artifact.reader import KeptTensor, PackedTensor
-from qformat.artifact.structure import read_manifest
+from qformat.artifact.reading.reader import KeptTensor, PackedTensor
+from qformat.artifact.reading.structure import read_manifest
 from qformat.cli.main import run
 from qformat.converters.convert import ConversionOptions, convert
+from qformat.hub.card.licenses import License
+from qformat.hub.card.prepared_card import CardOptions
 from qformat.hub.diff import diff
-from qformat.hub.licenses import License
-from qformat.hub.prepared_card import CardOptions
-from qformat.hub.publish import publish
+from qformat.hub.publishing.publish import publish
 from tests.hub.conftest import PATIENT
 from tests.hub_stand_in import Hub
 from tests.small_models import tiny_tensors, weight, write_checkpoint, write_tiny

@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from qformat.artifact import manifest as manifests
-from qformat.artifact.verify import verify_integrity
+from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
 from qformat.hub import fetch_run
 from qformat.hub.fetch import FetchSummary, fetch
 from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
 from tests.hub.conftest import PATIENT, TOKEN
 from tests.hub_stand_in import Hub, environment
+from tests.repository import ARTIFACT_VECTORS
 from tests.small_models import contents, names_beside
 from tests.spec import corpus, edits
 
@@ -282,7 +283,7 @@ def test_an_artifact_whose_parts_do_not_fit_is_not_sealed_although_every_digest_
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     vector = next(one for one in corpus.edited() if one.get("reason") == "codebook")
-    base = Path(__file__).parents[2] / "spec" / "vectors" / "artifacts" / vector["base"]
+    base = ARTIFACT_VECTORS / vector["base"]
     edits.apply(vector["edits"], Path(shutil.copytree(base, tmp_path / "bad")))
     hub.add_folder("owner/bad", tmp_path / "bad")
     with pytest.raises(ArtifactError, match="codebook"):
@@ -293,7 +294,7 @@ def test_an_artifact_whose_parts_do_not_fit_is_not_sealed_although_every_digest_
 def test_a_full_disk_is_refused_before_a_byte_is_fetched(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qformat.artifact.staging.free_nbytes", lambda path: 1000)
+    monkeypatch.setattr("qformat.artifact.writing.staging.free_nbytes", lambda path: 1000)
     with pytest.raises(TargetError, match="no space"):
         do_fetch(tmp_path / "out")
     assert not hub.requests(BODY)

@@ -9,9 +9,9 @@ import pytest
 
 from qformat.artifact import manifest as manifests
 from qformat.errors import HubError, Reason
-from qformat.hub.licenses import License
-from qformat.hub.prepared_card import CardOptions
-from qformat.hub.publish import publish
+from qformat.hub.card.licenses import License
+from qformat.hub.card.prepared_card import CardOptions
+from qformat.hub.publishing.publish import publish
 from qformat.hub.remote_verify import RemoteReport, verify_remote
 from tests.hub.conftest import PATIENT, TOKEN
 from tests.hub.test_signature import write_key

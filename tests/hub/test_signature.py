@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact.verify import verify_integrity
+from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, Reason, UsageError
-from qformat.hub.licenses import License
-from qformat.hub.prepared_card import CardOptions
-from qformat.hub.publish import publish
+from qformat.hub.card.licenses import License
+from qformat.hub.card.prepared_card import CardOptions
+from qformat.hub.publishing.publish import publish
 from qformat.hub.signature import check_signature, public_key_of, sign
 from tests.hub.conftest import PATIENT
 from tests.hub_stand_in import Hub

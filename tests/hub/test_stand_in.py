@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import close_session
 
 from tests.hub_stand_in import Hub, environment, point_here, running
+from tests.repository import ROOT
 from tests.small_models import contents, write_llama
 
 
@@ -120,7 +121,7 @@ def test_a_commit_on_another_parent_is_refused_and_branches_and_pull_requests_ar
 def test_the_stand_in_runs_as_a_process(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.hub_stand_in", f"owner/model={folder}", "--fault"]
     command.append('{"kind": "flip", "route": "resolve/.*LICENSE", "nbytes": 3}')
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         settings = {**environment(Hub(endpoint=process.stdout.readline().strip()), tmp_path / "home")}
         script = (

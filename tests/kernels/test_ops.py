@@ -14,7 +14,7 @@ from qformat.errors import BackendError, UsageError
 from qformat.kernels import backends, cpu, cpu_features, ops
 from qformat.kernels.packed_weight import PackedWeight
 from tests.kernels.guarded import guarded, guarded_weight
-from tests.kernels.weights import FORMATS, bits, random_weight, reference_bits
+from tools.gpu.weights import FORMATS, bits, random_weight, reference_bits
 
 
 @pytest.fixture(autouse=True)

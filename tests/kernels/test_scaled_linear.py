@@ -14,7 +14,7 @@ from qformat.kernels import backends, ops, scaled_linear
 from qformat.kernels.packed_weight import PackedWeight
 from qformat.kernels.scaled_linear import linear_nf4_scale_gradient, linear_nf4_scaled
 from tests.kernels.guarded import guarded_weight
-from tests.kernels.weights import random_weight
+from tools.gpu.weights import random_weight
 
 SHAPES = [(96, 192), (9, 7), (40, 100)]
 """Blocks within rows, one partial block, blocks across rows with a tail."""

@@ -17,11 +17,12 @@ from torch import nn
 
 import qformat
 from qformat.artifact.components import Component
-from qformat.artifact.reader import PackedTensor
+from qformat.artifact.reading.reader import PackedTensor
 from qformat.converters.convert import convert
 from qformat.errors import ArtifactError, DeviceMemoryError, Reason, UsageError
 from qformat.kernels.backends import force_backend
-from qformat.model import host_layers, load
+from qformat.model import load
+from qformat.model.devices import host_layers
 from qformat.model.load import load_model, load_tokenizer, shards_on_device
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import map_shards, tensors_of

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
 from qformat.artifact.manifest import MANIFEST_NAME
-from qformat.artifact.structure import read_manifest
+from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import ArtifactError, Reason, TargetError, UsageError
 from qformat.model.load import load_model
 from qformat.model.transformers_quantizer import METHOD
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_nothing_under_the_name(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = by_load_model(artifact)
-    monkeypatch.setattr("qformat.artifact.write_back.Disk", lambda needed: FaultyDisk(20, "full from here on"))
+    monkeypatch.setattr("qformat.artifact.writing.write_back.Disk", lambda needed: FaultyDisk(20, "full from here on"))
     with pytest.raises(TargetError):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

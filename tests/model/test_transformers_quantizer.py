@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
-from qformat.artifact.bitsandbytes_folder import read_bitsandbytes_folder
+from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.errors import ArtifactError, DeviceMemoryError, UsageError
 from qformat.model import transformers_quantizer
 from qformat.model.nf4_linear import NF4Linear

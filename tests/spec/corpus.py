@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.repository import ROOT
+
 SPEC = ROOT / "spec" / "README.md"
 SCHEMA = ROOT / "spec" / "manifest.schema.json"
 VECTORS = ROOT / "spec" / "vectors"

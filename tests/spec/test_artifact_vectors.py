@@ -10,8 +10,8 @@ import pytest
 from qformat.artifact import layout, manifest
 from qformat.artifact.header import NewTensor
 from qformat.artifact.manifest import KeptRecord, TensorRecord
-from qformat.artifact.reader import KeptTensor, PackedTensor, open_artifact
-from qformat.artifact.verify import verify_integrity
+from qformat.artifact.reading.reader import KeptTensor, PackedTensor, open_artifact
+from qformat.artifact.reading.verify import verify_integrity
 from qformat.codec.floats import FloatFormat
 from tests.spec import corpus
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact.reader import open_artifact
-from qformat.artifact.verify import verify_integrity
+from qformat.artifact.reading.reader import open_artifact
+from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError
 from tests.spec import corpus, edits
 

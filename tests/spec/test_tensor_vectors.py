@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qformat.codec import cpu, nested, nf4, quant_state
+from qformat.codec import nested, nf4, quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP
+from qformat.codec.cpu import blocks
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.errors import ArtifactError, UsageError
 from tests.spec import corpus, encoder
@@ -58,15 +59,15 @@ def test_kernels_encode_the_expected_bytes(vector: corpus.Vector) -> None:
     raw, float_format = raw_input(vector)
     packed = np.empty(nf4.packed_nbytes(raw.size), np.uint8)
     absmax = np.empty(nf4.block_count(raw.size, vector["block_size"]), np.float32)
-    assert cpu.encode_into(raw, float_format, block_size=vector["block_size"], packed=packed, absmax=absmax)
+    assert blocks.encode_into(raw, float_format, block_size=vector["block_size"], packed=packed, absmax=absmax)
     assert packed.tobytes().hex() == vector["packed"]
     if not vector["double_quant"]:
         assert absmax.tobytes().hex() == vector["absmax"]
         return
-    offset = np.float32(cpu.add_in_order(absmax, 0.0) / absmax.size)
+    offset = np.float32(blocks.add_in_order(absmax, 0.0) / absmax.size)
     codes = np.empty(absmax.size, np.uint8)
     nested_absmax = np.empty(nf4.block_count(absmax.size, nested.NESTED_BLOCK_SIZE), np.float32)
-    cpu.encode_absmax_into(absmax, offset, codes=codes, nested_absmax=nested_absmax)
+    blocks.encode_absmax_into(absmax, offset, codes=codes, nested_absmax=nested_absmax)
     assert f"{offset.view(np.uint32):08X}" == vector["nested_offset_bits"]
     assert codes.tobytes().hex() == vector["absmax"]
     assert nested_absmax.tobytes().hex() == vector["nested_absmax"]
@@ -88,7 +89,7 @@ def test_kernels_refuse_weights_that_are_not_finite(vector: corpus.Vector) -> No
     raw, float_format = raw_input(vector)
     packed = np.empty(nf4.packed_nbytes(raw.size), np.uint8)
     absmax = np.empty(nf4.block_count(raw.size, vector["block_size"]), np.float32)
-    assert not cpu.encode_into(raw, float_format, block_size=vector["block_size"], packed=packed, absmax=absmax)
+    assert not blocks.encode_into(raw, float_format, block_size=vector["block_size"], packed=packed, absmax=absmax)
 
 
 @pytest.mark.parametrize("vector", DECODED, ids=corpus.name_of)
@@ -112,13 +113,13 @@ def test_kernels_decode_the_expected_bits(vector: corpus.Vector, decoder: Litera
     n_elements = int(np.prod(vector["shape"]))
     scales = np.empty(nf4.block_count(n_elements, vector["block_size"]), np.float32)
     if vector["double_quant"]:
-        cpu.decode_scales_into(*second_level(vector), scales)
+        blocks.decode_scales_into(*second_level(vector), scales)
     else:
         scales[:] = array(vector["absmax"], "<f4")
     for name, expected in vector["decoded"].items():
         out = np.empty(n_elements, FloatFormat(name).raw_dtype)
         try:
-            cpu.decode_into(
+            blocks.decode_into(
                 array(vector["packed"], "u1"),
                 scales,
                 n_elements=n_elements,

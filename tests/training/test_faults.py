@@ -20,9 +20,9 @@ import torch
 from qformat.errors import TargetError
 from qformat.training import checkpoints
 from qformat.training.run import TrainingResult
+from tests.repository import ROOT
 from tests.training import runs
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys, os, time, torch
 from pathlib import Path

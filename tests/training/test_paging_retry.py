@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 from qformat.errors import DeviceMemoryError
 from qformat.model.load import load_model
 from qformat.model.nf4_linear import NF4Linear
-from qformat.training.lora_linear import NF4LoraLinear
-from qformat.training.page_layout import PAGE_GRAIN_NBYTES
-from qformat.training.paged_adamw import PagedAdamW
+from qformat.training.adapter.lora_linear import NF4LoraLinear
+from qformat.training.optimizer.page_layout import PAGE_GRAIN_NBYTES
+from qformat.training.optimizer.paged_adamw import PagedAdamW
 from qformat.training.paging_retry import run_with_paging_retry
-from tests.training.artificial_device import ArtificialDevice
+from tests.training.optimizer.artificial_device import ArtificialDevice
 
 PAGE = PAGE_GRAIN_NBYTES
 

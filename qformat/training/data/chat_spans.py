@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from qformat.errors import UsageError
-from qformat.training.data.rows import BadRow, ChatRow, Message, Place
+from qformat.training.data.reading.rows import BadRow, ChatRow, Message, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

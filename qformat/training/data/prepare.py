@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
-from qformat.artifact.disk import Disk
+from qformat.artifact.writing.disk import Disk
 from qformat.errors import DataError, UsageError
 from qformat.strict_json import Json
-from qformat.training.data.read_rows import MAX_LINE_NBYTES, BadRows, read_rows
-from qformat.training.data.render import LossOn, Rendered, Renderer
-from qformat.training.data.sources import (
+from qformat.training.data.reading.read_rows import MAX_LINE_NBYTES, BadRows, read_rows
+from qformat.training.data.reading.sources import (
     DataFile,
     FileState,
     Source,
@@ -25,6 +24,7 @@ from qformat.training.data.sources import (
     find_files,
     read_state,
 )
+from qformat.training.data.render import LossOn, Rendered, Renderer
 from qformat.training.data.statistics import DataStatistics, Dropped
 from qformat.training.data.token_cache import (
     CACHE_VERSION,

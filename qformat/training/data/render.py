@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qformat.errors import UsageError
 from qformat.training.data.chat_spans import Conversations, Span
-from qformat.training.data.rows import ChatRow, CompletionRow, Row, TextRow
+from qformat.training.data.reading.rows import ChatRow, CompletionRow, Row, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from qformat import strict_json
 from qformat.artifact.digests import Xxh3, xxh3, xxh3_of_range
-from qformat.artifact.disk import Disk
+from qformat.artifact.writing.disk import Disk
 from qformat.errors import InvalidFileError, SourceError
 from qformat.strict_json import Json
 from qformat.training.data.statistics import DataStatistics

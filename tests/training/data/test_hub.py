@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from qformat.training.data.prepare import DataSettings, prepare_data
+from tests.repository import ROOT
 from tests.training import runs
 
-ROOT = Path(__file__).resolve().parents[3]
 COMMIT = "0" * 40
 
 SCRIPT = """

@@ -1,0 +1,1 @@
+"""An artifact beside the checkpoint that it was made from."""

@@ -1,0 +1,166 @@
+"""The first step of an export: from an artifact's manifest and headers to every byte offset of a plain checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import qformat
+from qformat import strict_json
+from qformat.artifact.header import NewTensor
+from qformat.artifact.layout import Shard, natural_order, place
+from qformat.artifact.limits import MAX_CONFIG_NBYTES
+from qformat.artifact.manifest import JsonObject, PackedRecord, TensorRecord
+from qformat.artifact.reading.reader import Artifact
+from qformat.artifact.reading.regular_files import read_small
+from qformat.artifact.reading.structure import CONFIG_NAME, INDEX_NAME
+from qformat.codec.floats import FloatFormat
+from qformat.converters.encode.plan import Place, index_bytes, small_json
+from qformat.converters.sources.side_files import MAX_SIDE_FILE_NBYTES
+from qformat.errors import ArtifactError, Reason
+
+MODEL_CARD = "README.md"
+"""No file of an artifact, but carried over where somebody put one beside it, as on the Hub."""
+
+Action = Literal["decode", "cast", "copy"]
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportTask:
+    """A tensor to write: what the artifact holds (packed or kept), its new dtype as headers name it, and its place."""
+
+    name: str
+    record: TensorRecord
+    dtype: str
+    place: Place
+
+    @property
+    def action(self) -> Action:
+        """What happens to the tensor: its codes are decoded, its values cast, or its bytes copied."""
+        if isinstance(self.record, PackedRecord):
+            return "decode"
+        return "copy" if self.record.dtype == self.dtype else "cast"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """A complete checkpoint, known before any weight is read. side_files: sizes of the files to copy."""
+
+    target: FloatFormat
+    tasks: tuple[ExportTask, ...]
+    shards: tuple[Shard, ...]
+    small_files: Mapping[str, bytes]
+    side_files: Mapping[str, int]
+    artifact_nbytes: int
+    fingerprint: str
+
+    @property
+    def tensor_nbytes(self) -> int:
+        """Bytes of all tensors of the checkpoint."""
+        return sum(task.place.nbytes for task in self.tasks)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the finished checkpoint in bytes: every file."""
+        small = sum(len(data) for data in self.small_files.values()) + sum(self.side_files.values())
+        return sum(shard.nbytes for shard in self.shards) + small
+
+
+def make_export_plan(artifact: Artifact, target: FloatFormat, *, max_shard_nbytes: int) -> ExportPlan:
+    """Plan the export of an open artifact to a float format. Reads no weight.
+
+    Packed weights and kept tensors in BF16, F16 and F32 get the target's dtype; every other tensor keeps its bytes.
+    Raises ArtifactError.
+    """
+    records = sorted(artifact.manifest.tensors.items(), key=lambda item: natural_order(item[0]))
+    new = [_new_tensor(name, record, target) for name, record in records]
+    shards = place([[tensor] for tensor in new], max_shard_nbytes=max_shard_nbytes)
+    places = {
+        placed.tensor.name: Place(shard.name, placed.start, placed.tensor.nbytes)
+        for shard in shards
+        for placed in shard.tensors
+    }
+    tasks = tuple(
+        ExportTask(name, record, tensor.dtype, places[name])
+        for (name, record), tensor in zip(records, new, strict=True)
+    )
+    small_files = {CONFIG_NAME: _config_bytes(artifact, target), INDEX_NAME: index_bytes(shards)}
+    return ExportPlan(
+        target=target,
+        tasks=tasks,
+        shards=shards,
+        small_files=small_files,
+        side_files=_side_files(artifact),
+        artifact_nbytes=sum(record.nbytes for record in artifact.manifest.files.values()),
+        fingerprint=_fingerprint(artifact, shards, small_files),
+    )
+
+
+def _new_tensor(name: str, record: TensorRecord, target: FloatFormat) -> NewTensor:
+    if isinstance(record, PackedRecord):
+        return NewTensor(name, target.value, record.layout.shape)
+    dtype = target.value if record.dtype in FloatFormat.__members__ else record.dtype
+    return NewTensor(name, dtype, record.shape)
+
+
+def _side_files(artifact: Artifact) -> dict[str, int]:
+    """Return the files to copy: all that the manifest names but weights, config and index, and the model card."""
+    found = {
+        name: record.nbytes
+        for name, record in artifact.manifest.files.items()
+        if record.header_xxh3 is None and name not in {CONFIG_NAME, INDEX_NAME}
+    }
+    if os.path.isfile(artifact.path / MODEL_CARD):
+        found[MODEL_CARD] = len(read_small_file(artifact, MODEL_CARD))
+    return dict(sorted(found.items()))
+
+
+def read_small_file(artifact: Artifact, name: str) -> bytes:
+    """Return the bytes of a file that is no shard. Raises ArtifactError (also file_digest)."""
+    data = read_small(artifact.path, name, max_nbytes=MAX_SIDE_FILE_NBYTES, error=ArtifactError)
+    record = artifact.manifest.files.get(name)
+    if record is not None and (found := hashlib.sha256(data).hexdigest()) != record.sha256:
+        raise ArtifactError(
+            Reason.FILE_DIGEST, artifact.path / name, f"was changed: SHA-256 {found}, expected {record.sha256}",
+            next_step="Fetch the file again",
+        )  # fmt: skip
+    return data
+
+
+def _config_bytes(artifact: Artifact, target: FloatFormat) -> bytes:
+    """Return config.json without quantization_config, and with the target as the dtype of model and sub-models."""
+    path = artifact.path / CONFIG_NAME
+    data = read_small_file(artifact, CONFIG_NAME)
+    config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+    assert isinstance(config, dict), "checked with the structure"
+    config.pop("quantization_config", None)
+    if not any(key in config for key in _DTYPE_KEYS):
+        config["dtype"] = target.torch_name
+    _set_dtypes(config, target)
+    return small_json(config)
+
+
+def _set_dtypes(config: JsonObject, target: FloatFormat) -> None:
+    for key, value in config.items():
+        if key in _DTYPE_KEYS:
+            config[key] = target.torch_name
+        elif key.endswith("_config") and isinstance(value, dict):
+            _set_dtypes(value, target)
+
+
+def _fingerprint(artifact: Artifact, shards: tuple[Shard, ...], small_files: Mapping[str, bytes]) -> str:
+    """Return a digest of everything that decides the output's bytes. The manifest names the digests of all weights."""
+    digest = hashlib.sha256(f"export {qformat.__version__}\n".encode())
+    digest.update(artifact.manifest.to_bytes())
+    for shard in shards:
+        digest.update(shard.name.encode("utf-8") + shard.header)
+    for name, data in sorted(small_files.items()):
+        digest.update(name.encode("utf-8") + data)
+    if os.path.isfile(artifact.path / MODEL_CARD):
+        digest.update(read_small_file(artifact, MODEL_CARD))
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""Plan stage of a source that is in 4 bit already: what the file has is what the artifact gets, nothing is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qformat.artifact.manifest import JsonObject
+from qformat.codec.floats import FloatFormat
+from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
+from qformat.converters.rules.rules import KeepReason, TensorInfo, individual_decisions, module_path, skip_modules
+from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
+from qformat.converters.sources.source import Source
+from qformat.errors import Reason, SourceError, UsageError
+
+_SKIP_LIST = "llm_int8_skip_modules"
+_COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
+
+
+def choose(recipe: Recipe, tensors: Sequence[TensorInfo], source: Source) -> dict[str, Choice]:
+    """Return what happens to each tensor: packed ones are adopted, the others kept for the table's reason.
+
+    Raises: UsageError for a recipe with rules, which cannot be followed.
+    """
+    if recipe.rules:
+        raise UsageError(
+            f"{source.location}: is in 4 bit already and is adopted as it is: no recipe and no --skip can change that"
+        )
+    decisions = individual_decisions(tensors, source.config)
+    choices: dict[str, Choice] = {}
+    for name, decision in decisions.items():
+        weight = source.packed.get(name)
+        if weight is not None:
+            options = NF4Options(weight.layout.block_size, weight.layout.double_quant)
+            choices[name] = Choice(options, None, is_linear=True, by_rule=None)
+        else:
+            reason = decision.reason or KeepReason.NOT_PACKED_IN_SOURCE
+            choices[name] = Choice(None, reason, decision.is_linear, by_rule=None)
+    return choices
+
+
+def quantization_config(choices: Mapping[str, Choice], source: Source) -> JsonObject:
+    """Return the source's own quantization_config, with what an artifact must say (spec section 10).
+
+    Raises: SourceError where its skip list names a module that is packed.
+    """
+    stored = source.config["quantization_config"]
+    assert isinstance(stored, dict)
+    formats = [weight.layout.float_format for weight in source.packed.values()]
+    compute = stored.get(_COMPUTE_DTYPE)
+    if compute not in {float_format.torch_name for float_format in FloatFormat}:
+        compute = formats[0].torch_name
+    return {
+        **stored,
+        _COMPUTE_DTYPE: compute,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(weight.layout.double_quant for weight in source.packed.values()),
+        _SKIP_LIST: list(_skip_list(choices, source, stored.get(_SKIP_LIST))),
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+    }
+
+
+def _skip_list(choices: Mapping[str, Choice], source: Source, stored: object) -> list[str]:
+    """Return the entries that the file's readers have relied on, and every Linear that is in 16 bit."""
+    entries = stored if isinstance(stored, list) else []
+    packed = {module_path(name) for name in source.packed}
+    parents = {
+        module[:end] for module in packed for end in range(len(module) + 1) if module[end : end + 1] in {"", "."}
+    }
+    for entry in entries:
+        if not isinstance(entry, str) or entry in parents:
+            raise SourceError(
+                Reason.SKIP_MODULES,
+                source.location / CONFIG_NAME,
+                f"{entry!r} is to stay in 16 bit, but it is packed",
+                field=f"quantization_config.{_SKIP_LIST}",
+            )
+    # Experts that are packed one by one are not to be skipped as a whole.
+    without_experts = {
+        name: choice for name, choice in choices.items() if not (choice.quantize and ".experts." in name)
+    }
+    return sorted({*entries, *skip_modules(without_experts, source.config)})

@@ -1,0 +1,1 @@
+"""What a conversion reads from: one file a kind of source, behind one interface."""

@@ -1,0 +1,187 @@
+"""The files of a checkpoint, wherever they lie: what every kind of source reads through.
+
+`CheckpointFolder` is a local folder. Each file's state is noted when it is first opened, so that a conversion can tell
+at its end that nothing was changed.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from qformat import strict_json
+from qformat.artifact import header
+from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES
+from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
+from qformat.artifact.reading.regular_files import check_plain_name, open_regular, read_exactly, read_small
+from qformat.converters.sources.side_files import MAX_SIDE_FILE_NBYTES, is_side_file
+from qformat.errors import Reason, SourceError
+
+CONFIG_NAME = "config.json"
+
+
+class CheckpointFiles(ABC):
+    """Files that are read by name. Raises SourceError for everything that is wrong with them.
+
+    path: where they lie, for messages. state_when_opened: what `state` was for each file before it was first read.
+    """
+
+    path: Path
+    state_when_opened: JsonObject
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything that is open."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of everything that lies there, sorted."""
+
+    @abstractmethod
+    def read_small(self, name: str, *, max_nbytes: int) -> bytes:
+        """Return the bytes of a small file."""
+
+    @abstractmethod
+    def read_headers(self, names: Sequence[str]) -> dict[str, header.Header]:
+        """Open safetensors files and return their headers; from then on `read_into` reads them."""
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of an open file from `offset` on. Safe to call from several threads."""
+
+    @abstractmethod
+    def list_side_files(self) -> dict[str, int]:
+        """Return the files to carry over, with their sizes in bytes."""
+
+    @abstractmethod
+    def state(self) -> JsonObject:
+        """Return what tells whether the files were changed: equal means unchanged."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of that name, whatever it is."""
+        return name in self.names()
+
+    def read_side_file(self, name: str) -> bytes:
+        """Return the bytes of a file to carry over."""
+        return self.read_small(name, max_nbytes=MAX_SIDE_FILE_NBYTES)
+
+    def read_json(self, name: str, *, max_nbytes: int) -> strict_json.Json:
+        """Read a JSON file."""
+        data = self.read_small(name, max_nbytes=max_nbytes)
+        return strict_json.loads(data, path=self.path / name, max_nbytes=max_nbytes, error=SourceError)
+
+    def read_config(self) -> JsonObject:
+        """Read config.json; an artifact's own folder is refused."""
+        if self.has(MANIFEST_NAME):
+            raise SourceError(
+                Reason.ALREADY_QUANTIZED,
+                self.path,
+                "is a qformat artifact already",
+                next_step="Convert the 16-bit checkpoint that it was made from",
+            )
+        config = self.read_json(CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES)
+        if not isinstance(config, dict):
+            raise SourceError(Reason.CONFIG_FIELD, self.path / CONFIG_NAME, "not a JSON object")
+        return config
+
+    def read_weight_map(self, name: str) -> dict[str, str] | None:
+        """Read an index: the shard of each tensor; None where there is no such file."""
+        path = self.path / name
+        if not self.has(name):
+            return None
+        index = self.read_json(name, max_nbytes=MAX_INDEX_NBYTES)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise SourceError(Reason.INDEX_MISMATCH, path, "missing or not an object", field="weight_map")
+        checked: dict[str, str] = {}
+        for tensor, shard in weight_map.items():
+            if not isinstance(shard, str):
+                raise SourceError(Reason.INDEX_MISMATCH, path, "not a file name", tensor=tensor, field="weight_map")
+            check_plain_name(shard, path=path, error=SourceError)
+            checked[tensor] = shard
+        return checked
+
+    def check_weight_map(self, index_name: str, weight_map: dict[str, str], owner: dict[str, str]) -> None:
+        """Compare an index with the shards: `owner` is the shard in which each tensor was found."""
+        path = self.path / index_name
+        for tensor, shard in weight_map.items():
+            if owner.get(tensor) != shard:
+                found = f"it is in {owner[tensor]}" if tensor in owner else "no shard has it"
+                raise SourceError(Reason.INDEX_MISMATCH, path, f"expected in {shard}, but {found}", tensor=tensor)
+        for tensor, shard in owner.items():
+            if tensor not in weight_map:
+                raise SourceError(Reason.INDEX_MISMATCH, self.path / shard, "is not in the index", tensor=tensor)
+
+
+class CheckpointFolder(CheckpointFiles):
+    """A local folder."""
+
+    def __init__(self, path: Path) -> None:
+        if not os.path.isdir(path):
+            raise SourceError(
+                Reason.MISSING_FILE,
+                path,
+                "there is no such folder",
+                next_step="Give the folder of a checkpoint",
+            )
+        self.path = path
+        self.state_when_opened: JsonObject = {}
+        self._open_files = ExitStack()
+        self._descriptors: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Close every file."""
+        self._open_files.close()
+
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of that name, whatever it is."""
+        return os.path.lexists(self.path / name)
+
+    def names(self) -> list[str]:
+        """Return the names of everything in the folder."""
+        return sorted(os.listdir(self.path))
+
+    def read_small(self, name: str, *, max_nbytes: int) -> bytes:
+        """Return the bytes of a small regular file."""
+        if name not in self.state_when_opened:
+            self.state_when_opened[name] = self._state_of(name)
+        return read_small(self.path, name, max_nbytes=max_nbytes, error=SourceError)
+
+    def read_headers(self, names: Sequence[str]) -> dict[str, header.Header]:
+        """Open safetensors files, one after another, and return their headers."""
+        return {name: header.read(self.open(name), self.path / name, error=SourceError) for name in names}
+
+    def open(self, name: str) -> int:
+        """Open a regular file, keep it open, and return its descriptor."""
+        descriptor = self._open_files.enter_context(open_regular(self.path, name, error=SourceError))
+        self._descriptors[name] = descriptor
+        self.state_when_opened[name] = self._state_of(name)
+        return descriptor
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of an open file from `offset` on. Safe to call from several threads."""
+        read_exactly(self._descriptors[name], offset, out, path=self.path / name, error=SourceError)
+
+    def list_side_files(self) -> dict[str, int]:
+        """Return the files to carry over, with their sizes in bytes."""
+        found: dict[str, int] = {}
+        for entry in sorted(self.path.iterdir()):
+            if is_side_file(entry.name):
+                with open_regular(self.path, entry.name, error=SourceError) as descriptor:
+                    found[entry.name] = os.fstat(descriptor).st_size
+                    self.state_when_opened[entry.name] = self._state_of(entry.name)
+        return found
+
+    def state(self) -> JsonObject:
+        """Return inode, size and times of each file that was opened; null for one that is gone."""
+        return {name: self._state_of(name) for name in sorted(self.state_when_opened)}
+
+    def _state_of(self, name: str) -> list[strict_json.Json] | None:
+        try:
+            status = os.stat(self._descriptors.get(name, self.path / name))
+        except OSError:
+            return None
+        return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,0 +1,181 @@
+"""The GGUF source: one file of llama.cpp, or a folder with one, decoded in the stream.
+
+The format of the model is that of its matrices: float16 or float32 where all are, else bfloat16. Rows of the query and
+key projections of Llama models are put back into the order that transformers has; stacked experts become one matrix
+each. The tokenizer comes from the folder, if a folder is given and has one, else from the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qformat import strict_json
+from qformat.artifact.manifest import JsonObject
+from qformat.codec.floats import FloatFormat, narrow
+from qformat.codec.foreign.ggml_blocks import round_to_bf16
+from qformat.converters.sources.checkpoint_folder import CheckpointFolder
+from qformat.converters.sources.gguf.header import GgufTensor, read_header
+from qformat.converters.sources.gguf.names import ROPE_FACTORS_NAME, NamedTensor, name_model
+from qformat.converters.sources.gguf.tokenizer import tokenizer_files
+from qformat.converters.sources.source import PackedWeight, SourceTensor
+from qformat.errors import Reason, SourceError
+
+SUFFIX = ".gguf"
+_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+_MAX_FACTORS = 2**16
+
+
+class GgufFile:
+    """A GGUF file as a checkpoint of transformers. Opening reads the header only, not the tokenizer."""
+
+    kind = "gguf"
+    packed: Mapping[str, PackedWeight] = {}
+
+    def __init__(self, path: Path) -> None:
+        folder = path if os.path.isdir(path) else path.parent
+        self._name = _only_file(path) if os.path.isdir(path) else path.name
+        self._folder = CheckpointFolder(folder)
+        self.location = folder
+        self._given_folder = folder == path
+        self.state_when_opened = self._folder.state_when_opened
+        try:
+            self._header = read_header(self._folder.open(self._name), folder / self._name)
+            model = name_model(self._header, folder / self._name, self._rope_factors())
+            self._format = _float_format(model.tensors)
+            self.config: JsonObject = {**model.config, "torch_dtype": self._format.torch_name}
+            self._named = {tensor.name: tensor for tensor in model.tensors}
+            self.tensors: Mapping[str, SourceTensor] = {
+                name: SourceTensor(
+                    name, self._format.value, tensor.shape, math.prod(tensor.shape) * self._format.nbytes, self._name
+                )
+                for name, tensor in self._named.items()
+            }
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def side_files(self) -> Mapping[str, int]:
+        """Files to carry over: those of the given folder, and a tokenizer, which transformers may have to convert."""
+        return {name: len(data) for name, data in self._side_files.items()}
+
+    def close(self) -> None:
+        """Close the file."""
+        self._folder.close()
+
+    def describe(self) -> JsonObject:
+        """Return kind, the file's name and size, and how its matrices were stored."""
+        stored = sorted({t.stored.block_type.name for t in self._named.values() if len(t.stored.shape) > 1})
+        return {
+            "kind": self.kind,
+            "files": {self._name: {"nbytes": self._header.file_nbytes}},
+            "stored_as": list(stored),
+        }
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of config, tensors with their places, and side files."""
+        digest = hashlib.sha256(f"{self.kind} {strict_json.dumps(self.config)} {self._header.file_nbytes}".encode())
+        for name, tensor in self._named.items():
+            stored = tensor.stored
+            digest.update(f"\n{name} {stored.block_type.name} {stored.start} {tensor.expert} {tensor.n_heads}".encode())
+        for name, data in self._side_files.items():
+            digest.update(f"\n{name} ".encode() + hashlib.sha256(data).digest())
+        return digest.hexdigest()
+
+    def state(self) -> JsonObject:
+        """Return inode, size and times of the files that were opened; null for one that is gone."""
+        return self._folder.state()
+
+    def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
+        """Fill `out` with the decoded tensor's bytes from byte `offset` (a whole element) on."""
+        raw = np.frombuffer(out, self._format.raw_dtype)
+        named = self._named[tensor.name]
+        row = named.stored.shape[-1]
+        start = offset // self._format.nbytes
+        first, last = start // row, -(-(start + raw.size) // row)
+        values = self._rows(named, first, last)[start - first * row :][: raw.size]
+        if self._format is FloatFormat.BF16:
+            round_to_bf16(values, raw)
+        else:
+            raw[:] = narrow(values, self._format)
+
+    def read_side_file(self, name: str) -> bytes:
+        """Return the bytes of a file to carry over."""
+        return self._side_files[name]
+
+    def _rows(self, named: NamedTensor, first: int, last: int) -> NDArray[np.float32]:
+        """Return the values of rows first to last, flat."""
+        stored = named.stored
+        if named.expert is not None:
+            first, last = (row + named.expert * stored.shape[-2] for row in (first, last))
+        if named.n_heads and len(stored.shape) > 1:
+            return self._unpermuted_rows(named, first, last)
+        values = self._decode(stored, first, last)
+        return values[_half_split(stored.shape[0], named.n_heads)] if named.n_heads else values
+
+    def _unpermuted_rows(self, named: NamedTensor, first: int, last: int) -> NDArray[np.float32]:
+        """llama.cpp interleaves the two halves of each head's rows: read whole heads, and put them back."""
+        n_rows, row = named.stored.shape
+        head = n_rows // named.n_heads
+        first_head, last_head = first // head, -(-last // head)
+        values = self._decode(named.stored, first_head * head, last_head * head).reshape(-1, row)
+        order = _half_split(values.shape[0], last_head - first_head)
+        return values[order[first - first_head * head :][: last - first]].reshape(-1)
+
+    def _decode(self, stored: GgufTensor, first: int, last: int) -> NDArray[np.float32]:
+        """Return the values of stored rows first to last, flat; a vector is one row."""
+        row = stored.shape[-1]
+        row_nbytes = row // stored.block_type.block_size * stored.block_type.block_nbytes
+        data = np.empty((last - first) * row_nbytes, np.uint8)
+        self._folder.read_into(self._name, stored.start + first * row_nbytes, data.data)
+        values = np.empty((last - first) * row, np.float32)
+        stored.block_type.decode(data, values)
+        return values
+
+    def _rope_factors(self) -> NDArray[np.float32] | None:
+        stored = self._header.tensors.get(ROPE_FACTORS_NAME)
+        if stored is None:
+            return None
+        if len(stored.shape) != 1 or stored.shape[0] > _MAX_FACTORS:
+            path = self.location / self._name
+            raise SourceError(Reason.COMPONENT_SHAPE, path, f"{list(stored.shape)}", tensor=ROPE_FACTORS_NAME)
+        return self._decode(stored, 0, 1)
+
+    @cached_property
+    def _side_files(self) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        if self._given_folder:
+            found = {name: self._folder.read_side_file(name) for name in self._folder.list_side_files()}
+        if not any(name in found for name in _TOKENIZER_NAMES):
+            found |= tokenizer_files(self.location / self._name)
+        return dict(sorted(found.items()))
+
+
+def _half_split(n_rows: int, n_heads: int) -> NDArray[np.intp]:
+    """Return, for each row of transformers' order, the row of llama.cpp's."""
+    return np.arange(n_rows).reshape(n_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _only_file(folder: Path) -> str:
+    names = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
+    if len(names) != 1:
+        raise SourceError(
+            Reason.UNSUPPORTED_SOURCE,
+            folder,
+            f"has {len(names)} GGUF files ({', '.join(names[:5])})",
+            next_step="Give the path of one of them",
+        )
+    return names[0]
+
+
+def _float_format(tensors: tuple[NamedTensor, ...]) -> FloatFormat:
+    stored = {tensor.stored.block_type.name for tensor in tensors if len(tensor.stored.shape) > 1}
+    return FloatFormat(next(iter(stored))) if stored in ({"F16"}, {"F32"}) else FloatFormat.BF16

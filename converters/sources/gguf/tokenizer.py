@@ -1,0 +1,48 @@
+"""The tokenizer of a GGUF file, as files that every reader takes: converted by transformers, which knows the kinds."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from qformat.converters.sources.side_files import is_side_file
+from qformat.errors import Reason, SourceError
+
+_CIRCUMSTANCES = ("is_local", "local_files_only")
+"""What transformers writes of this machine, not of the tokenizer: whether the Hub could be reached."""
+
+_CONVERSION_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, OSError)
+"""What transformers and tokenizers raise for a vocabulary that they cannot use."""
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    """Return the tokenizer's files by name. Imports transformers.
+
+    Raises: SourceError where transformers or gguf is not installed, or cannot convert this tokenizer.
+    """
+    instead = "or put the model's own tokenizer.json into the file's folder and give the folder"
+    try:
+        import gguf  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise SourceError(
+            Reason.UNSUPPORTED_SOURCE,
+            path,
+            f"its tokenizer is converted by transformers, and {error.name} is not installed",
+            next_step=f"Install it with `pip install 'qformat[gguf]'`, {instead}",
+        ) from None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.absolute().parent), gguf_file=path.name)
+            for name in _CIRCUMSTANCES:
+                tokenizer.init_kwargs.pop(name, None)
+            tokenizer.save_pretrained(folder)
+        except _CONVERSION_ERRORS as error:
+            raise SourceError(
+                Reason.UNSUPPORTED_SOURCE,
+                path,
+                f"transformers cannot convert its tokenizer ({type(error).__name__}: {str(error)[:200]})",
+                next_step=f"Update transformers, {instead}",
+            ) from None
+        found = sorted(entry for entry in Path(folder).iterdir() if is_side_file(entry.name))
+        return {entry.name: entry.read_bytes() for entry in found}

@@ -1,0 +1,1 @@
+"""Repositories of the Hub as a source."""

@@ -1,0 +1,124 @@
+"""The files of a checkpoint in a repository of the Hub, or in its snapshot in the local cache: one commit, all digests.
+
+Weights reach memory in one of two ways: through a stream that fetches each byte once and in order, while a conversion
+runs (`qformat.converters.sources.hub.reading`), or else by a request for each read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from qformat.artifact import header
+from qformat.artifact.header import Header
+from qformat.artifact.manifest import JsonObject
+from qformat.artifact.reading.regular_files import check_plain_name
+from qformat.converters.sources.checkpoint_folder import CheckpointFiles
+from qformat.converters.sources.side_files import is_side_file
+from qformat.errors import SourceError
+from qformat.hub.reading.repository import RemoteFile, Repository
+from qformat.hub.reading.stream import CONNECTIONS, ByteStream
+
+_MAX_NOT_LFS_NBYTES = 16 * 2**20
+"""Outside of large-file storage the Hub takes no file larger than 10 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file of weights. head: the bytes before its data. whole: all bytes, where they are few and checked already."""
+
+    file: RemoteFile
+    head: bytes
+    whole: bytes | None
+
+
+class HubFiles(CheckpointFiles):
+    """The files of a repository's top folder. Closing it closes the repository.
+
+    revision: what was asked for. pin: what a later run needs to go on with this commit.
+    """
+
+    def __init__(self, repository: Repository, *, revision: str) -> None:
+        self.repository = repository
+        self.path = Path(f"{repository.name}@{repository.commit[:12]}")
+        self.state_when_opened: JsonObject = {"commit": repository.commit}
+        self.pin: JsonObject = {"repository": repository.name, "revision": revision, "commit": repository.commit}
+        self.shards: dict[str, Shard] = {}
+        self.stream: ByteStream | None = None
+        self._small: dict[str, bytes] = {}
+
+    def close(self) -> None:
+        """Close the repository."""
+        self.repository.close()
+
+    def names(self) -> list[str]:
+        """Return the names of the files in the repository's top folder."""
+        return sorted(path for path in self.repository.files if "/" not in path)
+
+    def read_small(self, name: str, *, max_nbytes: int) -> bytes:
+        """Return the bytes of a small file, fetched once and checked against the commit's digest."""
+        if name not in self._small:
+            self._small[name] = self.repository.read_small(self._listed(name).path, max_nbytes=max_nbytes)
+        return self._small[name]
+
+    def read_headers(self, names: Sequence[str]) -> dict[str, Header]:
+        """Fetch the headers of safetensors files, several at a time, in two requests a file."""
+        for name in names:
+            self._listed(name)
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="qformat-headers") as pool:
+            try:
+                return dict(zip(names, pool.map(self._read_header, names), strict=True))
+            except BaseException:
+                self.close()  # whoever waits for the next attempt stops waiting
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with bytes of a shard by a request of its own."""
+        whole = self.shards[name].whole
+        if whole is not None:
+            out[:] = whole[offset : offset + len(out)]
+        else:
+            self.repository.read_range(name, offset, out)
+
+    def list_side_files(self) -> dict[str, int]:
+        """Return the files to carry over, with their sizes in bytes."""
+        return {name: self.repository.files[name].nbytes for name in self.names() if is_side_file(name)}
+
+    def state(self) -> JsonObject:
+        """Return which commit this is: a commit does not change, and what arrives is compared with its digests."""
+        return self.state_when_opened
+
+    def digest(self, name: str) -> str:
+        """Return the digest by which the commit names a file's content."""
+        file = self._listed(name)
+        return file.sha256 or file.oid
+
+    def described_shards(self) -> Mapping[str, JsonObject]:
+        """Return size and SHA-256 of each shard, as the manifest records them."""
+        described: dict[str, JsonObject] = {}
+        for name, shard in sorted(self.shards.items()):
+            described[name] = {"nbytes": shard.file.nbytes}
+            if shard.file.sha256 is not None:
+                described[name]["sha256"] = shard.file.sha256
+        return described
+
+    def _listed(self, name: str) -> RemoteFile:
+        check_plain_name(name, path=self.path, error=SourceError)
+        return self.repository.file(name)
+
+    def _read_header(self, name: str) -> Header:
+        file, path = self._listed(name), self.path / name
+        whole = self.read_small(name, max_nbytes=_MAX_NOT_LFS_NBYTES) if file.sha256 is None else None
+
+        def read_into(offset: int, out: memoryview) -> None:
+            if whole is None:
+                self.repository.read_range(name, offset, out)
+            else:
+                out[:] = whole[offset : offset + len(out)]
+
+        text = header.read_text(read_into, file_nbytes=file.nbytes, path=path, error=SourceError)
+        self.shards[name] = Shard(file, header.framed(text), whole)
+        return header.parse(text, file_nbytes=file.nbytes, path=path, error=SourceError)

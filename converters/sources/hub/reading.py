@@ -1,0 +1,181 @@
+"""A conversion's reading of a repository: one stream in the order of the files, each SHA-256 proved on the way.
+
+The journal of the conversion holds, besides the tensors that are encoded, how far each shard is proved:
+
+    {"hashed": TENSOR, "shard": FILE, "source_xxh3": DIGEST, "sha256_state": STATE}   before {"tensor": TENSOR, ...}
+    {"distrusted": FILE}                                                              its SHA-256 came out wrong
+
+The state is that of the shard's SHA-256 after the tensor's last byte. So a later run fetches neither what is encoded
+nor, to prove a shard, what comes before its last state. Only a tensor that was hashed but not encoded when the run
+ended is fetched once more; that its bytes are the hashed ones is told by its XXH3-128. When a shard's SHA-256 turns out
+wrong, nothing that came from it is believed any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from qformat.artifact.digests import Xxh3
+from qformat.artifact.header import TensorEntry
+from qformat.artifact.layout import natural_order
+from qformat.artifact.manifest import JsonObject
+from qformat.converters.sources.hub.files import HubFiles
+from qformat.converters.sources.reading import Reading, Record
+from qformat.converters.sources.source import SourceTensor
+from qformat.errors import QformatError, SourceError
+from qformat.hub.reading.repository import digest_error
+from qformat.hub.reading.resumable_sha256 import ResumableSha256
+from qformat.hub.reading.stream import ByteStream, Span
+
+
+@dataclass(slots=True)
+class _Proofs:
+    """What the journal says: the XXH3-128 of each hashed tensor, and the furthest state of each shard."""
+
+    xxh3: dict[str, str] = field(default_factory=dict)
+    states: dict[str, ResumableSha256] = field(default_factory=dict)
+
+
+class HubReading(Reading):
+    """The reading of one run. entries: shard and place in its file of every tensor."""
+
+    def __init__(self, files: HubFiles, entries: Mapping[str, tuple[str, TensorEntry]]) -> None:
+        self._files = files
+        self._entries = entries
+        self._proofs = _Proofs()
+        self._proved = threading.Condition()
+        self._record: Record = lambda entry: None
+        self._stream: ByteStream | None = None
+        self._hasher: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def trusted(self, entries: Sequence[JsonObject]) -> list[JsonObject]:
+        """Return the encoded tensors whose source bytes were hashed, of shards that did not turn out wrong."""
+        tensors: dict[str, JsonObject] = {}
+        proofs = _Proofs()
+        for entry in entries:
+            if "distrusted" in entry:
+                shard = str(entry["distrusted"])
+                proofs.states.pop(shard, None)
+                for name in [name for name in proofs.xxh3 if self._shard_of(name) == shard]:
+                    del proofs.xxh3[name]
+                    tensors.pop(name, None)
+            elif "hashed" in entry:
+                proofs.xxh3[str(entry["hashed"])] = str(entry["source_xxh3"])
+                proofs.states[str(entry["shard"])] = ResumableSha256.from_text(str(entry["sha256_state"]))
+            elif "tensor" in entry:
+                name = str(entry["tensor"])
+                if self._is_whole(name) or proofs.xxh3.get(name) == entry.get("source_xxh3"):
+                    tensors[name] = entry
+        self._proofs = proofs
+        return list(tensors.values())
+
+    def begin(self, tensors: Sequence[SourceTensor], record: Record) -> list[str]:
+        """Begin to fetch what these tensors and the proofs of their shards need, and nothing else."""
+        wanted = {tensor.name for tensor in tensors}
+        spans, kept = [], []
+        for name in sorted(self._entries, key=self._place):
+            shard, entry = self._entries[name]
+            hashed = self._proofs.states.get(shard)
+            if self._is_whole(name):
+                kept += [name] if name in wanted else []
+            elif name in wanted:
+                in_order = hashed is None or entry.stop > hashed.nbytes or name not in self._proofs.xxh3
+                spans.append(Span(name, shard, entry.start, entry.stop, in_order))
+        self._record = record
+        self._stream = self._files.stream = ByteStream(self._files.repository, spans)
+        self._hasher = threading.Thread(target=self._hash, name="qformat-hub-sha256", daemon=True)
+        self._hasher.start()
+        return kept + [span.key for span in spans]
+
+    def settle(self, tensor: SourceTensor, source_xxh3: str) -> None:
+        """Wait until a tensor is hashed, and compare what was hashed with what was encoded."""
+        if self._is_whole(tensor.name):
+            return
+        with self._proved:
+            while tensor.name not in self._proofs.xxh3 and self._failure is None:
+                self._proved.wait()
+            if self._failure is not None:
+                raise self._failure
+            expected = self._proofs.xxh3[tensor.name]
+            if source_xxh3 != expected:  # one of the two arrived damaged, and nobody knows which
+                shown = f"{self._files.path / tensor.file}: tensor {tensor.name!r}"
+                self._failure = digest_error(shown, source_xxh3, expected, SourceError)
+                self._record({"distrusted": tensor.file})
+                raise self._failure
+
+    def finish(self) -> None:
+        """Wait for the SHA-256 of the last shard. Raises SourceError if one is not what the commit says."""
+        assert self._hasher is not None
+        self._hasher.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """End the stream; the thread that hashes is gone afterwards and writes to no journal any more."""
+        if self._stream is not None and self._hasher is not None:
+            self._stream.close()
+            self._hasher.join()
+        self._files.stream = None
+
+    def _hash(self) -> None:
+        assert self._stream is not None
+        try:
+            self._hash_all(self._stream)
+        except QformatError as failure:
+            self._fail(failure)
+        except BaseException as failure:  # whoever waits must learn of it, whatever it is
+            self._fail(failure)
+            raise
+
+    def _fail(self, failure: BaseException) -> None:
+        assert self._stream is not None
+        self._stream.fail(failure)
+        with self._proved:
+            self._failure = self._failure or failure
+            self._proved.notify_all()
+
+    def _hash_all(self, stream: ByteStream) -> None:
+        sha256 = dict(self._proofs.states)
+        for name, state in sorted(sha256.items()):
+            self._compare_complete(name, state)  # a run that ended before it could
+        xxh3 = Xxh3()
+        for span, data in stream.in_order():
+            if span.file not in sha256:
+                sha256[span.file] = ResumableSha256()
+                sha256[span.file].update(self._files.shards[span.file].head)
+            state = sha256[span.file]
+            if len(data):
+                state.update(data)
+                xxh3.update(data)
+                continue
+            assert state.nbytes == span.stop, f"{span.key}: hashed up to byte {state.nbytes}, expected {span.stop}"
+            digest, xxh3 = xxh3.hexdigest(), Xxh3()
+            entry: JsonObject = {"hashed": span.key, "shard": span.file, "source_xxh3": digest}
+            with self._proved:
+                if self._failure is not None:  # nothing may be noted of a shard behind the note that it is distrusted
+                    return
+                self._record({**entry, "sha256_state": state.to_text()})
+                self._proofs.xxh3[span.key] = digest
+                self._proved.notify_all()
+            self._compare_complete(span.file, state)
+
+    def _compare_complete(self, name: str, state: ResumableSha256) -> None:
+        """Compare the SHA-256 of a shard of which every byte was hashed with the commit's."""
+        file = self._files.shards[name].file
+        if state.nbytes == file.nbytes and (found := state.hexdigest()) != file.sha256:
+            self._record({"distrusted": name})
+            raise digest_error(str(self._files.path / name), found, str(file.sha256), SourceError)
+
+    def _place(self, name: str) -> tuple[object, int, int]:
+        shard, entry = self._entries[name]
+        return natural_order(shard), entry.start, entry.stop
+
+    def _shard_of(self, name: str) -> str | None:
+        return self._entries[name][0] if name in self._entries else None
+
+    def _is_whole(self, name: str) -> bool:
+        shard = self._shard_of(name)
+        return shard is not None and self._files.shards[shard].whole is not None

@@ -1,0 +1,153 @@
+"""The Hub source: a safetensors checkpoint in a repository at one commit, streamed, or read from the local cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from qformat.artifact.manifest import JsonObject
+from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
+from qformat.converters.sources.hub.files import HubFiles
+from qformat.converters.sources.hub.reading import HubReading
+from qformat.converters.sources.reading import Reading
+from qformat.converters.sources.safetensors_shards import INDEX_NAME, SINGLE_NAME, SafetensorsShards
+from qformat.converters.sources.side_files import is_side_file
+from qformat.converters.sources.source import SourceTensor
+from qformat.errors import HubError, Reason, SourceError
+from qformat.hub.reading.cache import CachedRepository, find_in_cache
+from qformat.hub.reading.download import download
+from qformat.hub.reading.remote import DEFAULT_REVISION, open_repository
+from qformat.hub.reading.repository import Repository
+
+_TORCH_BIN = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
+
+
+class HubRepository(SafetensorsShards):
+    """A checkpoint of the Hub. Opening fetches config.json, the index and every header, and no weight."""
+
+    def __init__(self, files: HubFiles) -> None:
+        self.files = files
+        super().__init__(files)
+
+    def describe(self) -> JsonObject:
+        """Return kind, repository and commit, and size and SHA-256 of each shard."""
+        files: JsonObject = {**self.files.described_shards()}
+        repository = self.files.repository
+        return {"kind": self.kind, "repository": repository.name, "commit": repository.commit, "files": files}
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the commit, and of the digests that it gives to the files that are used."""
+        used = sorted({CONFIG_NAME, *self.files.shards, *self.side_files})
+        lines = [str(self.files.repository.commit), *(f"{name} {self.files.digest(name)}" for name in used)]
+        return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
+
+    def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes: those of the stream while a conversion runs, else fetched for it."""
+        shard, entry = self._entries[tensor.name]
+        if self.files.stream is not None and self.files.shards[shard].whole is None:
+            self.files.stream.read_into(tensor.name, offset, out)
+        else:
+            self.files.read_into(shard, entry.start + offset, out)
+
+    def new_reading(self) -> Reading:
+        """Return a reading in the order of the shards' bytes."""
+        return HubReading(self.files, self._entries)
+
+    def check_for_any_order(self) -> None:
+        """Make sure that tensors may be read in any order, and more than once: compare whole shards beforehand.
+
+        Raises SourceError for a shard that is damaged, or one that is not in the local cache.
+        """
+        repository = self.files.repository
+        if not isinstance(repository, CachedRepository):
+            raise SourceError(
+                Reason.UNSUPPORTED_SOURCE, self.location / CONFIG_NAME, "this encoding cannot be decoded in a stream",
+                field="quantization_config", next_step="Download it first with --keep-source",
+            )  # fmt: skip
+        repository.check(self.files.shards)
+
+    @property
+    def pin(self) -> JsonObject:
+        """What a later run needs to go on with this commit, wherever the branch is by then."""
+        return self.files.pin
+
+
+def open_hub_files(
+    name: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    keep_source: bool = False,
+    pin: JsonObject | None = None,
+) -> HubFiles:
+    """Find a checkpoint of the Hub at the commit that the revision has now. The caller closes the files.
+
+    offline: make no request, read the local cache; so does HF_HUB_OFFLINE. keep_source: download into the local cache
+    first. pin: of an interrupted run, whose commit is the one to go on with if it asked for the same.
+    Without these, a snapshot in the local cache is used if it has every file that is needed.
+    Raises: HubError, SourceError, UsageError.
+    """
+    from huggingface_hub import constants
+
+    revision = revision or DEFAULT_REVISION
+    pinned = pin is not None and (pin.get("repository"), pin.get("revision")) == (name, revision)
+    asked = str(pin["commit"]) if pin is not None and pinned else revision
+    if offline or constants.is_offline_mode():
+        files = HubFiles(_cached(name, asked), revision=revision)
+    else:
+        files = HubFiles(_at_the_hub(name, asked, is_pinned=pinned), revision=revision)
+        needed = _needed_files(files)
+        if keep_source:
+            download(files.repository, needed, revision=revision)
+        if (cached := _whole_in_cache(files.repository, needed)) is not None:
+            files.close()
+            files = HubFiles(cached, revision=revision)
+    return files
+
+
+def _at_the_hub(name: str, revision: str, *, is_pinned: bool) -> Repository:
+    try:
+        return open_repository(name, revision=revision)
+    except HubError as refused:
+        if is_pinned and refused.code == "RevisionNotFound":
+            raise HubError(
+                name, f"commit {revision}, which the interrupted conversion was begun from, is gone",
+                next_step="Begin anew with --restart", status=refused.status, code=refused.code,
+            ) from None  # fmt: skip
+        raise
+
+
+def _cached(name: str, revision: str) -> CachedRepository:
+    cached = find_in_cache(name, revision)
+    if cached is None:
+        raise SourceError(
+            Reason.MISSING_FILE, f"{name}@{revision}", "is not in the local cache of the Hub's client, and no request "
+            "may be made", next_step="Fetch it first: leave out --offline, or unset HF_HUB_OFFLINE",
+        )  # fmt: skip
+    return cached
+
+
+def _whole_in_cache(repository: Repository, needed: list[str]) -> CachedRepository | None:
+    """Return the snapshot in the local cache if it has all the files that are needed, as the commit lists them."""
+    try:
+        cached = find_in_cache(repository.name, repository.commit)
+    except SourceError:  # what is there is not laid out as the client does it
+        return None
+    if cached is None:
+        return None
+    for name in needed:
+        there, listed = cached.files.get(name), repository.files[name]
+        digest = listed.sha256 or listed.oid
+        if there is None or there.nbytes != listed.nbytes or (there.sha256 or there.oid) != digest:
+            cached.close()
+            return None
+    return cached
+
+
+def _needed_files(files: HubFiles) -> list[str]:
+    """Return the files of a repository that a conversion reads, and that exist."""
+    shards = (files.read_weight_map(INDEX_NAME) or {SINGLE_NAME: SINGLE_NAME}).values()
+    named = {CONFIG_NAME, INDEX_NAME, *shards}
+    if not any(files.has(shard) for shard in shards):
+        named |= {name for name in files.names() if _TORCH_BIN.fullmatch(name)}
+    return [name for name in files.names() if name in named or is_side_file(name)]

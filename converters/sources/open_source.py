@@ -1,0 +1,214 @@
+"""Open whatever a user names as a source: the kind follows from what lies there, by two tables.
+
+What holds the tensors (safetensors, PyTorch's .bin, GGUF) is told by the names of the files; how they are stored
+(16 bit, or in blocks that are decoded while they are read) by `quantization_config` in config.json. The second is
+independent of the first: `decoded` takes any source.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qformat.artifact.manifest import JsonObject
+from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
+from qformat.converters.sources.source import Source
+from qformat.errors import Reason, SourceError, UsageError
+from qformat.hub.names import is_repository_name
+
+
+@dataclass(frozen=True, slots=True)
+class SourceKind:
+    """A kind of source as `qformat info` lists it. `name` is what the manifest records."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Container(SourceKind):
+    """What holds tensors. The first container of the table that `lies_at` a place opens it."""
+
+    lies_at: Callable[[Path, list[str]], bool]
+    open: Callable[[Path], Source]
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoding(SourceKind):
+    """How tensors are stored: the `quant_method` of config.json, and the source that decodes another source."""
+
+    quant_method: str
+    open: Callable[[Source], Source]
+
+
+def open_source(
+    location: Path | str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    keep_source: bool = False,
+    pin: JsonObject | None = None,
+) -> Source:
+    """Open the checkpoint at a location: a folder, a GGUF file, or a repository of the Hub. The caller closes it.
+
+    location: what lies here comes first; otherwise a text of the form owner/name is a repository, and a Path never is.
+    revision, offline, keep_source, pin: of a repository, see `open_hub_files`.
+    Raises: SourceError for what is no checkpoint, or a damaged one, or one of a kind that cannot be converted;
+    HubError; UsageError for options that do not fit the location.
+    """
+    if is_repository(location):
+        return _open_hub(str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin)
+    if revision is not None or offline or keep_source:
+        raise UsageError(f"{location}: is no repository of the Hub (owner/name), and the option is for those")
+    path = Path(location)
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    container = _container_at(path, names)
+    # What is no checkpoint goes to the safetensors source, which tells what is missing.
+    opened = container.open(path) if container is not None else _open_safetensors(path)
+    try:
+        return decoded(opened)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _container_at(path: Path, names: list[str]) -> _Container | None:
+    return next((kind for kind in _CONTAINERS if kind.lies_at(path, names)), None)
+
+
+def is_repository(location: Path | str) -> bool:
+    """Whether a location names a repository of the Hub: nothing of that name lies here, and it has the form."""
+    return isinstance(location, str) and not os.path.lexists(location) and is_repository_name(location)
+
+
+def decoded(source: Source) -> Source:
+    """Return a source of 16-bit (or adopted 4-bit) tensors: `source` itself, or one that decodes it and closes it.
+
+    Raises: SourceError if config.json names a quantization that is not in the table.
+    """
+    encoding = _encoding_of(source)
+    return source if encoding is None else encoding.open(source)
+
+
+def _encoding_of(source: Source) -> _Encoding | None:
+    quantization = source.config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    for encoding in _ENCODINGS:
+        if encoding.quant_method == method:
+            return encoding
+    raise SourceError(
+        Reason.ALREADY_QUANTIZED,
+        source.location / CONFIG_NAME,
+        f"the checkpoint is quantized already (quant_method {method!r})",
+        field="quantization_config",
+        next_step="Convert the 16-bit checkpoint that it was made from",
+    )
+
+
+def _open_hub(name: str, *, revision: str | None, offline: bool, keep_source: bool, pin: JsonObject | None) -> Source:
+    from qformat.converters.sources.hub.repository import HubRepository, open_hub_files
+    from qformat.converters.sources.hub.snapshot import HubSnapshot
+
+    files = open_hub_files(name, revision=revision, offline=offline, keep_source=keep_source, pin=pin)
+    try:
+        container = _container_at(files.path, files.names())
+        if container is not None and container.open is not _open_safetensors:
+            return HubSnapshot(files, container.open)
+        opened = HubRepository(files)
+        if (encoding := _encoding_of(opened)) is None:
+            return opened
+        opened.check_for_any_order()
+        return encoding.open(opened)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _open_safetensors(path: Path) -> Source:
+    from qformat.converters.sources.safetensors_shards import SafetensorsShards
+
+    return SafetensorsShards(path)
+
+
+def _open_torch_bin(path: Path) -> Source:
+    from qformat.converters.sources.torch_bin import TorchBin
+
+    return TorchBin(path)
+
+
+def _open_gguf(path: Path) -> Source:
+    from qformat.converters.sources.gguf.file import GgufFile
+
+    return GgufFile(path)
+
+
+def _open_fp8(stored: Source) -> Source:
+    from qformat.converters.sources.fp8_blocks import Fp8Blocks
+
+    return Fp8Blocks(stored)
+
+
+def _open_mxfp4(stored: Source) -> Source:
+    from qformat.converters.sources.mxfp4 import Mxfp4
+
+    return Mxfp4(stored)
+
+
+def _is_safetensors(path: Path, names: list[str]) -> bool:
+    return "model.safetensors" in names or "model.safetensors.index.json" in names
+
+
+def _is_torch_bin(path: Path, names: list[str]) -> bool:
+    return any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names)
+
+
+def _is_gguf(path: Path, names: list[str]) -> bool:
+    return any(name.endswith(".gguf") for name in names) or (path.name.endswith(".gguf") and not os.path.isdir(path))
+
+
+def _open_bitsandbytes(stored: Source) -> Source:
+    from qformat.converters.sources.bitsandbytes_4bit import Bitsandbytes4Bit
+
+    return Bitsandbytes4Bit(stored)
+
+
+_CONTAINERS = (
+    _Container(
+        "safetensors",
+        "model.safetensors, or shards and their index, in bf16, fp16 or fp32",
+        lies_at=_is_safetensors,
+        open=_open_safetensors,
+    ),
+    _Container(
+        "torch_bin",
+        "pytorch_model.bin, or shards and their index: plain tensors only, their checksums checked",
+        lies_at=_is_torch_bin,
+        open=_open_torch_bin,
+    ),
+    _Container(
+        "gguf",
+        "a .gguf file, or a folder with one: Llama and Qwen, F32 to Q2_K, decoded to bf16 (F16 and F32 stay)",
+        lies_at=_is_gguf,
+        open=_open_gguf,
+    ),
+)
+
+_ENCODINGS = (
+    _Encoding("fp8", "8-bit floats with block scales (DeepSeek-V3, Qwen3 FP8), decoded to bf16", "fp8", open=_open_fp8),
+    _Encoding(
+        "bitsandbytes_4bit",
+        "NF4 weights without a manifest (`*-bnb-4bit`), adopted: same codes, same scales",
+        "bitsandbytes",
+        open=_open_bitsandbytes,
+    ),
+    _Encoding("mxfp4", "4-bit floats (gpt-oss), decoded to bf16", "mxfp4", open=_open_mxfp4),
+)
+
+_HUB = SourceKind("owner/name", "a repository of the Hub with safetensors, streamed; other encodings: --keep-source")
+
+KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS, _HUB)
+"""Every kind of source, for lists."""

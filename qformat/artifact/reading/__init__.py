@@ -1,0 +1,1 @@
+"""Opening and checking what is on the disk: structure, digests, mapped tensors."""

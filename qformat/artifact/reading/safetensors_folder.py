@@ -1,0 +1,52 @@
+"""The shards of a folder in the layout of the Hub, by their headers: `model.safetensors`, or an index and its files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qformat import strict_json
+from qformat.artifact import header
+from qformat.artifact.limits import MAX_INDEX_NBYTES
+from qformat.artifact.reading.regular_files import check_plain_name, open_regular, read_small
+from qformat.artifact.reading.structure import INDEX_NAME, Located, ShardLayout
+from qformat.errors import InvalidFileError, Reason
+
+SINGLE_SHARD_NAME = "model.safetensors"
+
+
+def read_headers(path: Path, *, error: type[InvalidFileError]) -> ShardLayout:
+    """Read the headers of all shards of a folder and check them. Raises `error`."""
+    located: dict[str, Located] = {}
+    shard_nbytes: dict[str, int] = {}
+    for shard in _shard_names(path, error):
+        with open_regular(path, shard, error=error) as descriptor:
+            shard_nbytes[shard] = os.fstat(descriptor).st_size
+            entries = header.read(descriptor, path / shard, error=error).tensors
+        for name, entry in entries.items():
+            if name in located:
+                raise error(Reason.DUPLICATE_TENSOR, path / shard, f"is in {located[name].shard}, too", tensor=name)
+            located[name] = Located(shard, entry)
+    return ShardLayout(path, shard_nbytes, located, {})
+
+
+def _shard_names(path: Path, error: type[InvalidFileError]) -> list[str]:
+    if not path.is_dir():
+        raise error(Reason.MISSING_FILE, path, "there is no such folder")
+    index_path = path / INDEX_NAME
+    if not os.path.lexists(index_path):
+        return [SINGLE_SHARD_NAME]
+    data = read_small(path, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=error)
+    index = strict_json.loads(data, path=index_path, max_nbytes=MAX_INDEX_NBYTES, error=error)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise error(Reason.INDEX_MISMATCH, index_path, "missing or not an object", field="weight_map")
+    names = set()
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise error(
+                Reason.INDEX_MISMATCH, index_path, f"{shard!r} is no file name", tensor=tensor, field="weight_map"
+            )
+        check_plain_name(shard, path=index_path, error=error)
+        names.add(shard)
+    return sorted(names)

@@ -1,0 +1,216 @@
+"""Prove that an artifact is whole: structure, every digest, every byte of every file (spec section 7.3).
+
+Every byte is covered twice: by an XXH3-128 (of a component or of a shard's header), which is as fast as memory and
+finds every accident, and by the SHA-256 of its file, which also withstands intent once the manifest is authentic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from qformat.artifact import header
+from qformat.artifact.digests import sha256_of_file, xxh3_of_range
+from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, KeptRecord, Manifest
+from qformat.artifact.reading.regular_files import open_regular
+from qformat.artifact.reading.structure import check_structure, expected_tensors, read_manifest, size_error
+from qformat.errors import ArtifactError, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong: a stable reason, where (file, tensor, component), and a sentence."""
+
+    reason: Reason
+    file: str
+    message: str
+    tensor: str | None = None
+    component: str | None = None
+
+    def as_error(self, folder: Path) -> ArtifactError:
+        """Return an error that says the same of an artifact's file."""
+        file = folder / self.file
+        error = ArtifactError(self.reason, file, self.message.removeprefix(f"{file}: "))
+        error.tensor, error.field = self.tensor, self.component
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class IntegrityReport:
+    """The result of `verify_integrity`: good if nothing was found."""
+
+    path: Path
+    findings: tuple[Finding, ...]
+    n_files: int
+    nbytes: int
+    sha256_checked: bool
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+
+@dataclass(frozen=True, slots=True)
+class RangeCheck:
+    """A byte range and what its XXH3-128 must be."""
+
+    descriptor: int
+    file: Path
+    start: int
+    stop: int
+    expected: str
+    tensor: str | None
+    component: str
+
+    def run(self) -> Finding | None:
+        """Hash the range; return a finding if the digest differs or the bytes cannot be read."""
+        try:
+            found = xxh3_of_range(self.descriptor, self.start, self.stop, path=self.file, error=ArtifactError)
+        except ArtifactError as error:
+            return finding_of(error)
+        if found == self.expected:
+            return None
+        reason = Reason.FILE_DIGEST if self.tensor is None else Reason.COMPONENT_DIGEST
+        where = f"{self.component} (bytes {self.start} to {self.stop})"
+        what = f"tensor {self.tensor!r}: {where}" if self.tensor else where
+        message = f"{self.file}: {what} was changed: XXH3-128 {found}, expected {self.expected}. Fetch the file again"
+        return Finding(reason, self.file.name, message, self.tensor, self.component)
+
+
+def verify_integrity(
+    path: Path | str,
+    *,
+    sha256: bool = False,
+    workers: int = 2,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> IntegrityReport:
+    """Check the structure and every digest of an artifact; every problem is a finding, not an exception.
+
+    sha256: also take the SHA-256 of every shard (that of every other file is always taken). on_progress: bytes done.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+    except ArtifactError as error:
+        return IntegrityReport(path, (finding_of(error),), 0, 0, sha256)
+    findings: list[Finding] = []
+    with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
+        descriptors = _open_files(path, manifest, stack, findings)
+        checks = list(range_checks(path, manifest, descriptors, findings))
+        whole = [
+            (name, record)
+            for name, record in manifest.files.items()
+            if name in descriptors and (sha256 or record.header_xxh3 is None)
+        ]
+
+        def run(check: RangeCheck) -> Finding | None:
+            finding = check.run()
+            on_progress(check.stop - check.start)
+            return finding
+
+        def run_whole(item: tuple[str, FileRecord]) -> Finding | None:
+            return _check_whole(path / item[0], descriptors[item[0]], item[1])
+
+        findings += [finding for finding in pool.map(run, checks) if finding is not None]
+        findings += [finding for finding in pool.map(run_whole, whole) if finding is not None]
+    findings += _extra_files(path, manifest)
+    findings += _structure(path, findings)
+    nbytes = sum(record.nbytes for record in manifest.files.values())
+    return IntegrityReport(path, tuple(findings), len(manifest.files) + 1, nbytes, sha256)
+
+
+def verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
+    """Check every file that is no shard: the SHA-256 of those in the manifest, and that there is no other."""
+    names = [name for name, record in manifest.files.items() if record.header_xxh3 is None]
+    findings: list[Finding] = []
+    with ExitStack() as stack:
+        for name in names:
+            try:
+                descriptor = stack.enter_context(open_regular(path, name, error=ArtifactError))
+            except ArtifactError as error:
+                findings.append(finding_of(error))
+                continue
+            finding = _check_whole(path / name, descriptor, manifest.files[name])
+            findings += [] if finding is None else [finding]
+    return (*findings, *_extra_files(path, manifest))
+
+
+def finding_of(error: ArtifactError) -> Finding:
+    """Return an error of the reader as a finding."""
+    return Finding(error.reason, Path(error.path).name, str(error), error.tensor, error.field)
+
+
+def _open_files(path: Path, manifest: Manifest, stack: ExitStack, findings: list[Finding]) -> dict[str, int]:
+    descriptors: dict[str, int] = {}
+    for name in manifest.files:
+        try:
+            descriptors[name] = stack.enter_context(open_regular(path, name, error=ArtifactError))
+        except ArtifactError as error:
+            findings.append(finding_of(error))
+    return descriptors
+
+
+def range_checks(
+    path: Path, manifest: Manifest, descriptors: Mapping[str, int], findings: list[Finding]
+) -> Iterator[RangeCheck]:
+    """Yield the checks of every shard whose header is what it was, in the order of the bytes."""
+    expected = expected_tensors(manifest)
+    for name, record in manifest.files.items():
+        if record.header_xxh3 is None or name not in descriptors:
+            continue
+        descriptor = descriptors[name]
+        try:
+            read = header.read(descriptor, path / name, error=ArtifactError)
+        except ArtifactError as error:
+            findings.append(finding_of(error))
+            continue
+        head = RangeCheck(descriptor, path / name, 0, read.data_start, record.header_xxh3, None, "header")
+        if (changed := head.run()) is not None:
+            findings.append(changed)
+            continue
+        for entry in read.tensors.values():
+            if entry.name in expected:
+                tensor, part, _ = expected[entry.name]
+                tensor_record = manifest.tensors[tensor]
+                kept = isinstance(tensor_record, KeptRecord)
+                digest = tensor_record.xxh3 if isinstance(tensor_record, KeptRecord) else tensor_record.components[part]
+                label = "data" if kept else part.label
+                yield RangeCheck(descriptor, path / name, entry.start, entry.stop, digest, tensor, label)
+
+
+def _check_whole(path: Path, descriptor: int, record: FileRecord) -> Finding | None:
+    nbytes = os.fstat(descriptor).st_size
+    if nbytes != record.nbytes:
+        return finding_of(size_error(path, nbytes, record.nbytes))
+    try:
+        found = sha256_of_file(descriptor, record.nbytes, path=path, error=ArtifactError)
+    except ArtifactError as error:
+        return finding_of(error)
+    if found == record.sha256:
+        return None
+    message = f"{path}: was changed: SHA-256 {found}, expected {record.sha256}. Fetch the file again"
+    return Finding(Reason.FILE_DIGEST, path.name, message)
+
+
+def _extra_files(path: Path, manifest: Manifest) -> Iterable[Finding]:
+    known = {*manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
+    for entry in sorted(path.iterdir()):
+        # What begins with a dot was put there by git or a client of the Hub, and no reader looks at it.
+        if entry.name not in known and not entry.name.startswith("."):
+            name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")  # a file's name need not be text
+            yield Finding(Reason.EXTRA_FILE, name, f"{path / name}: is not in the manifest. Move it elsewhere")
+
+
+def _structure(path: Path, findings: list[Finding]) -> Iterable[Finding]:
+    """Yield what the reader finds, unless it only repeats what a digest has told about the same file."""
+    try:
+        check_structure(path)
+    except ArtifactError as error:
+        found = finding_of(error)
+        if all(found.file != earlier.file for earlier in findings):
+            yield found

@@ -1,0 +1,1 @@
+"""Everything that writes a folder: the disk, staging, and rewriting an artifact."""

@@ -1,0 +1,132 @@
+"""Decoders of the 8- and 4-bit float blocks of published checkpoints: FP8 (E4M3) and MXFP4 (E2M1), to bfloat16.
+
+The values are those of the formats, widened exactly to float32, times the block's scale in float32, rounded once to
+bfloat16 (to nearest, ties to even): what transformers computes when it loads such a checkpoint dequantized. Plain
+numba, on flat arrays, without the GIL; the sizes are checked by the callers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numpy.typing import NDArray
+
+from qformat.codec.cpu.kernels import filled, kernel, taken
+from qformat.codec.floats import FloatFormat, narrow
+
+MXFP4_BLOCK = 32
+"""Weights that share an exponent; 16 bytes of codes."""
+
+_TILE_ROWS = 64
+
+
+def _e4m3_values() -> NDArray[np.float32]:
+    """Return the 256 values: sign, 4 bits of exponent biased by 7, 3 of fraction; all ones is NaN."""
+    code = np.arange(256)
+    exponent, fraction = code >> 3 & 15, code & 7
+    magnitude = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8 + fraction, exponent - 10))
+    magnitude[code & 127 == 127] = np.nan
+    values: NDArray[np.float32] = np.where(code < 128, magnitude, -magnitude).astype(np.float32)
+    return values
+
+
+def _e8m0_values() -> NDArray[np.float32]:
+    """Return the 256 powers of two; 255 gives infinity, as transformers computes it."""
+    with np.errstate(over="ignore"):
+        powers: NDArray[np.float32] = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
+    return powers
+
+
+def _mxfp4_values() -> NDArray[np.uint16]:
+    """Return the bfloat16 bits of each code under each exponent, at 16 * exponent + code. Exact, but for overflow."""
+    positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        products = E8M0[:, None] * np.concatenate([positive, -positive])
+    return narrow(products.ravel(), FloatFormat.BF16).astype(np.uint16)
+
+
+E4M3 = _e4m3_values()
+E8M0 = _e8m0_values()
+_MXFP4_BF16 = _mxfp4_values()
+
+
+@kernel(
+    types.void(
+        taken(types.uint8),
+        types.int64,
+        types.int64,
+        types.int64,
+        types.int64,
+        types.int64,
+        taken(types.float32),
+        filled(types.uint16),
+    )
+)
+def decode_e4m3(
+    codes: Any, first: Any, n_rows: Any, n_columns: Any, block_rows: Any, block_columns: Any, scales: Any, out: Any
+) -> Any:
+    """Decode E4M3 codes [n], the elements from `first` on of matrices [..., n_rows, n_columns], to bfloat16 bits [n].
+
+    scales: float32 [..., ceil(n_rows / block_rows), ceil(n_columns / block_columns)], flat. A block has many more
+    elements than there are codes: what each code means is computed once for each block of a row of blocks.
+    """
+    grid_rows = (n_rows + block_rows - 1) // block_rows
+    grid_columns = (n_columns + block_columns - 1) // block_columns
+    table = np.empty(grid_columns * 256, np.uint16)
+    values = np.empty(256, np.float32)
+    bits = values.view(np.uint32)
+    in_table = -1
+    done = 0
+    while done < codes.size:
+        row, column = divmod(first + done, n_columns)
+        matrix, row = divmod(row, n_rows)
+        row_of_blocks = matrix * grid_rows + row // block_rows
+        if row_of_blocks != in_table:
+            for block in range(grid_columns):
+                scale = scales[row_of_blocks * grid_columns + block]
+                for code in range(256):
+                    values[code] = E4M3[code] * scale
+                for code in range(256):
+                    word = bits[code]
+                    rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                    is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+                    table[block * 256 + code] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+            in_table = row_of_blocks
+        block = column // block_columns
+        length = min(min(n_columns, (block + 1) * block_columns) - column, codes.size - done)
+        for j in range(done, done + length):
+            out[j] = table[block * 256 + codes[j]]
+        done += length
+
+
+@kernel(
+    types.void(
+        taken(types.uint8), taken(types.uint8), types.int64, types.int64, types.int64, types.int64, filled(types.uint16)
+    )
+)
+def decode_mxfp4_transposed(
+    blocks: Any, exponents: Any, n_rows: Any, n_groups: Any, start: Any, stop: Any, out: Any
+) -> Any:
+    """Decode columns start to stop of a matrix [n_rows, n_groups * 32] of MXFP4 into rows of its transpose.
+
+    blocks: uint8 [n_rows, n_groups, 16], low nibble first; exponents: uint8 [n_rows, n_groups], biased by 127; out:
+    bfloat16 bits [stop - start, n_rows]. All flat. A block of each of 64 rows is decoded into a tile of 4 KiB, whose
+    rows are then written: of the transpose, a whole cache line is written at a time.
+    """
+    tile = np.empty((MXFP4_BLOCK, _TILE_ROWS), np.uint16)
+    for first_row in range(0, n_rows, _TILE_ROWS):
+        n_tile = min(_TILE_ROWS, n_rows - first_row)
+        for group in range(start // MXFP4_BLOCK, (stop + MXFP4_BLOCK - 1) // MXFP4_BLOCK):
+            for row in range(n_tile):
+                at = (first_row + row) * n_groups + group
+                exponent = np.int64(exponents[at]) * 16
+                for byte in range(MXFP4_BLOCK // 2):
+                    pair = np.int64(blocks[at * 16 + byte])
+                    tile[2 * byte, row] = _MXFP4_BF16[exponent + (pair & 15)]
+                    tile[2 * byte + 1, row] = _MXFP4_BF16[exponent + (pair >> 4)]
+            for column in range(max(start, group * MXFP4_BLOCK), min(stop, (group + 1) * MXFP4_BLOCK)):
+                place = (column - start) * n_rows + first_row
+                for row in range(n_tile):
+                    out[place + row] = tile[column % MXFP4_BLOCK, row]

@@ -1,0 +1,253 @@
+"""Decoders of ggml's quantized blocks (what a GGUF file holds) to float32: each value as ggml and gguf-py compute it.
+
+A row is cut into blocks of 32 or 256 weights; a block holds its float16 scales and its codes, laid out so that ggml's
+own kernels read them fast. The formula of each kernel's docstring is computed in float32 in the order written; nothing
+is fused. Plain numba, on flat arrays of whole blocks, without the GIL; sizes are checked by the callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+
+from qformat.codec.cpu.kernels import Kernel, filled, kernel, taken
+
+_HALF_VALUES = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+_decoder: Callable[..., Any] = kernel(types.void(taken(types.uint8), filled(types.float32)))
+"""decode(blocks [n_blocks * block_nbytes], out [n_blocks * block_size])."""
+
+_inline = njit(inline="always")
+
+
+@_inline
+def _half(data: Any, at: Any) -> Any:
+    return _HALF_VALUES[np.int64(data[at]) | (np.int64(data[at + 1]) << 8)]
+
+
+@_inline
+def _signed(byte: Any) -> Any:
+    return np.float32(np.int32(byte) - ((np.int32(byte) & 128) << 1))
+
+
+@_decoder
+def decode_q8_0(blocks: Any, out: Any) -> None:
+    """scale f16, 32 signed codes: code * scale."""
+    for i in range(out.size // 32):
+        scale = _half(blocks, i * 34)
+        for j in range(32):
+            out[i * 32 + j] = _signed(blocks[i * 34 + 2 + j]) * scale
+
+
+@_decoder
+def decode_q4_0(blocks: Any, out: Any) -> None:
+    """scale f16, 16 bytes of two codes, the first half's in the low nibbles: scale * (code - 8)."""
+    for i in range(out.size // 32):
+        scale = _half(blocks, i * 18)
+        for j in range(16):
+            pair = np.int32(blocks[i * 18 + 2 + j])
+            out[i * 32 + j] = scale * np.float32((pair & 15) - 8)
+            out[i * 32 + 16 + j] = scale * np.float32((pair >> 4) - 8)
+
+
+@_decoder
+def decode_q4_1(blocks: Any, out: Any) -> None:
+    """scale f16, minimum f16, 16 bytes of two codes: scale * code + minimum."""
+    for i in range(out.size // 32):
+        scale, minimum = _half(blocks, i * 20), _half(blocks, i * 20 + 2)
+        for j in range(16):
+            pair = np.int32(blocks[i * 20 + 4 + j])
+            out[i * 32 + j] = scale * np.float32(pair & 15) + minimum
+            out[i * 32 + 16 + j] = scale * np.float32(pair >> 4) + minimum
+
+
+@_decoder
+def decode_q5_0(blocks: Any, out: Any) -> None:
+    """scale f16, 32 fifth bits, 16 bytes of two codes: scale * (code - 16)."""
+    for i in range(out.size // 32):
+        at = i * 22
+        scale = _half(blocks, at)
+        for j in range(16):
+            pair = np.int32(blocks[at + 6 + j])
+            low = (np.int32(blocks[at + 2 + j // 8]) >> (j % 8)) & 1
+            high = (np.int32(blocks[at + 4 + j // 8]) >> (j % 8)) & 1
+            out[i * 32 + j] = scale * np.float32(((pair & 15) | (low << 4)) - 16)
+            out[i * 32 + 16 + j] = scale * np.float32(((pair >> 4) | (high << 4)) - 16)
+
+
+@_decoder
+def decode_q5_1(blocks: Any, out: Any) -> None:
+    """scale f16, minimum f16, 32 fifth bits, 16 bytes of two codes: scale * code + minimum."""
+    for i in range(out.size // 32):
+        at = i * 24
+        scale, minimum = _half(blocks, at), _half(blocks, at + 2)
+        for j in range(16):
+            pair = np.int32(blocks[at + 8 + j])
+            low = (np.int32(blocks[at + 4 + j // 8]) >> (j % 8)) & 1
+            high = (np.int32(blocks[at + 6 + j // 8]) >> (j % 8)) & 1
+            out[i * 32 + j] = scale * np.float32((pair & 15) | (low << 4)) + minimum
+            out[i * 32 + 16 + j] = scale * np.float32((pair >> 4) | (high << 4)) + minimum
+
+
+@_decoder
+def decode_q2_k(blocks: Any, out: Any) -> None:
+    """16 bytes of 4-bit (scale, minimum), 64 of 2-bit codes, two f16: (d * scale) * code - (dmin * minimum)."""
+    for i in range(out.size // 256):
+        at = i * 84
+        d, dmin = _half(blocks, at + 80), _half(blocks, at + 82)
+        for group in range(16):
+            both = np.int32(blocks[at + group])
+            scale, minimum = d * np.float32(both & 15), dmin * np.float32(both >> 4)
+            first = at + 16 + (group // 8) * 32 + (group % 2) * 16
+            shift = 2 * (group % 8 // 2)
+            for j in range(16):
+                code = (np.int32(blocks[first + j]) >> shift) & 3
+                out[i * 256 + group * 16 + j] = scale * np.float32(code) - minimum
+
+
+@_decoder
+def decode_q3_k(blocks: Any, out: Any) -> None:
+    """256 third bits, 64 bytes of 2-bit codes, 16 scales of 6 bits, one f16: (d * (scale - 32)) * (code - 4 or 0)."""
+    for i in range(out.size // 256):
+        at = i * 110
+        d = _half(blocks, at + 108)
+        for group in range(16):
+            low = (np.int32(blocks[at + 96 + group % 8]) >> (4 * (group // 8))) & 15
+            high = (np.int32(blocks[at + 104 + group % 4]) >> (2 * (group // 4))) & 3
+            scale = d * np.float32((low | (high << 4)) - 32)
+            within = (group % 2) * 16
+            first = at + 32 + (group // 8) * 32 + within
+            shift, bit = 2 * (group % 8 // 2), group // 2
+            for j in range(16):
+                code = (np.int32(blocks[first + j]) >> shift) & 3
+                third = (np.int32(blocks[at + within + j]) >> bit) & 1
+                out[i * 256 + group * 16 + j] = scale * np.float32(code - 4 * (1 - third))
+
+
+@_inline
+def _six_bit_scale(blocks: Any, at: Any, group: Any) -> Any:
+    """The scale of one of 8 groups, from 12 bytes at `at`; its minimum is that of `at + 4`."""
+    low = np.int32(blocks[at + group % 4])
+    return low & 63 if group < 4 else low >> 6 << 4
+
+
+@_decoder
+def decode_q4_k(blocks: Any, out: Any) -> None:
+    """d, dmin f16, 12 bytes of 6-bit (scale, minimum), 128 of two codes: (d * scale) * code - (dmin * minimum)."""
+    for i in range(out.size // 256):
+        at = i * 144
+        d, dmin = _half(blocks, at), _half(blocks, at + 2)
+        for group in range(8):
+            scale_bits = _six_bit_scale(blocks, at + 4, group)
+            minimum_bits = _six_bit_scale(blocks, at + 8, group)
+            if group >= 4:
+                rest = np.int32(blocks[at + 12 + group - 4])
+                scale_bits, minimum_bits = scale_bits | (rest & 15), minimum_bits | (rest >> 4)
+            scale, minimum = d * np.float32(scale_bits), dmin * np.float32(minimum_bits)
+            first, shift = at + 16 + (group // 2) * 32, 4 * (group % 2)
+            for j in range(32):
+                code = (np.int32(blocks[first + j]) >> shift) & 15
+                out[i * 256 + group * 32 + j] = scale * np.float32(code) - minimum
+
+
+@_decoder
+def decode_q5_k(blocks: Any, out: Any) -> None:
+    """As q4_k, with 32 bytes of fifth bits between scales and codes."""
+    for i in range(out.size // 256):
+        at = i * 176
+        d, dmin = _half(blocks, at), _half(blocks, at + 2)
+        for group in range(8):
+            scale_bits = _six_bit_scale(blocks, at + 4, group)
+            minimum_bits = _six_bit_scale(blocks, at + 8, group)
+            if group >= 4:
+                rest = np.int32(blocks[at + 12 + group - 4])
+                scale_bits, minimum_bits = scale_bits | (rest & 15), minimum_bits | (rest >> 4)
+            scale, minimum = d * np.float32(scale_bits), dmin * np.float32(minimum_bits)
+            first, shift = at + 48 + (group // 2) * 32, 4 * (group % 2)
+            for j in range(32):
+                code = (np.int32(blocks[first + j]) >> shift) & 15
+                fifth = (np.int32(blocks[at + 16 + j]) >> group) & 1
+                out[i * 256 + group * 32 + j] = scale * np.float32(code | (fifth << 4)) - minimum
+
+
+@_decoder
+def decode_q6_k(blocks: Any, out: Any) -> None:
+    """128 bytes of low nibbles, 64 of 2 high bits, 16 signed scales, d f16: (d * scale) * (code - 32)."""
+    for i in range(out.size // 256):
+        at = i * 210
+        d = _half(blocks, at + 208)
+        for group in range(16):
+            scale = d * _signed(blocks[at + 192 + group])
+            half, quarter, within = group // 8, group % 8 // 2, (group % 2) * 16
+            low_at = at + half * 64 + (quarter % 2) * 32 + within
+            high_at = at + 128 + half * 32 + within
+            for j in range(16):
+                low = (np.int32(blocks[low_at + j]) >> (4 * (quarter // 2))) & 15
+                high = (np.int32(blocks[high_at + j]) >> (2 * quarter)) & 3
+                out[i * 256 + group * 16 + j] = scale * np.float32((low | (high << 4)) - 32)
+
+
+@_decoder
+def decode_f16(blocks: Any, out: Any) -> None:
+    """float16 values."""
+    for i in range(out.size):
+        out[i] = _half(blocks, 2 * i)
+
+
+@_decoder
+def decode_bf16(blocks: Any, out: Any) -> None:
+    """bfloat16 values."""
+    bits = out.view(np.uint32)
+    for i in range(out.size):
+        bits[i] = (np.uint32(blocks[2 * i]) << np.uint32(16)) | (np.uint32(blocks[2 * i + 1]) << np.uint32(24))
+
+
+@_decoder
+def decode_f32(blocks: Any, out: Any) -> None:
+    """float32 values."""
+    words = out.view(np.uint8)
+    for i in range(words.size):
+        words[i] = blocks[i]
+
+
+@kernel(types.void(taken(types.float32), filled(types.uint16)))
+def round_to_bf16(values: Any, out: Any) -> None:
+    """Round float32 values to bfloat16 bits, to nearest, ties to even; NaN becomes the quiet one."""
+    bits = values.view(np.uint32)
+    for i in range(out.size):
+        word = bits[i]
+        rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """How ggml stores a tensor: `block_size` weights in `block_nbytes` bytes."""
+
+    name: str
+    block_size: int
+    block_nbytes: int
+    decode: Kernel
+
+
+BLOCK_TYPES = {
+    0: BlockType("F32", 1, 4, decode_f32),
+    1: BlockType("F16", 1, 2, decode_f16),
+    2: BlockType("Q4_0", 32, 18, decode_q4_0),
+    3: BlockType("Q4_1", 32, 20, decode_q4_1),
+    6: BlockType("Q5_0", 32, 22, decode_q5_0),
+    7: BlockType("Q5_1", 32, 24, decode_q5_1),
+    8: BlockType("Q8_0", 32, 34, decode_q8_0),
+    10: BlockType("Q2_K", 256, 84, decode_q2_k),
+    11: BlockType("Q3_K", 256, 110, decode_q3_k),
+    12: BlockType("Q4_K", 256, 144, decode_q4_k),
+    13: BlockType("Q5_K", 256, 176, decode_q5_k),
+    14: BlockType("Q6_K", 256, 210, decode_q6_k),
+    30: BlockType("BF16", 1, 2, decode_bf16),
+}
+"""By the number that stands in the file (`ggml_type`)."""

@@ -1,0 +1,1 @@
+"""The model card of a published artifact, and the facts it is made from."""

@@ -1,0 +1,70 @@
+"""The manifest's optional member `evaluation` as a section of the model card (spec section 7.1).
+
+It is informative: what is there and has a form that is known is shown, the rest is passed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qformat import strict_json
+from qformat.artifact.manifest import JsonObject
+from qformat.hub.card.markdown import cell, table
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    name: str
+    title: str
+    form: str
+
+    def shown(self, text: JsonObject) -> str:
+        """Return the figure of a text with its standard error, or a dash."""
+        found = text.get(self.name)
+        mean = _number(found.get("mean")) if isinstance(found, dict) else _number(found)
+        error = _number(found.get("standard_error")) if isinstance(found, dict) else None
+        if mean is None:
+            return "–"
+        return format(mean, self.form) + ("" if error is None else f" ± {format(error, self.form)}")
+
+
+_FIGURES = (
+    _Figure("perplexity", "perplexity", ".3f"),
+    _Figure("kl", "KL from the source, nats a token", ".4f"),
+    _Figure("top1_agreement", "same next token", ".2%"),
+    _Figure("loss", "loss, nats a token", ".4f"),
+    _Figure("source_loss", "loss of the source", ".4f"),
+    _Figure("loss_increase", "increase of the loss", ".4f"),
+)
+
+
+def evaluation_sections(evaluation: JsonObject | None) -> list[str]:
+    """Return a heading and a table of what was measured on each text; nothing where there are no figures."""
+    if evaluation is None:
+        return []
+    texts = evaluation.get("texts")
+    measured = [text for text in texts if isinstance(text, dict)] if isinstance(texts, list) else []
+    figures = [figure for figure in _FIGURES if any(figure.shown(text) != "–" for text in measured)]
+    if not measured or not figures:
+        return []
+    header = ("text", "tokens", *(figure.title for figure in figures))
+    rows = [(_name(text), _count(text), *(figure.shown(text) for figure in figures)) for text in measured]
+    note = "Measured by `qformat eval` on held-out text; ± is the standard error over windows."
+    length = evaluation.get("window_length")
+    if type(length) is int:
+        note += f" Windows of {length:,} tokens."
+    return ["## How close it is to the source", table(header, rows), note]
+
+
+def _name(text: JsonObject) -> str:
+    name = text.get("name")
+    return cell(name) if isinstance(name, str) and name else "–"
+
+
+def _count(text: JsonObject) -> str:
+    count = text.get("predicted_tokens")
+    return f"{count:,}" if type(count) is int else "–"
+
+
+def _number(value: strict_json.Json) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

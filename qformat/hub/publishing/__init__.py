@@ -1,0 +1,1 @@
+"""From an artifact to a repository of the Hub: verify, prepare, upload in one commit."""

@@ -1,0 +1,250 @@
+"""Put files into a repository of the Hub: one commit, on a known parent, however often the connection breaks.
+
+huggingface_hub uploads the files and skips those that the Hub has. It does not retry the commit, and a commit whose
+answer was lost must not be made twice: before every further attempt the repository is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+from qformat import __version__
+from qformat.errors import ArtifactError, HubError, UsageError
+from qformat.hub.publishing.publication import PublishedFile
+from qformat.hub.reading import transport
+from qformat.hub.reading.remote import DEFAULT_REVISION, RemoteRepository, open_repository
+from qformat.hub.reading.transport import RETRIED_STATUSES, Patience, Retries
+
+if TYPE_CHECKING:
+    import httpx2
+    from huggingface_hub import CommitOperationAdd, Discussion
+    from huggingface_hub.errors import HfHubHTTPError
+
+ANSWER_TIMEOUT_S = 300.0
+"""Of silence, while files are sent or a commit is made; huggingface_hub itself waits for ever."""
+
+_UPLOAD_ATTEMPTS = 4
+"""Of a whole call of huggingface_hub, which retries most of its requests itself."""
+
+_MAX_PULL_REQUESTS = 200
+_SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=\?)[^\s'\"]+")
+"""Tokens, and what makes an address of an upload a secret for hours."""
+
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A commit that holds what was to be published. pull_request: its address."""
+
+    commit: str
+    pull_request: str | None = None
+
+
+class Uploader:
+    """Writes to one repository. token: as for huggingface_hub: None takes the user's own."""
+
+    def __init__(self, repository: str, *, token: str | bool | None = None, patience: Patience | None = None) -> None:
+        from huggingface_hub import HfApi, constants
+
+        self.repository = repository
+        self._token = token
+        self._patience = patience or transport.DEFAULT_PATIENCE
+        self._endpoint = constants.ENDPOINT
+        self._api = HfApi(endpoint=self._endpoint, token=token, library_name="qformat", library_version=__version__)
+
+    def open(self, revision: str | None) -> RemoteRepository | None:
+        """Return the repository as it is, None where there is none. Raises HubError."""
+        try:
+            return open_repository(
+                self.repository, revision=revision, token=self._token, patience=self._patience, error=ArtifactError
+            )
+        except HubError as problem:
+            if problem.code in {"RepoNotFound", "RevisionNotFound"}:
+                return None
+            raise
+
+    def create(self, *, private: bool) -> None:
+        """Make the repository, unless it is there."""
+        self._attempt(
+            "making the repository",
+            lambda: self._api.create_repo(self.repository, private=private, exist_ok=True),
+        )
+
+    def is_private(self) -> bool:
+        """Whether the repository can be read only by those whom its owner names."""
+        return bool(self._attempt("its settings", lambda: self._api.model_info(self.repository)).private)
+
+    def create_branch(self, branch: str) -> None:
+        """Make a branch from the main one, unless it is there."""
+        self._attempt(
+            f"making the branch {branch!r}",
+            lambda: self._api.create_branch(self.repository, branch=branch, exist_ok=True),
+        )
+
+    def commit(
+        self,
+        files: Mapping[str, PublishedFile],
+        *,
+        parent: RemoteRepository,
+        removed: Sequence[str],
+        title: str,
+        branch: str = DEFAULT_REVISION,
+        create_pr: bool = False,
+    ) -> Made:
+        """Upload what `parent` has not, and make one commit of it and of the removals.
+
+        Raises: HubError, also where somebody else made a commit meanwhile; UsageError for a card that is refused.
+        """
+        from huggingface_hub import CommitOperationDelete
+
+        changed = [file for name, file in files.items() if not file.is_like(parent.files.get(name))]
+        additions = [_addition(file) for file in changed]
+        with bounded_waits(self._patience.timeout_s or ANSWER_TIMEOUT_S):
+            self._attempt(
+                "uploading",
+                lambda: self._api.preupload_lfs_files(
+                    self.repository, additions, revision=branch, create_pr=create_pr, free_memory=False
+                ),
+            )
+
+            def made() -> Made | None:
+                return self.pull_request(files, title) if create_pr else self._made_after_all(files, parent, branch)
+
+            def make() -> Made:
+                info = self._api.create_commit(
+                    self.repository,
+                    [*additions, *(CommitOperationDelete(name) for name in removed)],
+                    commit_message=title,
+                    revision=branch,
+                    create_pr=create_pr,
+                    parent_commit=parent.commit,
+                )
+                return Made(info.oid, info.pr_url)
+
+            return self._attempt("the commit", make, instead=made)
+
+    def pull_request(self, files: Mapping[str, PublishedFile], title: str) -> Made | None:
+        """Return the open pull request that holds these files, if there is one of this title."""
+        for address, opened in self.pull_requests(title):
+            if holds(opened, files):
+                return Made(opened.commit, address)
+        return None
+
+    def pull_requests(self, title: str) -> Iterator[tuple[str, RemoteRepository]]:
+        """Yield address and content of each open pull request of a title."""
+        listed = self._attempt("its pull requests", lambda: [*islice(self._discussions(), _MAX_PULL_REQUESTS)])
+        for entry in listed:
+            if entry.title == title and (opened := self.open(f"refs/pr/{entry.num}")) is not None:
+                yield f"{self._endpoint}/{self.repository}/discussions/{entry.num}", opened
+
+    def _discussions(self) -> Iterator[Discussion]:
+        return self._api.get_repo_discussions(self.repository, discussion_type="pull_request", discussion_status="open")
+
+    def _made_after_all(self, files: Mapping[str, PublishedFile], parent: RemoteRepository, branch: str) -> Made | None:
+        """Return the commit if it was made although its answer was lost. Raises HubError if there is another one."""
+        head = self._attempt("its newest commit", lambda: self._api.model_info(self.repository, revision=branch))
+        if head.sha == parent.commit:
+            return None
+        opened = self.open(branch)
+        if opened is not None and holds(opened, files):
+            return Made(opened.commit)
+        raise HubError(
+            self.repository,
+            f"somebody else made the commit {(head.sha or 'of no name')[:12]} on {branch!r} meanwhile",
+            next_step="Look at it, then run the same command again: what is uploaded is not sent twice",
+        )
+
+    def _attempt(
+        self, what: str, call: Callable[[], _Result], *, instead: Callable[[], _Result | None] = lambda: None
+    ) -> _Result:
+        """Make a call of huggingface_hub until it succeeds, what cannot pass happens, or patience is at its end.
+
+        instead: asked after a failed request for a commit whether the call had its effect all the same.
+        """
+        import httpx2
+        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+        retries = Retries(self.repository, what, self._patience)
+        attempts = min(_UPLOAD_ATTEMPTS, self._patience.attempts)
+        while True:
+            try:
+                return call()
+            except (OfflineModeIsEnabled, LocalTokenNotFoundError) as problem:
+                next_step = "Unset HF_HUB_OFFLINE" if isinstance(problem, OfflineModeIsEnabled) else _LOG_IN
+                raise HubError(self.repository, f"{what}: {_text(problem)}", next_step=next_step) from None
+            except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as problem:
+                # A failed upload of one file comes as a RuntimeError that names it.
+                cause = problem.__cause__ if isinstance(problem, RuntimeError) else problem
+                if not isinstance(cause, HfHubHTTPError | httpx2.TransportError):
+                    raise
+                if "/commit/" in _address(cause) and (done := instead()) is not None:
+                    return done
+                if isinstance(cause, HfHubHTTPError) and cause.response.status_code not in RETRIED_STATUSES:
+                    raise self._refusal(what, cause) from None
+                retries.failed(_text(cause), attempts=attempts)
+            except ValueError as problem:  # the Hub's own validation of the card
+                raise UsageError(f"{self.repository}: {what}: {_text(problem)}") from None
+
+    def _refusal(self, what: str, problem: HfHubHTTPError) -> HubError:
+        status, code = problem.response.status_code, problem.response.headers.get("X-Error-Code")
+        said = _SECRETS.sub("***", problem.server_message or "").strip()
+        next_step = {
+            401: f"The token is missing or not accepted: {_LOG_IN}",
+            403: f"The token may not write there: {_LOG_IN} with a token that may",
+            404: "Check the name, and what the token may see",
+            412: "Somebody else changed the repository: run the same command again",
+        }.get(status, "Check the name and HF_ENDPOINT")
+        text = f"{what}: the Hub answers {status}" + (f": {said.rstrip('.')}" if said else "")
+        return HubError(self.repository, text, next_step=next_step, status=status, code=code)
+
+
+_LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+def holds(repository: RemoteRepository, files: Mapping[str, PublishedFile]) -> bool:
+    """Whether a commit has all these files with these bytes."""
+    return all(file.is_like(repository.files.get(name)) for name, file in files.items())
+
+
+@contextmanager
+def bounded_waits(seconds: float) -> Iterator[None]:
+    """Let the session of huggingface_hub give up on silence, inside the block."""
+    import httpx2
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before = session.timeout
+    session.timeout = httpx2.Timeout(seconds)
+    try:
+        yield
+    finally:
+        session.timeout = before
+
+
+def _addition(file: PublishedFile) -> CommitOperationAdd:
+    from huggingface_hub import CommitOperationAdd
+
+    content = file.content if isinstance(file.content, bytes) else str(file.content)
+    addition = CommitOperationAdd(file.name, content)
+    addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: a large file is not read once more for it
+    return addition
+
+
+def _address(problem: HfHubHTTPError | httpx2.TransportError) -> str:
+    """Return the address of the request that failed."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return str((problem.response if isinstance(problem, HfHubHTTPError) else problem).request.url)
+
+
+def _text(problem: Exception) -> str:
+    """Return the first line of a message, without secrets."""
+    lines = _SECRETS.sub("***", str(problem)).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(problem).__name__

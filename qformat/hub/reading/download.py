@@ -1,0 +1,55 @@
+"""Download files of a repository into the local cache, by huggingface_hub itself, as other programs expect them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qformat.errors import HubError
+from qformat.hub.reading import transport
+from qformat.hub.reading.cache import note_ref
+from qformat.hub.reading.repository import Repository
+from qformat.hub.reading.transport import RETRIED_STATUSES, Retries
+
+
+def download(repository: Repository, paths: Sequence[str], *, revision: str) -> None:
+    """Bring files into the local cache. What is there already is not fetched again; a broken download is continued.
+
+    revision: a name that the cache notes down for the repository's commit.
+    The client retries some of its requests and not others: whatever may pass is tried again here.
+    Raises: HubError; TargetError for a cache that cannot be written.
+    """
+    import httpx2
+    from huggingface_hub import errors, snapshot_download
+
+    retries = Retries(repository.name, "the download", transport.DEFAULT_PATIENCE)
+    while True:
+        try:
+            snapshot_download(repository.name, revision=repository.commit, allow_patterns=[_literal(p) for p in paths])
+            note_ref(repository.name, revision, repository.commit)
+            return
+        except errors.LocalEntryNotFoundError as problem:  # no connection, or no answer in time
+            retries.failed(_first_line(problem))
+        except errors.HfHubHTTPError as problem:
+            status = problem.response.status_code
+            if status not in RETRIED_STATUSES:
+                raise HubError(
+                    repository.name, f"the download: {_first_line(problem)}", status=status,
+                    next_step="Check what the token may do, or log in with `hf auth login`",
+                ) from None  # fmt: skip
+            retries.failed(f"the server answers {status}")
+        except httpx2.TransportError as problem:
+            retries.failed(f"the connection broke ({type(problem).__name__})")
+        except OSError as problem:
+            raise HubError(
+                repository.name, f"the download: {problem.strerror or problem}",
+                next_step="Make room for the 16-bit checkpoint, or leave out --keep-source",
+            ) from None  # fmt: skip
+
+
+def _literal(path: str) -> str:
+    """Return a pattern that matches this path only."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in path)
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -1,0 +1,300 @@
+"""A repository on the Hub at one commit: its files, small ones whole, large ones by byte range.
+
+    repository = open_repository("owner/name", revision="main")
+    repository.commit                                   # the branch may move from here on: this does not
+    repository.files["model.safetensors"].sha256
+    repository.read_small("config.json", max_nbytes=2**20)
+    repository.read_range("model.safetensors", 8, memoryview(bytearray(1000)))
+
+Everything that arrives is checked against what the listing of the commit says: sizes, and the digests of whole files.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urljoin
+
+from qformat import strict_json
+from qformat.artifact.limits import MAX_SIZE
+from qformat.errors import HubError, InvalidFileError, Reason, SourceError
+from qformat.hub.names import check_listed_path, check_repository_name, check_revision, is_commit
+from qformat.hub.reading.repository import ReadBytes, RemoteFile, check_digest
+from qformat.hub.reading.transport import Patience, Retries, Transport, Unusable
+
+if TYPE_CHECKING:
+    import httpx2
+
+DEFAULT_REVISION = "main"
+
+MAX_FILES = 100_000
+"""Files that a listing may have."""
+
+_MAX_ANSWER_NBYTES = 32 * 2**20
+_MAX_SKIPPED_NBYTES = 64 * 2**20
+"""Of a whole file that is sent instead of a range: what lies before the range and is read for nothing."""
+
+_PROGRESS_NBYTES = 65536
+"""An attempt that brings this much was worth it: failures before it do not count any more."""
+
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)")
+_NEXT_PAGE = re.compile(r'<([^<>]+)>\s*;\s*rel="next"')
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA1 = re.compile(r"[0-9a-f]{40}")
+
+
+class RemoteRepository:
+    """A repository at one commit. Safe to use from several threads.
+
+    error: the type of the errors that name a file of it (SourceError, ArtifactError).
+    """
+
+    def __init__(
+        self, transport: Transport, commit: str, files: Mapping[str, RemoteFile], *, error: type[InvalidFileError]
+    ) -> None:
+        self.name = transport.repository
+        self.commit = commit
+        self.files = files
+        self._transport = transport
+        self._error = error
+        self._lock = threading.Lock()
+        self._addresses: dict[str, str] = {}
+        self._etags: dict[tuple[str, str], str] = {}
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.commit[:12]}"
+
+    def close(self) -> None:
+        """Let no request wait any longer: those in progress end with an error."""
+        self._transport.close()
+
+    def read_small(self, path: str, *, max_nbytes: int) -> bytes:
+        """Return the bytes of a file, checked against the digest that the commit has for it.
+
+        Raises: `error` (missing_file, json_limit when larger than max_nbytes, file_digest); HubError.
+        """
+        file = self.file(path)
+        if file.nbytes > max_nbytes:
+            raise self._error(
+                Reason.JSON_LIMIT, f"{self}/{path}", f"{file.nbytes} bytes, at most {max_nbytes} are read"
+            )
+        data = bytearray(file.nbytes)
+        self.read_range(path, 0, memoryview(data))
+        check_digest(data, file, shown=f"{self}/{path}", error=self._error)
+        return bytes(data)
+
+    def read_range(self, path: str, start: int, out: memoryview, *, on_bytes: ReadBytes = lambda nbytes: None) -> None:
+        """Fill `out` with the file's bytes from `start` on; a broken answer is continued where it broke.
+
+        on_bytes: told of bytes as they arrive; an exception of its own ends the transfer.
+        Raises: `error` (missing_file, truncated, source_changed); HubError.
+        """
+        file = self.file(path)
+        if start + len(out) > file.nbytes:
+            raise self._error(Reason.TRUNCATED, f"{self}/{path}", f"{file.nbytes} bytes, expected {start + len(out)}")
+        retries = self._transport.retries(f"bytes {start} to {start + len(out)} of {path}")
+        done = 0
+
+        def take(chunk: bytes) -> None:
+            nonlocal done
+            out[done : done + len(chunk)] = chunk
+            done += len(chunk)
+            on_bytes(len(chunk))
+
+        while done < len(out):
+            with self._transport.attempt(retries):
+                self._receive(file, start + done, start + len(out), take, retries)
+
+    def file(self, path: str) -> RemoteFile:
+        """Return the listed file. Raises `error` (missing_file)."""
+        if path not in self.files:
+            raise self._error(Reason.MISSING_FILE, f"{self}/{path}", "there is no such file in the repository")
+        return self.files[path]
+
+    def _receive(
+        self, file: RemoteFile, start: int, stop: int, take: Callable[[bytes], None], retries: Retries
+    ) -> None:
+        """Make one request for bytes [start, stop) and hand on what comes. Raises what `attempt` counts."""
+        with self._answer(file, start, stop) as response:
+            skipped = self._nbytes_before(response, file, start, stop)
+            started, came, position = time.monotonic(), 0, start - skipped
+            for chunk in response.iter_raw():
+                came += len(chunk)
+                wanted = chunk[max(start - position, 0) : stop - position]
+                position += len(chunk)
+                if wanted:
+                    take(wanted)
+                if came >= _PROGRESS_NBYTES:
+                    retries.progress()
+                if position >= stop:
+                    return
+                self._transport.refuse_trickle(came, time.monotonic() - started)
+        raise Unusable(f"the answer ended {stop - position} bytes early")
+
+    @contextmanager
+    def _answer(self, file: RemoteFile, start: int, stop: int) -> Iterator[httpx2.Response]:
+        """Ask for a range where the file was found before, or else through the Hub, and check whose bytes they are."""
+        remembered = self._addresses.get(file.path)
+        url = remembered or self._address(file.path)
+        asked = {"Range": f"bytes={start}-{stop - 1}"}
+        with ExitStack() as stack:
+            try:
+                answer = stack.enter_context(self._transport.open(url, file.path, asked))
+            except HubError as refused:
+                if refused.status == 416:
+                    raise self._changed(file, f"it has no bytes {start} to {stop} any more") from None
+                raise
+            except BaseException:
+                self._addresses.pop(file.path, None)  # it may have expired: the next attempt asks the Hub again
+                raise
+            if answer.linked is not None:
+                self._check_identity(file, answer.linked)
+                self._addresses[file.path] = str(answer.response.url)
+            elif remembered is None:
+                self._check_identity(file, answer.response.headers)
+            self._check_same(file, answer.response)
+            yield answer.response
+
+    def _address(self, path: str) -> str:
+        return f"{self._transport.endpoint}/{self.name}/resolve/{self.commit}/{quote(path)}"
+
+    def _check_identity(self, file: RemoteFile, headers: Mapping[str, str]) -> None:
+        """The Hub itself says which commit and which content it answers with: the listing's, or it was changed."""
+        commit = headers.get("X-Repo-Commit", self.commit)
+        if commit != self.commit:
+            raise self._changed(file, f"the answer is of commit {commit[:40]!r}")
+        etag = _plain_etag(headers.get("X-Linked-ETag") or headers.get("ETag") or "")
+        expected, form = (file.sha256, _SHA256) if file.sha256 is not None else (file.oid, _SHA1)
+        if form.fullmatch(etag) and etag != expected:
+            raise self._changed(file, f"its ETag is {etag}, expected {expected}")
+
+    def _check_same(self, file: RemoteFile, response: httpx2.Response) -> None:
+        """Whatever a storage calls the content, it must call it the same each time."""
+        etag = _plain_etag(response.headers.get("ETag", ""))
+        if not etag:
+            return
+        with self._lock:
+            before = self._etags.setdefault((file.path, response.url.host), etag)
+        if etag != before:
+            raise self._changed(file, f"its ETag is {etag[:80]!r}, and was {before[:80]!r}")
+
+    def _nbytes_before(self, response: httpx2.Response, file: RemoteFile, start: int, stop: int) -> int:
+        """Return how many bytes the answer holds before byte `start`; refuse one that holds something else."""
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":
+            raise Unusable(f"the answer is encoded as {encoding[:40]!r}")
+        if response.status_code == 200:  # the whole file
+            length = response.headers.get("Content-Length", str(file.nbytes))
+            if length != str(file.nbytes):
+                raise self._changed(file, f"it has {length[:40]} bytes, expected {file.nbytes}")
+            if start > _MAX_SKIPPED_NBYTES:
+                raise Unusable("the server sends the whole file instead of a range; --keep-source can do without them")
+            return start
+        shown = response.headers.get("Content-Range", "")
+        match = _CONTENT_RANGE.fullmatch(shown)
+        if match is None or int(match[1]) != start or not start <= int(match[2]) < stop:
+            raise Unusable(f"the answer has the Content-Range {shown[:80]!r}, expected bytes {start}-{stop - 1}")
+        if match[3] not in {"*", str(file.nbytes)}:
+            raise self._changed(file, f"it has {match[3]} bytes, expected {file.nbytes}")
+        return 0
+
+    def _changed(self, file: RemoteFile, problem: str) -> InvalidFileError:
+        return self._error(
+            Reason.SOURCE_CHANGED,
+            f"{self}/{file.path}",
+            f"was changed on the way or on the server: {problem}",
+            next_step="Run the same command again",
+        )
+
+
+def open_repository(
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    patience: Patience | None = None,
+    error: type[InvalidFileError] = SourceError,
+) -> RemoteRepository:
+    """Ask the Hub for the commit of a revision and for its files.
+
+    revision: branch, tag or commit, by default the main branch; a full commit hash costs no request.
+    token: None for the user's own, False for none.
+    Raises: UsageError for names that can be none; HubError; `error` (path_escapes) for a file name that leaves the
+    repository.
+    """
+    transport = Transport(check_repository_name(name), token=token, patience=patience)
+    commit = _resolve(transport, check_revision(revision or DEFAULT_REVISION))
+    return RemoteRepository(transport, commit, _list_files(transport, commit, error), error=error)
+
+
+def _resolve(transport: Transport, revision: str) -> str:
+    if is_commit(revision):
+        return revision
+    what = f"revision {revision!r}"
+    url = f"{transport.endpoint}/api/models/{transport.repository}/revision/{quote(revision, safe='')}"
+    record, _ = _get_json(transport, url, what)
+    commit = record.get("sha") if isinstance(record, dict) else None
+    if not isinstance(commit, str) or not is_commit(commit):
+        raise _nonsense(transport, what, "it names no commit")
+    return commit
+
+
+def _list_files(transport: Transport, commit: str, error: type[InvalidFileError]) -> dict[str, RemoteFile]:
+    what = f"the files of {commit[:12]}"
+    files: dict[str, RemoteFile] = {}
+    url = f"{transport.endpoint}/api/models/{transport.repository}/tree/{commit}?recursive=true&expand=false"
+    while url:
+        page, headers = _get_json(transport, url, what)
+        if not isinstance(page, list):
+            raise _nonsense(transport, what, "no list")
+        for entry in page:
+            if isinstance(entry, dict) and entry.get("type") == "directory":
+                continue
+            file = _listed(transport, what, entry)
+            check_listed_path(file.path, repository=transport.repository, error=error)
+            if file.path in files or len(files) == MAX_FILES:
+                raise _nonsense(transport, what, f"{file.path!r} twice, or more than {MAX_FILES} files")
+            files[file.path] = file
+        following = _NEXT_PAGE.search(headers.get("Link", "")) if page else None
+        url = urljoin(url, following[1]) if following else ""
+        if url and not transport.is_hub(url):
+            raise _nonsense(transport, what, "the next page is on another host")
+    return files
+
+
+def _listed(transport: Transport, what: str, entry: strict_json.Json) -> RemoteFile:
+    if isinstance(entry, dict):
+        path, nbytes, oid, lfs = entry.get("path"), entry.get("size"), entry.get("oid"), entry.get("lfs")
+        sha256 = lfs.get("oid") if isinstance(lfs, dict) else None
+        if (
+            isinstance(path, str)
+            and type(nbytes) is int
+            and 0 <= nbytes <= MAX_SIZE
+            and isinstance(oid, str)
+            and _SHA1.fullmatch(oid)
+            and (lfs is None or (isinstance(sha256, str) and _SHA256.fullmatch(sha256)))
+        ):
+            return RemoteFile(path, nbytes, oid, sha256 if isinstance(sha256, str) else None)
+    raise _nonsense(transport, what, f"an entry without path, size or digest: {str(entry)[:200]}")
+
+
+def _get_json(transport: Transport, url: str, what: str) -> tuple[strict_json.Json, Mapping[str, str]]:
+    data, headers = transport.get_small(url, what, max_nbytes=_MAX_ANSWER_NBYTES)
+    try:
+        return strict_json.loads(data, path=what, max_nbytes=_MAX_ANSWER_NBYTES, error=SourceError), headers
+    except InvalidFileError as problem:
+        raise _nonsense(transport, what, problem.problem) from None
+
+
+def _nonsense(transport: Transport, what: str, problem: str) -> HubError:
+    return HubError(
+        transport.repository, f"{what}: the answer makes no sense: {problem}", next_step="Check HF_ENDPOINT"
+    )
+
+
+def _plain_etag(text: str) -> str:
+    return text.strip().removeprefix("W/").strip('"')

@@ -1,0 +1,87 @@
+"""Dequantization on a GPU: packed codes and both levels of absmax to 16 or 32-bit weights, in one launch.
+
+Equal bit for bit to `codec.nf4.decode` of `codec.nested.decode_absmax`, rounded by `codec.floats.narrow`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qformat.errors import UsageError
+from qformat.kernels.packed_weight import PackedWeight
+from qformat.kernels.triton.launch import check_aligned, check_tensors, codebook, is_aligned, on_device
+
+N_WARPS = 4
+ROUNDS = 8
+"""Words a lane decodes. More rounds share the set-up and put more loads in flight: 11, 8.4, 7.1 and 6.3 instructions a
+weight with 1, 2, 4 and 8 rounds (sm_90), all with at most 40 registers."""
+
+TILE = N_WARPS * 32 * ROUNDS * 8
+"""Weights a program decodes. It divides 256 blocks of the smallest size, so a tile lies in one nested block."""
+
+OPTIONS: dict[str, Any] = {"num_warps": N_WARPS, "enable_fp_fusion": False}
+"""Of the compiler. A fused multiply-add would round the absmax once instead of twice."""
+
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """How to launch the dequantization of one weight: grid size and the kernel's `TILES`."""
+
+    n_programs: int
+    tiles: str
+
+
+def plan(n_elements: int, *, aligned: bool) -> LaunchPlan:
+    """Return the launch for n elements whose packed codes begin at a multiple of 16 bytes, or not."""
+    n_programs = -(-n_elements // TILE)
+    if not aligned or n_elements < TILE:
+        return LaunchPlan(n_programs, "partial")
+    return LaunchPlan(n_programs, "mixed" if n_elements % TILE else "whole")
+
+
+def constants(block_size: int, *, double_quant: bool, tiles: str) -> dict[str, Any]:
+    """Return the kernel's compile-time arguments: the launch and `tools/gpu/sass_budget.py` use the same."""
+    return {
+        "BLOCK_SIZE": block_size,
+        "NESTED": double_quant,
+        "TILES": tiles,
+        "LANES": N_WARPS * 32,
+        "ROUNDS": ROUNDS,
+    }
+
+
+def dequantize(weight: PackedWeight, out: Tensor) -> None:
+    """Decode a weight into `out`, bf16, fp16 or fp32 [N, K], contiguous and 16-byte aligned; asynchronous.
+
+    Raises UsageError if out does not fit the weight or a tensor is not on the weight's CUDA device.
+    """
+    if tuple(out.shape) != weight.shape or out.dtype not in OUT_DTYPES:
+        raise UsageError(
+            f"out: {out.dtype} {list(out.shape)}, expected bfloat16, float16 or float32 {list(weight.shape)}"
+        )
+    check_tensors(weight.device, out=out)
+    check_aligned(out=out)
+    if weight.n_elements == 0:
+        return
+    from qformat.kernels.triton.dequantize_kernel import dequantize_kernel
+
+    chosen = plan(weight.n_elements, aligned=is_aligned(weight.packed))
+    with on_device(weight.device):
+        dequantize_kernel[(chosen.n_programs,)](
+            weight.packed,
+            weight.absmax,
+            weight.nested_absmax,
+            weight.nested_quant_map,
+            weight.nested_offset,
+            codebook(weight.device),
+            out,
+            weight.n_elements,
+            **constants(weight.block_size, double_quant=weight.double_quant, tiles=chosen.tiles),
+            **OPTIONS,
+        )

@@ -1,0 +1,285 @@
+"""Layers that live in host memory and pass through a device: the next one is copied while the current one runs.
+
+`LayerStream` packs the tensors of each layer into host memory (pinned for CUDA) and owns two slots on the device. Hooks
+bring a layer in before its forward pass, and before its backward pass, in which gradient checkpointing runs the forward
+pass again. A layer's tensors are those of its slot until another streamed layer is entered, and those of the host at
+all other times: so `state_dict` and `save_pretrained` see the whole model.
+
+A slot is filled again only behind all work that was queued before: that includes the layer that used it last, since the
+layer after it is being entered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qformat.errors import UsageError
+from qformat.model.devices.placement import N_SLOTS, aligned, arena_sizes
+
+
+class Copy(Protocol):
+    """A copy that was started. Only the device that started it knows what is inside."""
+
+
+class LayerDevice(Protocol):
+    """Memory of a device, and copies to it in order. Computation is queued on torch's current stream."""
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return uninitialised memory of the device, uint8 [nbytes]. Raises torch.OutOfMemoryError."""
+
+    def host_memory(self, nbytes: int) -> Tensor:
+        """Return host memory that is copied from, uint8 [nbytes]."""
+
+    def copy(self, host: Tensor, slot: Tensor) -> Copy:
+        """Start to copy uint8 [n] to the device, once everything that is queued so far is done."""
+
+    def wait(self, copy: Copy) -> None:
+        """Let what is queued from now on wait for a copy."""
+
+
+class PlainLayers:
+    """Plain memory and immediate copies: devices without a way of their own to copy in the background."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return uninitialised memory, uint8 [nbytes]."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def host_memory(self, nbytes: int) -> Tensor:
+        """Return memory, uint8 [nbytes]."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def copy(self, host: Tensor, slot: Tensor) -> Copy:
+        """Copy now."""
+        slot.copy_(host)
+        return object()
+
+    def wait(self, copy: Copy) -> None:
+        """Do nothing: nothing is ever under way."""
+
+
+class CudaLayers:
+    """CUDA memory, pinned host memory, and a stream for the copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return uninitialised memory of the current stream, uint8 [nbytes]. Raises torch.OutOfMemoryError."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def host_memory(self, nbytes: int) -> Tensor:
+        """Return pinned memory, uint8 [nbytes]."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, host: Tensor, slot: Tensor) -> Copy:
+        """Start a copy behind what the current stream has queued."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            slot.copy_(host, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        return event
+
+    def wait(self, copy: Copy) -> None:
+        """Let the current stream wait for the copy; this thread does not."""
+        assert isinstance(copy, torch.cuda.Event)
+        torch.cuda.current_stream(self._device).wait_event(copy)
+
+
+def layer_device(device: torch.device) -> LayerDevice:
+    """Return the implementation for a torch device."""
+    return CudaLayers(device) if device.type == "cuda" else PlainLayers(device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a module keeps a tensor. `others` are further places of the same one."""
+
+    tensors: dict[str, Any]
+    name: str
+    others: tuple[tuple[dict[str, Any], str], ...]
+    is_parameter: bool
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+
+    def view(self, memory: Tensor) -> Tensor:
+        """Return the tensor in a layer's memory, uint8."""
+        nbytes = self.shape.numel() * self.dtype.itemsize
+        found = memory[self.start : self.start + nbytes].view(self.dtype).view(self.shape)
+        return nn.Parameter(found, requires_grad=False) if self.is_parameter else found
+
+    def put(self, tensor: Tensor) -> None:
+        """Hang a tensor into the module."""
+        self.tensors[self.name] = tensor
+        for tensors, name in self.others:
+            tensors[name] = tensor
+
+
+@dataclass(slots=True)
+class _Layer:
+    name: str
+    module: nn.Module
+    places: tuple[_Place, ...]
+    host: Tensor
+    at_home: tuple[Tensor, ...]
+    in_slots: dict[int, tuple[Tensor, ...]]
+
+    def bind(self, tensors: Sequence[Tensor]) -> None:
+        for place, tensor in zip(self.places, tensors, strict=True):
+            place.put(tensor)
+
+
+class LayerStream:
+    """Streams some layers of a model through a device. Made once; the hooks do the rest."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], device: LayerDevice) -> None:
+        """Take over the tensors of `layers`, in the order in which they run; they lie in host memory, mapped or not.
+
+        They get no gradients; what is put into a layer later (adapters) is moved to the device and may have them.
+        """
+        self._device = device
+        places = {name: _places_of(module) for name, module in layers.items()}
+        sizes = [_nbytes_of(found) for found in places.values()]
+        self._layers = self._taken_home(layers, places, sizes)
+        self._slots = [device.allocate(max(sizes)) for _ in range(min(N_SLOTS, len(sizes)))]
+        self._holds: list[int | None] = [None] * len(self._slots)
+        self._pending: list[Copy | None] = [None] * len(self._slots)
+        self._current: int | None = None
+        self._direction = 1
+        for number, layer in enumerate(self._layers):
+            layer.module.register_forward_pre_hook(partial(self._before_forward, number))
+            layer.module.register_full_backward_pre_hook(partial(self._before_backward, number))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers whose home is host memory."""
+        return tuple(layer.name for layer in self._layers)
+
+    @property
+    def pass_nbytes(self) -> int:
+        """Bytes that a pass through the model copies to the device."""
+        return sum(layer.host.nbytes for layer in self._layers)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def enter(self, number: int) -> None:
+        """Bring a layer in, and start to copy the one that will probably be next."""
+        if self._current is not None and self._current != number:
+            self._layers[self._current].bind(self._layers[self._current].at_home)
+        self._turn_to(number)
+        slot = self._slot_of(number)
+        pending = self._pending[slot]
+        if pending is not None:
+            self._device.wait(pending)
+            self._pending[slot] = None
+        layer = self._layers[number]
+        if slot not in layer.in_slots:
+            layer.in_slots[slot] = tuple(place.view(self._slots[slot]) for place in layer.places)
+        layer.bind(layer.in_slots[slot])
+        self._current = number
+        _bring_along(layer.module, self._slots[slot].device)
+        following = self._following()
+        if following is not None:
+            self._slot_of(following)
+
+    def _taken_home(
+        self, layers: Mapping[str, nn.Module], places: Mapping[str, tuple[_Place, ...]], sizes: Sequence[int]
+    ) -> list[_Layer]:
+        arenas = [self._device.host_memory(nbytes) for nbytes in arena_sizes(sizes)]
+        found: list[_Layer] = []
+        used = arena = 0
+        for (name, module), nbytes in zip(layers.items(), sizes, strict=True):
+            if used + nbytes > len(arenas[arena]):
+                arena, used = arena + 1, 0
+            host = arenas[arena][used : used + nbytes]
+            used += nbytes
+            at_home = tuple(place.view(host) for place in places[name])
+            for place, tensor in zip(places[name], at_home, strict=True):
+                tensor.copy_(place.tensors[place.name].detach())
+            found.append(_Layer(name, module, places[name], host, at_home, {}))
+            found[-1].bind(at_home)
+        return found
+
+    def _slot_of(self, number: int) -> int:
+        """Return the slot that holds or will hold a layer; where there is none, start to fill one."""
+        if number in self._holds:
+            return self._holds.index(number)
+        slot = next(index for index, held in enumerate(self._holds) if held is None or held != self._current)
+        layer = self._layers[number]
+        self._holds[slot] = number
+        self._pending[slot] = self._device.copy(layer.host, self._slots[slot][: len(layer.host)])
+        return slot
+
+    def _turn_to(self, number: int) -> None:
+        """Note in which direction layers are entered: a backward pass goes down."""
+        n_layers, last = len(self._layers), self._current
+        if last is None or number == (last + 1) % n_layers:
+            self._direction = 1
+        elif number in {last, last - 1}:
+            self._direction = -1
+
+    def _following(self) -> int | None:
+        """Return the layer that will probably be entered next, None where the pass turns around."""
+        assert self._current is not None
+        following = self._current + self._direction
+        if 0 <= following < len(self._layers):
+            return following
+        # In training, the last layers are those that a backward pass begins with, and its last those of a forward pass.
+        return None if self._layers[self._current].module.training else following % len(self._layers)
+
+    def _before_forward(self, number: int, module: nn.Module, arguments: Any) -> None:
+        checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
+        trained = module.training or any(parameter.requires_grad for parameter in module.parameters())
+        if torch.is_grad_enabled() and trained and not checkpointed:
+            raise UsageError(
+                f"{self._layers[number].name}: is streamed from host memory, and its weights are gone by the time of "
+                "the backward pass. Train with model.gradient_checkpointing_enable(), evaluate in torch.no_grad()"
+            )
+        self.enter(number)
+
+    def _before_backward(self, number: int, module: nn.Module, gradients: Any) -> None:
+        self.enter(number)
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError("a model with layers in host memory cannot be copied or pickled. Load it a second time")
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        self.__reduce__()
+
+
+def _places_of(module: nn.Module) -> tuple[_Place, ...]:
+    """Return where all tensors of a layer are kept, and where each will lie in its memory."""
+    found: dict[int, tuple[Tensor, list[tuple[dict[str, Any], str]]]] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), (tensor, []))[1].append((tensors, name))
+    places: list[_Place] = []
+    start = 0
+    for tensor, ((tensors, name), *others) in found.values():
+        is_parameter = isinstance(tensor, nn.Parameter)
+        places.append(_Place(tensors, name, tuple(others), is_parameter, tensor.dtype, tensor.shape, start))
+        start += aligned(tensor.nbytes)
+    return tuple(places)
+
+
+def _nbytes_of(places: Sequence[_Place]) -> int:
+    return max((place.start + aligned(place.shape.numel() * place.dtype.itemsize) for place in places), default=0)
+
+
+def _bring_along(module: nn.Module, device: torch.device) -> None:
+    """Move what was put into a layer after it was loaded, such as an adapter: it stays on the device."""
+    for parameter in module.parameters():
+        if parameter.device != device:
+            parameter.data = parameter.data.to(device)

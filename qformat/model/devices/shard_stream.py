@@ -1,0 +1,406 @@
+"""Shards on a device, straight from their files: one allocation a shard, filled through a ring of pinned buffers.
+
+Several threads read chunks into host buffers; the calling thread starts their copies in the order of the bytes and
+takes the digests while those copies, and the next reads, are under way. A buffer goes back to the readers with its
+copy still pending: whoever gets it waits for the copy first.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from qformat.artifact.digests import Xxh3
+from qformat.artifact.header import DATA_ALIGNMENT, TensorEntry
+from qformat.artifact.reading.regular_files import open_regular, read_exactly
+from qformat.artifact.reading.structure import ShardLayout, Structure, size_error
+from qformat.artifact.reading.verify import Finding, RangeCheck, range_checks
+from qformat.cores import usable_cores
+from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.model.shard_tensors import ShardData
+
+Verify = Literal["full", "structure", "none"]
+
+CHUNK_NBYTES = 16 * 2**20
+"""Large enough that starting a read or a copy costs nothing beside it."""
+
+MAX_READERS = 4
+"""More threads than this read no faster from a page cache or an NVMe disk, and take cores from the digests."""
+
+THREAD_NAME = "qformat-stream"
+
+
+class Ticket(Protocol):
+    """A copy that was started."""
+
+    def wait(self) -> None:
+        """Block until the copy is done, so that its host buffer may be reused. Raises what the copy failed with."""
+
+
+class StreamDevice(Protocol):
+    """Where shards go. `copy` is called by one thread, `Ticket.wait` by any, once for each copy."""
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return uninitialised memory of the device, uint8 [nbytes], aligned to 16 bytes or, better, to a page."""
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        """Return host memory that the device copies from, uint8 [nbytes], writable through `.numpy()`."""
+
+    def copy(self, host: Tensor, target: Tensor) -> Ticket:
+        """Start to copy uint8 [n] in a host buffer to uint8 [n] on the device."""
+
+
+class TorchDevice:
+    """A torch.device. CUDA: pinned buffers, copies on a stream of their own. Others: plain memory, immediate copies."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return uninitialised memory, uint8 [nbytes], aligned to a page. Raises torch.OutOfMemoryError."""
+        spare = torch.empty(nbytes + DATA_ALIGNMENT - 1, dtype=torch.uint8, device=self._device)
+        if self._stream is not None:
+            # The allocator may hand out memory that kernels on the current stream have yet to finish with.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        offset = -spare.data_ptr() % DATA_ALIGNMENT
+        return spare[offset : offset + nbytes]
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        """Return host memory, uint8 [nbytes], pinned for CUDA."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
+
+    def copy(self, host: Tensor, target: Tensor) -> Ticket:
+        """Copy uint8 [n] to the device; for CUDA this only starts it."""
+        if self._stream is None:
+            target.copy_(host)
+            return _Done()
+        with torch.cuda.stream(self._stream):
+            target.copy_(host, non_blocking=True)
+            # blocking: who waits for it sleeps, because the cores are needed for reading and hashing.
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        return _EventTicket(event)
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing is pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class _EventTicket:
+    event: torch.cuda.Event
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+def data_starts(layout: ShardLayout) -> dict[str, int]:
+    """Return for each shard the byte of the file at which its data begins: index 0 of its device tensor."""
+    starts: dict[str, int] = {}
+    for located in layout.located.values():
+        # The data has no holes, so it begins where its first entry does.
+        starts[located.shard] = min(located.entry.start, starts.get(located.shard, located.entry.start))
+    return starts
+
+
+def component(tensor: Tensor, shard_data_start: int, entry: TensorEntry) -> Tensor:
+    """Return the view of a component in its dtype and shape.
+
+    tensor: uint8, a shard's data as `stream_shards` returns it; shard_data_start: its entry of `data_starts`.
+    """
+    return ShardData(tensor, shard_data_start).view(entry)
+
+
+def stream_shards(
+    layout: ShardLayout,
+    device: StreamDevice,
+    *,
+    verify: Verify,
+    chunk_nbytes: int = CHUNK_NBYTES,
+    n_buffers: int = 4,
+    readers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Read every shard's data section onto a device; return uint8 [nbytes of the data] by the shard's name.
+
+    Index 0 is the file's byte `data_starts(layout)[shard]`, a multiple of 4096 in the file: components lie aligned
+    as in the file, as far as the device's allocation is.
+    verify: "full" compares the XXH3-128 of every header and component with the manifest, of the very bytes that are
+    copied; "structure" and "none" take no digests, since `layout` is checked already.
+    n_buffers host buffers of chunk_nbytes are used, by `readers` threads (default: up to 4).
+    progress: called by this thread with the bytes of each chunk whose copy was started and whose digests agree.
+
+    Raises: ArtifactError for a file that is missing, no regular one, of another size, cut while it is read, or (full)
+    changed; UsageError for an argument; whatever `device` and `progress` raise. No thread and no copy outlives this.
+    """
+    if verify not in get_args(Verify):
+        raise UsageError(f"verify={verify!r}, expected one of {get_args(Verify)}")
+    for name, value in (("chunk_nbytes", chunk_nbytes), ("n_buffers", n_buffers), ("readers", readers)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}={value}, expected at least 1")
+    starts = data_starts(layout)
+    chunks = _chunks(layout, starts, chunk_nbytes)
+    with ExitStack() as stack:
+        descriptors = _open_shards(layout, starts, stack)
+        digests = _Digests(_with_digests(layout), descriptors) if verify == "full" else None
+        shards = {shard: device.allocate(layout.shard_nbytes[shard] - start) for shard, start in starts.items()}
+        buffer_nbytes = max(chunk.nbytes for chunk in chunks)
+        buffers = [_Buffer(device.host_buffer(buffer_nbytes)) for _ in range(min(n_buffers, len(chunks)))]
+        n_readers = min(readers or min(MAX_READERS, usable_cores()), len(buffers))
+        stream = _Stream(layout.path, chunks, descriptors, _Ring(buffers, len(chunks)))
+        stream.run(n_readers, _Forwarding(device, shards, starts, digests, progress))
+    return shards
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Bytes [start, stop) of a shard's file."""
+
+    shard: str
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def _chunks(layout: ShardLayout, starts: Mapping[str, int], chunk_nbytes: int) -> list[_Chunk]:
+    """Return the data of all shards in order. A shard without data has one empty chunk: its digests are due, too."""
+    chunks = []
+    for shard, start in starts.items():
+        stop = layout.shard_nbytes[shard]
+        for position in range(start, max(stop, start + 1), chunk_nbytes):
+            chunks.append(_Chunk(shard, position, min(position + chunk_nbytes, stop)))
+    return chunks
+
+
+def _open_shards(layout: ShardLayout, names: Iterable[str], stack: ExitStack) -> dict[str, int]:
+    """Open every shard; return descriptors by name, which `stack` closes. Raises ArtifactError, also for the size."""
+    descriptors: dict[str, int] = {}
+    for shard in names:
+        descriptors[shard] = stack.enter_context(open_regular(layout.path, shard, error=ArtifactError))
+        found = os.fstat(descriptors[shard]).st_size
+        expected = layout.shard_nbytes[shard]
+        if found != expected:
+            raise size_error(layout.path / shard, found, expected)
+    return descriptors
+
+
+def _with_digests(layout: ShardLayout) -> Structure:
+    if not isinstance(layout, Structure):
+        raise UsageError(f"{layout.path}: has no manifest, so there are no digests that verify='full' could compare")
+    return layout
+
+
+class _Buffer:
+    """A host buffer, and the copy out of it that was started last."""
+
+    def __init__(self, host: Tensor) -> None:
+        self.host = host
+        self.data: memoryview = host.numpy().data
+        self.ticket: Ticket | None = None
+
+    def wait(self) -> None:
+        """Wait for the copy, once; whatever comes of it."""
+        ticket, self.ticket = self.ticket, None
+        if ticket is not None:
+            ticket.wait()
+
+
+class _Ring:
+    """Hands free buffers to the readers, and full ones in order to the thread that copies. Keeps the first failure.
+
+    A reader gets its buffer together with the number of its chunk: the lowest chunk that is not read yet always has a
+    buffer, and so nobody waits for ever.
+    """
+
+    def __init__(self, buffers: Iterable[_Buffer], n_chunks: int) -> None:
+        self.buffers = tuple(buffers)
+        self._free = deque(self.buffers)
+        self._full: dict[int, _Buffer] = {}
+        self._n_chunks = n_chunks
+        self._n_claimed = 0
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def claim(self) -> tuple[int, _Buffer] | None:
+        """Wait for a buffer; return it with the number of the chunk to read, or None when there is nothing to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._nothing_to_do())
+            if self._nothing_to_do():
+                return None
+            number = self._n_claimed
+            self._n_claimed += 1
+            if self._n_claimed == self._n_chunks:
+                self._changed.notify_all()
+            return number, self._free.popleft()
+
+    def deliver(self, number: int, buffer: _Buffer) -> None:
+        """Pass on a buffer that was filled."""
+        with self._changed:
+            self._full[number] = buffer
+            self._changed.notify_all()
+
+    def take(self, number: int) -> _Buffer | None:
+        """Wait for a chunk; return None if a reader failed instead."""
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._full or self._stopping)
+            return None if self._stopping else self._full.pop(number)
+
+    def release(self, buffer: _Buffer) -> None:
+        """Give a buffer back, its copy possibly pending: the oldest copy is the next to be waited for."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def stop(self, failure: BaseException | None = None) -> None:
+        """Send everybody home; keep the failure if it is the first."""
+        with self._changed:
+            self._stopping = True
+            if self._failure is None:
+                self._failure = failure
+            self._changed.notify_all()
+
+    def raise_failure(self) -> None:
+        """Raise the first failure, if there is one, and forget it."""
+        failure, self._failure = self._failure, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            # A failure holds this frame: without the cycle the device's memory is free as soon as it is handled.
+            del failure
+
+    def _nothing_to_do(self) -> bool:
+        return self._stopping or self._n_claimed == self._n_chunks
+
+
+@dataclass(frozen=True, slots=True)
+class _Forwarding:
+    """What happens to a chunk that was read: it is copied, then hashed while the copy is in flight."""
+
+    device: StreamDevice
+    shards: Mapping[str, Tensor]
+    starts: Mapping[str, int]
+    digests: _Digests | None
+    progress: Callable[[int], None] | None
+
+    def forward(self, chunk: _Chunk, buffer: _Buffer) -> None:
+        """Start the copy of a chunk, take the digests of it, report it. Raises ArtifactError for a wrong digest."""
+        start = self.starts[chunk.shard]
+        target = self.shards[chunk.shard][chunk.start - start : chunk.stop - start]
+        buffer.ticket = self.device.copy(buffer.host[: chunk.nbytes], target)
+        if self.digests is not None:
+            self.digests.update(chunk, buffer.data[: chunk.nbytes])
+        if self.progress is not None:
+            self.progress(chunk.nbytes)
+
+
+class _Stream:
+    """One run: threads that read, and the calling thread, which forwards."""
+
+    def __init__(self, path: Path, chunks: list[_Chunk], descriptors: Mapping[str, int], ring: _Ring) -> None:
+        self._path = path
+        self._chunks = chunks
+        self._descriptors = descriptors
+        self._ring = ring
+
+    def run(self, n_readers: int, forwarding: _Forwarding) -> None:
+        """Stream every chunk. When it returns or raises, no thread runs and no copy is pending."""
+        started: list[threading.Thread] = []
+        try:
+            for _ in range(n_readers):
+                thread = threading.Thread(target=self._read, name=THREAD_NAME, daemon=True)
+                thread.start()
+                started.append(thread)
+            for number, chunk in enumerate(self._chunks):
+                if (buffer := self._ring.take(number)) is None:
+                    break
+                forwarding.forward(chunk, buffer)
+                self._ring.release(buffer)
+        except BaseException as error:  # noqa: BLE001 - raised below, when everything has come to rest
+            self._ring.stop(error)
+        self._ring.stop()
+        for thread in started:
+            thread.join()
+        for buffer in self._ring.buffers:
+            try:
+                buffer.wait()
+            except BaseException as error:  # noqa: BLE001 - raised below, unless it only follows from an earlier one
+                self._ring.stop(error)
+        self._ring.raise_failure()
+
+    def _read(self) -> None:
+        try:
+            while (claimed := self._ring.claim()) is not None:
+                number, buffer = claimed
+                self._fill(self._chunks[number], buffer)
+                self._ring.deliver(number, buffer)
+        except BaseException as error:  # noqa: BLE001 - the calling thread raises it
+            self._ring.stop(error)
+
+    def _fill(self, chunk: _Chunk, buffer: _Buffer) -> None:
+        buffer.wait()
+        out = buffer.data[: chunk.nbytes]
+        descriptor = self._descriptors[chunk.shard]
+        read_exactly(descriptor, chunk.start, out, path=self._path / chunk.shard, error=ArtifactError)
+
+
+class _Digests:
+    """The digests that `verify_integrity` takes, of bytes that come chunk by chunk in order, shard after shard."""
+
+    def __init__(self, structure: Structure, descriptors: Mapping[str, int]) -> None:
+        """Check every header. Raises ArtifactError."""
+        self._path = structure.path
+        findings: list[Finding] = []
+        self._due: dict[str, deque[RangeCheck]] = {shard: deque() for shard in descriptors}
+        for check in range_checks(structure.path, structure.manifest, descriptors, findings):
+            self._due[check.file.name].append(check)
+        if findings:
+            raise findings[0].as_error(self._path)
+        self._state = Xxh3()
+
+    def update(self, chunk: _Chunk, data: memoryview) -> None:
+        """Add the bytes of a chunk, uint8 [its nbytes]. Raises ArtifactError at the end of a component that differs."""
+        due = self._due[chunk.shard]
+        # <= and not <: a component without bytes may lie at the very end.
+        while due and due[0].start <= chunk.stop:
+            check = due[0]
+            start, stop = max(check.start, chunk.start), min(check.stop, chunk.stop)
+            self._state.update(data[start - chunk.start : stop - chunk.start])
+            if stop < check.stop:
+                return
+            self._compare(due.popleft())
+
+    def _compare(self, check: RangeCheck) -> None:
+        found = self._state.hexdigest()
+        self._state = Xxh3()
+        if found == check.expected:
+            return
+        # Read again: the finding is then word for word that of `qformat verify`, or the two reads differ.
+        if (finding := check.run()) is not None:
+            raise finding.as_error(self._path)
+        raise ArtifactError(
+            Reason.COMPONENT_DIGEST,
+            check.file,
+            f"bytes {check.start} to {check.stop} had the XXH3-128 {found} when they were read, and the expected "
+            f"{check.expected} when they were read once more",
+            tensor=check.tensor,
+            field=check.component,
+            next_step="The file was being written, or this machine's memory or disk cannot be relied on",
+        )

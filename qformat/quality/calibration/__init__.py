@@ -1,0 +1,1 @@
+"""Codes and scales chosen on a text, layer by layer."""

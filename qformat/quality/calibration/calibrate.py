@@ -1,0 +1,289 @@
+"""Codes and scales chosen on a text, layer by layer, with the quantized layers before each one in place.
+
+The windows' hidden states enter a layer as the quantized layers before it give them. In the order in which its Linears
+run, those that share an input (q, k, v; gate, up) are encoded together: the input is collected as a Hessian, error
+feedback turns their weights into codes, and what these decode to takes the weights' place before the next ones' input
+is collected. Then the layer runs once more, and what comes out enters the next one.
+
+Only one layer has weights at a time. The hidden states lie in files of the work folder; the journal tells which of them
+are whole, and which weights are done, so that an interrupted run continues with the layer it was at, in the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qformat.artifact.components import PackedShape
+from qformat.artifact.encoded_weight import EncodedWeight, encode_plain
+from qformat.artifact.manifest import JsonObject
+from qformat.artifact.writing.weight_encoder import StagedWeights
+from qformat.errors import DivergenceError
+from qformat.model.shard_tensors import TORCH_DTYPES
+from qformat.quality.calibration.decoder import Calls, Decoder
+from qformat.quality.calibration.error_feedback import FeedbackSettings, encode_with_feedback, inverse_factor
+from qformat.quality.calibration.hidden_states import HiddenStates, HiddenStatesWriter
+
+BATCH_TOKENS = 2048
+"""Tokens that run through a layer at a time: enough for full speed, and its activations stay small."""
+
+FOLDER_NAME = "hidden_states"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensorFacts:
+    """A tensor of the source: dtype (safetensors' name) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Chooses codes and scales of `names`; the encoder that a conversion is given.
+
+    windows: token ids, int64 [n_windows, length]. layouts: of every packed weight of the conversion. workers: threads
+    of torch and of the kernels: another number may give other bits. record: what the manifest tells of it.
+    on_layer: told (layers done, layers).
+    """
+
+    decoder: Decoder
+    tensors: Mapping[str, SourceTensorFacts]
+    layouts: Mapping[str, PackedShape]
+    names: frozenset[str]
+    windows: Tensor
+    settings: FeedbackSettings
+    record: JsonObject
+    workers: int
+    on_layer: Callable[[int, int], None] = field(default=lambda done, total: None)
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes that the hidden states take beside the output."""
+        return 2 * 4 * self.windows.numel() * int(self.decoder.model.config.get_text_config().hidden_size)
+
+    def encode(self, staged: StagedWeights) -> Iterator[tuple[str, EncodedWeight]]:
+        """Yield every weight of `names` that is not staged yet; each must be staged before the next is asked for.
+
+        Raises: SourceError, TargetError; DivergenceError for activations that are not finite.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.workers)
+        try:
+            yield from _Run(self, staged).layers()
+        finally:
+            torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Weights that share an input, by name in the source. once: it comes once in a run of the layer."""
+
+    names: tuple[str, ...]
+    once: bool
+
+
+class _Run:
+    """One calibration."""
+
+    def __init__(self, calibration: Calibration, staged: StagedWeights) -> None:
+        self._calibration = calibration
+        self._decoder = calibration.decoder
+        self._staged = staged
+        self._folder = staged.staging.work / FOLDER_NAME
+        self._disk = staged.staging.disk
+        self._batches = torch.split(calibration.windows, max(1, BATCH_TOKENS // calibration.windows.shape[1]))
+        self._calls: Calls = {}
+
+    def layers(self) -> Iterator[tuple[str, EncodedWeight]]:
+        n_layers = len(self._decoder.layers)
+        unfinished = [index for index in range(n_layers) if not all(map(self._staged.is_staged, self._chosen(index)))]
+        if unfinished:
+            self._disk.make_folder(self._folder)
+            start, hidden = self._first_states(up_to=unfinished[0])
+            for index in range(start, unfinished[-1] + 1):
+                self._calibration.on_layer(index, n_layers)
+                yield from self._layer(index, hidden)
+                if index < unfinished[-1]:
+                    hidden = self._behind(index, hidden)
+                self._decoder.drop_layer(index)
+        self._calibration.on_layer(n_layers, n_layers)
+        self._disk.remove_folder(self._folder)
+
+    def _chosen(self, index: int) -> list[str]:
+        return [name for name in self._decoder.targets[index] if name in self._calibration.names]
+
+    @torch.inference_mode()
+    def _first_states(self, *, up_to: int) -> tuple[int, HiddenStates]:
+        """Record how layers are called; return the layer to begin with, at most `up_to`, and the states before it."""
+        left = self._left_behind(up_to)
+        if left is not None:
+            self._calls = self._decoder.record(self._batches, read=self._read, keep=lambda hidden: None)
+            return left
+        with HiddenStatesWriter(self._path(0), self._disk) as writer:
+            self._calls = self._decoder.record(self._batches, read=self._read, keep=writer.write)
+            return 0, writer.finish()
+
+    def _left_behind(self, up_to: int) -> tuple[int, HiddenStates] | None:
+        """Return the last layer, at most `up_to`, of which an interrupted run left the hidden states whole."""
+        for entry in reversed(self._staged.staging.entries):
+            layer, shape, digest = (entry.get(key) for key in ("hidden_states_before", "shape", "xxh3"))
+            if isinstance(layer, int) and isinstance(shape, list) and isinstance(digest, str) and layer <= up_to:
+                states = HiddenStates(self._path(layer), tuple(int(size) for size in shape), digest)  # type: ignore[arg-type]
+                return (layer, states) if states.is_whole() else None
+        return None
+
+    def _layer(self, index: int, hidden: HiddenStates) -> Iterator[tuple[str, EncodedWeight]]:
+        """Encode the weights of a layer; it is left with what they decode to."""
+        self._decoder.load_layer(index, self._read)
+        chosen = self._chosen(index)
+        staged = {name for name in self._decoder.targets[index] if self._staged.is_staged(name)}
+        complete = staged.issuperset(chosen)
+        for name in staged if complete else staged.difference(chosen):
+            self._put(index, name, self._staged.read_encoded(name))
+        for stage in [] if complete else self._stages(index, hidden):
+            factor = None if staged.issuperset(stage.names) else self._factor(index, stage, hidden)
+            for name in stage.names:
+                if name in staged:
+                    encoded = self._staged.read_encoded(name)
+                else:
+                    encoded = self._choose(index, name, factor)
+                    yield name, encoded
+                self._put(index, name, encoded)
+
+    @torch.inference_mode()
+    def _stages(self, index: int, hidden: HiddenStates) -> list[_Stage]:
+        """Return the weights of a layer in the order in which they run, those with the same input together.
+
+        Weights that do not run at all, or more than once, come last and alone.
+        """
+        chosen = self._chosen(index)
+        seen: list[tuple[Tensor, str]] = []  # holds the inputs, so that no other can get the address of one
+
+        def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda module, inputs: seen.append((inputs[0], name))
+
+        with _Hooks((self._decoder.linear(index, name), watch(name)) for name in chosen):
+            self._forward(index, hidden.read()[: len(self._batches[0])])
+        times = {name: sum(other == name for _, other in seen) for name in chosen}
+        stages: dict[int, list[str]] = {}
+        for tensor, name in seen:
+            if times[name] == 1:
+                stages.setdefault(id(tensor), []).append(name)
+        alone = [_Stage((name,), once=False) for name in chosen if times[name] != 1]
+        return [_Stage(tuple(names), once=True) for names in stages.values()] + alone
+
+    @torch.inference_mode()
+    def _factor(self, index: int, stage: _Stage, hidden: HiddenStates) -> Tensor | None:
+        """Return the factor U of the input that the weights of a stage share; None if it never came or is zero.
+
+        Raises: DivergenceError if it is not finite.
+        """
+        linear = self._decoder.linear(index, stage.names[0])
+        width = linear.in_features
+        hessian, n_rows = torch.zeros(width, width), 0
+
+        def collect(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            nonlocal n_rows
+            rows = inputs[0].reshape(-1, width)
+            hessian.addmm_(rows.T, rows)
+            n_rows += len(rows)
+            if stage.once:
+                raise _EnoughError  # what comes behind is not needed
+
+        with _Hooks([(linear, collect)]):
+            for batch in self._in_batches(hidden):
+                with suppress(_EnoughError):
+                    self._forward(index, batch)
+        if not torch.isfinite(hessian.diagonal()).all():
+            raise self._not_finite(stage.names[0].removesuffix(".weight"), "input")
+        if n_rows:
+            hessian.mul_(2 / n_rows)
+        return inverse_factor(hessian, damping=self._calibration.settings.damping)
+
+    def _choose(self, index: int, name: str, factor: Tensor | None) -> EncodedWeight:
+        """Encode a weight; without a factor as without calibration."""
+        layout = self._calibration.layouts[name]
+        if factor is None:
+            return encode_plain(self._staged.read_source(name).view(layout.float_format.raw_dtype), layout)
+        weights = self._decoder.linear(index, name).weight
+        return encode_with_feedback(
+            weights.detach().numpy(),
+            factor,
+            block_size=layout.block_size,
+            double_quant=layout.double_quant,
+            settings=self._calibration.settings,
+            workers=self._calibration.workers,
+        )
+
+    def _behind(self, index: int, hidden: HiddenStates) -> HiddenStates:
+        """Run a layer on all windows and return the hidden states behind it."""
+        with HiddenStatesWriter(self._path(index + 1), self._disk) as writer, torch.inference_mode():
+            for batch in self._in_batches(hidden):
+                output = self._forward(index, batch)
+                if not torch.isfinite(output).all():
+                    raise self._not_finite(f"layer {index}", "output")
+                writer.write(output)
+            states = writer.finish()
+        self._staged.staging.record(
+            {"hidden_states_before": index + 1, "shape": list(states.shape), "xxh3": states.digest}
+        )
+        return states
+
+    def _put(self, index: int, name: str, encoded: EncodedWeight) -> None:
+        """Let a layer compute with what the codes decode to."""
+        layout = self._calibration.layouts[name]
+        decoded = _as_tensor(encoded.decode(layout).view(np.uint8), layout.float_format.value, layout.shape)
+        linear = self._decoder.linear(index, name)
+        linear.weight = nn.Parameter(decoded.to(torch.float32), requires_grad=False)
+
+    def _forward(self, index: int, hidden: Tensor) -> Tensor:
+        return self._calls[len(hidden)][index](self._decoder.layers[index], hidden)
+
+    def _in_batches(self, hidden: HiddenStates) -> tuple[Tensor, ...]:
+        return torch.split(hidden.read(), len(self._batches[0]))
+
+    def _path(self, layer: int) -> Path:
+        """Two files in turn: one is read while the other is written."""
+        return self._folder / str(layer % 2)
+
+    def _read(self, name: str) -> Tensor:
+        facts = self._calibration.tensors[name]
+        return _as_tensor(self._staged.read_source(name), facts.dtype, facts.shape)
+
+    def _not_finite(self, where: str, what: str) -> DivergenceError:
+        return DivergenceError(
+            f"{self._decoder.path}: {where}: its {what} on the calibration text is not finite. "
+            "Are the weights whole? If so, convert it without calibration"
+        )
+
+
+class _Hooks:
+    """Forward pre-hooks on modules, for a while."""
+
+    def __init__(self, hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, tuple[Any, ...]], None]]]) -> None:
+        self._handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _EnoughError(Exception):
+    """The input that was waited for has come."""
+
+
+def _as_tensor(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of its bytes, in torch's own memory: the bits of a product may depend on how it is aligned."""
+    return torch.from_numpy(data).view(TORCH_DTYPES[dtype]).view(shape).clone()

@@ -1,0 +1,147 @@
+"""The numba kernels of error feedback: scales and codes of one column of blocks, for a range of rows.
+
+Tiles of rows are transposed into scratch memory, so that every inner loop runs over rows, which are independent of each
+other: LLVM vectorises it, and neither the number of threads nor the size of a tile changes a bit. fastmath stays off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+
+from qformat.codec.codebooks import NF4_CODEBOOK, NF4_THRESHOLDS
+from qformat.codec.cpu.kernels import kernel
+from qformat.codec.nf4 import SMALLEST_DIVISOR
+
+TILE = 64
+"""Rows at a time: a tile of 64 columns takes 16 KiB, half of a first-level cache."""
+
+_inline = numba.njit(inline="always")
+(_T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8, _T9, _T10, _T11, _T12, _T13, _T14) = NF4_THRESHOLDS
+
+_MATRIX = types.Array(types.float32, 2, "C", aligned=False)
+_READ_MATRIX = types.Array(types.float32, 2, "C", readonly=True, aligned=False)
+_READ_VECTOR = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
+_CODES = types.Array(types.uint8, 2, "C", aligned=False)
+
+
+@_inline
+def _code(value: Any) -> Any:
+    return (
+        np.int32(value > _T0)
+        + np.int32(value > _T1)
+        + np.int32(value > _T2)
+        + np.int32(value > _T3)
+        + np.int32(value > _T4)
+        + np.int32(value > _T5)
+        + np.int32(value > _T6)
+        + np.int32(value > _T7)
+        + np.int32(value > _T8)
+        + np.int32(value > _T9)
+        + np.int32(value > _T10)
+        + np.int32(value > _T11)
+        + np.int32(value > _T12)
+        + np.int32(value > _T13)
+        + np.int32(value > _T14)
+    )
+
+
+@_inline
+def _divisor(scale: Any) -> Any:
+    """A scale to divide by: decoded ones may be zero, or negative."""
+    if scale < 0:
+        return min(scale, -SMALLEST_DIVISOR)
+    return max(scale, SMALLEST_DIVISOR)
+
+
+@kernel(
+    types.void(_READ_MATRIX, types.int64, types.int64, types.int64, types.int64, _READ_VECTOR, _READ_VECTOR, _MATRIX)
+)
+def choose_scales(
+    weights: Any, first_row: Any, last_row: Any, start: Any, block_size: Any, precisions: Any, factors: Any, scales: Any
+) -> None:
+    """Choose the scales of the blocks at column `start`, rows [first_row, last_row): scales[:, start // block_size].
+
+    weights [n, k]; precisions [k]: what a squared error of a column counts; factors [f]: a scale is one of these times
+    the block's largest magnitude, the one with the smallest weighted error, the first of equal ones.
+    """
+    block = start // block_size
+    tile = np.empty((block_size, TILE), np.float32)
+    largest, best, chosen = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    error, scale, reciprocal = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for row in range(first_row, last_row, TILE):
+        n = min(TILE, last_row - row)
+        largest[:] = 0
+        best[:] = np.inf
+        for r in range(n):
+            for j in range(block_size):
+                tile[j, r] = weights[row + r, start + j]
+        for j in range(block_size):
+            for r in range(n):
+                largest[r] = max(largest[r], abs(tile[j, r]))
+        for factor in factors:
+            for r in range(n):
+                scale[r] = largest[r] * factor
+                reciprocal[r] = np.float32(1) / _divisor(scale[r])
+                error[r] = 0
+            for j in range(block_size):
+                precision = precisions[start + j]
+                for r in range(n):
+                    off = NF4_CODEBOOK[_code(tile[j, r] * reciprocal[r])] * scale[r] - tile[j, r]
+                    error[r] += off * off * precision
+            for r in range(n):
+                if error[r] < best[r]:
+                    best[r] = error[r]
+                    chosen[r] = scale[r]
+        for r in range(n):
+            scales[row + r, block] = chosen[r] if largest[r] > 0 else np.float32(0)
+
+
+@kernel(
+    types.void(
+        _READ_MATRIX, types.int64, types.int64, types.int64, types.int64, _READ_MATRIX, _READ_MATRIX, _CODES, _MATRIX
+    )
+)
+def round_block(
+    weights: Any,
+    first_row: Any,
+    last_row: Any,
+    start: Any,
+    block_size: Any,
+    factor: Any,
+    scales: Any,
+    codes: Any,
+    errors: Any,
+) -> None:
+    """Round the blocks at column `start`, column by column, handing each one's error on to those after it.
+
+    weights [n, k]; factor [k, k]: the upper factor U of the inverse Hessian; scales [n, k / block_size]. Fills
+    codes[:, start : start + block_size] and errors [n, block_size]: (weight - rounded) / U[j, j] of each column, by
+    which the columns behind this block are to be moved.
+    """
+    block = start // block_size
+    tile = np.empty((block_size, TILE), np.float32)
+    scale, reciprocal, error = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    found = np.empty(TILE, np.int32)
+    for row in range(first_row, last_row, TILE):
+        n = min(TILE, last_row - row)
+        for r in range(n):
+            scale[r] = scales[row + r, block]
+            reciprocal[r] = np.float32(1) / _divisor(scale[r])
+            for j in range(block_size):
+                tile[j, r] = weights[row + r, start + j]
+        for j in range(block_size):
+            share = np.float32(1) / factor[start + j, start + j]
+            for r in range(n):
+                found[r] = _code(tile[j, r] * reciprocal[r])
+                error[r] = (tile[j, r] - NF4_CODEBOOK[found[r]] * scale[r]) * share
+            for later in range(j + 1, block_size):
+                move = factor[start + j, start + later]
+                for r in range(n):
+                    tile[later, r] -= error[r] * move
+            for r in range(n):
+                codes[row + r, start + j] = found[r]
+                errors[row + r, j] = error[r]

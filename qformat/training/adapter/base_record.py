@@ -1,0 +1,78 @@
+"""Which bytes an adapter was trained on: `qformat_base.json` beside it, compared when it is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qformat import strict_json
+from qformat.artifact.digests import xxh3, xxh3_of_range
+from qformat.artifact.manifest import KeptRecord, TensorRecord
+from qformat.artifact.reading.structure import CONFIG_NAME, ShardLayout, Structure
+from qformat.errors import AdapterError, ArtifactError
+
+BASE_RECORD_NAME = "qformat_base.json"
+_MAX_NBYTES = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    """The model under an adapter. digest: changes with any byte of its weights. name: of its folder, for people."""
+
+    digest: str
+    name: str
+
+    @classmethod
+    def of(cls, layout: ShardLayout) -> BaseRecord:
+        """Identify a model: an artifact by the digests of its tensors, a folder without any by hashing its files.
+
+        The manifest's own digest would do no longer once a model card is published with the artifact.
+        """
+        name = layout.path.resolve().name
+        if isinstance(layout, Structure):
+            tensors = [(tensor, _digests_of(record)) for tensor, record in layout.manifest.tensors.items()]
+            digests = [*tensors, (CONFIG_NAME, [_digest_of(layout.path / CONFIG_NAME)])]
+            return cls(f"tensors-xxh3:{xxh3(strict_json.dumps(digests).encode())}", name)
+        files = [(file, _digest_of(layout.path / file)) for file in sorted([*layout.shard_nbytes, CONFIG_NAME])]
+        return cls(f"files-xxh3:{xxh3(strict_json.dumps(files).encode())}", name)
+
+    def to_bytes(self) -> bytes:
+        """Return the file's content."""
+        return (strict_json.dumps(asdict(self), indent=2) + "\n").encode()
+
+
+def read_base_record(adapter: Path) -> BaseRecord | None:
+    """Read the record beside an adapter, None where there is none. Raises AdapterError for a damaged one."""
+    path = adapter / BASE_RECORD_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as problem:
+        raise AdapterError(f"{path}: cannot be read: {problem.strerror}") from None
+    try:
+        record = strict_json.loads(data, path=path, max_nbytes=_MAX_NBYTES, error=ArtifactError)
+    except ArtifactError as problem:
+        raise _damaged(path, problem.problem) from None
+    if isinstance(record, dict):
+        digest, name = record.get("digest"), record.get("name")
+        if isinstance(digest, str) and isinstance(name, str):
+            return BaseRecord(digest, name)
+    raise _damaged(path, "digest or name is missing")
+
+
+def _damaged(path: Path, problem: str) -> AdapterError:
+    return AdapterError(f"{path}: is damaged: {problem}. Remove it to use the adapter without the check")
+
+
+def _digests_of(record: TensorRecord) -> list[str]:
+    return [record.xxh3] if isinstance(record, KeptRecord) else list(record.components.values())
+
+
+def _digest_of(path: Path) -> str:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return xxh3_of_range(descriptor, 0, os.fstat(descriptor).st_size, path=path, error=ArtifactError)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Rows of training data out of files, one at a time."""

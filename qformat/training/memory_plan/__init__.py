@@ -1,0 +1,1 @@
+"""The memory of a training, worked out before anything is loaded."""

@@ -1,0 +1,157 @@
+"""The tensors of a model as headers name them, for the memory plan: of a folder or of the Hub, without any weight.
+
+An artifact's manifest, or the headers of a bitsandbytes folder, say what is packed. What a 16-bit checkpoint would
+become is decided by the converter's rules, which the caller brings along: `qformat.converters` is an edge.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qformat import strict_json
+from qformat.artifact.components import Component, PackedShape
+from qformat.artifact.header import ELEMENT_NBYTES, NewTensor
+from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_SIZE
+from qformat.artifact.manifest import MANIFEST_NAME, JsonObject, KeptRecord
+from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
+from qformat.artifact.reading.regular_files import read_small
+from qformat.artifact.reading.safetensors_folder import read_headers
+from qformat.artifact.reading.structure import CONFIG_NAME, read_manifest
+from qformat.errors import ArtifactError, Reason, SourceError, UsageError
+
+Conversion = Callable[[list[NewTensor], JsonObject], Mapping[str, PackedShape]]
+"""From the tensors of a 16-bit checkpoint and its config.json to the layouts of those that a conversion would pack."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTensors:
+    """What a model would be loaded from.
+
+    folder: holds config.json. packed: the components of each packed weight. kept: every other tensor.
+    """
+
+    folder: Path
+    packed: Mapping[str, Mapping[Component, NewTensor]]
+    kept: Mapping[str, NewTensor]
+
+
+def read_model_tensors(
+    source: Path | str, *, conversion: Conversion | None = None, revision: str | None = None
+) -> ModelTensors:
+    """Read manifest or headers, and config.json, of an artifact, a bitsandbytes folder or a 16-bit checkpoint.
+
+    source: a folder, or the id of a repository on the Hub, of which only headers and config.json are fetched.
+    conversion: what is packed of a 16-bit checkpoint.
+    Raises: ArtifactError and SourceError for damaged files; UsageError where nothing can be read.
+    """
+    folder = Path(source)
+    if not os.path.lexists(folder) and isinstance(source, str) and _HUB_ID.fullmatch(source):
+        folder, tensors = _hub_headers(source, revision)
+    elif revision is not None:
+        raise UsageError(f"{source}: is a folder, and only repositories on the Hub have revisions")
+    elif os.path.lexists(folder / MANIFEST_NAME):
+        return _of_artifact(folder)
+    else:
+        tensors = _folder_headers(folder)
+    if any(tensor.name.endswith(Component.QUANT_STATE) for tensor in tensors):
+        return _of_components(folder, tensors)
+    if conversion is None:
+        raise UsageError(f"{source}: is not quantized, and only 4-bit weights are trained on. Convert it first")
+    return _as_converted(folder, tensors, conversion)
+
+
+def _of_artifact(folder: Path) -> ModelTensors:
+    records = read_manifest(folder).tensors
+    return ModelTensors(
+        folder,
+        {name: r.layout.components(name) for name, r in records.items() if not isinstance(r, KeptRecord)},
+        {name: NewTensor(name, r.dtype, r.shape) for name, r in records.items() if isinstance(r, KeptRecord)},
+    )
+
+
+def _of_components(folder: Path, tensors: Iterable[NewTensor]) -> ModelTensors:
+    by_name = {tensor.name: tensor for tensor in tensors}
+    packed = {}
+    for state_name in [name for name in by_name if name.endswith(Component.QUANT_STATE)]:
+        name = state_name.removesuffix(Component.QUANT_STATE)
+        parts = {part: by_name.pop(name + part.value) for part in Component if name + part.value in by_name}
+        if missing := [part for part in (Component.PACKED, Component.ABSMAX) if part not in parts]:
+            raise ArtifactError(Reason.MISSING_COMPONENT, folder, f"no shard has its {missing[0].label}", tensor=name)
+        packed[name] = parts
+    return ModelTensors(folder, packed, by_name)
+
+
+def _as_converted(folder: Path, tensors: list[NewTensor], conversion: Conversion) -> ModelTensors:
+    path = folder / CONFIG_NAME
+    data = read_small(folder, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
+    config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
+    if not isinstance(config, dict):
+        raise SourceError(Reason.CONFIG_FIELD, path, "not a JSON object")
+    if config.get("quantization_config") is not None:
+        raise SourceError(
+            Reason.ALREADY_QUANTIZED, path, "is quantized already, and not as bitsandbytes' NF4",
+            field="quantization_config", next_step="Take the 16-bit checkpoint that it was made from",
+        )  # fmt: skip
+    layouts = conversion(tensors, config)
+    return ModelTensors(
+        folder,
+        {name: layout.components(name) for name, layout in layouts.items()},
+        {tensor.name: tensor for tensor in tensors if tensor.name not in layouts},
+    )
+
+
+def _folder_headers(folder: Path) -> list[NewTensor]:
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder. Give a folder, or the id of a repository on the Hub")
+    located = read_headers(folder, error=SourceError).located.values()
+    found = [NewTensor(place.entry.name, place.entry.dtype, place.entry.shape) for place in located]
+    if any(tensor.name.endswith(Component.QUANT_STATE) for tensor in found):
+        read_bitsandbytes_folder(folder)  # refuses what cannot be trained on
+    return found
+
+
+def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[NewTensor]]:
+    """Fetch config.json into the cache of the Hub's client, and read the headers without the rest of their files."""
+    try:
+        from huggingface_hub import errors as hub_errors
+        from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    except ImportError as problem:
+        raise UsageError(f"this needs huggingface_hub: pip install 'qformat[models]' ({problem})") from problem
+    try:
+        config = Path(hf_hub_download(repository, CONFIG_NAME, revision=revision))
+        metadata = get_safetensors_metadata(repository, revision=revision)
+    except (hub_errors.NotASafetensorsRepoError, hub_errors.SafetensorsParsingError) as problem:
+        raise SourceError(Reason.UNSUPPORTED_SOURCE, repository, _first_line(problem)) from problem
+    except (OSError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError, ValueError) as problem:
+        raise UsageError(
+            f"{repository}: is no folder here, and cannot be read from the Hub: {_first_line(problem)}. "
+            "Check the name and the connection, or log in"
+        ) from problem
+    return config.parent, [
+        _checked(name, entry.dtype, entry.shape, f"{repository}/{file}")
+        for file, of_file in sorted(metadata.files_metadata.items())
+        for name, entry in of_file.tensors.items()
+    ]
+
+
+def _checked(name: str, dtype: object, shape: object, path: str) -> NewTensor:
+    if not isinstance(dtype, str) or dtype not in ELEMENT_NBYTES:
+        raise SourceError(Reason.UNSUPPORTED_DTYPE, path, f"{dtype!r} is not read", tensor=name, field="dtype")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in shape):
+        raise SourceError(
+            Reason.HEADER_FIELD, path, f"not a list of sizes up to {MAX_SIZE}", tensor=name, field="shape"
+        )
+    new = NewTensor(name, dtype, tuple(shape))
+    if new.nbytes > MAX_SIZE:
+        raise SourceError(Reason.HEADER_FIELD, path, f"{new.nbytes} bytes", tensor=name, field="shape")
+    return new
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""AdamW whose states live in pages: layouts, pages and their device, updates."""

@@ -1,0 +1,304 @@
+"""Accidents: every flipped bit, every cut, every lost sector of an artifact is found and said where it is.
+
+The kinds of damage are those that other readers were measured with, most of which they let through in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact.reading.reader import open_artifact
+from qformat.artifact.reading.verify import IntegrityReport
+from qformat.errors import ArtifactError, Reason
+from tests.artifact.damaged import Region, make_tiny_artifact, regions, shard_of, shards, verify
+from tests.small_models import contents
+
+N_PARTS = 16
+"""Into how many tests the exhaustive runs are cut, for several processes."""
+
+DATA_REASONS = {Reason.COMPONENT_DIGEST}
+SAMPLE_EVERY = 61  # of the bits in the normal run: a prime, so that every bit of a byte has its turn
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_artifact(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def artifact(pristine: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(pristine, tmp_path / "artifact")
+
+
+@pytest.fixture(scope="module")
+def scratch(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy for tests that put every byte back."""
+    return shutil.copytree(pristine, tmp_path_factory.mktemp("scratch") / "artifact")
+
+
+def check_attribution(report: IntegrityReport, region: Region, what: str) -> None:
+    """Check that the damage is found, in this file and no other, and for tensor data in this very component."""
+    assert not report.good, f"{what} of {region} was not found"
+    assert {finding.file for finding in report.findings} == {region.file}, (what, region, report.findings)
+    if region.tensor is not None:
+        assert {(finding.tensor, finding.component) for finding in report.findings} == {
+            (region.tensor, region.component)
+        }, (what, region, report.findings)
+        assert report.findings[0].reason is Reason.COMPONENT_DIGEST
+    assert all(finding.file in finding.message for finding in report.findings)
+
+
+def bits(folder: Path) -> Iterator[tuple[Region, int]]:
+    """Yield every bit of an artifact."""
+    for region in regions(folder):
+        for bit in range(8 * region.start, 8 * region.stop):
+            yield region, bit
+
+
+def check_flip(folder: Path, region: Region, bit: int) -> None:
+    descriptor = os.open(folder / region.file, os.O_RDWR)
+    try:
+        byte = os.pread(descriptor, 1, bit // 8)
+        os.pwrite(descriptor, bytes([byte[0] ^ 1 << bit % 8]), bit // 8)
+        try:
+            check_attribution(verify(folder), region, f"flip of bit {bit}")
+        finally:
+            os.pwrite(descriptor, byte, bit // 8)
+    finally:
+        os.close(descriptor)
+
+
+def test_the_tiny_artifact_is_whole_and_its_regions_are_all_of_its_bytes(pristine: Path) -> None:
+    assert verify(pristine).good
+    for path in pristine.iterdir():
+        position = 0
+        for region in sorted((r for r in regions(pristine) if r.file == path.name), key=lambda r: r.start):
+            assert region.start == position
+            position = region.stop
+        assert position == path.stat().st_size
+    assert len(list(shards(pristine))) == 2
+    components = {region.component for region in regions(pristine)} - {None}
+    assert components == {"packed", "absmax", "nested_absmax", "nested_quant_map", "quant_map", "quant_state", "data"}
+
+
+def test_a_sample_of_flipped_bits_is_found_and_attributed(scratch: Path) -> None:
+    checked = 0
+    for region, bit in list(bits(scratch))[::SAMPLE_EVERY]:
+        check_flip(scratch, region, bit)
+        checked += 1
+    assert checked > 1900
+    assert verify(scratch).good
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(N_PARTS))
+def test_every_flipped_bit_is_found_and_attributed(part: int, scratch: Path) -> None:
+    for region, bit in list(bits(scratch))[part::N_PARTS]:
+        check_flip(scratch, region, bit)
+    assert verify(scratch).good
+
+
+def check_cut(folder: Path, file: str, nbytes: int) -> None:
+    path = folder / file
+    data = path.read_bytes()
+    path.write_bytes(data[:nbytes])
+    try:
+        check_attribution(verify(folder), Region(file, 0, len(data)), f"cut to {nbytes}")
+        with pytest.raises(ArtifactError) as refused:
+            open_artifact(folder)
+        assert Path(refused.value.path).name == file
+    finally:
+        path.write_bytes(data)
+
+
+def cuts(folder: Path) -> list[tuple[str, int]]:
+    return [(path.name, nbytes) for path in sorted(folder.iterdir()) for nbytes in range(path.stat().st_size)]
+
+
+def test_a_file_that_is_cut_is_found_by_open_and_by_verify(scratch: Path) -> None:
+    """A sample of the lengths, the first and last few of every file among them."""
+    for number, (file, nbytes) in enumerate(cuts(scratch)):
+        size = (scratch / file).stat().st_size
+        if number % 41 == 0 or nbytes < 9 or size - nbytes < 3:
+            check_cut(scratch, file, nbytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(N_PARTS))
+def test_a_file_that_is_cut_at_any_length_is_found_by_open_and_by_verify(part: int, scratch: Path) -> None:
+    for file, nbytes in cuts(scratch)[part::N_PARTS]:
+        check_cut(scratch, file, nbytes)
+
+
+@pytest.mark.parametrize("tail", [b"\0", b" ", b"\n", b"{}", bytes(64), bytes(4096), b"x" * 5000])
+def test_bytes_appended_to_any_file_are_found_by_open_and_by_verify(tail: bytes, artifact: Path) -> None:
+    for path in artifact.iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data + tail)
+        check_attribution(verify(artifact), Region(path.name, 0, len(data)), "appended bytes")
+        with pytest.raises(ArtifactError) as refused:
+            open_artifact(artifact)
+        assert Path(refused.value.path).name == path.name
+        path.write_bytes(data)
+
+
+def test_every_damaged_file_is_reported_not_only_the_first(artifact: Path) -> None:
+    for path in artifact.iterdir():
+        if path.name != "qformat.json":
+            path.write_bytes(path.read_bytes() + b" ")
+    report = verify(artifact)
+    assert {finding.file for finding in report.findings} == set(contents(artifact)) - {"qformat.json"}
+
+
+def test_every_damaged_component_is_reported(artifact: Path) -> None:
+    expected = set()
+    for region in regions(artifact):
+        if region.tensor is not None:
+            data = bytearray((artifact / region.file).read_bytes())
+            data[region.start] ^= 0x10
+            (artifact / region.file).write_bytes(data)
+            expected.add((region.file, region.tensor, region.component))
+    found = {(finding.file, finding.tensor, finding.component) for finding in verify(artifact).findings}
+    assert found == expected
+
+
+@pytest.mark.parametrize("nbytes", [512, 4096])
+def test_a_zeroed_sector_is_found_wherever_it_lies(nbytes: int, artifact: Path) -> None:
+    for path in sorted(artifact.iterdir()):
+        data = path.read_bytes()
+        for start in range(0, len(data), nbytes):
+            stop = min(start + nbytes, len(data))
+            path.write_bytes(data[:start] + bytes(stop - start) + data[stop:])
+            report = verify(artifact)
+            if data[start:stop].strip(b"\0"):
+                assert not report.good
+                assert {finding.file for finding in report.findings} == {path.name}
+        path.write_bytes(data)
+
+
+def test_two_shards_with_exchanged_names_are_found(artifact: Path) -> None:
+    first, second = shards(artifact)
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+    assert {finding.file for finding in verify(artifact).findings} >= {first.name, second.name}
+    with pytest.raises(ArtifactError):
+        open_artifact(artifact)
+
+
+def test_a_shard_of_another_artifact_of_the_same_layout_is_found(artifact: Path, tmp_path: Path) -> None:
+    """The mixture of two models that an interrupted save leaves elsewhere; the sizes and headers are the same."""
+    shard = shard_of(artifact, "model.norm.weight")
+    data = bytearray(shard.read_bytes())
+    data[4096:] = bytes(byte ^ 0x55 for byte in data[4096:])
+    shard.write_bytes(data)
+    report = verify(artifact)
+    assert len(report.findings) == sum(
+        region.file == shard.name and region.tensor is not None for region in regions(artifact)
+    )
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["missing", "dangling link"])
+def test_a_missing_file_is_named_by_open_and_by_verify(link: bool, artifact: Path) -> None:
+    for path in sorted(artifact.iterdir()):
+        data = path.read_bytes()
+        path.unlink()
+        if link:
+            path.symlink_to("nowhere")
+        report = verify(artifact)
+        assert {finding.file for finding in report.findings} == {path.name}
+        with pytest.raises(ArtifactError) as refused:
+            open_artifact(artifact)
+        assert refused.value.reason in {Reason.MISSING_FILE, Reason.PATH_ESCAPES}
+        assert Path(refused.value.path).name == path.name
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+
+
+def test_an_extra_file_or_folder_is_found(artifact: Path) -> None:
+    (artifact / "model-00003-of-00002.safetensors").write_bytes(b"x")
+    (artifact / ".gitattributes").write_bytes(b"")  # put there by git or a client of the Hub: no reader looks at it
+    (artifact / "folder").mkdir()
+    (artifact / "link").symlink_to("config.json")
+    report = verify(artifact)
+    assert {(finding.reason, finding.file) for finding in report.findings} == {
+        (Reason.EXTRA_FILE, name) for name in ("model-00003-of-00002.safetensors", "folder", "link")
+    }
+    open_artifact(artifact).close()
+
+
+def test_a_name_that_is_no_text_is_found_and_can_be_printed(artifact: Path) -> None:
+    try:
+        Path(os.fsdecode(os.fsencode(artifact) + b"/\xff\xfe")).write_bytes(b"")
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    (finding,) = verify(artifact).findings
+    assert finding.reason is Reason.EXTRA_FILE
+    finding.message.encode("utf-8")
+    finding.file.encode("utf-8")
+
+
+def test_a_file_that_is_no_file_is_found(artifact: Path) -> None:
+    for path in sorted(artifact.iterdir()):
+        data = path.read_bytes()
+        for make in (lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+            path.unlink()
+            make(path)
+            assert {finding.file for finding in verify(artifact).findings} == {path.name}
+            with pytest.raises(ArtifactError) as refused:
+                open_artifact(artifact)
+            assert refused.value.reason in {Reason.NOT_A_REGULAR_FILE, Reason.PATH_ESCAPES}
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+            path.write_bytes(data)
+    assert verify(artifact).good
+
+
+def test_exchanged_bytes_of_two_components_are_found(artifact: Path) -> None:
+    """Right bytes in the wrong place: both nested_quant_maps are the same, both quant_states are not."""
+    states = [region for region in regions(artifact) if region.component == "quant_state"]
+    assert len(states) == 2
+    texts = [(artifact / state.file).read_bytes()[state.start : state.stop] for state in states]
+    for state, text in zip(states, reversed(texts), strict=True):
+        data = bytearray((artifact / state.file).read_bytes())
+        data[state.start : state.stop] = text
+        (artifact / state.file).write_bytes(data)
+    found = {(finding.tensor, finding.component) for finding in verify(artifact).findings}
+    assert found == {(state.tensor, "quant_state") for state in states}
+    with pytest.raises(ArtifactError) as refused:
+        open_artifact(artifact)
+    assert refused.value.reason is Reason.QUANT_STATE
+
+
+def test_sha256_finds_what_the_fast_digests_find(artifact: Path) -> None:
+    from qformat.artifact.reading.verify import verify_integrity
+
+    shard = next(shards(artifact))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    report = verify_integrity(artifact, sha256=True)
+    assert {finding.reason for finding in report.findings} == {Reason.COMPONENT_DIGEST, Reason.FILE_DIGEST}
+    assert report.sha256_checked
+
+
+def test_verify_reports_all_bytes_as_progress(artifact: Path) -> None:
+    from qformat.artifact.reading.verify import verify_integrity
+
+    done: list[int] = []
+    report = verify_integrity(artifact, on_progress=done.append)
+    data = sum(region.stop - region.start for region in regions(artifact) if region.tensor is not None)
+    assert sum(done) == data
+    assert report.n_files == len(contents(artifact))
+
+
+def test_what_is_no_folder_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "file", "empty", "x" * 5000, "file/below", "a\0b"):
+        (finding,) = verify(tmp_path / name).findings
+        assert finding.reason is Reason.MISSING_FILE

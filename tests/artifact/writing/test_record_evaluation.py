@@ -1,0 +1,141 @@
+"""An evaluation is put into a manifest in one step, whatever happens, and changes nothing else of it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import qformat
+from qformat.artifact.manifest import with_evaluation
+from qformat.artifact.writing.record_evaluation import record_evaluation
+from qformat.converters.convert import convert
+from qformat.errors import TargetError
+from tests.artifact.damaged import reseal
+from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
+from tests.small_models import contents, write_tiny
+
+EVALUATION: dict[str, object] = {"window_length": 8, "texts": [{"name": "a.txt", "kl": {"mean": 0.25}}]}
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    convert(write_tiny(tmp_path / "source"), tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def record(path: Path, evaluation: dict[str, object] = EVALUATION, disk: FaultyDisk | None = None) -> None:
+    with qformat.open(path) as opened:
+        record_evaluation(path, evaluation, of=opened.manifest, disk=disk)  # type: ignore[arg-type]
+
+
+def test_a_recorded_evaluation_is_read_back_and_the_artifact_is_whole(artifact: Path) -> None:
+    before = contents(artifact)
+    record(artifact)
+    assert qformat.verify(artifact, sha256=True).good
+    with qformat.open(artifact) as opened:
+        assert opened.manifest.evaluation == EVALUATION
+    after = contents(artifact)
+    assert {name for name in after if after[name] != before.get(name)} == {"qformat.json"}
+    lines = after["qformat.json"].decode().splitlines()
+    kept = [line for line in lines if not line.startswith(('  "evaluation"', '  "manifest_sha256"'))]
+    assert kept == [line for line in before["qformat.json"].decode().splitlines() if "manifest_sha256" not in line]
+    assert lines[lines.index('  "tensors": {') - 1].startswith('  "evaluation": ')
+
+
+def test_the_manifest_object_writes_an_evaluation_as_the_recording_does(artifact: Path) -> None:
+    record(artifact)
+    with qformat.open(artifact) as opened:
+        assert opened.manifest.to_bytes() == (artifact / "qformat.json").read_bytes()
+
+
+def test_recording_twice_replaces_and_gives_the_same_bytes(artifact: Path) -> None:
+    record(artifact)
+    once = contents(artifact)
+    record(artifact, {"texts": []})
+    assert contents(artifact) != once
+    record(artifact)
+    assert contents(artifact) == once
+
+
+def test_members_of_later_versions_survive(artifact: Path) -> None:
+    path = artifact / "qformat.json"
+    manifest = json.loads(path.read_bytes())
+    name = next(iter(manifest["tensors"]))
+    later = {"format_version": "1.3", "history": [1, {"a": 1e300}], **manifest}
+    later["format_version"] = "1.3"
+    later["tensors"][name]["note"] = "x"
+    later["files"]["LICENSE"]["note"] = 7
+    later["manifest_sha256"] = later.pop("manifest_sha256")
+    path.write_text(json.dumps(later))
+    reseal(artifact)
+    record(artifact)
+    found = json.loads(path.read_bytes())
+    assert found.pop("evaluation") == EVALUATION
+    assert {key: value for key, value in found.items() if key != "manifest_sha256"} == {
+        key: value for key, value in later.items() if key != "manifest_sha256"
+    }
+    assert qformat.verify(artifact).good
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "kill", "short write", "nothing written from here on"])
+def test_after_any_fault_the_manifest_is_the_old_or_the_new_one(artifact: Path, fault: str) -> None:
+    old = contents(artifact)
+    path = artifact / "qformat.json"
+    new = with_evaluation(old["qformat.json"], EVALUATION, path)  # type: ignore[arg-type]
+    counted = FaultyDisk()
+    record(artifact, disk=counted)
+    assert counted.n_calls >= 5
+    path.write_bytes(old["qformat.json"])
+    for call in range(counted.n_calls):
+        disk = FaultyDisk(call, fault)
+        try:
+            record(artifact, disk=disk)
+        except (TargetError, Killed):
+            assert fault != "short write"
+        assert path.read_bytes() in (old["qformat.json"], new)
+        assert qformat.verify(artifact).good
+        path.write_bytes(old["qformat.json"])
+    record(artifact)
+    assert path.read_bytes() == new
+    assert set(contents(artifact)) == set(old)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_after_a_power_cut_the_manifest_is_the_old_or_the_new_one(artifact: Path, seed: int) -> None:
+    for call in range(6):
+        with pytest.raises(Killed):
+            record(artifact, disk=PowerCut(call, seed))
+        assert qformat.verify(artifact).good
+
+
+def test_other_weights_than_those_measured_are_not_written_to(artifact: Path, tmp_path: Path) -> None:
+    with qformat.open(artifact) as opened:
+        measured = opened.manifest
+    options = qformat.ConversionOptions(block_size=32)
+    convert(tmp_path / "source", artifact, options, force=True)
+    before = contents(artifact)
+    with pytest.raises(TargetError, match="other weights"):
+        record_evaluation(artifact, {}, of=measured)
+    assert contents(artifact) == before
+
+
+def test_a_manifest_in_the_cache_of_the_hub_is_left_alone(artifact: Path) -> None:
+    blob = artifact.parent / "blob"
+    (artifact / "qformat.json").rename(blob)
+    (artifact / "qformat.json").symlink_to(blob)
+    with pytest.raises(TargetError, match="Hub's cache"):
+        record_evaluation(artifact, {}, of=None)  # type: ignore[arg-type]
+
+
+def test_a_second_recording_at_the_same_time_is_refused(artifact: Path) -> None:
+    folder = os.open(artifact, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(TargetError, match="another process"):
+            record(artifact)
+    finally:
+        os.close(folder)

@@ -1,0 +1,146 @@
+"""An artifact with some other bytes: the rest copied under its digests, the manifest right, faults of the disk."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qformat.artifact.components import Component
+from qformat.artifact.encoded_weight import EncodedWeight, store_scales
+from qformat.artifact.manifest import KeptRecord, PackedRecord
+from qformat.artifact.reading.reader import PackedTensor, open_artifact
+from qformat.artifact.reading.verify import verify_integrity
+from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.rewrite import Replacements, rewrite_artifact
+from qformat.artifact.writing.staging import Staging
+from qformat.converters.convert import ConversionOptions, convert
+from qformat.errors import ArtifactError, Reason, TargetError, UsageError
+from tests.converters.faulty_disk import FaultyDisk, Killed
+from tests.small_models import contents, names_beside, write_tiny
+
+WEIGHT = "model.layers.0.self_attn.o_proj.weight"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rewritten")
+    options = ConversionOptions(max_shard_nbytes=2000)
+    convert(write_tiny(folder / "source"), folder / "nf4", options)
+    assert len(list((folder / "nf4").glob("*.safetensors"))) > 1
+    return folder / "nf4"
+
+
+def other_bytes(artifact: Path) -> dict[str, dict[Component, np.ndarray[Any, Any]]]:
+    """Twice the scales of one weight, and another norm."""
+    with open_artifact(artifact) as opened:
+        tensor = opened[WEIGHT]
+        assert isinstance(tensor, PackedTensor)
+        weight = EncodedWeight(tensor.packed, store_scales(tensor.scales() * 2, double_quant=True))
+        parts = weight.components(tensor.layout)
+    del parts[Component.PACKED]
+    return {WEIGHT: parts, NORM: {Component.PACKED: np.full(8, 0x3F80, np.uint16)}}
+
+
+def rewrite(artifact: Path, out: Path, replacements: Replacements, disk: Disk | None = None) -> None:
+    with open_artifact(artifact) as opened, Staging.begin(out, "f", disk=disk or Disk()) as staging:
+        if not staging.sealed_before:
+            rewrite_artifact(opened, staging, replacements, recipe={**opened.manifest.recipe, "tuning": {}})
+
+
+def test_only_what_is_replaced_changes(artifact: Path, tmp_path: Path) -> None:
+    rewrite(artifact, tmp_path / "out", other_bytes(artifact))
+    assert verify_integrity(tmp_path / "out", sha256=True).good
+    before, after = contents(artifact), contents(tmp_path / "out")
+    assert {name: len(data) for name, data in before.items() if name != "qformat.json"} == {
+        name: len(data) for name, data in after.items() if name != "qformat.json"
+    }
+    with open_artifact(artifact) as old, open_artifact(tmp_path / "out") as new:
+        assert new.manifest.recipe == {**old.manifest.recipe, "tuning": {}}
+        for name, tensor in old.items():
+            if name == WEIGHT:
+                assert isinstance(tensor, PackedTensor)
+                changed = new[name]
+                assert isinstance(changed, PackedTensor)
+                np.testing.assert_allclose(changed.scales(), 2 * tensor.scales(), rtol=0.05)
+                np.testing.assert_array_equal(changed.packed, tensor.packed)
+            elif name != NORM:
+                assert new.manifest.tensors[name] == old.manifest.tensors[name]
+        kept, source = new.manifest.tensors[NORM], old.manifest.tensors[NORM]
+        assert isinstance(kept, KeptRecord)
+        assert isinstance(source, KeptRecord)
+        assert (kept.source_xxh3, source.source_xxh3) == (source.xxh3, None)
+
+
+def test_the_same_bytes_give_the_same_artifact_but_for_the_recipe(artifact: Path, tmp_path: Path) -> None:
+    with open_artifact(artifact) as opened:
+        norm = opened.view(NORM).copy()
+        with Staging.begin(tmp_path / "out", "f", disk=Disk()) as staging:
+            rewrite_artifact(opened, staging, {NORM: {Component.PACKED: norm}}, recipe=opened.manifest.recipe)
+    assert contents(tmp_path / "out") == contents(artifact)
+
+
+def test_a_damaged_component_is_named_and_nothing_is_written(artifact: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for name, data in contents(artifact).items():
+        (bad / name).write_bytes(data)
+    with open_artifact(bad) as opened:
+        name = next(name for name, record in opened.manifest.tensors.items() if isinstance(record, PackedRecord))
+        where = opened.located[name]
+    data = bytearray((bad / where.shard).read_bytes())
+    data[where.entry.start] ^= 1
+    (bad / where.shard).write_bytes(data)
+    with pytest.raises(ArtifactError, match=rf"tensor '{name}': was changed") as refused:
+        rewrite(bad, tmp_path / "out", {})
+    assert refused.value.reason is Reason.COMPONENT_DIGEST
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_side_file_is_named(artifact: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for name, data in contents(artifact).items():
+        (bad / name).write_bytes(data)
+    (bad / "LICENSE").write_bytes(b"X" + (bad / "LICENSE").read_bytes()[1:])
+    with pytest.raises(ArtifactError, match="LICENSE: was changed") as refused:
+        rewrite(bad, tmp_path / "out", {})
+    assert refused.value.reason is Reason.FILE_DIGEST
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "nbytes", "message"),
+    [
+        (NORM, Component.PACKED, 8, "16 bytes there"),
+        (NORM, Component.ABSMAX, 8, "no such component"),
+        ("x", Component.PACKED, 1, "no such component"),
+    ],
+)
+def test_bytes_that_do_not_fit_are_refused(
+    artifact: Path, tmp_path: Path, name: str, part: Component, nbytes: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        rewrite(artifact, tmp_path / "out", {name: {part: np.zeros(nbytes, np.uint8)}})
+
+
+@pytest.mark.parametrize("fault", ["ENOSPC", "kill", "short write"])
+def test_a_fault_at_any_call_to_the_disk_leaves_nothing_or_the_whole(
+    artifact: Path, tmp_path: Path, fault: str
+) -> None:
+    new = other_bytes(artifact)
+    rewrite(artifact, tmp_path / "whole", new)
+    whole = contents(tmp_path / "whole")
+    disk = FaultyDisk()
+    rewrite(artifact, tmp_path / "counted", new, disk)
+    for number in range(0, disk.n_calls, 7):
+        out = tmp_path / f"out{number}"
+        with contextlib.suppress(TargetError, Killed):
+            rewrite(artifact, out, new, FaultyDisk(number, fault))
+        if not out.exists():
+            rewrite(artifact, out, new)
+        assert contents(out) == whole
+        assert {name for name in names_beside(out) if name.startswith(out.name + ".")} <= {out.name + ".partial"}

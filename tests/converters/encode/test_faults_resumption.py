@@ -1,0 +1,365 @@
+"""What an interrupted conversion leaves, damaged in every way, and sources that change: the same end or a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact.reading.verify import verify_integrity
+from qformat.converters.convert import ConversionOptions, ConversionSummary, convert
+from qformat.errors import Reason, SourceError, TargetError
+from tests.converters.faulty_disk import N_TENSORS, OPTIONS, FaultyDisk, interrupt, place
+from tests.small_models import contents, names_beside, write_tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("interruptions") / "source", n_shards=2)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of a conversion that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    convert(source, out, OPTIONS, disk=FaultyDisk())
+    assert verify_integrity(out, sha256=True).good
+    return contents(out)
+
+
+def resume(source: Path, out: Path, **arguments: object) -> tuple[ConversionSummary, int]:
+    """Convert once more; return the summary and how many tensors had to be encoded."""
+    counting = CountingDisk()
+    summary = convert(source, out, OPTIONS, disk=counting, **arguments)  # type: ignore[arg-type]
+    return summary, counting.n_tensors
+
+
+class CountingDisk(FaultyDisk):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_tensors = 0
+
+    def perform(self, name: str, arguments: tuple[object, ...]) -> object:
+        if name == "raw_write":
+            assert isinstance(arguments[1], memoryview)
+            self.n_tensors += b'"tensor":' in bytes(arguments[1])
+        return super().perform(name, arguments)
+
+
+@pytest.mark.parametrize("n_done", range(N_TENSORS))
+def test_a_resumed_run_makes_only_what_the_journal_does_not_have(
+    n_done: int, source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupt(source, out, n_done=n_done)
+    summary, n_encoded = resume(source, out)
+    assert n_encoded == N_TENSORS - n_done
+    assert not summary.already_complete
+    assert contents(out) == whole
+    assert names_beside(out) == {"out"}
+
+
+def test_a_resumed_run_reports_all_of_the_source_as_progress(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupt(source, out, n_done=3)
+    done: list[int] = []
+    summary = convert(source, out, OPTIONS, disk=FaultyDisk(), on_progress=done.append)
+    assert sum(done) == summary.plan.source_nbytes
+
+
+def cut_last_line(journal: bytes) -> bytes:
+    return journal[:-20]
+
+
+def garbage_at_the_end(journal: bytes) -> bytes:
+    return journal + b"\x00\xff{not json\n" * 3
+
+
+def garbage_in_the_middle(journal: bytes) -> bytes:
+    lines = journal.splitlines(keepends=True)
+    return b"".join([*lines[:3], b"\x93\x00garbage\n", *lines[3:]])
+
+
+def zeros_at_the_end(journal: bytes) -> bytes:
+    return journal[:-300] + bytes(300)
+
+
+def all_garbage(journal: bytes) -> bytes:
+    return random.Random(0).randbytes(len(journal))
+
+
+def wrong_json_kinds(journal: bytes) -> bytes:
+    return journal + b'[]\n"text"\n17\nnull\n{"tensor": 5}\n{"tensor": {"a": []}, "components": 7}\n'
+
+
+def empty(journal: bytes) -> bytes:
+    return b""
+
+
+def no_line_end(journal: bytes) -> bytes:
+    return journal.replace(b"\n", b" ")
+
+
+def huge_line(journal: bytes) -> bytes:
+    return journal + b'{"tensor": "' + b"x" * 2**21 + b'"}\n'
+
+
+def deep_line(journal: bytes) -> bytes:
+    return journal + b"[" * 100_000 + b"\n"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_last_line,
+        garbage_at_the_end,
+        garbage_in_the_middle,
+        zeros_at_the_end,
+        all_garbage,
+        wrong_json_kinds,
+        empty,
+        no_line_end,
+        huge_line,
+        deep_line,
+    ],
+)
+def test_a_damaged_journal_costs_time_and_nothing_else(
+    damage: Callable[[bytes], bytes], source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    journal = interrupt(source, out, n_done=4) / "journal"
+    journal.write_bytes(damage(journal.read_bytes()))
+    resume(source, out)
+    assert contents(out) == whole
+    assert names_beside(out) == {"out"}
+
+
+def test_no_flipped_bit_of_the_journal_reaches_the_artifact(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The journal is believed about the source's digests, which cannot be checked cheaply: so it has its own."""
+    work = interrupt(source, tmp_path / "out", n_done=4)
+    intact = {name: (work / "folder" / name).read_bytes() for name in os.listdir(work / "folder")}
+    journal = (work / "journal").read_bytes()
+    for position in range(0, 8 * len(journal), 101):
+        out = tmp_path / str(position) / "out"
+        staged = out.with_name("out.partial")
+        place(staged / "folder", intact)
+        damaged = bytearray(journal)
+        damaged[position // 8] ^= 1 << position % 8
+        (staged / "journal").write_bytes(damaged)
+        (staged / "lock").touch()
+        convert(source, out, OPTIONS, workers=1, disk=FaultyDisk())
+        assert contents(out) == whole, f"bit {position}"
+        assert names_beside(out) == {"out"}
+
+
+def test_a_journal_that_is_a_folder_is_reported(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    work = interrupt(source, out, n_done=1)
+    (work / "journal").unlink()
+    (work / "journal").mkdir()
+    with pytest.raises(TargetError, match="journal"):
+        resume(source, out)
+
+
+def delete_a_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[0].unlink()
+
+
+def flip_a_bit_of_each_shard(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[4100] ^= 4
+        path.write_bytes(data)
+
+
+def cut_every_shard(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:4200])
+
+
+def append_to_every_shard(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes() + b"more")
+
+
+def zero_every_shard(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))
+
+
+def delete_the_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        delete_a_shard,
+        flip_a_bit_of_each_shard,
+        cut_every_shard,
+        append_to_every_shard,
+        zero_every_shard,
+        delete_the_folder,
+    ],
+)
+def test_staged_bytes_that_do_not_have_the_digests_of_the_journal_are_made_again(
+    damage: Callable[[Path], None], source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    work = interrupt(source, out, n_done=N_TENSORS - 1)
+    damage(work / "folder")
+    resume(source, out)
+    assert contents(out) == whole
+
+
+def test_what_another_plan_has_begun_is_refused_and_restart_drops_it(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupt(source, out, n_done=2, options=ConversionOptions(block_size=128))
+    with pytest.raises(TargetError, match=r"another source, recipe or options.*--restart"):
+        resume(source, out)
+    assert not out.exists()
+    _, n_encoded = resume(source, out, restart=True)
+    assert n_encoded == N_TENSORS
+    assert contents(out) == whole
+
+
+def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(source: Path, tmp_path: Path) -> None:
+    work = place(tmp_path / "out.partial", {"thesis.txt": b"years of work"})
+    for restart in (False, True):
+        with pytest.raises(TargetError, match="qformat did not make it"):
+            convert(source, tmp_path / "out", OPTIONS, restart=restart)
+    assert contents(work) == {"thesis.txt": b"years of work"}
+
+
+def test_a_file_of_the_work_folders_name_is_left_alone(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").write_bytes(b"mine")
+    for restart in (False, True):
+        with pytest.raises(TargetError, match="qformat did not make it"):
+            convert(source, tmp_path / "out", OPTIONS, restart=restart)
+    assert (tmp_path / "out.partial").read_bytes() == b"mine"
+
+
+def copy_of(source: Path, folder: Path) -> Path:
+    return place(folder, contents(source))
+
+
+def change_weight(folder: Path, *, keep_times: bool) -> Path:
+    """Change one byte of each shard's data in place."""
+    for path in folder.glob("*.safetensors"):
+        status = path.stat()
+        with path.open("r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-3, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+        if keep_times:
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return folder
+
+
+@pytest.mark.parametrize("keep_times", [False, True], ids=["new mtime", "mtime put back"])
+def test_a_source_that_was_changed_before_the_resumption_is_refused_and_restart_takes_it(
+    keep_times: bool, source: Path, tmp_path: Path
+) -> None:
+    mine = copy_of(source, tmp_path / "source")
+    out = tmp_path / "target" / "out"
+    out.parent.mkdir()
+    interrupt(mine, out, n_done=N_TENSORS - 1)
+    change_weight(mine, keep_times=keep_times)
+    with pytest.raises(SourceError, match="--restart") as refused:
+        resume(mine, out)
+    assert refused.value.reason is Reason.SOURCE_CHANGED
+    assert refused.value.tensor is not None
+    assert not out.exists()
+    resume(mine, out, restart=True)
+    convert(mine, tmp_path / "again", OPTIONS)
+    assert contents(out) == contents(tmp_path / "again")
+
+
+def test_a_source_that_was_copied_elsewhere_is_recognised_by_its_bytes(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    mine = copy_of(source, tmp_path / "source")
+    out = tmp_path / "target" / "out"
+    out.parent.mkdir()
+    interrupt(mine, out, n_done=3)
+    _, n_encoded = resume(copy_of(source, tmp_path / "elsewhere"), out)
+    assert n_encoded == N_TENSORS - 3
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "config.json", "model.safetensors.index.json"])
+def test_another_small_file_of_the_source_is_another_plan(name: str, source: Path, tmp_path: Path) -> None:
+    mine = copy_of(source, tmp_path / "source")
+    out = tmp_path / "target" / "out"
+    out.parent.mkdir()
+    interrupt(mine, out, n_done=3)
+    path = mine / name
+    if name == "config.json":
+        path.write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False, "extra": 1}))
+    elif name == "LICENSE":
+        path.write_text("You may not.")
+    else:
+        path.write_text(path.read_text().replace('"total_size": 0', '"total_size": 1'))
+        resume(mine, out)  # what the index says besides the map is not read: nothing has changed
+        return
+    with pytest.raises(TargetError, match="--restart"):
+        resume(mine, out)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "config.json", "model.safetensors.index.json", "a shard"])
+def test_a_source_that_changes_while_it_is_converted_is_noticed(name: str, source: Path, tmp_path: Path) -> None:
+    mine = copy_of(source, tmp_path / "source")
+    out = tmp_path / "target" / "out"
+    out.parent.mkdir()
+    changed: list[Path] = []
+
+    def change_once(_: int) -> None:
+        if not changed:
+            path = sorted(mine.glob("*.safetensors"))[0] if name == "a shard" else mine / name
+            changed.append(path)
+            with path.open("r+b") as file:
+                data = file.read()
+                file.seek(0)
+                file.write(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+
+    with pytest.raises(SourceError, match="was changed while it was converted") as refused:
+        convert(mine, out, OPTIONS, workers=1, on_progress=change_once, disk=FaultyDisk())
+    assert refused.value.reason is Reason.SOURCE_CHANGED
+    assert Path(refused.value.path) == changed[0]
+    assert not out.exists()
+
+
+def test_a_source_that_changes_between_plan_and_conversion_is_noticed(source: Path, tmp_path: Path) -> None:
+    """A look for infinities reads all weights, after the headers and before the run: time enough for a change."""
+    mine = copy_of(source, tmp_path / "source")
+    out = tmp_path / "target" / "out"
+    out.parent.mkdir()
+    with pytest.raises(SourceError) as refused:
+        convert(mine, out, OPTIONS, on_plan=lambda _: (mine / "LICENSE").write_text("other"))  # type: ignore[arg-type, return-value]
+    assert refused.value.reason is Reason.SOURCE_CHANGED
+
+
+def test_a_source_that_is_cut_while_it_is_converted_is_an_error_and_no_crash(source: Path, tmp_path: Path) -> None:
+    mine = copy_of(source, tmp_path / "source")
+    out = tmp_path / "target" / "out"
+    out.parent.mkdir()
+
+    def cut(_: object) -> None:
+        for path in mine.glob("*.safetensors"):
+            os.truncate(path, 700)
+
+    with pytest.raises(SourceError) as refused:
+        convert(mine, out, OPTIONS, on_plan=cut)
+    assert refused.value.reason in {Reason.TRUNCATED, Reason.SOURCE_CHANGED}
+    assert not out.exists()

@@ -1,0 +1,182 @@
+"""Faults while an artifact is written, SQLite style: at every single call to the disk, one after another.
+
+Whatever happens, OUT is absent, the old artifact or the complete new one; and the same command then ends with the
+bytes of a run that nothing disturbed, with nothing left over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact.reading.verify import verify_integrity
+from qformat.converters.convert import ConversionOptions, convert
+from qformat.errors import TargetError
+from tests.converters.faulty_disk import OPTIONS, FaultyDisk, Killed, PowerCut, place
+from tests.small_models import contents, names_beside, write_tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("interruptions") / "source", n_shards=2)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of a conversion that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    convert(source, out, OPTIONS, disk=FaultyDisk())
+    assert verify_integrity(out, sha256=True).good
+    return contents(out)
+
+
+@pytest.fixture(scope="module")
+def old(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of another artifact, with one file more, to be replaced."""
+    out = tmp_path_factory.mktemp("old") / "out"
+    convert(source, out, ConversionOptions(block_size=128, double_quant=False), disk=FaultyDisk())
+    assert verify_integrity(out, sha256=True).good
+    (out / "a_note_of_the_user.txt").write_text("mine")
+    return contents(out)
+
+
+def calls_of(source: Path, out: Path, *, workers: int, force: bool) -> list[str]:
+    """Return the primitives that a whole conversion calls, in order."""
+    disk = FaultyDisk()
+    convert(source, out, OPTIONS, workers=workers, force=force, disk=disk)
+    return disk.names
+
+
+def check_and_repeat(
+    source: Path, out: Path, *, workers: int, force: bool, old: dict[str, bytes] | None, whole: dict[str, bytes]
+) -> None:
+    """What stands under OUT after a fault is the old or the new; the same command ends as if nothing had happened."""
+    standing = contents(out) if out.exists() else None
+    assert standing in (old, whole)
+    refused: TargetError | None = None
+    try:
+        convert(source, out, OPTIONS, workers=workers, force=force, disk=FaultyDisk())
+    except TargetError as caught:
+        refused = caught
+    if refused is not None:
+        # The fault came behind the very last mark of the finished run: it is as if the command were given twice.
+        assert standing == whole
+        assert not force
+        assert "exists already" in str(refused)
+    assert contents(out) == whole
+    assert names_beside(out) == {out.name}
+
+
+TARGETS = pytest.mark.parametrize("replacing", [False, True], ids=["new OUT", "replacing an artifact"])
+WORKERS = pytest.mark.parametrize("workers", [1, 3])
+
+
+@TARGETS
+@WORKERS
+@pytest.mark.parametrize(
+    "fault", ["kill", "ENOSPC", "full from here on", "EIO", "short write", "nothing written from here on"]
+)
+def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_repetition_gives_the_same_bytes(
+    fault: str,
+    workers: int,
+    replacing: bool,
+    source: Path,
+    whole: dict[str, bytes],
+    old: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    before = old if replacing else None
+    rehearsal = place(tmp_path / "rehearsal" / "out", old) if replacing else tmp_path / "out"
+    calls = calls_of(source, rehearsal, workers=workers, force=replacing)
+    assert len(calls) > 60
+    for k, call in enumerate(calls):
+        if "write" in fault and "write" not in call:
+            continue  # only a write can be short
+        parent = tmp_path / str(k)
+        parent.mkdir()
+        out = place(parent / "out", old) if replacing else parent / "out"
+        disk = FaultyDisk(k, fault)
+        failure: BaseException | None = None
+        try:
+            convert(source, out, OPTIONS, workers=workers, force=replacing, disk=disk)
+        except (Killed, TargetError) as caught:
+            failure = caught
+        if failure is None:
+            # With several workers the k-th call of this run may be another one, or none.
+            assert fault == "short write" or "from here on" in fault or disk.n_calls <= k
+            assert contents(out) == whole
+        elif isinstance(failure, TargetError):
+            assert fault not in {"kill", "short write"}
+            assert str(parent) in str(failure)
+            if fault in {"ENOSPC", "full from here on"}:
+                assert "bytes are needed" in str(failure)
+                assert "are free" in str(failure)
+        else:
+            assert fault == "kill"
+        check_and_repeat(source, out, workers=workers, force=replacing, old=before, whole=whole)
+
+
+@TARGETS
+@WORKERS
+def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_repetition(
+    workers: int, replacing: bool, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
+) -> None:
+    rehearsal = place(tmp_path / "rehearsal" / "out", old) if replacing else tmp_path / "out"
+    n_calls = len(calls_of(source, rehearsal, workers=workers, force=replacing))
+    for k in range(n_calls):
+        parent = tmp_path / str(k)
+        parent.mkdir()
+        out = place(parent / "out", old) if replacing else parent / "out"
+        with pytest.raises(Killed):
+            convert(source, out, OPTIONS, workers=workers, force=replacing, disk=PowerCut(k, seed=k))
+        check_and_repeat(source, out, workers=workers, force=replacing, old=old if replacing else None, whole=whole)
+
+
+def test_a_second_and_a_third_kill_during_the_repetition_change_nothing(
+    source: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    n_calls = len(calls_of(source, tmp_path / "out", workers=1, force=False))
+    for k in range(0, n_calls, 5):
+        parent = tmp_path / str(k)
+        parent.mkdir()
+        out = parent / "out"
+        for repetition in range(3):
+            with contextlib.suppress(Killed, TargetError):  # or it is finished before the kill
+                convert(source, out, OPTIONS, workers=1, disk=PowerCut(k, seed=k + repetition))
+            assert not out.exists() or contents(out) == whole
+        check_and_repeat(source, out, workers=1, force=False, old=None, whole=whole)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP])
+def test_without_an_exchange_of_names_a_kill_at_any_call_still_loses_neither_artifact(
+    code: int, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The old artifact is moved aside before the new one takes its name: for one moment OUT is absent, never mixed."""
+
+    class NoExchange(FaultyDisk):
+        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
+            if name == "raw_exchange":
+                raise OSError(code, os.strerror(code))
+            return super().perform(name, arguments)
+
+    rehearsal = NoExchange()
+    convert(source, place(tmp_path / "r" / "out", old), OPTIONS, workers=1, force=True, disk=rehearsal)
+    assert contents(tmp_path / "r" / "out") == whole
+    n_absent = 0
+    for k in range(rehearsal.n_calls // 2, rehearsal.n_calls):
+        out = place(tmp_path / str(k) / "out", old)
+        with pytest.raises(Killed):
+            convert(source, out, OPTIONS, workers=1, force=True, disk=NoExchange(k, "kill"))
+        if not out.exists():
+            n_absent += 1
+            assert contents(out.with_name("out.partial") / "replaced") == old
+        else:
+            assert contents(out) in (old, whole)
+        convert(source, out, OPTIONS, workers=1, force=True, disk=NoExchange())
+        assert contents(out) == whole
+        assert names_beside(out) == {"out"}
+    assert n_absent == 1

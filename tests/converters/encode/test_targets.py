@@ -1,0 +1,394 @@
+"""Where the output goes: what is refused before any work, what --force may replace, and disks that fill up."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact.reading.verify import verify_integrity
+from qformat.artifact.writing import disk as disks
+from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.staging import Staging
+from qformat.converters.convert import ConversionOptions, convert, plan
+from qformat.errors import TargetError, UsageError
+from tests.converters.faulty_disk import OPTIONS, FaultyDisk, interrupt, place
+from tests.small_models import contents, names_beside, write_tiny
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "source")
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    (tmp_path / "parent").mkdir()
+    return tmp_path / "parent"
+
+
+def refusal(source: Path, out: Path, **arguments: object) -> str:
+    """Return the message of a conversion that is refused before any byte is written, leaving no trace."""
+    before = sorted(out.parent.rglob("*")) if out.parent.is_dir() else None
+    with pytest.raises(TargetError) as refused:
+        convert(source, out, **arguments)  # type: ignore[arg-type]
+    assert before == (sorted(out.parent.rglob("*")) if out.parent.is_dir() else None)
+    return str(refused.value)
+
+
+def test_an_artifact_is_refused_and_with_force_replaced_whole(source: Path, parent: Path) -> None:
+    out = parent / "out"
+    convert(source, out, ConversionOptions(block_size=128))
+    (out / "note.txt").write_text("mine")
+    old = contents(out)
+    assert "exists already" in refusal(source, out)
+    assert contents(out) == old
+    convert(source, out, force=True)
+    assert verify_integrity(out, sha256=True).good
+    assert "note.txt" not in contents(out)
+    convert(source, parent / "fresh")
+    assert contents(out) == contents(parent / "fresh")
+    assert names_beside(out) == {"out", "fresh"}
+
+
+def test_a_damaged_artifact_is_replaced_like_a_whole_one(source: Path, parent: Path) -> None:
+    out = place(parent / "out", {"qformat.json": b"garbage", "model-00001-of-00009.safetensors": b"rest"})
+    assert "exists already" in refusal(source, out)
+    convert(source, out, force=True)
+    assert verify_integrity(out).good
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_is_no_artifact_is_refused_even_with_force(force: bool, source: Path, parent: Path) -> None:
+    out = place(parent / "out", {"thesis.txt": b"years of work"})
+    assert "is no artifact" in refusal(source, out, force=force)
+    assert contents(out) == {"thesis.txt": b"years of work"}
+
+
+def test_a_folder_named_like_a_manifest_does_not_make_an_artifact(source: Path, parent: Path) -> None:
+    (parent / "out" / "qformat.json").mkdir(parents=True)
+    assert "is no artifact" in refusal(source, parent / "out", force=True)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_empty_folder_is_as_good_as_none(force: bool, source: Path, parent: Path) -> None:
+    (parent / "out").mkdir()
+    convert(source, parent / "out", force=force)
+    assert verify_integrity(parent / "out").good
+    assert names_beside(parent / "out") == {"out"}
+
+
+def as_file(path: Path) -> None:
+    path.write_bytes(b"mine")
+
+
+def as_link_to_a_file(path: Path) -> None:
+    path.with_name("target").write_bytes(b"mine")
+    path.symlink_to("target")
+
+
+def as_link_to_an_empty_folder(path: Path) -> None:
+    path.with_name("target").mkdir()
+    path.symlink_to("target")
+
+
+def as_link_to_nothing(path: Path) -> None:
+    path.symlink_to("nothing")
+
+
+def as_link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def as_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [as_file, as_link_to_a_file, as_link_to_an_empty_folder, as_link_to_nothing, as_link_to_itself, as_fifo],
+)
+def test_what_is_no_folder_is_refused_even_with_force(
+    make: Callable[[Path], None], force: bool, source: Path, parent: Path
+) -> None:
+    make(parent / "out")
+    assert "is no folder" in refusal(source, parent / "out", force=force)
+
+
+def test_a_link_to_an_artifact_is_not_followed(source: Path, parent: Path) -> None:
+    convert(source, parent / "real")
+    before = contents(parent / "real")
+    (parent / "out").symlink_to("real")
+    assert "is no folder" in refusal(source, parent / "out", force=True)
+    assert contents(parent / "real") == before
+
+
+def test_a_missing_parent_is_not_created(source: Path, parent: Path) -> None:
+    assert "Create it first" in refusal(source, parent / "missing" / "out")
+    assert not (parent / "missing").exists()
+
+
+def test_a_file_where_the_parent_should_be_is_refused(source: Path, parent: Path) -> None:
+    as_file(parent / "file")
+    assert "no such folder" in refusal(source, parent / "file" / "out")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_out_inside_the_source_and_the_source_inside_out_are_refused(force: bool, source: Path, parent: Path) -> None:
+    for out in (source, source / "out", source / "deep" / "out", source / ".." / "source" / "out"):
+        assert "lies inside the source" in refusal(source, out, force=force)
+    assert "holds the source" in refusal(source, source.parent, force=force)
+    (parent / "link").symlink_to(source)
+    assert "lies inside the source" in refusal(source, parent / "link" / "out", force=force)
+    (parent / "up").symlink_to(source.parent)
+    assert "holds the source" in refusal(source, parent / "up", force=force)
+
+
+@pytest.mark.parametrize("out", ["", ".", "/", "..", "../.."])
+def test_a_path_that_ends_in_no_name_is_refused(
+    out: str, source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(parent)
+    with pytest.raises(TargetError):
+        convert(source, out)
+    assert list(parent.iterdir()) == []
+
+
+def test_a_relative_path_is_taken_from_the_current_folder(
+    source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(parent)
+    convert(source, "out/")
+    assert verify_integrity("out").good
+    assert names_beside(parent / "out") == {"out"}
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 250, "x" * 5000])
+def test_a_name_too_long_for_the_file_system_is_refused(name: str, source: Path, parent: Path) -> None:
+    message = refusal(source, parent / name)
+    assert "File name too long" in message
+
+
+@pytest.mark.parametrize("name", ["ö 🦙", "with 'quotes'\" and $", "-rf", "a\nb", "x" * 247, "out.partial"])
+def test_awkward_names_are_as_good_as_others(name: str, source: Path, parent: Path) -> None:
+    convert(source, parent / name)
+    assert verify_integrity(parent / name).good
+    assert names_beside(parent / name) == {name}
+
+
+def test_no_worker_is_a_usage_error(source: Path, parent: Path) -> None:
+    with pytest.raises(UsageError):
+        convert(source, parent / "out", workers=0)
+    assert list(parent.iterdir()) == []
+
+
+# Disks that refuse
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_target_that_may_not_be_written_is_named(code: int, source: Path, parent: Path) -> None:
+    class ReadOnly(Disk):
+        def raw_mkdir(self, path: Path) -> None:
+            raise OSError(code, os.strerror(code))
+
+    message = refusal(source, parent / "out", disk=ReadOnly())
+    assert str(parent / "out.partial") in message
+    assert "Choose a folder that you may write to" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused(source: Path, parent: Path) -> None:
+    parent.chmod(0o500)
+    try:
+        assert "Choose a folder that you may write to" in refusal(source, parent / "out")
+    finally:
+        parent.chmod(0o700)
+
+
+def free_space(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    monkeypatch.setattr(disks.shutil, "disk_usage", lambda _: type("Usage", (), {"free": nbytes}))
+
+
+def test_too_little_space_is_known_before_the_first_byte(
+    source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = plan(source).nbytes
+    free_space(monkeypatch, needed - 1)
+    message = refusal(source, parent / "out")
+    assert f"{needed:,} bytes are needed" in message
+    assert f"{needed - 1:,} are free" in message
+    assert str(parent / "out") in message
+    free_space(monkeypatch, needed)
+    convert(source, parent / "out")
+
+
+def test_what_is_staged_already_is_not_needed_again(
+    source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = parent / "out"
+    needed = plan(source, OPTIONS).nbytes
+    work = interrupt(source, out, n_done=4)
+    assert disks.allocated_nbytes(work) > 0
+    free_space(monkeypatch, max(0, needed - disks.allocated_nbytes(work)))
+    convert(source, out, OPTIONS)
+    assert verify_integrity(out).good
+
+
+def test_a_finished_run_needs_no_space_to_be_recognised_as_one(
+    source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after the rename, on a disk that is full now: only the cleaning up is left to do."""
+    out = parent / "out"
+
+    class NoCleaning(FaultyDisk):
+        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
+            if name in {"raw_unlink", "raw_rmdir"}:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().perform(name, arguments)
+
+    with pytest.raises(TargetError):
+        convert(source, out, disk=NoCleaning())
+    assert verify_integrity(out).good
+    free_space(monkeypatch, 0)
+    summary = convert(source, out)
+    assert summary.already_complete
+    assert names_beside(out) == {"out"}
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_survived(source: Path, parent: Path) -> None:
+    """As on a tmpfs of the artifact's size less one page: the bytes taken are counted, and no more are given."""
+    out = parent / "out"
+    planned = plan(source, OPTIONS)
+
+    class Full(FaultyDisk):
+        written = 0
+
+        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
+            if name in {"raw_pwrite", "raw_write"}:
+                data = arguments[1]
+                assert isinstance(data, memoryview)
+                if self.written + len(data) > planned.nbytes - 4096:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.written += len(data)
+            return super().perform(name, arguments)
+
+    with pytest.raises(TargetError) as refused:
+        convert(source, out, OPTIONS, disk=Full())
+    message = str(refused.value)
+    assert str(parent / "out.partial") in message
+    assert f"{planned.nbytes:,} bytes are needed in all" in message
+    assert "are free" in message
+    assert "it continues" in message
+    assert not out.exists()
+    convert(source, out, OPTIONS)
+    convert(source, parent / "undisturbed", OPTIONS)
+    assert contents(out) == contents(parent / "undisturbed")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs to write to")
+def test_another_file_system_than_the_sources_is_as_good(source: Path, parent: Path) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        convert(source, Path(folder) / "out")
+        convert(source, Path(folder) / "out", ConversionOptions(block_size=32), force=True)
+        assert verify_integrity(Path(folder) / "out").good
+        assert os.listdir(folder) == ["out"]
+
+
+# What is left on the disk
+
+
+def test_files_and_folders_get_ordinary_modes(source: Path, parent: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        convert(source, parent / "out")
+    finally:
+        os.umask(before)
+    assert (parent / "out").stat().st_mode & 0o777 == 0o755
+    assert {path.stat().st_mode & 0o777 for path in (parent / "out").iterdir()} == {0o644}
+
+
+def test_every_file_and_both_folders_are_synced_before_and_after_the_rename(source: Path, parent: Path) -> None:
+    events: list[tuple[str, str]] = []
+
+    class Watching(Disk):
+        def raw_fsync(self, descriptor: int) -> None:
+            events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+            super().raw_fsync(descriptor)
+
+        def raw_rename(self, old: Path, new: Path) -> None:
+            events.append(("rename", new.name))
+            super().raw_rename(old, new)
+
+    convert(source, parent / "out", disk=Watching())
+    renamed = events.index(("rename", "out"))
+    synced = {name for kind, name in events[:renamed] if kind == "sync"}
+    assert {*contents(parent / "out"), "folder", "journal"} <= synced
+    assert events[renamed - 1] == ("sync", "journal")
+    assert ("sync", "parent") in events[renamed:]
+
+
+def test_nothing_but_a_disk_changes_the_target(source: Path, parent: Path) -> None:
+    """With a disk that does nothing, no file or folder appears: no other code writes."""
+
+    class Nothing(FaultyDisk):
+        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
+            if name == "raw_open":
+                return os.open(os.devnull, os.O_RDWR)
+            return len(arguments[1]) if name in {"raw_pwrite", "raw_write"} else None  # type: ignore[arg-type]
+
+    with pytest.raises((TargetError, FileNotFoundError)):
+        Staging.begin(parent / "out", "fingerprint", disk=Nothing())
+    assert list(parent.iterdir()) == []
+
+
+def test_force_on_a_file_system_that_is_busy_loses_nothing(source: Path, parent: Path) -> None:
+    """OUT may be a mount point, which cannot be renamed."""
+    out = parent / "out"
+    convert(source, out, ConversionOptions(block_size=128))
+    old = contents(out)
+
+    class Busy(FaultyDisk):
+        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
+            if name in {"raw_exchange", "raw_rename"}:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            return super().perform(name, arguments)
+
+    with pytest.raises(TargetError, match="busy"):
+        convert(source, out, force=True, disk=Busy())
+    assert contents(out) == old
+    convert(source, out, force=True)
+    assert contents(out) != old
+    assert names_beside(out) == {"out"}
+
+
+def test_an_interrupted_replacement_still_needs_force(source: Path, parent: Path) -> None:
+    out = parent / "out"
+    convert(source, out, ConversionOptions(block_size=128))
+    old = contents(out)
+    with pytest.raises(TargetError):
+        convert(source, out, force=True, disk=FaultyDisk(20, "EIO"))
+    assert (parent / "out.partial").is_dir()
+    with pytest.raises(TargetError, match="--force"):
+        convert(source, out)
+    assert contents(out) == old
+    convert(source, out, force=True)
+    assert names_beside(out) == {"out"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_under_out_during_the_conversion_is_not_replaced(force: bool, source: Path, parent: Path) -> None:
+    out = parent / "out"
+
+    def appear(_: object) -> None:
+        if not out.exists():
+            place(out, {"thesis.txt": b"years of work"})
+
+    with pytest.raises(TargetError, match="is no artifact"):
+        convert(source, out, workers=1, force=force, on_progress=appear)
+    assert contents(out) == {"thesis.txt": b"years of work"}

@@ -1,0 +1,414 @@
+"""Repositories of the Hub as sources, from the stand-in: streamed, pinned, cached; the local conversion's bytes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qformat.cli.main import run
+from qformat.converters.convert import ConversionOptions, convert, plan
+from qformat.converters.sources.open_source import open_source
+from qformat.errors import HubError, SourceError, UsageError
+from qformat.hub.reading import stream
+from tests.converters.sources.hub_sources import (
+    DATA,
+    NAME,
+    SIZES,
+    TOKEN,
+    converted,
+    fetched_ranges,
+    serving,
+    without_source,
+    write_source,
+)
+from tests.hub_stand_in import Hub
+from tests.small_models import llama_config, llama_tensors, tiny_tensors, weight, write_checkpoint, write_tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("hub") / "source")
+
+
+@pytest.fixture(scope="module")
+def expected(source: Path) -> dict[str, object]:
+    return converted(source, source.parent / "local")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving(monkeypatch, tmp_path / "home") as hub:
+        yield hub
+
+
+def test_a_repository_gives_the_bytes_of_the_local_conversion_and_each_of_its_bytes_is_fetched_once(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
+) -> None:
+    hub.add_folder(NAME, source)
+
+    convert(NAME, tmp_path / "out")
+
+    assert without_source(tmp_path / "out") == expected
+    ranges = fetched_ranges(hub)
+    assert all(stop <= start for (one, _, stop), (other, start, _) in pairwise(ranges) if one == other)
+    nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert sum(stop - start for _, start, stop in ranges) == nbytes
+
+
+def test_the_manifest_records_repository_commit_and_sha256_of_each_shard(
+    hub: Hub, source: Path, tmp_path: Path
+) -> None:
+    repository = hub.add_folder(NAME, source)
+
+    convert(NAME, tmp_path / "out")
+
+    recorded = json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]
+    shards = {path.name: repository.head.files[path.name] for path in source.glob("*.safetensors")}
+    files = {name: {"nbytes": file.nbytes, "sha256": file.sha256} for name, file in shards.items()}
+    assert recorded == {"kind": "safetensors", "repository": NAME, "commit": repository.head.oid, "files": files}
+
+
+def test_a_plan_of_thirty_shards_takes_two_requests_a_shard_several_at_a_time_and_no_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"model.layers.{i}.self_attn.o_proj.weight": weight((64, 64), seed=i) for i in range(60)}
+    source = write_checkpoint(tmp_path / "source", tensors, n_shards=30, config=llama_config(n_layers=60))
+    with serving(monkeypatch, tmp_path / "home", with_cdn=False) as hub:
+        hub.add_folder(NAME, source)
+        together = threading.Barrier(
+            4, timeout=20
+        )  # let through by four requests at a time, or an error of the stand-in
+        hub.faults.add("call", route=r"\.safetensors$", times=40, hook=together.wait)
+
+        planned = plan(NAME)
+
+    assert planned.nbytes > plan(source).nbytes  # the manifest tells more
+    assert planned.shards == plan(source).shards
+    assert len(hub.requests("safetensors$")) == 60
+    assert sum(stop - start for _, start, stop in fetched_ranges(hub, hub.requests("safetensors$"))) < 60_000
+
+
+@pytest.mark.parametrize("with_cdn", [True, False])
+def test_the_token_goes_to_the_hub_and_to_no_other_host_and_into_no_file(
+    with_cdn: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    with serving(monkeypatch, tmp_path / "home", with_cdn=with_cdn) as hub:
+        repository = hub.add_folder(NAME, source, private=True)
+        repository.readers.add(TOKEN)
+        hub.faults.add("status", every=4)
+
+        convert(NAME, tmp_path / "out")
+
+        assert bool(hub.requests("cdn/")) == with_cdn
+        for request in hub.log:
+            expected = f"Bearer {TOKEN}" if request.server == "hub" else None
+            assert request.headers.get("authorization") == expected, request.path
+    assert "trying again" in caplog.text
+    assert TOKEN not in caplog.text
+    for path in (tmp_path / "out").iterdir():
+        assert TOKEN.encode() not in path.read_bytes()
+
+
+def test_several_pieces_are_fetched_at_a_time(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "WINDOW_NBYTES", 64 * 8192)  # that none waits for another one's buffer
+    hub.add_folder(NAME, source)
+    together = threading.Barrier(4, timeout=20)
+    hub.faults.add("call", route="cdn/", after=6, times=20, hook=together.wait)
+
+    convert(NAME, tmp_path / "out")
+
+    assert without_source(tmp_path / "out") == expected
+
+
+def test_the_storage_is_asked_directly_once_its_address_is_known(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add_folder(NAME, source)
+
+    convert(NAME, tmp_path / "out")
+
+    assert len(hub.requests("GET hub/.*safetensors$")) <= 3 + 8  # those in flight when the first answer comes
+    assert len(hub.requests("GET cdn/")) > 30
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_no_order_of_tensors_and_no_size_of_one_makes_the_stream_stand_still(
+    hub: Hub, tmp_path: Path, workers: int, order: str
+) -> None:
+    tensors = {
+        **{f"model.layers.{i}.self_attn.o_proj.weight": weight((24, 64), seed=i) for i in range(12)},
+        "model.layers.12.self_attn.o_proj.weight": weight((2048, 64), seed=20),  # six times the window
+        "lm_head.weight": weight((1024, 64), seed=21),
+        "model.layers.3.input_layernorm.weight": weight((64,), seed=22),
+        "model.empty": weight((0, 64), seed=23),
+    }
+    names = sorted(tensors, reverse=order == "backwards")
+    source = write_checkpoint(tmp_path / "source", {name: tensors[name] for name in names}, n_shards=2)
+    if order == "backwards":  # safetensors_bytes sorts by name: write the shards' data the other way round
+        reverse_data(source)
+    hub.add_folder(NAME, source)
+
+    convert(NAME, tmp_path / "out", workers=workers)
+
+    assert without_source(tmp_path / "out") == converted(source, tmp_path / "local")
+
+
+def reverse_data(folder: Path) -> None:
+    from tests.small_models import header_bytes
+
+    for path in folder.glob("*.safetensors"):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        record = json.loads(data[8 : 8 + length])
+        entries = sorted((e for e in record.items() if e[0] != "__metadata__"), key=lambda e: -e[1]["data_offsets"][0])
+        position, parts = 0, []
+        for _, entry in entries:
+            start, stop = entry["data_offsets"]
+            parts.append(data[8 + length + start : 8 + length + stop])
+            entry["data_offsets"] = [position, position := position + stop - start]
+        path.write_bytes(header_bytes(dict(entries)) + b"".join(parts))
+
+
+def test_a_shard_outside_of_large_file_storage_is_checked_by_gits_hash(hub: Hub, tmp_path: Path) -> None:
+    from tests.hub_stand_in import StoredFile
+
+    source = write_tiny(tmp_path / "source", n_shards=2)
+    files = {p.name: StoredFile(p.read_bytes(), lfs="00001" in p.name) for p in source.iterdir()}
+    hub.repositories.create(NAME)
+    hub.repositories.commit(NAME, files)
+
+    convert(NAME, tmp_path / "out")
+
+    assert without_source(tmp_path / "out") == converted(source, tmp_path / "local")
+
+
+def test_a_revision_is_pinned_and_a_resumed_conversion_stays_at_its_commit(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
+) -> None:
+    repository = hub.add_folder(NAME, source)
+    first = repository.head.oid
+    hub.faults.add("status", route="cdn/", after=20, status=404)
+    hub.faults.add("status", route="hub/.*safetensors", after=20, status=404)
+    with pytest.raises(HubError):
+        convert(NAME, tmp_path / "out")
+    hub.faults.clear()
+    write_checkpoint(tmp_path / "other", llama_tensors(**SIZES, seed=9), n_shards=3, config=llama_config(**SIZES))
+    hub.add_folder(NAME, tmp_path / "other")
+    assert repository.head.oid != first
+
+    convert(NAME, tmp_path / "out")
+
+    assert without_source(tmp_path / "out") == expected
+    assert json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]["commit"] == first
+
+
+def test_restart_takes_the_branch_as_it_is_now(hub: Hub, source: Path, tmp_path: Path) -> None:
+    repository = hub.add_folder(NAME, source)
+    first = repository.head.oid
+    hub.faults.add("status", route="cdn/", after=20, status=404)
+    hub.faults.add("status", route="hub/.*safetensors", after=20, status=404)
+    with pytest.raises(HubError):
+        convert(NAME, tmp_path / "out")
+    hub.faults.clear()
+    hub.repositories.commit(NAME, {"README.md": b"changed"})
+    del repository.commits[first]  # the history was squashed
+    with pytest.raises(HubError, match=f"commit {first}, which the interrupted .* is gone. Begin anew with --restart"):
+        convert(NAME, tmp_path / "out")
+
+    convert(NAME, tmp_path / "out", restart=True)
+
+    assert json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]["commit"] == repository.head.oid
+
+
+@pytest.mark.parametrize("revision", ["a-branch", "refs/pr/1", "commit"])
+def test_a_branch_a_pull_request_and_a_commit_can_be_named(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, revision: str
+) -> None:
+    hub.repositories.create(NAME)
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    commit = hub.repositories.commit(NAME, files, ref="refs/pr/1" if revision == "refs/pr/1" else "a-branch")
+
+    convert(NAME, tmp_path / "out", ConversionOptions(revision=commit if revision == "commit" else revision))
+
+    assert without_source(tmp_path / "out") == expected
+
+
+def test_the_cache_is_filled_by_keep_source_and_read_without_any_request_offline(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    hub.add_folder(NAME, source)
+    hub.repositories.commit(NAME, {"a-large-file-that-no-conversion-needs.bin": b"x" * 1000})
+    convert(NAME, tmp_path / "kept", ConversionOptions(keep_source=True))
+    assert without_source(tmp_path / "kept") == expected
+    assert not hub.requests("no-conversion-needs")
+    fetched = len(hub.requests(DATA))
+
+    convert(NAME, tmp_path / "again")
+    assert without_source(tmp_path / "again") == expected
+    assert len(hub.requests(DATA)) == fetched  # headers and weights came from the cache
+
+    hub.log.clear()
+    convert(NAME, tmp_path / "offline", ConversionOptions(offline=True))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    convert(NAME, tmp_path / "by environment")
+    assert not hub.log
+    names = ("kept", "again", "offline", "by environment")
+    manifests = {(tmp_path / name / "qformat.json").read_bytes() for name in names}
+    assert len(manifests) == 1
+
+
+def test_what_is_not_in_the_cache_is_named_offline(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add_folder(NAME, source)
+    with pytest.raises(SourceError, match=r"is not in the local cache.*--offline"):
+        convert(NAME, tmp_path / "out", ConversionOptions(offline=True))
+    convert(NAME, tmp_path / "kept", ConversionOptions(keep_source=True))
+    snapshot = next((tmp_path / "home" / "hub" / "models--owner--model" / "snapshots").iterdir())
+    (snapshot / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"model-00002-of-00003.safetensors: .*--offline"):
+        convert(NAME, tmp_path / "out", ConversionOptions(offline=True))
+
+    convert(NAME, tmp_path / "out")  # online, what the cache lacks is streamed
+
+    assert hub.requests(DATA)
+
+
+def test_a_cached_blob_with_another_bit_is_named_and_leaves_no_artifact(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.add_folder(NAME, source)
+    convert(NAME, tmp_path / "kept", ConversionOptions(keep_source=True))
+    snapshot = next((tmp_path / "home" / "hub" / "models--owner--model" / "snapshots").iterdir())
+    blob = (snapshot / "model-00002-of-00003.safetensors").resolve()
+    data = bytearray(blob.read_bytes())
+    data[-5] ^= 16
+    blob.write_bytes(data)
+
+    with pytest.raises(SourceError, match=r"model-00002-of-00003.safetensors: has the digest"):
+        convert(NAME, tmp_path / "out", ConversionOptions(offline=True))
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_the_name_comes_first_and_a_path_is_never_a_repository(
+    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="no such folder"):
+        open_source(Path("owner/model"))
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "model").symlink_to(source)
+
+    convert("owner/model", tmp_path / "out")
+
+    assert without_source(tmp_path / "out") == expected
+    assert not hub.log
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ConversionOptions(revision="main"), ConversionOptions(offline=True), ConversionOptions(keep_source=True)],
+)
+def test_options_of_repositories_are_refused_for_folders(source: Path, options: ConversionOptions) -> None:
+    with pytest.raises(UsageError, match="is no repository"):
+        plan(source, options)
+
+
+def test_keep_nonfinite_would_fetch_everything_twice_and_is_refused(hub: Hub, source: Path) -> None:
+    hub.add_folder(NAME, source)
+    with pytest.raises(UsageError, match="--keep-source"):
+        plan(NAME, ConversionOptions(keep_nonfinite=True))
+
+
+def test_a_nonfinite_weight_is_named_and_ends_the_stream(hub: Hub, tmp_path: Path) -> None:
+    from tests.small_models import tensor_of
+
+    bad = np.ones((64, 64), np.float32)
+    bad[3, 5] = np.inf
+    tensors = {**llama_tensors(hidden=64, n_layers=2), "model.layers.1.self_attn.o_proj.weight": tensor_of(bad, "BF16")}
+    hub.add_folder(NAME, write_checkpoint(tmp_path / "source", tensors))
+
+    with pytest.raises(SourceError, match=r"o_proj.weight': inf at \[3, 5\]"):
+        convert(NAME, tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_of_a_repository_can_be_read_in_any_order_outside_of_a_conversion(hub: Hub, tmp_path: Path) -> None:
+    hub.add_folder(NAME, write_tiny(tmp_path / "source"))
+    source = open_source(NAME)
+    for name, tensor in sorted(tiny_tensors().items(), reverse=True):
+        out = bytearray(len(tensor.data) - 2)
+        source.read_into(source.tensors[name], 2, memoryview(out))
+        assert out == tensor.data[2:]
+    source.close()
+
+
+def test_an_artifact_is_compared_with_the_commit_that_it_was_made_from(
+    hub: Hub, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add_folder(NAME, source)
+    convert(NAME, tmp_path / "out")
+    write_checkpoint(tmp_path / "other", llama_tensors(**SIZES, seed=9), n_shards=3, config=llama_config(**SIZES))
+    hub.add_folder(NAME, tmp_path / "other")
+
+    assert run(["verify", str(tmp_path / "out"), "--source", NAME]) == 0
+
+    assert "codes and scales as the recipe gives: 21 of 21" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep_source", [False, True])
+def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
+    hub: Hub, tmp_path: Path, keep_source: bool
+) -> None:
+    from tests.converters.sources.test_kinds import fp8_source
+
+    hub.add_folder(NAME, fp8_source(tmp_path / "source"))
+    options = ConversionOptions(keep_source=keep_source)
+    if not keep_source:
+        with pytest.raises(SourceError, match=r"cannot be decoded in a stream.*--keep-source"):
+            convert(NAME, tmp_path / "out", options)
+        assert not hub.requests("tokenizer")
+        return
+
+    convert(NAME, tmp_path / "out", options)
+
+    assert without_source(tmp_path / "out") == converted(tmp_path / "source", tmp_path / "local")
+    recorded = json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]
+    assert (recorded["kind"], recorded["repository"]) == ("fp8", NAME)
+
+
+def test_pytorch_files_are_converted_from_the_cache_compared_with_their_digests_and_pinned(
+    hub: Hub, tmp_path: Path
+) -> None:
+    from tests.converters.sources.test_torch_bin import torch_llama, write_bin
+
+    source = write_bin(tmp_path / "source", torch_llama())
+    repository = hub.add_folder(NAME, source)
+    first = repository.head.oid
+    with pytest.raises(SourceError, match=r"cannot be streamed.*--keep-source"):
+        convert(NAME, tmp_path / "out")
+
+    def stop(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(NAME, tmp_path / "out", ConversionOptions(keep_source=True), on_progress=stop)
+    hub.repositories.commit(NAME, {"README.md": b"the branch moves"})
+
+    convert(NAME, tmp_path / "out", ConversionOptions(keep_source=True))
+
+    assert without_source(tmp_path / "out") == converted(source, tmp_path / "local")
+    recorded = json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]
+    assert (recorded["kind"], recorded["repository"], recorded["commit"]) == ("torch_bin", NAME, first)
+    blob = next(path for path in (tmp_path / "home" / "hub").rglob("pytorch_model.bin")).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(SourceError, match=r"pytorch_model.bin: has the digest"):
+        convert(NAME, tmp_path / "again", ConversionOptions(offline=True))

@@ -1,0 +1,117 @@
+"""The model card: what it says comes from the manifest, and nothing in a manifest breaks its markup."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from qformat.artifact.reading.structure import read_manifest
+from qformat.errors import UsageError
+from qformat.hub.card.card import pipeline_tag_of, write_card
+from qformat.hub.card.error_figures import ErrorFigures
+from qformat.hub.card.licenses import License
+from qformat.hub.card.origin import Origin
+
+CONFIG: dict[str, object] = {"architectures": ["LlamaForCausalLM"]}
+
+
+def test_the_card_of_an_artifact_of_unknown_origin_names_no_base_model(small_artifact: Path) -> None:
+    text = write_card("me/it", read_manifest(small_artifact), {}, Origin())
+    data = huggingface_hub.ModelCard(text).data.to_dict()
+    assert data == {"library_name": "transformers", "tags": ["qformat", "nf4", "bitsandbytes", "4-bit"]}
+    assert "a local checkpoint" in text
+    assert "## Licence" not in text
+
+
+def test_sizes_files_and_recipe_are_those_of_the_manifest(small_artifact: Path) -> None:
+    manifest = read_manifest(small_artifact)
+    text = write_card("me/it", manifest, CONFIG, Origin())  # type: ignore[arg-type]
+    for name, record in manifest.files.items():
+        assert f"| {name} | {record.nbytes:,} | `{record.sha256}` |" in text
+    assert "blocks of 64, scales quantized to 8 bits" in text
+    assert '"block_size": 64' in text
+    assert manifest.generator in text
+
+
+def test_texts_of_a_manifest_cannot_break_the_markup(small_artifact: Path) -> None:
+    manifest = read_manifest(small_artifact)
+    hostile = replace(
+        manifest,
+        generator="x | y\n# <script>alert(1)</script>",
+        recipe={"rules": ["```\n# heading"]},
+        evaluation={"texts": [{"name": "<b>\n| a", "perplexity": {"mean": 1.5, "standard_error": None}}]},
+    )
+    text = write_card("me/it", hostile, CONFIG, Origin())  # type: ignore[arg-type]
+    assert "<script" not in text
+    assert "# heading" not in [line.strip() for line in text.splitlines()]
+    assert text.count("```") % 2 == 0
+    assert "| &lt;b> \\| a | – | 1.500 |" in text
+
+
+def test_an_evaluation_is_shown_and_whatever_it_lacks_is_left_out(small_artifact: Path) -> None:
+    manifest = read_manifest(small_artifact)
+
+    def section(evaluation: object) -> str:
+        text = write_card("me/it", replace(manifest, evaluation=evaluation), CONFIG, Origin())  # type: ignore[arg-type]
+        return text.partition("## How close")[2].partition("\n## ")[0]
+
+    figure = {"mean": 0.01234, "standard_error": 0.0012}
+    texts = [
+        {
+            "name": "prose",
+            "predicted_tokens": 12345,
+            "kl": figure,
+            "perplexity": {"mean": 12.5, "standard_error": 0.25},
+        },
+        {"name": "code", "kl": {"mean": "many"}, "top1_agreement": True},
+        7,
+    ]
+    shown = section({"window_length": 512, "texts": texts, "note": None})
+    assert "| text | tokens | perplexity | KL from the source, nats a token |" in shown
+    assert "| prose | 12,345 | 12.500 ± 0.250 | 0.0123 ± 0.0012 |" in shown
+    assert "| code | – | – | – |" in shown
+    assert "Windows of 512 tokens." in shown
+    for nothing in (None, {}, {"texts": []}, {"texts": [{}]}, {"texts": "many"}):
+        assert section(nothing) == ""
+
+
+def test_a_language_list_a_task_and_a_linked_licence_of_the_source_are_kept(small_artifact: Path) -> None:
+    origin = Origin(
+        "base/it", "0" * 40, License("other", "my-licence", "https://example.org/l"), "image-to-text", ["de", "en"]
+    )
+    data = huggingface_hub.ModelCard(write_card("me/it", read_manifest(small_artifact), {}, origin)).data.to_dict()
+    assert data["language"] == ["de", "en"]
+    assert data["pipeline_tag"] == "image-to-text"
+    assert (data["license"], data["license_name"]) == ("other", "my-licence")
+
+
+@pytest.mark.parametrize(
+    ("config", "tag"),
+    [
+        ({"architectures": ["Qwen3ForCausalLM"]}, "text-generation"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {}}, "image-text-to-text"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, None),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "text-classification"),
+        ({"architectures": "LlamaForCausalLM"}, None),
+        ({}, None),
+    ],
+)
+def test_the_task_follows_from_the_architecture(config: dict[str, object], tag: str | None) -> None:
+    assert pipeline_tag_of(config) == tag  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ([], "is no object"),
+        ({"good": False}, "was not good"),
+        ({"good": True}, "manifest is no object"),
+        ({"good": True, "manifest": {"files": {}}}, "other files"),
+    ],
+)
+def test_what_is_no_good_verification_gives_no_figures(small_artifact: Path, record: object, problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        ErrorFigures.parse(record, read_manifest(small_artifact), "figures.json")  # type: ignore[arg-type]

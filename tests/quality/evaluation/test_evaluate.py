@@ -1,0 +1,202 @@
+"""`evaluate` on tiny models: against transformers on the same windows, in pairs, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from qformat.errors import DataError, SourceError, UsageError, VerificationError
+from qformat.model.load import load_model
+from qformat.quality.evaluation import evaluate as evaluate_module
+from qformat.quality.evaluation.estimates import estimate
+from qformat.quality.evaluation.evaluate import evaluate
+from qformat.quality.evaluation.facts import differences, facts, figures, record
+from qformat.quality.evaluation.scores import Scores, score_window
+from qformat.quality.windows import read_windows
+from tests.quality import models
+from tests.small_models import tensor_of, write_checkpoint
+
+SMALL: dict[str, Any] = {"n_windows": 5, "window_length": 64, "device": "cpu"}
+
+
+def log_probabilities(model: Any, ids: np.ndarray) -> torch.Tensor:
+    """float64 [windows, L - 1, vocabulary]."""
+    with torch.no_grad():
+        logits = model(torch.from_numpy(ids).long()).logits
+    return torch.log_softmax(logits[:, :-1].double(), -1)
+
+
+def test_figures_are_those_of_transformers_on_the_same_windows(source: Path, artifact: Path, text: Path) -> None:
+    found = evaluate(artifact, [text], source=source, **SMALL).texts[0]
+    windows = read_windows(text, AutoTokenizer.from_pretrained(source), length=64).spread(5)
+    assert np.array_equal(found.windows.ids, windows.ids)
+    p = log_probabilities(AutoModelForCausalLM.from_pretrained(source, dtype="auto"), windows.ids)
+    q = log_probabilities(load_model(artifact, device="cpu"), windows.ids)
+    kl = (p.exp() * (p - q)).sum(-1).mean(1).numpy()
+    targets = torch.from_numpy(windows.ids[:, 1:]).long()[..., None]
+    increase = (p.gather(-1, targets) - q.gather(-1, targets)).mean((1, 2)).numpy()
+    got = figures(found.models[0], found.source)
+    # One window at a time or all at once: products of bf16 are summed in another order.
+    assert got["kl"].mean == pytest.approx(kl.mean(), rel=2e-2)
+    assert got["kl"].standard_error == pytest.approx(kl.std(ddof=1) / 5**0.5, rel=0.1)
+    assert got["loss_increase"].mean == pytest.approx(increase.mean(), abs=2e-3)
+    assert got["loss"].mean - got["source_loss"].mean == pytest.approx(got["loss_increase"].mean)
+    assert got["perplexity"].mean == pytest.approx(np.exp(got["loss"].mean))
+    assert got["top1_agreement"].mean == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item(), abs=0.01)
+
+
+@pytest.mark.parametrize("which", ["source", "artifact"])
+def test_a_model_beside_itself_has_no_divergence(which: str, text: Path, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(which)
+    found = evaluate(model, [text], source=model, any_source=True, **SMALL).texts[0]
+    assert found.source is not None
+    assert found.models[0].kl is not None
+    assert (found.models[0].kl == 0).all()
+    assert np.array_equal(found.models[0].loss, found.source.loss)
+    assert figures(found.models[0], found.source)["top1_agreement"].mean == 1
+
+
+def test_models_are_compared_in_pairs(source: Path, artifact: Path, coarse: Path, text: Path) -> None:
+    found = evaluate(artifact, [text], source=source, against=[coarse], **SMALL)
+    one, two = found.texts[0].models
+    assert one.kl is not None
+    assert two.kl is not None
+    assert two.kl.mean() > one.kl.mean()
+    got = differences(two, one, found.texts[0].source)
+    assert got["kl"] == estimate(two.kl - one.kl)
+    assert got["loss"].mean == pytest.approx(two.loss.mean() - one.loss.mean())
+    first, second = facts(found)["texts"][0]["models"]  # type: ignore[index, call-overload]
+    assert "more_than_first" not in first
+    assert second["more_than_first"]["kl"]["mean"] == pytest.approx(got["kl"].mean, rel=1e-5)
+
+
+def test_without_a_source_there_is_the_loss_alone(artifact: Path, text: Path) -> None:
+    found = evaluate(artifact, [text], **SMALL)
+    assert found.texts[0].source is None
+    assert set(figures(found.texts[0].models[0], None)) == {"loss", "perplexity"}
+
+
+def test_every_text_has_its_own_figures(source: Path, artifact: Path, text: Path, tmp_path: Path) -> None:
+    other = models.write_text(tmp_path / "other.txt", seed=5, n_words=400)
+    found = facts(evaluate(artifact, [text, other], source=source, **SMALL))["texts"]
+    assert [entry["name"] for entry in found] == ["words.txt", "other.txt"]  # type: ignore[index, union-attr, call-overload]
+    assert found[0]["sha256"] != found[1]["sha256"]  # type: ignore[index, call-overload]
+
+
+def test_the_record_names_no_path_and_is_the_same_each_time(source: Path, artifact: Path, text: Path) -> None:
+    one, two = (record(evaluate(artifact, [text], source=source, **SMALL)) for _ in range(2))
+    assert one == two
+    assert one["source_checked"] is True
+    assert str(text.parent) not in json.dumps(one)
+    assert one["texts"][0]["predicted_tokens"] == 5 * 63  # type: ignore[index, call-overload]
+
+
+def test_another_source_is_refused_unless_it_is_wanted(artifact: Path, text: Path, tmp_path: Path) -> None:
+    other = models.write_source(tmp_path / "other", seed=1)
+    with pytest.raises(SourceError, match=r"is not the tensor that .* was made from.*--any-source"):
+        evaluate(artifact, [text], source=other, **SMALL)
+    assert not evaluate(artifact, [text], source=other, any_source=True, **SMALL).source_checked
+    of_other = models.write_artifact(other, tmp_path / "of_other")
+    with pytest.raises(SourceError, match=r"is not the tensor that \S+nf4 was made from"):
+        evaluate(of_other, [text], source=other, against=[artifact], **SMALL)
+
+
+def test_a_source_without_a_weight_of_the_artifact_is_refused(artifact: Path, text: Path, tmp_path: Path) -> None:
+    other = models.write_source(tmp_path / "other")
+    tensors = models.tensors()
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    write_checkpoint(other, tensors, side_files={})
+    with pytest.raises(SourceError, match=r"up_proj.weight.*has no such tensor"):
+        evaluate(artifact, [text], source=other, **SMALL)
+
+
+def test_a_text_that_is_too_short_is_refused(artifact: Path, tmp_path: Path) -> None:
+    short = models.write_text(tmp_path / "short.txt", n_words=3)
+    with pytest.raises(DataError, match="less than one window of 64"):
+        evaluate(artifact, [short], **SMALL)
+
+
+def test_windows_longer_than_the_models_context_are_refused(artifact: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="at most 128 tokens"):
+        evaluate(artifact, [text], **{**SMALL, "window_length": 129})
+
+
+def test_another_vocabulary_is_refused(artifact: Path, text: Path, tmp_path: Path) -> None:
+    other = models.write_source(tmp_path / "other", vocabulary=400)
+    with pytest.raises(UsageError, match=r"a vocabulary of 320 tokens, but .*other one of 400"):
+        evaluate(artifact, [text], source=other, any_source=True, **SMALL)
+
+
+def test_another_tokenizer_is_refused_if_it_cuts_the_text_in_another_way(
+    source: Path, artifact: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    state = json.loads((source / "tokenizer.json").read_text())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    tokenizer.backend_tokenizer.add_tokens(["<never>"])
+    tokenizer.save_pretrained(other)
+    assert evaluate(artifact, [text], source=other, **SMALL).source_checked
+    state["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UsageError, match=r"other: its tokenizer cuts .*words.txt into other tokens"):
+        evaluate(artifact, [text], source=other, **SMALL)
+
+
+def test_a_source_without_a_tokenizer_is_taken(source: Path, artifact: Path, text: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert evaluate(artifact, [text], source=bare, **SMALL).source_checked
+    with pytest.raises(UsageError, match="bare: has no tokenizer"):
+        evaluate(bare, [text], **SMALL)
+
+
+def test_a_teacher_that_gives_no_numbers_is_named_with_the_window(
+    source: Path, artifact: Path, text: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(source, broken)
+    tensors = models.tensors()
+    tensors["model.norm.weight"] = tensor_of(np.full(64, np.nan), "BF16")
+    config = json.loads((source / "config.json").read_text())
+    write_checkpoint(broken, tensors, config=config, side_files={})
+    first = read_windows(text, AutoTokenizer.from_pretrained(source), length=64).spread(5).numbers[0]
+    assert first > 0
+    expected = rf"broken: .*no finite numbers in window {first} of .*words.txt, token 0"
+    with pytest.raises(VerificationError, match=expected):
+        evaluate(artifact, [text], source=broken, **SMALL)
+
+
+def test_logits_are_those_of_one_window_and_two_models_at_a_time(
+    source: Path, artifact: Path, coarse: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+
+    def counting(logits: torch.Tensor, *arguments: Any, **named: Any) -> Scores:
+        size = (64, models.SIZES["vocabulary"])
+        found = {
+            item.untyped_storage().data_ptr()
+            for item in gc.get_objects()
+            if type(item) is torch.Tensor and item.shape[-2:] == size
+        }
+        alive.append(len(found))
+        return score_window(logits, *arguments, **named)
+
+    monkeypatch.setattr(evaluate_module, "score_window", counting)
+    evaluate(artifact, [text], source=source, against=[coarse, artifact], **SMALL)
+    assert len(alive) == 5 * 4
+    assert max(alive) == 2
+
+
+def test_progress_counts_the_windows_of_all_texts(artifact: Path, text: Path) -> None:
+    told: list[tuple[int, int]] = []
+    evaluate(artifact, [text, text], **{**SMALL, "on_window": lambda *step: told.append(step)})
+    assert told == [(n, 10) for n in range(1, 11)]

@@ -1,0 +1,151 @@
+"""Adapters on the weights they were trained on, and the difference in words where they were not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from qformat.errors import AdapterError
+from qformat.model.load import load_model, open_shards
+from qformat.training.adapter.adapters import load_adapter
+from qformat.training.adapter.base_record import BASE_RECORD_NAME, BaseRecord, read_base_record
+from qformat.training.run import TrainingResult
+from tests.training import runs
+
+TOKENS = torch.arange(5, 25)[None]
+
+
+def base_of(artifact: Path) -> BaseRecord:
+    shards = open_shards(artifact)
+    try:
+        return BaseRecord.of(shards.layout)
+    finally:
+        shards.close()
+
+
+@pytest.fixture
+def adapter(undisturbed: TrainingResult, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(undisturbed.output, folder)
+    return folder
+
+
+def load(artifact: Path, adapter: Path, *, force: bool = False) -> PeftModel:
+    return load_adapter(load_model(artifact, device="cpu"), adapter, base_of(artifact), force=force)
+
+
+def test_its_logits_are_those_of_plain_peft(artifact: Path, adapter: Path) -> None:
+    plain = PeftModel.from_pretrained(load_model(artifact, device="cpu"), str(adapter)).eval()
+    with torch.no_grad():
+        ours, theirs = load(artifact, adapter)(TOKENS).logits, plain(TOKENS).logits
+        bare = load_model(artifact, device="cpu")(TOKENS).logits
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+    assert not torch.equal(ours, bare)
+
+
+def test_on_other_weights_it_is_refused_with_both_digests(adapter: Path, tmp_path: Path) -> None:
+    other = runs.make_artifact(tmp_path, seed=1)
+    recorded = read_base_record(adapter)
+    assert recorded is not None
+    with pytest.raises(AdapterError, match=f"{recorded.digest}.*{base_of(other).digest}.*--force-adapter"):
+        load(other, adapter)
+    load(other, adapter, force=True)
+
+
+def test_on_another_model_the_tensor_is_named(adapter: Path, tmp_path: Path) -> None:
+    other = runs.make_artifact(tmp_path, layers=1)
+    with pytest.raises(AdapterError, match=r"layers\.1\..*the adapter has \[.*this model takes nothing"):
+        load(other, adapter, force=True)
+
+
+def test_an_adapter_of_another_rank_than_its_config_says_is_refused(artifact: Path, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    with pytest.raises(AdapterError, match=r"the adapter has \[4, \d+\], this model takes \[8, "):
+        load(artifact, adapter)
+
+
+def test_a_missing_tensor_is_named(artifact: Path, adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights.pop(gone := sorted(weights)[3])
+    save_file(weights, path)
+    with pytest.raises(AdapterError, match=f"{gone}.*the adapter has nothing"):
+        load(artifact, adapter)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _list(path: Path) -> None:
+    path.write_text("[1]")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", BASE_RECORD_NAME])
+@pytest.mark.parametrize("damage", [_cut, _empty, _list, Path.unlink])
+def test_damage_is_told_in_words(
+    artifact: Path, adapter: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(adapter / name)
+    if name == BASE_RECORD_NAME and damage is Path.unlink:
+        with caplog.at_level(logging.WARNING):
+            load(artifact, adapter)
+        assert "does not say which weights it was trained on" in caplog.text
+    elif name == BASE_RECORD_NAME and damage is _cut:
+        load(artifact, adapter)  # what was cut is the line end
+    else:
+        with pytest.raises(AdapterError, match=name.split(".", maxsplit=1)[0]):
+            load(artifact, adapter)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "IA3"},
+        {"r": -1},
+        {"r": "many"},
+        {"target_modules": 7},
+        {"target_modules": ["nowhere"]},
+        {"peft_type": "../x"},
+        {"auto_mapping": {"base_model_class": "os", "parent_library": "os"}},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense_is_refused_or_harmless(
+    artifact: Path, adapter: Path, change: dict[str, object]
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    if "auto_mapping" in change:
+        load(artifact, adapter)
+    else:
+        with pytest.raises(AdapterError):
+            load(artifact, adapter)
+
+
+def test_a_folder_that_bitsandbytes_wrote_has_a_digest_of_its_bytes(artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(artifact, folder)
+    (folder / "qformat.json").unlink()
+    before = base_of(folder)
+    assert before == base_of(folder)
+    assert before.digest.startswith("files-xxh3:")
+    shard = next(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert base_of(folder) != before

@@ -1,0 +1,228 @@
+"""The fused node of base and adapter against its formula, and where PEFT's own code runs instead."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from qformat.errors import UsageError
+from qformat.kernels.ops import dequantize_nf4
+from qformat.model.load import load_model
+from qformat.model.nf4_linear import NF4Linear
+from qformat.training.adapter import lora_linear as module
+from qformat.training.adapter.lora_linear import NF4LoraLinear, NF4Product, lora_linear
+
+pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+
+
+@pytest.fixture(scope="module")
+def layer(artifact: Path) -> NF4Linear:
+    """A packed Linear of 64 to 128."""
+    model = load_model(artifact, device="cpu")
+    found = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(found, NF4Linear)
+    return found
+
+
+def adapter(layer: NF4Linear, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    a = torch.randn(4, layer.in_features, generator=random) * 0.1
+    b = torch.randn(layer.out_features, 4, generator=random) * 0.1
+    return a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
+
+
+def product(layer: NF4Linear, bias: Tensor | None = None) -> NF4Product:
+    return NF4Product(layer.packed_weight(), bias)
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (64,), (1, 1, 64), (40, 64)], ids=str)
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_output_and_gradients_are_those_of_the_formula(
+    layer: NF4Linear, shape: tuple[int, ...], dropped: bool, with_bias: bool
+) -> None:
+    weight = layer.dequantize(torch.float32)
+    bias = torch.randn(layer.out_features) if with_bias else None
+    x, other = inputs(*shape), inputs(*shape, seed=2) if dropped else None
+    a, b = adapter(layer)
+    y = lora_linear(x, other, a, b, 0.5, product(layer, bias))
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    found = [t.grad for t in (x, other, a, b) if t is not None]
+    x2, other2, a2, b2 = (None if t is None else t.detach().clone().requires_grad_() for t in (x, other, a, b))
+    assert x2 is not None
+    assert a2 is not None
+    assert b2 is not None
+    adapted = x2 if other2 is None else other2
+    expected = nn.functional.linear(x2, weight, bias) + 0.5 * (adapted @ a2.t()) @ b2.t()
+    expected.backward(grad)
+    torch.testing.assert_close(y, expected)
+    for mine, theirs in zip(found, (t.grad for t in (x2, other2, a2, b2) if t is not None), strict=True):
+        assert mine is not None
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_have_the_dtypes_of_what_they_belong_to(layer: NF4Linear) -> None:
+    x = inputs(6, 64, dtype=torch.bfloat16)
+    a, b = adapter(layer)
+    y = lora_linear(x, None, a, b, 2.0, product(layer))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert a.grad is not None
+    assert b.grad is not None
+    assert (x.grad.dtype, a.grad.dtype, b.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+def test_an_input_without_gradient_costs_no_product(layer: NF4Linear, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.NF4Product, "input_gradient", lambda *_: pytest.fail("nobody asked for it"))
+    a, b = adapter(layer)
+    lora_linear(inputs(3, 64).detach(), None, a, b, 1.0, product(layer)).sum().backward()
+    assert a.grad is not None
+
+
+def test_no_rows_are_no_problem(layer: NF4Linear) -> None:
+    a, b = adapter(layer)
+    y = lora_linear(inputs(0, 64), None, a, b, 1.0, product(layer))
+    y.sum().backward()
+    assert y.shape == (0, layer.out_features)
+    assert a.grad is not None
+    assert not a.grad.any()
+
+
+def test_kept_for_backward_are_the_input_and_its_image_in_the_adapter(layer: NF4Linear) -> None:
+    saved: list[Tensor] = []
+    x = inputs(6, 64, dtype=torch.bfloat16)
+    a, b = adapter(layer)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        lora_linear(x, None, a, b, 1.0, product(layer))
+    assert sorted(tuple(t.shape) for t in saved) == sorted([(6, 64), (6, 4), (4, 64), (layer.out_features, 4)])
+    assert any(t.data_ptr() == x.data_ptr() for t in saved)
+    assert any(t.data_ptr() == a.data_ptr() for t in saved)
+
+
+def test_autocast_computes_in_its_dtype(layer: NF4Linear) -> None:
+    a, b = adapter(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(inputs(6, 64), None, a, b, 1.0, product(layer))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert a.grad is not None
+
+
+def peft_model(artifact: Path, *, fused: bool = True, **options: Any) -> Any:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    if fused:
+        config._register_custom_module({NF4Linear: NF4LoraLinear})
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(artifact, device="cpu", dtype=torch.float32), config)
+    random = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.05
+    return model
+
+
+def loss_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    tokens = torch.arange(40).reshape(2, 20)
+    torch.manual_seed(5)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_dropout": 0.3},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
+def test_a_model_trains_as_with_pefts_own_layers(artifact: Path, options: dict[str, Any]) -> None:
+    models = [peft_model(artifact, fused=fused, **options).train() for fused in (True, False)]
+    (loss, gradients), (expected_loss, expected) = (loss_and_gradients(model) for model in models)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_plain_adapters_and_no_others_take_the_fused_node(artifact: Path) -> None:
+    chosen = {}
+    for name, options in {"plain": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}.items():
+        layers = [m for m in peft_model(artifact, **options).modules() if isinstance(m, NF4LoraLinear)]  # type: ignore[arg-type]
+        assert layers
+        chosen[name] = {layer._plain_adapter() for layer in layers}
+    assert chosen == {"plain": {"default"}, "dora": {None}, "bias": {None}}
+
+
+def test_a_disabled_adapter_and_two_adapters_are_pefts_business(artifact: Path) -> None:
+    model = peft_model(artifact).eval()
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        adapted = model(tokens).logits
+        with model.disable_adapter():
+            plain = model(tokens).logits
+        expected = load_model(artifact, device="cpu", dtype=torch.float32)(tokens).logits
+    assert torch.equal(plain, expected)
+    assert not torch.equal(adapted, plain)
+    config = copy.deepcopy(model.peft_config["default"])
+    config._register_custom_module({NF4Linear: NF4LoraLinear})
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    assert all(m._plain_adapter() is None for m in model.modules() if isinstance(m, NF4LoraLinear))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, adapted)  # the second one starts as zero
+
+
+def test_merging_into_four_bits_is_refused_with_a_way_out(artifact: Path) -> None:
+    with pytest.raises(UsageError, match="qformat export"):
+        peft_model(artifact).merge_and_unload()
+
+
+def test_gradient_checkpointing_gives_the_same_bits(artifact: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = peft_model(artifact, lora_dropout=0.2).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        results.append(loss_and_gradients(model))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][name], gradient) for name, gradient in results[1][1].items())
+
+
+def test_an_evaluation_between_two_steps_changes_no_gradient(artifact: Path) -> None:
+    model = peft_model(artifact).train()
+    _, before = loss_and_gradients(model)
+    before = {name: gradient.clone() for name, gradient in before.items()}
+    model.eval()
+    with torch.no_grad():
+        model(torch.arange(10)[None])
+    model.train().zero_grad()
+    _, after = loss_and_gradients(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_weight_is_what_the_artifact_decodes_to(layer: NF4Linear) -> None:
+    """The node needs no other decoder: x = 1 gives the columns of the weight."""
+    eye = torch.eye(64)
+    a, b = adapter(layer)
+    y = lora_linear(eye, None, a, torch.zeros_like(b), 1.0, product(layer))
+    weight = dequantize_nf4(*layer._components(), layer.out_features, layer.in_features, torch.float32)
+    assert torch.equal(y.t(), weight)

@@ -1,0 +1,170 @@
+"""A tuning step against training the 16-bit model towards itself: time and peak memory, side by side.
+
+Usage: python -m tools.bench.tune ART SRC [--shape 2x512] [--rounds 5] [--threads 2] [--checkpointing]
+
+Sides, each a process of its own that steps only when asked, in turn; ratios are medians over rounds:
+  16 bit        forward and backward of the 16-bit model, all its gradients, and a forward pass of it as the teacher,
+                with the same loss, in the same chunks
+  tune          a step of `qformat tune`: 16-bit teacher, 4-bit student, scales and norms, Adam
+  tune, cached  the same with the teacher's predictions read from a cache
+Peak memory is that of the process, less what it had before it loaded its models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tools.bench.interleaved import median_ratio
+
+SIDES = ("16 bit", "tune", "tune, cached")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--shape", default="2x512", help="windows x tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on every side")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": str(arguments.threads)}
+    if arguments.side:
+        serve(arguments)
+        return
+    processes = {
+        side: subprocess.Popen(
+            [sys.executable, "-m", "tools.bench.tune", *sys.argv[1:], "--side", side],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for side in arguments.sides
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {side: [] for side in arguments.sides}
+    for number in range(arguments.rounds + 1):
+        for side, process in processes.items():
+            told = float(ask(process, "step"))
+            if number:  # the first steps compile and fill caches
+                seconds[side].append(told)
+    peaks = {side: int(ask(process, "peak")) for side, process in processes.items()}
+    for process in processes.values():
+        process.communicate()
+    first = arguments.sides[0]
+    print(
+        f"{arguments.artifact.name}, {arguments.shape}, {arguments.threads} threads, {arguments.rounds} rounds in turn"
+    )
+    print(f"{'side':14s} {'s a step':>9s} {'ratio':>6s} {'range':>12s} {'peak MB':>8s} {'ratio':>6s}")
+    for side, mine in seconds.items():
+        ratios = [a / b for a, b in zip(mine, seconds[first], strict=True)]
+        print(
+            f"{side:14s} {statistics.median(mine):9.2f} {median_ratio(mine, seconds[first]):6.2f} "
+            f"{min(ratios):6.2f}-{max(ratios):.2f} {peaks[side] / 1e6:8.0f} {peaks[side] / peaks[first]:6.2f}"
+        )
+
+
+def ask(process: subprocess.Popen[str], what: str) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(what + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        sys.exit(f"{process.args}: died")
+    return answer
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Load a side's models, and take a step whenever asked."""
+    import numpy as np
+    import torch
+
+    import qformat.quality.tuning.tune  # noqa: F401 - before memory is looked at
+
+    torch.set_num_threads(arguments.threads)
+    before = peak_nbytes()
+    rows, tokens = (int(number) for number in arguments.shape.split("x"))
+    ids = torch.randint(0, 1000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        step = make_step(arguments, ids, np.arange(rows), Path(folder))
+        for line in sys.stdin:
+            if line.strip() == "peak":
+                print(peak_nbytes() - before, flush=True)
+                return
+            started = perf_counter()
+            step()
+            print(perf_counter() - started, flush=True)
+
+
+def make_step(arguments: argparse.Namespace, ids: Any, numbers: Any, folder: Path) -> Any:
+    """Return what a side does in a step."""
+    import torch
+
+    from qformat.artifact.reading.reader import open_artifact
+    from qformat.model.checkpoint import load_checkpoint
+    from qformat.model.load import load_model
+    from qformat.quality.output_head import split_head
+    from qformat.quality.teacher import LiveTeacher, TeacherCache
+    from qformat.quality.tuning.distillation import distil
+    from qformat.quality.tuning.tunable import make_tunable, share_kept_tensors
+    from qformat.quality.tuning.tune import checkpoint_gradients
+
+    def load_teacher() -> LiveTeacher:
+        return LiveTeacher(load_checkpoint(arguments.source, device="cpu", dtype=torch.bfloat16))
+
+    if arguments.side == "16 bit":
+        teacher = load_teacher()
+        model = teacher.model.requires_grad_()
+        if arguments.checkpointing:
+            checkpoint_gradients(model)
+        split = split_head(model)
+
+        def of_16_bit() -> None:
+            distil(split, ids, teacher.target(numbers, ids))
+            model.zero_grad()
+
+        return of_16_bit
+    if arguments.side == "tune":
+        source: Any = load_teacher()
+    else:
+        source = TeacherCache(folder, {}, length=ids.shape[1], k=64)
+        source.begin()
+        pid = os.fork()  # the 16-bit model's memory is not this process's
+        if pid == 0:
+            source.write(numbers, load_teacher().top_k(numbers, ids, 64))
+            os._exit(0)
+        os.waitpid(pid, 0)
+    model = load_model(arguments.artifact, device="cpu", dtype=torch.bfloat16)
+    with open_artifact(arguments.artifact) as artifact:
+        tunable = make_tunable(model, artifact)
+    if isinstance(source, LiveTeacher):
+        share_kept_tensors(tunable, source.model)
+    if arguments.checkpointing:
+        checkpoint_gradients(model)
+    student = split_head(model)
+    optimizer = torch.optim.Adam(tunable.parameters().values(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+    def of_tuning() -> None:
+        distil(student, ids, source.target(numbers, ids))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tunable.limit()
+
+    return of_tuning
+
+
+def peak_nbytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""Machine instructions, registers, spills and shared memory of the Triton kernels, without a GPU and without a driver.
+
+Usage: python -m tools.gpu.sass_budget [CASE ...] [--sm 80,90,100,120] [--ops] [--dump] [--json] [--check] [--write]
+
+A case is a kernel with the compile-time arguments that a launch gives it. It is compiled ahead of time for each
+architecture, disassembled with the cuobjdump that Triton ships, and counted: a straight-line kernel along its longest
+path, a product along one step of its K loop. "insts/w" is what a thread executes for each weight it decodes; "mio/w"
+the part of it that is memory and shuffles; "bytes/w" the traffic to memory, by hand arithmetic.
+
+--check compares with the ceilings in qformat/kernels/triton/sass_budget.json (exit code 1), as
+tests/tools/gpu/test_sass_budget.py does; --write replaces that file by ceilings 5% above the figures of now: on
+purpose, never to make a test pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qformat.kernels.triton import block_dots as triton_block_dots
+from qformat.kernels.triton import dequantize as triton_dequantize
+from qformat.kernels.triton import product as triton_product
+from qformat.kernels.triton.block_dots_kernel import block_dots_kernel
+from qformat.kernels.triton.dequantize_kernel import dequantize_kernel
+from qformat.kernels.triton.product_kernel import product_kernel
+
+ARCHITECTURES = (80, 90, 100, 120)
+BUDGET = Path(triton_dequantize.__file__).with_name("sass_budget.json")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+HEADROOM = 1.05
+MIO = {"SHFL", "LDS", "STS", "LDG", "STG", "LDSM", "STSM", "LDGSTS", "ATOM", "RED", "LDC"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One compilation of one kernel.
+
+    weights: that a program decodes on the counted path; in_loop: count one step of the longest loop.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    weights: int
+    bytes_per_weight: float
+    in_loop: bool
+
+    @property
+    def weights_per_thread(self) -> float:
+        return self.weights / (32 * self.options["num_warps"])
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one compilation costs. `opcodes` counts the same path as `instructions`."""
+
+    case: str
+    sm: int
+    instructions: int
+    instructions_per_weight: float
+    mio_per_weight: float
+    registers: int
+    spill_nbytes: int
+    shared_nbytes: int
+    bytes_per_weight: float
+    opcodes: Counter[str]
+
+
+def scale_nbytes(block_size: int, *, double_quant: bool) -> float:
+    """Return the bytes of absmax, both levels, that are read for each weight."""
+    return (1 + 4 / 256) / block_size if double_quant else 4 / block_size
+
+
+def dequantize_case(
+    name: str, *, out: str = "bf16", block_size: int = 64, double_quant: bool = True, tiles: str = "whole"
+) -> Case:
+    signature = {
+        "packed_ptr": "*u8",
+        "absmax_ptr": "*u8" if double_quant else "*fp32",
+        "nested_absmax_ptr": "*fp32" if double_quant else "constexpr",
+        "nested_quant_map_ptr": "*fp32" if double_quant else "constexpr",
+        "nested_offset": "fp32",
+        "codebook_ptr": "*fp32",
+        "out_ptr": f"*{out}",
+        "n": "i32",
+    }
+    return Case(
+        f"dequantize_{name}", dequantize_kernel, signature,
+        triton_dequantize.constants(block_size, double_quant=double_quant, tiles=tiles),
+        options=triton_dequantize.OPTIONS, weights=triton_dequantize.TILE,
+        bytes_per_weight=0.5 + scale_nbytes(block_size, double_quant=double_quant) + (4 if out == "fp32" else 2),
+        in_loop=False,
+    )  # fmt: skip
+
+
+def product_case(
+    name: str, m: int, *, dtype: str = "bf16", k: int = 4096, block_size: int = 64, double_quant: bool = True
+) -> Case:
+    plan = triton_product.plan(m, (4096, k), n_multiprocessors=132)
+    signature = {
+        "x_ptr": f"*{dtype}",
+        "packed_ptr": "*u8",
+        "absmax_ptr": "*u8" if double_quant else "*fp32",
+        "nested_absmax_ptr": "*fp32" if double_quant else "constexpr",
+        "nested_quant_map_ptr": "*fp32" if double_quant else "constexpr",
+        "nested_offset": "fp32",
+        "out_ptr": f"*{dtype}",
+        "m": "i32",
+        "n": "i32",
+        "n_segments": "i32",
+    }
+    return Case(
+        f"product_{name}", product_kernel, signature,
+        triton_product.constants(plan, (4096, k), block_size, double_quant=double_quant),
+        options=triton_product.options(plan), weights=plan.rows * triton_product.STEP,
+        bytes_per_weight=0.5 + scale_nbytes(block_size, double_quant=double_quant), in_loop=True,
+    )  # fmt: skip
+
+
+def block_dots_case(name: str, *, values: str = "bf16", block_size: int = 64) -> Case:
+    signature = {
+        "values_ptr": f"*{values}",
+        "packed_ptr": "*u8",
+        "codebook_ptr": "*fp32",
+        "out_ptr": "*fp32",
+        "n": "i32",
+    }
+    return Case(
+        f"block_dots_{name}", block_dots_kernel, signature, triton_block_dots.constants(block_size, aligned=True),
+        options=triton_block_dots.OPTIONS, weights=triton_block_dots.TILE,
+        bytes_per_weight=0.5 + 4 / block_size + (4 if values == "fp32" else 2), in_loop=False,
+    )  # fmt: skip
+
+
+CASES = {
+    case.name: case
+    for case in (
+        dequantize_case("bf16"),
+        dequantize_case("fp16", out="fp16"),
+        dequantize_case("fp32", out="fp32"),
+        dequantize_case("bf16_block32", block_size=32),
+        dequantize_case("bf16_one_level", double_quant=False),
+        dequantize_case("bf16_mixed", tiles="mixed"),
+        product_case("m8_bf16", 8),
+        product_case("m8_fp16_tail", 8, dtype="fp16", k=576),
+        product_case("m8_bf16_block32", 8, block_size=32),
+        product_case("m8_bf16_one_level", 8, double_quant=False),
+        product_case("m16_bf16", 16),
+        product_case("m16_fp16_block128_tail", 16, dtype="fp16", k=576, block_size=128),
+        product_case("m16_bf16_block32_tail", 16, k=576, block_size=32),
+        block_dots_case("bf16"),
+        block_dots_case("fp32_block256", values="fp32", block_size=256),
+    )
+}
+
+
+def measure(case: Case, sm: int) -> tuple[Measured, str]:
+    """Compile a case for one architecture; return what it costs and its disassembly."""
+    cubin, shared_nbytes = compile_case(case, sm)
+    sass, usage = _cuobjdump(cubin)
+    instructions = parse(sass)
+    path = longest_loop(instructions) if case.in_loop else longest_path(instructions)
+    opcodes = Counter(opcode(text) for _, text in path)
+    every = Counter(opcode(text) for _, text in instructions)
+    return Measured(
+        case=case.name,
+        sm=sm,
+        instructions=len(path),
+        instructions_per_weight=round(len(path) / case.weights_per_thread, 2),
+        mio_per_weight=round(sum(opcodes[name] for name in MIO) / case.weights_per_thread, 2),
+        registers=usage["REG"],
+        spill_nbytes=usage["LOCAL"] + 4 * (every["LDL"] + every["STL"]),
+        shared_nbytes=shared_nbytes,
+        bytes_per_weight=round(case.bytes_per_weight, 3),
+        opcodes=opcodes,
+    ), sass
+
+
+def compile_case(case: Case, sm: int) -> tuple[bytes, int]:
+    """Return the cubin and its dynamic shared memory in bytes. Pointers are 16-byte aligned, as the launch checks."""
+    assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET: the interpreter compiles nothing"
+    names = case.kernel.arg_names
+    nothing = {name: None for name, kind in case.signature.items() if kind == "constexpr"}
+    signature = case.signature | dict.fromkeys(case.constants, "constexpr")
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    source = ASTSource(
+        case.kernel, signature, constexprs=case.constants | nothing,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )  # fmt: skip
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=case.options)
+    return compiled.asm["cubin"], compiled.metadata.shared
+
+
+def _cuobjdump(cubin: bytes) -> tuple[str, dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def run(option: str) -> str:
+            return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"\b(REG|LOCAL):(\d+)", run("--dump-resource-usage")))
+        return run("-sass"), {name: int(value) for name, value in usage.items()}
+
+
+Instruction = tuple[int, str]
+"""Address and text."""
+
+
+def parse(sass: str) -> list[Instruction]:
+    """Return the instructions of a disassembly, without the padding after the last one."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", sass, flags=re.MULTILINE)
+    instructions = [(int(address, 16), text) for address, text in found]
+    while instructions and (
+        opcode(instructions[-1][1]) == "NOP" or branch_target(instructions[-1][1]) == instructions[-1][0]
+    ):
+        instructions.pop()
+    return instructions
+
+
+def opcode(text: str) -> str:
+    """Return `FMUL` of `@!P0 FMUL.FTZ R1, R2, R3`."""
+    words = text.split()
+    return words[1 if words[0].startswith("@") else 0].split(".")[0]
+
+
+def branch_target(text: str) -> int | None:
+    found = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
+    return int(found.group(1), 16) if found else None
+
+
+def longest_loop(instructions: list[Instruction]) -> list[Instruction]:
+    """Return the body of the longest loop: from the target of a backward branch to that branch."""
+    place = {address: i for i, (address, _) in enumerate(instructions)}
+    loops = []
+    for i, (address, text) in enumerate(instructions):
+        target = branch_target(text)
+        if target is not None and target < address:
+            loops.append(instructions[place[target] : i + 1])
+    return max(loops, key=len)
+
+
+def longest_path(instructions: list[Instruction]) -> list[Instruction]:
+    """Return the longest way from the entry to an exit along forward branches only: each loop body once."""
+    place = {address: i for i, (address, _) in enumerate(instructions)}
+    length = [0] * (len(instructions) + 1)
+    following = [len(instructions)] * len(instructions)
+    for i in reversed(range(len(instructions))):
+        text = instructions[i][1]
+        conditional = text.startswith("@") or re.search(r"\bBRA\S*\s+!?U?P\d", text) is not None
+        target = branch_target(text)
+        successors = []
+        if target is not None and place.get(target, -1) > i:
+            successors.append(place[target])
+        if opcode(text) not in ("EXIT", "BRA") or conditional or (target is not None and place.get(target, -1) <= i):
+            successors.append(i + 1)
+        if successors:
+            following[i] = max(successors, key=lambda j: length[j])
+        length[i] = 1 + (length[following[i]] if successors else 0)
+        if not successors:
+            following[i] = len(instructions)
+    path, i = [], 0
+    while i < len(instructions):
+        path.append(instructions[i])
+        i = following[i]
+    return path
+
+
+def ceilings() -> dict[str, Any]:
+    """Return the budget file."""
+    return json.loads(BUDGET.read_text())
+
+
+def excesses(measured: Measured, budget: dict[str, Any]) -> list[str]:
+    """Return a line for each figure of a compilation that lies above its ceiling."""
+    ceiling = budget["cases"][measured.case][str(measured.sm)] | {"spill_nbytes": 0}
+    return [
+        f"{measured.case} sm_{measured.sm}: {name} {getattr(measured, name)}, at most {limit}"
+        for name, limit in ceiling.items()
+        if getattr(measured, name) > limit
+    ]
+
+
+def budget_of(table: list[Measured]) -> dict[str, Any]:
+    """Return ceilings just above a table, as the budget file holds them. Spills are not listed: they are always 0."""
+    cases: dict[str, dict[str, Any]] = {}
+    for row in table:
+        cases.setdefault(row.case, {})[str(row.sm)] = {
+            "instructions_per_weight": round(math.ceil(row.instructions_per_weight * HEADROOM * 10) / 10, 1),
+            "registers": min(255, -(-row.registers // 8) * 8 + 8),
+            "shared_nbytes": row.shared_nbytes,
+        }
+    return {"triton": triton.__version__, "cases": cases}
+
+
+HEADING = "case                               sm  insts/w   mio/w  regs spills  shared  bytes/w"
+
+
+def line(row: Measured) -> str:
+    return (
+        f"{row.case:32s} {row.sm:4d} {row.instructions_per_weight:8.2f} {row.mio_per_weight:7.2f} {row.registers:5d} "
+        f"{row.spill_nbytes:6d} {row.shared_nbytes:7d} {row.bytes_per_weight:8.3f}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} [default: all]")
+    parser.add_argument("--sm", default=",".join(map(str, ARCHITECTURES)))
+    parser.add_argument("--ops", action="store_true", help="print the opcodes of the counted path")
+    parser.add_argument("--dump", action="store_true", help="print the disassembly")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--check", action="store_true", help="compare with the budget file; exit code 1 if above")
+    parser.add_argument("--write", action="store_true", help="replace the budget file")
+    options = parser.parse_args(arguments)
+    unknown = set(options.cases) - set(CASES)
+    if unknown:
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    rows = []
+    if not options.json:
+        print(HEADING)
+    for name in options.cases or CASES:
+        for sm in map(int, options.sm.split(",")):
+            row, sass = measure(CASES[name], sm)
+            rows.append(row)
+            if not options.json:
+                print(line(row), flush=True)
+            if options.ops:
+                print("    " + " ".join(f"{name}:{count}" for name, count in row.opcodes.most_common()))
+            if options.dump:
+                print(sass)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    if options.write:
+        BUDGET.write_text(json.dumps(budget_of(rows), indent=2) + "\n")
+    above = [text for row in rows for text in excesses(row, ceilings())] if options.check else []
+    for text in above:
+        print(text, file=sys.stderr)
+    return 1 if above else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The rows of the quality table: what each one is, and how its model comes about."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from qformat.artifact.manifest import PackedRecord
+from qformat.artifact.reading.structure import read_manifest
+from qformat.model.checkpoint import load_checkpoint
+from qformat.model.load import load_model
+from tools.quality import codebooks as quality_codebooks
+
+BLOCK_SIZES = (32, 64, 128)
+REFERENCE, PLAIN, CALIBRATED, TUNED, BOTH = "16-bit", "NF4-64-nested", "calibrated", "tuned", "both"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row. title: as the table has it. bits: of a weight, None for 16. load: makes its model, and its folder before.
+
+    folder: of the artifact, None where there is none.
+    """
+
+    key: str
+    title: str
+    bits: float | None
+    folder: Path | None
+    load: Callable[[], PreTrainedModel]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the rows are made with. data: the text for calibration and tuning."""
+
+    source: Path
+    work: Path
+    data: Path
+    calibration_tokens: int
+    steps: int
+    steps_of_plain: int
+
+
+def rows(options: Options) -> list[Row]:
+    """Return all rows, in the order of the table. Nothing is made until a row's model is loaded."""
+    found = [Row(REFERENCE, "16-bit (bf16)", None, None, lambda: load_checkpoint(options.source, device="cpu"))]
+    for codebook in ("FP4", "Int4", "NF4"):
+        for block_size in BLOCK_SIZES:
+            found += [_plain(options, codebook, block_size, nested=nested) for nested in (False, True)]
+    calibration = ["--calibrate", str(options.data), "--calibration-tokens", str(options.calibration_tokens)]
+    source, plain, calibrated = options.source, options.work / PLAIN, options.work / CALIBRATED
+    titles = {
+        CALIBRATED: f"NF4, block 64, nested; calibrated, {options.calibration_tokens:,} tokens",
+        TUNED: f"NF4, block 64, nested; tuned, {options.steps_of_plain} steps",
+        BOTH: f"NF4, block 64, nested; calibrated, then tuned, {options.steps} steps",
+    }
+    found.append(_made(options, CALIBRATED, titles, lambda: ["convert", str(source), str(calibrated), *calibration]))
+    for key, base, steps in ((TUNED, plain, options.steps_of_plain), (BOTH, calibrated, options.steps)):
+        found.append(_made(options, key, titles, _tuning(options, key, base, steps)))
+    return found
+
+
+def run_qformat(arguments: list[str]) -> float:
+    """Run the command, its output passed on, and return how many seconds it took."""
+    print("$ qformat", *arguments, flush=True)
+    started = time.monotonic()
+    subprocess.run([str(Path(sys.executable).with_name("qformat")), *arguments], check=True)
+    return time.monotonic() - started
+
+
+def _plain(options: Options, codebook: str, block_size: int, *, nested: bool) -> Row:
+    key = f"{codebook}-{block_size}-{'nested' if nested else 'float32'}"
+    title = f"{codebook}, block {block_size}, {'nested' if nested else 'float32'} scales"
+    bits = quality_codebooks.bits_per_weight(block_size, nested=nested)
+    if codebook == "NF4":
+        arguments = ["convert", str(options.source), str(options.work / key), "--block-size", str(block_size)]
+        arguments += [] if nested else ["--no-double-quant"]
+        return Row(key, title, bits, options.work / key, _loader(options.work / key, lambda: arguments))
+
+    def load() -> PreTrainedModel:
+        model = load_checkpoint(options.source, device="cpu")
+        quality_codebooks.quantize_in_place(model, _packed_names(options), codebook, block_size, nested=nested)
+        return model
+
+    return Row(key, title, bits, None, load)
+
+
+def _packed_names(options: Options) -> list[str]:
+    """Return the weights that a conversion packs: those of the plain artifact, which is made if it is not there."""
+    folder = options.work / PLAIN
+    if not folder.exists():
+        run_qformat(["convert", str(options.source), str(folder)])
+    records = read_manifest(folder).tensors
+    return [name for name, record in records.items() if isinstance(record, PackedRecord)]
+
+
+def _made(options: Options, key: str, titles: dict[str, str], arguments: Callable[[], list[str]]) -> Row:
+    bits = quality_codebooks.bits_per_weight(64, nested=True)
+    return Row(key, titles[key], bits, options.work / key, _loader(options.work / key, arguments))
+
+
+def _tuning(options: Options, key: str, base: Path, steps: int) -> Callable[[], list[str]]:
+    return lambda: [
+        "tune", str(base), str(options.work / key), "--source", str(options.source),
+        "--data", str(options.data), "--steps", str(steps), "--device", "cpu",
+    ]  # fmt: skip
+
+
+def _loader(folder: Path, arguments: Callable[[], list[str]]) -> Callable[[], PreTrainedModel]:
+    def load() -> PreTrainedModel:
+        if not folder.exists():  # an artifact that stands there is whole: an interrupted command is continued
+            run_qformat(arguments())
+        return load_model(folder, device="cpu")
+
+    return load

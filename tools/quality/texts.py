@@ -1,0 +1,131 @@
+"""The texts of the quality table, from Python itself and packages that qformat's own tests need.
+
+`python -m tools.quality.texts FOLDER` writes them.
+
+    calibration   the language reference (`pydoc_data.topics`), first part, and docstrings of the standard library
+    reference     the rest of the language reference: the calibration's kind
+    docstrings    of numpy: prose about other things, in the same manner
+    code          the standard library without comments and docstrings: another kind
+    licences      of pyarrow, pillow and matplotlib: another kind
+    jargon        essays and lexicon of the Jargon File, where Debian's package jargon-text is installed
+                  (apt-get install jargon-text): another kind
+
+No text is in two of them. Their bytes depend on the versions of Python and the packages; the table has their digests.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+CALIBRATION = "calibration"
+SAME_KIND = ("reference",)
+ANOTHER_KIND = ("code", "licences", "jargon")
+
+_REFERENCE_CHARACTERS = 230_000
+_DOCSTRING_CHARACTERS = 500_000
+_EVALUATED_CHARACTERS = 200_000
+_SHORTEST_DOCSTRING = 200
+_JARGON = Path("/usr/share/doc/jargon-text/jargon.txt.gz")
+_STANDARD_LIBRARY = Path(os.__file__).parent
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    """Write the texts that this machine has into a folder, and return their files by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    topics = _reference()
+    library = _first(_docstrings(_modules()), _DOCSTRING_CHARACTERS)
+    texts = {
+        CALIBRATION: topics[:_REFERENCE_CHARACTERS] + "\n\n" + library,
+        "reference": topics[_REFERENCE_CHARACTERS:],
+        "docstrings": _first(_docstrings(_package_files("numpy")), _EVALUATED_CHARACTERS),
+        "code": _first(map(_bare_code, _modules()[::2]), _EVALUATED_CHARACTERS),
+        "licences": "\n\n".join(_licence(package) for package in ("pyarrow", "pillow", "matplotlib")),
+    }
+    if _JARGON.exists():
+        texts["jargon"] = gzip.decompress(_JARGON.read_bytes()).decode("latin-1")[: 6 * _EVALUATED_CHARACTERS]
+    files = {name: folder / f"{name}.txt" for name in texts}
+    for name, text in texts.items():
+        files[name].write_text(text, encoding="utf-8")
+    return files
+
+
+def write_code_examples(path: Path) -> Path:
+    """Write code for a fine-tuning as JSON lines: the modules that `code` is not made of."""
+    rows = [{"text": _bare_code(module)} for module in _modules()[1::2]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _reference() -> str:
+    """The pages of `help()`, each paragraph once: chapters repeat what their sections say."""
+    import pydoc_data.topics
+
+    pages = pydoc_data.topics.topics
+    paragraphs = [paragraph for name in sorted(pages) for paragraph in pages[name].split("\n\n")]
+    return "\n\n".join(dict.fromkeys(paragraphs))
+
+
+def _first(texts: Iterable[str], n_characters: int) -> str:
+    """Join texts until there is enough."""
+    taken, total = [], 0
+    for text in texts:
+        taken.append(text)
+        total += len(text)
+        if total >= n_characters:
+            break
+    return "\n\n".join(taken)[:n_characters]
+
+
+def _modules() -> list[Path]:
+    """The modules that lie directly in the standard library's folder."""
+    return sorted(path for path in _STANDARD_LIBRARY.glob("*.py") if not path.name.startswith("_"))
+
+
+def _package_files(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, package
+    assert spec.origin is not None, package
+    folder = Path(spec.origin).parent
+    return sorted(path for path in folder.rglob("*.py") if "test" not in str(path.relative_to(folder)))
+
+
+def _docstrings(paths: Iterable[Path]) -> Iterator[str]:
+    """Every docstring but the shortest, once each."""
+    seen = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = ast.get_docstring(node)
+                if text is not None and len(text) >= _SHORTEST_DOCSTRING and text not in seen:
+                    seen.add(text)
+                    yield text
+
+
+def _bare_code(path: Path) -> str:
+    """A module without comments, which its tree does not have, and without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
+            ast.get_docstring(node) is not None
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _licence(package: str) -> str:
+    files = importlib.metadata.files(package) or []
+    found = sorted(file for file in files if Path(str(file)).name.startswith("LICENSE") and "dist-info" in str(file))
+    return max((file.read_text() for file in found), key=len)
+
+
+if __name__ == "__main__":
+    for name, path in write_texts(Path(sys.argv[1])).items():
+        print(f"{name}: {path}")
