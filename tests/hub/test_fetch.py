@@ -8,9 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,14 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
 from qformat.hub import fetch_run
 from qformat.hub.fetch import FetchSummary, fetch
+from qformat.hub.reading.transport import Patience
 from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
 from tests.hub.conftest import PATIENT, TOKEN
 from tests.hub_stand_in import Hub, environment
-from tests.repository import ARTIFACT_VECTORS
+from tests.repository import ARTIFACT_VECTORS, ROOT
 from tests.small_models import contents, names_beside
 from tests.spec import corpus, edits
+from tests.standstill import GUARD_S
 
 NAME = "owner/small-nf4"
 SHARD = "model-00001-of-00002.safetensors"
@@ -45,8 +48,8 @@ def published(hub: Hub, artifact: Path) -> dict[str, bytes]:
     return contents(artifact)
 
 
-def do_fetch(out: Path, **options: object) -> FetchSummary:
-    return fetch(NAME, out, patience=PATIENT, **options)  # type: ignore[arg-type]
+def do_fetch(out: Path, *, patience: Patience = PATIENT, **options: object) -> FetchSummary:
+    return fetch(NAME, out, patience=patience, **options)  # type: ignore[arg-type]
 
 
 def test_a_fetched_artifact_has_the_published_bytes_and_the_token_goes_to_the_hub_alone(
@@ -97,7 +100,8 @@ def test_broken_answers_end_in_the_same_bytes(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, switches: dict[str, object]
 ) -> None:
     fault = hub.faults.add(**{"route": BODY, "every": 2, **switches})  # type: ignore[arg-type]
-    do_fetch(tmp_path / "out", connections=1)
+    silent = "seconds" in switches  # for longer than the client has patience
+    do_fetch(tmp_path / "out", patience=replace(PATIENT, timeout_s=1) if silent else PATIENT, connections=1)
     assert contents(tmp_path / "out") == published
     assert fault.n_done
 
@@ -357,14 +361,17 @@ SCRIPT = """
 import sys
 from qformat.hub import fetch_run
 from qformat.hub.fetch import fetch
+from tests.standstill import on_stop
 fetch_run.PIECE_NBYTES = 4096
-fetch("owner/small-nf4", sys.argv[1], connections=1, on_progress=lambda nbytes: print(nbytes, flush=True))
+on_stop(lambda: print("stopping", flush=True))
+fetch("owner/small-nf4", sys.argv[1], connections=1)
 """
 
 
 def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "out")],
+        cwd=ROOT,
         env=environment(hub, tmp_path / "hub_home", TOKEN),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -376,20 +383,27 @@ def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
 def test_a_killed_fetch_is_continued_and_a_second_process_is_refused_meanwhile(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, how: signal.Signals
 ) -> None:
-    hub.faults.add("slow", route=BODY, seconds=0.3)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go_on.wait(GUARD_S)
+
+    hub.faults.add("call", route=BODY, after=6, times=1, hook=hold)  # six pieces are there, the seventh never comes
     with start(hub, tmp_path) as process:
-        assert process.stdout is not None
-        for _ in range(6):
-            assert process.stdout.readline()
+        assert held.wait(GUARD_S)
         with pytest.raises(TargetError, match="another process"):
             do_fetch(tmp_path / "out")
         process.send_signal(how)
-        process.communicate(timeout=20)
+        if how == signal.SIGINT:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "stopping\n"
+            go_on.set()
+        process.communicate(timeout=GUARD_S)
+        go_on.set()
     assert process.returncode != 0
     assert not (tmp_path / "out").exists()
-    time.sleep(0.2)  # what the stand-in is still answering comes to its log
     hub.faults.clear()
-    hub.log.clear()
     summary = do_fetch(tmp_path / "out")
     assert contents(tmp_path / "out") == published
     assert summary.nbytes_fetched < summary.nbytes - 20_000

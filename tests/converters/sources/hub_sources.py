@@ -14,6 +14,7 @@ from qformat.hub.reading import stream, transport
 from qformat.hub.reading.transport import Patience
 from tests.hub_stand_in import Hub, Request, point_here, running
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
+from tests.standstill import GUARD_S
 
 TOKEN = "hf_a_secret_that_must_not_get_out"
 NAME = "owner/model"
@@ -30,16 +31,24 @@ def write_source(folder: Path, *, n_shards: int = 3) -> Path:
 
 @contextmanager
 def serving(
-    monkeypatch: pytest.MonkeyPatch, home: Path, *, with_cdn: bool = True, token: str | None = TOKEN, attempts: int = 5
+    monkeypatch: pytest.MonkeyPatch,
+    home: Path,
+    *,
+    with_cdn: bool = True,
+    token: str | None = TOKEN,
+    attempts: int = 5,
+    timeout_s: float = GUARD_S,
 ) -> Iterator[Hub]:
-    """Serve an empty stand-in to this process, and make pieces, window and waits as small as the repositories."""
+    """Serve an empty stand-in to this process, and make pieces, window and waits as small as the repositories.
+
+    timeout_s: of silence. On a machine with much to do an answer may take long, and to ask again is a fault here.
+    """
     from huggingface_hub.utils import close_session
 
     monkeypatch.setattr(stream, "PIECE_NBYTES", 8192)
     monkeypatch.setattr(stream, "WINDOW_NBYTES", 5 * 8192)
-    monkeypatch.setattr(
-        transport, "DEFAULT_PATIENCE", Patience(attempts=attempts, first_wait_s=0.01, factor=1.5, timeout_s=1)
-    )
+    patience = Patience(attempts=attempts, first_wait_s=0.01, factor=1.5, timeout_s=timeout_s)
+    monkeypatch.setattr(transport, "DEFAULT_PATIENCE", patience)
     with running(Hub(with_cdn=with_cdn, tokens={TOKEN: "user"})) as hub:
         point_here(monkeypatch, hub, home, token=token)
         yield hub

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qformat.converters.convert import convert, plan
 from qformat.errors import HubError, QformatError, Reason, SourceError, TargetError, UsageError
-from qformat.hub.reading import remote
+from qformat.hub.reading import remote, transport
 from qformat.hub.reading.transport import Patience, Retries, Transport, Unusable
 from tests.converters.faulty_disk import FaultyDisk, Killed
 from tests.converters.sources.hub_sources import (
@@ -24,8 +25,9 @@ from tests.converters.sources.hub_sources import (
     without_source,
     write_source,
 )
-from tests.hub_stand_in import Hub
+from tests.hub_stand_in import Hub, Request
 from tests.small_models import write_index
+from tests.standstill import GUARD_S
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -73,8 +75,10 @@ PASSING = {
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_passes_is_waited_out_and_the_bytes_are_the_same(
-    hub: Hub, expected: dict[str, object], tmp_path: Path, fault: str
+    hub: Hub, expected: dict[str, object], tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "seconds" in PASSING[fault]:  # of silence: the client is to lose its patience before
+        monkeypatch.setattr(transport, "DEFAULT_PATIENCE", replace(transport.DEFAULT_PATIENCE, timeout_s=1))
     hub.faults.add(**PASSING[fault])  # type: ignore[arg-type]
     convert(NAME, tmp_path / "out")
     assert without_source(tmp_path / "out") == expected
@@ -135,9 +139,9 @@ def test_a_server_without_ranges_is_refused_where_it_would_send_too_much(
 
 
 def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
-    with serving(monkeypatch, tmp_path / "home", attempts=2) as hub:
+    with serving(monkeypatch, tmp_path / "home", attempts=2, timeout_s=1) as hub:
         hub.add_folder(NAME, source)
-        hub.faults.add("stall", route="cdn/", after=6, nbytes=10, seconds=1.5)
+        hub.faults.add("stall", route="cdn/", after=6, nbytes=10, seconds=GUARD_S)
         with pytest.raises(HubError, match="silence for too long, 2 times in a row"):
             convert(NAME, tmp_path / "out")
 
@@ -327,11 +331,14 @@ def sealed_ranges(work: Path, source: Path) -> tuple[list[tuple[str, int, int]],
     return ranges, len(lines)
 
 
-def by_shard(hub: Hub, source: Path) -> list[tuple[str, int, int]]:
+def by_shard(hub: Hub, source: Path, requests: list[Request] | None = None) -> list[tuple[str, int, int]]:
     """Return what was fetched, the storage's addresses replaced by the names of the shards."""
     files = hub.repositories.by_name[NAME].head.files
     names = {f"/{files[path.name].sha256}": path.name for path in source.glob("*.safetensors")}
-    return [(names.get(p.split("?")[0], p.rpartition("/")[2]), start, stop) for p, start, stop in fetched_ranges(hub)]
+    return [
+        (names.get(path.split("?")[0], path.rpartition("/")[2]), start, stop)
+        for path, start, stop in fetched_ranges(hub, requests)
+    ]
 
 
 def overlap(ranges: list[tuple[str, int, int]], others: list[tuple[str, int, int]]) -> int:
@@ -397,9 +404,9 @@ def test_a_process_that_dies_at_any_change_of_the_disk_leaves_what_the_next_one_
     ("nbytes", "seconds", "is_too_slow"), [(999, 1.1, True), (2000, 1.1, False), (0, 0.9, False), (10**6, 2000.0, True)]
 )
 def test_an_answer_that_trickles_is_cut_off(nbytes: int, seconds: float, is_too_slow: bool) -> None:
-    transport = Transport(NAME, token=False, patience=Patience(timeout_s=1))
+    asked = Transport(NAME, token=False, patience=Patience(timeout_s=1))
     with pytest.raises(Unusable) if is_too_slow else nullcontext():
-        transport.refuse_trickle(nbytes, seconds)
+        asked.refuse_trickle(nbytes, seconds)
 
 
 def test_staged_bytes_that_were_damaged_are_fetched_again_and_compared_with_what_was_hashed(
