@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +17,7 @@ from qformat.errors import HubError, UsageError, VerificationError
 from qformat.hub.card.licenses import License
 from qformat.hub.card.prepared_card import CardOptions
 from qformat.hub.publishing.publish import Published, publish
+from qformat.hub.reading.transport import Patience
 from tests.hub.conftest import PATIENT, TOKEN
 from tests.hub_stand_in import Hub, Repository
 from tests.repository import ARTIFACT_VECTORS
@@ -25,8 +27,10 @@ APACHE = CardOptions(license=License("apache-2.0"), base_model="base/small")
 NAME = "me/small-nf4"
 
 
-def do_publish(artifact: Path, card: CardOptions = APACHE, **options: object) -> Published:
-    return publish(artifact, NAME, card, patience=PATIENT, **options)  # type: ignore[arg-type]
+def do_publish(
+    artifact: Path, card: CardOptions = APACHE, *, patience: Patience = PATIENT, **options: object
+) -> Published:
+    return publish(artifact, NAME, card, patience=patience, **options)  # type: ignore[arg-type]
 
 
 def stored(hub: Hub, name: str = NAME) -> Repository:
@@ -141,7 +145,7 @@ def test_a_refused_dropped_or_unanswered_request_is_made_again(hub: Hub, artifac
 
 def test_a_server_that_stays_silent_is_given_up_and_asked_again(hub: Hub, artifact: Path) -> None:
     hub.faults.add("slow", route="preupload|POST hub/.*/commit/", seconds=3.0, times=2)
-    do_publish(artifact)
+    do_publish(artifact, patience=replace(PATIENT, timeout_s=1))
     assert n_commits(hub) == 1
 
 
