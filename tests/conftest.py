@@ -12,6 +12,8 @@ import pytest
 from tests.repository import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several processes test at once: threads that spin for each other would take the cores from the rest.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from qformat.errors import BackendError, UsageError
 from qformat.kernels import backends, cpu, cpu_features, ops
 from qformat.kernels.packed_weight import PackedWeight
 from tests.kernels.guarded import guarded, guarded_weight
+from tests.rounding import rounding, sum_error
 from tools.gpu.weights import FORMATS, bits, random_weight, reference_bits
 
 
@@ -82,7 +83,7 @@ def test_linear_and_its_gradients_equal_those_of_the_decoded_weight(backend: str
     y2.sum().backward()
     assert torch.equal(y, y2)
     assert torch.equal(x.grad, x2.grad)
-    assert torch.allclose(bias.grad, bias2.grad, rtol=2e-2)
+    assert (bias.grad == 34).all()  # a sum of ones, exact in every format
 
 
 def test_nothing_in_16_bit_is_kept_for_backward() -> None:
@@ -118,10 +119,14 @@ def test_few_rows_give_what_decoding_gives_within_the_bound_of_its_sums(m: int) 
     x = torch.randn(m, 576).to(torch.bfloat16)
     y = ops.linear(x, weight)
     assert torch.equal(y, ops.gemv_nf4(x, *components(weight)))
-    w = decoded(weight, torch.bfloat16).double()
-    exact = x.double() @ w.T
-    bound = 576 * 2.0**-23 * (x.double().abs() @ w.abs().T) + 2.0**-8 * exact.abs() + 1e-30
-    assert ((y.double() - exact).abs() <= 1.01 * bound).all()
+    within = []
+    for computed in (torch.bfloat16, torch.float32):  # the weights are rounded to bf16, or on some CPUs not at all
+        w = decoded(weight, computed).double()
+        exact = x.double() @ w.T
+        bound = sum_error(576) * (x.double().abs() @ w.abs().T)
+        last_rounding = rounding(torch.bfloat16) * (exact.abs() + bound)
+        within.append(bool(((y.double() - exact).abs() <= bound + last_rounding).all()))
+    assert any(within)
 
 
 def test_weights_larger_than_the_scratch_buffer_go_through_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +139,12 @@ def test_weights_larger_than_the_scratch_buffer_go_through_in_bands(monkeypatch:
     bands = cpu._bands(weight, torch.float32)
     assert len(bands) > 5
     assert all(last * 448 % 128 == 0 or last == 100 for _, last in bands)
-    torch.testing.assert_close(cpu.linear(x, weight, bias), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cpu.input_gradient(grad, weight), gradient, rtol=1e-5, atol=1e-5)
+    w = decoded(weight, torch.float32).abs()
+    # Either is a sum in float32, of 448 products and the bias, or of 100 products.
+    apart = (cpu.linear(x, weight, bias) - whole).double().abs()
+    assert (apart <= 2 * sum_error(449) * functional.linear(x.abs(), w, bias.abs())).all()
+    apart = (cpu.input_gradient(grad, weight) - gradient).double().abs()
+    assert (apart <= 2 * sum_error(100) * (grad.abs() @ w)).all()
 
 
 def test_no_rows_give_no_rows() -> None:

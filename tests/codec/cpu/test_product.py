@@ -88,10 +88,18 @@ def test_sums_stay_within_their_bound(name: ProductInstructions, float_format: F
     found = widen(weight.times(x).reshape(-1), float_format).reshape(m, 65).astype(np.float64)
     exact = x.astype(np.float64) @ weight.values.T.astype(np.float64)
     magnitudes = np.abs(x).astype(np.float64) @ np.abs(weight.values.T).astype(np.float64)
+    assert (np.abs(found - exact) <= bound_of_sums(576, float_format, exact, magnitudes)).all()
+
+
+def bound_of_sums(
+    n: int, float_format: FloatFormat, exact: NDArray[np.float64], magnitudes: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return how far sums of n products may lie from the exact ones; magnitudes: the sums of the products' sizes."""
     rounding = {FloatFormat.BF16: 2.0**-8, FloatFormat.F16: 2.0**-11, FloatFormat.F32: 0.0}[float_format]
-    # 576 roundings of float32 in any order, a subnormal product lost each time, and one rounding to the format.
-    bound = 576 * (2.0**-23 * magnitudes + 2.0**-126)
-    assert (np.abs(found - exact) <= bound + rounding * (np.abs(exact) + bound)).all()
+    # n roundings of float32 in any order, a subnormal product lost each time, and one rounding to the format.
+    bound = n * (2.0**-23 * magnitudes + 2.0**-126)
+    result: NDArray[np.float64] = bound + rounding * (np.abs(exact) + bound)
+    return result
 
 
 def three_threads(function: int, data: int, n_threads: int) -> bool:
@@ -125,7 +133,8 @@ def test_all_instructions_agree_with_a_sum_in_float64(n: int, groups: int, m: in
     x = np.random.default_rng(n).integers(-2, 3, (m, 64 * groups)).astype(np.float32)
     found = widen(weight.times(x).reshape(-1), float_format).reshape(m, n)
     exact = x.astype(np.float64) @ weight.values.T.astype(np.float64)
-    np.testing.assert_allclose(found, exact, rtol=2.0**-7, atol=2e-3)
+    magnitudes = np.abs(x).astype(np.float64) @ np.abs(weight.values.T).astype(np.float64)
+    assert (np.abs(found - exact) <= bound_of_sums(64 * groups, float_format, exact, magnitudes)).all()
 
 
 @pytest.mark.parametrize(
