@@ -113,10 +113,10 @@ def test_packed_codes_equal_those_of_bitsandbytes_byte_for_byte(source: Path, ar
         assert torch.equal(stored[name], packed), name
         assert torch.equal(stored[f"{name}.quant_map"], state.code)
         assert torch.equal(stored[f"{name}.nested_quant_map"], state.state2.code)
-        # Its second level is searched approximately on CPUs with AVX-512: now and then a neighbouring value of the
-        # map, farther from the scale than ours. Up to three roundings lie between a scale and what is searched for.
+        # Its second level is searched approximately on CPUs with AVX-512: now and then a value of the map that lies
+        # near, but farther from the scale than ours. Three roundings lie between a scale and what is searched for.
         codes, theirs, table = stored[f"{name}.absmax"], state.absmax, state.state2.code.double()
-        assert bool(((codes.int() - theirs.int()).abs() <= 1).all()), name
+        assert (table[codes.int()] - table[theirs.int()]).abs().max() <= table.diff().max(), name
         searched = (absmax_of(weights[name]) - state.offset.double()) / state.state2.absmax.double().repeat_interleave(
             state.state2.blocksize
         )[: codes.numel()]

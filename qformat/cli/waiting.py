@@ -1,9 +1,9 @@
 """How the threads of torch's OpenMP team wait for each other, chosen before torch is loaded.
 
 By default they spin for milliseconds, which is fastest as long as every thread has a core. Beside one busy process one
-of them has none, and the others spin away the time that it would need: on two cores a small training step took 12.5 s
-instead of 0.2 s, and 0.6 s with threads that sleep. On a quiet machine sleeping costs a tenth of the speed (44 tokens
-a second become 40), so it is chosen only where other programs are at work.
+of them has none, and the others spin away the time that it would need. Measured on two cores: a training step of 0.2 s
+took 4 to 12 s beside several busy processes, and 0.3 to 0.8 s with threads that sleep. On a quiet machine sleeping
+costs a tenth of the speed (45 tokens a second become 41), so it is chosen only where other programs are at work.
 """
 
 from __future__ import annotations
