@@ -62,7 +62,8 @@ def command(
     from qformat.model.load import load_model, load_tokenizer
 
     imported = time.monotonic()
-    force_backend(backend)
+    if backend is not None:
+        force_backend(backend)
     model = load_model(artifact, device=device, verify=verify, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     if adapter is not None:
         model = _with_adapter(model, artifact, adapter, force=force_adapter)

@@ -20,7 +20,7 @@ from qformat.artifact.components import Component
 from qformat.artifact.reading.reader import PackedTensor
 from qformat.converters.convert import convert
 from qformat.errors import ArtifactError, DeviceMemoryError, Reason, UsageError
-from qformat.kernels.backends import force_backend
+from qformat.kernels.backends import VARIABLE
 from qformat.model import load
 from qformat.model.devices import host_layers
 from qformat.model.load import load_model, load_tokenizer, shards_on_device
@@ -87,15 +87,12 @@ def test_logits_equal_those_of_bitsandbytes_bit_for_bit(artifact: Path, ours: An
 
 @MULTIPLIES_AS_THE_PEER
 def test_greedy_generation_by_decoding_gives_the_same_tokens_as_bitsandbytes(
-    artifact: Path, ours: Any, peer: Any
+    artifact: Path, ours: Any, peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the product that decodes, as bitsandbytes' does: the small-M product adds up in another order."""
     inputs = question(artifact)
-    force_backend("torch")
-    try:
-        found = ours.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
-    finally:
-        force_backend(None)
+    monkeypatch.setenv(VARIABLE, "torch")
+    found = ours.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
     ids = step = inputs["input_ids"]
     cache = None
     for _ in range(64):  # by hand: `generate` would disable gradients, and bitsandbytes would rewrite its scales

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from qformat.kernels.device_codebook import device_codebook
 from qformat.kernels.packed_weight import PackedWeight
 from qformat.kernels.scaled_linear import linear_nf4_scale_gradient
 from qformat.kernels.triton import launch as triton_launch
@@ -294,7 +295,7 @@ def bitsandbytes_state(weight: PackedWeight) -> Any:
         return None
     nested = QuantState(absmax=weight.nested_absmax, code=weight.nested_quant_map, blocksize=256, dtype=torch.float32)
     return QuantState(
-        absmax=weight.absmax, shape=torch.Size(weight.shape), code=triton_launch.codebook(weight.device),
+        absmax=weight.absmax, shape=torch.Size(weight.shape), code=device_codebook(weight.device),
         blocksize=weight.block_size, quant_type="nf4", dtype=torch.bfloat16,
         offset=torch.tensor(weight.nested_offset, device=weight.device), state2=nested,
     )  # fmt: skip
