@@ -55,7 +55,7 @@ class DecodingProducts:
         self._scratch = Scratch()
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        """Return x [M, K] times the weight's transpose plus bias [N], as [M, N] of x's dtype, in which it is computed."""
+        """Return x [M, K] times the weight's transpose plus bias [N]: [M, N] of x's dtype, in which it is computed."""
         bands = self._bands(weight, x.dtype)
         if len(bands) == 1:
             return functional.linear(x, self._decoded_rows(weight, *bands[0], x.dtype), bias)
