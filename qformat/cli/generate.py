@@ -93,7 +93,7 @@ def command(
 def _with_adapter(model: PreTrainedModel, artifact: Path, adapter: Path, *, force: bool) -> PreTrainedModel:
     """Put the adapter on the model, after a look at what it was trained on."""
     from qformat.model.load import open_shards
-    from qformat.training.adapter.adapters import load_adapter
+    from qformat.training.adapter.attach import load_adapter
     from qformat.training.adapter.base_record import BaseRecord
 
     shards = open_shards(artifact)

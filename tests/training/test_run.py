@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from qformat.errors import AdapterError, DataError, DeviceMemoryError, DivergenceError, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer
 from qformat.training.optimizer.page_device import PlainPages
-from qformat.training.run import TrainingResult
+from qformat.training.result import TrainingResult
 from qformat.training.trainer import AdapterTrainer
 from tests.training import runs
 

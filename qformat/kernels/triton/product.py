@@ -1,6 +1,6 @@
 """The product of a few rows with a 4-bit weight on a GPU, for decoding: out = x W^T without a 16-bit W in memory.
 
-W is, bit for bit, what `triton_dequantize` gives (the sign of zeros aside); sums are float32, in an order that depends
+W is, bit for bit, what `dequantize` gives (the sign of zeros aside); sums are float32, in an order that depends
 on shapes and device only, so every run gives the same bits.
 """
 
@@ -31,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
 """How many programs a multiprocessor should get before K is no longer split: with 80-96 registers and 64 threads, 10 of
-32 rows reside at once. Reasoned, not yet timed: `tools/gpu/check.py` measures the alternatives."""
+32 rows reside at once. Reasoned, not yet timed: `python -m tools.gpu.check` measures the alternatives."""
 
 MIN_STEPS_PER_SPLIT = 2
 """A split with one step has nothing to prefetch."""

@@ -40,7 +40,7 @@ from qformat.training.memory_plan.search import largest
 from qformat.training.memory_plan.table import format_plan
 from qformat.training.memory_plan.tensors import ModelTensors, read_model_tensors
 from qformat.training.memory_plan.trace import FakeTraining
-from qformat.training.optimizer.choice import make_optimizer
+from qformat.training.optimizer.make_optimizer import make_optimizer
 from qformat.training.optimizer.page_device import CUDA_RESERVE_NBYTES
 from qformat.training.settings import TrainingSettings, page_budget_nbytes
 from tests.small_models import header_bytes, llama_config, llama_tensors, write_checkpoint
