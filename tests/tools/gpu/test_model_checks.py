@@ -15,6 +15,7 @@ from qformat.model.devices import host_layers
 from qformat.model.devices.host_layers import attach_placed
 from tests.model.devices.late_layers import LateLayers
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
+from tests.tools.gpu.figures import DEVICE
 from tools.gpu import check as gpu_check
 from tools.gpu import model_checks as gpu_check_models
 from tools.gpu.report import report, table
@@ -46,9 +47,6 @@ def test_a_check_passes_on_a_cpu(settings: Settings, name: str) -> None:
     assert all(verdicts(results).values()), [result for result in results if result.passed is False]
     assert verdicts(results)
     assert "passed" in table(report(results, device=DEVICE))
-
-
-DEVICE = {"name": "Test GPU", "compute_capability": "9.0", "multiprocessors": 132, "memory_nbytes": 1}
 
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:
