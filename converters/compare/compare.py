@@ -206,9 +206,9 @@ class _Run:
     def _compare_adopted(self, name: str, record: PackedRecord, weight: PackedWeight) -> _Compared:
         """Compare a weight that the source has in 4 bit, too: codes and scales must be the same bytes."""
         file = weight.parts[Component.PACKED].file
-        layout, nbytes = record.layout, sum(part.nbytes for part in weight.parts.values())
-        tensor = SourceTensor(name, layout.float_format.value, layout.shape, nbytes, file)
-        self._progress(nbytes)
+        layout = record.layout
+        tensor = SourceTensor(name, layout.float_format.value, layout.shape, file)
+        self._progress(weight.nbytes)
         if weight.layout != layout:
             return None, [self._source_finding(tensor, f"{weight.layout}, but the artifact has {layout}")]
         stored, theirs = self._stored_scales(name, record), self._adopted_scales(weight)
@@ -228,7 +228,7 @@ class _Run:
         compared = PackedComparison(
             name=name,
             layout=layout,
-            source_nbytes=nbytes,
+            source_nbytes=weight.nbytes,
             nbytes=sum(self._artifact.located[name + part.value].entry.nbytes for part in record.components),
             errors=errors.sums(),
             code_counts=tuple(code_counts.tolist()),

@@ -129,7 +129,7 @@ class _Run:
                 )
             if self._is_on_disk(task, digests):
                 done[task.source.name] = digests
-                self._progress(task.source.nbytes)
+                self._progress(task.source_nbytes)
         return done
 
     def do(self, tasks: list[Task], workers: int) -> dict[str, TensorDigests]:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qformat.artifact.header import NewTensor
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nested import NESTED_BLOCK_SIZE
@@ -59,7 +59,7 @@ class PackedShape:
         """Groups of absmax values that share a nested absmax."""
         return block_count(self.n_blocks, NESTED_BLOCK_SIZE)
 
-    def components(self, name: str) -> dict[Component, NewTensor]:
+    def components(self, name: str) -> dict[Component, TensorSpec]:
         """Return every component of the packed tensor `name` as the shard's header names it."""
         state_nbytes = quant_state.padded_nbytes(
             block_size=self.block_size,
@@ -76,4 +76,4 @@ class PackedShape:
             Component.QUANT_STATE: ("U8", (state_nbytes,)),
         }
         present = DOUBLE_QUANT if self.double_quant else SINGLE_LEVEL
-        return {part: NewTensor(name + part, *layout[part]) for part in present}
+        return {part: TensorSpec(name + part, *layout[part]) for part in present}

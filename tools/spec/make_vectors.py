@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.artifact import header, layout
+from qformat.artifact import layout
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.digests import xxh3
-from qformat.artifact.header import NewTensor
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest, PackedRecord, seal
+from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.codec import nf4
 from qformat.codec.codebooks import DYNAMIC_MAP, DYNAMIC_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
@@ -384,13 +384,13 @@ class ArtifactVectors:
         assert self.described[-1]["name"] == path.name
 
 
-def _new_tensors(name: str, tensor: Encoded | Kept) -> dict[Component, NewTensor]:
+def _new_tensors(name: str, tensor: Encoded | Kept) -> dict[Component, TensorSpec]:
     if isinstance(tensor, Kept):
-        return {Component.PACKED: NewTensor(name, tensor.dtype, tensor.shape)}
+        return {Component.PACKED: TensorSpec(name, tensor.dtype, tensor.shape)}
     return tensor.layout.components(name)
 
 
-def _contents(name: str, tensor: Encoded | Kept) -> list[tuple[NewTensor, bytes]]:
+def _contents(name: str, tensor: Encoded | Kept) -> list[tuple[TensorSpec, bytes]]:
     parts = {Component.PACKED: tensor.data} if isinstance(tensor, Kept) else tensor.component_bytes()
     made = [(new, parts[part]) for part, new in _new_tensors(name, tensor).items()]
     for new, data in made:
@@ -489,7 +489,7 @@ def artifact_vectors(folder: Path) -> list[JsonObject]:
     a.add("kept_only", "nothing packed; kept tensors of every dtype, empty, scalar and of eight dimensions",
           "S4 S5 M3 X6",
           {f"model.buffer.{dtype}": Kept(dtype, (3,), rng.bytes(3 * nbytes) if dtype != "BOOL" else b"\0\1\1")
-           for dtype, nbytes in header.ELEMENT_NBYTES.items()}
+           for dtype, nbytes in ELEMENT_NBYTES.items()}
           | {"model.empty": Kept("F32", (0, 4), b""), "model.scalar": Kept("BF16", (), b"\x80\x3f"),
              "model.eight": Kept("U8", (1, 2, 1, 2, 1, 1, 1, 1), b"\1\2\3\4")})  # fmt: skip
     a.add("names", "names that are not ASCII, in tensors and files; one of 512 bytes", "L3 L4 X5",

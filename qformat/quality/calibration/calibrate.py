@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qformat.artifact.components import PackedShape
 from qformat.artifact.encoded_weight import EncodedWeight, encode_plain
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.artifact.writing.weight_encoder import StagedWeights
 from qformat.errors import DivergenceError
 from qformat.model.shard_tensors import TORCH_DTYPES
@@ -39,14 +40,6 @@ FOLDER_NAME = "hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
-class SourceTensorFacts:
-    """A tensor of the source: dtype (safetensors' name) and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Calibration:
     """Chooses codes and scales of `names`; the encoder that a conversion is given.
 
@@ -56,7 +49,7 @@ class Calibration:
     """
 
     decoder: Decoder
-    tensors: Mapping[str, SourceTensorFacts]
+    tensors: Mapping[str, TensorSpec]
     layouts: Mapping[str, PackedShape]
     names: frozenset[str]
     windows: Tensor
