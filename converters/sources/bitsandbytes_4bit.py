@@ -67,7 +67,7 @@ class Bitsandbytes4Bit(DecodingSource):
     def _packed_weight(self, name: str) -> PackedWeight:
         state = self._read_state(name)
         path = self.location / self.stored.tensors[name + Component.QUANT_STATE].file
-        layout = PackedShape(state.shape, state.float_format, state.block_size, state.nested_offset is not None)
+        layout = PackedShape.of_state(state)
         if not name.endswith(".weight"):
             raise SourceError(Reason.QUANT_STATE, path, "is packed, but no weight of a module", tensor=name)
         if len(state.shape) > MAX_DIMENSIONS or not 0 < layout.n_elements <= MAX_SIZE:

@@ -11,6 +11,7 @@ from qformat.codec import quant_state
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
+from qformat.codec.quant_state import QuantState
 
 
 class Component(StrEnum):
@@ -43,6 +44,16 @@ class PackedShape:
     float_format: FloatFormat
     block_size: int
     double_quant: bool
+
+    @classmethod
+    def of_state(cls, state: QuantState) -> PackedShape:
+        """Return the layout of the tensor that a quant_state describes."""
+        return cls(state.shape, state.float_format, state.block_size, state.nested_offset is not None)
+
+    def state(self, *, nested_offset: float | None) -> QuantState:
+        """Return the quant_state of a tensor of this layout; an offset just with double quantization."""
+        assert (nested_offset is not None) == self.double_quant
+        return QuantState(self.block_size, self.float_format, self.shape, nested_offset)
 
     @property
     def n_elements(self) -> int:
