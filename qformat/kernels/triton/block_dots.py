@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def constants(block_size: int, *, aligned: bool) -> dict[str, Any]:
-    """Return the kernel's compile-time arguments: the launch and `tools/gpu/sass_budget.py` use the same."""
+    """Return the kernel's compile-time arguments: the launch and `tools/gpu/kernel_cases.py` use the same."""
     return {"BLOCK_SIZE": block_size, "ALIGNED": aligned, "LANES": N_WARPS * 32, "ROUNDS": ROUNDS}
 
 

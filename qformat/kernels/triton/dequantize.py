@@ -47,7 +47,7 @@ def plan(n_elements: int, *, aligned: bool) -> LaunchPlan:
 
 
 def constants(block_size: int, *, double_quant: bool, tiles: str) -> dict[str, Any]:
-    """Return the kernel's compile-time arguments: the launch and `tools/gpu/sass_budget.py` use the same."""
+    """Return the kernel's compile-time arguments: the launch and `tools/gpu/kernel_cases.py` use the same."""
     return {
         "BLOCK_SIZE": block_size,
         "NESTED": double_quant,

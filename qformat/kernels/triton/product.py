@@ -76,7 +76,7 @@ def plan(m: int, shape: tuple[int, int], *, n_multiprocessors: int) -> LaunchPla
 
 
 def constants(plan: LaunchPlan, shape: tuple[int, int], block_size: int, *, double_quant: bool) -> dict[str, Any]:
-    """Return the kernel's compile-time arguments: the launch and `tools/gpu/sass_budget.py` use the same."""
+    """Return the kernel's compile-time arguments: the launch and `tools/gpu/kernel_cases.py` use the same."""
     return {
         "BLOCK_SIZE": block_size,
         "NESTED": double_quant,
