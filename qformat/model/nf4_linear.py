@@ -100,7 +100,7 @@ class NF4Linear(nn.Linear):
         product: Tensor = ops.linear_nf4(x, *self._components(), self.out_features, self.in_features, bias)
         return product
 
-    def _components(self) -> tuple[Any, ...]:
+    def _components(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, int]:
         return (
             self.weight,
             self.absmax,
