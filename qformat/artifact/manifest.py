@@ -16,9 +16,8 @@ from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
+from qformat.names import MANIFEST_NAME
 
-MANIFEST_NAME = "qformat.json"
-SIGNATURE_NAME = "model.sig"
 """A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
 
 FORMAT_NAME = "qformat"

@@ -30,7 +30,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, tensor: str | None, as_json: bool) -> None:
     """Show what the artifact (or plain safetensors checkpoint) in folder PATH holds. Reads headers, no weights."""
-    from qformat.artifact.manifest import MANIFEST_NAME
+    from qformat.names import MANIFEST_NAME
 
     if (path / MANIFEST_NAME).exists():
         from qformat.artifact.reading.reader import open_artifact

@@ -11,10 +11,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.reading.reader import Artifact, MappedShards, open_artifact
-from qformat.artifact.reading.structure import CONFIG_NAME, ShardLayout
+from qformat.artifact.reading.structure import ShardLayout
 from qformat.artifact.reading.verify import verify_integrity, verify_other_files
 from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.errors import DeviceMemoryError, UsageError
@@ -25,6 +24,7 @@ from qformat.model.devices.shard_stream import TorchDevice, data_starts, stream_
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
 from qformat.model.shard_tensors import ShardData, map_shards, tensor_names, tensors_of
+from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
 Verify = Literal["full", "structure", "none"]
 
@@ -174,7 +174,7 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
 def _set_generation_config(model: PreTrainedModel, path: Path) -> None:
     from transformers import GenerationConfig
 
-    if model.can_generate() and (path / "generation_config.json").is_file():
+    if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
 
 

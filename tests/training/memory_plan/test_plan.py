@@ -27,12 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qformat.artifact.components import PackedShape
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.cli.default_conversion import as_converted
 from qformat.codec.floats import FloatFormat
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.load import load_model
 from qformat.model.nf4_linear import NF4Linear
+from qformat.names import MANIFEST_NAME
 from qformat.training.memory_plan.loss import Loss
 from qformat.training.memory_plan.meter import Segment
 from qformat.training.memory_plan.plan import MemoryPlan, MemoryPlanner, StatesPlan, plan_memory
