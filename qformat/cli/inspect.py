@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table
+from qformat.cli.display import format_table
 from qformat.errors import UsageError
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.artifact.reading.reader import Artifact, PackedTensor

@@ -25,6 +25,7 @@ from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
 from qformat.model.shard_tensors import ShardData, map_shards, tensor_names, tensors_of
 from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
+from qformat.sizes import format_nbytes
 
 Verify = Literal["full", "structure", "none"]
 
@@ -143,7 +144,8 @@ def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verif
     free = free_nbytes(device)
     if free is not None and needed > free:
         raise DeviceMemoryError(
-            f"{layout.path}: the weights need {needed / 1e9:.2f} GB, and {device} has {free / 1e9:.2f} GB free. "
+            f"{layout.path}: the weights need {format_nbytes(needed, rounding='up')}, "
+            f"and {device} has {format_nbytes(free, rounding='down')} free. "
             "Free memory there, keep layers in host memory with device_map='auto', or use the CPU"
         )
     data = stream_shards(layout, TorchDevice(device), verify=verify)

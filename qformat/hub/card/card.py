@@ -19,6 +19,7 @@ from qformat.hub.card.licenses import License
 from qformat.hub.card.markdown import cell, table
 from qformat.hub.card.origin import Origin
 from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
+from qformat.sizes import format_nbytes
 
 TAGS = ("qformat", "nf4", "bitsandbytes", "4-bit")
 
@@ -233,7 +234,4 @@ def _license_note(found: License) -> list[str]:
 
 
 def _nbytes(nbytes: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= 0.9995 * size:
-            return f"{nbytes / size:.3g} {unit} ({nbytes:,} bytes)"
-    return f"{nbytes} bytes"
+    return f"{format_nbytes(nbytes)} ({nbytes:,} bytes)" if nbytes >= 1000 else f"{nbytes} bytes"
