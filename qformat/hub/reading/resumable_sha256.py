@@ -113,7 +113,7 @@ class _OpensslContext(ctypes.Structure):
 def find_openssl() -> Compress | None:
     """Return OpenSSL's compression of blocks: of the library below hashlib, or else the system's; None without any."""
     below_hashlib = importlib.util.find_spec("_hashlib")
-    for name in (below_hashlib and below_hashlib.origin, "libcrypto.so.3", "libcrypto.so.1.1"):
+    for name in (below_hashlib.origin if below_hashlib else None, "libcrypto.so.3", "libcrypto.so.1.1"):
         try:
             update = ctypes.CDLL(name).SHA256_Update
         except (OSError, AttributeError):  # no such library here, or it keeps its functions to itself
