@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from qformat.artifact.components import PackedShape
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.cli.default_conversion import as_converted
 from qformat.codec.floats import FloatFormat
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.load import load_model
 from qformat.model.nf4_linear import NF4Linear
+from qformat.names import MANIFEST_NAME
 from qformat.training.memory_plan.plan import MemoryPlanner, plan_memory
 from qformat.training.memory_plan.tensors import ModelTensors, read_model_tensors
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
