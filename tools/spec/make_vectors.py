@@ -6,7 +6,6 @@ Writes tensors.json, artifacts.json and artifacts/; edited.json is written by ha
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -570,7 +569,6 @@ def one_entry_a_line(document: JsonObject, list_name: str) -> bytes:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     tensors = tensor_vectors()
     folder = VECTORS / "artifacts"
     if folder.exists():

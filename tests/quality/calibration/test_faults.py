@@ -77,20 +77,16 @@ def test_a_fault_at_any_call(fault: str, source: Path, text: Path, disk_calls: U
         assert contents(out) == whole
 
 
-def stop_after_two_layers(source: Path, text: Path, out: Path) -> None:
+def test_interrupted_between_layers_it_continues_with_the_layer_and_its_hidden_states(
+    source: Path, text: Path, disk_calls: Undisturbed, tmp_path: Path
+) -> None:
     def stop(done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         calibrate(source, out, text, tokens=TOKENS, on_layer=stop, workers=2)
-
-
-def test_interrupted_between_layers_it_continues_with_the_layer_and_its_hidden_states(
-    source: Path, text: Path, disk_calls: Undisturbed, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    stop_after_two_layers(source, text, out)
     assert not out.exists()
     seen: list[int] = []
     calibrate(source, out, text, tokens=TOKENS, on_layer=lambda done, total: seen.append(done), workers=2)
@@ -101,8 +97,13 @@ def test_interrupted_between_layers_it_continues_with_the_layer_and_its_hidden_s
 def test_without_the_hidden_states_they_are_computed_from_the_staged_layers(
     source: Path, text: Path, disk_calls: Undisturbed, tmp_path: Path
 ) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
     out = tmp_path / "out"
-    stop_after_two_layers(source, text, out)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, out, text, tokens=TOKENS, on_layer=stop, workers=2)
     for path in (tmp_path / "out.partial" / "hidden_states").iterdir():
         path.write_bytes(path.read_bytes()[:-4] + b"oops")
     seen: list[int] = []
