@@ -84,8 +84,7 @@ class Product:
         self.shape = shape
         self.float_format = float_format
         self.instructions = name
-        self._function = product_function(name, float_format, double_quant=nested_absmax is not None)  # owns the code
-        self._address = self._function.address
+        self._address = product_function(name, float_format, double_quant=nested_absmax is not None)
         self._call = _C_FUNCTION(self._address)
         self._n_shares = max(1, shape[0] * shape[1] // SMALLEST_SHARE)
         nested = _NO_FLOATS if nested_absmax is None else nested_absmax

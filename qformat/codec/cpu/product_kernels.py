@@ -256,8 +256,8 @@ N_FIELDS = len(Field)
 
 
 @cache
-def product_function(instructions: ProductInstructions, float_format: FloatFormat, *, double_quant: bool) -> Any:
-    """Return a C function void(int64 job[N_FIELDS]), `.address` its machine code: the product that a job describes.
+def product_function(instructions: ProductInstructions, float_format: FloatFormat, *, double_quant: bool) -> int:
+    """Return the address of a C function void(int64 job[N_FIELDS]): the product that a job describes.
 
     Any number of threads may run it at once on one job: each takes the next share of W's rows until none is left.
     Compiled when first asked for (0.5 s), then loaded from numba's cache.
@@ -305,6 +305,12 @@ def product_function(instructions: ProductInstructions, float_format: FloatForma
 
     signature = types.void(types.CPointer(types.int64))
     try:
-        return cfunc(signature, cache=True, error_model="numpy")(run)
+        compiled = cfunc(signature, cache=True, error_model="numpy")(run)
     except RuntimeError:  # no folder for the cache can be written
-        return cfunc(signature, error_model="numpy")(run)
+        compiled = cfunc(signature, error_model="numpy")(run)
+    _compiled.append(compiled)
+    return compiled.address  # type: ignore[return-value]
+
+
+_compiled: list[Any] = []
+"""What owns the machine code."""
