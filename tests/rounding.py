@@ -1,4 +1,4 @@
-"""How far floating point may lie from exact numbers: bounds that hold on every machine, and a yardstick where none does.
+"""How far floating point may lie from exact numbers: bounds that hold on every machine, or a yardstick where none does.
 
 A sum of n products in any order, with or without fused steps, lies within `sum_error(n)` times the sum of the products'
 magnitudes of the exact one (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).

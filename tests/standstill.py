@@ -1,4 +1,4 @@
-"""Points at which a child process of a test stands still, so that the test kills or interrupts it there and nowhere else.
+"""Points at which a child process of a test stands still, so that the test kills or interrupts it there.
 
 A child that stands still has said so in a line on stdout. It cannot come to its end before the test has acted, however
 slow or fast the machine is.

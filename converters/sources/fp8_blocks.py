@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.foreign.block_floats import E8M0, decode_e4m3
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.decoding_source import DecodingSource
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
+from qformat.names import CONFIG_NAME
 
 SCALE_SUFFIX = "_scale_inv"
 _ACTIVATION_SUFFIXES = (".activation_scale", ".input_scale")
@@ -141,7 +141,7 @@ def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | 
 
 
 def _decoded(tensor: SourceTensor) -> SourceTensor:
-    return SourceTensor(tensor.name, FloatFormat.BF16.value, tensor.shape, 2 * tensor.nbytes, tensor.file)
+    return SourceTensor(tensor.name, FloatFormat.BF16.value, tensor.shape, tensor.file)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -20,19 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat import strict_json
-from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.tensor_spec import ELEMENT_NBYTES
 from qformat.converters.sources.checkpoint_folder import CheckpointFolder
 from qformat.converters.sources.source import PackedWeight, SourceTensor
 from qformat.converters.sources.torch_zip import TorchZip
 from qformat.errors import Reason, SourceError
+from qformat.names import SINGLE_TORCH_NAME, TORCH_INDEX_NAME
 
 if TYPE_CHECKING:
     import torch
 
-INDEX_NAME = "pytorch_model.bin.index.json"
-SINGLE_NAME = "pytorch_model.bin"
 
 _MAX_PICKLE_NBYTES = 64 * 2**20
 _MAX_DIMENSIONS = 8
@@ -130,8 +129,8 @@ class TorchBin:
         return rows[skipped : skipped + nbytes]
 
     def _open_shards(self) -> dict[str, SourceTensor]:
-        weight_map = self._folder.read_weight_map(INDEX_NAME)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+        weight_map = self._folder.read_weight_map(TORCH_INDEX_NAME)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_TORCH_NAME]
         tensors: dict[str, SourceTensor] = {}
         for shard in names:
             found = self._open_shard(shard)
@@ -143,7 +142,7 @@ class TorchBin:
             tensors |= found
         if weight_map is not None:
             owner = {name: tensor.file for name, tensor in tensors.items()}
-            self._folder.check_weight_map(INDEX_NAME, weight_map, owner)
+            self._folder.check_weight_map(TORCH_INDEX_NAME, weight_map, owner)
         return {name: tensor for name, tensor in tensors.items() if not self._is_tied_output(name, tensors)}
 
     def _open_shard(self, shard: str) -> dict[str, SourceTensor]:
@@ -221,18 +220,18 @@ def _place(opened: TorchZip, path: Path, name: str, empty: torch.Tensor) -> tupl
         raise SourceError(Reason.HEADER_LIMIT, path, f"has {len(shape)} dimensions", tensor=name)
     storage = empty.untyped_storage()
     member, storage_nbytes = storage._checkpoint_offset, int(storage.nbytes())
-    nbytes = int(empty.numel()) * ELEMENT_NBYTES[dtype]
+    tensor = SourceTensor(name, dtype, shape, path.name)
     if member is None:
         raise SourceError(
             Reason.HEADER_OFFSETS, path, "torch does not say where its data lie in the file", tensor=name,
             next_step="Update torch, or save the model again with save_pretrained",
         )  # fmt: skip
-    if nbytes:
+    if tensor.nbytes:
         opened.refuse_wrong_place(member, storage_nbytes, name)
     first = int(empty.storage_offset())
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if min((first, *strides)) < 0 or (nbytes and (first + reach + 1) * ELEMENT_NBYTES[dtype] > storage_nbytes):
+    if min((first, *strides)) < 0 or (tensor.nbytes and (first + reach + 1) * ELEMENT_NBYTES[dtype] > storage_nbytes):
         raise SourceError(Reason.HEADER_OFFSETS, path, "reaches beyond its storage", tensor=name)
     start = member + first * ELEMENT_NBYTES[dtype]
     stored = _Stored(member, start, strides, bool(empty.is_contiguous()))
-    return stored, SourceTensor(name, dtype, shape, nbytes, path.name)
+    return stored, tensor

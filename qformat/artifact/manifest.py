@@ -13,12 +13,12 @@ from qformat import strict_json
 from qformat.artifact.components import DOUBLE_QUANT, SINGLE_LEVEL, Component, PackedShape
 from qformat.artifact.limits import MAX_DIMENSIONS, MAX_MANIFEST_NBYTES, MAX_SIZE
 from qformat.artifact.reading.regular_files import check_plain_name
+from qformat.artifact.tensor_spec import data_nbytes
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
+from qformat.names import MANIFEST_NAME
 
-MANIFEST_NAME = "qformat.json"
-SIGNATURE_NAME = "model.sig"
 """A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
 
 FORMAT_NAME = "qformat"
@@ -70,6 +70,11 @@ class KeptRecord:
     xxh3: str
     reason: str
     source_xxh3: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return data_nbytes(self.dtype, self.shape)
 
 
 TensorRecord = PackedRecord | KeptRecord

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.manifest import KeptRecord, Manifest, TensorRecord
 from qformat.artifact.manifest_diff import Aspect, ManifestDifference, diff_manifests
 from qformat.artifact.reading.reader import open_artifact
@@ -15,10 +13,10 @@ from qformat.artifact.reading.structure import read_manifest
 from qformat.artifact.value_diff import ValueDifference, diff_values
 from qformat.codec.nf4 import packed_nbytes
 from qformat.errors import ArtifactError
-from qformat.hub.names import is_repository_name
 from qformat.hub.reading.listing import read_published
 from qformat.hub.reading.remote import open_repository
 from qformat.hub.reading.transport import Patience
+from qformat.names import is_repository_name
 
 _COUNTED = {Aspect.CODES, Aspect.SCALES, Aspect.DATA}
 
@@ -92,5 +90,5 @@ def _values(a: Path, b: Path, sizes: dict[str, int], on_progress: Callable[[int]
 def _nbytes(record: TensorRecord) -> int:
     """Return how many bytes of a tensor are compared, scales left out."""
     if isinstance(record, KeptRecord):
-        return math.prod(record.shape) * ELEMENT_NBYTES[record.dtype]
+        return record.nbytes
     return packed_nbytes(record.layout.n_elements)

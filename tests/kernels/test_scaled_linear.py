@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 
 import pytest
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from qformat.errors import UsageError
-from qformat.kernels import backends, ops, scaled_linear
+from qformat.kernels import backends, ops
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
-from qformat.kernels.scaled_linear import linear_nf4_scale_gradient, linear_nf4_scaled
+from qformat.kernels.scaled_linear import linear_nf4_scale_gradient, linear_nf4_scaled, scale_gradient
 from tests.kernels.guarded import guarded_weight
 from tests.rounding import rounding, sum_error
 from tools.gpu.weights import random_weight
@@ -22,9 +23,8 @@ SHAPES = [(96, 192), (9, 7), (40, 100)]
 
 
 @pytest.fixture(autouse=True)
-def _best_backend_afterwards() -> Iterator[None]:
-    yield
-    backends.force_backend(None)
+def _same_backend_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.VARIABLE, os.environ.get(backends.VARIABLE, ""))
 
 
 def dense(weight: PackedWeight, scales: Tensor, *, magnitudes: bool = False) -> Tensor:
@@ -70,7 +70,7 @@ def test_all_gradients_equal_those_of_the_dense_form(backend: str, shape: tuple[
 
 
 def test_the_gradient_of_the_scales_is_the_slope_of_the_loss() -> None:
-    """Finite differences: the loss is quadratic in a scale, so the central one is exact but for rounding, at any step."""
+    """Finite differences: the loss is quadratic in a scale, so the central one is exact but for rounding."""
     weight = random_weight((8, 96), double_quant=False)
     x = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
     scales = weight.absmax.clone().requires_grad_()
@@ -111,7 +111,8 @@ def test_the_forward_has_the_bits_of_the_plain_operation() -> None:
     weight = random_weight((96, 192), double_quant=False)
     for rows in (1, 40):  # from the codes, and by decoding
         x = torch.randn(rows, 192).to(torch.bfloat16)
-        assert torch.equal(linear_nf4_scaled(x, weight.packed, weight.absmax, 64, 96, 192, None), ops.linear(x, weight))
+        scaled = linear_nf4_scaled(x, weight.packed, weight.absmax, 64, 96, 192, None)
+        assert torch.equal(scaled, ops.linear(x, HeldWeight(weight)))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -126,16 +127,14 @@ def test_both_operations_pass_opcheck(with_bias: bool) -> None:
     torch.library.opcheck(linear_nf4_scale_gradient, arguments)
 
 
-def test_the_gradient_is_taken_in_chunks_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_taken_in_chunks_that_change_nothing() -> None:
     weight = random_weight((100, 448), block_size=128, double_quant=False)  # whole blocks end every second row
     x, grad = torch.randn(20, 448), torch.randn(20, 100)
-    arguments = (grad, x, weight.packed, weight.absmax, 128, 100, 448)
-    whole = linear_nf4_scale_gradient(*arguments)
-    monkeypatch.setattr(scaled_linear, "CHUNK", 4_000)
     assert len(weight.bands(4_000)) > 5
+    chunked = scale_gradient(grad, x, weight, max_elements=4_000)
     codes = dense(weight, torch.ones_like(weight.absmax), magnitudes=True)
     size = (codes * (grad.double().abs().T @ x.double().abs())).view(-1, 128).sum(1)
-    apart = (linear_nf4_scale_gradient(*arguments) - whole).double().abs()
+    apart = (chunked - scale_gradient(grad, x, weight)).double().abs()
     assert (apart <= 2 * sum_error(20 + 128) * size).all()  # either is a sum over 20 rows, then over a block
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from qformat.artifact import layout, manifest
-from qformat.artifact.header import NewTensor
 from qformat.artifact.manifest import KeptRecord, TensorRecord
 from qformat.artifact.reading.reader import KeptTensor, PackedTensor, open_artifact
 from qformat.artifact.reading.verify import verify_integrity
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
+from qformat.names import MANIFEST_NAME
 from tests.spec import corpus
 
 ALL = corpus.artifacts()
@@ -51,9 +52,9 @@ def test_valid_artifacts_open_and_decode_to_the_expected_bits(vector: corpus.Vec
                     assert tensor.decode(FloatFormat(dtype)).tobytes().hex() == bits, f"{name} as {dtype}"
 
 
-def new_tensors(name: str, record: TensorRecord) -> list[NewTensor]:
+def new_tensors(name: str, record: TensorRecord) -> list[TensorSpec]:
     if isinstance(record, KeptRecord):
-        return [NewTensor(name, record.dtype, record.shape)]
+        return [TensorSpec(name, record.dtype, record.shape)]
     return list(record.layout.components(name).values())
 
 
@@ -75,9 +76,9 @@ def test_the_layout_of_a_written_artifact_follows_from_names_and_sizes(vector: c
 @pytest.mark.parametrize("vector", AS_WRITTEN, ids=corpus.name_of)
 def test_a_written_manifest_comes_back_byte_for_byte(vector: corpus.Vector) -> None:
     folder = corpus.ARTIFACTS / vector["name"]
-    assert parse(folder).to_bytes() == (folder / manifest.MANIFEST_NAME).read_bytes()
+    assert parse(folder).to_bytes() == (folder / MANIFEST_NAME).read_bytes()
 
 
 def parse(folder: Path) -> manifest.Manifest:
-    path = folder / manifest.MANIFEST_NAME
+    path = folder / MANIFEST_NAME
     return manifest.parse(path.read_bytes(), path)

@@ -8,7 +8,6 @@ each. The tokenizer comes from the folder, if a folder is given and has one, els
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -27,9 +26,10 @@ from qformat.converters.sources.gguf.names import ROPE_FACTORS_NAME, NamedTensor
 from qformat.converters.sources.gguf.tokenizer import tokenizer_files
 from qformat.converters.sources.source import PackedWeight, SourceTensor
 from qformat.errors import Reason, SourceError
+from qformat.names import TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 
 SUFFIX = ".gguf"
-_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+_TOKENIZER_NAMES = (TOKENIZER_NAME, TOKENIZER_MODEL_NAME)
 _MAX_FACTORS = 2**16
 
 
@@ -53,9 +53,7 @@ class GgufFile:
             self.config: JsonObject = {**model.config, "torch_dtype": self._format.torch_name}
             self._named = {tensor.name: tensor for tensor in model.tensors}
             self.tensors: Mapping[str, SourceTensor] = {
-                name: SourceTensor(
-                    name, self._format.value, tensor.shape, math.prod(tensor.shape) * self._format.nbytes, self._name
-                )
+                name: SourceTensor(name, self._format.value, tensor.shape, self._name)
                 for name, tensor in self._named.items()
             }
         except BaseException:

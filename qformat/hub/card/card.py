@@ -5,19 +5,19 @@ The same artifact and the same figures give the same card, byte for byte: a repe
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qformat import strict_json
-from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manifest, PackedRecord
 from qformat.hub.card.error_figures import ErrorFigures, ErrorRow
 from qformat.hub.card.evaluation_table import evaluation_sections
 from qformat.hub.card.licenses import License
 from qformat.hub.card.markdown import cell, table
 from qformat.hub.card.origin import Origin
+from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
+from qformat.sizes import format_nbytes
 
 TAGS = ("qformat", "nf4", "bitsandbytes", "4-bit")
 
@@ -87,7 +87,7 @@ def _metadata(origin: Origin, pipeline_tag: str | None) -> str:
 def _summary(origin: Origin) -> str:
     base = _link(origin.repository) if origin.repository is not None else "A language model"
     return (
-        f"{base} with 4-bit weights (NF4) in the safetensors layout of bitsandbytes, and `qformat.json`, a manifest "
+        f"{base} with 4-bit weights (NF4) in the safetensors layout of bitsandbytes, and `{MANIFEST_NAME}`, a manifest "
         "with a digest for every byte. Made with qformat."
     )
 
@@ -132,7 +132,7 @@ def _recipe_text(packed: Sequence[PackedRecord]) -> str:
 
 
 def _kept_nbytes(record: KeptRecord) -> int:
-    return math.prod(record.shape) * ELEMENT_NBYTES[record.dtype]
+    return record.nbytes
 
 
 def _errors(figures: ErrorFigures) -> str:
@@ -194,7 +194,8 @@ $ qformat verify {repository}{key}
 compares the manifest with the repository without downloading the weights; `qformat fetch` checks every byte while it
 downloads."""
     if signed:
-        text += " `model.sig` is a signature of OpenSSF model-signing over every file; ask the publisher for the key."
+        text += f" `{SIGNATURE_NAME}` is a signature of OpenSSF model-signing over every file; "
+        text += "ask the publisher for the key."
     return text
 
 
@@ -218,9 +219,7 @@ def _provenance(manifest: Manifest, origin: Origin) -> str:
 
 def _file_rows(files: Mapping[str, FileRecord]) -> list[tuple[str, ...]]:
     return [
-        (cell(name), f"{record.nbytes:,}", f"`{record.sha256}`")
-        for name, record in files.items()
-        if name != "README.md"
+        (cell(name), f"{record.nbytes:,}", f"`{record.sha256}`") for name, record in files.items() if name != CARD_NAME
     ]
 
 
@@ -233,7 +232,4 @@ def _license_note(found: License) -> list[str]:
 
 
 def _nbytes(nbytes: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= 0.9995 * size:
-            return f"{nbytes / size:.3g} {unit} ({nbytes:,} bytes)"
-    return f"{nbytes} bytes"
+    return f"{format_nbytes(nbytes)} ({nbytes:,} bytes)" if nbytes >= 1000 else f"{nbytes} bytes"

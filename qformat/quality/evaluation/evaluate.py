@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -18,18 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qformat.artifact.manifest import MANIFEST_NAME, Manifest
+from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import UsageError, VerificationError
 from qformat.model.checkpoint import find_folder, load_any
 from qformat.model.load import load_tokenizer
+from qformat.names import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 from qformat.quality.evaluation.scores import Scores, first_non_finite, score_window, stack
 from qformat.quality.source_check import check_source
 from qformat.quality.windows import TokenWindows, read_windows
 from qformat.training.data.reading.sources import Source
 from qformat.training.data.tokenise import own_tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_TOKENIZER_FILES = (TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +119,10 @@ def evaluate(
     teacher = None if source is None or source_folder is None else load(source, source_folder)
     models = [load(name, folder) for name, folder in zip((artifact, *against), folders, strict=True)]
     _check_vocabularies(models if teacher is None else [teacher, *models], windows)
-    total = sum(len(text) for text in windows)
-    done = 0
-
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        on_window(done, total)
-
+    total, done = sum(len(text) for text in windows), count(1)
     started = monotonic()
     with torch.inference_mode():
-        scored = [_score_text(text, teacher, models, one_more) for text in windows]
+        scored = [_score_text(text, teacher, models, lambda: on_window(next(done), total)) for text in windows]
     return Evaluation(
         models=[model.name for model in models],
         source=None if teacher is None else teacher.name,

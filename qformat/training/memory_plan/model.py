@@ -22,8 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformat.artifact.components import Component
-from qformat.artifact.header import NewTensor
-from qformat.artifact.reading.structure import CONFIG_NAME
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES, block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
@@ -31,7 +30,8 @@ from qformat.errors import ArtifactError, Reason
 from qformat.model.build import attach, build_on_meta, linear_at, names_in_model, read_config
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents
-from qformat.training.adapter.adapters import add_adapter
+from qformat.names import CONFIG_NAME
+from qformat.training.adapter.attach import add_adapter
 from qformat.training.adapter.lora_linear import NF4LoraLinear, lora_linear
 from qformat.training.adapter.output_layer import decode_output_layer
 from qformat.training.memory_plan.tensors import ModelTensors
@@ -173,12 +173,12 @@ def _kind(model: PreTrainedModel, layer: nn.Module, number: int) -> object:
     return type(layer), types[number] if types else None, shapes, attributes
 
 
-def _empty(new: NewTensor) -> Tensor:
+def _empty(new: TensorSpec) -> Tensor:
     return torch.empty(new.shape, dtype=TORCH_DTYPES[new.dtype])
 
 
 def _packed(
-    name: str, parts: Mapping[Component, NewTensor], shape: tuple[int, ...], tensors: ModelTensors
+    name: str, parts: Mapping[Component, TensorSpec], shape: tuple[int, ...], tensors: ModelTensors
 ) -> PackedComponents:
     n_elements, n_blocks = shape[0] * shape[1], parts[Component.ABSMAX].shape[0]
     codes = parts[Component.PACKED]

@@ -24,9 +24,9 @@ from qformat.quality.calibration.decoder import build_decoder
 from qformat.quality.calibration.settings import CalibrationSettings
 from qformat.quality.windows import read_windows
 from tests.model.sides import SAME_PRODUCTS, load_exact, load_ours, load_peer
-from tests.rounding import rounds_like
 from tests.quality import models
 from tests.quality.calibration.calibrated import TOKENS, calibrate, inputs_of, record_of, weights_of
+from tests.rounding import rounds_like
 from tests.small_models import contents, llama_config, llama_tensors, tensor_of, write_checkpoint
 from tests.training import runs
 
