@@ -26,7 +26,8 @@ def sum_error(n: int, dtype: torch.dtype = torch.float32) -> float:
 
 def distance(found: Tensor, exact: Tensor) -> float:
     """Return the norm of the difference as a share of the norm of the exact one."""
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
+    found, exact = found.detach().double(), exact.detach().double()
+    return float((found - exact).norm() / exact.norm())
 
 
 def rounds_like(found: Tensor, peer: Tensor, exact: Tensor) -> bool:
