@@ -13,11 +13,11 @@ import numpy as np
 
 from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.staging import refuse_full_disk, refuse_nested, work_folder
+from qformat.artifact.writing.output_kind import CHECKPOINT, check_target
+from qformat.artifact.writing.staging import Staging, refuse_full_disk, refuse_nested, work_folder
 from qformat.codec.cpu.blocks import COMPILING_TAKES_S, decode_nested_into
 from qformat.codec.floats import FloatFormat
 from qformat.converters.convert import DEFAULT_MAX_SHARD_NBYTES
-from qformat.converters.decode.checkpoint_staging import CheckpointStaging, check_checkpoint_target
 from qformat.converters.decode.execute import execute_export
 from qformat.converters.decode.plan import ExportPlan, make_export_plan
 from qformat.cores import usable_cores
@@ -83,18 +83,20 @@ def export(
     refuse_nested(artifact, out)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
-        check_checkpoint_target(out, replace=force)
+        check_target(out, replace=force, kind=CHECKPOINT)
     with open_artifact(artifact) as opened:
         planned = make_export_plan(opened, target, max_shard_nbytes=max_shard_nbytes)
         on_plan(planned)
         disk = disk or Disk()
         disk.needed_nbytes = planned.nbytes
         if not continuing:
-            refuse_full_disk(out, planned.nbytes)
+            refuse_full_disk(out, planned.nbytes, disk)
         overflowed: dict[str, int] = {}
-        with CheckpointStaging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart) as staging:
+        with Staging.begin(
+            out, planned.fingerprint, disk=disk, kind=CHECKPOINT, replace=force, restart=restart
+        ) as staging:
             if not staging.sealed_before:
-                refuse_full_disk(out, planned.nbytes)
+                refuse_full_disk(out, planned.nbytes, disk)
                 _load_decoders(planned, on_compile)
                 overflowed = execute_export(
                     planned, opened, staging, workers=workers or usable_cores(), progress=on_progress

@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from qformat.artifact.reading.regular_files import read_exactly
+from qformat.artifact.reading.regular_files import read_chunks, read_exactly
 from qformat.errors import ArtifactError, InvalidFileError
 
 READ_NBYTES = 4 * 2**20
@@ -46,25 +46,16 @@ def xxh3(data: Buffer) -> str:
 def xxh3_of_range(descriptor: int, start: int, stop: int, *, path: Path, error: type[InvalidFileError]) -> str:
     """Return the XXH3-128 of bytes [start, stop) of an open file."""
     state = Xxh3()
-    buffer = memoryview(bytearray(min(READ_NBYTES, max(stop - start, 0))))
-    while start < stop:
-        part = buffer[: min(READ_NBYTES, stop - start)]
-        read_exactly(descriptor, start, part, path=path, error=error)
+    for _, part in read_chunks(descriptor, start, stop, chunk_nbytes=READ_NBYTES, path=path, error=error):
         state.update(part)
-        start += len(part)
     return state.hexdigest()
 
 
 def sha256_of_file(descriptor: int, nbytes: int, *, path: Path, error: type[InvalidFileError]) -> str:
     """Return the SHA-256 of the first `nbytes` of an open file."""
     state = hashlib.sha256()
-    buffer = memoryview(bytearray(min(READ_NBYTES, nbytes)))
-    position = 0
-    while position < nbytes:
-        part = buffer[: min(READ_NBYTES, nbytes - position)]
-        read_exactly(descriptor, position, part, path=path, error=error)
+    for _, part in read_chunks(descriptor, 0, nbytes, chunk_nbytes=READ_NBYTES, path=path, error=error):
         state.update(part)
-        position += len(part)
     return state.hexdigest()
 
 

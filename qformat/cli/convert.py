@@ -166,9 +166,9 @@ class _Bar:
 
 
 def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.writing.disk import free_nbytes
+    from qformat.artifact.writing.disk import Disk
 
-    free = free_nbytes(out.absolute())
+    free = Disk().free_nbytes(out.absolute())
     facts = {**_facts(plan), "free_nbytes": free, "fits": plan.nbytes <= free}
     if as_json:
         shards = [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards]

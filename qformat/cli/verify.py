@@ -13,7 +13,7 @@ import click
 from qformat import strict_json
 from qformat.cli.display import format_nbytes, format_table, progress_bar
 from qformat.cli.verify_remote import verify_repository
-from qformat.errors import InvalidFileError, TargetError, UsageError
+from qformat.errors import InvalidFileError, UsageError
 
 if TYPE_CHECKING:
     from qformat.artifact.reading.verify import Finding, IntegrityReport
@@ -206,10 +206,7 @@ def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers
 def _write(facts: VerificationFacts, report: Path) -> None:
     from qformat.report.artifact_page import write_html
 
-    try:
-        write_html(facts, report)
-    except OSError as error:
-        raise TargetError(f"--report {report}: {error.strerror}") from error
+    write_html(facts, report)
 
 
 def _facts(integrity: IntegrityReport, comparison: Comparison | None, *, signature_checked: bool) -> VerificationFacts:

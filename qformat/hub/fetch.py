@@ -11,7 +11,8 @@ from pathlib import Path
 
 from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.staging import Staging, begun_with, check_target, refuse_full_disk, work_folder
+from qformat.artifact.writing.output_kind import ARTIFACT, check_target
+from qformat.artifact.writing.staging import Staging, begun_with, refuse_full_disk, work_folder
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.fetch_run import FetchRun
 from qformat.hub.reading.listing import listing_findings, read_published
@@ -65,7 +66,7 @@ def fetch(
     same = (begun.get("repository"), begun.get("revision")) == (repository, revision)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
-        check_target(out, replace=force)
+        check_target(out, replace=force, kind=ARTIFACT)
     opened = open_repository(
         repository,
         revision=str(begun["commit"]) if same else revision,
@@ -80,14 +81,14 @@ def fetch(
     total = sum(record.nbytes for record in published.manifest.files.values())
     disk.needed_nbytes = total + len(published.manifest_bytes)
     if not continuing:
-        refuse_full_disk(out, disk.needed_nbytes)
+        refuse_full_disk(out, disk.needed_nbytes, disk)
     on_plan(total)
     fingerprint = f"fetch {repository} {opened.commit} {hashlib.sha256(published.manifest_bytes).hexdigest()}"
     note = {"repository": repository, "revision": revision, "commit": opened.commit}
     with Staging.begin(out, fingerprint, disk=disk, replace=force, restart=restart, note={**note}) as staging:
         complete, n_fetched = staging.sealed_before, 0
         if not complete:
-            refuse_full_disk(out, disk.needed_nbytes)
+            refuse_full_disk(out, disk.needed_nbytes, disk)
             n_fetched = FetchRun(published, staging, connections, on_progress).run()
     taken = {*published.manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
     return FetchSummary(

@@ -129,8 +129,7 @@ class FetchRun:
         self._published.repository.read_range(piece.file, piece.start, data, on_bytes=self._arrived)
         path = self._staging.folder / piece.file
         self._staging.disk.write_at(self._descriptors[piece.file], data, piece.start, path)
-        with self._lock:
-            self._staging.record({"file": piece.file, "start": piece.start, "stop": piece.stop, "xxh3": xxh3(data)})
+        self._staging.record({"file": piece.file, "start": piece.start, "stop": piece.stop, "xxh3": xxh3(data)})
 
     def _arrived(self, nbytes: int) -> None:
         if self._stopping.is_set():

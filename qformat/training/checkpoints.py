@@ -97,10 +97,7 @@ class CheckpointFolder:
         try:
             yield folder
             self._seal(folder, step, facts)
-            final = self.folder(step)
-            self._disk.remove_folder(final)
-            self._disk.rename(folder, final)
-            self._disk.sync_folder(self.output)
+            self._disk.replace_folder(folder, self.folder(step))
         except BaseException as error:
             shutil.rmtree(self.partial, ignore_errors=True)
             problem = disk_problem(error)

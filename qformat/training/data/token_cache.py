@@ -128,9 +128,8 @@ class CacheWriter:
         record: dict[str, Json] = {"header": header, "digest": _digest(header)}
         self._disk.write_file(self._partial / _HEADER, strict_json.dumps(record, indent=1).encode("utf-8"))
         self._disk.sync_folder(self._partial)
-        self._disk.remove_folder(self._target)  # a damaged one; whoever has it mapped keeps what is mapped
-        self._disk.rename(self._partial, self._target)
-        self._disk.sync_folder(self._target.parent)
+        # A damaged one is replaced; whoever has it mapped keeps what is mapped.
+        self._disk.replace_folder(self._partial, self._target)
 
     def close(self) -> None:
         """Let go of the files and remove what is unfinished."""
