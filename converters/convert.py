@@ -13,6 +13,7 @@ from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.output_kind import ARTIFACT, check_target
 from qformat.artifact.writing.staging import Staging, begun_with, refuse_full_disk, refuse_nested, work_folder
 from qformat.codec.cpu.blocks import warm_up
+from qformat.codec.cpu.compiling import telling_of_compilation
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.converters.encode.calibrated import calibrate
 from qformat.converters.encode.execute import execute
@@ -156,8 +157,9 @@ def convert(
         with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart, note=note) as staging:
             if not staging.sealed_before:
                 refuse_full_disk(out, nbytes, disk)
-                for float_format in {task.layout.float_format for task in planned.packed}:
-                    warm_up(float_format, on_compile=on_compile)
+                with telling_of_compilation(on_compile):
+                    for float_format in {task.layout.float_format for task in planned.packed}:
+                        warm_up(float_format)
                 execute(planned, opened, staging, workers=workers, progress=on_progress, encoder=encoder)
             done_before = staging.sealed_before
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.output_kind import CHECKPOINT, check_target
 from qformat.artifact.writing.staging import Staging, refuse_full_disk, refuse_nested, work_folder
-from qformat.codec.cpu.blocks import COMPILING_TAKES_S, decode_nested_into
+from qformat.codec.cpu.blocks import decode_nested_into
+from qformat.codec.cpu.compiling import telling_of_compilation
 from qformat.codec.floats import FloatFormat
 from qformat.converters.convert import DEFAULT_MAX_SHARD_NBYTES
 from qformat.converters.decode.execute import execute_export
@@ -97,7 +97,8 @@ def export(
         ) as staging:
             if not staging.sealed_before:
                 refuse_full_disk(out, planned.nbytes, disk)
-                _load_decoders(planned, on_compile)
+                with telling_of_compilation(on_compile):
+                    _load_decoders(planned)
                 overflowed = execute_export(
                     planned, opened, staging, workers=workers or usable_cores(), progress=on_progress
                 )
@@ -113,22 +114,16 @@ def _target(to: str, max_shard_nbytes: int) -> FloatFormat:
     return TARGETS[to]
 
 
-def _load_decoders(planned: ExportPlan, on_compile: Callable[[], None]) -> None:
-    """Load or compile the kernels in one thread, by decoding one block; `on_compile` tells that it takes long."""
-    timer = threading.Timer(COMPILING_TAKES_S, on_compile)
-    timer.daemon = True
-    timer.start()
+def _load_decoders(planned: ExportPlan) -> None:
+    """Load or compile the kernels in one thread, by decoding one block."""
     block_size = 256
-    try:
-        decode_nested_into(
-            np.zeros(block_size // 2, np.uint8),
-            np.zeros(1, np.uint8),
-            np.zeros(1, np.float32),
-            np.float32(0),
-            n_elements=block_size,
-            block_size=block_size,
-            float_format=planned.target,
-            out=np.empty(block_size, planned.target.raw_dtype),
-        )
-    finally:
-        timer.cancel()
+    decode_nested_into(
+        np.zeros(block_size // 2, np.uint8),
+        np.zeros(1, np.uint8),
+        np.zeros(1, np.float32),
+        np.float32(0),
+        n_elements=block_size,
+        block_size=block_size,
+        float_format=planned.target,
+        out=np.empty(block_size, planned.target.raw_dtype),
+    )

@@ -28,7 +28,8 @@ from qformat.artifact.reading.reader import Artifact, open_artifact
 from qformat.artifact.reading.regular_files import open_regular, read_exactly
 from qformat.artifact.reading.verify import Finding
 from qformat.codec import quant_state
-from qformat.codec.cpu.blocks import COMPILING_TAKES_S, decode_into, decode_scales_into, encode_into, warm_up
+from qformat.codec.cpu.blocks import decode_into, decode_scales_into, encode_into, warm_up
+from qformat.codec.cpu.compiling import telling_of_compilation
 from qformat.codec.cpu.error_sums import RunningErrors, count_codes
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
@@ -69,28 +70,23 @@ def compare(
             for name, record in checked.manifest.files.items()
             if record.header_xxh3 is not None
         }
-        _warm_up(checked.manifest.tensors.values(), on_compile)
+        with telling_of_compilation(on_compile):
+            _warm_up(checked.manifest.tensors.values())
         return _Run(checked, shards, opened, on_progress).do(workers or usable_cores())
 
 
-def _warm_up(records: Iterable[TensorRecord], on_compile: Callable[[], None]) -> None:
+def _warm_up(records: Iterable[TensorRecord]) -> None:
     """Load from the cache, or compile, what the comparison needs."""
-    timer = threading.Timer(COMPILING_TAKES_S, on_compile)
-    timer.daemon = True
-    timer.start()
     n_elements, n_blocks = 127, 2  # a whole block and a partial one
-    try:
-        codes, scales = np.zeros(64, np.uint8), np.zeros(n_blocks, np.float32)
-        nested, table = np.zeros(1, np.float32), np.zeros(256, np.float32)
-        decode_scales_into(codes[:n_blocks], nested, table, np.float32(0), scales)
-        for float_format in {record.layout.float_format for record in records if isinstance(record, PackedRecord)}:
-            warm_up(float_format)
-            raw: Raw = np.zeros(n_elements, float_format.raw_dtype)
-            decode_into(codes, scales, n_elements=n_elements, block_size=64, float_format=float_format, out=raw)
-            RunningErrors(float_format).add(raw, raw)
-        count_codes(codes, n_elements=n_elements)
-    finally:
-        timer.cancel()
+    codes, scales = np.zeros(64, np.uint8), np.zeros(n_blocks, np.float32)
+    nested, table = np.zeros(1, np.float32), np.zeros(256, np.float32)
+    decode_scales_into(codes[:n_blocks], nested, table, np.float32(0), scales)
+    for float_format in {record.layout.float_format for record in records if isinstance(record, PackedRecord)}:
+        warm_up(float_format)
+        raw: Raw = np.zeros(n_elements, float_format.raw_dtype)
+        decode_into(codes, scales, n_elements=n_elements, block_size=64, float_format=float_format, out=raw)
+        RunningErrors(float_format).add(raw, raw)
+    count_codes(codes, n_elements=n_elements)
 
 
 class _Buffers(threading.local):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table, progress_bar, step_bar
+from qformat.cli.display import format_nbytes, format_table, progress_bar, say_compiling, step_bar
 from qformat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def command(
             restart=restart,
             on_plan=bar.start,
             on_progress=bar.update,
-            on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+            on_compile=say_compiling,
             on_layer=bar.show_layer,
         )
     finally:

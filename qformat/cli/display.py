@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import click
+
 
 def format_nbytes(nbytes: float) -> str:
     """Return a size for people: three digits and a decimal unit, as disks and the Hub count."""
@@ -74,3 +76,8 @@ def step_bar(total: int, description: str, unit: str) -> Iterator[Callable[[int]
             bar.refresh()
 
         yield show
+
+
+def say_compiling() -> None:
+    """Tell on stderr why the first run on a machine takes longer."""
+    click.echo("Compiling kernels, once on this machine ...", err=True)

@@ -14,7 +14,7 @@ import click
 
 from qformat import strict_json
 from qformat.cli.convert import parse_size
-from qformat.cli.display import format_nbytes, format_table, progress_bar
+from qformat.cli.display import format_nbytes, format_table, progress_bar, say_compiling
 from qformat.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def command(
             restart=restart,
             on_plan=bar.start,
             on_progress=bar.update,
-            on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+            on_compile=say_compiling,
         )
     finally:
         bar.stop()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table, progress_bar
+from qformat.cli.display import format_nbytes, format_table, progress_bar, say_compiling
 from qformat.cli.verify_remote import verify_repository
 from qformat.errors import InvalidFileError, UsageError
 
@@ -195,7 +195,7 @@ def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers
                 source,
                 workers=workers,
                 on_progress=update,
-                on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+                on_compile=say_compiling,
             )
     except ArtifactError:
         if integrity.good:
