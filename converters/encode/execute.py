@@ -22,9 +22,10 @@ from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject
 from qformat.artifact.reading.regular_files import read_exactly
 from qformat.artifact.writing.staging import Staging
 from qformat.artifact.writing.weight_encoder import WeightEncoder
-from qformat.converters.encode.plan import KeptTask, PackedTask, Place, Plan, Task, TensorDigests
+from qformat.converters.encode.plan import Plan
 from qformat.converters.encode.staged_shards import Progress, StagedShards, open_shards
 from qformat.converters.encode.task_writer import TaskWriter
+from qformat.converters.encode.tasks import KeptTask, PackedTask, Place, Task, TensorDigests
 from qformat.converters.sources.reading import Reading, reading_of
 from qformat.converters.sources.source import Source
 from qformat.cores import run_tasks

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qformat.artifact.layout import Shard
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging
-from qformat.converters.encode.plan import Place
+from qformat.converters.encode.tasks import Place
 
 Progress = Callable[[int], None]
 

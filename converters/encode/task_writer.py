@@ -21,8 +21,8 @@ from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
-from qformat.converters.encode.plan import AdoptedTask, KeptTask, PackedTask, Task, TensorDigests
 from qformat.converters.encode.staged_shards import Progress, StagedShards
+from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, Task, TensorDigests
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Interrupted, Reason, SourceError
 

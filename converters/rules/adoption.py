@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from qformat.artifact.manifest import JsonObject
 from qformat.codec.floats import FloatFormat
 from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
-from qformat.converters.rules.rules import KeepReason, TensorInfo, individual_decisions, module_path, skip_modules
+from qformat.converters.rules.rules import KeepReason, TensorInfo, individual_decisions, module_path
+from qformat.converters.rules.skip_list import skip_modules
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import Source
 from qformat.errors import Reason, SourceError, UsageError

@@ -17,7 +17,8 @@ from qformat.errors import UsageError
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionSummary
-    from qformat.converters.encode.plan import AdoptedTask, PackedTask, Plan
+    from qformat.converters.encode.plan import Plan
+    from qformat.converters.encode.tasks import AdoptedTask, PackedTask
     from qformat.quality.calibration.settings import CalibrationSettings
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

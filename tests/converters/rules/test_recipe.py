@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qformat.converters.rules.recipe import Choice, NF4Options, Recipe, Rule, apply, load_recipe
-from qformat.converters.rules.rules import KeepReason, TensorInfo, default_decisions, skip_modules
+from qformat.converters.rules.rules import KeepReason, TensorInfo, default_decisions
+from qformat.converters.rules.skip_list import skip_modules
 from qformat.errors import UsageError
 
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}

@@ -12,8 +12,8 @@ from qformat.converters.rules.rules import (
     coupled_groups,
     default_decisions,
     model_types,
-    skip_modules,
 )
+from qformat.converters.rules.skip_list import skip_modules
 from qformat.errors import Reason, SourceError
 
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False}

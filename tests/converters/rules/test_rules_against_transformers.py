@@ -38,12 +38,10 @@ from qformat.converters.rules.rules import (
     Decision,
     KeepReason,
     TensorInfo,
-    Verdict,
     default_decisions,
     module_path,
-    skip_matcher,
-    skip_modules,
 )
+from qformat.converters.rules.skip_list import Verdict, skip_matcher, skip_modules
 
 N_LAYERS = 2
 
