@@ -20,6 +20,7 @@ from qformat.codec.floats import FloatFormat
 from qformat.converters.convert import DEFAULT_MAX_SHARD_NBYTES
 from qformat.converters.decode.execute import execute_export
 from qformat.converters.decode.plan import ExportPlan, make_export_plan
+from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
 from qformat.cores import usable_cores
 from qformat.errors import UsageError
 
@@ -62,6 +63,7 @@ def export(
     force: bool = False,
     restart: bool = False,
     disk: Disk | None = None,
+    sizes: ChunkSizes = CHUNK_SIZES,
     on_plan: Callable[[ExportPlan], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
@@ -70,8 +72,9 @@ def export(
 
     Packed weights, and kept tensors in BF16, F16 and F32, get the new dtype with one rounding; other tensors keep
     their bytes. workers: threads, by default one a core; any number gives the same bytes. force: replace a checkpoint
-    of that name. restart: drop what an interrupted run left. on_plan, on_progress (bytes of tensors written) and
-    on_compile (once, if kernels must be compiled) are for progress displays.
+    of that name. restart: drop what an interrupted run left. sizes: what is in memory at a time; any give the same
+    bytes. on_plan, on_progress (bytes of tensors written) and on_compile (once, if kernels must be compiled) are for
+    progress displays.
     Raises: ArtifactError, TargetError, UsageError. On any error nothing stands under `out` that was not there before,
     and the same call continues where this one stopped.
     """
@@ -100,7 +103,7 @@ def export(
                 with telling_of_compilation(on_compile):
                     _load_decoders(planned)
                 overflowed = execute_export(
-                    planned, opened, staging, workers=workers or usable_cores(), progress=on_progress
+                    planned, opened, staging, workers=workers or usable_cores(), progress=on_progress, sizes=sizes
                 )
             done_before = staging.sealed_before
     return ExportSummary(out, planned, time.monotonic() - started, overflowed, done_before)

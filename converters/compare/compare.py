@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,11 +36,11 @@ from qformat.converters.compare.chosen_codes import count_far_scales, not_chosen
 from qformat.converters.compare.comparison import Comparison, KeptComparison, PackedComparison
 from qformat.converters.compare.stored_scales import StoredScales, count_different, count_different_codes
 from qformat.converters.compare.tuned_scales import count_too_far, scale_change
-from qformat.converters.encode.task_writer import CHUNK_NBYTES
+from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes, read_chunks
 from qformat.converters.sources.open_source import open_source
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
-from qformat.cores import usable_cores
-from qformat.errors import ArtifactError, Interrupted, Reason
+from qformat.cores import run_tasks, usable_cores
+from qformat.errors import ArtifactError, Reason
 
 __all__ = ["Comparison", "compare"]
 
@@ -51,12 +50,14 @@ def compare(
     source: Path | str | Source,
     *,
     workers: int | None = None,
+    sizes: ChunkSizes = CHUNK_SIZES,
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """Compare an artifact with its source. What does not fit is a finding, not an exception.
 
-    workers: threads, by default one a core; any number gives the same result. on_progress (source bytes done) and
+    workers: threads, by default one a core; any number gives the same result. sizes: what is in memory at a time; any
+    give the same result. on_progress (source bytes done) and
     on_compile (once, if kernels must be compiled) are for progress displays.
     Raises: ArtifactError and SourceError if one of the two cannot be opened.
     """
@@ -72,7 +73,7 @@ def compare(
         }
         with telling_of_compilation(on_compile):
             _warm_up(checked.manifest.tensors.values())
-        return _Run(checked, shards, opened, on_progress).do(workers or usable_cores())
+        return _Run(checked, shards, opened, on_progress, sizes).do(workers or usable_cores())
 
 
 def _warm_up(records: Iterable[TensorRecord]) -> None:
@@ -92,13 +93,13 @@ def _warm_up(records: Iterable[TensorRecord]) -> None:
 class _Buffers(threading.local):
     """Scratch memory of one worker thread, made once."""
 
-    def __init__(self) -> None:
-        self.source = np.empty(CHUNK_NBYTES, np.uint8)
-        self.stored = np.empty(CHUNK_NBYTES, np.uint8)
-        self.decoded = np.empty(CHUNK_NBYTES, np.uint8)
-        self.packed = np.empty(CHUNK_NBYTES // 4, np.uint8)
-        self.absmax = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
-        self.scales = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
+    def __init__(self, nbytes: int) -> None:
+        self.source = np.empty(nbytes, np.uint8)
+        self.stored = np.empty(nbytes, np.uint8)
+        self.decoded = np.empty(nbytes, np.uint8)
+        self.packed = np.empty(nbytes // 4, np.uint8)
+        self.absmax = np.empty(nbytes // 2 // 32, np.float32)
+        self.scales = np.empty(nbytes // 2 // 32, np.float32)
 
 
 _Compared = tuple[PackedComparison | KeptComparison | None, list[Finding]]
@@ -111,27 +112,32 @@ class _Run:
     """
 
     def __init__(
-        self, artifact: Artifact, shards: Mapping[str, int], source: Source, progress: Callable[[int], None]
+        self,
+        artifact: Artifact,
+        shards: Mapping[str, int],
+        source: Source,
+        progress: Callable[[int], None],
+        sizes: ChunkSizes,
     ) -> None:
         self._artifact = artifact
         self._shards = shards
         self._source = source
         self._progress = progress
-        self._buffers = _Buffers()
+        self._sizes = sizes
+        self._buffers = _Buffers(sizes.nbytes)
         self._stopping = threading.Event()
         self._scale_change = scale_change(artifact.manifest.recipe)
         self._not_chosen = not_chosen(artifact.manifest.recipe)
 
     def do(self, workers: int) -> Comparison:
         records = self._artifact.manifest.tensors
-        with ThreadPoolExecutor(workers, thread_name_prefix="qformat-compare") as pool:
-            futures = [pool.submit(self._compare, name, record) for name, record in records.items()]
-            try:
-                compared = [future.result() for future in futures]
-            except BaseException:
-                self._stopping.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        compared = run_tasks(
+            {name: (name, record) for name, record in records.items()},
+            lambda task: self._compare(*task),
+            workers=workers,
+            thread_name="qformat-compare",
+            stopping=self._stopping,
+        ).values()
         findings = [finding for _, found in compared for finding in found]
         for name, tensor in self._source.tensors.items():
             if name not in records:
@@ -209,7 +215,7 @@ class _Run:
             return None, [self._source_finding(tensor, f"{weight.layout}, but the artifact has {layout}")]
         stored, theirs = self._stored_scales(name, record), self._adopted_scales(weight)
         n_wrong_codes, errors, code_counts = 0, RunningErrors(layout.float_format), np.zeros(16, np.int64)
-        n_at_once = CHUNK_NBYTES // layout.float_format.nbytes
+        n_at_once = self._sizes.nbytes // layout.float_format.nbytes
         for start in range(0, layout.n_elements, n_at_once):
             n_elements = min(n_at_once, layout.n_elements - start)
             codes, expected = (
@@ -335,15 +341,14 @@ class _Run:
         read_exactly(self._shards[where.shard], where.entry.start + offset, out.data, path=path, error=ArtifactError)
 
     def _chunks(self, tensor: SourceTensor, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield (byte offset, bytes) of a source tensor, hashing as they pass. The bytes are scratch memory."""
-        for offset in range(0, tensor.nbytes, CHUNK_NBYTES):
-            if self._stopping.is_set():
-                raise Interrupted
-            chunk = self._buffers.source[: min(CHUNK_NBYTES, tensor.nbytes - offset)]
-            self._source.read_into(tensor, offset, chunk.data)
-            digest.update(chunk)
-            yield offset, chunk
-            self._progress(chunk.size)
+        return read_chunks(
+            self._source,
+            tensor,
+            self._buffers.source,
+            digest=digest,
+            stopping=self._stopping,
+            progress=self._progress,
+        )
 
     def _allowed(self) -> str:
         return "" if self._scale_change is None else f" (scales: within {self._scale_change:.0%} of it)"

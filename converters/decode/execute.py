@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
-from qformat.artifact.digests import Xxh3, xxh3_of_range
+from qformat.artifact.digests import Xxh3
 from qformat.artifact.header import TensorEntry
 from qformat.artifact.manifest import JsonObject, KeptRecord, PackedRecord
 from qformat.artifact.reading.reader import Artifact
@@ -30,15 +30,9 @@ from qformat.codec.quant_state import QuantState
 from qformat.converters.decode.plan import ExportPlan, ExportTask, read_small_file
 from qformat.converters.decode.write_behind import WriteBehind
 from qformat.converters.encode.staged_shards import Progress, StagedShards, open_shards
+from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Interrupted, Reason
-
-CHUNK_NBYTES = 4 * 2**20
-"""Bytes decoded or copied at a time, into a buffer that is used again: it stays in the caches. A multiple of every
-block's size."""
-
-CAST_CHUNK = 2**18
-"""Elements of a kept tensor cast at a time: numpy makes several arrays of them."""
 
 _SMALLEST_BLOCK = 32
 
@@ -57,7 +51,13 @@ class WrittenTensor:
 
 
 def execute_export(
-    plan: ExportPlan, artifact: Artifact, staging: Staging, *, workers: int, progress: Progress
+    plan: ExportPlan,
+    artifact: Artifact,
+    staging: Staging,
+    *,
+    workers: int,
+    progress: Progress,
+    sizes: ChunkSizes = CHUNK_SIZES,
 ) -> dict[str, int]:
     """Write what the plan says into a staged folder and seal it.
 
@@ -68,11 +68,11 @@ def execute_export(
     with ExitStack() as stack:
         shards = _Shards(artifact, stack)
         descriptors = open_shards(plan.shards, staging, stack)
-        write_behind = WriteBehind(staging.disk, staging.folder, descriptors)
+        write_behind = WriteBehind(staging.disk, staging.folder, descriptors, batch_nbytes=sizes.sync_nbytes)
         stack.callback(write_behind.close)
         output = StagedShards(staging.folder, staging.disk, descriptors, write_behind.mark_written)
         output.write_headers(plan.shards)
-        run = _Run(plan, shards, staging, output, progress)
+        run = _Run(plan, shards, staging, output, progress, sizes)
         written = run.resume()
         written |= run.do([task for task in plan.tasks if task.name not in written], workers)
         write_behind.finish()
@@ -175,17 +175,23 @@ class _Scales:
 class _Buffers(threading.local):
     """Scratch memory of one worker thread, made once."""
 
-    def __init__(self) -> None:
-        self.out = np.empty(CHUNK_NBYTES, np.uint8)
-        self.packed = np.empty(CHUNK_NBYTES // 4, np.uint8)
-        self.scales = np.empty(CHUNK_NBYTES // 2 // _SMALLEST_BLOCK * 4, np.uint8)
+    def __init__(self, nbytes: int) -> None:
+        self.out = np.empty(nbytes, np.uint8)
+        self.packed = np.empty(nbytes // 4, np.uint8)
+        self.scales = np.empty(nbytes // 2 // _SMALLEST_BLOCK * 4, np.uint8)
 
 
 class _Run:
     """One execution of a plan: the tasks, and what they share."""
 
     def __init__(
-        self, plan: ExportPlan, shards: _Shards, staging: Staging, output: StagedShards, progress: Progress
+        self,
+        plan: ExportPlan,
+        shards: _Shards,
+        staging: Staging,
+        output: StagedShards,
+        progress: Progress,
+        sizes: ChunkSizes,
     ) -> None:
         self._plan = plan
         self._shards = shards
@@ -193,8 +199,8 @@ class _Run:
         self._output = output
         self._progress = progress
         self._stopping = threading.Event()
-        self._buffers = _Buffers()
-        self._journal_lock = threading.Lock()
+        self._sizes = sizes
+        self._buffers = _Buffers(sizes.nbytes)
 
     def resume(self) -> dict[str, WrittenTensor]:
         """Return the tensors that an interrupted run completed and whose bytes are really there."""
@@ -202,7 +208,7 @@ class _Run:
         done: dict[str, WrittenTensor] = {}
         for task in self._plan.tasks:
             written = _from_journal(entries.get(task.name))
-            if written is not None and self._digest_on_disk(task) == written.xxh3:
+            if written is not None and self._output.digest(task.place) == written.xxh3:
                 done[task.name] = written
                 self._progress(task.place.nbytes)
         return done
@@ -226,8 +232,7 @@ class _Run:
             self._progress(chunk.nbytes)
         written = WrittenTensor(digest.hexdigest(), n_overflowed)
         entry: JsonObject = {"tensor": task.name, "xxh3": written.xxh3, "n_overflowed": n_overflowed}
-        with self._journal_lock:
-            self._staging.record(entry)
+        self._staging.record(entry)
         return written
 
     def _chunks(self, task: ExportTask) -> Iterator[tuple[NDArray[np.generic], int]]:
@@ -244,8 +249,8 @@ class _Run:
 
     def _copied(self, task: ExportTask, record: KeptRecord) -> Iterator[tuple[NDArray[np.generic], int]]:
         part = self._shards.kept(task.name, record)
-        for offset in range(0, task.place.nbytes, CHUNK_NBYTES):
-            chunk = self._buffers.out[: min(CHUNK_NBYTES, task.place.nbytes - offset)]
+        for offset in range(0, task.place.nbytes, self._sizes.nbytes):
+            chunk = self._buffers.out[: min(self._sizes.nbytes, task.place.nbytes - offset)]
             part.read_into(chunk)
             yield chunk, 0
         part.check()
@@ -254,8 +259,9 @@ class _Run:
         part = self._shards.kept(task.name, record)
         target, source = self._plan.target, FloatFormat(record.dtype)
         n_elements = task.place.nbytes // target.nbytes
-        for start in range(0, n_elements, CAST_CHUNK):
-            count = min(CAST_CHUNK, n_elements - start)
+        step = self._sizes.cast_elements
+        for start in range(0, n_elements, step):
+            count = min(step, n_elements - start)
             data = self._buffers.out[: count * source.nbytes]
             part.read_into(data)
             values = widen(data.view(source.raw_dtype), source)
@@ -269,7 +275,7 @@ class _Run:
         scales = self._read_scales(task.name, parts)
         scale_nbytes = 1 if layout.double_quant else 4
         bound = scales.bound()
-        step = CHUNK_NBYTES // target.nbytes
+        step = self._sizes.nbytes // target.nbytes
         for start in range(0, layout.n_elements, step):
             count = min(step, layout.n_elements - start)
             packed = self._buffers.packed[: packed_nbytes(count)]
@@ -309,12 +315,6 @@ class _Run:
             return _Scales(state, None, None)
         nested_absmax, nested_quant_map = small[Component.NESTED_ABSMAX], small[Component.NESTED_QUANT_MAP]
         return _Scales(state, nested_absmax.view(np.float32), nested_quant_map.view(np.float32))
-
-    def _digest_on_disk(self, task: ExportTask) -> str:
-        start, stop = task.place.start, task.place.start + task.place.nbytes
-        path = self._staging.folder / task.place.shard
-        descriptor = self._output.descriptors[task.place.shard]
-        return xxh3_of_range(descriptor, start, stop, path=path, error=ArtifactError)
 
 
 def _count_infinite(raw: Raw, float_format: FloatFormat) -> int:

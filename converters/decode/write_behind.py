@@ -12,17 +12,15 @@ from pathlib import Path
 
 from qformat.artifact.writing.disk import Disk
 
-BATCH_NBYTES = 256 * 2**20
-"""Bytes written between two syncs."""
-
 
 class WriteBehind:
     """Syncs shards whenever another batch was written. `descriptors` and paths (below `folder`) are by shard."""
 
-    def __init__(self, disk: Disk, folder: Path, descriptors: Mapping[str, int]) -> None:
+    def __init__(self, disk: Disk, folder: Path, descriptors: Mapping[str, int], *, batch_nbytes: int) -> None:
         self._disk = disk
         self._folder = folder
         self._descriptors = descriptors
+        self._batch_nbytes = batch_nbytes
         self._changed = threading.Condition()
         self._unsynced: dict[str, int] = {}
         self._stopping = False
@@ -34,7 +32,7 @@ class WriteBehind:
         """Note that bytes [start, stop) of a shard are written."""
         with self._changed:
             self._unsynced[shard] = self._unsynced.get(shard, 0) + stop - start
-            if sum(self._unsynced.values()) >= BATCH_NBYTES:
+            if sum(self._unsynced.values()) >= self._batch_nbytes:
                 self._changed.notify()
 
     def finish(self) -> None:
@@ -61,7 +59,7 @@ class WriteBehind:
     def _next_batch(self) -> list[str]:
         """Wait for a batch and return its shards; none when stopping."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or sum(self._unsynced.values()) >= BATCH_NBYTES)
+            self._changed.wait_for(lambda: self._stopping or sum(self._unsynced.values()) >= self._batch_nbytes)
             shards = [] if self._stopping else sorted(self._unsynced)
             self._unsynced.clear()
             return shards

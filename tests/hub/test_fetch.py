@@ -20,7 +20,7 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
 from qformat.hub import fetch_run
 from qformat.hub.fetch import FetchSummary, fetch
-from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
+from tests.converters.faulty_disk import DiskWithRoom, FaultyDisk, Killed, PowerCut
 from tests.hub.conftest import PATIENT, TOKEN
 from tests.hub_stand_in import Hub, environment
 from tests.repository import ARTIFACT_VECTORS
@@ -291,12 +291,9 @@ def test_an_artifact_whose_parts_do_not_fit_is_not_sealed_although_every_digest_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_refused_before_a_byte_is_fetched(
-    hub: Hub, published: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qformat.artifact.writing.staging.free_nbytes", lambda path: 1000)
+def test_a_full_disk_is_refused_before_a_byte_is_fetched(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="no space"):
-        do_fetch(tmp_path / "out")
+        do_fetch(tmp_path / "out", disk=DiskWithRoom(1000))
     assert not hub.requests(BODY)
     assert names_beside(tmp_path / "out") == {"small-nf4"}
 
