@@ -21,6 +21,7 @@ from qformat.artifact.header import TensorEntry
 from qformat.artifact.manifest import JsonObject, KeptRecord, PackedRecord
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import open_regular, read_exactly
+from qformat.artifact.writing.behind import WriteBehind
 from qformat.artifact.writing.staging import Staging
 from qformat.codec import quant_state
 from qformat.codec.cpu.blocks import decode_into, decode_nested_into
@@ -28,7 +29,6 @@ from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 from qformat.converters.decode.plan import ExportPlan, ExportTask, read_small_file
-from qformat.converters.decode.write_behind import WriteBehind
 from qformat.converters.encode.staged_shards import Progress, StagedShards, open_shards
 from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
 from qformat.cores import run_tasks

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
-from qformat.artifact.digests import Follower, WrittenFile, xxh3
+from qformat.artifact.digests import xxh3
 from qformat.artifact.encoded_weight import EncodedWeight, from_components
 from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject
+from qformat.artifact.writing.behind import Follower, WrittenFile
 from qformat.artifact.writing.staging import Staging
 from qformat.artifact.writing.weight_encoder import WeightEncoder
 from qformat.converters.encode.plan import Plan
@@ -59,7 +60,7 @@ def execute(
         reading.finish()
         if encoder is not None:
             digests |= run.do_chosen([task for task in left if task.source.name in chosen], encoder, digests, workers)
-        sha256 = follower.finish()
+        sha256 = follower.sha256()
     files = {shard.name: FileRecord(shard.nbytes, sha256[shard.name], xxh3(shard.header)) for shard in plan.shards}
     files |= _write_small_files(plan, source, staging)
     run.refuse_changed_source()

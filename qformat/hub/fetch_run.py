@@ -17,9 +17,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from qformat.artifact.digests import Follower, WrittenFile, sha256_of_file, xxh3, xxh3_of_range
+from qformat.artifact.digests import sha256_of_file, xxh3, xxh3_of_range
 from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord
 from qformat.artifact.reading.verify import range_checks, verify_integrity
+from qformat.artifact.writing.behind import Follower, WrittenFile
 from qformat.artifact.writing.staging import Staging
 from qformat.cores import run_tasks, usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
@@ -102,7 +103,7 @@ class FetchRun:
             thread_name="qformat-fetch",
             on_stop=self._published.repository.close,
         )
-        return follower.finish()
+        return follower.sha256()
 
     def _resumed(self) -> set[_Piece]:
         """Return the pieces that an interrupted run wrote and whose bytes are really there."""
