@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import qformat
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
-from qformat.artifact.header import NewTensor
 from qformat.artifact.layout import Shard, natural_order, place
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES
 from qformat.artifact.manifest import (
@@ -23,6 +22,7 @@ from qformat.artifact.manifest import (
     TensorRecord,
 )
 from qformat.artifact.reading.structure import INDEX_NAME
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.encode.refusals import refuse_names, refuse_quantized, refuse_unreadable
 from qformat.converters.encode.small_files import config_bytes, index_bytes, small_json
@@ -30,7 +30,6 @@ from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, P
 from qformat.converters.rules import adoption
 from qformat.converters.rules import recipe as recipes
 from qformat.converters.rules.recipe import NF4Options, Recipe
-from qformat.converters.rules.rules import TensorInfo
 from qformat.converters.rules.skip_list import skip_modules
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
@@ -74,7 +73,7 @@ class Plan:
     @property
     def source_nbytes(self) -> int:
         """Bytes of the source's tensors."""
-        return sum(task.source.nbytes for task in self.tasks)
+        return sum(task.source_nbytes for task in self.tasks)
 
     @property
     def bits_per_weight(self) -> float:
@@ -117,8 +116,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         refuse_quantized(source, tensor)
     adopted = {name: _adopted_tensor(source, name, weight) for name, weight in source.packed.items()}
     tensors = sorted([*source.tensors.values(), *adopted.values()], key=lambda tensor: natural_order(tensor.name))
-    infos = [TensorInfo(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    choices = adoption.choose(recipe, infos, source) if adopted else recipes.apply(recipe, infos, source.config)
+    choices = adoption.choose(recipe, tensors, source) if adopted else recipes.apply(recipe, tensors, source.config)
     layouts = {
         tensor.name: _layout(tensor, options)
         for tensor in tensors
@@ -169,14 +167,13 @@ def _layout(tensor: SourceTensor, options: NF4Options) -> PackedShape:
 
 
 def _adopted_tensor(source: Source, name: str, weight: PackedWeight) -> SourceTensor:
-    nbytes = sum(part.nbytes for part in weight.parts.values())
     file = weight.parts[Component.PACKED].file
-    return SourceTensor(name, weight.layout.float_format.value, weight.layout.shape, nbytes, file)
+    return SourceTensor(name, weight.layout.float_format.value, weight.layout.shape, file)
 
 
-def _components(tensor: SourceTensor, layout: PackedShape | None) -> dict[Component, NewTensor]:
+def _components(tensor: SourceTensor, layout: PackedShape | None) -> dict[Component, TensorSpec]:
     if layout is None:
-        return {Component.PACKED: NewTensor(tensor.name, tensor.dtype, tensor.shape)}
+        return {Component.PACKED: tensor}
     return layout.components(tensor.name)
 
 

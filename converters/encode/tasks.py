@@ -20,34 +20,48 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedTask:
-    """A weight to encode, and where each of its components goes. `vouched`: only the recipe says it is a Linear."""
+class _SourceTask:
+    """What every task has: the tensor of the source that it is about."""
 
     source: SourceTensor
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes that the task reads from the source."""
+        return self.source.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTask(_SourceTask):
+    """A weight to encode, and where each of its components goes. `vouched`: only the recipe says it is a Linear."""
+
     layout: PackedShape
     places: Mapping[Component, Place]
     vouched: bool
 
 
 @dataclass(frozen=True, slots=True)
-class KeptTask:
+class KeptTask(_SourceTask):
     """A tensor to copy bit for bit, where it goes, and why it is kept."""
 
-    source: SourceTensor
     place: Place
     reason: KeepReason
 
 
 @dataclass(frozen=True, slots=True)
-class AdoptedTask:
+class AdoptedTask(_SourceTask):
     """A weight that the source has in 4 bit already: its components are copied, and where each of them goes.
 
-    `source` stands for all of them: its shape and dtype are the weight's, its bytes those that are copied.
+    `source` stands for all of them: its shape and dtype are the weight's.
     """
 
-    source: SourceTensor
     weight: PackedWeight
     places: Mapping[Component, Place]
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the components that are copied."""
+        return self.weight.nbytes
 
     @property
     def layout(self) -> PackedShape:

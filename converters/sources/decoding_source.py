@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.artifact.manifest import JsonObject
-from qformat.codec.floats import FloatFormat
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import Reason, SourceError
@@ -96,11 +94,6 @@ class BlockFloats(DecodingSource, ABC, Generic[_Encoded]):
     @abstractmethod
     def _decode_into(self, encoded: _Encoded, start: int, out: NDArray[np.uint16]) -> None:
         """Fill `out` with the bits of bfloat16 elements from element `start` on."""
-
-
-def bfloat16_tensor(name: str, shape: tuple[int, ...], file: str) -> SourceTensor:
-    """Return what a decoded tensor is."""
-    return SourceTensor(name, FloatFormat.BF16.value, shape, 2 * math.prod(shape), file)
 
 
 def refuse_dtype(stored: Source, tensor: SourceTensor, allowed: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.foreign.block_floats import E8M0, decode_e4m3
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
-from qformat.converters.sources.decoding_source import BlockFloats, bfloat16_tensor, refuse_dtype
+from qformat.converters.sources.decoding_source import BlockFloats, refuse_dtype
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
 
@@ -58,7 +58,7 @@ class Fp8Blocks(BlockFloats[_Encoded]):
         weights = [tensor for tensor in stored.tensors.values() if tensor.dtype == _WEIGHT_DTYPE]
         encoded = {tensor.name: _with_scales(stored, tensor, block) for tensor in weights}
         tensors = {
-            name: bfloat16_tensor(name, tensor.shape, tensor.file) if name in encoded else tensor
+            name: SourceTensor(name, FloatFormat.BF16.value, tensor.shape, tensor.file) if name in encoded else tensor
             for name, tensor in stored.tensors.items()
             if not _is_scale(name, encoded)
         }

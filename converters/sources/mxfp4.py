@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.codec.floats import FloatFormat
 from qformat.codec.foreign.block_floats import MXFP4_BLOCK, decode_mxfp4_transposed
-from qformat.converters.sources.decoding_source import BlockFloats, bfloat16_tensor, refuse_dtype
+from qformat.converters.sources.decoding_source import BlockFloats, refuse_dtype
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
 
@@ -114,4 +115,4 @@ def _with_scales(stored: Source, blocks: SourceTensor) -> _Encoded:
 
 def _decoded(name: str, encoded: _Encoded) -> SourceTensor:
     shape = (encoded.blocks.shape[0], encoded.n_groups * MXFP4_BLOCK, encoded.n_rows)
-    return bfloat16_tensor(name, shape, encoded.blocks.file)
+    return SourceTensor(name, FloatFormat.BF16.value, shape, encoded.blocks.file)

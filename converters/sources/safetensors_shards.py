@@ -39,7 +39,7 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
                 for name, entry in parsed.tensors.items()
             }
             self.tensors: Mapping[str, SourceTensor] = {
-                name: SourceTensor(name, entry.dtype, entry.shape, entry.nbytes, shard)
+                name: SourceTensor(name, entry.dtype, entry.shape, shard)
                 for name, (shard, entry) in self._entries.items()
             }
             self.side_files: Mapping[str, int] = self._files.list_side_files()

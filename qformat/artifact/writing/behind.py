@@ -152,8 +152,8 @@ class WriteBehind(BehindWriters[list[str]]):
 
     Without it the kernel keeps gigabytes until the seal's fsync, which then waits for all of them. 2.2 GB exported on
     two cores, six runs of each in mixed order: 1.40 s with it and 2.81 s without (medians), 1.01 s and 1.26 s (best).
-    What is less than a batch at the end is left to the seal. The failure of a sync must not be lost: the kernel tells of
-    a lost write only once. `descriptors` and paths (below `folder`) are by name.
+    What is less than a batch at the end is left to the seal. The failure of a sync must not be lost: the kernel tells
+    of a lost write only once. `descriptors` and paths (below `folder`) are by name.
     """
 
     def __init__(self, disk: Disk, folder: Path, descriptors: Mapping[str, int], *, batch_nbytes: int) -> None:
