@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from qformat.artifact.digests import Xxh3
 from qformat.artifact.manifest import KeptRecord, PackedRecord, TensorRecord
 from qformat.artifact.packed_arrays import BlockScales
 from qformat.artifact.reading.reader import Artifact, open_artifact
-from qformat.artifact.reading.regular_files import open_regular, read_exactly
+from qformat.artifact.reading.shard_files import ShardFiles
 from qformat.artifact.reading.verify import Finding
 from qformat.codec import quant_state
 from qformat.codec.cpu.blocks import decode_into, decode_scales_into, encode_into, warm_up
@@ -41,12 +41,12 @@ from qformat.converters.compare.differences import (
     count_different_scales,
     count_wrong_scales,
 )
+from qformat.converters.compare.judgement import Judgement
 from qformat.converters.compare.tuned_scales import count_too_far, scale_change
 from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes, read_chunks
 from qformat.converters.sources.open_source import open_source
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.cores import run_tasks, usable_cores
-from qformat.errors import ArtifactError, Reason
 
 __all__ = ["Comparison", "compare"]
 
@@ -63,8 +63,8 @@ def compare(
     """Compare an artifact with its source. What does not fit is a finding, not an exception.
 
     workers: threads, by default one a core; any number gives the same result. sizes: what is in memory at a time; any
-    give the same result. on_progress (source bytes done) and
-    on_compile (once, if kernels must be compiled) are for progress displays.
+    give the same result. on_progress (source bytes done) and on_compile (once, if kernels must be compiled) are for
+    progress displays.
     Raises: ArtifactError and SourceError if one of the two cannot be opened.
     """
     opened = open_source(source) if isinstance(source, Path | str) else source
@@ -72,11 +72,7 @@ def compare(
         if opened is not source:
             stack.callback(opened.close)
         checked = stack.enter_context(open_artifact(artifact))
-        shards = {
-            name: stack.enter_context(open_regular(checked.path, name, error=ArtifactError))
-            for name, record in checked.manifest.files.items()
-            if record.header_xxh3 is not None
-        }
+        shards = ShardFiles(checked.structure, stack)
         with telling_of_compilation(on_compile):
             _warm_up(checked.manifest.tensors.values())
         return _Run(checked, shards, opened, on_progress, sizes).do(workers or usable_cores())
@@ -111,15 +107,12 @@ _Compared = tuple[PackedComparison | KeptComparison | None, list[Finding]]
 
 
 class _Run:
-    """One comparison: a task a tensor, and what the tasks share.
-
-    The artifact is read, not mapped: the pages of a mapped file would count as memory of the process.
-    """
+    """One comparison: a task a tensor, and what the tasks share."""
 
     def __init__(
         self,
         artifact: Artifact,
-        shards: Mapping[str, int],
+        shards: ShardFiles,
         source: Source,
         progress: Callable[[int], None],
         sizes: ChunkSizes,
@@ -133,6 +126,7 @@ class _Run:
         self._stopping = threading.Event()
         self._scale_change = scale_change(artifact.manifest.recipe)
         self._not_chosen = not_chosen(artifact.manifest.recipe)
+        self._judgement = Judgement(shards, source.location, self._scale_change)
 
     def do(self, workers: int) -> Comparison:
         records = self._artifact.manifest.tensors
@@ -146,12 +140,12 @@ class _Run:
         findings = [finding for _, found in compared for finding in found]
         for name, tensor in self._source.tensors.items():
             if name not in records:
-                findings.append(self._source_finding(tensor, "is not in the artifact"))
+                findings.append(self._judgement.of_source(tensor, "is not in the artifact"))
                 self._progress(tensor.nbytes)
         for name, weight in self._source.packed.items():
             if name not in records:
                 missing = dataclasses.replace(weight.parts[Component.PACKED], name=name)
-                findings.append(self._source_finding(missing, "is not in the artifact"))
+                findings.append(self._judgement.of_source(missing, "is not in the artifact"))
         n_kept = sum(isinstance(record, KeptRecord) for record in records.values())
         n_unknown = sum(isinstance(record, PackedRecord) and record.source_xxh3 is None for record in records.values())
         return Comparison(
@@ -171,8 +165,7 @@ class _Run:
         if isinstance(record, PackedRecord) and (weight := self._source.packed.get(name)) is not None:
             return self._compare_adopted(name, record, weight)
         if tensor is None:
-            message = f"{self._source.location}: tensor {name!r}: is in the artifact, but not in this source"
-            return None, [Finding(Reason.SOURCE_MISMATCH, self._source.location.name, message, name)]
+            return None, [self._judgement.of_absent(name)]
         if isinstance(record, KeptRecord):
             dtype, shape = record.dtype, record.shape
         else:
@@ -180,7 +173,7 @@ class _Run:
         if (tensor.dtype, tensor.shape) != (dtype, shape):
             self._progress(tensor.nbytes)
             problem = f"{tensor.dtype} {list(tensor.shape)}, but the artifact was made from {dtype} {list(shape)}"
-            return None, [self._source_finding(tensor, problem)]
+            return None, [self._judgement.of_source(tensor, problem)]
         if isinstance(record, KeptRecord):
             return self._compare_kept(tensor, record)
         return self._compare_packed(tensor, record)
@@ -189,7 +182,7 @@ class _Run:
         digest, n_wrong = Xxh3(), 0
         for offset, chunk in self._chunks(tensor, digest):
             stored = self._buffers.stored[: chunk.size]
-            self._read_stored(tensor.name, offset, stored)
+            self._shards.read_into(tensor.name, offset, stored)
             n_wrong += count_different(stored, chunk)
         named = digest.hexdigest() == (record.source_xxh3 or record.xxh3)
         tuned = record.source_xxh3 is not None and self._scale_change is not None and len(record.shape) == 1
@@ -203,12 +196,7 @@ class _Run:
             source_named=named,
             tuned=tuned,
         )
-        wrong = f"{n_wrong} of {tensor.nbytes} bytes of this kept tensor are not the source's"
-        if not named:
-            return compared, [self._other_source(tensor, wrong)]
-        if n_wrong and not tuned:
-            return compared, [self._artifact_finding(Reason.SOURCE_MISMATCH, tensor.name, wrong)]
-        return compared, []
+        return compared, list(self._judgement.of_kept(tensor, compared))
 
     def _compare_adopted(self, name: str, record: PackedRecord, weight: PackedWeight) -> _Compared:
         """Compare a weight that the source has in 4 bit, too: codes and scales must be the same bytes."""
@@ -217,8 +205,8 @@ class _Run:
         tensor = SourceTensor(name, layout.float_format.value, layout.shape, file)
         self._progress(weight.nbytes)
         if weight.layout != layout:
-            return None, [self._source_finding(tensor, f"{weight.layout}, but the artifact has {layout}")]
-        stored, theirs = self._stored_scales(name, record), self._adopted_scales(weight)
+            return None, [self._judgement.of_source(tensor, f"{weight.layout}, but the artifact has {layout}")]
+        stored, theirs = self._stored_scales(name), self._adopted_scales(weight)
         n_wrong_codes, errors, code_counts = 0, RunningErrors(layout.float_format), np.zeros(16, np.int64)
         n_at_once = self._sizes.nbytes // layout.float_format.nbytes
         for start in range(0, layout.n_elements, n_at_once):
@@ -226,7 +214,7 @@ class _Run:
             codes, expected = (
                 buffer[: packed_nbytes(n_elements)] for buffer in (self._buffers.stored, self._buffers.packed)
             )
-            self._read_stored(name, start // 2, codes)
+            self._shards.read_into(name, start // 2, codes)
             self._source.read_into(weight.parts[Component.PACKED], start // 2, expected.data)
             n_wrong_codes += count_different_codes(codes, expected)
             code_counts += count_codes(codes, n_elements=n_elements)
@@ -236,19 +224,19 @@ class _Run:
             name=name,
             layout=layout,
             source_nbytes=weight.nbytes,
-            nbytes=sum(self._artifact.located[name + part.value].entry.nbytes for part in record.components),
+            nbytes=sum(self._shards.entry_of(name + part.value).nbytes for part in record.components),
             errors=errors.sums(),
             code_counts=tuple(code_counts.tolist()),
             n_wrong_codes=n_wrong_codes,
             n_wrong_scales=count_different_scales(stored, theirs),
             source_named=None,
         )
-        return compared, list(self._judge_packed(tensor, compared))
+        return compared, list(self._judgement.of_packed(tensor, compared))
 
     def _compare_packed(self, tensor: SourceTensor, record: PackedRecord) -> _Compared:
         layout = record.layout
         float_format = layout.float_format
-        stored = self._stored_scales(tensor.name, record)
+        stored = self._stored_scales(tensor.name)
         digest, errors = Xxh3(), RunningErrors(float_format)
         code_counts = np.zeros(16, np.int64)
         absmax = np.empty(layout.n_blocks, float_format.raw_dtype)
@@ -257,7 +245,7 @@ class _Run:
             raw: Raw = chunk.view(float_format.raw_dtype)
             start = offset // float_format.nbytes
             codes = self._buffers.stored[: packed_nbytes(raw.size)]
-            self._read_stored(tensor.name, start // 2, codes)
+            self._shards.read_into(tensor.name, start // 2, codes)
             code_counts += count_codes(codes, n_elements=raw.size)
             errors.add(raw, self._decode(stored, codes, start, raw.size))
             expected = self._buffers.packed[: codes.size]
@@ -272,7 +260,7 @@ class _Run:
             name=tensor.name,
             layout=layout,
             source_nbytes=tensor.nbytes,
-            nbytes=sum(self._artifact.located[tensor.name + part.value].entry.nbytes for part in record.components),
+            nbytes=sum(self._shards.entry_of(tensor.name + part.value).nbytes for part in record.components),
             errors=errors.sums(),
             code_counts=tuple(code_counts.tolist()),
             n_wrong_codes=n_wrong_codes if finite else None,
@@ -282,7 +270,7 @@ class _Run:
             if chosen
             else None,
         )
-        return compared, list(self._judge_packed(tensor, compared))
+        return compared, list(self._judgement.of_packed(tensor, compared))
 
     def _decode(self, stored: BlockScales, codes: NDArray[np.uint8], start: int, n_elements: int) -> Raw:
         """Decode codes that begin at element `start` as a reader does, into scratch memory."""
@@ -291,41 +279,15 @@ class _Run:
         stored.with_codes(codes, first_block=start // stored.state.block_size).decode_into(out)
         return out
 
-    def _judge_packed(self, tensor: SourceTensor, compared: PackedComparison) -> Iterator[Finding]:
-        """Yield what is wrong. With another source, wrong codes say nothing more: they are counted in one finding."""
-        n_weights = compared.layout.n_elements
-        wrong = "the source has values that are not finite and cannot be encoded"
-        if compared.n_wrong_codes is not None:
-            wrong = (
-                f"{compared.n_wrong_codes} of {n_weights} codes and {compared.n_wrong_scales} of the scales are not "
-                f"what encoding the source gives{self._allowed()}"
-            )
-        if compared.n_far_scales is not None:
-            wrong = (
-                f"its codes were chosen on a text, but {compared.n_far_scales} of {compared.layout.n_blocks} scales "
-                f"are far from the source's, or the relative RMS error of {compared.errors.relative_rms or 0:.1%} is"
-            )
-        if compared.source_named is False:
-            yield self._other_source(tensor, wrong)
-        elif compared.n_wrong_codes is None:
-            yield self._source_finding(tensor, wrong, Reason.NONFINITE_WEIGHT)
-        elif not compared.holds:
-            yield self._artifact_finding(Reason.CODES_MISMATCH, tensor.name, wrong)
-        if compared.n_wrong_codes is not None and not compared.errors.finite:
-            problem = "some codes decode to values that are not finite"
-            yield self._artifact_finding(Reason.NONFINITE_WEIGHT, tensor.name, problem)
-
     def _count_wrong_scales(self, stored: BlockScales, absmax: Raw, float_format: FloatFormat) -> int:
         """Return how many numbers of the scales are not what absmax values [n_blocks] of the source give or allow."""
         if self._scale_change is None:
             return count_wrong_scales(stored, absmax, float_format)
         return count_too_far(stored.scales(), stored.nested_absmax, widen(absmax, float_format), self._scale_change)
 
-    def _stored_scales(self, name: str, record: PackedRecord) -> BlockScales:
+    def _stored_scales(self, name: str) -> BlockScales:
         def read(part: Component) -> NDArray[np.uint8]:
-            data = np.empty(self._artifact.located[name + part.value].entry.nbytes, np.uint8)
-            self._read_stored(name + part.value, 0, data)
-            return data
+            return self._shards.read(name + part.value)
 
         state = quant_state.parse(read(Component.QUANT_STATE).tobytes(), path=self._artifact.path, tensor=name)
         return BlockScales.from_bytes(state, read)
@@ -338,12 +300,6 @@ class _Run:
 
         return BlockScales.from_bytes(weight.state, read)
 
-    def _read_stored(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill `out` with bytes of a tensor of the artifact's shards, from its byte `offset` on."""
-        where = self._artifact.located[name]
-        path = self._artifact.path / where.shard
-        read_exactly(self._shards[where.shard], where.entry.start + offset, out.data, path=path, error=ArtifactError)
-
     def _chunks(self, tensor: SourceTensor, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         return read_chunks(
             self._source,
@@ -353,20 +309,3 @@ class _Run:
             stopping=self._stopping,
             progress=self._progress,
         )
-
-    def _allowed(self) -> str:
-        return "" if self._scale_change is None else f" (scales: within {self._scale_change:.0%} of it)"
-
-    def _other_source(self, tensor: SourceTensor, wrong: str) -> Finding:
-        return self._source_finding(
-            tensor, f"is not the tensor that the artifact was made from (its XXH3-128 is another one); {wrong}"
-        )
-
-    def _source_finding(self, tensor: SourceTensor, problem: str, reason: Reason = Reason.SOURCE_MISMATCH) -> Finding:
-        path = self._source.location / tensor.file
-        return Finding(reason, tensor.file, f"{path}: tensor {tensor.name!r}: {problem}", tensor.name)
-
-    def _artifact_finding(self, reason: Reason, name: str, problem: str) -> Finding:
-        shard = self._artifact.located[name].shard
-        path = self._artifact.path / shard
-        return Finding(reason, shard, f"{path}: tensor {name!r}: {problem}. Convert the source again", name)
