@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,7 @@ class _Run:
         self._sizes = sizes
         self._buffers = _Buffers(sizes.nbytes)
         self._stopping = threading.Event()
+        self._chunks = partial(read_chunks, source, stopping=self._stopping, progress=progress)
         self._scale_change = scale_change(artifact.manifest.recipe)
         self._not_chosen = not_chosen(artifact.manifest.recipe)
         self._judgement = Judgement(shards, source.location, self._scale_change)
@@ -180,7 +182,7 @@ class _Run:
 
     def _compare_kept(self, tensor: SourceTensor, record: KeptRecord) -> _Compared:
         digest, n_wrong = Xxh3(), 0
-        for offset, chunk in self._chunks(tensor, digest):
+        for offset, chunk in self._chunks(tensor, self._buffers.source, digest=digest):
             stored = self._buffers.stored[: chunk.size]
             self._shards.read_into(tensor.name, offset, stored)
             n_wrong += count_different(stored, chunk)
@@ -241,7 +243,7 @@ class _Run:
         code_counts = np.zeros(16, np.int64)
         absmax = np.empty(layout.n_blocks, float_format.raw_dtype)
         n_wrong_codes, finite = 0, True
-        for offset, chunk in self._chunks(tensor, digest):
+        for offset, chunk in self._chunks(tensor, self._buffers.source, digest=digest):
             raw: Raw = chunk.view(float_format.raw_dtype)
             start = offset // float_format.nbytes
             codes = self._buffers.stored[: packed_nbytes(raw.size)]
@@ -299,13 +301,3 @@ class _Run:
             return data
 
         return BlockScales.from_bytes(weight.state, read)
-
-    def _chunks(self, tensor: SourceTensor, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        return read_chunks(
-            self._source,
-            tensor,
-            self._buffers.source,
-            digest=digest,
-            stopping=self._stopping,
-            progress=self._progress,
-        )

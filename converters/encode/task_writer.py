@@ -7,7 +7,7 @@ the source's own dtype until its mean is known.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ class TaskWriter:
         self._source = source
         self._output = output
         self._stopping = stopping
-        self._progress = progress
+        self._chunks = partial(read_chunks, source, stopping=stopping, progress=progress)
         self._buffers = _Buffers(CHUNK_SIZES.nbytes)
 
     def write(self, task: Task) -> TensorDigests:
@@ -68,7 +68,7 @@ class TaskWriter:
         """Return the XXH3-128 of a weight's source, all of which must be finite."""
         float_format = task.layout.float_format
         digest = Xxh3()
-        for offset, chunk in self._chunks(task.source, digest):
+        for offset, chunk in self._chunks(task.source, self._buffers.source, digest=digest):
             raw: Raw = chunk.view(float_format.raw_dtype)
             if not np.isfinite(widen(raw, float_format)).all():
                 raise nonfinite_error(self._source, task.source, offset // float_format.nbytes, raw, float_format)
@@ -85,7 +85,7 @@ class TaskWriter:
 
     def _copy(self, task: KeptTask) -> TensorDigests:
         digest = Xxh3()
-        for offset, chunk in self._chunks(task.source, digest):
+        for offset, chunk in self._chunks(task.source, self._buffers.source, digest=digest):
             self._output.write(task.place, offset, chunk)
         return TensorDigests({Component.PACKED: digest.hexdigest()}, digest.hexdigest())
 
@@ -101,7 +101,7 @@ class TaskWriter:
                 self._output.write(place, 0, state)
                 components[part] = digest.hexdigest()
                 continue
-            for offset, chunk in self._chunks(task.weight.parts[part], source_digest):
+            for offset, chunk in self._chunks(task.weight.parts[part], self._buffers.source, digest=source_digest):
                 wanted = chunk[: place.nbytes - offset]  # codes that were stored in wider elements may be longer
                 self._refuse_bad_part(task, part, offset, wanted)
                 digest.update(wanted)
@@ -127,7 +127,7 @@ class TaskWriter:
         layout = task.layout
         source_digest, packed_digest = Xxh3(), Xxh3()
         absmax = np.empty(layout.n_blocks, layout.float_format.raw_dtype)
-        for offset, chunk in self._chunks(task.source, source_digest):
+        for offset, chunk in self._chunks(task.source, self._buffers.source, digest=source_digest):
             raw: Raw = chunk.view(layout.float_format.raw_dtype)
             start = offset // layout.float_format.nbytes
             first_block = start // layout.block_size
@@ -187,16 +187,6 @@ class TaskWriter:
             Component.ABSMAX: codes_digest.hexdigest(),
             Component.NESTED_ABSMAX: nested_digest.hexdigest(),
         }
-
-    def _chunks(self, tensor: SourceTensor, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        return read_chunks(
-            self._source,
-            tensor,
-            self._buffers.source,
-            digest=digest,
-            stopping=self._stopping,
-            progress=self._progress,
-        )
 
 
 def has_nonfinite(source: Source, task: PackedTask) -> bool:

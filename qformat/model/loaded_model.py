@@ -135,9 +135,9 @@ def save(model: Any, out: Path, *, disk: Disk | None = None) -> bool:
         tensor = state.get(_name_in_model(origin, name))
         return None if tensor is None else _bytes_of(tensor, name, located)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     layout = origin.layout
     disk = disk or Disk(sum(layout.shard_nbytes.values()))
+    disk.make_folders(out.parent)
     kind = ARTIFACT if isinstance(layout, Structure) else CHECKPOINT
     with Staging.begin(out, "the tensors of a model", disk=disk, kind=kind, restart=True) as staging:
         return rewrite(layout, staging, held, files=_changed_configs(model), next_step=_NEXT_STEP)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -99,7 +98,8 @@ class CheckpointFolder:
             self._seal(folder, step, facts)
             self._disk.replace_folder(folder, self.folder(step))
         except BaseException as error:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            with suppress(TargetError):
+                self._disk.remove_folder(self.partial)
             problem = disk_problem(error)
             if problem is None:
                 raise
@@ -162,7 +162,7 @@ class CheckpointFolder:
         self._disk.sync_folder(folder)
 
     def _explain(self, final: Path, problem: str) -> str:
-        free = shutil.disk_usage(self.output).free
+        free = self._disk.free_nbytes(self.output)
         whole = self.last_whole()
         kept = "there is none yet" if whole is None else f"{whole} is whole"
         return (

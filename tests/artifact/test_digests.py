@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,22 +10,7 @@ import xxhash
 
 from qformat.artifact.digests import READ_NBYTES, sha256_of_file, xxh3, xxh3_of_range
 from qformat.errors import ArtifactError, Reason
-
-NBYTES = 2 * READ_NBYTES + 12_345
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(os.urandom(NBYTES))
-    return path
-
-
-@pytest.fixture
-def descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR)
-    yield descriptor
-    os.close(descriptor)
+from tests.artifact.conftest import NBYTES
 
 
 @pytest.mark.parametrize(

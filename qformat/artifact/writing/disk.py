@@ -35,6 +35,12 @@ class Disk:
         """Create a folder; one that exists is fine."""
         self._call(path, lambda: self.raw_mkdir(path))
 
+    def make_folders(self, path: Path) -> None:
+        """Create a folder and those above it that are not there."""
+        for folder in reversed([path, *path.parents]):
+            if not folder.is_dir():
+                self.make_folder(folder)
+
     def open_for_writing(self, path: Path, *, append: bool = False) -> int:
         """Open a file for reading and writing, creating it if it does not exist."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_APPEND if append else 0)

@@ -79,9 +79,7 @@ def open_cache(folder: Path, key: str, *, every_byte: bool = False) -> CachedTok
 @contextmanager
 def locked(folder: Path, key: str, disk: Disk) -> Iterator[None]:
     """Hold the lock of a cache; wait while another process builds it. Raises TargetError: cannot be written."""
-    for parent in reversed([folder, *folder.parents]):
-        if not parent.is_dir():
-            disk.make_folder(parent)
+    disk.make_folders(folder)
     descriptor = disk.open_for_writing(folder / f"{key}.lock")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

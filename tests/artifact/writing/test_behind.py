@@ -6,31 +6,14 @@ import hashlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from qformat.artifact.digests import READ_NBYTES
 from qformat.artifact.writing.behind import Follower, WriteBehind, WrittenFile
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import ArtifactError, Reason, TargetError
-
-NBYTES = 2 * READ_NBYTES + 12_345
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(os.urandom(NBYTES))
-    return path
-
-
-@pytest.fixture
-def descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR)
-    yield descriptor
-    os.close(descriptor)
+from tests.artifact.conftest import NBYTES
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 7, 100])
