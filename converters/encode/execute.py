@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
 from qformat.artifact.digests import xxh3
-from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject
+from qformat.artifact.manifest import FileRecord, JsonObject
 from qformat.artifact.packed_arrays import BlockScales, PackedArrays
 from qformat.artifact.writing.behind import Follower, WrittenFile
 from qformat.artifact.writing.staging import Staging
@@ -31,6 +31,7 @@ from qformat.converters.sources.reading import Reading, reading_of
 from qformat.converters.sources.source import Source
 from qformat.cores import run_tasks
 from qformat.errors import Reason, SourceError
+from qformat.names import MANIFEST_NAME
 
 
 def execute(

@@ -13,7 +13,6 @@ from qformat.artifact.layout import Shard, natural_order, place
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES
 from qformat.artifact.manifest import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     FileRecord,
     JsonObject,
     KeptRecord,
@@ -21,7 +20,6 @@ from qformat.artifact.manifest import (
     PackedRecord,
     TensorRecord,
 )
-from qformat.artifact.reading.structure import INDEX_NAME
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.encode.refusals import refuse_names, refuse_quantized, refuse_unreadable
@@ -31,9 +29,9 @@ from qformat.converters.rules import adoption
 from qformat.converters.rules import recipe as recipes
 from qformat.converters.rules.recipe import NF4Options, Recipe
 from qformat.converters.rules.skip_list import skip_modules
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import SourceError
+from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from qformat.codec.floats import FloatFormat
 from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
 from qformat.converters.rules.rules import KeepReason, individual_decisions, module_path
 from qformat.converters.rules.skip_list import skip_modules
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import Source
 from qformat.errors import Reason, SourceError, UsageError
+from qformat.names import CONFIG_NAME
 
 _SKIP_LIST = "llm_int8_skip_modules"
 _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"

@@ -12,6 +12,7 @@ from typing import Protocol
 from qformat.converters.rules import linear_names as names
 from qformat.converters.rules.rules import KeepReason, coupled_groups, model_types, module_path
 from qformat.errors import Reason, SourceError
+from qformat.names import CONFIG_NAME
 
 
 class Verdict(Protocol):
@@ -107,7 +108,7 @@ def _check_no_entry_matches(entries: Iterable[str], quantized_modules: Iterable[
 def _skip_list_error(problem: str, next_step: str) -> SourceError:
     return SourceError(
         Reason.SKIP_MODULES,
-        "config.json",
+        CONFIG_NAME,
         problem,
         field="quantization_config.llm_int8_skip_modules",
         next_step=next_step,

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.artifact.manifest import JsonObject
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import Reason, SourceError
+from qformat.names import CONFIG_NAME
 
 _Encoded = TypeVar("_Encoded")
 """How a subclass finds the stored tensors of one that it decodes."""

@@ -12,9 +12,7 @@ from qformat.converters.sources.checkpoint_folder import CheckpointFiles, Checkp
 from qformat.converters.sources.file_source import FileSource
 from qformat.converters.sources.source import SourceTensor
 from qformat.errors import Reason, SourceError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from qformat.names import INDEX_NAME, SINGLE_SHARD_NAME
 
 _OTHER_FORMATS = (
     (".pt", "PyTorch .pt weights"),
@@ -67,7 +65,7 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
 
     def _open_shards(self) -> dict[str, header.Header]:
         weight_map = self._read_index()
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_SHARD_NAME]
         headers = self._files.read_headers(names)
         self._files.check_shards({name: parsed.tensors for name, parsed in headers.items()}, INDEX_NAME, weight_map)
         return headers
@@ -75,13 +73,13 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
     def _read_index(self) -> dict[str, str] | None:
         weight_map = self._files.read_weight_map(INDEX_NAME)
         if weight_map is None:
-            if not self._files.has(SINGLE_NAME):
+            if not self._files.has(SINGLE_SHARD_NAME):
                 raise self._no_weights()
-        elif SINGLE_NAME not in weight_map.values() and self._files.has(SINGLE_NAME):
+        elif SINGLE_SHARD_NAME not in weight_map.values() and self._files.has(SINGLE_SHARD_NAME):
             raise SourceError(
                 Reason.INDEX_MISMATCH,
                 self.location / INDEX_NAME,
-                f"stands beside {SINGLE_NAME}: it is not clear which one is the checkpoint",
+                f"stands beside {SINGLE_SHARD_NAME}: it is not clear which one is the checkpoint",
                 next_step="Remove the one that is not",
             )
         return weight_map
@@ -99,4 +97,6 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
                 )
         others = [name for name in names if name.endswith(".safetensors")]
         hint = f"; there is {', '.join(others[:5])}" if others else ""
-        return SourceError(Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_NAME}{hint}")
+        return SourceError(
+            Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_SHARD_NAME}{hint}"
+        )

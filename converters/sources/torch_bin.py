@@ -27,12 +27,11 @@ from qformat.converters.sources.file_source import FileSource
 from qformat.converters.sources.source import SourceTensor
 from qformat.converters.sources.torch_zip import TorchZip
 from qformat.errors import Reason, SourceError
+from qformat.names import SINGLE_TORCH_NAME, TORCH_INDEX_NAME
 
 if TYPE_CHECKING:
     import torch
 
-INDEX_NAME = "pytorch_model.bin.index.json"
-SINGLE_NAME = "pytorch_model.bin"
 
 _MAX_PICKLE_NBYTES = 64 * 2**20
 _MAX_DIMENSIONS = 8
@@ -117,10 +116,10 @@ class TorchBin(FileSource[CheckpointFolder]):
         return rows[skipped : skipped + nbytes]
 
     def _open_shards(self) -> dict[str, SourceTensor]:
-        weight_map = self._files.read_weight_map(INDEX_NAME)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+        weight_map = self._files.read_weight_map(TORCH_INDEX_NAME)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_TORCH_NAME]
         shards = {shard: self._open_shard(shard) for shard in names}
-        self._files.check_shards(shards, INDEX_NAME, weight_map)
+        self._files.check_shards(shards, TORCH_INDEX_NAME, weight_map)
         tensors = {name: tensor for found in shards.values() for name, tensor in found.items()}
         return {name: tensor for name, tensor in tensors.items() if not self._is_tied_output(name, tensors)}
 

@@ -23,16 +23,16 @@ from qformat import strict_json
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Buffer
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME
-from qformat.artifact.reading.structure import CONFIG_NAME, Located, ShardLayout, Structure
+from qformat.artifact.reading.structure import Located, ShardLayout, Structure
 from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT
-from qformat.artifact.writing.rewrite import FETCH_AGAIN, GENERATION_CONFIG_NAME, rewrite
+from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import read_config
 from qformat.model.shard_tensors import TORCH_DTYPES
+from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
 

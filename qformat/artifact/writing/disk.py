@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qformat.errors import TargetError
+from qformat.names import PARTIAL_SUFFIX
 
 FILE_MODE = 0o644
 _RENAME_EXCHANGE = 2
@@ -79,7 +80,7 @@ class Disk:
 
         The new bytes are written beside it, under a hidden name, which whoever verifies a folder passes over.
         """
-        unfinished = path.with_name(f".{path.name}.partial")
+        unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
         try:
             self.write_file(unfinished, data)
             self.rename(unfinished, path)

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.manifest import MANIFEST_NAME
-from qformat.artifact.reading.structure import INDEX_NAME
 from qformat.errors import TargetError
+from qformat.names import INDEX_NAME, MANIFEST_NAME
 from qformat.strict_json import Json
 
 

@@ -24,11 +24,9 @@ from qformat.artifact import manifest as manifests
 from qformat.artifact.components import Component
 from qformat.artifact.digests import READ_NBYTES, Buffer, Xxh3
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject, KeptRecord, Manifest, TensorRecord
+from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manifest, TensorRecord
 from qformat.artifact.reading.regular_files import open_regular, read_chunks, read_exactly, read_small
 from qformat.artifact.reading.structure import (
-    CONFIG_NAME,
-    INDEX_NAME,
     Located,
     ShardLayout,
     Structure,
@@ -38,8 +36,7 @@ from qformat.artifact.reading.structure import (
 )
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, Reason, UsageError
-
-GENERATION_CONFIG_NAME = "generation_config.json"
+from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 
 FETCH_AGAIN = "Fetch the file again"
 

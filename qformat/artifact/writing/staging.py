@@ -28,6 +28,7 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk, allocated_nbytes
 from qformat.artifact.writing.output_kind import ARTIFACT, OutputKind, check_target, holds_something
 from qformat.errors import ArtifactError, InvalidFileError, TargetError
+from qformat.names import PARTIAL_SUFFIX
 
 _MAX_LINE_NBYTES = 2**20
 _LOCK_ATTEMPTS = 100
@@ -188,7 +189,7 @@ def work_folder(out: Path) -> Path:
     """Return the folder beside `out` in which it is made. Raises TargetError for a path that ends in no name."""
     if out.name in {"", ".."}:
         raise TargetError(f"{out}: does not end in a name. Give the name of the folder that is to be made")
-    return out.with_name(out.name + ".partial")
+    return out.with_name(out.name + PARTIAL_SUFFIX)
 
 
 def _take_lock(work: Path, disk: Disk) -> int:
