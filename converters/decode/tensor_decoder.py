@@ -73,7 +73,7 @@ class TensorDecoder:
         part = kept_part(self._shards, task.name, record)
         target, source = self._target, FloatFormat(record.dtype)
         n_elements = task.place.nbytes // target.nbytes
-        step = self._sizes.cast_elements
+        step = min(self._sizes.cast_elements, self._sizes.nbytes // source.nbytes)
         for start in range(0, n_elements, step):
             count = min(step, n_elements - start)
             data = self._buffers.out[: count * source.nbytes]
