@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from qformat.converters.convert import convert
-from qformat.hub.reading.transport import Patience
+from qformat.hub.reading.transfer import Patience, Transfer
 from tests.hub_stand_in import Hub, point_here, running
 from tests.small_models import write_llama
 
 TOKEN = "hf_aVerySecretToken0123456789"
-PATIENT = Patience(attempts=4, first_wait_s=0.01, factor=1.5, longest_wait_s=0.05, timeout_s=2.0)
+PATIENT = Transfer(patience=Patience(attempts=4, first_wait_s=0.01, factor=1.5, longest_wait_s=0.05, timeout_s=2.0))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ import pytest
 from qformat.artifact import manifest as manifests
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
-from qformat.hub import fetch_run
 from qformat.hub.fetch import FetchSummary, fetch
 from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
 from tests.hub.conftest import PATIENT, TOKEN
@@ -33,9 +33,7 @@ BODY = "GET cdn/"
 """Requests that bring bytes of shards."""
 
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_run, "PIECE_NBYTES", 4096)
+SMALL = replace(PATIENT, piece_nbytes=4096)
 
 
 @pytest.fixture
@@ -45,8 +43,8 @@ def published(hub: Hub, artifact: Path) -> dict[str, bytes]:
     return contents(artifact)
 
 
-def do_fetch(out: Path, **options: object) -> FetchSummary:
-    return fetch(NAME, out, patience=PATIENT, **options)  # type: ignore[arg-type]
+def do_fetch(out: Path, *, connections: int = SMALL.connections, **options: object) -> FetchSummary:
+    return fetch(NAME, out, transfer=replace(SMALL, connections=connections), **options)  # type: ignore[arg-type]
 
 
 def test_a_fetched_artifact_has_the_published_bytes_and_the_token_goes_to_the_hub_alone(
@@ -252,15 +250,15 @@ def test_every_kind_of_absence_is_named(hub: Hub, published: dict[str, bytes], t
     hub.add_folder("owner/gated", tmp_path / "small-nf4", gated=True)
     out = tmp_path / "out"
     with pytest.raises(HubError, match="owner/missing: there is no such repository"):
-        fetch("owner/missing", out, patience=PATIENT)
+        fetch("owner/missing", out, transfer=PATIENT)
     with pytest.raises(HubError, match="no such revision"):
-        fetch(NAME, out, revision="missing", patience=PATIENT)
+        fetch(NAME, out, revision="missing", transfer=PATIENT)
     with pytest.raises(ArtifactError, match=r"holds no qformat artifact.*qformat convert owner/empty OUT"):
-        fetch("owner/empty", out, patience=PATIENT)
+        fetch("owner/empty", out, transfer=PATIENT)
     with pytest.raises(HubError, match=r"access is gated: .*not in the authorized list"):
-        fetch("owner/gated", out, patience=PATIENT)
+        fetch("owner/gated", out, transfer=PATIENT)
     with pytest.raises(UsageError, match="owner/name"):
-        fetch("../elsewhere", out, patience=PATIENT)
+        fetch("../elsewhere", out, transfer=PATIENT)
     assert not out.exists()
     assert not out.with_name("out.partial").exists()
 
@@ -287,7 +285,7 @@ def test_an_artifact_whose_parts_do_not_fit_is_not_sealed_although_every_digest_
     edits.apply(vector["edits"], Path(shutil.copytree(base, tmp_path / "bad")))
     hub.add_folder("owner/bad", tmp_path / "bad")
     with pytest.raises(ArtifactError, match="codebook"):
-        fetch("owner/bad", tmp_path / "out", patience=PATIENT)
+        fetch("owner/bad", tmp_path / "out", transfer=PATIENT)
     assert not (tmp_path / "out").exists()
 
 
@@ -355,10 +353,10 @@ def test_a_power_cut_loses_only_what_was_not_on_the_disk(hub: Hub, published: di
 
 SCRIPT = """
 import sys
-from qformat.hub import fetch_run
 from qformat.hub.fetch import fetch
-fetch_run.PIECE_NBYTES = 4096
-fetch("owner/small-nf4", sys.argv[1], connections=1, on_progress=lambda nbytes: print(nbytes, flush=True))
+from qformat.hub.reading.transfer import Transfer
+transfer = Transfer(piece_nbytes=4096, connections=1)
+fetch("owner/small-nf4", sys.argv[1], transfer=transfer, on_progress=lambda nbytes: print(nbytes, flush=True))
 """
 
 

@@ -85,7 +85,7 @@ class HubReading(Reading):
                 in_order = hashed is None or entry.stop > hashed.nbytes or name not in self._proofs.xxh3
                 spans.append(Span(name, shard, entry.start, entry.stop, in_order))
         self._record = record
-        self._stream = self._files.stream = ByteStream(self._files.repository, spans)
+        self._stream = self._files.stream = ByteStream(self._files.repository, spans, self._files.transfer)
         self._hasher = threading.Thread(target=self._hash, name="qformat-hub-sha256", daemon=True)
         self._hasher.start()
         return kept + [span.key for span in spans]
