@@ -24,10 +24,10 @@ from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.hub.files import HubFiles
 from qformat.converters.sources.reading import Reading, Record
 from qformat.converters.sources.source import SourceTensor
-from qformat.errors import QformatError, SourceError
+from qformat.errors import SourceError
 from qformat.hub.reading.repository import digest_error
 from qformat.hub.reading.resumable_sha256 import ResumableSha256
-from qformat.hub.reading.stream import ByteStream, Span
+from qformat.hub.reading.stream import ByteStream, Span, telling
 
 
 @dataclass(slots=True)
@@ -122,13 +122,8 @@ class HubReading(Reading):
 
     def _hash(self) -> None:
         assert self._stream is not None
-        try:
+        with telling(self._fail):
             self._hash_all(self._stream)
-        except QformatError as failure:
-            self._fail(failure)
-        except BaseException as failure:  # whoever waits must learn of it, whatever it is
-            self._fail(failure)
-            raise
 
     def _fail(self, failure: BaseException) -> None:
         assert self._stream is not None

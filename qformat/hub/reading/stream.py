@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -54,6 +55,18 @@ class _Piece:
 
 class Stopped(QformatError):
     """The stream was closed while somebody waited for it."""
+
+
+@contextmanager
+def telling(fail: Callable[[BaseException], None]) -> Iterator[None]:
+    """Hand the exception that ends a thread's work to `fail`: others wait for it. Errors of ours end there."""
+    try:
+        yield
+    except QformatError as failure:
+        fail(failure)
+    except BaseException as failure:  # whoever waits must learn of it, whatever it is
+        fail(failure)
+        raise
 
 
 class ByteStream:
@@ -137,7 +150,7 @@ class ByteStream:
                 self._changed.notify_all()
 
     def _fetch(self) -> None:
-        try:
+        with telling(self.fail):
             while (piece := self._begin_piece()) is not None:
                 assert piece.buffer is not None
                 out = memoryview(piece.buffer)[: piece.end - piece.begin]
@@ -145,11 +158,6 @@ class ByteStream:
                 with self._changed:
                     piece.ready = True
                     self._changed.notify_all()
-        except QformatError as failure:
-            self.fail(failure)
-        except BaseException as failure:  # whoever waits must learn of it, whatever it is
-            self.fail(failure)
-            raise
 
     def _go_on(self, nbytes: int) -> None:
         if self._failure is not None:
