@@ -19,7 +19,8 @@ from qformat.converters.sources.side_files import is_side_file
 from qformat.cores import run_tasks
 from qformat.errors import SourceError
 from qformat.hub.reading.repository import RemoteFile, Repository
-from qformat.hub.reading.stream import CONNECTIONS, ByteStream
+from qformat.hub.reading.stream import ByteStream
+from qformat.hub.reading.transfer import Transfer
 
 _MAX_NOT_LFS_NBYTES = 16 * 2**20
 """Outside of large-file storage the Hub takes no file larger than 10 MB."""
@@ -40,8 +41,9 @@ class HubFiles(CheckpointFiles):
     revision: what was asked for. pin: what a later run needs to go on with this commit.
     """
 
-    def __init__(self, repository: Repository, *, revision: str) -> None:
+    def __init__(self, repository: Repository, *, revision: str, transfer: Transfer) -> None:
         self.repository = repository
+        self.transfer = transfer
         self.path = Path(f"{repository.name}@{repository.commit[:12]}")
         self.state_when_opened: JsonObject = {"commit": repository.commit}
         self.pin: JsonObject = {"repository": repository.name, "revision": revision, "commit": repository.commit}
@@ -68,9 +70,12 @@ class HubFiles(CheckpointFiles):
         for name in names:
             self._listed(name)
         # Closing wakes whoever waits for the next attempt.
-        tasks = {name: name for name in names}
         return run_tasks(
-            tasks, self._read_header, workers=CONNECTIONS, thread_name="qformat-headers", on_stop=self.close
+            {name: name for name in names},
+            self._read_header,
+            workers=self.transfer.connections,
+            thread_name="qformat-headers",
+            on_stop=self.close,
         )
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
