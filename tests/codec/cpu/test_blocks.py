@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from qformat.codec import nested, nf4
 from qformat.codec.codebooks import DYNAMIC_MAP, DYNAMIC_THRESHOLDS, NF4_THRESHOLDS
-from qformat.codec.cpu import blocks, kernels, lanes
+from qformat.codec.cpu import blocks, lanes
 from qformat.codec.cpu.blocks import Instructions
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
@@ -249,7 +248,7 @@ if not child:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
 def test_scales_are_a_product_and_a_sum_each_rounded() -> None:
@@ -390,16 +389,3 @@ def test_arrays_that_do_not_fit_are_refused_by_name(case: str) -> None:
     call, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
         call()
-
-
-def test_warming_up_tells_of_a_compilation_only_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = threading.Event()
-    monkeypatch.setattr(blocks, "COMPILING_TAKES_S", 3600.0)
-    for float_format in FORMATS:
-        blocks.warm_up(float_format, on_compile=told.set)
-    assert not told.is_set()
-    monkeypatch.setattr(blocks, "COMPILING_TAKES_S", 0.0)
-    # A compilation that goes on until it is told of; without a word it ends in the error below.
-    monkeypatch.setattr(type(kernels.add_in_order), "compile", lambda kernel: told.wait(120))
-    blocks.warm_up(FloatFormat.BF16, on_compile=told.set)
-    assert told.is_set()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qformat.errors import HubError
 from qformat.hub.reading.repository import ReadBytes, RemoteFile
 from qformat.hub.reading.stream import ByteStream, Span, Stopped
+from qformat.hub.reading.transfer import Transfer
 
 
 class Files:
@@ -73,7 +74,9 @@ def test_every_reader_gets_its_bytes_and_every_byte_is_read_once(
     data = {path: pick.randbytes(sum(lengths)) for path in ("a", "b")}
     spans = cut(data, lengths, pick)
     files = Files(data)
-    stream = ByteStream(files, spans, connections=3, piece_nbytes=piece_nbytes, window_nbytes=n_pieces * piece_nbytes)
+    stream = ByteStream(
+        files, spans, Transfer(connections=3, piece_nbytes=piece_nbytes, window_nbytes=n_pieces * piece_nbytes)
+    )
     in_order: dict[str, bytes] = {}
 
     def read_in_order() -> None:
@@ -110,7 +113,7 @@ def test_no_more_is_fetched_ahead_than_the_window_holds() -> None:
             super().read_range(path, start, out, **options)
 
     files = Watched({"a": bytes(1000)})
-    stream = ByteStream(files, [Span("a", "a", 0, 1000, in_order=False)], piece_nbytes=10, window_nbytes=50)
+    stream = ByteStream(files, [Span("a", "a", 0, 1000, in_order=False)], Transfer(piece_nbytes=10, window_nbytes=50))
     for start in range(0, 1000, 100):
         asked_for = start + 100
         stream.read_into("a", start, memoryview(bytearray(100)))
@@ -119,7 +122,9 @@ def test_no_more_is_fetched_ahead_than_the_window_holds() -> None:
 
 
 def test_a_failure_reaches_every_reader() -> None:
-    stream = ByteStream(Files({"a": bytes(1000)}, fail_at=3), [Span("a", "a", 0, 1000, in_order=True)], piece_nbytes=10)
+    stream = ByteStream(
+        Files({"a": bytes(1000)}, fail_at=3), [Span("a", "a", 0, 1000, in_order=True)], Transfer(piece_nbytes=10)
+    )
     with pytest.raises(HubError, match="refused"):
         stream.read_into("a", 0, memoryview(bytearray(1000)))
     with pytest.raises(HubError, match="refused"):
@@ -128,7 +133,7 @@ def test_a_failure_reaches_every_reader() -> None:
 
 def test_closing_wakes_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = ByteStream(
-        Files({"a": bytes(1000)}), [Span("a", "a", 0, 1000, in_order=True)], piece_nbytes=10, window_nbytes=20
+        Files({"a": bytes(1000)}), [Span("a", "a", 0, 1000, in_order=True)], Transfer(piece_nbytes=10, window_nbytes=20)
     )
     reader, wait = threading.current_thread(), stream._changed.wait
 
