@@ -15,7 +15,7 @@ from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
 from qformat.artifact.reading.structure import INDEX_NAME
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging, _holds_something, _read_journal, work_folder
-from qformat.errors import TargetError
+from qformat.errors import Option, TargetError
 from qformat.strict_json import Json
 
 
@@ -64,7 +64,8 @@ class CheckpointStaging(Staging):
             check_checkpoint_target(self.out, replace=self._replace)
             raise TargetError(
                 f"{self.work}: was begun from another artifact or options than these. "
-                "Continue with the same ones, or drop what is there with --restart"
+                "Continue with the same ones, or drop what is there with ",
+                Option("restart", True),
             )
         sealing = [entry["sealing"] for entry in entries if "sealing" in entry]
         if sealing and sealing[-1] is not None and sealing[-1] == _identity(self.out):
@@ -101,7 +102,7 @@ def check_checkpoint_target(out: Path, *, replace: bool) -> None:
     if not os.path.isfile(out / INDEX_NAME):
         raise TargetError(f"{out}: exists, is not empty and is no checkpoint with an index. Choose another name")
     if not replace:
-        raise TargetError(f"{out}: exists already. Choose another name, or replace it with --force")
+        raise TargetError(f"{out}: exists already. Choose another name, or replace it with ", Option("force", True))
 
 
 def _identity(folder: Path) -> Json:

@@ -28,7 +28,7 @@ from qformat.converters.encode.task_writer import TaskWriter
 from qformat.converters.sources.reading import Reading, reading_of
 from qformat.converters.sources.source import Source
 from qformat.cores import run_tasks
-from qformat.errors import ArtifactError, Reason, SourceError
+from qformat.errors import ArtifactError, Option, Reason, SourceError
 
 
 def execute(
@@ -125,7 +125,7 @@ class _Run:
                     self._source.location / task.source.file,
                     f"was changed since {self._staging.work} was begun",
                     tensor=task.source.name,
-                    next_step="Put the old file back, or drop what is half done with --restart",
+                    next_step=("Put the old file back, or drop what is half done with ", Option("restart", True)),
                 )
             if self._is_on_disk(task, digests):
                 done[task.source.name] = digests

@@ -32,7 +32,7 @@ from qformat.converters.rules.recipe import NF4Options, Recipe
 from qformat.converters.rules.rules import KeepReason, TensorInfo, module_path, skip_modules
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 
 _QUANTIZED_SUFFIXES = {
     ".absmax": "bitsandbytes",
@@ -290,7 +290,7 @@ def _refuse_names(source: Source, tensors: Sequence[SourceTensor], layouts: Mapp
                     path,
                     f"has the name that the {part.label} of {tensor.name!r} must get",
                     tensor=name,
-                    next_step=f"Keep that one as it is with --skip {module_path(tensor.name)!r}",
+                    next_step=("Keep that one as it is with ", Option("skip", (module_path(tensor.name),))),
                 )
             if len(name.encode("utf-8")) > MAX_NAME_NBYTES:
                 raise SourceError(
@@ -298,7 +298,7 @@ def _refuse_names(source: Source, tensors: Sequence[SourceTensor], layouts: Mapp
                     path,
                     f"the name of its {part.label} would have more than {MAX_NAME_NBYTES} bytes",
                     tensor=tensor.name,
-                    next_step="Keep it as it is with --skip",
+                    next_step=("Keep it as it is with ", Option("skip", (module_path(tensor.name),))),
                 )
 
 

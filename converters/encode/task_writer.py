@@ -24,7 +24,7 @@ from qformat.codec.quant_state import QuantState
 from qformat.converters.encode.plan import AdoptedTask, KeptTask, PackedTask, Task, TensorDigests
 from qformat.converters.encode.staged_shards import Progress, StagedShards
 from qformat.converters.sources.source import Source, SourceTensor
-from qformat.errors import Interrupted, Reason, SourceError
+from qformat.errors import Interrupted, Option, Reason, SourceError
 
 CHUNK_NBYTES = 4 * 2**20
 """Source bytes read at a time: its buffers stay in the L2 and L3 cache. A multiple of every block's size."""
@@ -231,7 +231,7 @@ def nonfinite_error(
         source.location / tensor.file,
         f"{values[index]} at {list(position)}: a weight that is not finite cannot be encoded",
         tensor=tensor.name,
-        next_step="Keep such tensors as they are with --keep-nonfinite",
+        next_step=("Keep such tensors as they are with ", Option("keep_nonfinite", True)),
     )
 
 

@@ -10,7 +10,7 @@ from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
 from qformat.converters.rules.rules import KeepReason, TensorInfo, individual_decisions, module_path, skip_modules
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import Source
-from qformat.errors import Reason, SourceError, UsageError
+from qformat.errors import Option, Reason, SourceError, UsageError
 
 _SKIP_LIST = "llm_int8_skip_modules"
 _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
@@ -23,7 +23,11 @@ def choose(recipe: Recipe, tensors: Sequence[TensorInfo], source: Source) -> dic
     """
     if recipe.rules:
         raise UsageError(
-            f"{source.location}: is in 4 bit already and is adopted as it is: no recipe and no --skip can change that"
+            f"{source.location}: is in 4 bit already and is adopted as it is: no ",
+            Option("recipe"),
+            " and no ",
+            Option("skip"),
+            " can change that",
         )
     decisions = individual_decisions(tensors, source.config)
     choices: dict[str, Choice] = {}

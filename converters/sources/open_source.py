@@ -15,7 +15,7 @@ from pathlib import Path
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import Source
-from qformat.errors import Reason, SourceError, UsageError
+from qformat.errors import Option, Reason, SourceError, UsageError
 from qformat.hub.names import is_repository_name
 
 
@@ -60,8 +60,11 @@ def open_source(
     """
     if is_repository(location):
         return _open_hub(str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin)
-    if revision is not None or offline or keep_source:
-        raise UsageError(f"{location}: is no repository of the Hub (owner/name), and the option is for those")
+    for name, given in (("revision", revision is not None), ("offline", offline), ("keep_source", keep_source)):
+        if given:
+            raise UsageError(
+                f"{location}: is no repository of the Hub (owner/name), and ", Option(name), " is for those"
+            )
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     container = _container_at(path, names)
@@ -208,7 +211,9 @@ _ENCODINGS = (
     _Encoding("mxfp4", "4-bit floats (gpt-oss), decoded to bf16", "mxfp4", open=_open_mxfp4),
 )
 
-_HUB = SourceKind("owner/name", "a repository of the Hub with safetensors, streamed; other encodings: --keep-source")
+_HUB = SourceKind(
+    "owner/name", "a repository of the Hub with safetensors, streamed; others: `qformat convert --keep-source`"
+)
 
 KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS, _HUB)
 """Every kind of source, for lists."""

@@ -98,4 +98,4 @@ def _with_adapter(model: PreTrainedModel, artifact: Path, adapter: Path, *, forc
     shards = open_shards(artifact)
     base = BaseRecord.of(shards.layout)
     shards.close()
-    return load_adapter(model, adapter, base, force=force)  # type: ignore[return-value]  # PeftModel generates alike
+    return load_adapter(model, adapter, base, force_adapter=force)  # type: ignore[return-value]  # PeftModel generates alike

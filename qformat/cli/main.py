@@ -12,7 +12,8 @@ from typing import NoReturn
 import click
 
 import qformat
-from qformat.errors import Interrupted, QformatError, UsageError
+from qformat.cli.flags import as_flag
+from qformat.errors import Interrupted, QformatError, UsageError, spelled
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -88,14 +89,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         wrong.show()
         return EXIT_USAGE
     except UsageError as wrong:
-        click.echo(f"Error: {wrong}", err=True)
+        click.echo(f"Error: {spelled(wrong.words, as_flag)}", err=True)
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort, Interrupted) as stopped:
         what_to_do = str(stopped) or "Nothing is lost: the same command continues."
         click.echo(f"\nInterrupted. {what_to_do}", err=True)
         return EXIT_INTERRUPTED
     except QformatError as failed:
-        click.echo(f"Error: {failed}", err=True)
+        click.echo(f"Error: {spelled(failed.words, as_flag)}", err=True)
         return EXIT_FAILED
 
 

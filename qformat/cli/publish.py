@@ -10,7 +10,8 @@ import click
 
 from qformat import strict_json
 from qformat.cli.display import format_nbytes, format_table, progress_bar
-from qformat.errors import UsageError, VerificationError
+from qformat.cli.flags import as_flag
+from qformat.errors import UsageError, VerificationError, spelled
 
 if TYPE_CHECKING:
     from qformat.hub.card.error_figures import ErrorFigures
@@ -174,14 +175,14 @@ def _facts(published: Published) -> dict[str, object]:
         "removed": list(published.changes.removed),
         "others": list(published.changes.others),
         "license_concern": published.card.concern,
-        "note": published.card.note,
+        "note": None if published.card.note is None else spelled(published.card.note, as_flag),
         "card": published.card.text,
     }
 
 
 def _show(published: Published) -> None:
     if published.card.note is not None:
-        click.echo(f"Note: {published.card.note}", err=True)
+        click.echo(f"Note: {spelled(published.card.note, as_flag)}", err=True)
     if published.card.concern is not None:
         click.echo(f"Warning: {published.card.concern}", err=True)
     where = published.repository + ("" if published.revision == "main" else f" ({published.revision})")

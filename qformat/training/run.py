@@ -16,7 +16,7 @@ from transformers import PrinterCallback
 
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import DeviceMemoryError, TargetError, UsageError
+from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.training.adapter.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
 from qformat.training.adapter.base_record import BaseRecord
@@ -107,7 +107,7 @@ def train(
     if checkpoint is None:
         check_free(job.output)
     if settings.eval_every is not None and not job.eval_data:
-        raise UsageError("eval_every: there is no evaluation data. Name some with --eval-data")
+        raise UsageError(Option("eval_every"), ": there is no evaluation data. Name some with ", Option("eval_data"))
     shards = open_shards(job.artifact)
     base = BaseRecord.of(shards.layout)
     shards.close()
@@ -146,8 +146,12 @@ def _lack_of_memory_in_words() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            "the device has too little memory to load the model or to update the weights. See with --dry-run what "
-            f"fits; lower --rank or --page-budget, or free memory that other programs hold: {error}"
+            "the device has too little memory to load the model or to update the weights. `qformat train --dry-run` "
+            "tells what fits; lower ",
+            Option("rank"),
+            " or ",
+            Option("page_budget"),
+            f", or free memory that other programs hold: {error}",
         ) from error
 
 
@@ -252,8 +256,8 @@ def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) ->
             disk.rename(path, result.output / path.name)
     except (OSError, SafetensorError) as error:
         raise TargetError(
-            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. "
-            "Make room and continue with --resume"
+            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. Make room and continue with ",
+            Option("resume", "latest"),
         ) from error
     finally:
         disk.remove_folder(folder)

@@ -24,7 +24,7 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
 from qformat.artifact.writing.disk import Disk, allocated_nbytes, free_nbytes
-from qformat.errors import ArtifactError, InvalidFileError, TargetError
+from qformat.errors import ArtifactError, InvalidFileError, Option, TargetError
 
 _MAX_LINE_NBYTES = 2**20
 _LOCK_ATTEMPTS = 100
@@ -121,7 +121,8 @@ class Staging:
             check_target(self.out, replace=self._replace)
             raise TargetError(
                 f"{self.work}: was begun from another source, recipe or options than these. "
-                "Continue with the same ones, or drop what is there with --restart"
+                "Continue with the same ones, or drop what is there with ",
+                Option("restart", True),
             )
         sealing = [entry["sealing"] for entry in entries if "sealing" in entry]
         if sealing and sealing[-1] == _manifest_digest(self.out):
@@ -171,7 +172,7 @@ def check_target(out: Path, *, replace: bool) -> None:
         if os.path.isfile(out / MANIFEST_NAME):
             if replace:
                 return
-            raise TargetError(f"{out}: exists already. Choose another name, or replace it with --force")
+            raise TargetError(f"{out}: exists already. Choose another name, or replace it with ", Option("force", True))
         raise TargetError(f"{out}: exists, is not empty and is no artifact. Choose another name")
     raise TargetError(f"{out}: exists and is no folder. Choose another name")
 

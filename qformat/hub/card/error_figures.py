@@ -52,7 +52,7 @@ class ErrorFigures:
             fields.refuse("it is about other files than the artifact's")
         comparison = top.get("comparison")
         if comparison is None:
-            fields.refuse("the verification had no --source")
+            fields.refuse("the verification compared with no source")
         comparison = fields.object(comparison, "comparison")
         kinds = comparison.get("by_kind")
         if not isinstance(kinds, list):

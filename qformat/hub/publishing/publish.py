@@ -11,7 +11,7 @@ from pathlib import Path
 from qformat.artifact.manifest import SIGNATURE_NAME
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.cores import usable_cores
-from qformat.errors import HubError, InvalidFileError, UsageError, VerificationError
+from qformat.errors import HubError, InvalidFileError, Option, UsageError, VerificationError, Words
 from qformat.hub.card.origin import CARD_NAME
 from qformat.hub.card.prepared_card import CardOptions, PreparedCard, prepare_card
 from qformat.hub.names import check_repository_name, check_revision
@@ -74,19 +74,21 @@ def publish(
     check_repository_name(repository)
     branch = check_revision(revision or DEFAULT_REVISION)
     if create_pr and branch != DEFAULT_REVISION:
-        raise UsageError("--create-pr asks for a change of the main branch: leave out --revision")
+        raise UsageError(Option("create_pr"), " asks for a change of the main branch: leave out ", Option("revision"))
     _refuse_damaged(artifact, workers or usable_cores(), on_progress)
     prepared = prepare_card(artifact, repository, card or CardOptions(), signed=sign_key is not None, token=token)
     if prepared.concern is not None and not (confirm_license or dry_run):
         raise UsageError(
-            f"{repository}: {prepared.concern}. Look at the licence, name it with --license (and --license-link), "
-            "or publish all the same with --confirm-license"
+            f"{repository}: {prepared.concern}. Look at the licence, name it with ",
+            Option("license"),
+            ", or publish all the same with ",
+            Option("confirm_license", True),
         )
     publication = prepare(artifact, prepared.text)
     uploader = Uploader(repository, token=token, patience=patience)
     main = uploader.open(None)
     if main is not None and private and not uploader.is_private():
-        raise HubError(repository, "is public, and --private was asked for", next_step="Choose another name")
+        raise HubError(repository, "is public, and was to be private", next_step="Choose another name")
     target = main if branch == DEFAULT_REVISION or main is None else uploader.open(branch)
     if sign_key is not None:
         requests = uploader.pull_requests(publication.title) if create_pr and main is not None else ()
@@ -125,10 +127,10 @@ def _refuse_damaged(artifact: Path, workers: int, on_progress: Callable[[int], N
     shown = [finding.message for finding in report.findings[:_SHOWN_FINDINGS]]
     more = len(report.findings) - len(shown)
     text = "\n".join([*shown, *([f"and {more} findings more"] if more else [])])
-    hint = ""
+    hint: Words = ()
     if any(finding.file == CARD_NAME for finding in report.findings):
-        hint = "\nA model card of your own is published with --card FILE"
-    raise VerificationError(f"{artifact}: is not whole and is not published:\n{text}{hint}")
+        hint = ("\nA model card of your own is published with ", Option("card", "FILE"))
+    raise VerificationError(f"{artifact}: is not whole and is not published:\n{text}", *hint)
 
 
 def _signature(

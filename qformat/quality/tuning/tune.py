@@ -28,7 +28,7 @@ from qformat.artifact.reading.reader import Artifact, open_artifact
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.rewrite import rewrite_artifact
 from qformat.artifact.writing.staging import Staging, check_target, refuse_full_disk, refuse_nested, work_folder
-from qformat.errors import UsageError, VerificationError
+from qformat.errors import Option, UsageError, VerificationError
 from qformat.model.checkpoint import find_folder, load_checkpoint
 from qformat.model.load import chosen_device, load_model, load_tokenizer
 from qformat.model.memory import peak_nbytes
@@ -163,7 +163,10 @@ class _Ready:
         student = split_head(tunable.model)
         aside = HeldOut(self.held_out, teacher, self.settings.batch_size, self.device)
         checkpoints = CheckpointFolder(
-            folder, keep=self.settings.steps + 1, disk=self.disk, to_continue="run the same command again: it continues"
+            folder,
+            keep=self.settings.steps + 1,
+            disk=self.disk,
+            to_continue=("run the same command again: it continues",),
         )
         run = TuningRun(tunable, student, teacher, self.windows, aside, self.settings, checkpoints)
         before = aside.measure(student)
@@ -182,8 +185,10 @@ class _Ready:
         if not accept_worse and (best == 0 or not after.mean("kl") < before.mean("kl")):
             raise VerificationError(
                 f"{self.job.out}: not written, since it did not get better: on held-out text {_figures(after)}, before "
-                f"{_figures(before)}. Give more text or other settings (with --restart), or write it with "
-                "--accept-worse"
+                f"{_figures(before)}. Give more text or other settings (with ",
+                Option("restart", True),
+                "), or write it with ",
+                Option("accept_worse", True),
             )
         recipe = {**self.artifact.manifest.recipe, "tuning": self.record}
         rewrite_artifact(self.artifact, staging, replacements, recipe=recipe)

@@ -130,7 +130,7 @@ def test_a_server_without_ranges_is_refused_where_it_would_send_too_much(
 ) -> None:
     monkeypatch.setattr(remote, "_MAX_SKIPPED_NBYTES", 20_000)
     hub.faults.add("whole", route="cdn/")
-    with pytest.raises(HubError, match=r"sends the whole file instead of a range.*--keep-source"):
+    with pytest.raises(HubError, match=r"sends the whole file instead of a range.*keep_source=True"):
         convert(NAME, tmp_path / "out")
 
 

@@ -111,7 +111,7 @@ def test_a_damaged_artifact_is_refused_before_anything_is_asked_or_sent(hub: Hub
 
 def test_a_card_put_into_the_folder_is_refused_with_the_option_that_publishes_it(hub: Hub, artifact: Path) -> None:
     (artifact / "README.md").write_text("mine")
-    with pytest.raises(VerificationError, match="--card FILE"):
+    with pytest.raises(VerificationError, match="card='FILE'"):
         do_publish(artifact)
 
 
@@ -222,7 +222,7 @@ def test_private_repositories_are_made_private_and_a_public_one_is_not_taken_for
     do_publish(artifact, private=True)
     assert stored(hub).private
     stored(hub).private = False
-    with pytest.raises(HubError, match="is public, and --private was asked for"):
+    with pytest.raises(HubError, match="is public, and was to be private"):
         do_publish(artifact, private=True)
 
 
@@ -240,7 +240,7 @@ def test_a_doubtful_licence_must_be_confirmed(hub: Hub, artifact: Path, front: s
     hub.repositories.create("base/small")
     hub.repositories.commit("base/small", {"README.md": f"---\n{front}\n---\n# x\n".encode()})
     card = CardOptions(base_model="base/small")
-    with pytest.raises(UsageError, match=f"{concern}.*--confirm-license"):
+    with pytest.raises(UsageError, match=f"{concern}.*confirm_license=True"):
         do_publish(artifact, card)
     assert NAME not in hub.repositories.by_name
     assert concern in str(do_publish(artifact, card, dry_run=True).card.concern)
