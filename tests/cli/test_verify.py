@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qformat.artifact.manifest import MANIFEST_NAME
-from qformat.artifact.manifest import parse as parse_manifest
+from qformat.artifact.reading.manifest_parser import parse as parse_manifest
 from qformat.cli.main import run
 from qformat.cli.verify import command
 from qformat.converters.convert import convert

@@ -10,6 +10,7 @@ import pytest
 from qformat.artifact import layout, manifest
 from qformat.artifact.header import NewTensor
 from qformat.artifact.manifest import KeptRecord, TensorRecord
+from qformat.artifact.reading import manifest_parser
 from qformat.artifact.reading.reader import KeptTensor, PackedTensor, open_artifact
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.codec.floats import FloatFormat
@@ -80,4 +81,4 @@ def test_a_written_manifest_comes_back_byte_for_byte(vector: corpus.Vector) -> N
 
 def parse(folder: Path) -> manifest.Manifest:
     path = folder / manifest.MANIFEST_NAME
-    return manifest.parse(path.read_bytes(), path)
+    return manifest_parser.parse(path.read_bytes(), path)

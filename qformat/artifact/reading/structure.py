@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from qformat import strict_json
-from qformat.artifact import header, manifest
+from qformat.artifact import header
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import DATA_ALIGNMENT, Header, NewTensor, TensorEntry
 from qformat.artifact.layout import alignment
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import MANIFEST_NAME, KeptRecord, Manifest, PackedRecord
+from qformat.artifact.reading import manifest_parser
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
 from qformat.codec import quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
@@ -100,7 +101,7 @@ def read_manifest(path: Path) -> Manifest:
     if not os.path.isdir(path):
         raise ArtifactError(Reason.MISSING_FILE, path, "there is no such folder")
     data = read_small(path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
-    return manifest.parse(data, path / MANIFEST_NAME)
+    return manifest_parser.parse(data, path / MANIFEST_NAME)
 
 
 def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, NewTensor]]:

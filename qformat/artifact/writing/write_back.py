@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qformat.artifact import manifest as manifests
 from qformat.artifact.digests import Buffer, sha256_of_file, xxh3
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, KeptRecord, Manifest, TensorRecord
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
 from qformat.artifact.reading.structure import (
     CONFIG_NAME,
@@ -148,7 +148,7 @@ def _read_unchanged(path: Path, record: FileRecord | None) -> bytearray:
 def _read_manifest(layout: Structure) -> bytes:
     path = layout.path / MANIFEST_NAME
     data = read_small(layout.path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
-    if manifests.parse(data, path) != layout.manifest:
+    if parse(data, path) != layout.manifest:
         raise _changed_since(path)
     return data
 

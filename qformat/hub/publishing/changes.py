@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, parse
+from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.errors import HubError, InvalidFileError, Option
 from qformat.hub.publishing.publication import Publication
 from qformat.hub.reading.remote import RemoteRepository
