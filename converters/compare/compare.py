@@ -46,7 +46,7 @@ __all__ = ["Comparison", "compare"]
 
 
 def compare(
-    artifact: Path | str,
+    artifact: Path | str | Artifact,
     source: Path | str | Source,
     *,
     workers: int | None = None,
@@ -63,7 +63,7 @@ def compare(
     with ExitStack() as stack:
         if opened is not source:
             stack.callback(opened.close)
-        checked = stack.enter_context(open_artifact(artifact))
+        checked = artifact if isinstance(artifact, Artifact) else stack.enter_context(open_artifact(artifact))
         shards = {
             name: stack.enter_context(open_regular(checked.path, name, error=ArtifactError))
             for name, record in checked.manifest.files.items()

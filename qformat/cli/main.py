@@ -36,7 +36,7 @@ COMMANDS = {
 
 
 class _LazyGroup(click.Group):
-    """A group whose commands live in `qformat.cli.NAME` under the name `command`."""
+    """A group whose commands live in `qformat.cli.commands.NAME` under the name `command`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -44,7 +44,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"qformat.cli.{cmd_name}").command
+        command = importlib.import_module(f"qformat.cli.commands.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
 

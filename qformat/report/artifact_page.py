@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.report.document import document, write_document
-from qformat.report.facts import (
+from qformat.artifact.verification_facts import (
     ComparisonFacts,
     FindingFacts,
     ManifestFacts,

@@ -61,12 +61,13 @@ class Structure(ShardLayout):
     manifest: Manifest
 
 
-def check_structure(path: Path) -> Structure:
+def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
     """Read headers and small maps of an artifact and check all that can be checked without its weights.
 
+    parsed: its manifest, where that was read already.
     Raises: ArtifactError with the reason, the file, the tensor and the field.
     """
-    parsed = read_manifest(path)
+    parsed = parsed or read_manifest(path)
     with ExitStack() as stack:
         descriptors: dict[str, int] = {}
         headers: dict[str, Header] = {}

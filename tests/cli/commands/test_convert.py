@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import qformat
-from qformat.cli.convert import parse_size
+from qformat.cli.commands.convert import parse_size
 from qformat.cli.main import run
 from qformat.errors import UsageError
 from tests.quality import models as quality_models

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.convert import parse_size
+from qformat.cli.commands.convert import parse_size
 from qformat.cli.display import format_nbytes, format_table, progress_bar
 from qformat.errors import UsageError
 
