@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 
 from qformat import strict_json
-from qformat.report.document import document, write_document
 from qformat.artifact.verification_facts import (
     ComparisonFacts,
     FindingFacts,
@@ -17,6 +16,7 @@ from qformat.artifact.verification_facts import (
     PackedFacts,
     VerificationFacts,
 )
+from qformat.report.document import document, write_document
 from qformat.report.ideal_codes import expected_shares
 from qformat.report.plots import Point, code_histogram, layer_panel, ticks
 from qformat.report.tables import (

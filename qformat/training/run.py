@@ -110,7 +110,6 @@ def train(
         raise UsageError(Option("eval_every"), ": there is no evaluation data. Name some with ", Option("eval_data"))
     shards = open_shards(job.artifact)
     base = BaseRecord.of(shards.layout)
-    shards.close()
     prepared = _prepare(job, settings, say)
     facts: JsonObject = {
         "base": asdict(base),
@@ -124,7 +123,7 @@ def train(
 
     with _lack_of_memory_in_words():
         model = load_model(
-            job.artifact,
+            shards,
             device=settings.device,
             dtype=torch.bfloat16,
             trust_remote_code=settings.trust_remote_code,

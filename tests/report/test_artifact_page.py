@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qformat.report.artifact_page import N_LARGEST, page, write_html
 from qformat.artifact.verification_facts import ComparisonFacts, ErrorFacts, KeptFacts, PackedFacts, VerificationFacts
+from qformat.report.artifact_page import N_LARGEST, page, write_html
 
 VOID = {"meta"}
 EVIL = "model.layers.0.<script>alert(1)</script>.\"onload='x'&amp;.weight"

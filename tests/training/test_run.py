@@ -13,6 +13,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from qformat.artifact.manifest import Manifest
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.errors import AdapterError, DataError, DeviceMemoryError, DivergenceError, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer
 from qformat.training.optimizer.page_device import PlainPages
@@ -379,3 +381,17 @@ def _fail_micro_batches(monkeypatch: pytest.MonkeyPatch, which: set[int]) -> Non
         return loss
 
     monkeypatch.setattr(AdapterTrainer, "compute_loss", fails)
+
+
+def test_a_training_opens_and_checks_the_artifact_once(
+    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+
+    def counted(data: bytes, path: Path) -> Manifest:
+        parsed.append(path)
+        return parse(data, path)
+
+    monkeypatch.setattr("qformat.artifact.reading.manifest_parser.parse", counted)
+    runs.run(artifact, examples, tmp_path / "out", max_steps=1)
+    assert parsed == [artifact / "qformat.json"]

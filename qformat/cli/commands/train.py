@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import Field, asdict, fields
+import functools
+from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qformat import strict_json
 from qformat.artifact.manifest import JsonObject
-from qformat.cli.display import duration, format_nbytes
+from qformat.cli.display import echo_json, format_nbytes
+from qformat.cli.options import Decorator, Function, dry_run_option, json_option, options_record, out_argument
+from qformat.cli.progress import StepLines
 from qformat.errors import Interrupted
 from qformat.sizes import size_nbytes
 from qformat.training.settings import TrainingSettings, read_toml, value_type
@@ -21,17 +20,42 @@ from qformat.training.settings import TrainingSettings, read_toml, value_type
 if TYPE_CHECKING:
     from qformat.training.run import TrainingResult
 
-_SECONDS_BETWEEN_LINES = 10.0
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """The options of `qformat train`. settings: those of `TrainingSettings` by name, None where one is not given."""
+
+    artifact: str
+    out: Path | None
+    data: tuple[str, ...]
+    eval_data: tuple[str, ...]
+    split: str
+    eval_split: str
+    config: Path | None
+    resume: str | None
+    dry_run: bool
+    device_memory: str | None
+    as_json: bool
+    settings: dict[str, Any]
 
 
-def _setting_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for every field of `TrainingSettings`. None stands for "not given": a TOML file may say it."""
+def _setting_options(command: Function) -> Function:
+    """Add an option for every field of `TrainingSettings`; the command gets them all as `settings`.
+
+    None stands for "not given": a TOML file may say it.
+    """
+    names = [item.name for item in fields(TrainingSettings)]
+
+    @functools.wraps(command)
+    def call(**options: Any) -> None:
+        command(settings={name: options.pop(name) for name in names}, **options)
+
     for item in reversed(fields(TrainingSettings)):
-        command = _option(item)(command)
-    return command
+        call = _option(item)(call)
+    return call
 
 
-def _option(item: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _option(item: Field[Any]) -> Decorator:
     name = "--" + item.name.replace("_", "-")
     kind = value_type(item)
     text = item.metadata["help"]
@@ -49,71 +73,71 @@ def _option(item: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., N
 @click.command(
     epilog="""\b
 Examples:
-  qformat train SmolLM2-135M-Instruct-nf4 --data chats.jsonl --output adapter
-  qformat train ART --data train.jsonl --eval-data test.jsonl --output adapter --rank 32 --packing
-  qformat train ART --data train.jsonl --output adapter --resume
+  qformat train SmolLM2-135M-Instruct-nf4 adapter --data chats.jsonl
+  qformat train ART adapter --data train.jsonl --eval-data test.jsonl --rank 32 --packing
+  qformat train ART adapter --data train.jsonl --resume
   qformat train owner/model --dry-run --seq-len 4096 --device-memory 24GiB"""
 )
 @click.argument("artifact", metavar="ART")
+@out_argument(required=False)
 @click.option("--data", metavar="FILE", multiple=True,
               help="JSON lines or Parquet with text, messages, or prompt and completion; a folder of them; a dataset "
                    "of the Hub: owner/name[:configuration][@revision]. May be repeated.")  # fmt: skip
-@click.option("--output", metavar="DIR", type=click.Path(path_type=Path), help="Where the adapter goes.")
 @click.option("--eval-data", metavar="FILE", multiple=True, help="Held-out data: its loss is told before and after.")
 @click.option("--split", default="train", show_default=True, help="Of --data, where it is a dataset of the Hub.")
 @click.option("--eval-split", default="test", show_default=True, help="Of --eval-data, likewise.")
 @click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
               help="TOML with the settings below; what the command line says wins.")  # fmt: skip
 @click.option("--resume", metavar="CHECKPOINT", is_flag=False, flag_value="latest",
-              help="Continue from the last checkpoint in DIR, or from --resume=checkpoint-N, bit for bit.")  # fmt: skip
-@click.option("--dry-run", is_flag=True,
-              help="Only tell how much device memory it takes, and the largest batch and sequence that fit. ART may "
-                   "then also be a 16-bit folder or a repository of the Hub; no weight is fetched.")  # fmt: skip
+              help="Continue from the last checkpoint in OUT, or from --resume=checkpoint-N, bit for bit.")  # fmt: skip
+@dry_run_option("Only tell how much device memory it takes, and the largest batch and sequence that fit. ART may then "
+                "also be a 16-bit folder or a repository of the Hub; no weight is fetched.")  # fmt: skip
 @click.option("--device-memory", metavar="SIZE", help="For --dry-run: of the device, such as 24GiB, if not this one.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@json_option("Print one JSON object at the end.")
 @_setting_options
-def command(
-    artifact: str,
-    data: tuple[str, ...],
-    output: Path | None,
-    eval_data: tuple[str, ...],
-    split: str,
-    eval_split: str,
-    config: Path | None,
-    resume: str | None,
-    dry_run: bool,
-    device_memory: str | None,
-    as_json: bool,
-    **given: Any,
-) -> None:
-    """Train a LoRA adapter on the packed weights of artifact ART, on one GPU or (slowly) the CPU."""
-    settings = _settings(config, given)
-    if not dry_run and (not data or output is None):
-        raise click.UsageError(f"Missing option '{'--output' if data else '--data'}'.")
+@options_record(TrainOptions)
+def command(options: TrainOptions) -> None:
+    """Train a LoRA adapter OUT on the packed weights of artifact ART, on one GPU or (slowly) the CPU."""
+    settings = _settings(options)
+    if not options.dry_run and options.out is None:
+        raise click.UsageError("Missing argument 'OUT'.")
+    if not options.dry_run and not options.data:
+        raise click.UsageError("Missing option '--data'.")
     from qformat.cli.models import quiet_transformers
 
     quiet_transformers()
-    if dry_run:
-        _print_plan(artifact, settings, device_memory, as_json=as_json)
-        return
-    assert output is not None
+    if options.dry_run:
+        _print_plan(options, settings)
+    else:
+        _train(options, settings)
+
+
+def _train(options: TrainOptions, settings: TrainingSettings) -> None:
     from qformat.report.training_page import write_training_page
     from qformat.training.run import TrainingJob, train
 
-    job = TrainingJob(Path(artifact), data, output, eval_data, split, eval_split)
-    progress = _Progress()
+    out = options.out
+    assert out is not None
+    job = TrainingJob(Path(options.artifact), options.data, out, options.eval_data, options.split, options.eval_split)
+    lines = StepLines()
     try:
-        result = train(job, settings, resume=resume, say=progress.say, on_metrics=progress.metrics)
+        result = train(
+            job,
+            settings,
+            resume=options.resume,
+            say=lines.say,
+            on_metrics=lambda line, n_steps: _show_metrics(lines, line, n_steps),
+        )
     except KeyboardInterrupt:
         raise Interrupted("Add --resume to the same command to continue from the last checkpoint.") from None
-    page = output / "report.html"
-    write_training_page(output.name, result.metrics, result.facts, page)
-    if as_json:
-        click.echo(strict_json.dumps(_as_record(result, page), indent=2))
+    page = out / "report.html"
+    write_training_page(out.name, result.metrics, result.facts, page)
+    if options.as_json:
+        echo_json(_as_record(result, page))
         return
     if result.loss_before is not None and result.loss_after is not None:
         click.echo(f"loss on held-out data: {result.loss_before:.4f} before, {result.loss_after:.4f} after")
-    click.echo(f"{output}: adapter after {result.steps} steps; {page} shows the curves")
+    click.echo(f"{out}: adapter after {result.steps} steps; {page} shows the curves")
 
 
 def _as_record(result: TrainingResult, page: Path) -> JsonObject:
@@ -129,7 +153,7 @@ def _as_record(result: TrainingResult, page: Path) -> JsonObject:
     }
 
 
-def _print_plan(source: str, settings: TrainingSettings, device_memory: str | None, *, as_json: bool) -> None:
+def _print_plan(options: TrainOptions, settings: TrainingSettings) -> None:
     import torch
 
     from qformat.cli.default_conversion import as_converted
@@ -138,72 +162,42 @@ def _print_plan(source: str, settings: TrainingSettings, device_memory: str | No
     from qformat.training.memory_plan.tensors import read_model_tensors
 
     size = None
-    if device_memory is not None:
-        size = size_nbytes("--device-memory", device_memory)
+    if options.device_memory is not None:
+        size = size_nbytes("--device-memory", options.device_memory)
     elif settings.device != "cpu" and torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory
-    tensors = read_model_tensors(source, conversion=as_converted)
+    tensors = read_model_tensors(options.artifact, conversion=as_converted)
     planner = MemoryPlanner(tensors, settings, trust_remote_code=settings.trust_remote_code)
     plan = planner.plan(device_nbytes=size)
     largest: dict[str, int] = {}
     if size is not None:
         largest = {"largest_batch": planner.largest_batch(size), "largest_sequence": planner.largest_sequence(size)}
-    if as_json:
-        click.echo(strict_json.dumps({**asdict(plan), "peak": plan.peak, "fits": plan.fits, **largest}, indent=2))
+    if options.as_json:
+        echo_json({**asdict(plan), "peak": plan.peak, "fits": plan.fits, **largest})
         return
     click.echo(format_plan(plan, **largest))
 
 
-def _settings(config: Path | None, given: dict[str, Any]) -> TrainingSettings:
-    from_file = read_toml(config) if config is not None else {}
-    from_command_line = {name: value for name, value in given.items() if value not in (None, ())}
+def _settings(options: TrainOptions) -> TrainingSettings:
+    from_file = read_toml(options.config) if options.config is not None else {}
+    from_command_line = {name: value for name, value in options.settings.items() if value not in (None, ())}
     if "max_steps" in from_command_line and "epochs" in from_command_line:
         raise click.UsageError("--max-steps and --epochs exclude each other.")
     return TrainingSettings(**{**from_file, **from_command_line})
 
 
-class _Progress:
-    """Tells how far it is: every line on a file or pipe at most every ten seconds, one line in place on a terminal."""
-
-    def __init__(self) -> None:
-        self._started: tuple[float, int] | None = None
-        self._told = 0.0
-        self._in_place = sys.stderr.isatty()
-        self._dirty = False
-
-    def say(self, text: str) -> None:
-        """Print a sentence."""
-        self._end_line()
-        click.echo(text, err=True)
-
-    def metrics(self, line: JsonObject, n_steps: int) -> None:
-        """Print a line of metrics."""
-        step, now = int(_number(line["step"])), time.monotonic()
-        if "eval_loss" in line:
-            self.say(f"evaluation: loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.3f}")
-            return
-        if self._started is None:
-            self._started = (now, step)
-        if not self._in_place and step != n_steps and now - self._told < _SECONDS_BETWEEN_LINES:
-            return
-        self._told = now
-        first_time, first_step = self._started
-        left = (now - first_time) / (step - first_step) * (n_steps - step) if step > first_step else None
-        text = (
-            f"step {step}/{n_steps}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
-            f"{line['tokens_per_s']:,.0f} tokens/s  {format_nbytes(_number(line['memory_nbytes']))}"
-        )
-        if left is not None:
-            text += f"  {duration(left)} left"
-        click.echo(f"\r\x1b[K{text}" if self._in_place else text, err=True, nl=not self._in_place)
-        self._dirty = self._in_place
-        if step == n_steps:
-            self._end_line()
-
-    def _end_line(self) -> None:
-        if self._dirty:
-            click.echo(err=True)
-        self._dirty = False
+def _show_metrics(lines: StepLines, line: JsonObject, n_steps: int) -> None:
+    if "eval_loss" in line:
+        lines.say(f"evaluation: loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.3f}")
+        return
+    lines.step(
+        int(_number(line["step"])),
+        n_steps,
+        lambda: (
+            f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
+            f"{format_nbytes(_number(line['memory_nbytes']))}"
+        ),
+    )
 
 
 def _number(value: object) -> float:

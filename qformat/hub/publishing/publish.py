@@ -61,13 +61,15 @@ def publish(
     token: str | bool | None = None,
     patience: Patience | None = None,
     workers: int | None = None,
+    on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Published:
     """Publish an artifact as a repository of the Hub, with a model card; publishing the same bytes again does nothing.
 
     revision: a branch, made if it is not there. create_pr: ask for the change instead of making it. sign_key: an
     elliptic-curve private key (PEM) for a signature beside the manifest. confirm_license: the user has looked at a
-    licence that is missing or forbids derivatives. dry_run: only read. on_progress: bytes verified.
+    licence that is missing or forbids derivatives. dry_run: only read. on_plan: bytes to verify. on_progress:
+    bytes verified.
     Raises: VerificationError for an artifact that is not whole; UsageError; HubError. The artifact stays as it is.
     """
     artifact = Path(artifact)
@@ -75,7 +77,7 @@ def publish(
     branch = check_revision(revision or DEFAULT_REVISION)
     if create_pr and branch != DEFAULT_REVISION:
         raise UsageError(Option("create_pr"), " asks for a change of the main branch: leave out ", Option("revision"))
-    _refuse_damaged(artifact, workers or usable_cores(), on_progress)
+    _refuse_damaged(artifact, workers or usable_cores(), on_plan, on_progress)
     prepared = prepare_card(artifact, repository, card or CardOptions(), signed=sign_key is not None, token=token)
     if prepared.concern is not None and not (confirm_license or dry_run):
         raise UsageError(
@@ -120,8 +122,10 @@ def publish(
     return _done(published, made)
 
 
-def _refuse_damaged(artifact: Path, workers: int, on_progress: Callable[[int], None]) -> None:
-    report = verify_integrity(artifact, sha256=True, workers=workers, on_progress=on_progress)
+def _refuse_damaged(
+    artifact: Path, workers: int, on_plan: Callable[[int], None], on_progress: Callable[[int], None]
+) -> None:
+    report = verify_integrity(artifact, sha256=True, workers=workers, on_plan=on_plan, on_progress=on_progress)
     if report.good:
         return
     shown = [finding.message for finding in report.findings[:_SHOWN_FINDINGS]]

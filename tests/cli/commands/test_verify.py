@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.reading.manifest_parser import parse as parse_manifest
-from qformat.cli.main import run
 from qformat.cli.commands.verify import command
+from qformat.cli.main import run
 from qformat.converters.convert import convert
 from tests.small_models import llama_config, llama_tensors, write_checkpoint, write_llama
 
