@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
+from qformat.artifact.tensor_spec import data_nbytes
 
 MANIFEST_NAME = "qformat.json"
 SIGNATURE_NAME = "model.sig"
@@ -56,6 +57,11 @@ class KeptRecord:
     xxh3: str
     reason: str
     source_xxh3: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return data_nbytes(self.dtype, self.shape)
 
 
 TensorRecord = PackedRecord | KeptRecord

@@ -33,11 +33,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.converters.rules.recipe import NF4Options, Recipe, Rule, apply
 from qformat.converters.rules.rules import (
     Decision,
     KeepReason,
-    TensorInfo,
     Verdict,
     default_decisions,
     module_path,
@@ -125,7 +125,7 @@ class Built:
     name: str
     config: dict[str, object]
     model: transformers.PreTrainedModel
-    tensors: list[TensorInfo]  # as on disk
+    tensors: list[TensorSpec]  # as on disk
     memory_name: dict[str, str]  # tensor on disk -> parameter in memory
     converted: frozenset[str]  # tensors that are more than renamed while they are loaded
 
@@ -176,7 +176,7 @@ def build(name: str, auto_class: Any) -> Built | None:
         name,
         config.to_dict(),
         model,
-        [TensorInfo(key, "BF16", tuple(tensor.shape)) for key, tensor in disk.items()],
+        [TensorSpec(key, "BF16", tuple(tensor.shape)) for key, tensor in disk.items()],
         {key: renamed for key, (renamed, _) in forward.items()},
         frozenset(key for key, (_, converter) in forward.items() if converter is not None),
     )
