@@ -64,14 +64,20 @@ def output_options(made: str) -> Decorator:
     return decorate
 
 
+def written_shards_options(made: str) -> Decorator:
+    """Return the options of a command that writes shards. made: what the command makes."""
+
+    def decorate(function: Function) -> Function:
+        shards = click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a shard.")
+        workers = workers_option("Threads; any number gives the same bytes.  [default: one a core]")
+        return workers(shards(output_options(made)(dry_run_option()(json_option()(function)))))
+
+    return decorate
+
+
 def dry_run_option(help: str = "Show what would be written; write nothing.") -> Decorator:
     """Return the option for a plan only."""
     return click.option("--dry-run", is_flag=True, help=help)
-
-
-def max_shard_size_option(function: Function) -> Function:
-    """Add the option for the size of shards."""
-    return click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a shard.")(function)
 
 
 def device_option(function: Function) -> Function:

@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat.cli.display import echo_json, format_nbytes, format_table, say_compiling, say_complete, some
-from qformat.cli.options import (
-    dry_run_option,
-    json_option,
-    max_shard_size_option,
-    options_record,
-    out_argument,
-    output_options,
-    workers_option,
-)
+from qformat.cli.options import options_record, out_argument, written_shards_options
+from qformat.cli.plans import free_in_words, free_nbytes_at, plan_json, show_shards
 from qformat.cli.progress import Bar
 from qformat.errors import UsageError
 from qformat.sizes import size_nbytes
@@ -81,11 +74,7 @@ Examples:
 @click.option("--revision", help="Branch, tag or commit of a repository of the Hub.  [default: main]")
 @click.option("--offline", is_flag=True, help="Make no request: read the local cache of the Hub.")
 @click.option("--keep-source", is_flag=True, help="Store the source in the local cache of the Hub and convert that.")
-@workers_option("Threads; any number gives the same bytes.  [default: one a core]")
-@max_shard_size_option
-@output_options("artifact")
-@dry_run_option()
-@json_option()
+@written_shards_options("artifact")
 @options_record(ConvertOptions)
 def command(options: ConvertOptions) -> None:
     """Convert the checkpoint SRC into the 4-bit artifact OUT.
@@ -165,24 +154,18 @@ def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSett
 
 
 def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.writing.disk import free_nbytes
-
-    free = free_nbytes(out.absolute())
-    facts = {**_facts(plan), "free_nbytes": free, "fits": plan.nbytes <= free}
+    free = free_nbytes_at(out)
     if as_json:
-        shards = [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards]
-        echo_json({**facts, "shards": shards})
+        echo_json(plan_json(_facts(plan), plan.nbytes, plan.shards, free_nbytes=free))
         return
     rows = [("action", "tensors", "source", "artifact", "why"), *_rows(plan)]
     click.echo(format_table(rows, right=(1, 2, 3)))
     click.echo()
-    for shard in plan.shards:
-        click.echo(f"{out / shard.name}: {format_nbytes(shard.nbytes)}, {len(shard.tensors)} tensors")
+    show_shards(out, plan.shards)
     _show_notes(plan)
     click.echo(
         f"{format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes), "
-        f"{plan.bits_per_weight:.3f} bits a packed weight; {format_nbytes(free)} free"
-        + ("" if plan.nbytes <= free else ": NOT ENOUGH")
+        f"{plan.bits_per_weight:.3f} bits a packed weight; {free_in_words(plan.nbytes, free)}"
     )
 
 

@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat.cli.display import echo_json, format_nbytes, format_table, say_compiling, say_complete, some
-from qformat.cli.options import (
-    artifact_argument,
-    dry_run_option,
-    json_option,
-    max_shard_size_option,
-    options_record,
-    out_argument,
-    output_options,
-    workers_option,
-)
+from qformat.cli.options import artifact_argument, options_record, out_argument, written_shards_options
+from qformat.cli.plans import free_in_words, free_nbytes_at, plan_json, show_shards
 from qformat.cli.progress import Bar
 from qformat.sizes import size_nbytes
 
@@ -55,11 +47,7 @@ Examples:
 @artifact_argument
 @out_argument()
 @click.option("--to", required=True, type=click.Choice(["bf16", "fp16", "fp32"]), help="Format of the weights.")
-@max_shard_size_option
-@workers_option("Threads; any number gives the same bytes.  [default: one a core]")
-@output_options("checkpoint")
-@dry_run_option()
-@json_option()
+@written_shards_options("checkpoint")
 @options_record(ExportOptions)
 def command(options: ExportOptions) -> None:
     """Write the 4-bit artifact in folder ART as OUT, a plain safetensors checkpoint in 16 or 32 bit.
@@ -103,21 +91,16 @@ def _leave_quickly() -> None:
 
 
 def _show_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.writing.disk import free_nbytes
-
-    free = free_nbytes(out.absolute())
-    fits = plan.nbytes <= free
+    free = free_nbytes_at(out)
     if as_json:
-        shards = [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards]
-        echo_json({**_facts(plan), "free_nbytes": free, "fits": fits, "shards": shards})
+        echo_json(plan_json(_facts(plan), plan.nbytes, plan.shards, free_nbytes=free))
         return
     click.echo(_table(plan))
     click.echo()
-    for shard in plan.shards:
-        click.echo(f"{out / shard.name}: {format_nbytes(shard.nbytes)}, {len(shard.tensors)} tensors")
+    show_shards(out, plan.shards)
     click.echo(
         f"{format_nbytes(plan.artifact_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes); "
-        f"{format_nbytes(free)} free" + ("" if fits else ": NOT ENOUGH")
+        f"{free_in_words(plan.nbytes, free)}"
     )
 
 

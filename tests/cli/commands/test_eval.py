@@ -99,7 +99,7 @@ def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
     ("arguments", "says"),
     [
         (["--record", "--any-source"], "would mislead"),
-        (["--report", "/nowhere/page.html"], "none that exists"),
+        (["--report", "/nowhere/page.html"], "there is no folder"),
         (["--windows", "0"], "--windows"),
         (["--data", "missing.txt"], "missing.txt"),
         (["--source", "owner/unknown"], "hf download owner/unknown"),

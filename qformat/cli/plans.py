@@ -1,0 +1,40 @@
+"""What a command that writes shards tells beforehand: its files, and whether the disk has room for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat.cli.display import format_nbytes
+
+if TYPE_CHECKING:
+    from qformat.artifact.layout import Shard
+
+
+def free_nbytes_at(out: Path) -> int:
+    """Return the bytes that are free where an output is to be written."""
+    from qformat.artifact.writing.disk import free_nbytes
+
+    return free_nbytes(out.absolute())
+
+
+def plan_json(
+    facts: Mapping[str, object], nbytes: int, shards: Sequence[Shard], *, free_nbytes: int
+) -> dict[str, object]:
+    """Return a plan as plain JSON values. facts: what the command tells of it. nbytes: of the whole output."""
+    files = [{"name": shard.name, "nbytes": shard.nbytes} for shard in shards]
+    return {**facts, "free_nbytes": free_nbytes, "fits": nbytes <= free_nbytes, "shards": files}
+
+
+def show_shards(out: Path, shards: Sequence[Shard]) -> None:
+    """Print a line a shard."""
+    for shard in shards:
+        click.echo(f"{out / shard.name}: {format_nbytes(shard.nbytes)}, {len(shard.tensors)} tensors")
+
+
+def free_in_words(nbytes: int, free_nbytes: int) -> str:
+    """Return how much is free, and whether so many bytes fit."""
+    return f"{format_nbytes(free_nbytes)} free" + ("" if nbytes <= free_nbytes else ": NOT ENOUGH")
