@@ -50,9 +50,10 @@ def _setting_options(command: Function) -> Function:
     def call(**options: Any) -> None:
         command(settings={name: options.pop(name) for name in names}, **options)
 
+    with_options: Function = call
     for item in reversed(fields(TrainingSettings)):
-        call = _option(item)(call)
-    return call
+        with_options = _option(item)(with_options)
+    return with_options
 
 
 def _option(item: Field[Any]) -> Decorator:
