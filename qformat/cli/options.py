@@ -36,7 +36,8 @@ def artifact_argument(function: Function) -> Function:
 
 def out_argument(*, required: bool = True) -> Decorator:
     """OUT, what the command makes."""
-    return click.argument("out", metavar="OUT", type=click.Path(path_type=Path), required=required)
+    metavar = "OUT" if required else "[OUT]"
+    return click.argument("out", metavar=metavar, type=click.Path(path_type=Path), required=required)
 
 
 def json_option(help: str = "Print one JSON object.") -> Decorator:
