@@ -13,8 +13,6 @@ from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.tensor_spec import data_nbytes
 
-MANIFEST_NAME = "qformat.json"
-SIGNATURE_NAME = "model.sig"
 """A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
 
 FORMAT_NAME = "qformat"

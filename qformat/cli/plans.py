@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import format_nbytes
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.artifact.layout import Shard

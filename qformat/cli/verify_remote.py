@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_nbytes, verdict
+from qformat.cli.display import echo_json, verdict
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.hub.remote_verify import RemoteReport

@@ -14,7 +14,6 @@ from qformat.artifact.limits import MAX_DIMENSIONS, MAX_MANIFEST_NBYTES, MAX_SIZ
 from qformat.artifact.manifest import (
     FORMAT_NAME,
     MAJOR_VERSION,
-    MANIFEST_NAME,
     UNSEALED_END,
     FileRecord,
     JsonObject,
@@ -27,6 +26,7 @@ from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
+from qformat.names import MANIFEST_NAME
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Features that this reader understands when a manifest lists them under `must_understand`."""

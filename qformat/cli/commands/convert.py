@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_nbytes, format_table, say_compiling, say_complete, some
+from qformat.cli.display import echo_json, format_table, say_compiling, say_complete, some
 from qformat.cli.options import options_record, out_argument, written_shards_options
 from qformat.cli.plans import free_in_words, free_nbytes_at, plan_json, show_shards
 from qformat.cli.progress import Bar
-from qformat.errors import UsageError
-from qformat.sizes import size_nbytes
+from qformat.errors import Option, UsageError
+from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionOptions, ConversionSummary
@@ -116,7 +116,7 @@ def _conversion_options(options: ConvertOptions) -> ConversionOptions:
         skip=options.skip,
         block_size=options.block_size,
         double_quant=not options.no_double_quant,
-        max_shard_nbytes=size_nbytes("--max-shard-size", options.max_shard_size),
+        max_shard_nbytes=parse_nbytes(Option("max_shard_size"), options.max_shard_size),
         keep_nonfinite=options.keep_nonfinite,
         calibration=_calibration(options.calibrate, options.calibration_tokens),
         revision=options.revision,

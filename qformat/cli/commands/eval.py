@@ -18,6 +18,7 @@ from qformat.cli.options import (
     trust_remote_code_option,
 )
 from qformat.errors import UsageError
+from qformat.names import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from qformat.quality.evaluation.evaluate import Evaluation
@@ -108,14 +109,14 @@ def command(options: EvalOptions) -> None:
     if options.report is not None:
         click.echo(f"report: {options.report}")
     if options.record:
-        click.echo(f"recorded in: {Path(options.artifact) / 'qformat.json'}")
+        click.echo(f"recorded in: {Path(options.artifact) / MANIFEST_NAME}")
 
 
 def _check_usage(options: EvalOptions) -> None:
     """Refuse what would fail after minutes of work."""
-    if options.record and not (Path(options.artifact) / "qformat.json").is_file():
+    if options.record and not (Path(options.artifact) / MANIFEST_NAME).is_file():
         raise UsageError(
-            f"--record: {options.artifact} is no folder with a manifest, qformat.json, to write the result into"
+            f"--record: {options.artifact} is no folder with a manifest, {MANIFEST_NAME}, to write the result into"
         )
     if options.record and options.any_source:
         raise UsageError("--record: figures beside another model than the artifact's source would mislead its readers")

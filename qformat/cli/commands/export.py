@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_nbytes, format_table, say_compiling, say_complete, some
+from qformat.cli.display import echo_json, format_table, say_compiling, say_complete, some
 from qformat.cli.options import artifact_argument, options_record, out_argument, written_shards_options
 from qformat.cli.plans import free_in_words, free_nbytes_at, plan_json, show_shards
 from qformat.cli.progress import Bar
-from qformat.sizes import size_nbytes
+from qformat.errors import Option
+from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from qformat.converters.decode.plan import ExportPlan, ExportTask
@@ -58,7 +59,7 @@ def command(options: ExportOptions) -> None:
     """
     from qformat.converters.export import export, plan_export
 
-    max_shard_nbytes = size_nbytes("--max-shard-size", options.max_shard_size)
+    max_shard_nbytes = parse_nbytes(Option("max_shard_size"), options.max_shard_size)
     if options.dry_run:
         plan = plan_export(options.artifact, options.to, max_shard_nbytes=max_shard_nbytes)
         _show_plan(plan, options.out, as_json=options.as_json)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_nbytes, say_complete
+from qformat.cli.display import echo_json, say_complete
 from qformat.cli.options import json_option, options_record, out_argument, output_options
 from qformat.cli.progress import Bar
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.hub.fetch import FetchSummary

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_nbytes
+from qformat.cli.display import echo_json
 from qformat.cli.options import (
     artifact_argument,
     backend_option,
@@ -18,6 +18,7 @@ from qformat.cli.options import (
     options_record,
     trust_remote_code_option,
 )
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from qformat import __version__
-from qformat.cli.display import echo_json, format_nbytes, format_table
+from qformat.cli.display import echo_json, format_table
 from qformat.cli.options import backend_option, json_option
+from qformat.sizes import format_nbytes
+from qformat.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "bitsandbytes")
 

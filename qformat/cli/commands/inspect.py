@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat import strict_json
-from qformat.cli.display import echo_json, format_nbytes, format_table
+from qformat.cli.display import echo_json, format_table
 from qformat.cli.options import json_option
 from qformat.errors import UsageError
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.artifact.reading.reader import Artifact, PackedTensor
@@ -31,7 +32,7 @@ Examples:
 @json_option()
 def command(path: Path, tensor: str | None, as_json: bool) -> None:
     """Show what the artifact (or plain safetensors checkpoint) in folder PATH holds. Reads headers, no weights."""
-    from qformat.artifact.manifest import MANIFEST_NAME
+    from qformat.names import MANIFEST_NAME
 
     if (path / MANIFEST_NAME).exists():
         from qformat.artifact.reading.reader import open_artifact

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_nbytes, format_table
+from qformat.cli.display import echo_json, format_table
 from qformat.cli.flags import as_flag
 from qformat.cli.options import artifact_argument, dry_run_option, json_option, options_record, workers_option
 from qformat.cli.progress import Bar
 from qformat.cli.verified import verified
 from qformat.errors import UsageError, VerificationError, spelled
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.hub.card.error_figures import ErrorFigures

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat.artifact.manifest import JsonObject
-from qformat.cli.display import echo_json, format_nbytes
+from qformat.cli.display import echo_json
 from qformat.cli.options import Decorator, Function, dry_run_option, json_option, options_record, out_argument
 from qformat.cli.progress import StepLines
-from qformat.errors import Interrupted
-from qformat.sizes import size_nbytes
+from qformat.errors import Interrupted, Option
+from qformat.sizes import format_nbytes, parse_nbytes
 from qformat.training.settings import TrainingSettings, read_toml, value_type
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _print_plan(options: TrainOptions, settings: TrainingSettings) -> None:
 
     size = None
     if options.device_memory is not None:
-        size = size_nbytes("--device-memory", options.device_memory)
+        size = parse_nbytes(Option("device_memory"), options.device_memory)
     elif settings.device != "cpu" and torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory
     tensors = read_model_tensors(options.artifact, conversion=as_converted)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table
+from qformat.cli.display import format_table
 from qformat.cli.options import (
     artifact_argument,
     device_option,
@@ -22,6 +22,7 @@ from qformat.cli.options import (
     trust_remote_code_option,
 )
 from qformat.cli.progress import StepLines
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.quality.tuning.distillation import Closeness

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_nbytes, format_table, verdict
+from qformat.cli.display import echo_json, format_table, verdict
 from qformat.cli.options import json_option, options_record, refuse_report_in, report_option, workers_option
 from qformat.cli.verified import verified
 from qformat.cli.verify_remote import verify_repository
 from qformat.errors import UsageError
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.artifact.verification_facts import ComparisonFacts, ErrorFacts

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest
+from qformat.artifact.manifest import FileRecord, Manifest
 from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.writing.manifest_edits import with_file
 from qformat.errors import ArtifactError
-from qformat.hub.card.origin import CARD_NAME
 from qformat.hub.reading.repository import RemoteFile, git_blob_oid
+from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
 
 
 @dataclass(frozen=True, slots=True)

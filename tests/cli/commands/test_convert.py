@@ -121,7 +121,9 @@ def test_blocks_that_run_across_rows_are_reported(
     assert "blocks run across rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [["--block-size", "48"], ["--workers", "0"], ["--max-shard-size", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--block-size", "48"], ["--workers", "0"], ["--max-shard-size", "0"], ["--max-shard-size", "5 apples"]]
+)
 def test_senseless_options_are_wrong_usage(source: Path, tmp_path: Path, options: list[str]) -> None:
     assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 2
 
