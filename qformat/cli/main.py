@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import click
 
-import qformat
 from qformat.cli.flags import as_flag
 from qformat.errors import Interrupted, QformatError, UsageError, spelled
+from qformat.version import __version__
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -55,7 +55,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(qformat.__version__, prog_name="qformat")
+@click.version_option(__version__, prog_name="qformat")
 def cli() -> None:
     """Turn 16-bit model checkpoints into small, verifiable 4-bit (NF4) artifacts.
 
