@@ -99,7 +99,24 @@ def publish(
     published = Published(repository, branch, publication, prepared, changes)
     if dry_run:
         return published
-    if target is not None and not changes.any:
+    return _send(published, uploader, main, target, private=private, create_pr=create_pr)
+
+
+def _send(
+    published: Published,
+    uploader: Uploader,
+    main: RemoteRepository | None,
+    target: RemoteRepository | None,
+    *,
+    private: bool,
+    create_pr: bool,
+) -> Published:
+    """Send what the repository does not have, in one commit, and look whether it arrived.
+
+    main, target: what the main branch and the one to publish to hold, None for one that is not there.
+    """
+    publication, branch = published.publication, published.revision
+    if target is not None and not published.changes.any:
         return _done(published, Made(target.commit), already_there=True)
     if create_pr and main is not None:
         open_request = uploader.pull_request(publication.files, publication.title)
@@ -112,7 +129,7 @@ def publish(
     made = uploader.commit(
         publication.files,
         parent=target or _opened(uploader, branch),
-        removed=changes.removed,
+        removed=published.changes.removed,
         title=publication.title,
         branch=branch,
         create_pr=create_pr,
