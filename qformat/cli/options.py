@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,20 @@ def options_record(record: type[Record]) -> Callable[[Callable[[Record], None]],
         @functools.wraps(function)
         def call(**options: Any) -> None:
             function(record(**options))
+
+        return call
+
+    return decorate
+
+
+def settings_of(names: Collection[str], make: Callable[..., object]) -> Decorator:
+    """Give a command the options of these names as one value, `settings`. make: is called with them by name."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(**options: Any) -> None:
+            settings = make(**{name: options.pop(name) for name in names})
+            function(settings=settings, **options)
 
         return call
 

@@ -50,8 +50,9 @@ def test_the_record_of_a_command_has_just_its_options(name: str) -> None:
     for record in records:
         expected = {item.name for item in fields(record)}
         found = {parameter.name for parameter in command.params}
-        if "settings" in expected:  # of a training: one field for all of them
-            expected, found = expected - {"settings"}, {parameter for parameter in found if parameter in expected}
+        if "settings" in expected:  # one field for all of them
+            expected -= {"settings"}
+            found &= expected
         assert found == expected
 
 

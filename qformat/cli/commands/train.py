@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,15 @@ import click
 
 from qformat.artifact.manifest import JsonObject
 from qformat.cli.display import echo_json
-from qformat.cli.options import Decorator, Function, dry_run_option, json_option, options_record, out_argument
+from qformat.cli.options import (
+    Decorator,
+    Function,
+    dry_run_option,
+    json_option,
+    options_record,
+    out_argument,
+    settings_of,
+)
 from qformat.cli.progress import StepLines
 from qformat.errors import Interrupted, Option
 from qformat.sizes import format_nbytes, parse_nbytes
@@ -44,16 +51,11 @@ def _setting_options(command: Function) -> Function:
 
     None stands for "not given": a TOML file may say it.
     """
-    names = [item.name for item in fields(TrainingSettings)]
-
-    @functools.wraps(command)
-    def call(**options: Any) -> None:
-        command(settings={name: options.pop(name) for name in names}, **options)
-
-    with_options: Function = call
-    for item in reversed(fields(TrainingSettings)):
-        with_options = _option(item)(with_options)
-    return with_options
+    items = fields(TrainingSettings)
+    command = settings_of([item.name for item in items], dict)(command)
+    for item in reversed(items):
+        command = _option(item)(command)
+    return command
 
 
 def _option(item: Field[Any]) -> Decorator:

@@ -19,45 +19,35 @@ from qformat.cli.options import (
     options_record,
     out_argument,
     output_options,
+    settings_of,
     trust_remote_code_option,
 )
 from qformat.cli.progress import StepLines
+from qformat.quality.tuning.settings import TuningSettings
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.quality.tuning.distillation import Closeness
-    from qformat.quality.tuning.settings import TuningSettings
     from qformat.quality.tuning.steps import StepLine
     from qformat.quality.tuning.tune import TuningResult
 
 
 @dataclass(frozen=True, slots=True)
 class TuneOptions:
-    """The options of `qformat tune`; those of `TuningSettings` have the same names there."""
+    """The options of `qformat tune`."""
 
     artifact: Path
     out: Path
     source: str
     data: tuple[str, ...]
-    steps: int
-    learning_rate: float
-    warmup_steps: int
-    batch_size: int
-    seq_len: int
-    held_out: int
     teacher_cache: Path | None
-    top_k: int
-    seed: int
-    device: str | None
-    gradient_checkpointing: bool
-    save_every: int
     force: bool
     restart: bool
     accept_worse: bool
     use_best: bool
     trust_source: bool
-    trust_remote_code: bool
     as_json: bool
+    settings: TuningSettings
 
 
 @click.command(
@@ -93,6 +83,7 @@ Examples:
 @click.option("--trust-source", is_flag=True, help="Take SRC on trust where ART does not know its source's digests.")
 @trust_remote_code_option()
 @json_option("Print the figures as one JSON object.")
+@settings_of([item.name for item in fields(TuningSettings)], TuningSettings)
 @options_record(TuneOptions)
 def command(options: TuneOptions) -> None:
     """Tune the scales and norms of artifact ART to its 16-bit source, and write it to OUT.
@@ -105,7 +96,7 @@ def command(options: TuneOptions) -> None:
 
     from qformat.quality.tuning.tune import TuningJob, tune
 
-    settings, out = _settings(options), options.out
+    settings, out = options.settings, options.out
     lines = StepLines()
     started = time.monotonic()
     result = tune(
@@ -132,12 +123,6 @@ def command(options: TuneOptions) -> None:
         f"{out}: after {result.step} steps, {result.tokens:,} tokens, {seconds:,.0f} s, "
         f"peak memory {format_nbytes(result.memory_nbytes)}"
     )
-
-
-def _settings(options: TuneOptions) -> TuningSettings:
-    from qformat.quality.tuning.settings import TuningSettings
-
-    return TuningSettings(**{item.name: getattr(options, item.name) for item in fields(TuningSettings)})
 
 
 def _show_step(lines: StepLines, line: StepLine, n_steps: int) -> None:
