@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from qformat.quality.evaluation.evaluate import Evaluation, evaluate
     from qformat.quality.tuning.settings import TuningSettings
     from qformat.quality.tuning.tune import TuningJob, TuningResult, tune
-    from qformat.training.run import TrainingJob, TrainingResult, train
+    from qformat.training.result import TrainingResult
+    from qformat.training.run import TrainingJob, train
     from qformat.training.settings import TrainingSettings
 
 _PUBLIC = {
@@ -60,7 +61,7 @@ _PUBLIC = {
     "Published": "qformat.hub.publishing.publish:Published",
     "RemoteReport": "qformat.hub.remote_verify:RemoteReport",
     "TrainingJob": "qformat.training.run:TrainingJob",
-    "TrainingResult": "qformat.training.run:TrainingResult",
+    "TrainingResult": "qformat.training.result:TrainingResult",
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
     "TuningJob": "qformat.quality.tuning.tune:TuningJob",
     "TuningResult": "qformat.quality.tuning.tune:TuningResult",

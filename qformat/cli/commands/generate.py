@@ -78,7 +78,8 @@ def command(options: GenerateOptions) -> None:
     from qformat.model.load import load_model, load_tokenizer, open_shards
 
     imported = time.monotonic()
-    force_backend(options.backend)
+    if options.backend is not None:
+        force_backend(options.backend)
     trust = options.trust_remote_code
     shards = open_shards(options.artifact)
     model = load_model(shards, device=options.device, verify=options.verify, trust_remote_code=trust)  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ def command(options: GenerateOptions) -> None:
 
 def _with_adapter(model: PreTrainedModel, shards: MappedShards, adapter: Path, *, force: bool) -> PreTrainedModel:
     """Put the adapter on the model, after a look at what it was trained on."""
-    from qformat.training.adapter.adapters import load_adapter
+    from qformat.training.adapter.attach import load_adapter
     from qformat.training.adapter.base_record import BaseRecord
 
     return load_adapter(model, adapter, BaseRecord.of(shards.layout), force_adapter=force)  # type: ignore[return-value]  # PeftModel generates alike

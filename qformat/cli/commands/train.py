@@ -25,7 +25,7 @@ from qformat.sizes import format_nbytes, parse_nbytes
 from qformat.training.settings import TrainingSettings, read_toml, value_type
 
 if TYPE_CHECKING:
-    from qformat.training.run import TrainingResult
+    from qformat.training.result import TrainingResult
 
 
 @dataclass(frozen=True, slots=True)
