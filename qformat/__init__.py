@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qformat.hub.card.prepared_card import CardOptions
     from qformat.hub.diff import Difference, diff
     from qformat.hub.fetch import FetchSummary, fetch
-    from qformat.hub.publishing.publish import Published, publish
+    from qformat.hub.publishing.publish import Published, PublishOptions, publish
     from qformat.hub.remote_verify import RemoteReport, verify_remote
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
@@ -58,6 +58,7 @@ _PUBLIC = {
     "KeptTensor": "qformat.artifact.reading.reader:KeptTensor",
     "PackedTensor": "qformat.artifact.reading.reader:PackedTensor",
     "Plan": "qformat.converters.encode.plan:Plan",
+    "PublishOptions": "qformat.hub.publishing.publish:PublishOptions",
     "Published": "qformat.hub.publishing.publish:Published",
     "RemoteReport": "qformat.hub.remote_verify:RemoteReport",
     "TrainingJob": "qformat.training.run:TrainingJob",
@@ -101,6 +102,7 @@ __all__ = [
     "KeptTensor",
     "PackedTensor",
     "Plan",
+    "PublishOptions",
     "Published",
     "RemoteReport",
     "TrainingJob",

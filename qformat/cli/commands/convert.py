@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """The options of `qformat convert`."""
+class ConvertArguments:
+    """What is given to `qformat convert`."""
 
     source: str
     out: Path
@@ -75,8 +75,8 @@ Examples:
 @click.option("--offline", is_flag=True, help="Make no request: read the local cache of the Hub.")
 @click.option("--keep-source", is_flag=True, help="Store the source in the local cache of the Hub and convert that.")
 @written_shards_options("artifact")
-@options_record(ConvertOptions)
-def command(options: ConvertOptions) -> None:
+@options_record(ConvertArguments)
+def command(options: ConvertArguments) -> None:
     """Convert the checkpoint SRC into the 4-bit artifact OUT.
 
     SRC is a folder of safetensors or PyTorch files in 16 or 32 bit, fp8, MXFP4 or bitsandbytes' NF4, or a GGUF file:
@@ -108,7 +108,7 @@ def command(options: ConvertOptions) -> None:
     _show_summary(summary, as_json=options.as_json)
 
 
-def _conversion_options(options: ConvertOptions) -> ConversionOptions:
+def _conversion_options(options: ConvertArguments) -> ConversionOptions:
     from qformat.converters.convert import ConversionOptions
 
     return ConversionOptions(

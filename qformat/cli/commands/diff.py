@@ -22,8 +22,8 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True)
-class DiffOptions:
-    """The options of `qformat diff`."""
+class DiffArguments:
+    """What is given to `qformat diff`."""
 
     a: str
     b: str
@@ -47,8 +47,8 @@ Examples:
 @click.option("--weights", is_flag=True, help="Only tensors count: not recipe, generator, card and other files.")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor that differs.")
 @json_option()
-@options_record(DiffOptions)
-def command(options: DiffOptions) -> None:
+@options_record(DiffArguments)
+def command(options: DiffArguments) -> None:
     """Tell what differs between the artifacts A and B, folders or repositories of the Hub (owner/name).
 
     Manifests are compared, and between two folders codes and scales are counted. Exits with 0 if they are the same

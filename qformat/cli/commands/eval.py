@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class EvalOptions:
-    """The options of `qformat eval`."""
+class EvalArguments:
+    """What is given to `qformat eval`."""
 
     artifact: str
     data: tuple[str, ...]
@@ -66,8 +66,8 @@ Examples:
               help="Of the arithmetic; another than the models' own copies what is not packed.")  # fmt: skip
 @trust_remote_code_option("the models")
 @json_option()
-@options_record(EvalOptions)
-def command(options: EvalOptions) -> None:
+@options_record(EvalArguments)
+def command(options: EvalArguments) -> None:
     """Measure on texts how close the artifact ART is to its 16-bit model, token by token.
 
     Loss and perplexity; with --source also the divergence (KL) of the predictions and how often both find the same
@@ -112,7 +112,7 @@ def command(options: EvalOptions) -> None:
         click.echo(f"recorded in: {Path(options.artifact) / MANIFEST_NAME}")
 
 
-def _check_usage(options: EvalOptions) -> None:
+def _check_usage(options: EvalArguments) -> None:
     """Refuse what would fail after minutes of work."""
     if options.record and not (Path(options.artifact) / MANIFEST_NAME).is_file():
         raise UsageError(

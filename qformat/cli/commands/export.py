@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class ExportOptions:
-    """The options of `qformat export`."""
+class ExportArguments:
+    """What is given to `qformat export`."""
 
     artifact: Path
     out: Path
@@ -49,8 +49,8 @@ Examples:
 @out_argument()
 @click.option("--to", required=True, type=click.Choice(["bf16", "fp16", "fp32"]), help="Format of the weights.")
 @written_shards_options("checkpoint")
-@options_record(ExportOptions)
-def command(options: ExportOptions) -> None:
+@options_record(ExportArguments)
+def command(options: ExportArguments) -> None:
     """Write the 4-bit artifact in folder ART as OUT, a plain safetensors checkpoint in 16 or 32 bit.
 
     Everything that loads safetensors loads OUT, without bitsandbytes; what quantization has cost stays lost. Every

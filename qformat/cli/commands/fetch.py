@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class FetchOptions:
-    """The options of `qformat fetch`."""
+class FetchArguments:
+    """What is given to `qformat fetch`."""
 
     repository: str
     out: Path
@@ -42,21 +42,22 @@ Examples:
 @click.option("--connections", type=click.IntRange(1, 64), default=8, show_default=True, help="Requests at a time.")
 @output_options("artifact")
 @json_option()
-@options_record(FetchOptions)
-def command(options: FetchOptions) -> None:
+@options_record(FetchArguments)
+def command(options: FetchArguments) -> None:
     """Download the artifact in a repository of the Hub into the folder OUT, and check every byte on the way.
 
     An interrupted download is continued by the same command, with the commit that it began with; nothing stands under
     OUT before it is whole. Only what the manifest lists is fetched.
     """
     from qformat.hub.fetch import fetch
+    from qformat.hub.reading.transfer import Transfer
 
     with Bar() as bar:
         summary = fetch(
             options.repository,
             options.out,
             revision=options.revision,
-            connections=options.connections,
+            transfer=Transfer(connections=options.connections),
             force=options.force,
             restart=options.restart,
             on_plan=lambda nbytes: bar.start(nbytes, "Fetching"),

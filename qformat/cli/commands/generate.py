@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerateOptions:
-    """The options of `qformat generate`."""
+class GenerateArguments:
+    """What is given to `qformat generate`."""
 
     artifact: Path
     adapter: Path | None
@@ -66,8 +66,8 @@ Examples:
               help="full: read every byte first and compare its digest.")  # fmt: skip
 @trust_remote_code_option()
 @json_option("Print one JSON object at the end, and no text before.")
-@options_record(GenerateOptions)
-def command(options: GenerateOptions) -> None:
+@options_record(GenerateArguments)
+def command(options: GenerateArguments) -> None:
     """Generate text with the artifact in folder ART, mapped as it is."""
     started = time.monotonic()
     from qformat.cli.models import quiet_transformers

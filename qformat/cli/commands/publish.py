@@ -20,12 +20,12 @@ from qformat.sizes import format_nbytes
 if TYPE_CHECKING:
     from qformat.hub.card.error_figures import ErrorFigures
     from qformat.hub.card.prepared_card import CardOptions
-    from qformat.hub.publishing.publish import Published
+    from qformat.hub.publishing.publish import Published, PublishOptions
 
 
 @dataclass(frozen=True, slots=True)
-class PublishOptions:
-    """The options of `qformat publish`."""
+class PublishArguments:
+    """What is given to `qformat publish`."""
 
     artifact: Path
     repository: str
@@ -90,8 +90,8 @@ Examples:
 @dry_run_option("Show what would be sent, and the card; send nothing.")
 @workers_option()
 @json_option()
-@options_record(PublishOptions)
-def command(options: PublishOptions) -> None:
+@options_record(PublishArguments)
+def command(options: PublishArguments) -> None:
     """Publish the artifact in folder ART as a repository of the Hub, with a model card.
 
     Every byte is verified first, and a damaged artifact is refused. What the repository has already is not sent again;
@@ -112,12 +112,7 @@ def command(options: PublishOptions) -> None:
             options.artifact,
             options.repository,
             card,
-            revision=options.revision,
-            private=options.private,
-            create_pr=options.create_pr,
-            sign_key=options.sign_key,
-            confirm_license=options.confirm_license,
-            dry_run=options.dry_run,
+            _publish_options(options),
             workers=options.workers,
             on_plan=lambda nbytes: bar.start(nbytes, "Checking digests"),
             on_progress=bar.advance,
@@ -128,7 +123,7 @@ def command(options: PublishOptions) -> None:
         _show(published)
 
 
-def _check_usage(options: PublishOptions) -> None:
+def _check_usage(options: PublishArguments) -> None:
     """Refuse options that do not fit together."""
     if options.license_id is None and (options.license_name or options.license_link):
         raise UsageError("--license-name and --license-link say more about a --license: give that, too")
@@ -138,7 +133,20 @@ def _check_usage(options: PublishOptions) -> None:
         raise UsageError("--source compares now, --figures takes what was found before: give one of them")
 
 
-def _card_options(options: PublishOptions) -> CardOptions:
+def _publish_options(options: PublishArguments) -> PublishOptions:
+    from qformat.hub.publishing.publish import PublishOptions
+
+    return PublishOptions(
+        revision=options.revision,
+        private=options.private,
+        create_pr=options.create_pr,
+        sign_key=options.sign_key,
+        confirm_license=options.confirm_license,
+        dry_run=options.dry_run,
+    )
+
+
+def _card_options(options: PublishArguments) -> CardOptions:
     from qformat.converters.sources.open_source import is_repository
     from qformat.hub.card.licenses import License
     from qformat.hub.card.prepared_card import CardOptions
@@ -153,7 +161,7 @@ def _card_options(options: PublishOptions) -> CardOptions:
     )
 
 
-def _figures(options: PublishOptions) -> ErrorFigures | None:
+def _figures(options: PublishArguments) -> ErrorFigures | None:
     """Compare with the source, or read what a comparison has found."""
     from qformat.artifact.reading.structure import read_manifest
     from qformat.hub.card.error_figures import ErrorFigures, read_error_figures

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainOptions:
-    """The options of `qformat train`. settings: those of `TrainingSettings` by name, None where one is not given."""
+class TrainArguments:
+    """What is given to `qformat train`. settings: those of `TrainingSettings` by name, None where one is not given."""
 
     artifact: str
     out: Path | None
@@ -98,8 +98,8 @@ Examples:
 @click.option("--device-memory", metavar="SIZE", help="For --dry-run: of the device, such as 24GiB, if not this one.")
 @json_option("Print one JSON object at the end.")
 @_setting_options
-@options_record(TrainOptions)
-def command(options: TrainOptions) -> None:
+@options_record(TrainArguments)
+def command(options: TrainArguments) -> None:
     """Train a LoRA adapter OUT on the packed weights of artifact ART, on one GPU or (slowly) the CPU."""
     settings = _settings(options)
     if not options.dry_run and options.out is None:
@@ -115,7 +115,7 @@ def command(options: TrainOptions) -> None:
         _train(options, settings)
 
 
-def _train(options: TrainOptions, settings: TrainingSettings) -> None:
+def _train(options: TrainArguments, settings: TrainingSettings) -> None:
     from qformat.report.training_page import write_training_page
     from qformat.training.run import TrainingJob, train
 
@@ -156,7 +156,7 @@ def _as_record(result: TrainingResult, page: Path) -> JsonObject:
     }
 
 
-def _print_plan(options: TrainOptions, settings: TrainingSettings) -> None:
+def _print_plan(options: TrainArguments, settings: TrainingSettings) -> None:
     import torch
 
     from qformat.cli.default_conversion import as_converted
@@ -181,7 +181,7 @@ def _print_plan(options: TrainOptions, settings: TrainingSettings) -> None:
     click.echo(format_plan(plan, **largest))
 
 
-def _settings(options: TrainOptions) -> TrainingSettings:
+def _settings(options: TrainArguments) -> TrainingSettings:
     from_file = read_toml(options.config) if options.config is not None else {}
     from_command_line = {name: value for name, value in options.settings.items() if value not in (None, ())}
     if "max_steps" in from_command_line and "epochs" in from_command_line:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class TuneOptions:
-    """The options of `qformat tune`."""
+class TuneArguments:
+    """What is given to `qformat tune`."""
 
     artifact: Path
     out: Path
@@ -84,8 +84,8 @@ Examples:
 @trust_remote_code_option()
 @json_option("Print the figures as one JSON object.")
 @settings_of([item.name for item in fields(TuningSettings)], TuningSettings)
-@options_record(TuneOptions)
-def command(options: TuneOptions) -> None:
+@options_record(TuneArguments)
+def command(options: TuneArguments) -> None:
     """Tune the scales and norms of artifact ART to its 16-bit source, and write it to OUT.
 
     Codes and size stay as they are. A tuning that was stopped goes on with the same command.

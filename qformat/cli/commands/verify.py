@@ -23,8 +23,8 @@ EXIT_FINDING = 1
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyOptions:
-    """The options of `qformat verify`."""
+class VerifyArguments:
+    """What is given to `qformat verify`."""
 
     location: str
     source: str | None
@@ -55,8 +55,8 @@ Examples:
 @click.option("--revision", help="Branch, tag or commit, if ART is a repository of the Hub.  [default: main]")
 @workers_option()
 @json_option()
-@options_record(VerifyOptions)
-def command(options: VerifyOptions) -> None:
+@options_record(VerifyArguments)
+def command(options: VerifyArguments) -> None:
     """Prove that the artifact in folder ART is whole: its structure and the digest of every byte.
 
     ART may be a repository of the Hub (owner/name), if no folder has that name: its manifest, the sizes and SHA-256
@@ -74,7 +74,7 @@ def command(options: VerifyOptions) -> None:
         click.get_current_context().exit(EXIT_FINDING)
 
 
-def _verify_repository(options: VerifyOptions) -> bool:
+def _verify_repository(options: VerifyArguments) -> bool:
     location = options.location
     if options.source is not None or options.report is not None or options.sha256:
         raise UsageError(f"{location}: --source, --report and --sha256 are for a folder: `qformat fetch` it first")
@@ -83,7 +83,7 @@ def _verify_repository(options: VerifyOptions) -> bool:
     )
 
 
-def _verify_folder(options: VerifyOptions) -> bool:
+def _verify_folder(options: VerifyArguments) -> bool:
     if options.revision is not None:
         raise UsageError(f"{options.location}: is no repository of the Hub, and --revision is for those")
     if options.report is not None:
