@@ -102,6 +102,7 @@ def command(options: PublishArguments) -> None:
 
     check_repository_name(options.repository)
     _check_usage(options)
+    chosen = _publish_options(options)
     card = _card_options(options)
     if not sys.stderr.isatty():
         from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -112,7 +113,7 @@ def command(options: PublishArguments) -> None:
             options.artifact,
             options.repository,
             card,
-            _publish_options(options),
+            chosen,
             workers=options.workers,
             on_plan=lambda nbytes: bar.start(nbytes, "Checking digests"),
             on_progress=bar.advance,
