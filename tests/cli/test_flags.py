@@ -14,7 +14,7 @@ from tests.repository import ROOT
 COMMANDS = ("qformat ", "llama-gguf-split ")
 """A string that holds one of these gives a whole command to run, whoever reads it."""
 
-OTHER_LANGUAGES = ("qformat/cli", "qformat/report", "qformat/hub/card/card.py")
+OTHER_LANGUAGES = ("qformat/cli", "qformat/report", "qformat/hub/card/page.py")
 """Commands; style sheets; a card's lines for the shell."""
 
 
