@@ -161,8 +161,7 @@ def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityRe
 
 
 def _nbytes(source: Source) -> int:
-    total = sum(tensor.nbytes for tensor in source.tensors.values())
-    return total + sum(part.nbytes for weight in source.packed.values() for part in weight.parts.values())
+    return sum(tensor.nbytes for tensor in (*source.tensors.values(), *source.packed.values()))
 
 
 def _finding_json(finding: Finding) -> FindingFacts:

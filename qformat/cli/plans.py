@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def free_nbytes_at(out: Path) -> int:
     """Return the bytes that are free where an output is to be written."""
-    from qformat.artifact.writing.disk import free_nbytes
+    from qformat.artifact.writing.disk import Disk
 
-    return free_nbytes(out.absolute())
+    return Disk().free_nbytes(out.absolute())
 
 
 def plan_json(

@@ -19,7 +19,8 @@ from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionOptions, ConversionSummary
-    from qformat.converters.encode.plan import AdoptedTask, PackedTask, Plan
+    from qformat.converters.encode.plan import Plan
+    from qformat.converters.encode.tasks import AdoptedTask, PackedTask
     from qformat.quality.calibration.settings import CalibrationSettings
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from qformat.codec import nested, nf4
 from qformat.codec.codebooks import DYNAMIC_MAP, DYNAMIC_THRESHOLDS, NF4_THRESHOLDS
-from qformat.codec.cpu import blocks, kernels, lanes
+from qformat.codec.cpu import blocks, lanes
 from qformat.codec.cpu.blocks import Instructions
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
@@ -390,16 +389,3 @@ def test_arrays_that_do_not_fit_are_refused_by_name(case: str) -> None:
     call, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
         call()
-
-
-def test_warming_up_tells_of_a_compilation_only_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    for float_format in FORMATS:
-        blocks.warm_up(float_format)
-        blocks.warm_up(float_format, on_compile=lambda: told.append("compiled"))
-    assert not told
-    monkeypatch.setattr(blocks, "COMPILING_TAKES_S", 0.0)
-    slow = kernels.add_in_order
-    monkeypatch.setattr(type(slow), "compile", lambda kernel: time.sleep(0.2))
-    blocks.warm_up(FloatFormat.BF16, on_compile=lambda: told.append("compiled"))
-    assert told == ["compiled"]
