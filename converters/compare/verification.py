@@ -161,7 +161,8 @@ def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityRe
 
 
 def _nbytes(source: Source) -> int:
-    return sum(tensor.nbytes for tensor in (*source.tensors.values(), *source.packed.values()))
+    plain = sum(tensor.nbytes for tensor in source.tensors.values())
+    return plain + sum(weight.nbytes for weight in source.packed.values())
 
 
 def _finding_json(finding: Finding) -> FindingFacts:

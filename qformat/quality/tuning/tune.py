@@ -20,7 +20,6 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import qformat
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import JsonObject
@@ -42,6 +41,7 @@ from qformat.quality.tuning.steps import HeldOut, StepLine, TuningRun, checkpoin
 from qformat.quality.tuning.tunable import LARGEST_CHANGE, TunableModel, make_tunable, share_kept_tensors
 from qformat.quality.windows import TokenWindows, read_windows
 from qformat.training.checkpoints import CheckpointFolder
+from qformat.version import __version__
 
 DTYPE = torch.bfloat16
 """Of the arithmetic; what is trained, and the losses, are float32."""
@@ -255,7 +255,7 @@ def _record(settings: TuningSettings, windows: TokenWindows, *, cached: bool) ->
         "scale_change": LARGEST_CHANGE,
         "dtype": str(DTYPE).removeprefix("torch."),
         "versions": {
-            "qformat": qformat.__version__,
+            "qformat": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
