@@ -12,7 +12,7 @@ import click
 
 from qformat.cli.display import echo_json, format_table, say_compiling, say_complete, some
 from qformat.cli.options import options_record, out_argument, written_shards_options
-from qformat.cli.plans import free_in_words, free_nbytes_at, plan_json, show_shards
+from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
 from qformat.cli.progress import Bar
 from qformat.errors import Option, UsageError
 from qformat.sizes import format_nbytes, parse_nbytes
@@ -173,13 +173,7 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
 def _show_summary(summary: ConversionSummary, *, as_json: bool) -> None:
     plan = summary.plan
     if as_json:
-        facts = {
-            "out": str(summary.out),
-            **_facts(plan),
-            "seconds": round(summary.seconds, 3),
-            "already_complete": summary.already_complete,
-        }
-        echo_json(facts)
+        echo_json(summary_json(summary, _facts(plan)))
         return
     if summary.already_complete:
         say_complete(summary.out)

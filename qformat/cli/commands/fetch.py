@@ -10,6 +10,7 @@ import click
 
 from qformat.cli.display import echo_json, say_complete
 from qformat.cli.options import json_option, options_record, out_argument, output_options
+from qformat.cli.outputs import summary_json
 from qformat.cli.progress import Bar
 from qformat.sizes import format_nbytes
 
@@ -64,14 +65,13 @@ def command(options: FetchArguments) -> None:
             on_progress=bar.advance,
         )
     if options.as_json:
-        echo_json(_facts(summary))
+        echo_json(summary_json(summary, _facts(summary)))
     else:
         _show(summary)
 
 
 def _facts(summary: FetchSummary) -> dict[str, object]:
     return {
-        "out": str(summary.out),
         "repository": summary.repository,
         "commit": summary.commit,
         "n_files": summary.n_files,
@@ -79,8 +79,6 @@ def _facts(summary: FetchSummary) -> dict[str, object]:
         "nbytes_fetched": summary.nbytes_fetched,
         "signed": summary.signed,
         "others": list(summary.others),
-        "seconds": round(summary.seconds, 3),
-        "already_complete": summary.already_complete,
     }
 
 

@@ -1,4 +1,4 @@
-"""What a command that writes shards tells beforehand: its files, and whether the disk has room for them."""
+"""What a command that writes an output tells: its files and the room for them beforehand, and what it did."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.artifact.layout import Shard
+    from qformat.converters.convert import ConversionSummary
+    from qformat.converters.export import ExportSummary
+    from qformat.hub.fetch import FetchSummary
+
+
+def summary_json(
+    done: ConversionSummary | ExportSummary | FetchSummary, facts: Mapping[str, object]
+) -> dict[str, object]:
+    """Return what was written as plain JSON values. facts: what the command tells of it."""
+    took = {"seconds": round(done.seconds, 3), "already_complete": done.already_complete}
+    return {"out": str(done.out), **facts, **took}
 
 
 def free_nbytes_at(out: Path) -> int:
