@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.kernels.packed_weight import PackedWeight
 from qformat.kernels.scaled_linear import linear_nf4_scale_gradient
 from qformat.kernels.triton import launch as triton_launch
@@ -58,7 +59,7 @@ def check_dequantize_exact(settings: Settings) -> Iterator[Result]:
     """Every bit of the decoded weight, for all block sizes, levels, dtypes and tails."""
     shapes = [(64, TILE // 64), (103, 241), (1, 1), (1, TILE + 1), *([] if settings.quick else [(4096, 4096)])]
     for shape in shapes:
-        for block_size in (32, 64, 128, 256):
+        for block_size in BLOCK_SIZES:
             for double_quant in (True, False):
                 weight = random_weight(
                     shape, block_size=block_size, double_quant=double_quant, device=str(settings.device)
@@ -74,7 +75,7 @@ def check_product_exact(settings: Settings) -> Iterator[Result]:
     """Every weight that the product uses, read out with unit vectors: compared as values, since -0 comes back as 0."""
     shapes = [(100, 448)] if settings.quick else [(100, 448), (576, 576), (896, 1152)]
     for shape in shapes:
-        for block_size in (32, 64, 128, 256):
+        for block_size in BLOCK_SIZES:
             for double_quant in (True, False):
                 weight = random_weight(
                     shape, block_size=block_size, double_quant=double_quant, device=str(settings.device)
@@ -88,7 +89,7 @@ def check_block_dots_close(settings: Settings) -> Iterator[Result]:
     sizes = [1, 65, BLOCK_DOTS_TILE, 3 * BLOCK_DOTS_TILE + 517, *([] if settings.quick else [1 << 24])]
     for n in sizes:
         packed = random_codes(n).to(settings.device)
-        for block_size in (32, 64, 128, 256):
+        for block_size in BLOCK_SIZES:
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 values = torch.randn(n, device=settings.device).to(dtype)
                 out = torch.empty(-(-n // block_size), device=settings.device)
