@@ -8,7 +8,8 @@ from pathlib import Path
 
 from qformat.artifact import layout
 from qformat.artifact.digests import xxh3
-from qformat.artifact.manifest import FileRecord, seal
+from qformat.artifact.manifest import FileRecord
+from qformat.artifact.manifest_seal import seal
 from tools.spec.reference_codec import JsonObject
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qformat.codec import nf4
 from qformat.codec.cpu.blocks import decode_into
-from qformat.codec.cpu.kernels import Kernel, filled, jit, raw_type, taken
+from qformat.codec.cpu.kernels import Kernel, filled, format_literal, jit, raw_type, taken
 from qformat.codec.cpu.scalars import widened
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
@@ -93,7 +93,7 @@ _DISPATCHER = jit(_block_dots, any_order=True)
 def _kernel(float_format: FloatFormat) -> Kernel:
     """values [n], factors [n], block_size, out [n / block_size]."""
     arrays = taken(raw_type(float_format)), taken(types.float32)
-    name = types.literal(float_format.value)
+    name = format_literal(float_format)
     return Kernel(_DISPATCHER, types.void(*arrays, types.int64, filled(types.float32), name))
 
 

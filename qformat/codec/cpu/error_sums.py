@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from qformat.codec.cpu.kernels import Kernel, filled, jit, raw_type, taken
+from qformat.codec.cpu.kernels import Kernel, filled, format_literal, jit, raw_type, taken
 from qformat.codec.cpu.scalars import widened_or_nan
 from qformat.codec.floats import FloatFormat, Raw
 from qformat.codec.nf4 import packed_nbytes
@@ -184,7 +184,7 @@ def _adder(float_format: FloatFormat) -> Kernel:
     """add(weights [n], decoded [n], columns [4, COLUMNS], largest [COLUMNS])."""
     raw = taken(raw_type(float_format))
     columns = types.Array(types.float64, 2, "C", aligned=False)
-    return Kernel(_add, types.void(raw, raw, columns, filled(types.float32), types.literal(float_format.value)))
+    return Kernel(_add, types.void(raw, raw, columns, filled(types.float32), format_literal(float_format)))
 
 
 _ADDERS = {each: _adder(each) for each in FloatFormat}

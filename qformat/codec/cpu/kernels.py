@@ -84,6 +84,11 @@ def raw_type(float_format: FloatFormat) -> types.Type:
     return types.float32 if float_format is FloatFormat.F32 else types.uint16
 
 
+def format_literal(float_format: FloatFormat) -> types.Type:
+    """Return numba's type of the literal argument that names a float format."""
+    return types.literal(float_format.value)
+
+
 def encoder_signature(element: types.Type, *variant: types.Type) -> Signature:
     """all_finite = encode(raw [n], block_size, packed [n/2], absmax [n/block_size])."""
     return types.boolean(taken(element), types.int64, filled(types.uint8), filled(types.float32), *variant)
@@ -209,7 +214,7 @@ def _decode(packed: Any, scales: Any, block_size: Any, out: Any, float_format: A
 
 
 def _variants(function: Any, signature: Callable[..., Signature]) -> dict[FloatFormat, Kernel]:
-    return {each: Kernel(function, signature(raw_type(each), types.literal(each.value))) for each in FloatFormat}
+    return {each: Kernel(function, signature(raw_type(each), format_literal(each))) for each in FloatFormat}
 
 
 ENCODERS = _variants(_encode, encoder_signature)

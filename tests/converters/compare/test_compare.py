@@ -17,7 +17,7 @@ import pytest
 import qformat
 from qformat.artifact.components import Component
 from qformat.artifact.digests import xxh3
-from qformat.artifact.manifest import MANIFEST_NAME, KeptRecord, PackedRecord
+from qformat.artifact.manifest import KeptRecord, PackedRecord
 from qformat.artifact.manifest import parse as parse_manifest
 from qformat.artifact.reading.reader import open_artifact
 from qformat.codec.cpu.error_sums import ErrorSums, RunningErrors, add_up, count_codes
@@ -28,6 +28,7 @@ from qformat.converters.convert import ConversionOptions, convert
 from qformat.converters.encode import task_writer
 from qformat.converters.sources.safetensors_shards import SafetensorsShards
 from qformat.errors import ArtifactError, Reason, SourceError
+from qformat.names import MANIFEST_NAME
 from tests.small_models import (
     Tensor,
     llama_config,

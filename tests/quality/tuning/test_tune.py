@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from qformat.artifact.manifest import KeptRecord, PackedRecord, seal
+from qformat.artifact.manifest import KeptRecord, PackedRecord
+from qformat.artifact.manifest_seal import seal
 from qformat.artifact.reading.reader import PackedTensor, open_artifact
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.converters.compare.compare import compare
