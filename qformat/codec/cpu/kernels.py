@@ -84,7 +84,7 @@ def raw_type(float_format: FloatFormat) -> types.Type:
     return types.float32 if float_format is FloatFormat.F32 else types.uint16
 
 
-def format_literal(float_format: FloatFormat) -> types.Type:
+def format_literal(float_format: FloatFormat) -> Any:
     """Return numba's type of the literal argument that names a float format."""
     return types.literal(float_format.value)
 
