@@ -30,6 +30,7 @@ from qformat.converters.sources.reading import StreamedSource, pin_of
 from qformat.converters.sources.source import Source
 from qformat.cores import usable_cores
 from qformat.errors import UsageError
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.quality.calibration.settings import CalibrationSettings
 
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
@@ -40,7 +41,7 @@ DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
 class ConversionOptions:
     """What a user may choose about a conversion.
 
-    revision, offline, keep_source: of a repository of the Hub, see `open_source`.
+    revision, offline, keep_source, transfer: of a repository of the Hub, see `open_source`.
     calibration: choose codes and scales on a text, layer by layer.
     """
 
@@ -54,6 +55,7 @@ class ConversionOptions:
     revision: str | None = None
     offline: bool = False
     keep_source: bool = False
+    transfer: Transfer = DEFAULT_TRANSFER
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
@@ -68,7 +70,12 @@ class ConversionOptions:
     def open(self, source: Path | str, *, pin: JsonObject | None = None) -> tuple[Source, Plan]:
         """Open a source and plan its conversion. The caller closes the source. pin: see `open_source`."""
         opened = open_source(
-            source, revision=self.revision, offline=self.offline, keep_source=self.keep_source, pin=pin
+            source,
+            revision=self.revision,
+            offline=self.offline,
+            keep_source=self.keep_source,
+            pin=pin,
+            transfer=self.transfer,
         )
         try:
             if self.keep_nonfinite and isinstance(opened, StreamedSource):

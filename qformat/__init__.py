@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qformat.hub.card.prepared_card import CardOptions
     from qformat.hub.diff import Difference, diff
     from qformat.hub.fetch import FetchSummary, fetch
-    from qformat.hub.publishing.publish import Published, publish
+    from qformat.hub.publishing.publish import Published, PublishOptions, publish
     from qformat.hub.remote_verify import RemoteReport, verify_remote
     from qformat.kernels.backends import force_backend
     from qformat.model.load import load_model, load_tokenizer
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from qformat.quality.evaluation.evaluate import Evaluation, evaluate
     from qformat.quality.tuning.settings import TuningSettings
     from qformat.quality.tuning.tune import TuningJob, TuningResult, tune
-    from qformat.training.run import TrainingJob, TrainingResult, train
+    from qformat.training.result import TrainingResult
+    from qformat.training.run import TrainingJob, train
     from qformat.training.settings import TrainingSettings
 
 _PUBLIC = {
@@ -56,10 +57,11 @@ _PUBLIC = {
     "KeptTensor": "qformat.artifact.reading.reader:KeptTensor",
     "PackedTensor": "qformat.artifact.reading.reader:PackedTensor",
     "Plan": "qformat.converters.encode.plan:Plan",
+    "PublishOptions": "qformat.hub.publishing.publish:PublishOptions",
     "Published": "qformat.hub.publishing.publish:Published",
     "RemoteReport": "qformat.hub.remote_verify:RemoteReport",
     "TrainingJob": "qformat.training.run:TrainingJob",
-    "TrainingResult": "qformat.training.run:TrainingResult",
+    "TrainingResult": "qformat.training.result:TrainingResult",
     "TrainingSettings": "qformat.training.settings:TrainingSettings",
     "TuningJob": "qformat.quality.tuning.tune:TuningJob",
     "TuningResult": "qformat.quality.tuning.tune:TuningResult",
@@ -97,6 +99,7 @@ __all__ = [
     "KeptTensor",
     "PackedTensor",
     "Plan",
+    "PublishOptions",
     "Published",
     "RemoteReport",
     "TrainingJob",

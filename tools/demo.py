@@ -120,7 +120,7 @@ def compare_with_peer(artifact: Path, adapter: Path) -> None:
 
     import qformat
     from qformat.model.load import open_shards
-    from qformat.training.adapter.adapters import load_adapter
+    from qformat.training.adapter.attach import load_adapter
     from qformat.training.adapter.base_record import BaseRecord
 
     say(f"Plain PEFT loads {adapter} on transformers + bitsandbytes:")

@@ -15,6 +15,7 @@ from pathlib import Path
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.source import Source
 from qformat.errors import Reason, SourceError, UsageError
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.names import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, SINGLE_TORCH_NAME, is_repository_name
 
 
@@ -49,16 +50,19 @@ def open_source(
     offline: bool = False,
     keep_source: bool = False,
     pin: JsonObject | None = None,
+    transfer: Transfer = DEFAULT_TRANSFER,
 ) -> Source:
     """Open the checkpoint at a location: a folder, a GGUF file, or a repository of the Hub. The caller closes it.
 
     location: what lies here comes first; otherwise a text of the form owner/name is a repository, and a Path never is.
-    revision, offline, keep_source, pin: of a repository, see `open_hub_files`.
+    revision, offline, keep_source, pin, transfer: of a repository, see `open_hub_files`.
     Raises: SourceError for what is no checkpoint, or a damaged one, or one of a kind that cannot be converted;
     HubError; UsageError for options that do not fit the location.
     """
     if is_repository(location):
-        return _open_hub(str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin)
+        return _open_hub(
+            str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin, transfer=transfer
+        )
     if revision is not None or offline or keep_source:
         raise UsageError(f"{location}: is no repository of the Hub (owner/name), and the option is for those")
     path = Path(location)
@@ -108,11 +112,15 @@ def _encoding_of(source: Source) -> _Encoding | None:
     )
 
 
-def _open_hub(name: str, *, revision: str | None, offline: bool, keep_source: bool, pin: JsonObject | None) -> Source:
+def _open_hub(
+    name: str, *, revision: str | None, offline: bool, keep_source: bool, pin: JsonObject | None, transfer: Transfer
+) -> Source:
     from qformat.converters.sources.hub.repository import HubRepository, open_hub_files
     from qformat.converters.sources.hub.snapshot import HubSnapshot
 
-    files = open_hub_files(name, revision=revision, offline=offline, keep_source=keep_source, pin=pin)
+    files = open_hub_files(
+        name, revision=revision, offline=offline, keep_source=keep_source, pin=pin, transfer=transfer
+    )
     try:
         container = _container_at(files.path, files.names())
         if container is not None and container.open is not _open_safetensors:

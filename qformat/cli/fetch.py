@@ -44,6 +44,7 @@ def command(
     OUT before it is whole. Only what the manifest lists is fetched.
     """
     from qformat.hub.fetch import fetch
+    from qformat.hub.reading.transfer import Transfer
 
     with ExitStack() as stack:
         update = None
@@ -60,7 +61,7 @@ def command(
             repository,
             out,
             revision=revision,
-            connections=connections,
+            transfer=Transfer(connections=connections),
             force=force,
             restart=restart,
             on_plan=start,

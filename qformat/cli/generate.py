@@ -62,7 +62,8 @@ def command(
     from qformat.model.load import load_model, load_tokenizer
 
     imported = time.monotonic()
-    force_backend(backend)
+    if backend is not None:
+        force_backend(backend)
     model = load_model(artifact, device=device, verify=verify, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
     if adapter is not None:
         model = _with_adapter(model, artifact, adapter, force=force_adapter)
@@ -92,7 +93,7 @@ def command(
 def _with_adapter(model: PreTrainedModel, artifact: Path, adapter: Path, *, force: bool) -> PreTrainedModel:
     """Put the adapter on the model, after a look at what it was trained on."""
     from qformat.model.load import open_shards
-    from qformat.training.adapter.adapters import load_adapter
+    from qformat.training.adapter.attach import load_adapter
     from qformat.training.adapter.base_record import BaseRecord
 
     shards = open_shards(artifact)

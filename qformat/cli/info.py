@@ -30,7 +30,8 @@ def command(backend: str | None, as_json: bool) -> None:
     quiet_transformers()
     from qformat.kernels.backends import force_backend
 
-    force_backend(backend)
+    if backend is not None:
+        force_backend(backend)
     versions, devices, operations, sources = _versions(), _devices(), _operations(), _sources()
     if as_json:
         facts = {"versions": versions, "devices": devices, "operations": operations, "sources": sources}
@@ -100,12 +101,11 @@ def _operations() -> list[dict[str, Any]]:
 def _small_product(backend: str) -> str:
     from qformat.codec.cpu.product import best_instructions
     from qformat.codec.floats import FloatFormat
-    from qformat.kernels import cpu
-    from qformat.kernels.triton import product as triton_product
+    from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
 
     if backend == "numba":
         name = best_instructions(FloatFormat.BF16)
-        return f"from the codes up to M = {cpu.MAX_M}, {name}" if name else "none: this CPU has no AVX2"
+        return f"from the codes up to M = {MAX_ROWS_FROM_CODES}, {name}" if name else "none: this CPU has no AVX2"
     if backend == "triton":
-        return f"from the codes up to M = {triton_product.MAX_M}, tensor cores"
+        return f"from the codes up to M = {MAX_ROWS_FROM_CODES}, tensor cores"
     return "none: decodes"

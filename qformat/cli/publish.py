@@ -90,7 +90,7 @@ def command(
     from qformat.hub.card.licenses import License
     from qformat.hub.card.prepared_card import CardOptions
     from qformat.hub.names import check_repository_name
-    from qformat.hub.publishing.publish import publish
+    from qformat.hub.publishing.publish import PublishOptions, publish
 
     check_repository_name(repository)
     if license_id is None and (license_name or license_link):
@@ -99,7 +99,15 @@ def command(
         raise UsageError("--card is published as it is: leave out --source, --figures, --base-model and --license")
     if source is not None and figures is not None:
         raise UsageError("--source compares now, --figures takes what was found before: give one of them")
-    options = CardOptions(
+    options = PublishOptions(
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        sign_key=sign_key,
+        confirm_license=confirm_license,
+        dry_run=dry_run,
+    )
+    card_options = CardOptions(
         card=card,
         base_model=base_model or (source if source is not None and is_repository(source) else None),
         source=Path(source) if source is not None and Path(source).is_dir() else None,
@@ -114,13 +122,8 @@ def command(
         published = publish(
             artifact,
             repository,
+            card_options,
             options,
-            revision=revision,
-            private=private,
-            create_pr=create_pr,
-            sign_key=sign_key,
-            confirm_license=confirm_license,
-            dry_run=dry_run,
             workers=workers,
             on_progress=update,
         )

@@ -19,7 +19,7 @@ from qformat.sizes import format_nbytes, parse_nbytes
 from qformat.training.settings import TrainingSettings, read_toml, value_type
 
 if TYPE_CHECKING:
-    from qformat.training.run import TrainingResult
+    from qformat.training.result import TrainingResult
 
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -15,11 +15,15 @@ _NF4_BITS = (
 )  # fmt: skip
 
 
-def _dynamic_map() -> NDArray[np.float32]:
-    """Build the 256 ascending values of spec section 5.1: 7 decades of means between linear boundaries, 0 and 1."""
+def dynamic_map(*, signed: bool) -> NDArray[np.float32]:
+    """Build 256 ascending values: 7 decades of means between linear boundaries, 0 and 1; 0 and 1 are exact.
+
+    signed: the map of spec section 5.1, whose values have both signs. Without a sign, which is no part of the format,
+    each decade has twice as many values: optimizer states use that map for the second moment.
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
-        count = 2**exponent + 1
+        count = 2 ** (exponent + (not signed)) + 1
         index = np.arange(count)
         step = np.float64(np.float32(np.float32(0.9) / np.float32(count - 1)))
         low = np.float64(np.float32(0.1)) + step * index
@@ -27,7 +31,7 @@ def _dynamic_map() -> NDArray[np.float32]:
         boundaries = np.where(index < count // 2, low, high).astype(np.float32)
         means = (boundaries[:-1] + boundaries[1:]) / np.float32(2)
         magnitudes = np.float32(10.0 ** (exponent - 6)) * means
-        values += [*magnitudes.tolist(), *(-magnitudes).tolist()]
+        values += [*magnitudes.tolist(), *((-magnitudes).tolist() if signed else [])]
     return np.array(sorted(values), dtype=np.float32)
 
 
@@ -42,7 +46,7 @@ NF4_CODEBOOK = _frozen(np.array(_NF4_BITS, dtype=np.uint32).view(np.float32))
 NF4_THRESHOLDS = _frozen((NF4_CODEBOOK[:-1] + NF4_CODEBOOK[1:]) / np.float32(2))
 """float32 [15]: the midpoints between neighbouring values; a scaled weight's code is the number of them below it."""
 
-DYNAMIC_MAP = _frozen(_dynamic_map())
+DYNAMIC_MAP = _frozen(dynamic_map(signed=True))
 """float32 [256]: the value of each 8-bit absmax code, ascending; code 127 is exactly 0."""
 
 DYNAMIC_THRESHOLDS = _frozen((DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / np.float32(2))

@@ -15,7 +15,7 @@ from qformat.codec.nf4 import packed_nbytes
 from qformat.errors import ArtifactError
 from qformat.hub.reading.listing import read_published
 from qformat.hub.reading.remote import open_repository
-from qformat.hub.reading.transport import Patience
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.names import is_repository_name
 
 _COUNTED = {Aspect.CODES, Aspect.SCALES, Aspect.DATA}
@@ -43,7 +43,7 @@ def diff(
     revision_a: str | None = None,
     revision_b: str | None = None,
     token: str | bool | None = None,
-    patience: Patience | None = None,
+    transfer: Transfer = DEFAULT_TRANSFER,
     on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Difference:
@@ -53,8 +53,8 @@ def diff(
     counted. revision_a, revision_b: of repositories. on_plan, on_progress: bytes that are counted, in all and so far.
     Raises: ArtifactError, HubError, UsageError.
     """
-    manifest_a, name_a = _manifest(a, revision_a, token, patience)
-    manifest_b, name_b = _manifest(b, revision_b, token, patience)
+    manifest_a, name_a = _manifest(a, revision_a, token, transfer)
+    manifest_b, name_b = _manifest(b, revision_b, token, transfer)
     found = diff_manifests(manifest_a, manifest_b)
     values = None
     if Path(a).is_dir() and Path(b).is_dir():
@@ -66,11 +66,11 @@ def diff(
 
 
 def _manifest(
-    location: Path | str, revision: str | None, token: str | bool | None, patience: Patience | None
+    location: Path | str, revision: str | None, token: str | bool | None, transfer: Transfer
 ) -> tuple[Manifest, str]:
     if Path(location).exists() or not (isinstance(location, str) and is_repository_name(location)):
         return read_manifest(Path(location)), str(location)
-    repository = open_repository(location, revision=revision, token=token, patience=patience, error=ArtifactError)
+    repository = open_repository(location, revision=revision, token=token, transfer=transfer, error=ArtifactError)
     return read_published(repository).manifest, f"{location}@{repository.commit[:12]}"
 
 

@@ -9,15 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging, begun_with, check_target, refuse_full_disk, work_folder
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.fetch_run import FetchRun
-from qformat.hub.reading.listing import listing_findings, read_published
+from qformat.hub.reading.listing import PublishedArtifact, listing_findings, read_published
 from qformat.hub.reading.remote import DEFAULT_REVISION, open_repository
-from qformat.hub.reading.stream import CONNECTIONS
-from qformat.hub.reading.transport import Patience
-from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +42,8 @@ def fetch(
     revision: str | None = None,
     force: bool = False,
     restart: bool = False,
-    connections: int = CONNECTIONS,
     token: str | bool | None = None,
-    patience: Patience | None = None,
+    transfer: Transfer = DEFAULT_TRANSFER,
     disk: Disk | None = None,
     on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
@@ -61,44 +59,48 @@ def fetch(
     started = time.monotonic()
     out, disk = Path(out), disk or Disk()
     revision = revision or DEFAULT_REVISION
+    asked: dict[str, str] = {"repository": repository, "revision": revision}
     begun = {} if restart else begun_with(out)
-    same = (begun.get("repository"), begun.get("revision")) == (repository, revision)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
         check_target(out, replace=force)
-    opened = open_repository(
-        repository,
-        revision=str(begun["commit"]) if same else revision,
-        token=token,
-        patience=patience,
-        error=ArtifactError,
+    same = asked.items() <= begun.items()
+    published = _find_artifact(repository, str(begun["commit"]) if same else revision, token, transfer)
+    disk.needed_nbytes = published.nbytes
+    if not continuing:
+        refuse_full_disk(out, disk.needed_nbytes)
+    on_plan(published.nbytes - len(published.manifest_bytes))
+    note: JsonObject = {**asked, "commit": published.repository.commit}
+    fingerprint = _fingerprint(published)
+    with Staging.begin(out, fingerprint, disk=disk, replace=force, restart=restart, note=note) as staging:
+        complete, n_fetched = staging.sealed_before, 0
+        if not complete:
+            refuse_full_disk(out, disk.needed_nbytes)
+            n_fetched = FetchRun(published, staging, transfer, on_progress).run()
+    return FetchSummary(
+        out=out,
+        repository=repository,
+        commit=published.repository.commit,
+        n_files=published.n_files,
+        nbytes=published.nbytes,
+        nbytes_fetched=n_fetched,
+        seconds=time.monotonic() - started,
+        signed=published.signed,
+        others=published.others,
+        already_complete=complete,
     )
+
+
+def _find_artifact(repository: str, revision: str, token: str | bool | None, transfer: Transfer) -> PublishedArtifact:
+    """Read the manifest of a repository, and refuse a listing that is not the manifest's."""
+    opened = open_repository(repository, revision=revision, token=token, transfer=transfer, error=ArtifactError)
     published = read_published(opened)
     for finding in listing_findings(published):
         if finding.reason is not Reason.EXTRA_FILE:  # what the manifest does not list is not fetched
             raise finding.as_error(published.where)
-    total = sum(record.nbytes for record in published.manifest.files.values())
-    disk.needed_nbytes = total + len(published.manifest_bytes)
-    if not continuing:
-        refuse_full_disk(out, disk.needed_nbytes)
-    on_plan(total)
-    fingerprint = f"fetch {repository} {opened.commit} {hashlib.sha256(published.manifest_bytes).hexdigest()}"
-    note = {"repository": repository, "revision": revision, "commit": opened.commit}
-    with Staging.begin(out, fingerprint, disk=disk, replace=force, restart=restart, note={**note}) as staging:
-        complete, n_fetched = staging.sealed_before, 0
-        if not complete:
-            refuse_full_disk(out, disk.needed_nbytes)
-            n_fetched = FetchRun(published, staging, connections, on_progress).run()
-    taken = {*published.manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
-    return FetchSummary(
-        out=out,
-        repository=repository,
-        commit=opened.commit,
-        n_files=len(published.manifest.files) + 1,
-        nbytes=total + len(published.manifest_bytes),
-        nbytes_fetched=n_fetched,
-        seconds=time.monotonic() - started,
-        signed=published.signed,
-        others=tuple(name for name in opened.files if name not in taken and not name.startswith(".")),
-        already_complete=complete,
-    )
+    return published
+
+
+def _fingerprint(published: PublishedArtifact) -> str:
+    digest = hashlib.sha256(published.manifest_bytes).hexdigest()
+    return f"fetch {published.repository.name} {published.repository.commit} {digest}"

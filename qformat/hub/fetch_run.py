@@ -24,7 +24,7 @@ from qformat.artifact.writing.staging import Staging
 from qformat.cores import run_tasks, usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
 from qformat.hub.reading.listing import PublishedArtifact
-from qformat.hub.reading.stream import PIECE_NBYTES
+from qformat.hub.reading.transfer import Transfer
 from qformat.hub.signature import MAX_SIGNATURE_NBYTES
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
@@ -44,12 +44,12 @@ class FetchRun:
     """One run of a fetch: what its threads share."""
 
     def __init__(
-        self, published: PublishedArtifact, staging: Staging, connections: int, on_progress: Callable[[int], None]
+        self, published: PublishedArtifact, staging: Staging, transfer: Transfer, on_progress: Callable[[int], None]
     ) -> None:
         self._published = published
         self._files = published.manifest.files
         self._staging = staging
-        self._connections = connections
+        self._transfer = transfer
         self._on_progress = on_progress
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class FetchRun:
         stack.callback(follower.close)
         there = self._resumed()
         missing = {}
-        for piece in [piece for name, record in self._files.items() for piece in _pieces(name, record)]:
+        for piece in [piece for name, record in self._files.items() for piece in self._pieces(name, record)]:
             if piece in there:
                 follower.mark_written(piece.file, piece.start, piece.stop)
                 self._on_progress(piece.stop - piece.start)
@@ -98,7 +98,7 @@ class FetchRun:
         run_tasks(
             missing,
             do,
-            workers=self._connections,
+            workers=self._transfer.connections,
             stopping=self._stopping,
             thread_name="qformat-fetch",
             on_stop=self._published.repository.close,
@@ -125,7 +125,7 @@ class FetchRun:
 
     def _fetch_piece(self, piece: _Piece) -> None:
         if not hasattr(self._buffers, "bytes"):
-            self._buffers.bytes = bytearray(PIECE_NBYTES)
+            self._buffers.bytes = bytearray(self._transfer.piece_nbytes)
         data = memoryview(self._buffers.bytes)[: piece.stop - piece.start]
         self._published.repository.read_range(piece.file, piece.start, data, on_bytes=self._arrived)
         path = self._staging.folder / piece.file
@@ -157,7 +157,7 @@ class FetchRun:
 
     def _damaged(self, name: str, record: FileRecord) -> list[_Piece]:
         """Return the pieces with bytes that the manifest's XXH3-128 do not know; all of them where they do not tell."""
-        pieces = _pieces(name, record)
+        pieces = self._pieces(name, record)
         if record.header_xxh3 is None:
             return pieces
         checks = range_checks(self._staging.folder, self._published.manifest, {name: self._descriptors[name]}, [])
@@ -184,8 +184,6 @@ class FetchRun:
         path = self._staging.folder / piece.file
         return xxh3_of_range(self._descriptors[piece.file], piece.start, piece.stop, path=path, error=ArtifactError)
 
-
-def _pieces(name: str, record: FileRecord) -> list[_Piece]:
-    return [
-        _Piece(name, start, min(start + PIECE_NBYTES, record.nbytes)) for start in range(0, record.nbytes, PIECE_NBYTES)
-    ]
+    def _pieces(self, name: str, record: FileRecord) -> list[_Piece]:
+        step = self._transfer.piece_nbytes
+        return [_Piece(name, start, min(start + step, record.nbytes)) for start in range(0, record.nbytes, step)]

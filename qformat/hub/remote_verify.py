@@ -27,10 +27,9 @@ from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.reading.listing import PublishedArtifact, listing_findings, read_published
 from qformat.hub.reading.remote import open_repository
-from qformat.hub.reading.stream import CONNECTIONS
-from qformat.hub.reading.transport import Patience
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.hub.signature import check_published_signature
-from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SIGNATURE_NAME
+from qformat.names import CONFIG_NAME, INDEX_NAME, SIGNATURE_NAME
 
 MAX_SMALL_NBYTES = 64 * 2**20
 """A file outside of the shards that is fetched to be hashed; a larger one is in large-file storage, whose SHA-256 is
@@ -67,7 +66,7 @@ def verify_remote(
     revision: str | None = None,
     public_key: Path | None = None,
     token: str | bool | None = None,
-    patience: Patience | None = None,
+    transfer: Transfer = DEFAULT_TRANSFER,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> RemoteReport:
     """Check the artifact in a repository of the Hub without fetching its weights; every problem is a finding.
@@ -75,12 +74,12 @@ def verify_remote(
     public_key: of the publisher (PEM): the signature must be there and be made with it. on_progress: bytes read.
     Raises: HubError where the repository cannot be read; UsageError for a public key that is none.
     """
-    opened = open_repository(repository, revision=revision, token=token, patience=patience, error=ArtifactError)
+    opened = open_repository(repository, revision=revision, token=token, transfer=transfer, error=ArtifactError)
     try:
         published = read_published(opened)
     except ArtifactError as error:
         return RemoteReport(repository, opened.commit, (finding_of(error),))
-    check = _Check(published, on_progress)
+    check = _Check(published, transfer.connections, on_progress)
     findings = [*listing_findings(published)]
     spoken_of = {finding.file for finding in findings}
     findings += check.files(spoken_of)
@@ -88,23 +87,23 @@ def verify_remote(
         findings += check.structure()
     if public_key is not None:
         findings += check.signature(public_key)
-    taken = {*published.manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
     return RemoteReport(
         repository=repository,
         commit=opened.commit,
         findings=tuple(findings),
-        n_files=len(published.manifest.files) + 1,
-        nbytes=sum(record.nbytes for record in published.manifest.files.values()) + len(published.manifest_bytes),
+        n_files=published.n_files,
+        nbytes=published.nbytes,
         nbytes_read=check.nbytes_read + len(published.manifest_bytes),
         signed=published.signed,
         signature_checked=public_key is not None and all(one.file != SIGNATURE_NAME for one in findings),
-        others=tuple(name for name in opened.files if name not in taken and not name.startswith(".")),
+        others=published.others,
     )
 
 
 @dataclass(slots=True)
 class _Check:
     published: PublishedArtifact
+    connections: int
     on_progress: Callable[[int], None]
     nbytes_read: int = 0
     headers: dict[str, Header] = field(default_factory=dict)
@@ -115,7 +114,7 @@ class _Check:
         """Fetch and check headers and small files, several at a time, but for those that are known to be wrong."""
         tasks = {name: (name, record) for name, record in self.published.manifest.files.items() if name not in without}
         found = run_tasks(
-            tasks, self._file, workers=CONNECTIONS, stopping=threading.Event(), thread_name="qformat-verify"
+            tasks, self._file, workers=self.connections, stopping=threading.Event(), thread_name="qformat-verify"
         )
         return [finding for finding in found.values() if finding is not None]
 

@@ -4,7 +4,9 @@
     triton    CUDA tensors
     torch     every device: plain torch operations, slow, where neither of the others can run
 
-The choice is made per device. `QFORMAT_BACKEND` or `force_backend` names one for all; one that cannot run is an error.
+The choice is made per device. The environment variable `QFORMAT_BACKEND` names one for all devices, and one that cannot
+run is an error. `force_backend` sets that variable: there is one place that says what is forced, for every thread, the
+threads of autograd included, and anyone can print it.
 """
 
 from __future__ import annotations
@@ -53,8 +55,6 @@ BACKENDS = {
 }
 """In the order in which they are tried."""
 
-_forced: list[str] = []
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -65,14 +65,15 @@ class Choice:
 
 
 def force_backend(name: str | None) -> None:
-    """Use a backend for everything from now on, or with None the best one again; before `QFORMAT_BACKEND`.
+    """Use a backend for everything from now on, or with None the best one again.
 
-    Raises BackendError for a name that is none.
+    Sets or unsets `QFORMAT_BACKEND` for this process and those that it starts. Raises BackendError for a name that is
+    none.
     """
-    if name is not None:
-        _known(name, "backend")
-    _forced[:] = [] if name is None else [name]
-    _choose.cache_clear()
+    if name is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = _known(name, "backend").name
 
 
 def choose(device_type: str) -> Choice:
@@ -80,17 +81,16 @@ def choose(device_type: str) -> Choice:
 
     Raises BackendError if the forced one cannot run there.
     """
-    return _choose(device_type, _forced[0] if _forced else None, os.environ.get(VARIABLE))
+    return _choose(device_type, os.environ.get(VARIABLE))
 
 
 @cache
-def _choose(device_type: str, argument: str | None, variable: str | None) -> Choice:
-    forced, by = (argument, "the argument") if argument else (variable, VARIABLE)
+def _choose(device_type: str, forced: str | None) -> Choice:
     if forced:
-        reason = _known(forced, by).unavailable(device_type)
+        reason = _known(forced, VARIABLE).unavailable(device_type)
         if reason is not None:
-            raise BackendError(f"{by} asks for the backend {forced!r}, which cannot run here: {reason}")
-        return Choice(forced, f"forced by {by}")
+            raise BackendError(f"{VARIABLE} asks for the backend {forced!r}, which cannot run here: {reason}")
+        return Choice(forced, f"forced by {VARIABLE}")
     passed_over: list[str] = []
     for name, backend in BACKENDS.items():
         reason = backend.unavailable(device_type)

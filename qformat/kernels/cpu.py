@@ -17,19 +17,15 @@ from qformat.codec.cpu.blocks import decode_into, decode_nested_into
 from qformat.codec.cpu.product import Product, unsupported
 from qformat.codec.floats import FloatFormat
 from qformat.kernels import openmp
+from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 
 SCRATCH_NBYTES = 32 << 20
 """The most that one thread keeps to decode into; larger weights go through it in bands of rows. glibc maps larger
 buffers anew each time, and fresh pages cost five times what decoding costs (2,200 against 11,000 M weights/s)."""
 
-MAX_M = 16
-"""Rows of x up to which the product from the codes is taken: at 16 it takes 0.25 to 0.68 of the time of decoding and
-torch's product (`tools/bench/kernels.py --crossover`, 2 cores with AVX512-BF16)."""
-
 FORMATS = {torch.bfloat16: FloatFormat.BF16, torch.float16: FloatFormat.F16, torch.float32: FloatFormat.F32}
-
-_of_thread = threading.local()
 
 
 def dequantize(weight: PackedWeight, out: Tensor) -> None:
@@ -37,25 +33,55 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
     _decode_elements(weight, 0, weight.n_elements, out.view(-1))
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """Return x [M, K] times the weight's transpose plus bias [N], as [M, N] of x's dtype, in which it is computed."""
-    bands = _bands(weight, x.dtype)
-    if len(bands) == 1:
-        return functional.linear(x, _decode_rows(weight, *bands[0], x.dtype), bias)
-    out = x.new_empty((x.shape[0], weight.shape[0]))
-    for first, last in bands:
-        part = None if bias is None else bias[first:last]
-        out[:, first:last] = functional.linear(x, _decode_rows(weight, first, last, x.dtype), part)
-    return out
+class Scratch(threading.local):
+    """A buffer to decode into for each thread, as large as the largest piece that the thread decoded so far."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def elements(self, n_elements: int, dtype: torch.dtype) -> Tensor:
+        """Return n elements of this thread's buffer, valid until the next call in the thread."""
+        nbytes = n_elements * dtype.itemsize
+        if self._buffer.nbytes < nbytes:
+            self._buffer = torch.empty(nbytes, dtype=torch.uint8)
+        return self._buffer[:nbytes].view(dtype)
 
 
-def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
-    """Return grad [M, N] times the weight, [M, K] of grad's dtype, in which it is computed."""
-    (first, last), *others = _bands(weight, grad.dtype)
-    out = torch.mm(grad[:, first:last], _decode_rows(weight, first, last, grad.dtype))
-    for first, last in others:
-        out.addmm_(grad[:, first:last], _decode_rows(weight, first, last, grad.dtype))
-    return out
+class DecodingProducts:
+    """Products by decoding the weight, in bands of rows that fit a scratch buffer, and torch's product with a band."""
+
+    def __init__(self, scratch_nbytes: int = SCRATCH_NBYTES) -> None:
+        self._scratch_nbytes = scratch_nbytes
+        self._scratch = Scratch()
+
+    def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        """Return x [M, K] times the weight's transpose plus bias [N]: [M, N] of x's dtype, in which it is computed."""
+        bands = self._bands(weight, x.dtype)
+        if len(bands) == 1:
+            return functional.linear(x, self._decoded_rows(weight, *bands[0], x.dtype), bias)
+        out = x.new_empty((x.shape[0], weight.shape[0]))
+        for first, last in bands:
+            part = None if bias is None else bias[first:last]
+            out[:, first:last] = functional.linear(x, self._decoded_rows(weight, first, last, x.dtype), part)
+        return out
+
+    def input_gradient(self, grad: Tensor, weight: PackedWeight) -> Tensor:
+        """Return grad [M, N] times the weight, [M, K] of grad's dtype, in which it is computed."""
+        (first, last), *others = self._bands(weight, grad.dtype)
+        out = torch.mm(grad[:, first:last], self._decoded_rows(weight, first, last, grad.dtype))
+        for first, last in others:
+            out.addmm_(grad[:, first:last], self._decoded_rows(weight, first, last, grad.dtype))
+        return out
+
+    def _bands(self, weight: PackedWeight, dtype: torch.dtype) -> list[tuple[int, int]]:
+        """Return ranges of rows that fit the scratch buffer and, but for the last, end at the end of a block."""
+        return weight.bands(self._scratch_nbytes // dtype.itemsize)
+
+    def _decoded_rows(self, weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        k = weight.shape[1]
+        out = self._scratch.elements((last - first) * k, dtype)
+        _decode_elements(weight, first * k, last * k, out)
+        return out.view(last - first, k)
 
 
 def block_dots(values: Tensor, packed: Tensor, block_size: int, out: Tensor) -> None:
@@ -63,10 +89,10 @@ def block_dots(values: Tensor, packed: Tensor, block_size: int, out: Tensor) -> 
     block_dots_into(_raw(values), FORMATS[values.dtype], _array(packed), block_size=block_size, out=_array(out))
 
 
-def product(x: Tensor, weight: PackedWeight) -> Tensor:
+def product(x: Tensor, held: HeldWeight) -> Tensor:
     """Return x [M, K] times the weight's transpose, [M, N], without decoding the weight to memory."""
-    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    ready = _prepared(weight, FORMATS[x.dtype])
+    out = torch.empty((x.shape[0], held.weight.shape[0]), dtype=x.dtype)
+    ready = held.prepared(x.dtype, _prepared)
     n_threads = torch.get_num_threads()
     if ready.instructions == "bf16":  # a token asks for every weight: views for numpy would cost as much as a small one
         ready.at(x.data_ptr(), x.numel(), out.data_ptr(), team=openmp.run, n_threads=n_threads)
@@ -75,52 +101,27 @@ def product(x: Tensor, weight: PackedWeight) -> Tensor:
     return out
 
 
-def _prepared(weight: PackedWeight, float_format: FloatFormat) -> Product:
-    """Return the weight made ready for products; kept with it, since a decoded token asks for every weight once."""
-    kept = weight.prepared.get(float_format)
-    if kept is None:
-        nested_absmax, nested_quant_map = weight.nested_absmax, weight.nested_quant_map
-        kept = weight.prepared[float_format] = Product(
-            _array(weight.packed),
-            _array(weight.absmax),
-            None if nested_absmax is None else _array(nested_absmax),
-            weight.nested_offset,
-            shape=weight.shape,
-            block_size=weight.block_size,
-            float_format=float_format,
-            nested_quant_map=DYNAMIC_MAP if nested_quant_map is None else _array(nested_quant_map),
-        )
-    return kept
+def _prepared(weight: PackedWeight, dtype: torch.dtype) -> Product:
+    nested_absmax, nested_quant_map = weight.nested_absmax, weight.nested_quant_map
+    return Product(
+        _array(weight.packed),
+        _array(weight.absmax),
+        None if nested_absmax is None else _array(nested_absmax),
+        weight.nested_offset,
+        shape=weight.shape,
+        block_size=weight.block_size,
+        float_format=FORMATS[dtype],
+        nested_quant_map=DYNAMIC_MAP if nested_quant_map is None else _array(nested_quant_map),
+    )
 
 
 def product_unsupported(m: int, weight: PackedWeight, dtype: torch.dtype) -> str | None:
     """Return why `product` does not take x [m, K] of `dtype`, or None if it does."""
     if dtype not in FORMATS:
         return f"{dtype}: expected one of {', '.join(map(str, FORMATS))}"
-    if m > MAX_M:
-        return f"m = {m}: from {MAX_M + 1} rows on, decoding is faster"
+    if m > MAX_ROWS_FROM_CODES:
+        return f"m = {m}: from {MAX_ROWS_FROM_CODES + 1} rows on, decoding is faster"
     return unsupported(weight.shape[1], weight.block_size, FORMATS[dtype])
-
-
-def _bands(weight: PackedWeight, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Return ranges of rows that fit the scratch buffer and, but for the last, end at the end of a block."""
-    return weight.bands(SCRATCH_NBYTES // dtype.itemsize)
-
-
-def _decode_rows(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    k = weight.shape[1]
-    out = _scratch(dtype, (last - first) * k)
-    _decode_elements(weight, first * k, last * k, out)
-    return out.view(last - first, k)
-
-
-def _scratch(dtype: torch.dtype, n_elements: int) -> Tensor:
-    """Return n elements of this thread's scratch buffer, valid until the next call in the thread."""
-    kept: Tensor | None = getattr(_of_thread, "scratch", None)
-    nbytes = n_elements * dtype.itemsize
-    if kept is None or kept.nbytes < nbytes:
-        kept = _of_thread.scratch = torch.empty(nbytes, dtype=torch.uint8)
-    return kept[:nbytes].view(dtype)
 
 
 def _decode_elements(weight: PackedWeight, start: int, stop: int, out: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qformat.kernels.backends import choose
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 
 Dequantize = Callable[[PackedWeight, Tensor], None]
@@ -24,8 +25,8 @@ class Implementation:
     dequantize(weight, out [N, K])
     linear(x [M, K], weight, bias [N] or None) -> [M, N]: by decoding the weight
     input_gradient(grad [M, N], weight) -> [M, K]
-    product(x [M, K], weight) -> [M, N]: without a decoded weight in memory, where product_unsupported(m, weight, dtype)
-        gives no reason against it
+    product(x [M, K], held weight) -> [M, N]: without a decoded weight in memory, where product_unsupported(m, weight,
+        dtype) gives no reason against it
     block_dots(values [n], packed [ceil(n/2)], block_size, out [n_blocks]): the blocks' sums of values times what their
         codes mean, in float32; values as a matrix product gives them
     """
@@ -33,7 +34,7 @@ class Implementation:
     dequantize: Dequantize
     linear: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
     input_gradient: Callable[[Tensor, PackedWeight], Tensor]
-    product: Callable[[Tensor, PackedWeight], Tensor]
+    product: Callable[[Tensor, HeldWeight], Tensor]
     product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None]
     block_dots: BlockDots
 
@@ -47,8 +48,9 @@ def implementation(device: torch.device) -> Implementation:
 def _numba() -> Implementation:
     from qformat.kernels import cpu
 
+    decoding = cpu.DecodingProducts()
     return Implementation(
-        cpu.dequantize, cpu.linear, cpu.input_gradient, cpu.product, cpu.product_unsupported, cpu.block_dots
+        cpu.dequantize, decoding.linear, decoding.input_gradient, cpu.product, cpu.product_unsupported, cpu.block_dots
     )
 
 
@@ -58,9 +60,9 @@ def _triton() -> Implementation:
     from qformat.kernels.triton import dequantize as triton_dequantize
     from qformat.kernels.triton import product as triton_product
 
-    def product(x: Tensor, weight: PackedWeight) -> Tensor:
-        out = x.new_empty((x.shape[0], weight.shape[0]))
-        triton_product.product(x, weight, out)
+    def product(x: Tensor, held: HeldWeight) -> Tensor:
+        out = x.new_empty((x.shape[0], held.weight.shape[0]))
+        triton_product.product(x, held.weight, out)
         return out
 
     def unsupported(m: int, weight: PackedWeight, dtype: torch.dtype) -> str | None:
@@ -73,7 +75,7 @@ def _triton() -> Implementation:
 def _torch() -> Implementation:
     from qformat.kernels import torch_decode
 
-    def product(x: Tensor, weight: PackedWeight) -> Tensor:
+    def product(x: Tensor, held: HeldWeight) -> Tensor:
         raise AssertionError("unsupported, as product_unsupported says")
 
     def unsupported(_m: int, _weight: PackedWeight, _dtype: torch.dtype) -> str | None:
@@ -87,7 +89,7 @@ _MAKERS = {"numba": _numba, "triton": _triton, "torch": _torch}
 
 def _by_decoding(
     dequantize: Dequantize,
-    product: Callable[[Tensor, PackedWeight], Tensor],
+    product: Callable[[Tensor, HeldWeight], Tensor],
     product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None],
     block_dots: BlockDots,
 ) -> Implementation:

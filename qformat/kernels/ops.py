@@ -16,25 +16,17 @@ from torch import Tensor
 
 from qformat.errors import UsageError
 from qformat.kernels.cpu_features import compute_dtype
+from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.implementations import implementation
 from qformat.kernels.packed_weight import PackedWeight
-
-MAX_M = 16
-"""Rows of x up to which a product is taken without decoding the weight, where the backend has a kernel for it."""
 
 
 @torch.library.custom_op("qformat::dequantize_nf4", mutates_args=())
 def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: float,
-    block_size: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
+    nested_offset: float, block_size: int, rows: int, columns: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """Return the weight [rows, columns] in bf16, fp16 or fp32. Raises UsageError for components that do not fit."""
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, (rows, columns))
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
@@ -43,23 +35,16 @@ def dequantize_nf4(
 
 
 @dequantize_nf4.register_fake
-def _(
-    packed: Tensor, absmax: Any, nested_absmax: Any, nested_quant_map: Any, nested_offset: Any, block_size: Any,
-    rows: int, columns: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def _(packed: Tensor, *others: Any) -> Tensor:
+    *_, rows, columns, dtype = others
     return packed.new_empty((rows, columns), dtype=dtype)
 
 
 @torch.library.custom_op("qformat::dequantize_nf4_into", mutates_args=("out",))
 def dequantize_nf4_into(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: float,
-    block_size: int,
-    out: Tensor,
-) -> None:
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
+    nested_offset: float, block_size: int, out: Tensor,
+) -> None:  # fmt: skip
     """Decode the weight into `out` [rows, columns], contiguous, bf16, fp16 or fp32."""
     if out.dim() != 2 or not out.is_contiguous() or out.device != packed.device:
         raise UsageError(
@@ -72,55 +57,36 @@ def dequantize_nf4_into(
 
 @torch.library.custom_op("qformat::linear_nf4", mutates_args=())
 def linear_nf4(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: float,
-    block_size: int,
-    rows: int,
-    columns: int,
-    bias: Tensor | None,
-) -> Tensor:
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
+    nested_offset: float, block_size: int, rows: int, columns: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Return x [..., columns] times the transpose of the weight [rows, columns], plus bias [rows], in x's dtype.
 
     Differentiable in x and bias; nothing in 16 bit is kept for backward, the weight is decoded again.
     """
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, (rows, columns))
-    return linear(x, weight, bias)
+    return linear(x, HeldWeight(weight), bias)
 
 
 @linear_nf4.register_fake
-def _(
-    x: Tensor, packed: Any, absmax: Any, nested_absmax: Any, nested_quant_map: Any, nested_offset: Any,
-    block_size: Any, rows: int, columns: int, bias: Any,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, *others: Any) -> Tensor:
+    *_, rows, _columns, _bias = others
     return x.new_empty((*x.shape[:-1], rows))
 
 
 @torch.library.custom_op("qformat::linear_nf4_input_gradient", mutates_args=())
 def linear_nf4_input_gradient(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: float,
-    block_size: int,
-    rows: int,
-    columns: int,
-) -> Tensor:
+    grad: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
+    nested_offset: float, block_size: int, rows: int, columns: int,
+) -> Tensor:  # fmt: skip
     """Return grad [..., rows] times the weight [rows, columns], in grad's dtype."""
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, (rows, columns))
     return input_gradient(grad, weight)
 
 
 @linear_nf4_input_gradient.register_fake
-def _(
-    grad: Tensor, packed: Any, absmax: Any, nested_absmax: Any, nested_quant_map: Any, nested_offset: Any,
-    block_size: Any, rows: Any, columns: int,
-) -> Tensor:  # fmt: skip
+def _(grad: Tensor, *others: Any) -> Tensor:
+    *_, columns = others
     return grad.new_empty((*grad.shape[:-1], columns))
 
 
@@ -142,16 +108,9 @@ linear_nf4.register_autograd(_backward, setup_context=_keep_components)
 
 @torch.library.custom_op("qformat::gemv_nf4", mutates_args=())
 def gemv_nf4(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_quant_map: Tensor | None,
-    nested_offset: float,
-    block_size: int,
-    rows: int,
-    columns: int,
-) -> Tensor:
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
+    nested_offset: float, block_size: int, rows: int, columns: int,
+) -> Tensor:  # fmt: skip
     """Return x [M, columns], M <= 16, times the weight's transpose, without writing the decoded weight to memory.
 
     Raises UsageError with the reason where the backend has no such product for these shapes and dtypes.
@@ -162,19 +121,18 @@ def gemv_nf4(
     reason = backend.product_unsupported(flat.shape[0], weight, x.dtype)
     if reason is not None:
         raise UsageError(f"gemv_nf4: {reason}. Use linear_nf4, which decodes the weight where it must")
-    return backend.product(flat, weight)
+    return backend.product(flat, HeldWeight(weight))
 
 
 @gemv_nf4.register_fake
-def _(
-    x: Tensor, packed: Any, absmax: Any, nested_absmax: Any, nested_quant_map: Any, nested_offset: Any,
-    block_size: Any, rows: int, columns: Any,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, *others: Any) -> Tensor:
+    *_, rows, _columns = others
     return x.new_empty((x.shape[0], rows))
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, held: HeldWeight, bias: Tensor | None = None) -> Tensor:
     """`linear_nf4` without gradients and without torch's dispatcher (20 us a call): for eager inference."""
+    weight = held.weight
     rows, columns = weight.shape
     flat = _as_rows(x, columns)
     if x.device != weight.device:
@@ -182,8 +140,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], rows))
     backend = implementation(x.device)
-    if flat.shape[0] <= MAX_M and backend.product_unsupported(flat.shape[0], weight, x.dtype) is None:
-        out = backend.product(flat, weight)
+    if flat.shape[0] <= MAX_ROWS_FROM_CODES and backend.product_unsupported(flat.shape[0], weight, x.dtype) is None:
+        out = backend.product(flat, held)
         if bias is not None:
             out += bias
     else:

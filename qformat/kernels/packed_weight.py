@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ class PackedWeight:
         launch reads nothing back from the device and can be captured in a graph
     block_size: elements that share an absmax
     shape: (rows, columns) of the weight, n = rows * columns
-    prepared: what a backend keeps of the weight between calls
     """
 
     packed: Tensor
@@ -36,7 +34,6 @@ class PackedWeight:
     nested_offset: float
     block_size: int
     shape: tuple[int, int]
-    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:

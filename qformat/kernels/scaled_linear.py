@@ -17,10 +17,11 @@ from torch import Tensor
 
 from qformat.errors import UsageError
 from qformat.kernels import ops
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.implementations import implementation
 from qformat.kernels.packed_weight import PackedWeight
 
-CHUNK = 1 << 22
+MAX_CHUNK_ELEMENTS = 1 << 22
 """Elements of the weight's gradient that exist at a time: 8 MiB in bf16."""
 
 
@@ -32,7 +33,7 @@ def linear_nf4_scaled(
 
     packed: uint8 [ceil(n/2)]; scales: float32 [n_blocks]. Differentiable in x, scales and bias.
     """
-    return ops.linear(x, _weight(packed, scales, block_size, rows, columns), bias)
+    return ops.linear(x, HeldWeight(_weight(packed, scales, block_size, rows, columns)), bias)
 
 
 @linear_nf4_scaled.register_fake
@@ -48,28 +49,33 @@ def linear_nf4_scale_gradient(
 
     The products are taken in the dtype that the forward product is taken in, and summed over a block in float32.
     """
-    weight = _weight(packed, scales, block_size, rows, columns)
+    return scale_gradient(grad, x, _weight(packed, scales, block_size, rows, columns))
+
+
+@linear_nf4_scale_gradient.register_fake
+def _(grad: Any, x: Any, packed: Any, scales: Tensor, block_size: Any, rows: Any, columns: Any) -> Tensor:
+    return scales.new_empty(scales.shape)
+
+
+def scale_gradient(grad: Tensor, x: Tensor, weight: PackedWeight, *, max_elements: int = MAX_CHUNK_ELEMENTS) -> Tensor:
+    """`linear_nf4_scale_gradient` without torch's dispatcher, with at most `max_elements` of the weight's gradient."""
+    rows, columns = weight.shape
     if grad.shape != (*x.shape[:-1], rows) or x.shape[-1] != columns or grad.dtype != x.dtype:
         raise UsageError(f"grad: {grad.dtype} {list(grad.shape)}, x: {x.dtype} {list(x.shape)} of a {rows}x{columns}")
-    block_dots = implementation(x.device).block_dots
+    block_dots, block_size = implementation(x.device).block_dots, weight.block_size
     flat_x, flat_grad = x.reshape(-1, columns), grad.reshape(-1, rows)
     dtype = ops.product_dtype(flat_x)
     flat_x, flat_grad = flat_x.to(dtype), flat_grad.to(dtype)
-    out = scales.new_empty(scales.shape)
-    bands = weight.bands(CHUNK)
+    out = weight.absmax.new_empty(weight.absmax.shape)
+    bands = weight.bands(max_elements)
     chunk = flat_x.new_empty(max(last - first for first, last in bands) * columns)
     for first, last in bands:
         start, stop = first * columns, last * columns
         part = chunk[: stop - start]
         torch.mm(flat_grad[:, first:last].t(), flat_x, out=part.view(last - first, columns))
         blocks = slice(start // block_size, -(-stop // block_size))
-        block_dots(part, packed.view(-1)[start // 2 : (stop + 1) // 2], block_size, out[blocks])
+        block_dots(part, weight.packed.view(-1)[start // 2 : (stop + 1) // 2], block_size, out[blocks])
     return out
-
-
-@linear_nf4_scale_gradient.register_fake
-def _(grad: Any, x: Any, packed: Any, scales: Tensor, block_size: Any, rows: Any, columns: Any) -> Tensor:
-    return scales.new_empty(scales.shape)
 
 
 def _weight(packed: Tensor, scales: Tensor, block_size: int, rows: int, columns: int) -> PackedWeight:

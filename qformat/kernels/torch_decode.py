@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.codec.nested import NESTED_BLOCK_SIZE
+from qformat.kernels.device_codebook import device_codebook
 from qformat.kernels.packed_weight import PackedWeight
 
 
@@ -30,7 +28,7 @@ def block_dots(values: Tensor, packed: Tensor, block_size: int, out: Tensor) -> 
 def _values(packed: Tensor, n: int) -> Tensor:
     """Return what n codes mean, float32 [n]."""
     codes = torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:n]
-    return _codebook(packed.device)[codes.int()]
+    return device_codebook(packed.device)[codes.int()]
 
 
 def _scales(weight: PackedWeight) -> Tensor:
@@ -38,8 +36,3 @@ def _scales(weight: PackedWeight) -> Tensor:
         return weight.absmax
     nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: weight.n_blocks]
     return weight.nested_quant_map[weight.absmax.int()] * nested + weight.nested_offset
-
-
-@cache
-def _codebook(device: torch.device) -> Tensor:
-    return torch.tensor(NF4_CODEBOOK.tolist(), dtype=torch.float32, device=device)

@@ -11,11 +11,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
 from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.model.checkpoint_names import name_in_model
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import PackedComponents
 from qformat.names import CONFIG_NAME, INDEX_NAME
@@ -119,16 +118,14 @@ def names_in_model(model: PreTrainedModel, names: Iterable[str], path: Path) -> 
 
     Raises: ArtifactError for one that transformers does not only rename but merges with others.
     """
-    entries = get_model_conversion_mapping(model)
-    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
     present = model.state_dict()
+    rename = name_in_model(model, present)
     found = {}
     for name in names:
-        renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, present)
-        if name in present and (merged is not None or renamed not in present):
+        renamed, merged = rename(name)
+        if name in present and (merged or renamed not in present):
             renamed = name
-        elif merged is not None:
+        elif merged:
             raise _does_not_fit(path, name, f"transformers merges it into {renamed}, which packed weights cannot be")
         found[name] = renamed
     return found

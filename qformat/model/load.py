@@ -20,7 +20,8 @@ from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import attach, build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.devices.host_layers import DeviceMap, attach_placed, check_fits_mapped, decide
 from qformat.model.devices.placement import DeviceName
-from qformat.model.devices.shard_stream import TorchDevice, data_starts, stream_shards
+from qformat.model.devices.shard_stream import data_starts, stream_shards
+from qformat.model.devices.stream_device import TorchDevice
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
 from qformat.model.shard_tensors import ShardData, map_shards, tensor_names, tensors_of

@@ -12,6 +12,7 @@ from qformat.artifact.components import Component
 from qformat.codec.quant_state import QuantState
 from qformat.errors import UsageError
 from qformat.kernels import ops
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 
 _BUFFERS = {
@@ -39,7 +40,7 @@ class NF4Linear(nn.Linear):
     nested_quant_map: Tensor | None
     block_size: int
     nested_offset: float
-    _packed_weight: PackedWeight | None
+    _held_weight: HeldWeight | None
 
     def __init__(
         self,
@@ -58,33 +59,26 @@ class NF4Linear(nn.Linear):
             out_features=out_features,
             block_size=state.block_size,
             nested_offset=0.0 if state.nested_offset is None else float(state.nested_offset),
-            _packed_weight=None,
+            _held_weight=None,
         )
         self._parameters["weight"] = nn.Parameter(components[Component.PACKED], requires_grad=False)
         self._parameters["bias"] = None if bias is None else nn.Parameter(bias)
         self._buffers.update((name, components.get(component)) for component, name in _BUFFERS.items())
         self._non_persistent_buffers_set.update(_BUFFERS.values())
 
-    def packed_weight(self) -> PackedWeight:
+    def held_weight(self) -> HeldWeight:
         """Return the weight as the kernels take it; the components were checked when it was first asked for."""
-        kept = self._packed_weight
-        if kept is None or kept.packed is not self.weight:
-            kept = self._packed_weight = PackedWeight(
-                self.weight,
-                self.absmax,
-                self.nested_absmax,
-                self.nested_quant_map,
-                self.nested_offset,
-                self.block_size,
-                (self.out_features, self.in_features),
-            )
-        return kept
+        held = self._held_weight
+        if held is None or held.weight.packed is not self.weight:
+            shape = (self.out_features, self.in_features)
+            held = self._held_weight = HeldWeight(PackedWeight(*self._components(), shape))
+        return held
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., in_features] times the weight's transpose, plus bias: [..., out_features] in x's dtype."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._differentiable(x)
-        return ops.linear(x, self.packed_weight(), self.bias)
+        return ops.linear(x, self.held_weight(), self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return the weight [out_features, in_features], decoded into a new tensor: bf16, fp16 or fp32."""
@@ -106,7 +100,7 @@ class NF4Linear(nn.Linear):
         product: Tensor = ops.linear_nf4(x, *self._components(), self.out_features, self.in_features, bias)
         return product
 
-    def _components(self) -> tuple[Any, ...]:
+    def _components(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, int]:
         return (
             self.weight,
             self.absmax,
@@ -124,7 +118,7 @@ class NF4Linear(nn.Linear):
             moved = getattr(self, name)
             if kept is not None and moved.dtype != kept.dtype:
                 setattr(self, name, kept.to(moved.device))
-        self._packed_weight = None
+        self._held_weight = None
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -160,4 +154,4 @@ class NF4Linear(nn.Linear):
                 missing_keys.append(key)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_packed_weight": None}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), "_held_weight": None}  # type: ignore[no-untyped-call]

@@ -14,20 +14,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CHUNK_NBYTES = 16 << 20
-"""float32 logits of a chunk of positions: several such tensors exist at a time."""
+"""Several tensors of a chunk of positions exist at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitModel:
-    """body: ids [B, L] -> hidden states [B, L, H]. head: hidden states [P, H] -> logits [P, V]."""
+    """body: ids [B, L] -> hidden states [B, L, H]. head: hidden states [P, H] -> logits [P, V].
+
+    chunk_nbytes: float32 logits of a chunk of positions.
+    """
 
     body: Callable[[Tensor], Tensor]
     head: Callable[[Tensor], Tensor]
     vocabulary: int
+    chunk_nbytes: int = CHUNK_NBYTES
 
     def chunks(self, n_positions: int) -> list[slice]:
         """Return the ranges of positions to take logits of at a time."""
-        step = max(1, CHUNK_NBYTES // (4 * self.vocabulary))
+        step = max(1, self.chunk_nbytes // (4 * self.vocabulary))
         return [slice(start, min(start + step, n_positions)) for start in range(0, n_positions, step)]
 
 

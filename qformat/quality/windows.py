@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 """Files of other names are plain text."""
 
-_PIECE_CHARACTERS = 2**20  # tokenised at a time: a piece ends with a line, and takes some 50 MB meanwhile
+PIECE_CHARACTERS = 2**20
+"""Of a plain text that are tokenised at a time: a piece ends with a line, and takes some 50 MB meanwhile."""
+
 _BATCH_ROWS = 1024
 
 
@@ -90,13 +92,18 @@ class TokenWindows:
 
 
 def read_windows(
-    source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int, split: str = "train"
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    split: str = "train",
+    piece_characters: int = PIECE_CHARACTERS,
 ) -> TokenWindows:
     """Read all windows of a text. Same data and tokenizer, same windows. Memory: four bytes a token.
 
     source: a file of plain text, or what `find_files` takes: a file with rows, a folder of them, a dataset of the Hub;
         or several of these, which follow one another.
-    length: tokens of a window, BOS included.
+    length: tokens of a window, BOS included. piece_characters: of a plain text that are tokenised at a time.
     Raises DataError for a file that is no UTF-8, a row that cannot be used, and for less than one window of text;
         UsageError for a source that is not there, or a tokenizer that is no fast one.
     """
@@ -108,7 +115,7 @@ def read_windows(
     streams = []
     for part in parts:
         if _is_plain_text(Path(part)):
-            streams.append(_text_stream(Path(part), backend, sha256))
+            streams.append(_text_stream(Path(part), backend, sha256, piece_characters))
         else:
             streams.append(_row_stream(find_files(part, split=split), tokenizer, backend, sha256))
     stream = _joined(streams)
@@ -142,7 +149,7 @@ def _is_plain_text(path: Path) -> bool:
     return path.suffix not in ROW_SUFFIXES and path.is_file()
 
 
-def _text_stream(path: Path, backend: Tokenizer, sha256: hashlib._Hash) -> NDArray[np.int32]:
+def _text_stream(path: Path, backend: Tokenizer, sha256: hashlib._Hash, piece_characters: int) -> NDArray[np.int32]:
     """Return the tokens of a file, without special ones, and add its bytes to a digest."""
     try:
         data = path.read_bytes()
@@ -158,16 +165,19 @@ def _text_stream(path: Path, backend: Tokenizer, sha256: hashlib._Hash) -> NDArr
             place=None,
             next_step=f"Convert it, or give it the suffix of what it is: {', '.join(ROW_SUFFIXES)}",
         ) from None
-    tokens = [np.array(backend.encode(piece, add_special_tokens=False).ids, np.int32) for piece in _pieces(text)]
+    tokens = [
+        np.array(backend.encode(piece, add_special_tokens=False).ids, np.int32)
+        for piece in _pieces(text, piece_characters)
+    ]
     sha256.update(data)
     return _joined(tokens)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a text at line ends where there are any, so that hardly a token is cut in two."""
+def _pieces(text: str, characters: int) -> Iterator[str]:
+    """Cut a text into pieces of at most so many characters, at line ends, so that hardly a token is cut in two."""
     start = 0
     while start < len(text):
-        stop = start + _PIECE_CHARACTERS
+        stop = start + characters
         if stop < len(text):
             stop = (text.rfind("\n", start, stop) + 1) or stop
         yield text[start:stop]

@@ -19,7 +19,7 @@ from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
-from qformat.training.adapter.adapters import add_adapter
+from qformat.training.adapter.attach import add_adapter
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.adapter.card import adapter_card
 from qformat.training.adapter.output_layer import decode_output_layer
@@ -29,7 +29,8 @@ from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
 from qformat.training.data.tokenised_data import TokenisedData, for_trainer
 from qformat.training.metrics import METRICS_NAME, Listener, MetricsCallback, MetricsFile
-from qformat.training.optimizer.choice import make_optimizer
+from qformat.training.optimizer.make_optimizer import make_optimizer
+from qformat.training.result import TrainingResult
 from qformat.training.settings import TrainingSettings, page_budget_nbytes
 from qformat.training.starting_checks import check_free, check_same_training
 from qformat.training.trainer import AdapterTrainer, trainer_arguments, write_adapter
@@ -51,30 +52,6 @@ class TrainingJob:
     eval_data: Sequence[str] = ()
     split: str = "train"
     eval_split: str = "test"
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """What came out. metrics: the lines of metrics.jsonl. facts: what it was trained on, and how."""
-
-    output: Path
-    steps: int
-    metrics: list[JsonObject]
-    facts: JsonObject
-
-    @property
-    def loss_before(self) -> float | None:
-        """The mean loss over the tokens of the evaluation data before the first step, in nats."""
-        return self._held_out_loss("before")
-
-    @property
-    def loss_after(self) -> float | None:
-        """The same after the last step."""
-        return self._held_out_loss("after")
-
-    def _held_out_loss(self, when: str) -> float | None:
-        losses = [line.get("eval_loss") for line in self.metrics if line.get("when") == when]
-        return losses[-1] if losses and isinstance(losses[-1], float) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,24 +13,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.converters.sources.hub_sources import (
+from tests.converters.sources.hub.serving import (
     DATA,
     NAME,
     TOKEN,
+    by_shard,
     converted,
     fetched_ranges,
+    overlap,
+    sealed_ranges,
     without_source,
     write_source,
 )
-from tests.converters.sources.test_hub_repository_faults import by_shard, overlap, sealed_ranges
 from tests.hub_stand_in import Hub, environment, running
 from tests.repository import ROOT
 
 SMALL_PIECES = """
 import sys
+from qformat.hub.reading import transfer
+transfer.DEFAULT_TRANSFER = transfer.Transfer(piece_nbytes=8192, window_nbytes=5 * 8192)
 from qformat.cli.main import main
-from qformat.hub.reading import stream
-stream.PIECE_NBYTES, stream.WINDOW_NBYTES = 8192, 5 * 8192
 main(sys.argv[1:])
 """
 

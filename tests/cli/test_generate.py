@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import pytest
 
 from qformat.cli.main import run
 from qformat.converters.convert import convert
-from qformat.kernels.backends import force_backend
+from qformat.kernels.backends import VARIABLE
 
 PROMPT = "What is the capital of France?"
 
@@ -23,9 +23,8 @@ def artifact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _best_backend_afterwards() -> Iterator[None]:
-    yield
-    force_backend(None)
+def _same_backend_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, os.environ.get(VARIABLE, ""))
 
 
 def generate(artifact: Path, *options: str) -> int:

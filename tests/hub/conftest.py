@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from qformat.converters.convert import convert
-from qformat.hub.reading.transport import Patience
+from qformat.hub.reading.transfer import Patience, Transfer
 from tests.hub_stand_in import Hub, point_here, running
-from tests.small_models import write_llama
+from tests.small_models import contents, write_llama
 
 TOKEN = "hf_aVerySecretToken0123456789"
-PATIENT = Patience(attempts=4, first_wait_s=0.01, factor=1.5, longest_wait_s=0.05, timeout_s=2.0)
+PATIENT = Transfer(patience=Patience(attempts=4, first_wait_s=0.01, factor=1.5, longest_wait_s=0.05, timeout_s=2.0))
 
 
 @pytest.fixture
@@ -56,3 +56,10 @@ def small_artifact(small_source: Path, tmp_path_factory: pytest.TempPathFactory)
 def artifact(small_artifact: Path, tmp_path: Path) -> Path:
     """A copy of the artifact that may be changed."""
     return Path(shutil.copytree(small_artifact, tmp_path / "small-nf4"))
+
+
+@pytest.fixture
+def published(hub: Hub, artifact: Path) -> dict[str, bytes]:
+    """Put the artifact into owner/small-nf4; return what is in it, without what the Hub adds."""
+    hub.add_folder("owner/small-nf4", artifact)
+    return contents(artifact)

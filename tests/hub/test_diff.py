@@ -128,7 +128,7 @@ def test_a_kept_tensor_that_was_tuned_differs_in_its_data_and_not_in_its_source(
 def test_a_published_artifact_has_the_weights_of_the_local_one_and_a_card_more(
     hub: Hub, one: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    publish(one, "me/one", CardOptions(license=License("mit")), patience=PATIENT)
+    publish(one, "me/one", CardOptions(license=License("mit")), transfer=PATIENT)
     assert run(["diff", str(one), "me/one", "--weights"]) == 0
     assert "files only in B: README.md\nthe same weights" in capsys.readouterr().out
     assert run(["diff", "me/one", str(one)]) == 1

@@ -1,8 +1,7 @@
-"""fetch: the bytes that were published, or a clear error and nothing under OUT; whatever connection and disk do."""
+"""fetch: the bytes that were published, or a clear error and nothing under OUT; whatever the connection does."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import signal
@@ -18,35 +17,13 @@ import pytest
 from qformat.artifact.manifest_seal import seal
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
-from qformat.hub import fetch_run
-from qformat.hub.fetch import FetchSummary, fetch
-from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
+from qformat.hub.fetch import fetch
 from tests.hub.conftest import PATIENT, TOKEN
+from tests.hub.fetching import BODY, NAME, SHARD, do_fetch
 from tests.hub_stand_in import Hub, environment
 from tests.repository import ARTIFACT_VECTORS
 from tests.small_models import contents, names_beside
 from tests.spec import corpus, edits
-
-NAME = "owner/small-nf4"
-SHARD = "model-00001-of-00002.safetensors"
-BODY = "GET cdn/"
-"""Requests that bring bytes of shards."""
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_run, "PIECE_NBYTES", 4096)
-
-
-@pytest.fixture
-def published(hub: Hub, artifact: Path) -> dict[str, bytes]:
-    """What is in the repository, without what the Hub adds."""
-    hub.add_folder(NAME, artifact)
-    return contents(artifact)
-
-
-def do_fetch(out: Path, **options: object) -> FetchSummary:
-    return fetch(NAME, out, patience=PATIENT, **options)  # type: ignore[arg-type]
 
 
 def test_a_fetched_artifact_has_the_published_bytes_and_the_token_goes_to_the_hub_alone(
@@ -252,15 +229,15 @@ def test_every_kind_of_absence_is_named(hub: Hub, published: dict[str, bytes], t
     hub.add_folder("owner/gated", tmp_path / "small-nf4", gated=True)
     out = tmp_path / "out"
     with pytest.raises(HubError, match="owner/missing: there is no such repository"):
-        fetch("owner/missing", out, patience=PATIENT)
+        fetch("owner/missing", out, transfer=PATIENT)
     with pytest.raises(HubError, match="no such revision"):
-        fetch(NAME, out, revision="missing", patience=PATIENT)
+        fetch(NAME, out, revision="missing", transfer=PATIENT)
     with pytest.raises(ArtifactError, match=r"holds no qformat artifact.*qformat convert owner/empty OUT"):
-        fetch("owner/empty", out, patience=PATIENT)
+        fetch("owner/empty", out, transfer=PATIENT)
     with pytest.raises(HubError, match=r"access is gated: .*not in the authorized list"):
-        fetch("owner/gated", out, patience=PATIENT)
+        fetch("owner/gated", out, transfer=PATIENT)
     with pytest.raises(UsageError, match="owner/name"):
-        fetch("../elsewhere", out, patience=PATIENT)
+        fetch("../elsewhere", out, transfer=PATIENT)
     assert not out.exists()
     assert not out.with_name("out.partial").exists()
 
@@ -287,78 +264,16 @@ def test_an_artifact_whose_parts_do_not_fit_is_not_sealed_although_every_digest_
     edits.apply(vector["edits"], Path(shutil.copytree(base, tmp_path / "bad")))
     hub.add_folder("owner/bad", tmp_path / "bad")
     with pytest.raises(ArtifactError, match="codebook"):
-        fetch("owner/bad", tmp_path / "out", patience=PATIENT)
+        fetch("owner/bad", tmp_path / "out", transfer=PATIENT)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_full_disk_is_refused_before_a_byte_is_fetched(
-    hub: Hub, published: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qformat.artifact.writing.staging.free_nbytes", lambda path: 1000)
-    with pytest.raises(TargetError, match="no space"):
-        do_fetch(tmp_path / "out")
-    assert not hub.requests(BODY)
-    assert names_beside(tmp_path / "out") == {"small-nf4"}
-
-
-def calls_of(out: Path) -> list[str]:
-    disk = FaultyDisk()
-    do_fetch(out, disk=disk, connections=1)
-    return disk.names
-
-
-def faults(names: list[str], stride: int) -> list[tuple[int, str]]:
-    """Every n-th call with a fault that fits it, and all of the last ones: those of the seal."""
-    chosen = [*range(0, len(names), stride), *range(len(names) - 12, len(names))]
-    return [(at, fault) for at in dict.fromkeys(chosen) for fault in ("kill", "ENOSPC", "EIO")]
-
-
-def check_faults(published: dict[str, bytes], tmp_path: Path, stride: int) -> None:
-    names = calls_of(tmp_path / "counted")
-    for number, (at, fault) in enumerate(faults(names, stride)):
-        folder = tmp_path / f"fault{number}"
-        folder.mkdir()
-        out = folder / "out"
-        with contextlib.suppress(Killed, TargetError):
-            do_fetch(out, disk=FaultyDisk(at, fault), connections=1)
-        assert not out.exists() or contents(out) == published
-        if not out.exists():
-            do_fetch(out, disk=FaultyDisk())
-        elif out.with_name("out.partial").exists():
-            # A crash in the very last step of the seal: the command clears up, and may say that all is there.
-            with contextlib.suppress(TargetError):
-                do_fetch(out, disk=FaultyDisk())
-        assert contents(out) == published, (at, names[at], fault)
-        assert names_beside(out) == {"out"}
-
-
-def test_a_fault_of_the_disk_at_some_calls_loses_nothing(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
-    check_faults(published, tmp_path, stride=17)
-
-
-@pytest.mark.slow
-def test_a_fault_of_the_disk_at_every_call_loses_nothing(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
-    check_faults(published, tmp_path, stride=1)
-
-
-def test_a_power_cut_loses_only_what_was_not_on_the_disk(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
-    n_calls = len(calls_of(tmp_path / "counted"))
-    for seed, at in enumerate(range(20, n_calls, 23)):
-        folder = tmp_path / f"cut{seed}"
-        folder.mkdir()
-        with pytest.raises(Killed):
-            do_fetch(folder / "out", disk=PowerCut(at, seed), connections=2)
-        if not (folder / "out").exists():
-            do_fetch(folder / "out", disk=FaultyDisk())
-        assert contents(folder / "out") == published
 
 
 SCRIPT = """
 import sys
-from qformat.hub import fetch_run
 from qformat.hub.fetch import fetch
-fetch_run.PIECE_NBYTES = 4096
-fetch("owner/small-nf4", sys.argv[1], connections=1, on_progress=lambda nbytes: print(nbytes, flush=True))
+from qformat.hub.reading.transfer import Transfer
+transfer = Transfer(piece_nbytes=4096, connections=1)
+fetch("owner/small-nf4", sys.argv[1], transfer=transfer, on_progress=lambda nbytes: print(nbytes, flush=True))
 """
 
 

@@ -11,7 +11,7 @@ from qformat.artifact.manifest_seal import seal
 from qformat.errors import HubError, Reason
 from qformat.hub.card.licenses import License
 from qformat.hub.card.prepared_card import CardOptions
-from qformat.hub.publishing.publish import publish
+from qformat.hub.publishing.publish import PublishOptions, publish
 from qformat.hub.remote_verify import RemoteReport, verify_remote
 from tests.hub.conftest import PATIENT, TOKEN
 from tests.hub.test_signature import write_key
@@ -25,13 +25,13 @@ SHARD = "model-00001-of-00002.safetensors"
 @pytest.fixture
 def published(hub: Hub, artifact: Path) -> dict[str, bytes]:
     """The files of a published artifact."""
-    publish(artifact, NAME, CardOptions(license=License("mit")), patience=PATIENT)
+    publish(artifact, NAME, CardOptions(license=License("mit")), transfer=PATIENT)
     hub.log.clear()
     return {name: file.read() for name, file in hub.repositories.by_name[NAME].head.files.items()}
 
 
 def check(**options: object) -> RemoteReport:
-    return verify_remote(NAME, patience=PATIENT, **options)  # type: ignore[arg-type]
+    return verify_remote(NAME, transfer=PATIENT, **options)  # type: ignore[arg-type]
 
 
 def flipped(data: bytes, at: int) -> bytes:
@@ -111,10 +111,10 @@ def test_refused_requests_are_made_again(hub: Hub, published: dict[str, bytes], 
 
 def test_what_is_no_artifact_or_not_there_is_told(hub: Hub, published: dict[str, bytes]) -> None:
     hub.repositories.create("me/empty")
-    report = verify_remote("me/empty", patience=PATIENT)
+    report = verify_remote("me/empty", transfer=PATIENT)
     assert [one.reason for one in report.findings] == [Reason.MISSING_FILE]
     with pytest.raises(HubError, match="no such repository"):
-        verify_remote("me/missing", patience=PATIENT)
+        verify_remote("me/missing", transfer=PATIENT)
 
 
 def test_a_signature_is_checked_with_the_publishers_key_here_and_after_fetching(
@@ -124,7 +124,7 @@ def test_a_signature_is_checked_with_the_publishers_key_here_and_after_fetching(
     from qformat.cli.main import run
 
     key, other = write_key(tmp_path), write_key(tmp_path, "other")
-    publish(artifact, NAME, CardOptions(license=License("mit")), sign_key=key, patience=PATIENT)
+    publish(artifact, NAME, CardOptions(license=License("mit")), PublishOptions(sign_key=key), transfer=PATIENT)
     with_key = ["--public-key", str(key.with_suffix(".pub"))]
     with_other = ["--signature", "--public-key", str(other.with_suffix(".pub"))]
     out = str(tmp_path / "out")
@@ -149,7 +149,7 @@ def test_a_signature_is_checked_with_the_publishers_key_here_and_after_fetching(
 def test_somebody_elses_signature_of_another_manifest_does_not_pass(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("model_signing")
     key = write_key(tmp_path)
-    publish(artifact, NAME, CardOptions(license=License("mit")), sign_key=key, patience=PATIENT)
+    publish(artifact, NAME, CardOptions(license=License("mit")), PublishOptions(sign_key=key), transfer=PATIENT)
     files = {name: file.read() for name, file in hub.repositories.by_name[NAME].head.files.items()}
     hub.repositories.commit(NAME, {"qformat.json": resealed(files, '"generator": "qformat', '"generator": "other')})
     report = check(public_key=key.with_suffix(".pub"))

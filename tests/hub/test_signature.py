@@ -13,7 +13,7 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.hub.card.licenses import License
 from qformat.hub.card.prepared_card import CardOptions
-from qformat.hub.publishing.publish import publish
+from qformat.hub.publishing.publish import PublishOptions, publish
 from qformat.hub.signature import check_signature, public_key_of, sign
 from tests.hub.conftest import PATIENT
 from tests.hub_stand_in import Hub
@@ -114,7 +114,7 @@ def test_a_published_signature_is_accepted_by_the_tool_and_a_repeated_publish_ke
     card = CardOptions(license=License("mit"), base_model="base/small")
 
     def do_publish(with_key: Path | None) -> bool:
-        return publish(artifact, "me/signed", card, sign_key=with_key, patience=PATIENT).already_there
+        return publish(artifact, "me/signed", card, PublishOptions(sign_key=with_key), transfer=PATIENT).already_there
 
     assert [do_publish(key), do_publish(key)] == [False, True]
     head = hub.repositories.by_name["me/signed"].head
@@ -123,14 +123,14 @@ def test_a_published_signature_is_accepted_by_the_tool_and_a_repeated_publish_ke
     for name, file in head.files.items():
         (there / name).write_bytes(file.read())
     assert verify_integrity(there, sha256=True).good
-    options = ["--signature", str(there / "model.sig"), "--public_key", str(key.with_suffix(".pub"))]
-    assert run_tool("verify", "key", str(there), *options).returncode == 0
+    signed_by = ["--signature", str(there / "model.sig"), "--public_key", str(key.with_suffix(".pub"))]
+    assert run_tool("verify", "key", str(there), *signed_by).returncode == 0
     assert "--signature --public-key" in (there / "README.md").read_text()
     (there / "LICENSE").write_text("Permission is not granted.\n")
-    assert run_tool("verify", "key", str(there), *options).returncode == 1
+    assert run_tool("verify", "key", str(there), *signed_by).returncode == 1
 
-    pull_request = {"create_pr": True, "sign_key": write_key(tmp_path, "newest"), "patience": PATIENT}
-    asked = [publish(artifact, "me/signed", card, **pull_request).already_there for _ in range(2)]  # type: ignore[arg-type]
+    options = PublishOptions(create_pr=True, sign_key=write_key(tmp_path, "newest"))
+    asked = [publish(artifact, "me/signed", card, options, transfer=PATIENT).already_there for _ in range(2)]
     assert asked == [False, True]
     assert do_publish(write_key(tmp_path, "newer")) is False
     assert do_publish(None) is False

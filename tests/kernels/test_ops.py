@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,15 +14,15 @@ from torch.nn import functional
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import BackendError, UsageError
 from qformat.kernels import backends, cpu, cpu_features, ops
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 from tests.kernels.guarded import guarded, guarded_weight
 from tools.gpu.weights import FORMATS, bits, random_weight, reference_bits
 
 
 @pytest.fixture(autouse=True)
-def _best_backend_afterwards() -> Iterator[None]:
-    yield
-    backends.force_backend(None)
+def _same_backend_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.VARIABLE, os.environ.get(backends.VARIABLE, ""))
 
 
 def components(weight: PackedWeight) -> tuple[Any, ...]:
@@ -116,7 +118,7 @@ def test_linear_compiles_without_a_break(m: int) -> None:
 def test_few_rows_give_what_decoding_gives_within_the_bound_of_its_sums(m: int) -> None:
     weight = random_weight((100, 576))
     x = torch.randn(m, 576).to(torch.bfloat16)
-    y = ops.linear(x, weight)
+    y = ops.linear(x, HeldWeight(weight))
     assert torch.equal(y, ops.gemv_nf4(x, *components(weight)))
     w = decoded(weight, torch.bfloat16).double()
     exact = x.double() @ w.T
@@ -124,27 +126,28 @@ def test_few_rows_give_what_decoding_gives_within_the_bound_of_its_sums(m: int) 
     assert ((y.double() - exact).abs() <= 1.01 * bound).all()
 
 
-def test_weights_larger_than_the_scratch_buffer_go_through_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_larger_than_the_scratch_buffer_go_through_in_bands() -> None:
     weight = random_weight((100, 448), block_size=128)  # whole blocks end every second row
     x = torch.randn(20, 448, dtype=torch.float32)
     grad = torch.randn(20, 100, dtype=torch.float32)
     bias = torch.randn(100)
-    whole, gradient = cpu.linear(x, weight, bias), cpu.input_gradient(grad, weight)
-    monkeypatch.setattr(cpu, "SCRATCH_NBYTES", 16_000)
-    bands = cpu._bands(weight, torch.float32)
+    whole, banded = cpu.DecodingProducts(), cpu.DecodingProducts(scratch_nbytes=16_000)
+    bands = banded._bands(weight, torch.float32)
     assert len(bands) > 5
     assert all(last * 448 % 128 == 0 or last == 100 for _, last in bands)
-    torch.testing.assert_close(cpu.linear(x, weight, bias), whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cpu.input_gradient(grad, weight), gradient, rtol=1e-5, atol=1e-5)
+    assert len(whole._bands(weight, torch.float32)) == 1
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(banded.linear(x, weight, bias), whole.linear(x, weight, bias))
+    close(banded.input_gradient(grad, weight), whole.input_gradient(grad, weight))
 
 
 def test_no_rows_give_no_rows() -> None:
-    assert ops.linear(torch.zeros(2, 0, 64), random_weight((5, 64))).shape == (2, 0, 5)
+    assert ops.linear(torch.zeros(2, 0, 64), HeldWeight(random_weight((5, 64)))).shape == (2, 0, 5)
 
 
 def test_a_shape_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UsageError, match=r"x: shape \[2, 63\], expected \[..., 64\]"):
-        ops.linear(torch.zeros(2, 63), random_weight((5, 64)))
+        ops.linear(torch.zeros(2, 63), HeldWeight(random_weight((5, 64))))
     with pytest.raises(UsageError, match="from 17 rows on, decoding is faster"):
         ops.gemv_nf4(torch.zeros(17, 64), *components(random_weight((5, 64))))
 
@@ -164,10 +167,18 @@ def test_a_forced_backend_that_cannot_run_is_an_error(monkeypatch: pytest.Monkey
     weight = random_weight((5, 64))
     monkeypatch.setenv(backends.VARIABLE, "triton")
     with pytest.raises(BackendError, match="QFORMAT_BACKEND asks for the backend 'triton', which cannot run here"):
-        ops.linear(torch.zeros(1, 64), weight)
-    backends.force_backend("torch")  # the argument goes before the variable
-    assert backends.choose("cpu").backend == "torch"
-    assert ops.linear(torch.zeros(1, 64), weight).shape == (1, 5)
+        ops.linear(torch.zeros(1, 64), HeldWeight(weight))
+    backends.force_backend("torch")
+    assert backends.choose("cpu") == backends.Choice("torch", "forced by QFORMAT_BACKEND")
+    assert ops.linear(torch.zeros(1, 64), HeldWeight(weight)).shape == (1, 5)
+
+
+def test_a_forced_backend_runs_in_every_thread_until_none_is_forced() -> None:
+    backends.force_backend("torch")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(backends.choose, "cpu").result().backend == "torch"
+    backends.force_backend(None)
+    assert backends.choose("cpu") == backends.Choice("numba", "the fastest for this device")
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,5 +193,5 @@ def test_a_cpu_without_bf16_instructions_computes_in_float32(monkeypatch: pytest
     monkeypatch.setattr(cpu_features, "has_fast_bf16", lambda: False)
     weight = random_weight((40, 192))
     x = torch.randn(20, 192).to(torch.bfloat16)
-    y = ops.linear(x, weight)
+    y = ops.linear(x, HeldWeight(weight))
     assert torch.equal(y, functional.linear(x.float(), decoded(weight, torch.float32)).to(torch.bfloat16))

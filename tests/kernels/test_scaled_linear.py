@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 
 import pytest
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from qformat.errors import UsageError
-from qformat.kernels import backends, ops, scaled_linear
+from qformat.kernels import backends, ops
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
-from qformat.kernels.scaled_linear import linear_nf4_scale_gradient, linear_nf4_scaled
+from qformat.kernels.scaled_linear import linear_nf4_scale_gradient, linear_nf4_scaled, scale_gradient
 from tests.kernels.guarded import guarded_weight
 from tools.gpu.weights import random_weight
 
@@ -21,9 +22,8 @@ SHAPES = [(96, 192), (9, 7), (40, 100)]
 
 
 @pytest.fixture(autouse=True)
-def _best_backend_afterwards() -> Iterator[None]:
-    yield
-    backends.force_backend(None)
+def _same_backend_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.VARIABLE, os.environ.get(backends.VARIABLE, ""))
 
 
 def dense(weight: PackedWeight, scales: Tensor) -> Tensor:
@@ -91,7 +91,8 @@ def test_the_forward_has_the_bits_of_the_plain_operation() -> None:
     weight = random_weight((96, 192), double_quant=False)
     for rows in (1, 40):  # from the codes, and by decoding
         x = torch.randn(rows, 192).to(torch.bfloat16)
-        assert torch.equal(linear_nf4_scaled(x, weight.packed, weight.absmax, 64, 96, 192, None), ops.linear(x, weight))
+        scaled = linear_nf4_scaled(x, weight.packed, weight.absmax, 64, 96, 192, None)
+        assert torch.equal(scaled, ops.linear(x, HeldWeight(weight)))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -106,14 +107,12 @@ def test_both_operations_pass_opcheck(with_bias: bool) -> None:
     torch.library.opcheck(linear_nf4_scale_gradient, arguments)
 
 
-def test_the_gradient_is_taken_in_chunks_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_is_taken_in_chunks_that_change_nothing() -> None:
     weight = random_weight((100, 448), block_size=128, double_quant=False)  # whole blocks end every second row
     x, grad = torch.randn(20, 448), torch.randn(20, 100)
-    arguments = (grad, x, weight.packed, weight.absmax, 128, 100, 448)
-    whole = linear_nf4_scale_gradient(*arguments)
-    monkeypatch.setattr(scaled_linear, "CHUNK", 4_000)
     assert len(weight.bands(4_000)) > 5
-    torch.testing.assert_close(linear_nf4_scale_gradient(*arguments), whole, rtol=1e-4, atol=1e-4)
+    chunked = scale_gradient(grad, x, weight, max_elements=4_000)
+    torch.testing.assert_close(chunked, scale_gradient(grad, x, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_only_what_is_asked_for_is_kept_and_computed(monkeypatch: pytest.MonkeyPatch) -> None:

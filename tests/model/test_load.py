@@ -20,7 +20,7 @@ from qformat.artifact.components import Component
 from qformat.artifact.reading.reader import PackedTensor
 from qformat.converters.convert import convert
 from qformat.errors import ArtifactError, DeviceMemoryError, Reason, UsageError
-from qformat.kernels.backends import force_backend
+from qformat.kernels.backends import VARIABLE
 from qformat.model import load
 from qformat.model.devices import host_layers
 from qformat.model.load import load_model, load_tokenizer, shards_on_device
@@ -40,10 +40,8 @@ PROMPT = "What are the three primary colours? Answer in one sentence."
 
 
 @pytest.fixture(scope="module")
-def artifact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model") / "nf4"
-    convert(smollm2, out)
-    return out
+def artifact(smollm2_nf4: Path) -> Path:
+    return smollm2_nf4
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +85,12 @@ def test_logits_equal_those_of_bitsandbytes_bit_for_bit(artifact: Path, ours: An
 
 @MULTIPLIES_AS_THE_PEER
 def test_greedy_generation_by_decoding_gives_the_same_tokens_as_bitsandbytes(
-    artifact: Path, ours: Any, peer: Any
+    artifact: Path, ours: Any, peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the product that decodes, as bitsandbytes' does: the small-M product adds up in another order."""
     inputs = question(artifact)
-    force_backend("torch")
-    try:
-        found = ours.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
-    finally:
-        force_backend(None)
+    monkeypatch.setenv(VARIABLE, "torch")
+    found = ours.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
     ids = step = inputs["input_ids"]
     cache = None
     for _ in range(64):  # by hand: `generate` would disable gradients, and bitsandbytes would rewrite its scales

@@ -14,7 +14,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qformat.errors import DataError, UsageError
-from qformat.quality import windows
 from qformat.quality.windows import cut, read_windows
 from tests.training import runs
 
@@ -110,21 +109,15 @@ def test_parquet_gives_the_windows_of_the_same_json_lines(tmp_path: Path, tokeni
     assert np.array_equal(lines.ids, columns.ids)
 
 
-def test_a_long_text_is_cut_at_line_ends_for_the_tokenizer(
-    text_file: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_text_is_cut_at_line_ends_for_the_tokenizer(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     whole = read_windows(text_file, tokenizer, length=32)
-    monkeypatch.setattr(windows, "_PIECE_CHARACTERS", 150)
-    assert np.array_equal(read_windows(text_file, tokenizer, length=32).ids, whole.ids)
+    assert np.array_equal(read_windows(text_file, tokenizer, length=32, piece_characters=150).ids, whole.ids)
 
 
-def test_a_text_without_line_ends_keeps_every_character(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_without_line_ends_keeps_every_character(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "line.txt"
     path.write_text("one scale " * 50)
-    monkeypatch.setattr(windows, "_PIECE_CHARACTERS", 77)
-    ids = read_windows(path, tokenizer, length=2).ids
+    ids = read_windows(path, tokenizer, length=2, piece_characters=77).ids
     assert path.read_text().startswith(tokenizer.decode(ids.reshape(-1)).strip())
 
 

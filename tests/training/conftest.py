@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qformat.training.run import TrainingResult
+from qformat.training.result import TrainingResult
 from tests.training import runs
 
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qformat.converters.convert import convert
-from qformat.training.run import TrainingJob, TrainingResult, train
+from qformat.training.result import TrainingResult
+from qformat.training.run import TrainingJob, train
 from qformat.training.settings import TrainingSettings
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
 

@@ -19,7 +19,7 @@ import torch
 
 from qformat.errors import TargetError
 from qformat.training import checkpoints
-from qformat.training.run import TrainingResult
+from qformat.training.result import TrainingResult
 from tests.repository import ROOT
 from tests.training import runs
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from qformat.errors import AdapterError, DataError, DeviceMemoryError, DivergenceError, TargetError, UsageError
+from qformat.errors import TargetError
 from qformat.model.load import load_model, load_tokenizer
-from qformat.training.optimizer.page_device import PlainPages
-from qformat.training.run import TrainingResult
-from qformat.training.trainer import AdapterTrainer
+from qformat.training.result import TrainingResult
 from tests.training import runs
 
 
@@ -147,49 +144,6 @@ def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-RESUMED: list[dict[str, Any]] = [
-    {},
-    {"optim": "paged_adamw_8bit"},
-    {"packing": True},
-    {"epochs": 3.0, "max_steps": None},
-    {"epochs": 2.0, "max_steps": None, "group_by_length": True},
-]
-
-
-@pytest.mark.parametrize("changed", RESUMED, ids=str)
-def test_a_resumed_training_ends_in_the_same_bytes(
-    artifact: Path, examples: Path, tmp_path: Path, changed: dict[str, Any]
-) -> None:
-    whole = runs.run(artifact, examples, tmp_path / "whole", **changed)
-    stopped = _stopped_at(artifact, examples, tmp_path / "stopped", step=5, **changed)
-    resumed = runs.run(artifact, examples, stopped, resume="latest", **changed)
-    assert resumed.steps == whole.steps
-    assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(whole.output)
-    losses = [[line["loss"] for line in result.metrics] for result in (whole, resumed)]
-    assert losses[0] == losses[1]
-    assert [line["tokens"] for line in whole.metrics] == [line["tokens"] for line in resumed.metrics]
-
-
-def test_a_training_that_ended_within_an_epoch_takes_no_step_more(
-    artifact: Path, examples: Path, tmp_path: Path
-) -> None:
-    first = runs.run(artifact, examples, tmp_path / "out", max_steps=4)
-    before = runs.adapter_bytes(first.output)
-    again = runs.run(artifact, examples, tmp_path / "out", max_steps=4, resume="latest")
-    assert again.steps == 4
-    assert runs.adapter_bytes(again.output) == before
-
-
-def test_a_finished_training_can_be_resumed_for_nothing(
-    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
-) -> None:
-    output = tmp_path / "out"
-    shutil.copytree(undisturbed.output, output)
-    (output / "adapter_model.safetensors").unlink()
-    resumed = runs.run(artifact, examples, output, resume="latest")
-    assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(undisturbed.output)
-
-
 @pytest.mark.parametrize(
     "changed",
     [
@@ -228,76 +182,6 @@ def test_the_adapters_dtype_does_not_depend_on_packing(artifact: Path, examples:
             assert {str(tensor.dtype) for tensor in stored} == {f"torch.{dtype}"}
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_change(
-    artifact: Path, examples: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(DivergenceError, match=r"step \d+: the .* is (nan|inf).*good checkpoint is checkpoint-"):
-        runs.run(artifact, examples, tmp_path / "out", learning_rate=1e36, warmup=0.0, max_steps=12, save_every=1)
-
-
-def test_a_gradient_that_is_no_number_names_the_step(
-    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = AdapterTrainer.training_step
-
-    def poisoned(self: AdapterTrainer, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        loss = original(self, model, inputs, num_items_in_batch)
-        if self.state.global_step == 2:
-            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
-        return loss
-
-    monkeypatch.setattr(AdapterTrainer, "training_step", poisoned)
-    with pytest.raises(DivergenceError, match=r"step 3: the norm of the gradient is nan.*checkpoint-2"):
-        runs.run(artifact, examples, tmp_path / "out")
-
-
-def test_running_out_of_memory_once_changes_nothing(
-    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _fail_micro_batches(monkeypatch, {3, 8})
-    result = runs.run(artifact, examples, tmp_path / "out")
-    assert runs.adapter_bytes(result.output) == runs.adapter_bytes(undisturbed.output)
-    for name in ("loss", "grad_norm", "tokens", "mean_token_accuracy"):
-        assert [line[name] for line in result.metrics] == [line[name] for line in undisturbed.metrics]
-
-
-def test_running_out_of_memory_in_an_evaluation_changes_nothing(
-    artifact: Path,
-    examples: Path,
-    held_out: Path,
-    tmp_path: Path,
-    undisturbed: TrainingResult,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    _fail_micro_batches(monkeypatch, {2, 8})  # the first ones evaluate, and so do those after two steps
-    result = runs.run(artifact, examples, tmp_path / "out", eval_data=held_out, eval_every=2)
-    assert runs.adapter_bytes(result.output) == runs.adapter_bytes(undisturbed.output)
-
-
-def test_running_out_of_memory_elsewhere_is_told_in_words(
-    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*_: object) -> Any:
-        raise torch.OutOfMemoryError("no memory left, says the test")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qformat.training.run.load_model", lambda *_, **__: fails())
-        with pytest.raises(DeviceMemoryError, match="too little memory to load the model"):
-            runs.run(artifact, examples, tmp_path / "out")
-    monkeypatch.setattr(PlainPages, "allocate", fails)
-    with pytest.raises(DeviceMemoryError, match=r"to update the weights.*--dry-run"):
-        runs.run(artifact, examples, tmp_path / "out")
-
-
-@pytest.mark.parametrize(("optim", "advice"), [("paged_adamw_32bit", "Lower the batch size"), ("adamw", "paged")])
-def test_running_out_of_memory_for_good_says_what_to_lower(
-    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str, advice: str
-) -> None:
-    _fail_micro_batches(monkeypatch, set(range(3, 100)))
-    with pytest.raises(DeviceMemoryError, match=advice):
-        runs.run(artifact, examples, tmp_path / "out", optim=optim)
-
-
 def test_an_output_that_holds_something_is_refused(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
 ) -> None:
@@ -310,72 +194,3 @@ def test_an_output_that_holds_something_is_refused(
     ):
         with pytest.raises(TargetError, match=advice):
             runs.run(artifact, examples, output)
-
-
-def test_a_training_is_resumed_with_the_same_settings_data_and_weights_only(
-    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
-) -> None:
-    output = tmp_path / "out"
-    shutil.copytree(undisturbed.output, output)
-    with pytest.raises(UsageError, match=r"learning_rate was 0\.01 and is 0\.02"):
-        runs.run(artifact, examples, output, resume="latest", learning_rate=2e-2)
-    other = runs.write_examples(tmp_path / "other.jsonl", seed=5)
-    with pytest.raises(DataError, match="is not the data that checkpoint-6 was trained with"):
-        runs.run(artifact, other, output, resume="latest")
-    weights = runs.make_artifact(tmp_path, seed=1)
-    with pytest.raises(UsageError, match="was trained on other weights"):
-        runs.run(weights, examples, output, resume="latest")
-    with pytest.raises(UsageError, match="holds no checkpoint"):
-        runs.run(artifact, examples, tmp_path / "empty", resume="latest")
-    with pytest.raises(UsageError, match="There are checkpoint-2, checkpoint-4, checkpoint-6"):
-        runs.run(artifact, examples, output, resume="checkpoint-3")
-
-
-def test_a_damaged_checkpoint_is_refused_and_a_whole_one_offered(
-    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
-) -> None:
-    output = tmp_path / "out"
-    shutil.copytree(undisturbed.output, output)
-    damaged = output / "checkpoint-6" / "optimizer.pt"
-    data = bytearray(damaged.read_bytes())
-    data[len(data) // 2] ^= 1
-    damaged.write_bytes(data)
-    with pytest.raises(AdapterError, match=r"optimizer\.pt: is damaged.*--resume=checkpoint-4"):
-        runs.run(artifact, examples, output, resume="latest")
-    resumed = runs.run(artifact, examples, output, resume="checkpoint-4")
-    assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(undisturbed.output)
-
-
-def _stopped_at(artifact: Path, data: Path, output: Path, *, step: int, **changed: Any) -> Path:
-    """Train until an exception in the middle of a step."""
-    n_calls = 0
-    original = AdapterTrainer.training_step
-
-    def stops(self: AdapterTrainer, *arguments: Any) -> Any:
-        nonlocal n_calls
-        n_calls += 1
-        if self.state.global_step == step - 1 and n_calls % 2 == 0:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AdapterTrainer, "training_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            runs.run(artifact, data, output, **changed)
-    return output
-
-
-def _fail_micro_batches(monkeypatch: pytest.MonkeyPatch, which: set[int]) -> None:
-    """Let some calls of the loss run out of memory after their forward pass, dropout drawn."""
-    original = AdapterTrainer.compute_loss
-    n_calls = 0
-
-    def fails(self: AdapterTrainer, *arguments: Any, **named: Any) -> Any:
-        nonlocal n_calls
-        n_calls += 1
-        loss = original(self, *arguments, **named)
-        if n_calls in which:
-            raise torch.OutOfMemoryError("no memory left, says the test")
-        return loss
-
-    monkeypatch.setattr(AdapterTrainer, "compute_loss", fails)

@@ -30,6 +30,7 @@ from bitsandbytes.cextension import lib
 from torch import Tensor
 
 from qformat.kernels.cpu_features import compute_dtype
+from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.implementations import implementation
 from qformat.kernels.ops import dequantize_nf4, dequantize_nf4_into, linear
 from qformat.kernels.packed_weight import PackedWeight
@@ -119,11 +120,11 @@ def crossover(weight: PackedWeight, dtype: torch.dtype, rounds: int) -> list[flo
     reason = backend.product_unsupported(1, weight, dtype)
     if reason is not None:
         raise SystemExit(f"there is no product from the codes here: {reason}")
-    ratios = []
+    held, ratios = HeldWeight(weight), []
     for m in CROSSOVER_ROWS:
         x = torch.randn(m, weight.shape[1]).to(dtype)
         calls: dict[str, Call] = {
-            "from the codes": lambda x=x: backend.product(x, weight),
+            "from the codes": lambda x=x: backend.product(x, held),
             "by decoding": lambda x=x: backend.linear(x.to(compute_dtype(dtype)), weight, None).to(dtype),
         }
         ratios.append(median_ratio(*time_in_turn(calls, rounds=rounds).values()))
@@ -185,9 +186,9 @@ def their_decode_into(packed: Tensor, state: F.QuantState, out: Tensor) -> None:
 
 def products(sides: Sides, m: int, dtype: torch.dtype) -> dict[str, Call]:
     x = torch.randn(m, sides.ours.shape[1], generator=torch.Generator().manual_seed(m)).to(dtype)
-    state = with_dtype(sides.state, dtype)
+    held, state = HeldWeight(sides.ours), with_dtype(sides.state, dtype)
     calls: dict[str, Call] = {
-        "qformat": lambda: linear(x, sides.ours),
+        "qformat": lambda: linear(x, held),
         "exact": lambda: bitsandbytes.matmul_4bit(x, sides.packed, state),
     }
     if sides.repacked is not None:

@@ -18,18 +18,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from tools.bench.interleaved import median_ratio
+from tools.bench.stepping import Figures, peak_nbytes, serve_steps, start_side, step_in_turn
 
 SIDES = ("bitsandbytes", "bf16", "qformat", "unfused", "node on bf16")
 
@@ -38,14 +34,6 @@ SIZES = {
     "300M": {"hidden_size": 1280, "intermediate_size": 3584, "num_hidden_layers": 16, "num_attention_heads": 20},
 }
 VOCABULARY = 8000
-
-
-@dataclass
-class Figures:
-    """Seconds of each round, and the peak of memory in bytes."""
-
-    seconds: list[float]
-    peak_nbytes: int
 
 
 def main() -> None:
@@ -94,37 +82,9 @@ def compete(folder: Path, shape: str, arguments: argparse.Namespace) -> dict[str
     options = ["--threads", str(arguments.threads), "--shapes", shape, "--folder", str(folder)]
     options += ["--checkpointing"] if arguments.checkpointing else []
     processes = {
-        side: subprocess.Popen(
-            [sys.executable, "-m", "tools.bench.train", "--side", side, *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for side in arguments.sides
+        side: start_side("tools.bench.train", ["--side", side, *options], quiet=True) for side in arguments.sides
     }
-    seconds: dict[str, list[float]] = {side: [] for side in arguments.sides}
-    for number in range(arguments.rounds + 2):
-        for side, process in processes.items():
-            told = float(ask(process, "step"))
-            if number >= 2:  # the first steps compile and fill caches
-                seconds[side].append(told)
-    figures = {}
-    for side, process in processes.items():
-        figures[side] = Figures(seconds[side], int(ask(process, "peak")))
-        process.communicate()
-    return figures
-
-
-def ask(process: subprocess.Popen[str], what: str) -> str:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(what + "\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        sys.exit(f"{process.args}: died")
-    return answer
+    return step_in_turn(processes, rounds=arguments.rounds, warm_up=2)
 
 
 def print_rows(title: str, figures: dict[str, Figures], sides: Sequence[str]) -> None:
@@ -155,15 +115,13 @@ def serve(side: str, folder: Path, shape: str, checkpointing: bool) -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     rows, tokens = (int(number) for number in shape.split("x"))
     batch = torch.randint(0, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    for line in sys.stdin:
-        if line.strip() == "peak":
-            print(peak_nbytes() - before, flush=True)
-            return
-        started = perf_counter()
+
+    def step() -> None:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(perf_counter() - started, flush=True)
+
+    serve_steps(step, nbytes_before=before)
 
 
 def import_all() -> None:
@@ -222,10 +180,6 @@ def node_on_bf16() -> Any:
             return lora_linear(x, None, a, b, self.scaling["default"], Product(self.base_layer.weight.detach()))
 
     return Layer
-
-
-def peak_nbytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from tools.bench.interleaved import median_ratio
+from tools.bench.stepping import peak_nbytes, serve_steps, start_side, step_in_turn
 
 SIDES = ("16 bit", "tune", "tune, cached")
 
@@ -43,44 +41,20 @@ def main() -> None:
     if arguments.side:
         serve(arguments)
         return
-    processes = {
-        side: subprocess.Popen(
-            [sys.executable, "-m", "tools.bench.tune", *sys.argv[1:], "--side", side],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for side in arguments.sides
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {side: [] for side in arguments.sides}
-    for number in range(arguments.rounds + 1):
-        for side, process in processes.items():
-            told = float(ask(process, "step"))
-            if number:  # the first steps compile and fill caches
-                seconds[side].append(told)
-    peaks = {side: int(ask(process, "peak")) for side, process in processes.items()}
-    for process in processes.values():
-        process.communicate()
-    first = arguments.sides[0]
+    processes = {side: start_side("tools.bench.tune", [*sys.argv[1:], "--side", side]) for side in arguments.sides}
+    figures = step_in_turn(processes, rounds=arguments.rounds, warm_up=1)
+    first = figures[arguments.sides[0]]
     print(
         f"{arguments.artifact.name}, {arguments.shape}, {arguments.threads} threads, {arguments.rounds} rounds in turn"
     )
     print(f"{'side':14s} {'s a step':>9s} {'ratio':>6s} {'range':>12s} {'peak MB':>8s} {'ratio':>6s}")
-    for side, mine in seconds.items():
-        ratios = [a / b for a, b in zip(mine, seconds[first], strict=True)]
+    for side, mine in figures.items():
+        ratios = [a / b for a, b in zip(mine.seconds, first.seconds, strict=True)]
         print(
-            f"{side:14s} {statistics.median(mine):9.2f} {median_ratio(mine, seconds[first]):6.2f} "
-            f"{min(ratios):6.2f}-{max(ratios):.2f} {peaks[side] / 1e6:8.0f} {peaks[side] / peaks[first]:6.2f}"
+            f"{side:14s} {statistics.median(mine.seconds):9.2f} {median_ratio(mine.seconds, first.seconds):6.2f} "
+            f"{min(ratios):6.2f}-{max(ratios):.2f} {mine.peak_nbytes / 1e6:8.0f} "
+            f"{mine.peak_nbytes / first.peak_nbytes:6.2f}"
         )
-
-
-def ask(process: subprocess.Popen[str], what: str) -> str:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(what + "\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        sys.exit(f"{process.args}: died")
-    return answer
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -96,13 +70,7 @@ def serve(arguments: argparse.Namespace) -> None:
     ids = torch.randint(0, 1000, (rows, tokens), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
         step = make_step(arguments, ids, np.arange(rows), Path(folder))
-        for line in sys.stdin:
-            if line.strip() == "peak":
-                print(peak_nbytes() - before, flush=True)
-                return
-            started = perf_counter()
-            step()
-            print(perf_counter() - started, flush=True)
+        serve_steps(step, nbytes_before=before)
 
 
 def make_step(arguments: argparse.Namespace, ids: Any, numbers: Any, folder: Path) -> Any:
@@ -160,10 +128,6 @@ def make_step(arguments: argparse.Namespace, ids: Any, numbers: Any, folder: Pat
         tunable.limit()
 
     return of_tuning
-
-
-def peak_nbytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from qformat.model.generation import Sampling, generate
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.quality.evaluation.scores import Scores, score_window
 from qformat.quality.windows import TokenWindows, read_windows
-from qformat.training.adapter.adapters import load_adapter
+from qformat.training.adapter.attach import load_adapter
 from qformat.training.adapter.base_record import BaseRecord
 from tools.quality import page as quality_page
 from tools.quality import rows as quality_rows

@@ -15,13 +15,13 @@ No text is in two of them. Their bytes depend on the versions of Python and the 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import gzip
 import importlib.metadata
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -126,6 +126,12 @@ def _licence(package: str) -> str:
     return max((file.read_text() for file in found), key=len)
 
 
-if __name__ == "__main__":
-    for name, path in write_texts(Path(sys.argv[1])).items():
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    for name, path in write_texts(parser.parse_args().folder).items():
         print(f"{name}: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,8 @@ from qformat.converters.sources.checkpoint_folder import CheckpointFiles
 from qformat.converters.sources.side_files import is_side_file
 from qformat.errors import SourceError
 from qformat.hub.reading.repository import RemoteFile, Repository
-from qformat.hub.reading.stream import CONNECTIONS, ByteStream
+from qformat.hub.reading.stream import ByteStream
+from qformat.hub.reading.transfer import Transfer
 
 _MAX_NOT_LFS_NBYTES = 16 * 2**20
 """Outside of large-file storage the Hub takes no file larger than 10 MB."""
@@ -40,8 +41,9 @@ class HubFiles(CheckpointFiles):
     revision: what was asked for. pin: what a later run needs to go on with this commit.
     """
 
-    def __init__(self, repository: Repository, *, revision: str) -> None:
+    def __init__(self, repository: Repository, *, revision: str, transfer: Transfer) -> None:
         self.repository = repository
+        self.transfer = transfer
         self.path = Path(f"{repository.name}@{repository.commit[:12]}")
         self.state_when_opened: JsonObject = {"commit": repository.commit}
         self.pin: JsonObject = {"repository": repository.name, "revision": revision, "commit": repository.commit}
@@ -67,7 +69,7 @@ class HubFiles(CheckpointFiles):
         """Fetch the headers of safetensors files, several at a time, in two requests a file."""
         for name in names:
             self._listed(name)
-        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="qformat-headers") as pool:
+        with ThreadPoolExecutor(self.transfer.connections, thread_name_prefix="qformat-headers") as pool:
             try:
                 return dict(zip(names, pool.map(self._read_header, names), strict=True))
             except BaseException:

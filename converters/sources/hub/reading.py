@@ -24,10 +24,10 @@ from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.hub.files import HubFiles
 from qformat.converters.sources.reading import Reading, Record
 from qformat.converters.sources.source import SourceTensor
-from qformat.errors import QformatError, SourceError
+from qformat.errors import SourceError
 from qformat.hub.reading.repository import digest_error
 from qformat.hub.reading.resumable_sha256 import ResumableSha256
-from qformat.hub.reading.stream import ByteStream, Span
+from qformat.hub.reading.stream import ByteStream, Span, telling
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class HubReading(Reading):
                 in_order = hashed is None or entry.stop > hashed.nbytes or name not in self._proofs.xxh3
                 spans.append(Span(name, shard, entry.start, entry.stop, in_order))
         self._record = record
-        self._stream = self._files.stream = ByteStream(self._files.repository, spans)
+        self._stream = self._files.stream = ByteStream(self._files.repository, spans, self._files.transfer)
         self._hasher = threading.Thread(target=self._hash, name="qformat-hub-sha256", daemon=True)
         self._hasher.start()
         return kept + [span.key for span in spans]
@@ -122,13 +122,8 @@ class HubReading(Reading):
 
     def _hash(self) -> None:
         assert self._stream is not None
-        try:
+        with telling(self._fail):
             self._hash_all(self._stream)
-        except QformatError as failure:
-            self._fail(failure)
-        except BaseException as failure:  # whoever waits must learn of it, whatever it is
-            self._fail(failure)
-            raise
 
     def _fail(self, failure: BaseException) -> None:
         assert self._stream is not None

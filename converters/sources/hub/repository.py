@@ -17,6 +17,7 @@ from qformat.hub.reading.cache import CachedRepository, find_in_cache
 from qformat.hub.reading.download import download
 from qformat.hub.reading.remote import DEFAULT_REVISION, open_repository
 from qformat.hub.reading.repository import Repository
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.names import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME
 
 _TORCH_BIN = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
@@ -79,6 +80,7 @@ def open_hub_files(
     offline: bool = False,
     keep_source: bool = False,
     pin: JsonObject | None = None,
+    transfer: Transfer = DEFAULT_TRANSFER,
 ) -> HubFiles:
     """Find a checkpoint of the Hub at the commit that the revision has now. The caller closes the files.
 
@@ -93,21 +95,22 @@ def open_hub_files(
     pinned = pin is not None and (pin.get("repository"), pin.get("revision")) == (name, revision)
     asked = str(pin["commit"]) if pin is not None and pinned else revision
     if offline or constants.is_offline_mode():
-        files = HubFiles(_cached(name, asked), revision=revision)
+        files = HubFiles(_cached(name, asked), revision=revision, transfer=transfer)
     else:
-        files = HubFiles(_at_the_hub(name, asked, is_pinned=pinned), revision=revision)
+        repository = _at_the_hub(name, asked, is_pinned=pinned, transfer=transfer)
+        files = HubFiles(repository, revision=revision, transfer=transfer)
         needed = _needed_files(files)
         if keep_source:
-            download(files.repository, needed, revision=revision)
+            download(files.repository, needed, revision=revision, patience=transfer.patience)
         if (cached := _whole_in_cache(files.repository, needed)) is not None:
             files.close()
-            files = HubFiles(cached, revision=revision)
+            files = HubFiles(cached, revision=revision, transfer=transfer)
     return files
 
 
-def _at_the_hub(name: str, revision: str, *, is_pinned: bool) -> Repository:
+def _at_the_hub(name: str, revision: str, *, is_pinned: bool, transfer: Transfer) -> Repository:
     try:
-        return open_repository(name, revision=revision)
+        return open_repository(name, revision=revision, transfer=transfer)
     except HubError as refused:
         if is_pinned and refused.code == "RevisionNotFound":
             raise HubError(

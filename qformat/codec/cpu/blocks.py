@@ -118,10 +118,12 @@ def decode_into(
     out: Raw,
     decoder: Instructions | None = None,
     workers: int = 1,
+    smallest_share: int = SMALLEST_SHARE,
 ) -> None:
     """Decode `packed` [ceil(n/2)] with `scales` [ceil(n/block_size)] into `out` [n], raw elements of `float_format`.
 
-    decoder: the instructions to use, by default the best that this CPU has. workers: threads that share the work.
+    decoder: the instructions to use, by default the best that this CPU has. workers: threads that share the work, each
+    at least `smallest_share` weights.
     Raises UsageError for arrays that do not fit together, or instructions that this CPU lacks.
     """
     _require_block_size(block_size)
@@ -136,7 +138,8 @@ def decode_into(
         decode(packed_part, scales[first:last], block_size, out[elements])
 
     n_whole = n_elements // block_size
-    _in_shares(decode_blocks, n_whole, block_size=block_size, workers=workers)
+    n_shares = max(1, min(workers, n_whole * block_size // smallest_share))
+    _in_shares(decode_blocks, n_whole, n_shares=n_shares, workers=workers)
     if n_elements % block_size:
         _decode_tail(packed, scales[n_whole:], n_elements, block_size, float_format, out)
 
@@ -155,6 +158,7 @@ def decode_nested_into(
     first_block: int = 0,
     decoder: Instructions | None = None,
     workers: int = 1,
+    smallest_share: int = SMALLEST_SHARE,
 ) -> None:
     """Decode a double-quantized tensor, or a part of it that begins at a block, without an array of all its scales.
 
@@ -185,7 +189,8 @@ def decode_nested_into(
             decode(packed_part, scales_of(start, stop), block_size, out[elements])
 
     n_whole = n_elements // block_size
-    _in_shares(decode_blocks, n_whole, block_size=block_size, workers=workers)
+    n_shares = max(1, min(workers, n_whole * block_size // smallest_share))
+    _in_shares(decode_blocks, n_whole, n_shares=n_shares, workers=workers)
     if n_whole < n_blocks:
         _decode_tail(packed, scales_of(n_whole, n_blocks), n_elements, block_size, float_format, out)
 
@@ -256,9 +261,8 @@ def _require_nested(
         )
 
 
-def _in_shares(decode_blocks: Callable[[int, int], None], n_blocks: int, *, block_size: int, workers: int) -> None:
-    """Call decode_blocks(first, last) for all blocks: at once, or in threads where that pays."""
-    n_shares = max(1, min(workers, n_blocks * block_size // SMALLEST_SHARE))
+def _in_shares(decode_blocks: Callable[[int, int], None], n_blocks: int, *, n_shares: int, workers: int) -> None:
+    """Call decode_blocks(first, last) for all blocks: the first share in this thread, the others in the pool's."""
     bounds = [n_blocks * share // n_shares for share in range(n_shares + 1)]
     others = [_pool(workers).submit(decode_blocks, *share) for share in pairwise(bounds[1:])]
     decode_blocks(bounds[0], bounds[1])

@@ -17,7 +17,7 @@ from qformat.hub.publishing.changes import Changes, find_changes
 from qformat.hub.publishing.publication import Publication, prepare
 from qformat.hub.publishing.upload import Made, Uploader, holds
 from qformat.hub.reading.remote import DEFAULT_REVISION, RemoteRepository
-from qformat.hub.reading.transport import Patience
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.hub.signature import MAX_SIGNATURE_NBYTES, check_signature, public_key_of, sign
 from qformat.names import CARD_NAME, SIGNATURE_NAME
 
@@ -46,75 +46,113 @@ class Published:
         return sum(self.publication.files[name].nbytes for name in self.changes.sent)
 
 
+@dataclass(frozen=True, slots=True)
+class PublishOptions:
+    """What a user may choose about a publication, the card left out.
+
+    revision: a branch, made if it is not there, by default the main one. create_pr: ask for the change instead of
+    making it. sign_key: an elliptic-curve private key (PEM) for a signature beside the manifest. confirm_license: the
+    user has looked at a licence that is missing or forbids derivatives. dry_run: only read.
+    """
+
+    revision: str | None = None
+    private: bool = False
+    create_pr: bool = False
+    sign_key: Path | None = None
+    confirm_license: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check_revision(self.branch)
+        if self.create_pr and not self.is_main:
+            raise UsageError("--create-pr asks for a change of the main branch: leave out --revision")
+
+    @property
+    def branch(self) -> str:
+        """The branch that is published to."""
+        return self.revision or DEFAULT_REVISION
+
+    @property
+    def is_main(self) -> bool:
+        """Whether that is the main branch."""
+        return self.branch == DEFAULT_REVISION
+
+
 def publish(
     artifact: Path | str,
     repository: str,
     card: CardOptions | None = None,
+    options: PublishOptions | None = None,
     *,
-    revision: str | None = None,
-    private: bool = False,
-    create_pr: bool = False,
-    sign_key: Path | None = None,
-    confirm_license: bool = False,
-    dry_run: bool = False,
     token: str | bool | None = None,
-    patience: Patience | None = None,
+    transfer: Transfer = DEFAULT_TRANSFER,
     workers: int | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Published:
     """Publish an artifact as a repository of the Hub, with a model card; publishing the same bytes again does nothing.
 
-    revision: a branch, made if it is not there. create_pr: ask for the change instead of making it. sign_key: an
-    elliptic-curve private key (PEM) for a signature beside the manifest. confirm_license: the user has looked at a
-    licence that is missing or forbids derivatives. dry_run: only read. on_progress: bytes verified.
+    on_progress: bytes verified.
     Raises: VerificationError for an artifact that is not whole; UsageError; HubError. The artifact stays as it is.
     """
-    artifact = Path(artifact)
+    artifact, options = Path(artifact), options or PublishOptions()
     check_repository_name(repository)
-    branch = check_revision(revision or DEFAULT_REVISION)
-    if create_pr and branch != DEFAULT_REVISION:
-        raise UsageError("--create-pr asks for a change of the main branch: leave out --revision")
     _refuse_damaged(artifact, workers or usable_cores(), on_progress)
-    prepared = prepare_card(artifact, repository, card or CardOptions(), signed=sign_key is not None, token=token)
-    if prepared.concern is not None and not (confirm_license or dry_run):
+    signed = options.sign_key is not None
+    prepared = prepare_card(artifact, repository, card or CardOptions(), signed=signed, token=token)
+    if prepared.concern is not None and not (options.confirm_license or options.dry_run):
         raise UsageError(
             f"{repository}: {prepared.concern}. Look at the licence, name it with --license (and --license-link), "
             "or publish all the same with --confirm-license"
         )
     publication = prepare(artifact, prepared.text)
-    uploader = Uploader(repository, token=token, patience=patience)
+    uploader = Uploader(repository, token=token, transfer=transfer)
     main = uploader.open(None)
-    if main is not None and private and not uploader.is_private():
+    if main is not None and options.private and not uploader.is_private():
         raise HubError(repository, "is public, and --private was asked for", next_step="Choose another name")
-    target = main if branch == DEFAULT_REVISION or main is None else uploader.open(branch)
-    if sign_key is not None:
-        requests = uploader.pull_requests(publication.title) if create_pr and main is not None else ()
+    target = main if options.is_main or main is None else uploader.open(options.branch)
+    if options.sign_key is not None:
+        requests = uploader.pull_requests(publication.title) if options.create_pr and main is not None else ()
         signed_before = [opened for opened in (target, *(opened for _, opened in requests)) if opened is not None]
-        publication = publication.signed(_signature(publication, signed_before, repository, sign_key))
-    changes = find_changes(publication, target or main, name=f"{repository} ({branch})")
-    published = Published(repository, branch, publication, prepared, changes)
-    if dry_run:
+        publication = publication.signed(_signature(publication, signed_before, repository, options.sign_key))
+    changes = find_changes(publication, target or main, name=f"{repository} ({options.branch})")
+    published = Published(repository, options.branch, publication, prepared, changes)
+    if options.dry_run:
         return published
     if target is not None and not changes.any:
         return _done(published, Made(target.commit), already_there=True)
-    if create_pr and main is not None:
+    if options.create_pr and main is not None:
         open_request = uploader.pull_request(publication.files, publication.title)
         if open_request is not None:
             return _done(published, open_request, already_there=True)
+    return _done(published, _upload(uploader, published, options, main=main, target=target))
+
+
+def _upload(
+    uploader: Uploader,
+    published: Published,
+    options: PublishOptions,
+    *,
+    main: RemoteRepository | None,
+    target: RemoteRepository | None,
+) -> Made:
+    """Make the repository and the branch where they are missing, upload in one commit, and look whether it is there.
+
+    main, target: the main branch, and the branch that is published to, as they are; None where they are missing.
+    """
     if main is None:
-        uploader.create(private=private)
-    if branch != DEFAULT_REVISION and target is None:
-        uploader.create_branch(branch)
+        uploader.create(private=options.private)
+    if not options.is_main and target is None:
+        uploader.create_branch(options.branch)
     made = uploader.commit(
-        publication.files,
-        parent=target or _opened(uploader, branch),
-        removed=changes.removed,
-        title=publication.title,
-        branch=branch,
-        create_pr=create_pr,
+        published.publication.files,
+        parent=target or _opened(uploader, options.branch),
+        removed=published.changes.removed,
+        title=published.publication.title,
+        branch=options.branch,
+        create_pr=options.create_pr,
     )
-    _check_arrived(_opened(uploader, made.commit), publication)
-    return _done(published, made)
+    _check_arrived(_opened(uploader, made.commit), published.publication)
+    return made
 
 
 def _refuse_damaged(artifact: Path, workers: int, on_progress: Callable[[int], None]) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qformat.errors import ArtifactError, HubError, UsageError
 from qformat.hub.publishing.publication import PublishedFile
-from qformat.hub.reading import transport
 from qformat.hub.reading.remote import DEFAULT_REVISION, RemoteRepository, open_repository
-from qformat.hub.reading.transport import RETRIED_STATUSES, Patience, Retries
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
+from qformat.hub.reading.transport import RETRIED_STATUSES, Retries
 from qformat.version import __version__
 
 if TYPE_CHECKING:
@@ -50,12 +50,14 @@ class Made:
 class Uploader:
     """Writes to one repository. token: as for huggingface_hub: None takes the user's own."""
 
-    def __init__(self, repository: str, *, token: str | bool | None = None, patience: Patience | None = None) -> None:
+    def __init__(
+        self, repository: str, *, token: str | bool | None = None, transfer: Transfer = DEFAULT_TRANSFER
+    ) -> None:
         from huggingface_hub import HfApi, constants
 
         self.repository = repository
         self._token = token
-        self._patience = patience or transport.DEFAULT_PATIENCE
+        self._transfer, self._patience = transfer, transfer.patience
         self._endpoint = constants.ENDPOINT
         self._api = HfApi(endpoint=self._endpoint, token=token, library_name="qformat", library_version=__version__)
 
@@ -63,7 +65,7 @@ class Uploader:
         """Return the repository as it is, None where there is none. Raises HubError."""
         try:
             return open_repository(
-                self.repository, revision=revision, token=self._token, patience=self._patience, error=ArtifactError
+                self.repository, revision=revision, token=self._token, transfer=self._transfer, error=ArtifactError
             )
         except HubError as problem:
             if problem.code in {"RepoNotFound", "RevisionNotFound"}:

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qformat.errors import HubError
-from qformat.hub.reading import transport
 from qformat.hub.reading.cache import note_ref
 from qformat.hub.reading.repository import Repository
+from qformat.hub.reading.transfer import Patience
 from qformat.hub.reading.transport import RETRIED_STATUSES, Retries
 
 
-def download(repository: Repository, paths: Sequence[str], *, revision: str) -> None:
+def download(repository: Repository, paths: Sequence[str], *, revision: str, patience: Patience) -> None:
     """Bring files into the local cache. What is there already is not fetched again; a broken download is continued.
 
-    revision: a name that the cache notes down for the repository's commit.
+    revision: a name that the cache notes down for the repository's commit. patience: of the attempts here.
     The client retries some of its requests and not others: whatever may pass is tried again here.
     Raises: HubError; TargetError for a cache that cannot be written.
     """
     import httpx2
     from huggingface_hub import errors, snapshot_download
 
-    retries = Retries(repository.name, "the download", transport.DEFAULT_PATIENCE)
+    retries = Retries(repository.name, "the download", patience)
     while True:
         try:
             snapshot_download(repository.name, revision=repository.commit, allow_patterns=[_literal(p) for p in paths])

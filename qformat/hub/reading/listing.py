@@ -38,6 +38,22 @@ class PublishedArtifact:
         """Whether a signature lies beside the manifest."""
         return SIGNATURE_NAME in self.repository.files
 
+    @property
+    def n_files(self) -> int:
+        """How many files the artifact has, its manifest included and its signature left out."""
+        return len(self.manifest.files) + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these files."""
+        return sum(record.nbytes for record in self.manifest.files.values()) + len(self.manifest_bytes)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Files of the repository that are no part of the artifact; hidden ones are left out."""
+        taken = {*self.manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
+        return tuple(name for name in self.repository.files if name not in taken and not name.startswith("."))
+
 
 def read_published(repository: Repository) -> PublishedArtifact:
     """Fetch the manifest of the artifact in a repository, checked against the commit's digest and its own.

@@ -24,7 +24,8 @@ from qformat.artifact.limits import MAX_SIZE
 from qformat.errors import HubError, InvalidFileError, Reason, SourceError
 from qformat.hub.names import check_listed_path, check_repository_name, check_revision, is_commit
 from qformat.hub.reading.repository import ReadBytes, RemoteFile, check_digest
-from qformat.hub.reading.transport import Patience, Retries, Transport, Unusable
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
+from qformat.hub.reading.transport import Retries, Transport, Unusable
 
 if TYPE_CHECKING:
     import httpx2
@@ -35,9 +36,6 @@ MAX_FILES = 100_000
 """Files that a listing may have."""
 
 _MAX_ANSWER_NBYTES = 32 * 2**20
-_MAX_SKIPPED_NBYTES = 64 * 2**20
-"""Of a whole file that is sent instead of a range: what lies before the range and is read for nothing."""
-
 _PROGRESS_NBYTES = 65536
 """An attempt that brings this much was worth it: failures before it do not count any more."""
 
@@ -191,7 +189,7 @@ class RemoteRepository:
             length = response.headers.get("Content-Length", str(file.nbytes))
             if length != str(file.nbytes):
                 raise self._changed(file, f"it has {length[:40]} bytes, expected {file.nbytes}")
-            if start > _MAX_SKIPPED_NBYTES:
+            if start > self._transport.transfer.max_skipped_nbytes:
                 raise Unusable("the server sends the whole file instead of a range; --keep-source can do without them")
             return start
         shown = response.headers.get("Content-Range", "")
@@ -216,7 +214,7 @@ def open_repository(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    patience: Patience | None = None,
+    transfer: Transfer = DEFAULT_TRANSFER,
     error: type[InvalidFileError] = SourceError,
 ) -> RemoteRepository:
     """Ask the Hub for the commit of a revision and for its files.
@@ -226,7 +224,7 @@ def open_repository(
     Raises: UsageError for names that can be none; HubError; `error` (path_escapes) for a file name that leaves the
     repository.
     """
-    transport = Transport(check_repository_name(name), token=token, patience=patience)
+    transport = Transport(check_repository_name(name), token=token, transfer=transfer)
     commit = _resolve(transport, check_revision(revision or DEFAULT_REVISION))
     return RemoteRepository(transport, commit, _list_files(transport, commit, error), error=error)
 

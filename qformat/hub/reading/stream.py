@@ -14,22 +14,14 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
 from qformat.errors import QformatError
 from qformat.hub.reading.repository import Repository
-
-PIECE_NBYTES = 8 * 2**20
-"""Bytes of one request: long enough that the time to the first byte does not matter."""
-
-WINDOW_NBYTES = 128 * 2**20
-"""Bytes that are fetched and not yet used. In memory: they are needed within a second, and writing them to a disk and
-reading them again would cost more than the whole conversion."""
-
-CONNECTIONS = 8
-"""Requests in flight, as huggingface_hub's own downloads have."""
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +57,37 @@ class Stopped(QformatError):
     """The stream was closed while somebody waited for it."""
 
 
+@contextmanager
+def telling(fail: Callable[[BaseException], None]) -> Iterator[None]:
+    """Hand the exception that ends a thread's work to `fail`: others wait for it. Errors of ours end there."""
+    try:
+        yield
+    except QformatError as failure:
+        fail(failure)
+    except BaseException as failure:  # whoever waits must learn of it, whatever it is
+        fail(failure)
+        raise
+
+
 class ByteStream:
     """A stream that is being fetched. Spans must be begun in their order, each read from its start to its end, once."""
 
-    def __init__(
-        self, repository: Repository, spans: Sequence[Span], *, connections: int = CONNECTIONS,
-        piece_nbytes: int | None = None, window_nbytes: int | None = None,
-    ) -> None:  # fmt: skip
-        piece_nbytes = piece_nbytes or PIECE_NBYTES
+    def __init__(self, repository: Repository, spans: Sequence[Span], transfer: Transfer = DEFAULT_TRANSFER) -> None:
         self._repository = repository
         self.spans = spans
         self._begins = [0, *accumulate(span.nbytes for span in spans)]
         self._number = {span.key: number for number, span in enumerate(spans)}
-        self._pieces = _cut(spans, self._begins, piece_nbytes)
+        self._pieces = _cut(spans, self._begins, transfer.piece_nbytes)
         self._piece_begins = [piece.begin for piece in self._pieces]
         self._changed = threading.Condition()
         self._next = 0
         self._free: list[bytearray] = []
-        self._unmade = max(2, (window_nbytes or WINDOW_NBYTES) // piece_nbytes)
-        self._piece_nbytes = piece_nbytes
+        self._unmade = max(2, transfer.window_nbytes // transfer.piece_nbytes)
+        self._piece_nbytes = transfer.piece_nbytes
         self._failure: BaseException | None = None
         self._threads = [
             threading.Thread(target=self._fetch, name=f"qformat-fetch-{number}", daemon=True)
-            for number in range(min(connections, len(self._pieces)))
+            for number in range(min(transfer.connections, len(self._pieces)))
         ]
         for thread in self._threads:
             thread.start()
@@ -150,7 +150,7 @@ class ByteStream:
                 self._changed.notify_all()
 
     def _fetch(self) -> None:
-        try:
+        with telling(self.fail):
             while (piece := self._begin_piece()) is not None:
                 assert piece.buffer is not None
                 out = memoryview(piece.buffer)[: piece.end - piece.begin]
@@ -158,11 +158,6 @@ class ByteStream:
                 with self._changed:
                     piece.ready = True
                     self._changed.notify_all()
-        except QformatError as failure:
-            self.fail(failure)
-        except BaseException as failure:  # whoever waits must learn of it, whatever it is
-            self.fail(failure)
-            raise
 
     def _go_on(self, nbytes: int) -> None:
         if self._failure is not None:

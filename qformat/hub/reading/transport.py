@@ -17,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 from qformat.errors import HubError
 from qformat.hub.reading.refusals import refusal, server_reason
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Patience, Transfer
 from qformat.version import __version__
 
 if TYPE_CHECKING:
@@ -37,28 +38,6 @@ _WORTH_TELLING_S = 1.0
 
 _MAX_WAIT_ASKED_FOR_S = 300.0
 """A server may ask for a pause; a longer one is not waited for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a request is tried: attempts in a row that bring nothing, and the waits between them, in seconds.
-
-    The waits are 0.2, 0.6, 1.8, 5.4, 16.2 and 20 s: a server that restarts is outlasted, one that is gone is named
-    within a minute. timeout_s: of silence; None for huggingface_hub's own setting (HF_HUB_DOWNLOAD_TIMEOUT).
-    """
-
-    attempts: int = 7
-    first_wait_s: float = 0.2
-    factor: float = 3.0
-    longest_wait_s: float = 20.0
-    timeout_s: float | None = None
-
-    def wait_s(self, failures: int) -> float:
-        """Return the pause after this many failures in a row."""
-        return float(min(self.first_wait_s * self.factor ** (failures - 1), self.longest_wait_s))
-
-
-DEFAULT_PATIENCE = Patience()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +89,14 @@ class Transport:
     """
 
     def __init__(
-        self, repository: str, *, token: str | bool | None = None, patience: Patience | None = None,
-    ) -> None:  # fmt: skip
+        self, repository: str, *, token: str | bool | None = None, transfer: Transfer = DEFAULT_TRANSFER
+    ) -> None:
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self.repository = repository
         self.endpoint = constants.ENDPOINT
-        self.patience = patience or DEFAULT_PATIENCE
+        self.transfer, self.patience = transfer, transfer.patience
         self._timeout_s = self.patience.timeout_s or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         self._headers = build_hf_headers(token=token, library_name="qformat", library_version=__version__)
         self._closing = threading.Event()

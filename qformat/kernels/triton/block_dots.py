@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.errors import UsageError
-from qformat.kernels.triton.launch import check_aligned, check_tensors, codebook, is_aligned, on_device
+from qformat.kernels.device_codebook import device_codebook
+from qformat.kernels.triton.launch import check_aligned, check_tensors, is_aligned, on_device
 
 N_WARPS = 4
 ROUNDS = 4
@@ -25,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def constants(block_size: int, *, aligned: bool) -> dict[str, Any]:
-    """Return the kernel's compile-time arguments: the launch and `tools/gpu/sass_budget.py` use the same."""
+    """Return the kernel's compile-time arguments: the launch and `tools/gpu/kernel_cases.py` use the same."""
     return {"BLOCK_SIZE": block_size, "ALIGNED": aligned, "LANES": N_WARPS * 32, "ROUNDS": ROUNDS}
 
 
@@ -47,4 +48,4 @@ def block_dots(values: Tensor, packed: Tensor, block_size: int, out: Tensor) -> 
 
     with on_device(values.device):
         given = constants(block_size, aligned=is_aligned(packed))
-        block_dots_kernel[(-(-n // TILE),)](values, packed, codebook(values.device), out, n, **given, **OPTIONS)
+        block_dots_kernel[(-(-n // TILE),)](values, packed, device_codebook(values.device), out, n, **given, **OPTIONS)

@@ -1,4 +1,4 @@
-"""The kernel of sums over blocks: device code only (launched by `triton_block_dots`)."""
+"""The kernel of sums over blocks: device code only (launched by `block_dots`)."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from qformat.errors import UsageError
+from qformat.kernels.device_codebook import device_codebook
 from qformat.kernels.packed_weight import PackedWeight
-from qformat.kernels.triton.launch import check_aligned, check_tensors, codebook, is_aligned, on_device
+from qformat.kernels.triton.launch import check_aligned, check_tensors, is_aligned, on_device
 
 N_WARPS = 4
 ROUNDS = 8
@@ -46,7 +47,7 @@ def plan(n_elements: int, *, aligned: bool) -> LaunchPlan:
 
 
 def constants(block_size: int, *, double_quant: bool, tiles: str) -> dict[str, Any]:
-    """Return the kernel's compile-time arguments: the launch and `tools/gpu/sass_budget.py` use the same."""
+    """Return the kernel's compile-time arguments: the launch and `tools/gpu/kernel_cases.py` use the same."""
     return {
         "BLOCK_SIZE": block_size,
         "NESTED": double_quant,
@@ -79,7 +80,7 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
             weight.nested_absmax,
             weight.nested_quant_map,
             weight.nested_offset,
-            codebook(weight.device),
+            device_codebook(weight.device),
             out,
             weight.n_elements,
             **constants(weight.block_size, double_quant=weight.double_quant, tiles=chosen.tiles),

@@ -1,4 +1,4 @@
-"""The dequantization kernel: device code only (spec sections 4 and 5; launched by `triton_dequantize`)."""
+"""The dequantization kernel: device code only (spec sections 4 and 5; launched by `dequantize`)."""
 
 from __future__ import annotations
 

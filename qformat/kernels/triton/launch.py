@@ -1,4 +1,4 @@
-"""What both Triton kernels need before a launch: is Triton there, do the tensors fit, the codebook on the device."""
+"""What the Triton kernels need before a launch: is Triton there, and do the tensors fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.errors import UsageError
 
 ALIGNMENT_NBYTES = 16
@@ -53,12 +52,6 @@ def check_aligned(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not is_aligned(tensor):
             raise UsageError(f"{name}: begins at {tensor.data_ptr():#x}, not 16-byte aligned. Clone it first")
-
-
-@functools.cache
-def codebook(device: torch.device) -> Tensor:
-    """Return the NF4 codebook, float32 [16], on a device. The first call copies: make it before capturing a graph."""
-    return torch.tensor(NF4_CODEBOOK.tolist(), dtype=torch.float32, device=device)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The product of a few rows with a 4-bit weight on a GPU, for decoding: out = x W^T without a 16-bit W in memory.
 
-W is, bit for bit, what `triton_dequantize` gives (the sign of zeros aside); sums are float32, in an order that depends
+W is, bit for bit, what `dequantize` gives (the sign of zeros aside); sums are float32, in an order that depends
 on shapes and device only, so every run gives the same bits.
 """
 
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import UsageError
+from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
 from qformat.kernels.packed_weight import PackedWeight
 from qformat.kernels.triton.launch import check_aligned, check_tensors, multiprocessors, on_device
-
-MAX_M = 16
-"""Rows of x: from here on the weight is decoded again for every 16 rows, and dequantization + matmul takes over."""
 
 SEGMENT = 64
 """Columns must be a multiple of this: a lane decodes 64 weights of one row."""
@@ -33,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
 """How many programs a multiprocessor should get before K is no longer split: with 80-96 registers and 64 threads, 10 of
-32 rows reside at once. Reasoned, not yet timed: `tools/gpu/check.py` measures the alternatives."""
+32 rows reside at once. Reasoned, not yet timed: `python -m tools.gpu.check` measures the alternatives."""
 
 MIN_STEPS_PER_SPLIT = 2
 """A split with one step has nothing to prefetch."""
@@ -78,7 +76,7 @@ def plan(m: int, shape: tuple[int, int], *, n_multiprocessors: int) -> LaunchPla
 
 
 def constants(plan: LaunchPlan, shape: tuple[int, int], block_size: int, *, double_quant: bool) -> dict[str, Any]:
-    """Return the kernel's compile-time arguments: the launch and `tools/gpu/sass_budget.py` use the same."""
+    """Return the kernel's compile-time arguments: the launch and `tools/gpu/kernel_cases.py` use the same."""
     return {
         "BLOCK_SIZE": block_size,
         "NESTED": double_quant,
@@ -97,8 +95,8 @@ def options(plan: LaunchPlan) -> dict[str, Any]:
 def product_unsupported(m: int, weight_shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> str | None:
     """Return why `product` does not take x [m, K] of `dtype` and a weight [N, K], or None if it does."""
     n, k = weight_shape
-    if m > MAX_M:
-        return f"m = {m}: the fused product takes at most {MAX_M} rows"
+    if m > MAX_ROWS_FROM_CODES:
+        return f"m = {m}: the fused product takes at most {MAX_ROWS_FROM_CODES} rows"
     if dtype not in DTYPES:
         return f"{dtype}: the fused product takes bfloat16 and float16"
     if block_size not in BLOCK_SIZES:
@@ -118,7 +116,7 @@ def product(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
     """
     chosen = plan(x.shape[0], weight.shape, n_multiprocessors=multiprocessors(weight.device)) if _fits(x) else None
     if chosen is None:
-        raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected [M, K] with M <= {MAX_M}")
+        raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected [M, K] with M <= {MAX_ROWS_FROM_CODES}")
     product_as_planned(x, weight, out, chosen)
 
 
@@ -152,13 +150,13 @@ def product_as_planned(x: Tensor, weight: PackedWeight, out: Tensor, plan: Launc
 
 
 def _fits(x: Tensor) -> bool:
-    return x.dim() == 2 and x.shape[0] <= MAX_M
+    return x.dim() == 2 and x.shape[0] <= MAX_ROWS_FROM_CODES
 
 
 def _check(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
     n, k = weight.shape
     if not _fits(x) or x.shape[1] != k:
-        raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected [M, {k}] with M <= {MAX_M}")
+        raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected [M, {k}] with M <= {MAX_ROWS_FROM_CODES}")
     reason = product_unsupported(x.shape[0], weight.shape, weight.block_size, x.dtype)
     if reason is not None:
         raise UsageError(f"{reason}. Dequantize the weight and use a matrix product")

@@ -1,4 +1,4 @@
-"""The small-M product kernel: device code only (spec sections 4 and 5; launched by `triton_product`).
+"""The small-M product kernel: device code only (spec sections 4 and 5; launched by `product`).
 
 How a weight gets from a nibble to a tensor core without passing through memory:
 

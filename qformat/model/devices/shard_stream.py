@@ -14,19 +14,18 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from qformat.artifact.digests import Xxh3
-from qformat.artifact.header import DATA_ALIGNMENT, TensorEntry
 from qformat.artifact.reading.regular_files import open_regular, read_exactly
 from qformat.artifact.reading.structure import ShardLayout, Structure, size_error
 from qformat.artifact.reading.verify import Finding, RangeCheck, range_checks
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Reason, UsageError
-from qformat.model.shard_tensors import ShardData
+from qformat.model.devices.buffer_ring import Buffer, BufferRing
+from qformat.model.devices.stream_device import StreamDevice
 
 Verify = Literal["full", "structure", "none"]
 
@@ -39,74 +38,6 @@ MAX_READERS = 4
 THREAD_NAME = "qformat-stream"
 
 
-class Ticket(Protocol):
-    """A copy that was started."""
-
-    def wait(self) -> None:
-        """Block until the copy is done, so that its host buffer may be reused. Raises what the copy failed with."""
-
-
-class StreamDevice(Protocol):
-    """Where shards go. `copy` is called by one thread, `Ticket.wait` by any, once for each copy."""
-
-    def allocate(self, nbytes: int) -> Tensor:
-        """Return uninitialised memory of the device, uint8 [nbytes], aligned to 16 bytes or, better, to a page."""
-
-    def host_buffer(self, nbytes: int) -> Tensor:
-        """Return host memory that the device copies from, uint8 [nbytes], writable through `.numpy()`."""
-
-    def copy(self, host: Tensor, target: Tensor) -> Ticket:
-        """Start to copy uint8 [n] in a host buffer to uint8 [n] on the device."""
-
-
-class TorchDevice:
-    """A torch.device. CUDA: pinned buffers, copies on a stream of their own. Others: plain memory, immediate copies."""
-
-    def __init__(self, device: torch.device | str) -> None:
-        self._device = torch.device(device)
-        self._stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-
-    def allocate(self, nbytes: int) -> Tensor:
-        """Return uninitialised memory, uint8 [nbytes], aligned to a page. Raises torch.OutOfMemoryError."""
-        spare = torch.empty(nbytes + DATA_ALIGNMENT - 1, dtype=torch.uint8, device=self._device)
-        if self._stream is not None:
-            # The allocator may hand out memory that kernels on the current stream have yet to finish with.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        offset = -spare.data_ptr() % DATA_ALIGNMENT
-        return spare[offset : offset + nbytes]
-
-    def host_buffer(self, nbytes: int) -> Tensor:
-        """Return host memory, uint8 [nbytes], pinned for CUDA."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._stream is not None)
-
-    def copy(self, host: Tensor, target: Tensor) -> Ticket:
-        """Copy uint8 [n] to the device; for CUDA this only starts it."""
-        if self._stream is None:
-            target.copy_(host)
-            return _Done()
-        with torch.cuda.stream(self._stream):
-            target.copy_(host, non_blocking=True)
-            # blocking: who waits for it sleeps, because the cores are needed for reading and hashing.
-            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        return _EventTicket(event)
-
-
-class _Done:
-    def wait(self) -> None:
-        """Nothing is pending."""
-
-
-@dataclass(frozen=True, slots=True)
-class _EventTicket:
-    event: torch.cuda.Event
-
-    def wait(self) -> None:
-        self.event.synchronize()
-
-
 def data_starts(layout: ShardLayout) -> dict[str, int]:
     """Return for each shard the byte of the file at which its data begins: index 0 of its device tensor."""
     starts: dict[str, int] = {}
@@ -114,14 +45,6 @@ def data_starts(layout: ShardLayout) -> dict[str, int]:
         # The data has no holes, so it begins where its first entry does.
         starts[located.shard] = min(located.entry.start, starts.get(located.shard, located.entry.start))
     return starts
-
-
-def component(tensor: Tensor, shard_data_start: int, entry: TensorEntry) -> Tensor:
-    """Return the view of a component in its dtype and shape.
-
-    tensor: uint8, a shard's data as `stream_shards` returns it; shard_data_start: its entry of `data_starts`.
-    """
-    return ShardData(tensor, shard_data_start).view(entry)
 
 
 def stream_shards(
@@ -158,9 +81,9 @@ def stream_shards(
         digests = _Digests(_with_digests(layout), descriptors) if verify == "full" else None
         shards = {shard: device.allocate(layout.shard_nbytes[shard] - start) for shard, start in starts.items()}
         buffer_nbytes = max(chunk.nbytes for chunk in chunks)
-        buffers = [_Buffer(device.host_buffer(buffer_nbytes)) for _ in range(min(n_buffers, len(chunks)))]
+        buffers = [Buffer(device.host_buffer(buffer_nbytes)) for _ in range(min(n_buffers, len(chunks)))]
         n_readers = min(readers or min(MAX_READERS, usable_cores()), len(buffers))
-        stream = _Stream(layout.path, chunks, descriptors, _Ring(buffers, len(chunks)))
+        stream = _Stream(layout.path, chunks, descriptors, BufferRing(buffers, len(chunks)))
         stream.run(n_readers, _Forwarding(device, shards, starts, digests, progress))
     return shards
 
@@ -206,90 +129,6 @@ def _with_digests(layout: ShardLayout) -> Structure:
     return layout
 
 
-class _Buffer:
-    """A host buffer, and the copy out of it that was started last."""
-
-    def __init__(self, host: Tensor) -> None:
-        self.host = host
-        self.data: memoryview = host.numpy().data
-        self.ticket: Ticket | None = None
-
-    def wait(self) -> None:
-        """Wait for the copy, once; whatever comes of it."""
-        ticket, self.ticket = self.ticket, None
-        if ticket is not None:
-            ticket.wait()
-
-
-class _Ring:
-    """Hands free buffers to the readers, and full ones in order to the thread that copies. Keeps the first failure.
-
-    A reader gets its buffer together with the number of its chunk: the lowest chunk that is not read yet always has a
-    buffer, and so nobody waits for ever.
-    """
-
-    def __init__(self, buffers: Iterable[_Buffer], n_chunks: int) -> None:
-        self.buffers = tuple(buffers)
-        self._free = deque(self.buffers)
-        self._full: dict[int, _Buffer] = {}
-        self._n_chunks = n_chunks
-        self._n_claimed = 0
-        self._stopping = False
-        self._failure: BaseException | None = None
-        self._changed = threading.Condition()
-
-    def claim(self) -> tuple[int, _Buffer] | None:
-        """Wait for a buffer; return it with the number of the chunk to read, or None when there is nothing to do."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free or self._nothing_to_do())
-            if self._nothing_to_do():
-                return None
-            number = self._n_claimed
-            self._n_claimed += 1
-            if self._n_claimed == self._n_chunks:
-                self._changed.notify_all()
-            return number, self._free.popleft()
-
-    def deliver(self, number: int, buffer: _Buffer) -> None:
-        """Pass on a buffer that was filled."""
-        with self._changed:
-            self._full[number] = buffer
-            self._changed.notify_all()
-
-    def take(self, number: int) -> _Buffer | None:
-        """Wait for a chunk; return None if a reader failed instead."""
-        with self._changed:
-            self._changed.wait_for(lambda: number in self._full or self._stopping)
-            return None if self._stopping else self._full.pop(number)
-
-    def release(self, buffer: _Buffer) -> None:
-        """Give a buffer back, its copy possibly pending: the oldest copy is the next to be waited for."""
-        with self._changed:
-            self._free.append(buffer)
-            self._changed.notify_all()
-
-    def stop(self, failure: BaseException | None = None) -> None:
-        """Send everybody home; keep the failure if it is the first."""
-        with self._changed:
-            self._stopping = True
-            if self._failure is None:
-                self._failure = failure
-            self._changed.notify_all()
-
-    def raise_failure(self) -> None:
-        """Raise the first failure, if there is one, and forget it."""
-        failure, self._failure = self._failure, None
-        try:
-            if failure is not None:
-                raise failure
-        finally:
-            # A failure holds this frame: without the cycle the device's memory is free as soon as it is handled.
-            del failure
-
-    def _nothing_to_do(self) -> bool:
-        return self._stopping or self._n_claimed == self._n_chunks
-
-
 @dataclass(frozen=True, slots=True)
 class _Forwarding:
     """What happens to a chunk that was read: it is copied, then hashed while the copy is in flight."""
@@ -300,7 +139,7 @@ class _Forwarding:
     digests: _Digests | None
     progress: Callable[[int], None] | None
 
-    def forward(self, chunk: _Chunk, buffer: _Buffer) -> None:
+    def forward(self, chunk: _Chunk, buffer: Buffer) -> None:
         """Start the copy of a chunk, take the digests of it, report it. Raises ArtifactError for a wrong digest."""
         start = self.starts[chunk.shard]
         target = self.shards[chunk.shard][chunk.start - start : chunk.stop - start]
@@ -314,7 +153,7 @@ class _Forwarding:
 class _Stream:
     """One run: threads that read, and the calling thread, which forwards."""
 
-    def __init__(self, path: Path, chunks: list[_Chunk], descriptors: Mapping[str, int], ring: _Ring) -> None:
+    def __init__(self, path: Path, chunks: list[_Chunk], descriptors: Mapping[str, int], ring: BufferRing) -> None:
         self._path = path
         self._chunks = chunks
         self._descriptors = descriptors
@@ -354,7 +193,7 @@ class _Stream:
         except BaseException as error:  # noqa: BLE001 - the calling thread raises it
             self._ring.stop(error)
 
-    def _fill(self, chunk: _Chunk, buffer: _Buffer) -> None:
+    def _fill(self, chunk: _Chunk, buffer: Buffer) -> None:
         buffer.wait()
         out = buffer.data[: chunk.nbytes]
         descriptor = self._descriptors[chunk.shard]

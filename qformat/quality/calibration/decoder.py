@@ -10,17 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from qformat.errors import ArtifactError, Reason, SourceError
 from qformat.model.build import build_on_meta, initialise_the_rest, read_config
+from qformat.model.checkpoint_names import name_in_model
 from qformat.names import CONFIG_NAME
 from qformat.quality.calibration.layer_calls import LayerCall, UnsupportedModelError, record_calls
 
@@ -184,14 +180,12 @@ def _build(path: Path) -> PreTrainedModel:
 
 def _names_in_model(model: PreTrainedModel, names: Sequence[str]) -> dict[str, tuple[str, bool]]:
     """Return for each tensor of the source its name in the model, and whether it is merged there with others."""
-    entries = get_model_conversion_mapping(model)
-    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
     present = model.state_dict()
+    rename = name_in_model(model, present)
     found = {}
     for name in names:
-        renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, present)
-        found[name] = (name, False) if renamed not in present and name in present else (renamed, merged is not None)
+        renamed, merged = rename(name)
+        found[name] = (name, False) if renamed not in present and name in present else (renamed, merged)
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -118,17 +119,10 @@ def evaluate(
     teacher = None if source is None or source_folder is None else load(source, source_folder)
     models = [load(name, folder) for name, folder in zip((artifact, *against), folders, strict=True)]
     _check_vocabularies(models if teacher is None else [teacher, *models], windows)
-    total = sum(len(text) for text in windows)
-    done = 0
-
-    def one_more() -> None:
-        nonlocal done
-        done += 1
-        on_window(done, total)
-
+    total, done = sum(len(text) for text in windows), count(1)
     started = monotonic()
     with torch.inference_mode():
-        scored = [_score_text(text, teacher, models, one_more) for text in windows]
+        scored = [_score_text(text, teacher, models, lambda: on_window(next(done), total)) for text in windows]
     return Evaluation(
         models=[model.name for model in models],
         source=None if teacher is None else teacher.name,

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_CHUNK_NBYTES = 2**21
+CPU_CHUNK_NBYTES = 2**21
 """Of float32 logits at a time on a CPU: what is computed from them stays in the cache (2**19 and 2**23 are slower)."""
 
-_DEVICE_CHUNK_NBYTES = 2**27
+DEVICE_CHUNK_NBYTES = 2**27
 """On other devices, whose memory is fast and whose kernels cost some time to start. Not yet measured on a GPU."""
 
 
@@ -34,10 +34,17 @@ class Scores:
     kl: NDArray[np.float64] | None
 
 
-def score_window(logits: Tensor, ids: Tensor, *, reference: Tensor | None = None) -> Scores:
-    """Score a window. logits, reference: [L, vocabulary], any float dtype; computed in float32. ids: int64 [L]."""
+def score_window(
+    logits: Tensor, ids: Tensor, *, reference: Tensor | None = None, chunk_nbytes: int | None = None
+) -> Scores:
+    """Score a window. logits, reference: [L, vocabulary], any float dtype; computed in float32. ids: int64 [L].
+
+    chunk_nbytes: of float32 logits at a time, by default what suits the device.
+    """
     n_positions, n_vocabulary = ids.numel() - 1, logits.shape[-1]
-    step = max(1, (_CHUNK_NBYTES if logits.device.type == "cpu" else _DEVICE_CHUNK_NBYTES) // (4 * n_vocabulary))
+    if chunk_nbytes is None:
+        chunk_nbytes = CPU_CHUNK_NBYTES if logits.device.type == "cpu" else DEVICE_CHUNK_NBYTES
+    step = max(1, chunk_nbytes // (4 * n_vocabulary))
     loss, top1, kl = [], [], []
     for start in range(0, n_positions, step):
         stop = min(start + step, n_positions)

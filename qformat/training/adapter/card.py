@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from qformat import strict_json
 from qformat.training.adapter.base_record import BaseRecord
-
-if TYPE_CHECKING:
-    from qformat.training.run import TrainingResult
+from qformat.training.result import TrainingResult
 
 
 def adapter_card(result: TrainingResult, base: BaseRecord) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qformat.errors import UsageError
 from qformat.kernels import ops
-from qformat.kernels.packed_weight import PackedWeight
+from qformat.kernels.held_weight import HeldWeight
 from qformat.model.nf4_linear import NF4Linear
 
 
@@ -35,17 +35,17 @@ class FrozenProduct(Protocol):
 class NF4Product:
     """The weight of an `NF4Linear`."""
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
-        self._weight = weight
+    def __init__(self, held: HeldWeight, bias: Tensor | None) -> None:
+        self._held = held
         self._bias = bias
 
     def linear(self, x: Tensor) -> Tensor:
         """Return x [M, K] times the weight's transpose, plus bias, [M, N]."""
-        return ops.linear(x, self._weight, self._bias)
+        return ops.linear(x, self._held, self._bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """Return grad [M, N] times the weight, [M, K]."""
-        return ops.input_gradient(grad, self._weight)
+        return ops.input_gradient(grad, self._held.weight)
 
 
 def lora_linear(
@@ -124,7 +124,7 @@ class NF4LoraLinear(lora.Linear):
         layer = cast(NF4Linear, self.base_layer)
         lora_a = cast(nn.Linear, self.lora_A[adapter]).weight
         lora_b = cast(nn.Linear, self.lora_B[adapter]).weight
-        base = NF4Product(layer.packed_weight(), layer.bias)
+        base = NF4Product(layer.held_weight(), layer.bias)
         return lora_linear(x, dropped, lora_a, lora_b, self.scaling[adapter], base)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -31,7 +31,7 @@ from qformat.model.build import attach, build_on_meta, linear_at, names_in_model
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents
 from qformat.names import CONFIG_NAME
-from qformat.training.adapter.adapters import add_adapter
+from qformat.training.adapter.attach import add_adapter
 from qformat.training.adapter.lora_linear import NF4LoraLinear, lora_linear
 from qformat.training.adapter.output_layer import decode_output_layer
 from qformat.training.memory_plan.tensors import ModelTensors

@@ -3,7 +3,7 @@
     static     weights, adapters, optimizer states that stay on the device
     moving     activations kept for backward, what the loss and a layer need while they run, gradients
 
-What moves is measured on the model itself, run without memory (`memory_plan_trace`); optimizer states are laid out in
+What moves is measured on the model itself, run without memory (`trace`); optimizer states are laid out in
 pages as `PagedAdamW` does it. Not planned: fragmentation and what CUDA itself takes, for which a reserve is left free.
 """
 

@@ -12,8 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-N_DECADES = 7
-"""Powers of ten: the largest values of the decades are 1, 0.1, ... 1e-6."""
+from qformat.codec.codebooks import dynamic_map
 
 HALF_STEP_SIGNED = 0.9 / 64 / 2
 HALF_STEP_UNSIGNED = 0.9 / 128 / 2
@@ -23,13 +22,7 @@ widest gap, which is the step of the largest decade. In a block it is that times
 
 def dynamic_values(*, signed: bool) -> Tensor:
     """Return the 256 values of the data type, float32 [256], increasing; 0 and 1 are among them, -1 is not."""
-    positive = []
-    for exponent in range(N_DECADES):
-        n_fractions = 2**exponent if signed else 2 ** (exponent + 1)
-        borders = torch.linspace(0.1, 1, n_fractions + 1, dtype=torch.float32)
-        positive.append((borders[:-1] + borders[1:]) / 2 * 10.0 ** (exponent + 1 - N_DECADES))
-    values = torch.cat([*positive, *(-x for x in positive if signed), torch.tensor([0.0, 1.0])])
-    return values.sort().values
+    return torch.from_numpy(dynamic_map(signed=signed))
 
 
 @cache

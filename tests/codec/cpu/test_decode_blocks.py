@@ -67,14 +67,14 @@ def test_any_range_of_blocks_decodes_to_that_part_of_the_tensor(block_size: int)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_any_number_of_workers_gives_the_same_bytes(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "SMALLEST_SHARE", 1000)
+def test_any_number_of_workers_gives_the_same_bytes(workers: int) -> None:
     n = 64 * 1009 + 3
     packed, second = double_quantized(n, 64)
     scales = nested.decode_absmax(second.codes, second.nested_absmax, second.offset)
     expected = decoded_by_reference(packed, second, n, 64, FloatFormat.BF16)
     out, from_nested = np.empty(n, np.uint16), np.empty(n, np.uint16)
-    common = {"n_elements": n, "block_size": 64, "float_format": FloatFormat.BF16, "workers": workers}
+    shares = {"workers": workers, "smallest_share": 1000}
+    common = {"n_elements": n, "block_size": 64, "float_format": FloatFormat.BF16, **shares}
     blocks.decode_into(packed, scales, out=out, **common)  # type: ignore[arg-type]
     blocks.decode_nested_into(packed, second.codes, second.nested_absmax, second.offset, out=from_nested, **common)  # type: ignore[arg-type]
     assert np.array_equal(out, expected)
@@ -87,11 +87,10 @@ def test_workers_serve_a_forked_child_too() -> None:
 import os, numpy as np
 from qformat.codec.cpu import blocks
 from qformat.codec.floats import FloatFormat
-blocks.SMALLEST_SHARE = 1000
 def decode():
     out = np.empty(8192, np.float32)
     blocks.decode_into(np.zeros(4096, np.uint8), np.ones(128, np.float32), n_elements=8192, block_size=64,
-                    float_format=FloatFormat.F32, out=out, workers=2)
+                    float_format=FloatFormat.F32, out=out, workers=2, smallest_share=1000)
     assert (out == -1).all()
 decode()
 child = os.fork()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qformat.errors import HubError
 from qformat.hub.reading.repository import ReadBytes, RemoteFile
 from qformat.hub.reading.stream import ByteStream, Span, Stopped
+from qformat.hub.reading.transfer import Transfer
 
 
 class Files:
@@ -72,7 +73,9 @@ def test_every_reader_gets_its_bytes_and_every_byte_is_read_once(
     data = {path: pick.randbytes(sum(lengths)) for path in ("a", "b")}
     spans = cut(data, lengths, pick)
     files = Files(data)
-    stream = ByteStream(files, spans, connections=3, piece_nbytes=piece_nbytes, window_nbytes=n_pieces * piece_nbytes)
+    stream = ByteStream(
+        files, spans, Transfer(connections=3, piece_nbytes=piece_nbytes, window_nbytes=n_pieces * piece_nbytes)
+    )
     in_order: dict[str, bytes] = {}
 
     def read_in_order() -> None:
@@ -100,7 +103,7 @@ def test_every_reader_gets_its_bytes_and_every_byte_is_read_once(
 
 def test_no_more_is_fetched_ahead_than_the_window_holds() -> None:
     files = Files({"a": bytes(1000)})
-    stream = ByteStream(files, [Span("a", "a", 0, 1000, in_order=False)], piece_nbytes=10, window_nbytes=50)
+    stream = ByteStream(files, [Span("a", "a", 0, 1000, in_order=False)], Transfer(piece_nbytes=10, window_nbytes=50))
     out = bytearray(100)
     stream.read_into("a", 0, memoryview(out))  # ten pieces are free again
     for thread in threading.enumerate():
@@ -111,7 +114,9 @@ def test_no_more_is_fetched_ahead_than_the_window_holds() -> None:
 
 
 def test_a_failure_reaches_every_reader() -> None:
-    stream = ByteStream(Files({"a": bytes(1000)}, fail_at=3), [Span("a", "a", 0, 1000, in_order=True)], piece_nbytes=10)
+    stream = ByteStream(
+        Files({"a": bytes(1000)}, fail_at=3), [Span("a", "a", 0, 1000, in_order=True)], Transfer(piece_nbytes=10)
+    )
     with pytest.raises(HubError, match="refused"):
         stream.read_into("a", 0, memoryview(bytearray(1000)))
     with pytest.raises(HubError, match="refused"):
@@ -120,7 +125,7 @@ def test_a_failure_reaches_every_reader() -> None:
 
 def test_closing_wakes_whoever_waits() -> None:
     stream = ByteStream(
-        Files({"a": bytes(1000)}), [Span("a", "a", 0, 1000, in_order=True)], piece_nbytes=10, window_nbytes=20
+        Files({"a": bytes(1000)}), [Span("a", "a", 0, 1000, in_order=True)], Transfer(piece_nbytes=10, window_nbytes=20)
     )
     timer = threading.Timer(0.05, stream.close)
     timer.start()

@@ -17,9 +17,10 @@ from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.codec.floats import FloatFormat, narrow
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import UsageError
+from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
 from qformat.kernels.triton import launch as triton_launch
 from qformat.kernels.triton import product_kernel as kernel
-from qformat.kernels.triton.product import MAX_M, LaunchPlan, plan, product, product_unsupported
+from qformat.kernels.triton.product import LaunchPlan, plan, product, product_unsupported
 from tests.kernels.triton.interpreter import ROOT, run_interpreted
 from tests.kernels.triton.ptx import evaluate
 from tools.gpu.weights import random_weight
@@ -66,7 +67,7 @@ def test_the_ptx_is_a_pure_function_of_its_elements(ptx: str) -> None:
 @pytest.mark.parametrize("shape", REAL_SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_linear_of_real_models_is_supported(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    assert all(product_unsupported(m, shape, b, dtype) is None for m in (1, MAX_M) for b in BLOCK_SIZES)
+    assert all(product_unsupported(m, shape, b, dtype) is None for m in (1, MAX_ROWS_FROM_CODES) for b in BLOCK_SIZES)
 
 
 @pytest.mark.parametrize(

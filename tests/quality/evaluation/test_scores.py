@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qformat.quality.evaluation import scores
 from qformat.quality.evaluation.scores import first_non_finite, score_window, stack
 
 N_VOCABULARY = 1000
@@ -35,12 +34,9 @@ def test_the_loss_is_that_of_transformers(source: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk_nbytes", [1, 4000 * 5, 2**21])
-def test_divergence_and_agreement_are_those_of_float64(
-    dtype: torch.dtype, chunk_nbytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scores, "_CHUNK_NBYTES", chunk_nbytes)
+def test_divergence_and_agreement_are_those_of_float64(dtype: torch.dtype, chunk_nbytes: int) -> None:
     reference, logits, ids = random_logits(1).to(dtype), random_logits(2).to(dtype), random_ids()
-    got = score_window(logits, ids, reference=reference)
+    got = score_window(logits, ids, reference=reference, chunk_nbytes=chunk_nbytes)
     p = torch.softmax(reference[:-1].double(), -1).numpy()
     log_q = torch.log_softmax(logits[:-1].double(), -1).numpy()
     assert got.kl is not None

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qformat.model.checkpoint import load_checkpoint
-from qformat.quality import output_head
 from qformat.quality.output_head import SplitModel, split_head
 from qformat.quality.tuning.distillation import DenseTarget, Target, TopKTarget, distil, measure
 
 
-def linear_model(vocabulary: int = 50, width: int = 12, *, seed: int = 0) -> tuple[nn.Module, SplitModel]:
+def linear_model(
+    vocabulary: int = 50, width: int = 12, *, seed: int = 0, chunk_nbytes: int = 16 << 20
+) -> tuple[nn.Module, SplitModel]:
     """Return a model of an embedding and a head, in float32: its hidden states are what is embedded."""
     torch.manual_seed(seed)
     parts = nn.ModuleDict({"body": nn.Embedding(vocabulary, width), "head": nn.Linear(width, vocabulary, bias=False)})
-    return parts, SplitModel(parts["body"], parts["head"], vocabulary)
+    return parts, SplitModel(parts["body"], parts["head"], vocabulary, chunk_nbytes)
 
 
 def targets(teacher: SplitModel, ids: Tensor, k: int) -> dict[str, Target]:
@@ -46,12 +47,9 @@ def kl_of_all(logits: Tensor, teacher: Tensor, k: int | None) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["all", "k"])
 @pytest.mark.parametrize("chunk_nbytes", [16 << 20, 1200])
-def test_the_gradient_is_that_of_the_kl_however_it_is_cut(
-    kind: str, chunk_nbytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(output_head, "CHUNK_NBYTES", chunk_nbytes)
-    _, teacher = linear_model(seed=1)
-    student_parts, student = linear_model(seed=2)
+def test_the_gradient_is_that_of_the_kl_however_it_is_cut(kind: str, chunk_nbytes: int) -> None:
+    _, teacher = linear_model(seed=1, chunk_nbytes=chunk_nbytes)
+    student_parts, student = linear_model(seed=2, chunk_nbytes=chunk_nbytes)
     student_parts["head"].requires_grad_(False)
     ids = torch.randint(0, 50, (2, 13), generator=torch.Generator().manual_seed(3))
     assert (len(student.chunks(26)) > 3) == (chunk_nbytes == 1200)
@@ -68,10 +66,9 @@ def test_the_gradient_is_that_of_the_kl_however_it_is_cut(
 
 
 @pytest.mark.parametrize("kind", ["all", "k"])
-def test_the_figures_of_windows_are_those_of_whole_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_head, "CHUNK_NBYTES", 1200)  # 6 positions: chunks cross windows
-    _, teacher = linear_model(seed=1)
-    _, student = linear_model(seed=2)
+def test_the_figures_of_windows_are_those_of_whole_logits(kind: str) -> None:
+    _, teacher = linear_model(seed=1, chunk_nbytes=1200)  # 6 positions: chunks cross windows
+    _, student = linear_model(seed=2, chunk_nbytes=1200)
     ids = torch.randint(0, 50, (3, 13), generator=torch.Generator().manual_seed(3))
     found = measure(student, ids, targets(teacher, ids, 8)[kind])
     with torch.no_grad():

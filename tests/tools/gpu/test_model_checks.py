@@ -15,8 +15,10 @@ from qformat.model.devices import host_layers
 from qformat.model.devices.host_layers import attach_placed
 from tests.model.devices.late_layers import LateLayers
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
+from tests.tools.gpu.figures import DEVICE
 from tools.gpu import check as gpu_check
 from tools.gpu import model_checks as gpu_check_models
+from tools.gpu.report import report, table
 from tools.gpu.results import Result, Settings
 
 CPU = torch.device("cpu")
@@ -44,10 +46,7 @@ def test_a_check_passes_on_a_cpu(settings: Settings, name: str) -> None:
     assert {result.check for result in results} == {name}
     assert all(verdicts(results).values()), [result for result in results if result.passed is False]
     assert verdicts(results)
-    assert "passed" in gpu_check.table(gpu_check.report(results, device=DEVICE))
-
-
-DEVICE = {"name": "Test GPU", "compute_capability": "9.0", "multiprocessors": 132, "memory_nbytes": 1}
+    assert "passed" in table(report(results, device=DEVICE))
 
 
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> None:

@@ -14,7 +14,8 @@ import pytest
 import triton
 
 from tools.gpu import sass_budget
-from tools.gpu.sass_budget import ARCHITECTURES, CASES, Case, Measured
+from tools.gpu.kernel_cases import CASES, Case
+from tools.gpu.sass_budget import ARCHITECTURES, Measured
 
 PROMISED = {"dequantize": 7.3, "product": 5.3, "block": 9.3}
 """Instructions a weight that the project promises for 16-bit weights; the budget file is stricter."""
@@ -114,29 +115,6 @@ def test_an_excess_is_named() -> None:
         )
         == []
     )
-
-
-SASS = """
-        /*0000*/                   S2R R0, SR_TID.X ;
-        /*0010*/              @P0 BRA 0x50 ;
-        /*0020*/                   FMUL.FTZ R1, R1, R2 ;
-        /*0030*/                   FADD R1, R1, R2 ;
-        /*0040*/              @!P1 BRA 0x20 ;
-        /*0050*/                   EXIT ;
-        /*0060*/                   BRA 0x60;
-        /*0070*/                   NOP;
-"""
-
-
-def test_a_disassembly_is_read_without_its_padding() -> None:
-    instructions = sass_budget.parse(SASS)
-    assert [sass_budget.opcode(text) for _, text in instructions] == ["S2R", "BRA", "FMUL", "FADD", "BRA", "EXIT"]
-
-
-def test_the_longest_loop_and_path_of_a_disassembly() -> None:
-    instructions = sass_budget.parse(SASS)
-    assert [address for address, _ in sass_budget.longest_loop(instructions)] == [0x20, 0x30, 0x40]
-    assert [address for address, _ in sass_budget.longest_path(instructions)] == [0x00, 0x10, 0x20, 0x30, 0x40, 0x50]
 
 
 def test_the_tool_prints_a_table_and_refuses_unknown_cases(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def adapter(layer: NF4Linear, dtype: torch.dtype = torch.float32) -> tuple[Tenso
 
 
 def product(layer: NF4Linear, bias: Tensor | None = None) -> NF4Product:
-    return NF4Product(layer.packed_weight(), bias)
+    return NF4Product(layer.held_weight(), bias)
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

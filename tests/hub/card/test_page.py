@@ -10,10 +10,10 @@ import pytest
 
 from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import UsageError
-from qformat.hub.card.card import pipeline_tag_of, write_card
 from qformat.hub.card.error_figures import ErrorFigures
 from qformat.hub.card.licenses import License
 from qformat.hub.card.origin import Origin
+from qformat.hub.card.page import pipeline_tag_of, write_card
 
 CONFIG: dict[str, object] = {"architectures": ["LlamaForCausalLM"]}
 

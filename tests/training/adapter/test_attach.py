@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from qformat.errors import AdapterError
 from qformat.model.load import load_model, open_shards
 from qformat.names import BASE_RECORD_NAME
-from qformat.training.adapter.adapters import load_adapter
+from qformat.training.adapter.attach import load_adapter
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
-from qformat.training.run import TrainingResult
+from qformat.training.result import TrainingResult
 from tests.training import runs
 
 TOKENS = torch.arange(5, 25)[None]

@@ -1,0 +1,16 @@
+"""The NF4 codebook as a tensor on each device that decodes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qformat.codec.codebooks import NF4_CODEBOOK
+
+
+@cache
+def device_codebook(device: torch.device) -> Tensor:
+    """Return the NF4 codebook, float32 [16], on a device. The first call copies: make it before capturing a graph."""
+    return torch.tensor(NF4_CODEBOOK.tolist(), dtype=torch.float32, device=device)

@@ -1,0 +1,26 @@
+"""What tests of `fetch` share: the repository's name, and a fetch with small pieces."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from qformat.hub.fetch import FetchSummary, fetch
+from tests.hub.conftest import PATIENT
+
+NAME = "owner/small-nf4"
+
+
+SHARD = "model-00001-of-00002.safetensors"
+
+
+BODY = "GET cdn/"
+"""Requests that bring bytes of shards."""
+
+
+SMALL = replace(PATIENT, piece_nbytes=4096)
+
+
+def do_fetch(out: Path, *, connections: int = SMALL.connections, **options: object) -> FetchSummary:
+    """Fetch with small pieces and short waits."""
+    return fetch(NAME, out, transfer=replace(SMALL, connections=connections), **options)  # type: ignore[arg-type]

@@ -1,0 +1,41 @@
+"""What tests of `publish` share: one artifact's name and card, and what the stand-in has of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qformat.hub.card.licenses import License
+from qformat.hub.card.prepared_card import CardOptions
+from qformat.hub.publishing.publish import Published, PublishOptions, publish
+from tests.hub.conftest import PATIENT
+from tests.hub_stand_in import Hub, Repository
+
+APACHE = CardOptions(license=License("apache-2.0"), base_model="base/small")
+
+
+NAME = "me/small-nf4"
+
+
+def do_publish(artifact: Path, card: CardOptions = APACHE, **options: object) -> Published:
+    """Publish with short waits. options: those of `PublishOptions`."""
+    return publish(artifact, NAME, card, PublishOptions(**options), transfer=PATIENT)  # type: ignore[arg-type]
+
+
+def stored(hub: Hub, name: str = NAME) -> Repository:
+    """Return what the stand-in has under a name."""
+    return hub.repositories.by_name[name]
+
+
+def folder_of(repository: Repository, folder: Path, ref: str = "main") -> Path:
+    """Write a commit's files as a folder."""
+    folder.mkdir()
+    commit = repository.at(ref)
+    assert commit is not None
+    for name, file in commit.files.items():
+        (folder / name).write_bytes(file.read())
+    return folder
+
+
+def n_commits(hub: Hub) -> int:
+    """Commits besides the first one, which the Hub makes with the repository."""
+    return len(stored(hub).commits) - 1

@@ -1,0 +1,143 @@
+"""publish over connections that fail, beside other publishers, and with tokens that are refused or must stay secret."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact.reading.verify import verify_integrity
+from qformat.errors import HubError
+from qformat.hub.publishing.publish import publish
+from tests.hub.conftest import PATIENT, TOKEN
+from tests.hub.publishing.published import APACHE, NAME, do_publish, folder_of, n_commits, stored
+from tests.hub_stand_in import Hub
+
+
+@pytest.mark.parametrize("every", [4, 5, 7])
+def test_503_on_every_nth_request_ends_in_one_commit_of_the_same_bytes(
+    hub: Hub, artifact: Path, tmp_path: Path, every: int
+) -> None:
+    hub.part_nbytes = 10_000
+    hub.faults.add("status", route="hub/", every=every)
+    do_publish(artifact)
+    assert n_commits(hub) == 1
+    assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).good
+
+
+@pytest.mark.parametrize(
+    "route",
+    ["revision", "tree", "repos/create", "validate-yaml", "preupload", "objects/batch", "PUT", "verify", "/commit/"],
+)
+@pytest.mark.parametrize("kind", ["status", "drop", "lose"])
+def test_a_refused_dropped_or_unanswered_request_is_made_again(hub: Hub, artifact: Path, route: str, kind: str) -> None:
+    fault = hub.faults.add(kind, route=route, times=1)  # type: ignore[arg-type]
+    done = do_publish(artifact)
+    assert fault.n_done == 1
+    assert n_commits(hub) == 1
+    assert done.commit == stored(hub).head.oid
+
+
+def test_a_server_that_stays_silent_is_given_up_and_asked_again(hub: Hub, artifact: Path) -> None:
+    hub.faults.add("slow", route="preupload|POST hub/.*/commit/", seconds=3.0, times=2)
+    do_publish(artifact)
+    assert n_commits(hub) == 1
+
+
+def test_a_server_that_is_down_is_named_after_a_bounded_time(hub: Hub, artifact: Path) -> None:
+    do_publish(artifact, dry_run=True)
+    hub.faults.add("status", route="POST hub/.*/commit/")
+    with pytest.raises(HubError, match=r"me/small-nf4: the commit: .*503.*times in a row"):
+        do_publish(artifact)
+    hub.faults.clear()
+    hub.log.clear()
+    do_publish(artifact)
+    assert not hub.requests("PUT"), "what was uploaded before is not sent again"
+
+
+def test_a_pull_request_is_opened_once_even_if_the_answer_is_lost(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+    hub.repositories.create(NAME)
+    head = stored(hub).head.oid
+    hub.faults.add("lose", route="/commit/", times=1)
+    first = do_publish(artifact, create_pr=True)
+    again = do_publish(artifact, create_pr=True)
+
+    assert stored(hub).pull_requests == [first.publication.title]
+    assert again.already_there
+    assert first.pull_request == again.pull_request == f"{hub.endpoint}/{NAME}/discussions/1"
+    assert stored(hub).head.oid == head
+    assert verify_integrity(folder_of(stored(hub), tmp_path / "there", "refs/pr/1"), sha256=True).good
+
+
+def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(hub: Hub, artifact: Path) -> None:
+    hub.repositories.create(NAME)
+
+    def interfere() -> None:
+        hub.repositories.commit(NAME, {"notes.txt": b"mine"})
+
+    hub.faults.add("call", route="/commit/", hook=interfere, times=1)
+    with pytest.raises(HubError, match="somebody else made the commit"):
+        do_publish(artifact)
+    assert set(stored(hub).head.files) == {".gitattributes", "notes.txt"}
+    done = do_publish(artifact)
+    assert done.changes.others == ("notes.txt",)
+
+
+def test_two_publishers_of_the_same_bytes_at_once_make_one_commit(hub: Hub, artifact: Path) -> None:
+    hub.repositories.create(NAME)
+    hub.faults.add("call", route="/commit/", hook=lambda: do_publish(artifact), times=1)
+    done = do_publish(artifact)
+    assert n_commits(hub) == 1
+    assert done.commit == stored(hub).head.oid
+
+
+def test_a_token_that_is_unknown_or_missing_is_told_with_what_to_do(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(HubError, match=r"token is not accepted.*hf auth login") as caught:
+        publish(artifact, NAME, APACHE, token="hf_wrongwrongwrong", transfer=PATIENT)
+    assert "hf_wrong" not in str(caught.value)
+    with pytest.raises(HubError, match=r"401.*hf auth login"):
+        publish(artifact, NAME, APACHE, token=False, transfer=PATIENT)
+
+
+def test_the_token_is_nowhere_in_logs_errors_manifest_or_card(
+    hub: Hub, artifact: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    hub.faults.add("status", route="POST hub/.*/commit/", headers={"X-Error-Message": f"no: {TOKEN}"}, times=1)
+    do_publish(artifact)
+    hub.faults.add("status", route="repos/create", status=403, headers={"X-Error-Message": f"no: {TOKEN}"})
+    with pytest.raises(HubError) as caught:
+        publish(artifact, "me/other", APACHE, transfer=PATIENT)
+    assert "403" in str(caught.value)
+    out = capsys.readouterr()
+    ours = [record for record in caplog.records if record.name.startswith(("qformat", "huggingface_hub"))]
+    texts = [*(record.getMessage() for record in ours), str(caught.value), repr(caught.value), out.out, out.err]
+    texts += [file.read().decode("latin-1") for file in stored(hub).head.files.values()]
+    assert hub.requests("POST")[0].headers["authorization"] == f"Bearer {TOKEN}"
+    assert not [text for text in texts if TOKEN in text]
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_the_signed_address_of_an_upload_is_not_told(hub: Hub, artifact: Path, status: int) -> None:
+    hub.faults.add("status", route="PUT hub/-/lfs", status=status)
+    with pytest.raises(HubError, match=f"uploading: .*{status}") as caught:
+        do_publish(artifact)
+    assert "of-the-stand-in" not in str(caught.value)
+    assert n_commits(hub) == 0
+
+
+def test_a_file_that_changes_while_it_is_uploaded_is_noticed(hub: Hub, artifact: Path) -> None:
+    shard = artifact / "model-00001-of-00002.safetensors"
+
+    def change() -> None:
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+
+    hub.faults.add("call", route="objects/batch", hook=change, times=1)
+    with pytest.raises(HubError):
+        do_publish(artifact)
+    assert n_commits(hub) == 0

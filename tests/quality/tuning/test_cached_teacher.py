@@ -1,0 +1,71 @@
+"""The 16-bit model's word on disk, instead of the model in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qformat.errors import TargetError, UsageError
+from qformat.quality.tuning import tune as module
+from qformat.quality.tuning.tune import TuningResult
+from tests.quality.tuning.tuned import run
+from tests.small_models import contents
+
+
+class TestCachedTeacher:
+    """The 16-bit model's word on disk."""
+
+    def test_it_tunes_nearly_as_well_without_the_model_in_memory(
+        self, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        cache = tmp_path / "cache"
+        first = run(artifact, source, text, tmp_path / "first", teacher_cache=cache)
+        assert first is not None
+        assert first.after.mean("kl") < 0.75 * first.before.mean("kl")
+        assert first.before.mean("kl") <= result.before.mean("kl")  # of fewer outcomes
+        monkeypatch.setattr(module, "load_checkpoint", lambda *_, **__: pytest.fail("the model was loaded"))
+        run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
+        assert contents(tmp_path / "second") == contents(tmp_path / "first")
+
+    def test_with_all_tokens_it_is_the_live_one(
+        self, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
+    ) -> None:
+        vocabulary = tuned_vocabulary(source)
+        found = run(artifact, source, text, tmp_path / "out", teacher_cache=tmp_path / "c", top_k=vocabulary)
+        assert found is not None
+        torch.testing.assert_close(found.before.kl, result.before.kl, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.after.kl, result.after.kl, rtol=0.1, atol=5e-3)
+
+    def test_a_damaged_window_is_named_and_made_again_once_removed(
+        self, artifact: Path, source: Path, text: Path, tmp_path: Path
+    ) -> None:
+        cache = tmp_path / "cache"
+        run(artifact, source, text, tmp_path / "first", teacher_cache=cache)
+        (folder,) = cache.iterdir()
+        window = sorted(folder.glob("window-*"))[3]
+        data = bytearray(window.read_bytes())
+        data[100] ^= 1
+        window.write_bytes(bytes(data))
+        with pytest.raises(TargetError, match=rf"{window.name}: was damaged\. Remove it"):
+            run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
+        window.unlink()
+        run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
+        assert contents(tmp_path / "second") == contents(tmp_path / "first")
+
+    def test_other_settings_have_a_folder_of_their_own(
+        self, artifact: Path, source: Path, text: Path, tmp_path: Path
+    ) -> None:
+        cache = tmp_path / "cache"
+        for k in (8, 16):
+            run(artifact, source, text, tmp_path / f"out{k}", teacher_cache=cache, top_k=k, steps=2)
+        assert len(list(cache.iterdir())) == 2
+        with pytest.raises(UsageError, match="a vocabulary of"):
+            run(artifact, source, text, tmp_path / "out", teacher_cache=cache, top_k=10_000)
+
+
+def tuned_vocabulary(source: Path) -> int:
+    return int(json.loads((source / "config.json").read_text())["vocab_size"])

@@ -1,0 +1,90 @@
+"""Trainings that are resumed end in the same bytes; what cannot be resumed is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qformat.errors import AdapterError, DataError, UsageError
+from qformat.training.result import TrainingResult
+from tests.training import runs
+from tests.training.interruptions import stopped_at
+
+RESUMED: list[dict[str, Any]] = [
+    {},
+    {"optim": "paged_adamw_8bit"},
+    {"packing": True},
+    {"epochs": 3.0, "max_steps": None},
+    {"epochs": 2.0, "max_steps": None, "group_by_length": True},
+]
+
+
+@pytest.mark.parametrize("changed", RESUMED, ids=str)
+def test_a_resumed_training_ends_in_the_same_bytes(
+    artifact: Path, examples: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    whole = runs.run(artifact, examples, tmp_path / "whole", **changed)
+    stopped = stopped_at(artifact, examples, tmp_path / "stopped", step=5, **changed)
+    resumed = runs.run(artifact, examples, stopped, resume="latest", **changed)
+    assert resumed.steps == whole.steps
+    assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(whole.output)
+    losses = [[line["loss"] for line in result.metrics] for result in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert [line["tokens"] for line in whole.metrics] == [line["tokens"] for line in resumed.metrics]
+
+
+def test_a_training_that_ended_within_an_epoch_takes_no_step_more(
+    artifact: Path, examples: Path, tmp_path: Path
+) -> None:
+    first = runs.run(artifact, examples, tmp_path / "out", max_steps=4)
+    before = runs.adapter_bytes(first.output)
+    again = runs.run(artifact, examples, tmp_path / "out", max_steps=4, resume="latest")
+    assert again.steps == 4
+    assert runs.adapter_bytes(again.output) == before
+
+
+def test_a_finished_training_can_be_resumed_for_nothing(
+    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed.output, output)
+    (output / "adapter_model.safetensors").unlink()
+    resumed = runs.run(artifact, examples, output, resume="latest")
+    assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(undisturbed.output)
+
+
+def test_a_training_is_resumed_with_the_same_settings_data_and_weights_only(
+    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed.output, output)
+    with pytest.raises(UsageError, match=r"learning_rate was 0\.01 and is 0\.02"):
+        runs.run(artifact, examples, output, resume="latest", learning_rate=2e-2)
+    other = runs.write_examples(tmp_path / "other.jsonl", seed=5)
+    with pytest.raises(DataError, match="is not the data that checkpoint-6 was trained with"):
+        runs.run(artifact, other, output, resume="latest")
+    weights = runs.make_artifact(tmp_path, seed=1)
+    with pytest.raises(UsageError, match="was trained on other weights"):
+        runs.run(weights, examples, output, resume="latest")
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        runs.run(artifact, examples, tmp_path / "empty", resume="latest")
+    with pytest.raises(UsageError, match="There are checkpoint-2, checkpoint-4, checkpoint-6"):
+        runs.run(artifact, examples, output, resume="checkpoint-3")
+
+
+def test_a_damaged_checkpoint_is_refused_and_a_whole_one_offered(
+    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed.output, output)
+    damaged = output / "checkpoint-6" / "optimizer.pt"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(AdapterError, match=r"optimizer\.pt: is damaged.*--resume=checkpoint-4"):
+        runs.run(artifact, examples, output, resume="latest")
+    resumed = runs.run(artifact, examples, output, resume="checkpoint-4")
+    assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(undisturbed.output)

@@ -1,0 +1,71 @@
+"""Sides that are processes of their own and take a step only when asked, in turn: their times and peaks of memory."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Seconds of each round, and the peak of memory in bytes."""
+
+    seconds: list[float]
+    peak_nbytes: int
+
+
+def start_side(module: str, arguments: list[str], *, quiet: bool = False) -> subprocess.Popen[str]:
+    """Start a module as a side; it is to call `serve_steps`. quiet: what it says on standard error is not shown."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL if quiet else None,
+        text=True,
+    )
+
+
+def step_in_turn(processes: Mapping[str, subprocess.Popen[str]], *, rounds: int, warm_up: int) -> dict[str, Figures]:
+    """Let every side take its steps, and end it. The first `warm_up` steps, which fill caches, do not count."""
+    seconds: dict[str, list[float]] = {side: [] for side in processes}
+    for number in range(rounds + warm_up):
+        for side, process in processes.items():
+            told = float(_ask(process, "step"))
+            if number >= warm_up:
+                seconds[side].append(told)
+    figures = {}
+    for side, process in processes.items():
+        figures[side] = Figures(seconds[side], int(_ask(process, "peak")))
+        process.communicate()
+    return figures
+
+
+def serve_steps(step: Callable[[], object], *, nbytes_before: int) -> None:
+    """Take a step whenever asked; at the end tell the peak of memory, less what there was before."""
+    for line in sys.stdin:
+        if line.strip() == "peak":
+            print(peak_nbytes() - nbytes_before, flush=True)
+            return
+        started = perf_counter()
+        step()
+        print(perf_counter() - started, flush=True)
+
+
+def peak_nbytes() -> int:
+    """Return the largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _ask(process: subprocess.Popen[str], what: str) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(what + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+        sys.exit(f"{process.args}: died")
+    return answer
