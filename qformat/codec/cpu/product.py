@@ -12,13 +12,8 @@ from numpy.typing import NDArray
 
 from qformat.codec.codebooks import DYNAMIC_MAP
 from qformat.codec.cpu import lanes
-from qformat.codec.cpu.product_kernels import (
-    GROUP,
-    NEEDED_FEATURES,
-    Job,
-    ProductInstructions,
-    product_function,
-)
+from qformat.codec.cpu.product_kernels import Job, product_function
+from qformat.codec.cpu.product_rows import GROUP, NEEDED_FEATURES, ProductInstructions
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import BLOCK_SIZES, block_count
