@@ -10,15 +10,10 @@ from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.staging import (
-    Staging,
-    begun_with,
-    check_target,
-    refuse_full_disk,
-    refuse_nested,
-    work_folder,
-)
+from qformat.artifact.writing.output_kind import ARTIFACT, check_target
+from qformat.artifact.writing.staging import Staging, begun_with, refuse_full_disk, refuse_nested, work_folder
 from qformat.codec.cpu.blocks import warm_up
+from qformat.codec.cpu.compiling import telling_of_compilation
 from qformat.codec.nf4 import BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from qformat.converters.encode.calibrated import calibrate
 from qformat.converters.encode.execute import execute
@@ -152,7 +147,7 @@ def convert(
         refuse_nested(Path(source), out)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
-        check_target(out, replace=force)
+        check_target(out, replace=force, kind=ARTIFACT)
     options, workers = options or ConversionOptions(), workers or usable_cores()
     opened, planned = options.open(source, pin=None if restart else _pin_noted(out))
     note: JsonObject = {} if (pin := pin_of(opened)) is None else {"pin": pin}
@@ -165,12 +160,13 @@ def convert(
         disk = disk or Disk()
         disk.needed_nbytes = nbytes
         if not continuing:
-            refuse_full_disk(out, nbytes)
+            refuse_full_disk(out, nbytes, disk)
         with Staging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart, note=note) as staging:
             if not staging.sealed_before:
-                refuse_full_disk(out, nbytes)
-                for float_format in {task.layout.float_format for task in planned.packed}:
-                    warm_up(float_format, on_compile=on_compile)
+                refuse_full_disk(out, nbytes, disk)
+                with telling_of_compilation(on_compile):
+                    for float_format in {task.layout.float_format for task in planned.packed}:
+                        warm_up(float_format)
                 execute(planned, opened, staging, workers=workers, progress=on_progress, encoder=encoder)
             done_before = staging.sealed_before
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,15 @@ import numpy as np
 
 from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.staging import refuse_full_disk, refuse_nested, work_folder
-from qformat.codec.cpu.blocks import COMPILING_TAKES_S, decode_nested_into
+from qformat.artifact.writing.output_kind import CHECKPOINT, check_target
+from qformat.artifact.writing.staging import Staging, refuse_full_disk, refuse_nested, work_folder
+from qformat.codec.cpu.blocks import decode_nested_into
+from qformat.codec.cpu.compiling import telling_of_compilation
 from qformat.codec.floats import FloatFormat
 from qformat.converters.convert import DEFAULT_MAX_SHARD_NBYTES
-from qformat.converters.decode.checkpoint_staging import CheckpointStaging, check_checkpoint_target
 from qformat.converters.decode.execute import execute_export
 from qformat.converters.decode.plan import ExportPlan, make_export_plan
+from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
 from qformat.cores import usable_cores
 from qformat.errors import UsageError
 
@@ -62,6 +63,7 @@ def export(
     force: bool = False,
     restart: bool = False,
     disk: Disk | None = None,
+    sizes: ChunkSizes = CHUNK_SIZES,
     on_plan: Callable[[ExportPlan], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
@@ -70,8 +72,9 @@ def export(
 
     Packed weights, and kept tensors in BF16, F16 and F32, get the new dtype with one rounding; other tensors keep
     their bytes. workers: threads, by default one a core; any number gives the same bytes. force: replace a checkpoint
-    of that name. restart: drop what an interrupted run left. on_plan, on_progress (bytes of tensors written) and
-    on_compile (once, if kernels must be compiled) are for progress displays.
+    of that name. restart: drop what an interrupted run left. sizes: what is in memory at a time; any give the same
+    bytes. on_plan, on_progress (bytes of tensors written) and on_compile (once, if kernels must be compiled) are for
+    progress displays.
     Raises: ArtifactError, TargetError, UsageError. On any error nothing stands under `out` that was not there before,
     and the same call continues where this one stopped.
     """
@@ -83,21 +86,24 @@ def export(
     refuse_nested(artifact, out)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
-        check_checkpoint_target(out, replace=force)
+        check_target(out, replace=force, kind=CHECKPOINT)
     with open_artifact(artifact) as opened:
         planned = make_export_plan(opened, target, max_shard_nbytes=max_shard_nbytes)
         on_plan(planned)
         disk = disk or Disk()
         disk.needed_nbytes = planned.nbytes
         if not continuing:
-            refuse_full_disk(out, planned.nbytes)
+            refuse_full_disk(out, planned.nbytes, disk)
         overflowed: dict[str, int] = {}
-        with CheckpointStaging.begin(out, planned.fingerprint, disk=disk, replace=force, restart=restart) as staging:
+        with Staging.begin(
+            out, planned.fingerprint, disk=disk, kind=CHECKPOINT, replace=force, restart=restart
+        ) as staging:
             if not staging.sealed_before:
-                refuse_full_disk(out, planned.nbytes)
-                _load_decoders(planned, on_compile)
+                refuse_full_disk(out, planned.nbytes, disk)
+                with telling_of_compilation(on_compile):
+                    _load_decoders(planned)
                 overflowed = execute_export(
-                    planned, opened, staging, workers=workers or usable_cores(), progress=on_progress
+                    planned, opened, staging, workers=workers or usable_cores(), progress=on_progress, sizes=sizes
                 )
             done_before = staging.sealed_before
     return ExportSummary(out, planned, time.monotonic() - started, overflowed, done_before)
@@ -111,22 +117,16 @@ def _target(to: str, max_shard_nbytes: int) -> FloatFormat:
     return TARGETS[to]
 
 
-def _load_decoders(planned: ExportPlan, on_compile: Callable[[], None]) -> None:
-    """Load or compile the kernels in one thread, by decoding one block; `on_compile` tells that it takes long."""
-    timer = threading.Timer(COMPILING_TAKES_S, on_compile)
-    timer.daemon = True
-    timer.start()
+def _load_decoders(planned: ExportPlan) -> None:
+    """Load or compile the kernels in one thread, by decoding one block."""
     block_size = 256
-    try:
-        decode_nested_into(
-            np.zeros(block_size // 2, np.uint8),
-            np.zeros(1, np.uint8),
-            np.zeros(1, np.float32),
-            np.float32(0),
-            n_elements=block_size,
-            block_size=block_size,
-            float_format=planned.target,
-            out=np.empty(block_size, planned.target.raw_dtype),
-        )
-    finally:
-        timer.cancel()
+    decode_nested_into(
+        np.zeros(block_size // 2, np.uint8),
+        np.zeros(1, np.uint8),
+        np.zeros(1, np.float32),
+        np.float32(0),
+        n_elements=block_size,
+        block_size=block_size,
+        float_format=planned.target,
+        out=np.empty(block_size, planned.target.raw_dtype),
+    )

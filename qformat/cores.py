@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+_Key = TypeVar("_Key", bound=Hashable)
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
@@ -18,25 +19,27 @@ def usable_cores() -> int:
 
 
 def run_tasks(
-    tasks: Mapping[str, _Task],
+    tasks: Mapping[_Key, _Task],
     do: Callable[[_Task], _Result],
     *,
     workers: int,
-    stopping: threading.Event,
     thread_name: str,
+    stopping: threading.Event | None = None,
     on_stop: Callable[[], None] = lambda: None,
-) -> dict[str, _Result]:
-    """Run tasks on threads and return the results by name.
+) -> dict[_Key, _Result]:
+    """Run tasks on threads and return the results by key, in the order of the tasks.
 
-    On the first error `stopping` is set for all of them, and `on_stop` wakes those that wait for something else.
+    On the first error no further task is begun and `stopping` is set, for those tasks that look at it; `on_stop` wakes
+    those that wait for something else. The error is raised once every thread has ended.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix=thread_name) as pool:
-        futures = {name: pool.submit(do, task) for name, task in tasks.items()}
+        futures = {key: pool.submit(do, task) for key, task in tasks.items()}
         try:
             finished, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-            return {name: future.result() for name, future in futures.items() if future in finished}
+            return {key: future.result() for key, future in futures.items() if future in finished}
         except BaseException:
-            stopping.set()
+            if stopping is not None:
+                stopping.set()
             on_stop()
             pool.shutdown(cancel_futures=True)
             raise

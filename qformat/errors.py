@@ -47,6 +47,7 @@ class Reason(StrEnum):
     HEADER_LIMIT = "header_limit"
     HEADER_OFFSETS = "header_offsets"
     TRUNCATED = "truncated"
+    UNREADABLE = "unreadable"
     TRAILING_BYTES = "trailing_bytes"
     ALIGNMENT = "alignment"
     INDEX_MISMATCH = "index_mismatch"

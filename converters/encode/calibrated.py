@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qformat.artifact.writing.weight_encoder import WeightEncoder
-from qformat.converters.encode.plan import Plan, small_json
+from qformat.converters.encode.plan import Plan
+from qformat.converters.encode.small_files import small_json
 from qformat.converters.sources.reading import StreamedSource
 from qformat.converters.sources.source import Source
 from qformat.errors import UsageError

@@ -16,20 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
-from qformat.artifact.digests import Follower, WrittenFile, xxh3, xxh3_of_range
+from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import FileRecord, JsonObject
 from qformat.artifact.packed_arrays import BlockScales, PackedArrays
-from qformat.artifact.reading.regular_files import read_exactly
+from qformat.artifact.writing.behind import Follower, WrittenFile
 from qformat.artifact.writing.staging import Staging
 from qformat.artifact.writing.weight_encoder import WeightEncoder
 from qformat.codec import quant_state
-from qformat.converters.encode.plan import KeptTask, PackedTask, Place, Plan, Task, TensorDigests
+from qformat.converters.encode.plan import Plan
 from qformat.converters.encode.staged_shards import Progress, StagedShards, open_shards
 from qformat.converters.encode.task_writer import TaskWriter
+from qformat.converters.encode.tasks import KeptTask, PackedTask, Place, Task, TensorDigests
 from qformat.converters.sources.reading import Reading, reading_of
 from qformat.converters.sources.source import Source
 from qformat.cores import run_tasks
-from qformat.errors import ArtifactError, Reason, SourceError
+from qformat.errors import Reason, SourceError
 from qformat.names import MANIFEST_NAME
 
 
@@ -61,7 +62,7 @@ def execute(
         reading.finish()
         if encoder is not None:
             digests |= run.do_chosen([task for task in left if task.source.name in chosen], encoder, digests, workers)
-        sha256 = follower.finish()
+        sha256 = follower.sha256()
     files = {shard.name: FileRecord(shard.nbytes, sha256[shard.name], xxh3(shard.header)) for shard in plan.shards}
     files |= _write_small_files(plan, source, staging)
     run.refuse_changed_source()
@@ -109,7 +110,6 @@ class _Run:
         self._stopping = threading.Event()
         self._progress = progress
         self._writer = TaskWriter(source, output, self._stopping, progress)
-        self._journal_lock = threading.Lock()
 
     def resume(self) -> dict[str, TensorDigests]:
         """Return the digests of the tasks that an interrupted run completed and whose bytes are really there."""
@@ -137,7 +137,9 @@ class _Run:
     def do(self, tasks: list[Task], workers: int) -> dict[str, TensorDigests]:
         """Run tasks on a thread pool. Stops all of them on the first error."""
         by_name = {task.source.name: task for task in tasks}
-        named = {name: by_name[name] for name in self._reading.begin([task.source for task in tasks], self._record)}
+        named = {
+            name: by_name[name] for name in self._reading.begin([task.source for task in tasks], self._staging.record)
+        }
         return run_tasks(
             named,
             self._do,
@@ -190,21 +192,12 @@ class _Run:
             "source_xxh3": digests.source_xxh3,
             "components": {part.label: digest for part, digest in digests.components.items()},
         }
-        self._record(entry)
-
-    def _record(self, entry: JsonObject) -> None:
-        with self._journal_lock:
-            self._staging.record(entry)
+        self._staging.record(entry)
 
     def _is_on_disk(self, task: Task, digests: TensorDigests) -> bool:
         """Check staged bytes against the journal; what does not match is made again."""
-        for part, place in _places(task).items():
-            stop = place.start + place.nbytes
-            path = self._staging.folder / place.shard
-            descriptor = self._output.descriptors[place.shard]
-            found = xxh3_of_range(descriptor, place.start, stop, path=path, error=ArtifactError)
-            if found != digests.components[part]:
-                return False
+        if any(self._output.digest(place) != digests.components[part] for part, place in _places(task).items()):
+            return False
         for place in _places(task).values():
             self._output.on_written(place.shard, place.start, place.start + place.nbytes)
         return True
@@ -233,15 +226,9 @@ class _Staged:
 
     def read_encoded(self, name: str) -> PackedArrays:
         """Return a weight that is staged."""
-        parts = {part: self._read(place) for part, place in self.tasks[name].places.items()}
+        parts = {part: self.output.read(place) for part, place in self.tasks[name].places.items()}
         state = quant_state.parse(parts[Component.QUANT_STATE].tobytes(), path=self.staging.folder, tensor=name)
         return BlockScales.from_bytes(state, parts.__getitem__).with_codes(parts[Component.PACKED])
-
-    def _read(self, place: Place) -> NDArray[np.uint8]:
-        data = np.empty(place.nbytes, np.uint8)
-        path = self.staging.folder / place.shard
-        read_exactly(self.output.descriptors[place.shard], place.start, data.data, path=path, error=ArtifactError)
-        return data
 
 
 def _places(task: Task) -> Mapping[Component, Place]:

@@ -15,10 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qformat.artifact.digests import xxh3_of_range
 from qformat.artifact.layout import Shard
+from qformat.artifact.reading.regular_files import read_exactly
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging
-from qformat.converters.encode.plan import Place
+from qformat.converters.encode.tasks import Place
+from qformat.errors import ArtifactError
 
 Progress = Callable[[int], None]
 
@@ -38,6 +41,18 @@ class StagedShards:
         start = place.start + offset
         self.disk.write_at(self.descriptors[place.shard], view, start, self.folder / place.shard)
         self.on_written(place.shard, start, start + len(view))
+
+    def read(self, place: Place) -> NDArray[np.uint8]:
+        """Return the bytes of a place. Raises ArtifactError."""
+        data = np.empty(place.nbytes, np.uint8)
+        path = self.folder / place.shard
+        read_exactly(self.descriptors[place.shard], place.start, data.data, path=path, error=ArtifactError)
+        return data
+
+    def digest(self, place: Place) -> str:
+        """Return the XXH3-128 of the bytes of a place. Raises ArtifactError."""
+        stop, path = place.start + place.nbytes, self.folder / place.shard
+        return xxh3_of_range(self.descriptors[place.shard], place.start, stop, path=path, error=ArtifactError)
 
     def write_headers(self, shards: Iterable[Shard]) -> None:
         """Write the header of every shard. Raises TargetError."""

@@ -7,7 +7,7 @@ the source's own dtype until its mean is known.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,11 @@ from qformat.codec.cpu.blocks import add_in_order, encode_absmax_into, encode_in
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
-from qformat.converters.encode.plan import AdoptedTask, KeptTask, PackedTask, Task, TensorDigests
 from qformat.converters.encode.staged_shards import Progress, StagedShards
+from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, Task, TensorDigests
+from qformat.converters.sources.chunks import CHUNK_SIZES, read_chunks
 from qformat.converters.sources.source import Source, SourceTensor
-from qformat.errors import Interrupted, Reason, SourceError
-
-CHUNK_NBYTES = 4 * 2**20
-"""Source bytes read at a time: its buffers stay in the L2 and L3 cache. A multiple of every block's size."""
+from qformat.errors import Reason, SourceError
 
 ABSMAX_CHUNK = 256 * NESTED_BLOCK_SIZE
 """Absmax values encoded at a time."""
@@ -35,10 +33,10 @@ ABSMAX_CHUNK = 256 * NESTED_BLOCK_SIZE
 class _Buffers(threading.local):
     """Scratch memory of one worker thread, made once."""
 
-    def __init__(self) -> None:
-        self.source = np.empty(CHUNK_NBYTES, np.uint8)
-        self.packed = np.empty(CHUNK_NBYTES // 4, np.uint8)
-        self.absmax = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
+    def __init__(self, nbytes: int) -> None:
+        self.source = np.empty(nbytes, np.uint8)
+        self.packed = np.empty(nbytes // 4, np.uint8)
+        self.absmax = np.empty(nbytes // 2 // 32, np.float32)
 
 
 class TaskWriter:
@@ -48,8 +46,8 @@ class TaskWriter:
         self._source = source
         self._output = output
         self._stopping = stopping
-        self._progress = progress
-        self._buffers = _Buffers()
+        self._chunks = partial(read_chunks, source, stopping=stopping, progress=progress)
+        self._buffers = _Buffers(CHUNK_SIZES.nbytes)
 
     def write(self, task: Task) -> TensorDigests:
         """Write all that a task says. Raises SourceError, TargetError."""
@@ -70,7 +68,7 @@ class TaskWriter:
         """Return the XXH3-128 of a weight's source, all of which must be finite."""
         float_format = task.layout.float_format
         digest = Xxh3()
-        for offset, chunk in self._chunks(task.source, digest):
+        for offset, chunk in self._chunks(task.source, self._buffers.source, digest=digest):
             raw: Raw = chunk.view(float_format.raw_dtype)
             if not np.isfinite(widen(raw, float_format)).all():
                 raise nonfinite_error(self._source, task.source, offset // float_format.nbytes, raw, float_format)
@@ -81,15 +79,13 @@ class TaskWriter:
         digest = Xxh3()
         parts = [task.source] if not isinstance(task, AdoptedTask) else _stored_parts(task)
         for tensor in parts:
-            for offset in range(0, tensor.nbytes, CHUNK_NBYTES):
-                chunk = self._buffers.source[: min(CHUNK_NBYTES, tensor.nbytes - offset)]
-                self._source.read_into(tensor, offset, chunk.data)
-                digest.update(chunk)
+            for _ in read_chunks(self._source, tensor, self._buffers.source, digest=digest, stopping=self._stopping):
+                pass
         return digest.hexdigest()
 
     def _copy(self, task: KeptTask) -> TensorDigests:
         digest = Xxh3()
-        for offset, chunk in self._chunks(task.source, digest):
+        for offset, chunk in self._chunks(task.source, self._buffers.source, digest=digest):
             self._output.write(task.place, offset, chunk)
         return TensorDigests({Component.PACKED: digest.hexdigest()}, digest.hexdigest())
 
@@ -105,7 +101,7 @@ class TaskWriter:
                 self._output.write(place, 0, state)
                 components[part] = digest.hexdigest()
                 continue
-            for offset, chunk in self._chunks(task.weight.parts[part], source_digest):
+            for offset, chunk in self._chunks(task.weight.parts[part], self._buffers.source, digest=source_digest):
                 wanted = chunk[: place.nbytes - offset]  # codes that were stored in wider elements may be longer
                 self._refuse_bad_part(task, part, offset, wanted)
                 digest.update(wanted)
@@ -131,7 +127,7 @@ class TaskWriter:
         layout = task.layout
         source_digest, packed_digest = Xxh3(), Xxh3()
         absmax = np.empty(layout.n_blocks, layout.float_format.raw_dtype)
-        for offset, chunk in self._chunks(task.source, source_digest):
+        for offset, chunk in self._chunks(task.source, self._buffers.source, digest=source_digest):
             raw: Raw = chunk.view(layout.float_format.raw_dtype)
             start = offset // layout.float_format.nbytes
             first_block = start // layout.block_size
@@ -192,28 +188,15 @@ class TaskWriter:
             Component.NESTED_ABSMAX: nested_digest.hexdigest(),
         }
 
-    def _chunks(self, tensor: SourceTensor, digest: Xxh3) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Yield (byte offset, bytes) of a source tensor, hashing as they pass. The bytes are scratch memory."""
-        for offset in range(0, tensor.nbytes, CHUNK_NBYTES):
-            if self._stopping.is_set():
-                raise Interrupted
-            chunk = self._buffers.source[: min(CHUNK_NBYTES, tensor.nbytes - offset)]
-            self._source.read_into(tensor, offset, chunk.data)
-            digest.update(chunk)
-            yield offset, chunk
-            self._progress(chunk.size)
-
 
 def has_nonfinite(source: Source, task: PackedTask) -> bool:
     """Whether a weight to encode has an infinite or NaN element. Reads it."""
     float_format = task.layout.float_format
-    buffer = np.empty(CHUNK_NBYTES, np.uint8)
-    for offset in range(0, task.source.nbytes, CHUNK_NBYTES):
-        chunk = buffer[: min(CHUNK_NBYTES, task.source.nbytes - offset)]
-        source.read_into(task.source, offset, chunk.data)
-        if not np.isfinite(widen(chunk.view(float_format.raw_dtype), float_format)).all():
-            return True
-    return False
+    buffer = np.empty(CHUNK_SIZES.nbytes, np.uint8)
+    return any(
+        not np.isfinite(widen(chunk.view(float_format.raw_dtype), float_format)).all()
+        for _, chunk in read_chunks(source, task.source, buffer)
+    )
 
 
 def nonfinite_error(

@@ -8,7 +8,8 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
-from qformat.converters.rules.rules import KeepReason, individual_decisions, module_path, skip_modules
+from qformat.converters.rules.rules import KeepReason, individual_decisions, module_path
+from qformat.converters.rules.skip_list import skip_modules
 from qformat.converters.sources.source import Source
 from qformat.errors import Reason, SourceError, UsageError
 from qformat.names import CONFIG_NAME

@@ -90,7 +90,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What happens to one tensor in the end; a `rules.Verdict`, so that `skip_modules` takes it.
+    """What happens to one tensor in the end; a `skip_list.Verdict`, so that `skip_modules` takes it.
 
     `options` is None for a tensor that is kept, `reason` for one that is quantized. `by_rule` is the 0-based
     index in `Recipe.rules` of the rule that decided, None when the default table did (or a partner).

@@ -6,17 +6,14 @@ when it is certainly an `nn.Linear` that every reader replaces; whatever is not 
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final
 
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.converters.rules import linear_names as names
-from qformat.errors import Reason, SourceError
-from qformat.names import CONFIG_NAME
 
 QUANTIZABLE_DTYPES: Final = frozenset({"BF16", "F16", "F32"})
 
@@ -75,22 +72,6 @@ _PHRASES: Final[dict[KeepReason, str]] = {
     KeepReason.SKIPPED_BY_RECIPE: "kept by the recipe",
     KeepReason.NOT_PACKED_IN_SOURCE: "in 16 bit in the adopted checkpoint",
 }
-
-
-class Verdict(Protocol):
-    """What `skip_modules` must know of a tensor; a `Decision` and a recipe's `Choice` both say it."""
-
-    @property
-    def quantize(self) -> bool:
-        """True when the tensor becomes NF4."""
-
-    @property
-    def reason(self) -> KeepReason | None:
-        """Why it is kept; None when it is quantized."""
-
-    @property
-    def is_linear(self) -> bool:
-        """True when its module is, or may be, an `nn.Linear`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,87 +243,3 @@ def couple(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
             if decisions[name].quantize:
                 coupled[name] = Decision(quantize=False, reason=KeepReason.COUPLED, is_linear=True)
     return coupled
-
-
-def skip_modules(decisions: Mapping[str, Verdict], config: Mapping[str, object]) -> list[str]:
-    """Return `llm_int8_skip_modules`: every Linear left in 16 bit, by full path, sorted.
-
-    The names on disk, those that transformers 5 gives the modules in memory, the names that vLLM fuses them
-    into, and the output embedding even when it is tied and absent on disk.
-
-    Raises:
-        SourceError: an entry would also match a quantized module, so that no skip list can be right.
-    """
-    types = model_types(config)
-    kept = {module_path(name) for name, verdict in decisions.items() if _is_listed(verdict)}
-    kept |= {
-        group.fused_module
-        for group in coupled_groups(decisions)
-        if all(_is_listed(decisions[name]) for name in group.tensors)
-    }
-    kept |= {_container_of_experts(name) for name in decisions} - {""}
-    kept |= {"lm_head"}
-    kept |= {module for name, module in names.OUTPUT_MODULE_BY_TYPE.items() if name in types}
-    kept |= {tower for name in types for tower in names.TOWERS_IN_MEMORY_BY_TYPE.get(name, ())}
-    entries = sorted({alias for module in kept for alias in memory_names(module, types)})
-    quantized = {module_path(name) for name, verdict in decisions.items() if verdict.quantize}
-    _check_no_entry_matches(entries, {alias for module in quantized for alias in memory_names(module, types)})
-    return entries
-
-
-def _is_listed(verdict: Verdict) -> bool:
-    return not verdict.quantize and verdict.is_linear
-
-
-def _container_of_experts(tensor_name: str) -> str:
-    """Return the path up to `experts`, whose members older readers see as Linear modules; "" without one."""
-    head, found, _ = tensor_name.partition(".experts.")
-    return f"{head}.experts" if found else ""
-
-
-def memory_names(module: str, types: frozenset[str]) -> set[str]:
-    """Return every name that a reader may have for a module: the one on disk and those in memory."""
-    current = {module}
-    for renaming in names.RENAMINGS:
-        if renaming.model_types is None or renaming.model_types & types:
-            current = {renaming.pattern.sub(target, name, count=1) for name in current for target in renaming.targets}
-    return current | {module}
-
-
-def skip_matcher(entry: str) -> Callable[[str], bool]:
-    """Return transformers' test of whether a skip entry matches a module's path (`should_convert_module`).
-
-    It matches as a regular expression from the start to a module boundary, and as a plain suffix.
-
-    Raises:
-        SourceError: the entry is no regular expression, so that transformers cannot read it.
-    """
-    try:
-        pattern = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
-    except re.error as error:
-        raise _skip_list_error(
-            f"the entry {entry!r} is not a regular expression ({error})", "Rename the module."
-        ) from error
-    return lambda module: pattern.match(module) is not None or module.endswith(entry)
-
-
-def _check_no_entry_matches(entries: Iterable[str], quantized_modules: Iterable[str]) -> None:
-    modules = sorted(quantized_modules)
-    for entry in entries:
-        matches = skip_matcher(entry)
-        for module in modules:
-            if matches(module):
-                raise _skip_list_error(
-                    f"the entry {entry!r} of a 16-bit module also matches {module!r}, which is quantized",
-                    f"Keep that one as well: --skip {module!r}",
-                )
-
-
-def _skip_list_error(problem: str, next_step: str) -> SourceError:
-    return SourceError(
-        Reason.SKIP_MODULES,
-        CONFIG_NAME,
-        problem,
-        field="quantization_config.llm_int8_skip_modules",
-        next_step=next_step,
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -103,8 +103,22 @@ class CheckpointFiles(ABC):
             checked[tensor] = shard
         return checked
 
-    def check_weight_map(self, index_name: str, weight_map: dict[str, str], owner: dict[str, str]) -> None:
-        """Compare an index with the shards: `owner` is the shard in which each tensor was found."""
+    def check_shards(
+        self, tensors: Mapping[str, Iterable[str]], index_name: str, weight_map: Mapping[str, str] | None
+    ) -> None:
+        """Refuse a tensor that two shards hold, and shards that differ from the index, if there is one.
+
+        tensors: the names in each shard.
+        """
+        owner: dict[str, str] = {}
+        for shard, names in tensors.items():
+            for tensor in names:
+                if tensor in owner:
+                    problem = f"is in {owner[tensor]}, too"
+                    raise SourceError(Reason.DUPLICATE_TENSOR, self.path / shard, problem, tensor=tensor)
+                owner[tensor] = shard
+        if weight_map is None:
+            return
         path = self.path / index_name
         for tensor, shard in weight_map.items():
             if owner.get(tensor) != shard:

@@ -1,12 +1,22 @@
-"""A source that decodes another one while it is read: what the fp8 and MXFP4 sources share."""
+"""A source that decodes another one while it is read: what the fp8, MXFP4 and bitsandbytes sources share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
+from qformat.errors import Reason, SourceError
+from qformat.names import CONFIG_NAME
+
+_Encoded = TypeVar("_Encoded")
+"""How a subclass finds the stored tensors of one that it decodes."""
 
 
 class DecodingSource:
@@ -57,3 +67,42 @@ class DecodingSource:
         data = bytearray(tensor.nbytes)
         self.stored.read_into(tensor, 0, memoryview(data))
         return data
+
+
+class BlockFloats(DecodingSource, ABC, Generic[_Encoded]):
+    """Tensors that are stored as codes and scales of blocks, and are bfloat16 to whoever reads them."""
+
+    def _decode(self, encoded: Mapping[str, _Encoded], tensors: Mapping[str, SourceTensor], *, mark: str) -> None:
+        """Take up what is encoded, and all tensors of the decoded model. mark: what tells that one is encoded.
+
+        Raises SourceError where nothing is.
+        """
+        if not encoded:
+            path, problem = self.location / CONFIG_NAME, f"says {self.kind}, but no {mark}"
+            raise SourceError(Reason.CONFIG_FIELD, path, problem, field="quantization_config")
+        self._encoded = encoded
+        self.tensors = tensors
+
+    def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
+        """Fill `out` with the decoded tensor's bytes from byte `offset` (a whole element) on."""
+        encoded = self._encoded.get(tensor.name)
+        if encoded is None:
+            self.stored.read_into(tensor, offset, out)
+        else:
+            self._decode_into(encoded, offset // 2, np.frombuffer(out, np.uint16))
+
+    @abstractmethod
+    def _decode_into(self, encoded: _Encoded, start: int, out: NDArray[np.uint16]) -> None:
+        """Fill `out` with the bits of bfloat16 elements from element `start` on."""
+
+
+def refuse_dtype(stored: Source, tensor: SourceTensor, allowed: Collection[str]) -> None:
+    """Refuse codes or scales of a dtype that they cannot have. Raises SourceError."""
+    if tensor.dtype not in allowed:
+        expected = next(iter(allowed)) if len(allowed) == 1 else f"one of {', '.join(sorted(allowed))}"
+        raise SourceError(
+            Reason.COMPONENT_DTYPE,
+            stored.location / tensor.file,
+            f"{tensor.dtype}, expected {expected}",
+            tensor=tensor.name,
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.foreign.block_floats import E8M0, decode_e4m3
-from qformat.converters.sources.decoding_source import DecodingSource
+from qformat.converters.sources.decoding_source import BlockFloats, refuse_dtype
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
 from qformat.names import CONFIG_NAME
@@ -45,7 +46,7 @@ class _Kept(threading.local):
         self.scales: NDArray[np.float32] = np.empty(0, np.float32)
 
 
-class Fp8Blocks(DecodingSource):
+class Fp8Blocks(BlockFloats[_Encoded]):
     """A checkpoint of 8-bit floats, as bfloat16."""
 
     kind = "fp8"
@@ -54,32 +55,20 @@ class Fp8Blocks(DecodingSource):
         super().__init__(stored)
         self._kept = _Kept()
         block = _block_size(stored)
-        encoded = [tensor for tensor in stored.tensors.values() if tensor.dtype == _WEIGHT_DTYPE]
-        self._encoded = {tensor.name: _with_scales(stored, tensor, block) for tensor in encoded}
-        if not encoded:
-            raise SourceError(
-                Reason.CONFIG_FIELD,
-                stored.location / CONFIG_NAME,
-                f"says fp8, but no tensor is {_WEIGHT_DTYPE}",
-                field="quantization_config",
-            )
-        self.tensors = {
-            name: _decoded(tensor) if name in self._encoded else tensor
+        weights = [tensor for tensor in stored.tensors.values() if tensor.dtype == _WEIGHT_DTYPE]
+        encoded = {tensor.name: _with_scales(stored, tensor, block) for tensor in weights}
+        tensors = {
+            name: SourceTensor(name, FloatFormat.BF16.value, tensor.shape, tensor.file) if name in encoded else tensor
             for name, tensor in stored.tensors.items()
-            if not self._is_scale(tensor)
+            if not _is_scale(name, encoded)
         }
+        self._decode(encoded, tensors, mark=f"tensor is {_WEIGHT_DTYPE}")
 
-    def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with the decoded tensor's bytes from byte `offset` (a whole element) on."""
-        encoded = self._encoded.get(tensor.name)
-        if encoded is None:
-            self.stored.read_into(tensor, offset, out)
-            return
-        raw = np.frombuffer(out, np.uint16)
-        codes = np.empty(raw.size, np.uint8)
-        self.stored.read_into(encoded.weight, offset // 2, codes.data)
+    def _decode_into(self, encoded: _Encoded, start: int, out: NDArray[np.uint16]) -> None:
+        codes = np.empty(out.size, np.uint8)
+        self.stored.read_into(encoded.weight, start, codes.data)
         rows, columns = _matrix(encoded.weight.shape)
-        decode_e4m3(codes, offset // 2, rows, columns, *encoded.block, self._scales(encoded), raw)
+        decode_e4m3(codes, start, rows, columns, *encoded.block, self._scales(encoded), out)
 
     def _scales(self, encoded: _Encoded) -> NDArray[np.float32]:
         if self._kept.name != encoded.scales.name:
@@ -87,10 +76,11 @@ class Fp8Blocks(DecodingSource):
             self._kept.name = encoded.scales.name
         return self._kept.scales
 
-    def _is_scale(self, tensor: SourceTensor) -> bool:
-        if tensor.name.endswith(_ACTIVATION_SUFFIXES):
-            return True
-        return tensor.name.endswith(SCALE_SUFFIX) and tensor.name.removesuffix(SCALE_SUFFIX) in self._encoded
+
+def _is_scale(name: str, encoded: Collection[str]) -> bool:
+    if name.endswith(_ACTIVATION_SUFFIXES):
+        return True
+    return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in encoded
 
 
 def _block_size(stored: Source) -> tuple[int, int] | None:
@@ -121,11 +111,7 @@ def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | 
             Reason.MISSING_COMPONENT, path, f"{_WEIGHT_DTYPE} without its scales", tensor=tensor.name,
             field=SCALE_SUFFIX.removeprefix("_"),
         )  # fmt: skip
-    if scales.dtype not in _SCALE_DTYPES:
-        raise SourceError(
-            Reason.COMPONENT_DTYPE, stored.location / scales.file,
-            f"{scales.dtype}, expected one of {', '.join(sorted(_SCALE_DTYPES))}", tensor=scales.name,
-        )  # fmt: skip
+    refuse_dtype(stored, scales, _SCALE_DTYPES)
     rows, columns = _matrix(tensor.shape)
     if math.prod(scales.shape) == 1:
         return _Encoded(tensor, scales, (max(rows, 1), max(columns, 1)))
@@ -138,10 +124,6 @@ def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | 
         )  # fmt: skip
     assert block is not None
     return _Encoded(tensor, scales, block)
-
-
-def _decoded(tensor: SourceTensor) -> SourceTensor:
-    return SourceTensor(tensor.name, FloatFormat.BF16.value, tensor.shape, tensor.file)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

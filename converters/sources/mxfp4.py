@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from qformat.codec.floats import FloatFormat
 from qformat.codec.foreign.block_floats import MXFP4_BLOCK, decode_mxfp4_transposed
-from qformat.converters.sources.decoding_source import DecodingSource
+from qformat.converters.sources.decoding_source import BlockFloats, refuse_dtype
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
-from qformat.names import CONFIG_NAME
 
 BLOCKS_SUFFIX = "_blocks"
 SCALES_SUFFIX = "_scales"
@@ -43,7 +42,7 @@ class _Kept(threading.local):
         self.scales: NDArray[np.uint8] = np.empty(0, np.uint8)
 
 
-class Mxfp4(DecodingSource):
+class Mxfp4(BlockFloats[_Encoded]):
     """A checkpoint with MXFP4 experts, as bfloat16."""
 
     kind = "mxfp4"
@@ -51,46 +50,34 @@ class Mxfp4(DecodingSource):
     def __init__(self, stored: Source) -> None:
         super().__init__(stored)
         self._kept = _Kept()
-        self._encoded = {
+        encoded = {
             name.removesuffix(BLOCKS_SUFFIX): _with_scales(stored, tensor)
             for name, tensor in stored.tensors.items()
             if name.endswith(BLOCKS_SUFFIX)
         }
-        if not self._encoded:
-            raise SourceError(
-                Reason.CONFIG_FIELD,
-                stored.location / CONFIG_NAME,
-                f"says mxfp4, but no tensor's name ends in {BLOCKS_SUFFIX}",
-                field="quantization_config",
-            )
-        parts = {part.name for encoded in self._encoded.values() for part in (encoded.blocks, encoded.scales)}
+        parts = {part.name for one in encoded.values() for part in (one.blocks, one.scales)}
         passed = {name: tensor for name, tensor in stored.tensors.items() if name not in parts}
-        for name in self._encoded:
+        for name in encoded:
             if name in passed:
                 raise SourceError(
                     Reason.DUPLICATE_TENSOR, stored.location / passed[name].file, "is also there in MXFP4", tensor=name
                 )
-        self.tensors = passed | {name: _decoded(name, encoded) for name, encoded in self._encoded.items()}
+        decoded = {name: _decoded(name, one) for name, one in encoded.items()}
+        self._decode(encoded, passed | decoded, mark=f"tensor's name ends in {BLOCKS_SUFFIX}")
 
-    def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with the decoded tensor's bytes from byte `offset` (a whole element) on."""
-        encoded = self._encoded.get(tensor.name)
-        if encoded is None:
-            self.stored.read_into(tensor, offset, out)
-            return
-        raw = np.frombuffer(out, np.uint16)
+    def _decode_into(self, encoded: _Encoded, start: int, out: NDArray[np.uint16]) -> None:
         n_columns = encoded.n_groups * MXFP4_BLOCK
         done = 0
-        while done < raw.size:
-            row, skipped = divmod(offset // 2 + done, encoded.n_rows)
+        while done < out.size:
+            row, skipped = divmod(start + done, encoded.n_rows)
             expert, column = divmod(row, n_columns)
-            wanted = raw.size - done
+            wanted = out.size - done
             n = min(-(-(skipped + wanted) // encoded.n_rows), n_columns - column)
             decoded = np.empty(n * encoded.n_rows, np.uint16)
             blocks, scales = self._read_expert(encoded, expert)
             decode_mxfp4_transposed(blocks, scales, encoded.n_rows, encoded.n_groups, column, column + n, decoded)
             part = decoded[skipped : skipped + wanted]
-            raw[done : done + part.size] = part
+            out[done : done + part.size] = part
             done += part.size
 
     def _read_expert(self, encoded: _Encoded, expert: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -112,10 +99,7 @@ def _with_scales(stored: Source, blocks: SourceTensor) -> _Encoded:
     if scales is None:
         raise SourceError(Reason.MISSING_COMPONENT, path, "has no scales", tensor=blocks.name, field=SCALES_SUFFIX)
     for part in (blocks, scales):
-        if part.dtype != "U8":
-            raise SourceError(
-                Reason.COMPONENT_DTYPE, stored.location / part.file, f"{part.dtype}, expected U8", tensor=part.name
-            )
+        refuse_dtype(stored, part, {"U8"})
     if len(blocks.shape) != 4 or blocks.shape[-1] != _BLOCK_NBYTES or 0 in blocks.shape:
         raise SourceError(
             Reason.COMPONENT_SHAPE, path, f"{list(blocks.shape)}, expected [experts, rows, groups, {_BLOCK_NBYTES}]",

@@ -6,7 +6,6 @@ where each tensor's bytes lie; they are read from there. This is the one source 
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import pickle
@@ -24,7 +23,8 @@ from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES
 from qformat.converters.sources.checkpoint_folder import CheckpointFolder
-from qformat.converters.sources.source import PackedWeight, SourceTensor
+from qformat.converters.sources.file_source import FileSource
+from qformat.converters.sources.source import SourceTensor
 from qformat.converters.sources.torch_zip import TorchZip
 from qformat.errors import Reason, SourceError
 from qformat.names import SINGLE_TORCH_NAME, TORCH_INDEX_NAME
@@ -58,23 +58,20 @@ class _Stored:
     is_contiguous: bool
 
 
-class TorchBin:
+class TorchBin(FileSource[CheckpointFolder]):
     """A local checkpoint in PyTorch's zip files. Opening reads their pickles and no weight."""
 
     kind = "torch_bin"
-    packed: Mapping[str, PackedWeight] = {}
 
     def __init__(self, folder: Path) -> None:
-        self._folder = CheckpointFolder(folder)
-        self.location = folder
-        self.state_when_opened = self._folder.state_when_opened
+        super().__init__(CheckpointFolder(folder))
         self._mapped: dict[str, mmap.mmap] = {}
         self._zips: dict[str, TorchZip] = {}
         self._stored: dict[str, _Stored] = {}
         try:
-            self.config = self._folder.read_config()
+            self.config = self._files.read_config()
             self.tensors: Mapping[str, SourceTensor] = self._open_shards()
-            self.side_files: Mapping[str, int] = self._folder.list_side_files()
+            self.side_files: Mapping[str, int] = self._files.list_side_files()
         except BaseException:
             self.close()
             raise
@@ -82,7 +79,7 @@ class TorchBin:
     def close(self) -> None:
         """Close the shards."""
         self._mapped.clear()
-        self._folder.close()
+        super().close()
 
     def describe(self) -> JsonObject:
         """Return kind and the shards' names and sizes."""
@@ -91,29 +88,19 @@ class TorchBin:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, tensors with their places, and side files."""
-        digest = hashlib.sha256(f"{self.kind} {strict_json.dumps(self.config)}".encode())
+        lines = [f"{self.kind} {strict_json.dumps(self.config)}"]
         for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"\n{name} {tensor.file} {tensor.dtype} {tensor.shape} {self._stored[name]}".encode())
-        for name in self.side_files:
-            digest.update(f"\n{name} ".encode() + hashlib.sha256(self.read_side_file(name)).digest())
-        return digest.hexdigest()
-
-    def state(self) -> JsonObject:
-        """Return inode, size and times of each file that was opened; null for one that is gone."""
-        return self._folder.state()
+            lines.append(f"{name} {tensor.file} {tensor.dtype} {tensor.shape} {self._stored[name]}")
+        return self._digest(lines, self.side_files)
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
         """Fill `out` with the tensor's bytes from byte `offset` on. The storage's CRC-32 is checked first, once."""
         stored = self._stored[tensor.name]
         self._zips[tensor.file].check(stored.member)
         if stored.is_contiguous:
-            self._folder.read_into(tensor.file, stored.start + offset, out)
+            self._files.read_into(tensor.file, stored.start + offset, out)
         else:
             out[:] = self._gathered(tensor, stored, offset, len(out)).data
-
-    def read_side_file(self, name: str) -> bytes:
-        """Return the bytes of a file to carry over."""
-        return self._folder.read_side_file(name)
 
     def _gathered(self, tensor: SourceTensor, stored: _Stored, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return bytes of a tensor that is a view of its storage, such as a transpose, in row-major order."""
@@ -129,25 +116,16 @@ class TorchBin:
         return rows[skipped : skipped + nbytes]
 
     def _open_shards(self) -> dict[str, SourceTensor]:
-        weight_map = self._folder.read_weight_map(TORCH_INDEX_NAME)
+        weight_map = self._files.read_weight_map(TORCH_INDEX_NAME)
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_TORCH_NAME]
-        tensors: dict[str, SourceTensor] = {}
-        for shard in names:
-            found = self._open_shard(shard)
-            for name in found:
-                if name in tensors:
-                    raise SourceError(
-                        Reason.DUPLICATE_TENSOR, self.location / shard, f"is in {tensors[name].file}, too", tensor=name
-                    )
-            tensors |= found
-        if weight_map is not None:
-            owner = {name: tensor.file for name, tensor in tensors.items()}
-            self._folder.check_weight_map(TORCH_INDEX_NAME, weight_map, owner)
+        shards = {shard: self._open_shard(shard) for shard in names}
+        self._files.check_shards(shards, TORCH_INDEX_NAME, weight_map)
+        tensors = {name: tensor for found in shards.values() for name, tensor in found.items()}
         return {name: tensor for name, tensor in tensors.items() if not self._is_tied_output(name, tensors)}
 
     def _open_shard(self, shard: str) -> dict[str, SourceTensor]:
         path = self.location / shard
-        descriptor = self._folder.open(shard)
+        descriptor = self._files.open(shard)
         opened = self._zips[shard] = TorchZip(descriptor, path)
         opened.read_member("/data.pkl", max_nbytes=_MAX_PICKLE_NBYTES)  # its checksum, before torch sees it
         if opened.has_member(_BYTE_ORDER) and opened.read_member(_BYTE_ORDER, max_nbytes=16) != b"little":

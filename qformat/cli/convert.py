@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_table, progress_bar, step_bar
+from qformat.cli.display import format_table, progress_bar, say_compiling, step_bar
 from qformat.errors import UsageError
 from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionSummary
-    from qformat.converters.encode.plan import AdoptedTask, PackedTask, Plan
+    from qformat.converters.encode.plan import Plan
+    from qformat.converters.encode.tasks import AdoptedTask, PackedTask
     from qformat.quality.calibration.settings import CalibrationSettings
 
 
@@ -111,7 +112,7 @@ def command(
             restart=restart,
             on_plan=bar.start,
             on_progress=bar.update,
-            on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+            on_compile=say_compiling,
             on_layer=bar.show_layer,
         )
     finally:
@@ -155,9 +156,9 @@ class _Bar:
 
 
 def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.writing.disk import free_nbytes
+    from qformat.artifact.writing.disk import Disk
 
-    free = free_nbytes(out.absolute())
+    free = Disk().free_nbytes(out.absolute())
     facts = {**_facts(plan), "free_nbytes": free, "fits": plan.nbytes <= free}
     if as_json:
         shards = [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards]

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import click
+
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """Return rows as aligned columns; the columns in `right` are aligned to the right."""
@@ -65,3 +67,8 @@ def step_bar(total: int, description: str, unit: str) -> Iterator[Callable[[int]
             bar.refresh()
 
         yield show
+
+
+def say_compiling() -> None:
+    """Tell on stderr why the first run on a machine takes longer."""
+    click.echo("Compiling kernels, once on this machine ...", err=True)

@@ -9,7 +9,7 @@ import click
 
 from qformat import strict_json
 from qformat.cli.display import format_table, progress_bar
-from qformat.errors import TargetError, UsageError
+from qformat.errors import UsageError
 from qformat.names import MANIFEST_NAME
 
 if TYPE_CHECKING:
@@ -123,10 +123,7 @@ def _write_report(result: Evaluation, found: dict[str, Any], report: Path, *, tr
     if result.source is not None:
         tokenizer = load_tokenizer(find_folder(result.models[0]), trust_remote_code=trust_remote_code)
         found_details = [[details(text, scores, tokenizer) for scores in text.models] for text in result.texts]
-    try:
-        write_evaluation_page(found, found_details, KL_BOUNDS, report)
-    except OSError as error:
-        raise TargetError(f"--report {report}: {error.strerror}") from error
+    write_evaluation_page(found, found_details, KL_BOUNDS, report)
 
 
 def _record(result: Evaluation, artifact: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_table, progress_bar
+from qformat.cli.display import format_table, progress_bar, say_compiling
 from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def command(
             restart=restart,
             on_plan=bar.start,
             on_progress=bar.update,
-            on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+            on_compile=say_compiling,
         )
     finally:
         bar.stop()
@@ -107,9 +107,9 @@ class _Bar:
 
 
 def _show_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.writing.disk import free_nbytes
+    from qformat.artifact.writing.disk import Disk
 
-    free = free_nbytes(out.absolute())
+    free = Disk().free_nbytes(out.absolute())
     fits = plan.nbytes <= free
     if as_json:
         shards = [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards]

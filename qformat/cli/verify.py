@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_table, progress_bar
+from qformat.cli.display import format_table, progress_bar, say_compiling
 from qformat.cli.verify_remote import verify_repository
-from qformat.errors import InvalidFileError, TargetError, UsageError
+from qformat.errors import InvalidFileError, UsageError
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers
                 source,
                 workers=workers,
                 on_progress=update,
-                on_compile=lambda: click.echo("Compiling kernels, once on this machine ...", err=True),
+                on_compile=say_compiling,
             )
     except ArtifactError:
         if integrity.good:
@@ -207,10 +207,7 @@ def _compare(artifact: Path, source: Source, integrity: IntegrityReport, workers
 def _write(facts: VerificationFacts, report: Path) -> None:
     from qformat.report.artifact_page import write_html
 
-    try:
-        write_html(facts, report)
-    except OSError as error:
-        raise TargetError(f"--report {report}: {error.strerror}") from error
+    write_html(facts, report)
 
 
 def _facts(integrity: IntegrityReport, comparison: Comparison | None, *, signature_checked: bool) -> VerificationFacts:

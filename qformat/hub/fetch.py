@@ -11,7 +11,8 @@ from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.staging import Staging, begun_with, check_target, refuse_full_disk, work_folder
+from qformat.artifact.writing.output_kind import ARTIFACT, check_target
+from qformat.artifact.writing.staging import Staging, begun_with, refuse_full_disk, work_folder
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.fetch_run import FetchRun
 from qformat.hub.reading.listing import PublishedArtifact, listing_findings, read_published
@@ -63,19 +64,19 @@ def fetch(
     begun = {} if restart else begun_with(out)
     continuing = os.path.lexists(work_folder(out))
     if not continuing:
-        check_target(out, replace=force)
+        check_target(out, replace=force, kind=ARTIFACT)
     same = asked.items() <= begun.items()
     published = _find_artifact(repository, str(begun["commit"]) if same else revision, token, transfer)
     disk.needed_nbytes = published.nbytes
     if not continuing:
-        refuse_full_disk(out, disk.needed_nbytes)
+        refuse_full_disk(out, disk.needed_nbytes, disk)
     on_plan(published.nbytes - len(published.manifest_bytes))
     note: JsonObject = {**asked, "commit": published.repository.commit}
     fingerprint = _fingerprint(published)
     with Staging.begin(out, fingerprint, disk=disk, replace=force, restart=restart, note=note) as staging:
         complete, n_fetched = staging.sealed_before, 0
         if not complete:
-            refuse_full_disk(out, disk.needed_nbytes)
+            refuse_full_disk(out, disk.needed_nbytes, disk)
             n_fetched = FetchRun(published, staging, transfer, on_progress).run()
     return FetchSummary(
         out=out,

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from qformat.artifact.digests import Follower, WrittenFile, sha256_of_file, xxh3, xxh3_of_range
+from qformat.artifact.digests import sha256_of_file, xxh3, xxh3_of_range
 from qformat.artifact.manifest import FileRecord
 from qformat.artifact.reading.verify import range_checks, verify_integrity
+from qformat.artifact.writing.behind import Follower, WrittenFile
 from qformat.artifact.writing.staging import Staging
 from qformat.cores import run_tasks, usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
@@ -103,7 +104,7 @@ class FetchRun:
             thread_name="qformat-fetch",
             on_stop=self._published.repository.close,
         )
-        return follower.finish()
+        return follower.sha256()
 
     def _resumed(self) -> set[_Piece]:
         """Return the pieces that an interrupted run wrote and whose bytes are really there."""
@@ -130,8 +131,7 @@ class FetchRun:
         self._published.repository.read_range(piece.file, piece.start, data, on_bytes=self._arrived)
         path = self._staging.folder / piece.file
         self._staging.disk.write_at(self._descriptors[piece.file], data, piece.start, path)
-        with self._lock:
-            self._staging.record({"file": piece.file, "start": piece.start, "stop": piece.stop, "xxh3": xxh3(data)})
+        self._staging.record({"file": piece.file, "start": piece.start, "stop": piece.stop, "xxh3": xxh3(data)})
 
     def _arrived(self, nbytes: int) -> None:
         if self._stopping.is_set():

@@ -113,9 +113,7 @@ class _Check:
     def files(self, without: set[str]) -> list[Finding]:
         """Fetch and check headers and small files, several at a time, but for those that are known to be wrong."""
         tasks = {name: (name, record) for name, record in self.published.manifest.files.items() if name not in without}
-        found = run_tasks(
-            tasks, self._file, workers=self.connections, stopping=threading.Event(), thread_name="qformat-verify"
-        )
+        found = run_tasks(tasks, self._file, workers=self.connections, thread_name="qformat-verify")
         return [finding for finding in found.values() if finding is not None]
 
     def structure(self) -> list[Finding]:

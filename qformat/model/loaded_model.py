@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-import qformat
 from qformat import strict_json
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Buffer
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
-from qformat.artifact.reading.structure import Located, ShardLayout
+from qformat.artifact.reading.structure import Located, ShardLayout, Structure
 from qformat.artifact.reading.watch import MappedFileWatch
-from qformat.artifact.writing.write_back import write_back
+from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT
+from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
+from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import read_config
 from qformat.model.shard_tensors import TORCH_DTYPES
@@ -39,6 +41,11 @@ _DEFAULTS = {
     "token": None, "save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False,
 }  # fmt: skip
 """Of transformers' `save_pretrained`. Any other choice is about a checkpoint in transformers' own layout."""
+
+_NEXT_STEP = (
+    f"{FETCH_AGAIN} and load the model anew, or write its tensors alone with save_pretrained(..., state_dict=...)"
+)
+"""What helps where a file is no longer what the model was loaded from."""
 
 _NOT_COMPARED = {"dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path"}
 """Members of a config that loading changes, or that say how it was written."""
@@ -118,7 +125,7 @@ def _make(own: type, *arguments: Any) -> Any:
     return adopted.__new__(adopted, *arguments)
 
 
-def save(model: Any, out: Path) -> bool:
+def save(model: Any, out: Path, *, disk: Disk | None = None) -> bool:
     """Write a loaded model's files as the new folder `out`; return whether all are the same. Raises as above."""
     origin: Origin = model._qformat_origin
     origin.watch.check()
@@ -128,10 +135,12 @@ def save(model: Any, out: Path) -> bool:
         tensor = state.get(_name_in_model(origin, name))
         return None if tensor is None else _bytes_of(tensor, name, located)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return write_back(
-        origin.layout, out, held, files=_changed_configs(model), generator=f"qformat {qformat.__version__}"
-    )
+    layout = origin.layout
+    disk = disk or Disk(sum(layout.shard_nbytes.values()))
+    disk.make_folders(out.parent)
+    kind = ARTIFACT if isinstance(layout, Structure) else CHECKPOINT
+    with Staging.begin(out, "the tensors of a model", disk=disk, kind=kind, restart=True) as staging:
+        return rewrite(layout, staging, held, files=_changed_configs(model), next_step=_NEXT_STEP)
 
 
 def _name_in_model(origin: Origin, name: str) -> str:

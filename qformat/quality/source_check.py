@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import open_regular
 from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.artifact.reading.structure import ShardLayout
-from qformat.cores import usable_cores
+from qformat.cores import run_tasks, usable_cores
 from qformat.errors import Reason, SourceError, UsageError
 
 
@@ -84,8 +83,8 @@ def _digests(layout: ShardLayout, names: Collection[str]) -> dict[str, str]:
             start, stop, path = where.entry.start, where.entry.stop, layout.path / where.shard
             return xxh3_of_range(files[where.shard], start, stop, path=path, error=SourceError)
 
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            return dict(zip(names, pool.map(digest, names), strict=True))
+        tasks = {name: name for name in names}
+        return run_tasks(tasks, digest, workers=usable_cores(), thread_name="qformat-source")
 
 
 def _refuse_missing(artifact: str, expected: Mapping[str, str | None], layout: ShardLayout, next_step: str) -> None:

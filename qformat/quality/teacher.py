@@ -97,10 +97,7 @@ class TeacherCache:
         tokens = target.tokens.view(len(numbers), self._length, self._k).cpu().numpy().astype("<i4")
         for number, values, indices in zip(numbers, log_p, tokens, strict=True):
             data = values.tobytes() + indices.tobytes()
-            path = self._path(number)
-            unfinished = path.with_suffix(".partial")
-            self._disk.write_file(unfinished, data + self._digest(number, data))
-            self._disk.rename(unfinished, path)
+            self._disk.replace_file(self._path(number), data + self._digest(number, data))
 
     def target(self, numbers: NDArray[np.int64], ids: Tensor) -> TopKTarget:
         """Read windows. Raises TargetError for one that is damaged or missing."""

@@ -38,7 +38,7 @@ N_LARGEST = 20
 def write_html(facts: VerificationFacts, path: Path) -> None:
     """Write the page, in one step once it is complete. Same facts, same bytes.
 
-    Raises: OSError if the file cannot be written.
+    Raises: TargetError if the file cannot be written.
     """
     write_document(page(facts), path)
 

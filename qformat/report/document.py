@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from qformat.artifact.writing.disk import Disk
 from qformat.report.appearance import SORT_SCRIPT, STYLE
 
 
@@ -28,13 +29,8 @@ def document(title: str, sections: Sequence[str]) -> str:
 
 
 def write_document(text: str, path: Path) -> None:
-    """Write a page, in one step once it is complete. Raises OSError if the file cannot be written."""
-    unfinished = path.with_name(path.name + ".partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write a page, in one step once it is complete. Raises TargetError if the file cannot be written."""
+    Disk().replace_file(path, text.encode("utf-8"))
 
 
 def _source_of(text: str) -> str:

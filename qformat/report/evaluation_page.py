@@ -19,7 +19,7 @@ def write_evaluation_page(
 ) -> None:
     """Write the page. facts: what `qformat eval --json` prints. details: by text and model, empty without a source.
 
-    bounds: between the columns of the histograms. Raises OSError if the file cannot be written.
+    bounds: between the columns of the histograms. Raises TargetError if the file cannot be written.
     """
     write_document(evaluation_page(facts, details, bounds), path)
 

@@ -43,7 +43,7 @@ _PAGING = (
 def write_training_page(name: str, lines: Sequence[Line], facts: Mapping[str, Json], path: Path) -> None:
     """Write the page of a training. lines: those of metrics.jsonl. facts: settings, statistics of the data, base.
 
-    Raises: OSError if the file cannot be written.
+    Raises: TargetError if the file cannot be written.
     """
     write_document(training_page(name, lines, facts), path)
 

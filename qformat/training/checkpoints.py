@@ -9,9 +9,8 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -97,12 +96,10 @@ class CheckpointFolder:
         try:
             yield folder
             self._seal(folder, step, facts)
-            final = self.folder(step)
-            self._disk.remove_folder(final)
-            self._disk.rename(folder, final)
-            self._disk.sync_folder(self.output)
+            self._disk.replace_folder(folder, self.folder(step))
         except BaseException as error:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            with suppress(TargetError):
+                self._disk.remove_folder(self.partial)
             problem = disk_problem(error)
             if problem is None:
                 raise
@@ -165,7 +162,7 @@ class CheckpointFolder:
         self._disk.sync_folder(folder)
 
     def _explain(self, final: Path, problem: str) -> str:
-        free = shutil.disk_usage(self.output).free
+        free = self._disk.free_nbytes(self.output)
         whole = self.last_whole()
         kept = "there is none yet" if whole is None else f"{whole} is whole"
         return (

@@ -65,9 +65,7 @@ class MetricsFile:
         """Drop the lines of later steps, and the evaluation of the finished training."""
         kept = [line for line in self.read() if line["step"] <= step and line.get("when") != "after"]  # type: ignore[operator]
         text = "".join(strict_json.dumps(line) + "\n" for line in kept)
-        unfinished = self._path.with_name(self._path.name + ".partial")
-        self._disk.write_file(unfinished, text.encode())
-        self._disk.rename(unfinished, self._path)
+        self._disk.replace_file(self._path, text.encode())
 
 
 class MetricsCallback(TrainerCallback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -220,11 +219,7 @@ def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) ->
         write_adapter(model, folder, base)
         disk.write_file(folder / CARD_NAME, adapter_card(result, base).encode())
         for path in sorted(folder.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS_NAME):
-            descriptor = disk.open_for_writing(path)
-            try:
-                disk.sync(descriptor, path)
-            finally:
-                os.close(descriptor)
+            disk.sync_file(path)
             disk.rename(path, result.output / path.name)
     except (OSError, SafetensorError) as error:
         raise TargetError(

@@ -1,35 +1,16 @@
-"""The digests, and the thread that takes them behind the writers."""
+"""The digests of ranges and files."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import os
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import xxhash
 
-from qformat.artifact.digests import READ_NBYTES, Follower, WrittenFile, sha256_of_file, xxh3, xxh3_of_range
+from qformat.artifact.digests import READ_NBYTES, sha256_of_file, xxh3, xxh3_of_range
 from qformat.errors import ArtifactError, Reason
-
-NBYTES = 2 * READ_NBYTES + 12_345
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(os.urandom(NBYTES))
-    return path
-
-
-@pytest.fixture
-def descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDWR)
-    yield descriptor
-    os.close(descriptor)
+from tests.artifact.conftest import NBYTES
 
 
 @pytest.mark.parametrize(
@@ -51,58 +32,6 @@ def test_a_range_beyond_the_end_is_an_error(path: Path, descriptor: int) -> None
         assert refused.value.reason is Reason.TRUNCATED
 
 
-@pytest.mark.parametrize("n_parts", [1, 2, 7, 100])
-def test_parts_written_in_any_order_give_the_digest_of_the_whole(n_parts: int, path: Path, descriptor: int) -> None:
-    data = path.read_bytes()
-    assert sha256_of_file(descriptor, NBYTES, path=path, error=ArtifactError) == hashlib.sha256(data).hexdigest()
-    follower = Follower({"file": WrittenFile(path, descriptor, NBYTES)})
-    bounds = [NBYTES * i // n_parts for i in range(n_parts + 1)]
-    ranges = list(itertools.pairwise(bounds))
-    writers = [
-        threading.Thread(
-            target=lambda mine=ranges[i::3]: [follower.mark_written("file", *part) for part in reversed(mine)]
-        )
-        for i in range(3)
-    ]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert follower.finish() == {"file": hashlib.sha256(data).hexdigest()}
-
-
-def test_a_file_that_was_cut_behind_the_writer_is_an_error(path: Path, descriptor: int) -> None:
-    follower = Follower({"file": WrittenFile(path, descriptor, NBYTES)})
-    os.ftruncate(descriptor, 100)
-    follower.mark_written("file", 0, NBYTES)
-    with pytest.raises(ArtifactError) as refused:
-        follower.finish()
-    assert refused.value.reason is Reason.TRUNCATED
-
-
-def test_closing_does_not_wait_for_what_could_still_be_hashed(path: Path, descriptor: int) -> None:
-    """After an interruption nobody wants the digest: a resumed run may have tens of gigabytes to go."""
-    begun, go_on = threading.Event(), threading.Event()
-
-    class Slow(WrittenFile):
-        n_hashed = 0
-
-        def hash_some(self, buffer: memoryview) -> None:
-            begun.set()
-            go_on.wait()
-            Slow.n_hashed += 1
-            super().hash_some(buffer)
-
-    follower = Follower({"file": Slow(path, descriptor, NBYTES)})
-    join = follower._thread.join
-    follower._thread.join = lambda timeout=None: (go_on.set(), join(timeout))[1]  # type: ignore[method-assign]
-    follower.mark_written("file", 0, NBYTES)
-    begun.wait()
-    follower.close()
-    assert Slow.n_hashed == 1
-
-
-def test_closing_twice_is_fine(path: Path, descriptor: int) -> None:
-    follower = Follower({"file": WrittenFile(path, descriptor, NBYTES)})
-    follower.close()
-    follower.close()
+def test_a_file_has_the_digest_of_its_bytes(path: Path, descriptor: int) -> None:
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256_of_file(descriptor, NBYTES, path=path, error=ArtifactError) == expected

@@ -78,6 +78,17 @@ for primitive in PRIMITIVES:
     setattr(FaultyDisk, primitive, _intercepted(primitive))
 
 
+class DiskWithRoom(Disk):
+    """A disk that says how many bytes are free."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self._free_nbytes = nbytes
+
+    def free_nbytes(self, path: Path) -> int:
+        return self._free_nbytes
+
+
 class PowerCut(FaultyDisk):
     """At the kill, part of what was written since each file's last fsync is lost: zeroed, cut off, or with the file."""
 

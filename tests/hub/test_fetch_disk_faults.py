@@ -8,18 +8,15 @@ from pathlib import Path
 import pytest
 
 from qformat.errors import TargetError
-from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
+from tests.converters.faulty_disk import DiskWithRoom, FaultyDisk, Killed, PowerCut
 from tests.hub.fetching import BODY, do_fetch
 from tests.hub_stand_in import Hub
 from tests.small_models import contents, names_beside
 
 
-def test_a_full_disk_is_refused_before_a_byte_is_fetched(
-    hub: Hub, published: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qformat.artifact.writing.staging.free_nbytes", lambda path: 1000)
+def test_a_full_disk_is_refused_before_a_byte_is_fetched(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="no space"):
-        do_fetch(tmp_path / "out")
+        do_fetch(tmp_path / "out", disk=DiskWithRoom(1000))
     assert not hub.requests(BODY)
     assert names_beside(tmp_path / "out") == {"small-nf4"}
 

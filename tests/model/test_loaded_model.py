@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
+from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.reading.structure import read_manifest
+from qformat.artifact.writing.record_evaluation import record_evaluation
 from qformat.errors import ArtifactError, Reason, TargetError, UsageError
 from qformat.model.load import load_model
+from qformat.model.loaded_model import save
 from qformat.model.transformers_quantizer import METHOD
 from qformat.names import MANIFEST_NAME
 from tests.converters.faulty_disk import FaultyDisk
@@ -99,6 +102,23 @@ def test_a_changed_tensor_gets_a_digest_of_its_own(artifact: Path, tmp_path: Pat
     again = load_model(tmp_path / "saved", device="cpu")
     assert torch.equal(again.state_dict()[name], model.state_dict()[name])
     assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_changed_kept_tensor_names_its_source_and_an_evaluation_of_other_bytes_is_dropped(
+    artifact: Path, tmp_path: Path
+) -> None:
+    record_evaluation(artifact, {"texts": []}, of=read_manifest(artifact))
+    model = by_load_model(artifact)
+    model.save_pretrained(tmp_path / "same")
+    assert read_manifest(tmp_path / "same").evaluation == {"texts": []}
+    model.state_dict()["model.norm.weight"][0] += 1
+    model.save_pretrained(tmp_path / "changed")
+    old, new = read_manifest(artifact), read_manifest(tmp_path / "changed")
+    before, after = old.tensors["model.norm.weight"], new.tensors["model.norm.weight"]
+    assert isinstance(before, KeptRecord)
+    assert isinstance(after, KeptRecord)
+    assert (before.source_xxh3, after.source_xxh3) == (None, before.xxh3)
+    assert new.evaluation is None
 
 
 def test_a_changed_config_is_written_and_nothing_else(artifact: Path, tmp_path: Path) -> None:
@@ -219,15 +239,11 @@ def test_copies_save_as_well_and_keep_their_class(artifact: Path, tmp_path: Path
         assert contents(tmp_path / str(number)) == contents(artifact)
 
 
-def test_a_full_disk_leaves_nothing_under_the_name(
-    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing_under_the_name(artifact: Path, tmp_path: Path) -> None:
     model = by_load_model(artifact)
-    monkeypatch.setattr("qformat.artifact.writing.write_back.Disk", lambda needed: FaultyDisk(20, "full from here on"))
     with pytest.raises(TargetError):
-        model.save_pretrained(tmp_path / "saved")
+        save(model, tmp_path / "saved", disk=FaultyDisk(20, "full from here on"))
     assert not (tmp_path / "saved").exists()
-    monkeypatch.undo()
     model.save_pretrained(tmp_path / "saved")
     assert contents(tmp_path / "saved") == contents(artifact)
     assert not (tmp_path / "saved.partial").exists()

@@ -7,7 +7,6 @@ each. The tokenizer comes from the folder, if a folder is given and has one, els
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,10 +20,11 @@ from qformat.artifact.manifest import JsonObject
 from qformat.codec.floats import FloatFormat, narrow
 from qformat.codec.foreign.ggml_blocks import round_to_bf16
 from qformat.converters.sources.checkpoint_folder import CheckpointFolder
+from qformat.converters.sources.file_source import FileSource
 from qformat.converters.sources.gguf.header import GgufTensor, read_header
 from qformat.converters.sources.gguf.names import ROPE_FACTORS_NAME, NamedTensor, name_model
 from qformat.converters.sources.gguf.tokenizer import tokenizer_files
-from qformat.converters.sources.source import PackedWeight, SourceTensor
+from qformat.converters.sources.source import SourceTensor
 from qformat.errors import Reason, SourceError
 from qformat.names import TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 
@@ -33,21 +33,18 @@ _TOKENIZER_NAMES = (TOKENIZER_NAME, TOKENIZER_MODEL_NAME)
 _MAX_FACTORS = 2**16
 
 
-class GgufFile:
+class GgufFile(FileSource[CheckpointFolder]):
     """A GGUF file as a checkpoint of transformers. Opening reads the header only, not the tokenizer."""
 
     kind = "gguf"
-    packed: Mapping[str, PackedWeight] = {}
 
     def __init__(self, path: Path) -> None:
         folder = path if os.path.isdir(path) else path.parent
         self._name = _only_file(path) if os.path.isdir(path) else path.name
-        self._folder = CheckpointFolder(folder)
-        self.location = folder
+        super().__init__(CheckpointFolder(folder))
         self._given_folder = folder == path
-        self.state_when_opened = self._folder.state_when_opened
         try:
-            self._header = read_header(self._folder.open(self._name), folder / self._name)
+            self._header = read_header(self._files.open(self._name), folder / self._name)
             model = name_model(self._header, folder / self._name, self._rope_factors())
             self._format = _float_format(model.tensors)
             self.config: JsonObject = {**model.config, "torch_dtype": self._format.torch_name}
@@ -65,10 +62,6 @@ class GgufFile:
         """Files to carry over: those of the given folder, and a tokenizer, which transformers may have to convert."""
         return {name: len(data) for name, data in self._side_files.items()}
 
-    def close(self) -> None:
-        """Close the file."""
-        self._folder.close()
-
     def describe(self) -> JsonObject:
         """Return kind, the file's name and size, and how its matrices were stored."""
         stored = sorted({t.stored.block_type.name for t in self._named.values() if len(t.stored.shape) > 1})
@@ -80,17 +73,11 @@ class GgufFile:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, tensors with their places, and side files."""
-        digest = hashlib.sha256(f"{self.kind} {strict_json.dumps(self.config)} {self._header.file_nbytes}".encode())
+        lines = [f"{self.kind} {strict_json.dumps(self.config)} {self._header.file_nbytes}"]
         for name, tensor in self._named.items():
             stored = tensor.stored
-            digest.update(f"\n{name} {stored.block_type.name} {stored.start} {tensor.expert} {tensor.n_heads}".encode())
-        for name, data in self._side_files.items():
-            digest.update(f"\n{name} ".encode() + hashlib.sha256(data).digest())
-        return digest.hexdigest()
-
-    def state(self) -> JsonObject:
-        """Return inode, size and times of the files that were opened; null for one that is gone."""
-        return self._folder.state()
+            lines.append(f"{name} {stored.block_type.name} {stored.start} {tensor.expert} {tensor.n_heads}")
+        return self._digest(lines, self.side_files)
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
         """Fill `out` with the decoded tensor's bytes from byte `offset` (a whole element) on."""
@@ -133,7 +120,7 @@ class GgufFile:
         row = stored.shape[-1]
         row_nbytes = row // stored.block_type.block_size * stored.block_type.block_nbytes
         data = np.empty((last - first) * row_nbytes, np.uint8)
-        self._folder.read_into(self._name, stored.start + first * row_nbytes, data.data)
+        self._files.read_into(self._name, stored.start + first * row_nbytes, data.data)
         values = np.empty((last - first) * row, np.float32)
         stored.block_type.decode(data, values)
         return values
@@ -151,7 +138,7 @@ class GgufFile:
     def _side_files(self) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
         if self._given_folder:
-            found = {name: self._folder.read_side_file(name) for name in self._folder.list_side_files()}
+            found = {name: self._files.read_side_file(name) for name in self._files.list_side_files()}
         if not any(name in found for name in _TOKENIZER_NAMES):
             found |= tokenizer_files(self.location / self._name)
         return dict(sorted(found.items()))

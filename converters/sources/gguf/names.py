@@ -7,7 +7,6 @@ positions go into the config, and numbers that GGUF keeps in float32 are written
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ ROPE_FACTORS_NAME = "rope_freqs.weight"
 EMBEDDING_NAME = "token_embd.weight"
 OUTPUT_NAME = "output.weight"
 
-_BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)")
 _LARGEST_LAYER_COUNT = 10_000
 _LARGEST_EXPERT_COUNT = 4096
 

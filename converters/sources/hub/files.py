@@ -7,7 +7,6 @@ runs (`qformat.converters.sources.hub.reading`), or else by a request for each r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles
 from qformat.converters.sources.side_files import is_side_file
+from qformat.cores import run_tasks
 from qformat.errors import SourceError
 from qformat.hub.reading.repository import RemoteFile, Repository
 from qformat.hub.reading.stream import ByteStream
@@ -69,13 +69,14 @@ class HubFiles(CheckpointFiles):
         """Fetch the headers of safetensors files, several at a time, in two requests a file."""
         for name in names:
             self._listed(name)
-        with ThreadPoolExecutor(self.transfer.connections, thread_name_prefix="qformat-headers") as pool:
-            try:
-                return dict(zip(names, pool.map(self._read_header, names), strict=True))
-            except BaseException:
-                self.close()  # whoever waits for the next attempt stops waiting
-                pool.shutdown(cancel_futures=True)
-                raise
+        # Closing wakes whoever waits for the next attempt.
+        return run_tasks(
+            {name: name for name in names},
+            self._read_header,
+            workers=self.transfer.connections,
+            thread_name="qformat-headers",
+            on_stop=self.close,
+        )
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
         """Fill `out` with bytes of a shard by a request of its own."""

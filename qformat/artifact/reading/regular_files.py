@@ -65,13 +65,21 @@ def read_small(folder: Path, name: str, *, max_nbytes: int, error: type[InvalidF
 def read_exactly(
     descriptor: int, offset: int, out: memoryview, *, path: Path | str, error: type[InvalidFileError]
 ) -> None:
-    """Fill `out` from `offset`. Raises `error` (truncated) where the file ends early or cannot be read."""
+    """Fill `out` from `offset`.
+
+    Raises `error`: truncated where the file ends early, unreadable where the disk does not give its bytes.
+    """
     done = 0
     while done < len(out):
         try:
             count = os.preadv(descriptor, [out[done:]], offset + done)
         except OSError as problem:
-            raise error(Reason.TRUNCATED, path, f"cannot be read at byte {offset + done}: {problem.strerror}") from None
+            raise error(
+                Reason.UNREADABLE,
+                path,
+                f"cannot be read at byte {offset + done}: {problem.strerror}",
+                next_step="Check the disk that holds it",
+            ) from None
         if count == 0:
             raise error(
                 Reason.TRUNCATED,
@@ -80,6 +88,20 @@ def read_exactly(
                 next_step="Fetch the file again",
             )
         done += count
+
+
+def read_chunks(
+    descriptor: int, start: int, stop: int, *, chunk_nbytes: int, path: Path | str, error: type[InvalidFileError]
+) -> Iterator[tuple[int, memoryview]]:
+    """Yield (position, bytes) of the file's bytes [start, stop) in order, in scratch memory that is used again.
+
+    Raises `error` (truncated, unreadable).
+    """
+    buffer = memoryview(bytearray(min(chunk_nbytes, max(stop - start, 0))))
+    for position in range(start, stop, chunk_nbytes):
+        part = buffer[: min(chunk_nbytes, stop - position)]
+        read_exactly(descriptor, position, part, path=path, error=error)
+        yield position, part
 
 
 def _hub_blob(path: Path, error: type[InvalidFileError]) -> Path:

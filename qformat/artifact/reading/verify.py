@@ -7,19 +7,22 @@ finds every accident, and by the SHA-256 of its file, which also withstands inte
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from qformat.artifact import header
 from qformat.artifact.digests import sha256_of_file, xxh3_of_range
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest
 from qformat.artifact.reading.regular_files import open_regular
 from qformat.artifact.reading.structure import check_structure, expected_tensors, read_manifest, size_error
+from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
+
+_Check = TypeVar("_Check")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def verify_integrity(
     except ArtifactError as error:
         return IntegrityReport(path, (finding_of(error),), 0, 0, sha256)
     findings: list[Finding] = []
-    with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
+    with ExitStack() as stack:
         descriptors = _open_files(path, manifest, stack, findings)
         checks = list(range_checks(path, manifest, descriptors, findings))
         whole = [
@@ -117,12 +120,18 @@ def verify_integrity(
         def run_whole(item: tuple[str, FileRecord]) -> Finding | None:
             return _check_whole(path / item[0], descriptors[item[0]], item[1])
 
-        findings += [finding for finding in pool.map(run, checks) if finding is not None]
-        findings += [finding for finding in pool.map(run_whole, whole) if finding is not None]
+        findings += _found(checks, run, workers)
+        findings += _found(whole, run_whole, workers)
     findings += _extra_files(path, manifest)
     findings += _structure(path, findings)
     nbytes = sum(record.nbytes for record in manifest.files.values())
     return IntegrityReport(path, tuple(findings), len(manifest.files) + 1, nbytes, sha256)
+
+
+def _found(checks: Sequence[_Check], run: Callable[[_Check], Finding | None], workers: int) -> list[Finding]:
+    """Run checks on threads and return what they find, in their order."""
+    found = run_tasks(dict(enumerate(checks)), run, workers=workers, thread_name="qformat-verify")
+    return [finding for finding in found.values() if finding is not None]
 
 
 def verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:

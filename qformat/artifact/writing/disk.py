@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qformat.errors import TargetError
+from qformat.names import PARTIAL_SUFFIX
 
 FILE_MODE = 0o644
 _RENAME_EXCHANGE = 2
@@ -34,6 +35,12 @@ class Disk:
     def make_folder(self, path: Path) -> None:
         """Create a folder; one that exists is fine."""
         self._call(path, lambda: self.raw_mkdir(path))
+
+    def make_folders(self, path: Path) -> None:
+        """Create a folder and those above it that are not there."""
+        for folder in reversed([path, *path.parents]):
+            if not folder.is_dir():
+                self.make_folder(folder)
 
     def open_for_writing(self, path: Path, *, append: bool = False) -> int:
         """Open a file for reading and writing, creating it if it does not exist."""
@@ -68,9 +75,38 @@ class Disk:
         finally:
             os.close(descriptor)
 
+    def replace_file(self, path: Path, data: bytes | bytearray) -> None:
+        """Give a file other bytes in one step: after a crash it has the old ones or the new ones.
+
+        The new bytes are written beside it, under a hidden name, which whoever verifies a folder passes over.
+        """
+        unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+        try:
+            self.write_file(unfinished, data)
+            self.rename(unfinished, path)
+        except TargetError:
+            with contextlib.suppress(TargetError):
+                self.remove_file(unfinished)
+            raise
+        self.sync_folder(path.parent)
+
+    def replace_folder(self, made: Path, final: Path) -> None:
+        """Give a finished folder its name; a folder that has the name is removed first."""
+        self.remove_folder(final)
+        self.rename(made, final)
+        self.sync_folder(final.parent)
+
     def sync(self, descriptor: int, path: Path) -> None:
         """Bring a file's bytes to the disk."""
         self._call(path, lambda: self.raw_fsync(descriptor))
+
+    def sync_file(self, path: Path) -> None:
+        """Bring the bytes of a file that somebody else has written to the disk."""
+        descriptor = self.open_for_writing(path)
+        try:
+            self.sync(descriptor, path)
+        finally:
+            os.close(descriptor)
 
     def sync_folder(self, path: Path) -> None:
         """Bring a folder's entries to the disk."""
@@ -114,6 +150,12 @@ class Disk:
                 self.remove_file(entry)
         self._call(path, lambda: self.raw_rmdir(path))
 
+    def free_nbytes(self, path: Path) -> int:
+        """Return the bytes free for us on the file system of the nearest existing folder of a path."""
+        while not os.path.exists(path) and path != path.parent:
+            path = path.parent
+        return shutil.disk_usage(path).free
+
     def _call(self, path: Path, operation: Callable[[], _Result]) -> _Result:
         try:
             return operation()
@@ -128,7 +170,7 @@ class Disk:
 
     def _explain(self, path: Path, problem: OSError) -> str:
         if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
-            free = free_nbytes(path)
+            free = self.free_nbytes(path)
             needed = f"{self.needed_nbytes:,} bytes are needed in all, " if self.needed_nbytes else ""
             return (
                 f"{path}: no space left: {needed}{free:,} bytes are free. "
@@ -196,10 +238,3 @@ def allocated_nbytes(folder: Path) -> int:
             with contextlib.suppress(OSError):  # another process may be clearing it away
                 total += os.lstat(os.path.join(parent, name)).st_blocks * 512
     return total
-
-
-def free_nbytes(path: Path) -> int:
-    """Return the bytes free for us on the file system of the nearest existing folder of a path."""
-    while not os.path.exists(path) and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free

@@ -13,9 +13,6 @@ from qformat.artifact.writing.disk import Disk
 from qformat.errors import ArtifactError, TargetError
 from qformat.names import MANIFEST_NAME
 
-_UNFINISHED_NAME = f".{MANIFEST_NAME}.partial"
-"""A verifier passes over names that begin with a dot, so that a killed recording leaves a good artifact."""
-
 
 def record_evaluation(path: Path, evaluation: JsonObject, *, of: Manifest, disk: Disk | None = None) -> None:
     """Write `evaluation` into the manifest in folder `path`, and renew the manifest's digest of itself.
@@ -37,9 +34,6 @@ def record_evaluation(path: Path, evaluation: JsonObject, *, of: Manifest, disk:
         data = read_small(path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
         if parse(data, target).tensors != of.tensors:
             raise TargetError(f"{path}: holds other weights than those that were measured. Evaluate it again")
-        unfinished = path / _UNFINISHED_NAME
-        disk.write_file(unfinished, with_evaluation(data, evaluation, target))
-        disk.rename(unfinished, target)
-        disk.sync_folder(path)
+        disk.replace_file(target, with_evaluation(data, evaluation, target))
     finally:
         os.close(folder)

@@ -1,7 +1,10 @@
-"""From an artifact to one with the same layout and some other bytes: what is not replaced is copied, digests checked.
+"""A folder of shards written once more with other bytes in some places (spec section 2.4): those that a running model
+holds, or those that a tuning found.
 
-Every component keeps its place and size, so that headers, index and config stay as they are, byte for byte. Only the
-manifest is made anew. The files are streamed; memory does not depend on the size of the model.
+Every component keeps its place and size, so that headers and index stay as they are, byte for byte. What is not
+replaced is copied, and its digest checked. Where no byte differs, every file is the same, the manifest included; where
+one does, the manifest is renewed. A byte that was damaged in the file and not replaced by another one is refused: a new
+digest must not make it look right. The files are streamed; memory does not depend on the size of the model.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,159 +20,253 @@ import numpy as np
 from numpy.typing import NDArray
 
 import qformat
+from qformat.artifact import manifest as manifests
 from qformat.artifact.components import Component
-from qformat.artifact.digests import READ_NBYTES, Xxh3, xxh3
+from qformat.artifact.digests import READ_NBYTES, Buffer, Xxh3
+from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manifest, TensorRecord
-from qformat.artifact.reading.reader import Artifact
-from qformat.artifact.reading.regular_files import open_regular, read_exactly
+from qformat.artifact.reading.regular_files import open_regular, read_chunks, read_exactly, read_small
+from qformat.artifact.reading.structure import (
+    Located,
+    ShardLayout,
+    Structure,
+    check_structure,
+    expected_tensors,
+    size_error,
+)
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, Reason, UsageError
-from qformat.names import MANIFEST_NAME
+from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+
+FETCH_AGAIN = "Fetch the file again"
+
+_FILES_WITHOUT_MANIFEST = (INDEX_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME)
+"""What is carried over beside the shards where no manifest says what belongs to the model."""
+
+Held = Callable[[str, Located], Buffer | None]
+"""Returns the bytes that a component has now, by its name in the shards; None: those of the file. Codes may
+come without the bytes that fill up a wider element."""
 
 Replacements = Mapping[str, Mapping[Component, NDArray[Any]]]
 """By tensor and component, other bytes. Those of a kept tensor stand under `Component.PACKED`."""
 
 
-def rewrite_artifact(
-    artifact: Artifact,
+def rewrite(
+    layout: ShardLayout,
     staging: Staging,
-    replacements: Replacements,
+    held: Held,
     *,
-    recipe: JsonObject,
-    on_progress: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Write an artifact with other bytes in some components into a staged folder, and seal it.
+    files: Mapping[str, bytes] | None = None,
+    recipe: JsonObject | None = None,
+    next_step: str = FETCH_AGAIN,
+) -> bool:
+    """Write shards and the files beside them into a staged folder and seal it; return whether every byte is the same.
 
-    recipe: of the new manifest, which has no evaluation, since that was of other bytes. Kept tensors that change name
-    the digest of the source. on_progress: bytes of shards written.
-    Raises ArtifactError for damage in what is copied, UsageError for bytes that do not fit, TargetError.
+    files: what other files hold now, by name; those that are not named are copied. recipe: another one for the
+    manifest. A renewed manifest has no evaluation, if that was of other bytes, and a kept tensor that changes names the
+    digest of its source.
+    next_step: what a user is told to do about a file that was changed.
+
+    Raises: ArtifactError for damage in what is copied, and for a file that is gone; TargetError.
     """
-    _refuse_what_does_not_fit(artifact, replacements)
-    manifest = artifact.manifest
-    new = {name + part.value: data for name, parts in replacements.items() for part, data in parts.items()}
-    copy = _Copy(artifact, staging, new, _digests(manifest), on_progress)
-    files = {
-        name: copy.small_file(name, record) if record.header_xxh3 is None else copy.shard(name, record)
-        for name, record in manifest.files.items()
-    }
-    written = Manifest(
-        tensors={name: _record(record, replacements.get(name)) for name, record in manifest.tensors.items()},
-        files=files,
-        recipe=recipe,
-        source=manifest.source,
-        generator=f"qformat {qformat.__version__}",
-        format_version=manifest.format_version,
-        must_understand=manifest.must_understand,
-        extra=manifest.extra,
-    )
-    staging.disk.write_file(staging.folder / MANIFEST_NAME, written.to_bytes())
+    files, disk = files or {}, staging.disk
+    copy = _Copy(layout, staging, held, _expected_digests(layout), next_step)
+    kept = copy.read_manifest(layout) if isinstance(layout, Structure) else b""
+    sha256 = {shard: copy.write_shard(shard) for shard in layout.shard_nbytes}
+    for name, record in _other_files(layout).items():
+        if name not in files:
+            disk.write_file(staging.folder / name, copy.read_other(name, record))
+    for name, data in files.items():
+        disk.write_file(staging.folder / name, data)
+    same = not copy.changed and not files
+    if isinstance(layout, Structure):
+        if not same or recipe is not None:
+            kept = _renewed(layout.manifest, copy.changed, sha256, files, recipe).to_bytes()
+        disk.write_file(staging.folder / MANIFEST_NAME, kept)
+        check_structure(staging.folder)
     staging.seal()
+    return same
 
 
-def _digests(manifest: Manifest) -> dict[str, str]:
-    """Return the XXH3-128 of every component and kept tensor, by its name in the shards."""
-    found: dict[str, str] = {}
-    for name, record in manifest.tensors.items():
-        if isinstance(record, KeptRecord):
-            found[name] = record.xxh3
-        else:
-            found |= {name + part.value: digest for part, digest in record.components.items()}
-    return found
-
-
-def _refuse_what_does_not_fit(artifact: Artifact, replacements: Replacements) -> None:
+def replaced_by(structure: Structure, replacements: Replacements) -> Held:
+    """Return what `rewrite` asks for, of arrays that are there. Raises UsageError for bytes that do not fit."""
     for name, parts in replacements.items():
         for part, data in parts.items():
-            located = artifact.located.get(name + part.value)
+            located = structure.located.get(name + part.value)
             if located is None or located.entry.nbytes != data.nbytes or not data.flags.c_contiguous:
                 has = "no such component" if located is None else f"{located.entry.nbytes} bytes there"
-                raise UsageError(f"{artifact.path}: {name}: {part.label}: {data.nbytes} new bytes, but it has {has}")
-
-
-def _record(record: TensorRecord, parts: Mapping[Component, NDArray[Any]] | None) -> TensorRecord:
-    """Return the record of a tensor, some of whose bytes may be replaced."""
-    if parts is None:
-        return record
-    if isinstance(record, KeptRecord):
-        digest, source = xxh3(parts[Component.PACKED]), record.source_xxh3 or record.xxh3
-        return replace(record, xxh3=digest, source_xxh3=None if digest == source else source)
-    return replace(record, components={**record.components, **{part: xxh3(data) for part, data in parts.items()}})
+                raise UsageError(f"{structure.path}: {name}: {part.label}: {data.nbytes} new bytes, but it has {has}")
+    new = {name + part.value: data for name, parts in replacements.items() for part, data in parts.items()}
+    return lambda name, _: new.get(name)
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A copy in the making. new: other bytes, digests: what copied ones must have, by names in the shards."""
+    """A copy in the making.
 
-    artifact: Artifact
+    expected: XXH3-128 and tensor by the component's name in the shards; nothing where there is no manifest.
+    changed: the new XXH3-128 of each component whose bytes are not those of the manifest.
+    """
+
+    layout: ShardLayout
     staging: Staging
-    new: Mapping[str, NDArray[Any]]
-    digests: Mapping[str, str]
-    on_progress: Callable[[int], None]
+    held: Held
+    expected: Mapping[str, tuple[str, str]]
+    next_step: str
+    changed: dict[str, str] = field(default_factory=dict)
 
-    def small_file(self, name: str, record: FileRecord) -> FileRecord:
-        """Copy a file that is no shard. Raises ArtifactError (file_digest), TargetError."""
-        path = self.artifact.path / name
-        data = bytearray(record.nbytes)
-        with open_regular(self.artifact.path, name, error=ArtifactError) as descriptor:
+    def read_manifest(self, layout: Structure) -> bytes:
+        """Return the bytes of the manifest. Raises ArtifactError if they are no longer those that were opened."""
+        path = layout.path / MANIFEST_NAME
+        data = read_small(layout.path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
+        if manifests.parse(data, path) != layout.manifest:
+            raise self._damaged(path, "it says something else than when it was opened")
+        return data
+
+    def read_other(self, name: str, record: FileRecord | None) -> bytearray:
+        """Return the bytes of a file that is no shard. Raises ArtifactError (also file_digest)."""
+        path = self.layout.path / name
+        with open_regular(self.layout.path, name, error=ArtifactError) as descriptor:
+            data = bytearray(os.fstat(descriptor).st_size)
             read_exactly(descriptor, 0, memoryview(data), path=path, error=ArtifactError)
-        found = hashlib.sha256(data).hexdigest()
-        if found != record.sha256:
-            raise _changed(path, Reason.FILE_DIGEST, f"SHA-256 {found}, expected {record.sha256}")
-        self.staging.disk.write_file(self.staging.folder / name, bytes(data))
-        return record
+        if record is not None and (found := hashlib.sha256(data).hexdigest()) != record.sha256:
+            raise self._damaged(path, f"SHA-256 {found}, expected {record.sha256}")
+        return data
 
-    def shard(self, name: str, record: FileRecord) -> FileRecord:
-        """Write a shard, and return its new record. Raises ArtifactError (file_digest, component_digest), TargetError.
+    def write_shard(self, name: str) -> str:
+        """Write a shard from its beginning on and return its SHA-256. Raises ArtifactError, TargetError.
 
         What an interrupted run left of it is written again.
         """
-        disk, path = self.staging.disk, self.staging.folder / name
+        disk, path, nbytes = self.staging.disk, self.staging.folder / name, self.layout.shard_nbytes[name]
         sha256 = hashlib.sha256()
-        with open_regular(self.artifact.path, name, error=ArtifactError) as source:
+        with open_regular(self.layout.path, name, error=ArtifactError) as source:
+            if (found := os.fstat(source).st_size) != nbytes:
+                raise size_error(self.layout.path / name, found, nbytes)
             out = disk.open_for_writing(path)
             try:
-                disk.set_size(out, record.nbytes, path)
+                disk.set_size(out, nbytes, path)
                 offset = 0
-                for data in self._contents(name, record, source):
+                for data in self._contents(name, source):
                     disk.write_at(out, data, offset, path)
                     sha256.update(data)
                     offset += len(data)
-                    self.on_progress(len(data))
-                assert offset == record.nbytes
+                assert offset == nbytes, f"{name}: {offset} bytes, expected {nbytes}"
             finally:
                 os.close(out)
-        return replace(record, sha256=sha256.hexdigest())
+        return sha256.hexdigest()
 
-    def _contents(self, shard: str, record: FileRecord, source: int) -> Iterator[memoryview]:
+    def _contents(self, shard: str, source: int) -> Iterator[memoryview]:
         """Yield the bytes of a new shard from its beginning on, in scratch memory."""
-        path = self.artifact.path / shard
-        entries = [located.entry for located in self.artifact.located.values() if located.shard == shard]
-        entries.sort(key=lambda entry: (entry.start, entry.stop))
-        assert record.header_xxh3 is not None
-        yield from _checked(source, 0, entries[0].start, path, record.header_xxh3, tensor=None)
-        for entry in entries:
-            if entry.name in self.new:
-                yield self.new[entry.name].reshape(-1).view(np.uint8).data
+        places = [located for located in self.layout.located.values() if located.shard == shard]
+        places.sort(key=lambda located: (located.entry.start, located.entry.stop))
+        path = self.layout.path / shard
+        header = self.layout.manifest.files[shard].header_xxh3 if isinstance(self.layout, Structure) else None
+        data_start = places[0].entry.start if places else self.layout.shard_nbytes[shard]
+        yield from self._copied(source, 0, data_start, path, header, tensor=None)
+        for located in places:
+            name, start, stop = located.entry.name, located.entry.start, located.entry.stop
+            data = self.held(name, located)
+            if data is None:
+                expected, tensor = self.expected.get(name, (None, name))
+                yield from self._copied(source, start, stop, path, expected, tensor=tensor)
             else:
-                digest = self.digests[entry.name]
-                yield from _checked(source, entry.start, entry.stop, path, digest, tensor=entry.name)
+                yield from self._replaced(source, located, path, _as_bytes(data))
 
+    def _replaced(self, source: int, located: Located, path: Path, data: memoryview) -> Iterator[memoryview]:
+        """Yield the new bytes of a component, filled up with those of the file, and note their digest if it is new."""
+        name, start, stop = located.entry.name, located.entry.start, located.entry.stop
+        assert len(data) <= stop - start, f"{name}: {len(data)} bytes, expected {stop - start}"
+        fill = memoryview(bytearray(stop - start - len(data)))
+        read_exactly(source, stop - len(fill), fill, path=path, error=ArtifactError)
+        digest = Xxh3()
+        digest.update(data)
+        digest.update(fill)
+        expected, tensor = self.expected.get(name, (None, name))
+        if expected is not None and (found := digest.hexdigest()) != expected:
+            if _has(source, start, data, path):
+                raise self._damaged(path, _digests(start, stop, found, expected), tensor=tensor)
+            self.changed[name] = found
+        yield data
+        yield fill
 
-def _checked(
-    descriptor: int, start: int, stop: int, path: Path, expected: str, *, tensor: str | None
-) -> Iterator[memoryview]:
-    """Yield bytes [start, stop) of a file. Raises ArtifactError at their end if their XXH3-128 is not the expected."""
-    digest = Xxh3()
-    buffer = memoryview(bytearray(min(READ_NBYTES, stop - start)))
-    for position in range(start, stop, READ_NBYTES):
-        part = buffer[: min(READ_NBYTES, stop - position)]
-        read_exactly(descriptor, position, part, path=path, error=ArtifactError)
-        digest.update(part)
-        yield part
-    if (found := digest.hexdigest()) != expected:
+    def _copied(
+        self, source: int, start: int, stop: int, path: Path, expected: str | None, *, tensor: str | None
+    ) -> Iterator[memoryview]:
+        """Yield bytes [start, stop) of a file. Raises ArtifactError at their end if their XXH3-128 is another one."""
+        digest = Xxh3()
+        for _, part in read_chunks(source, start, stop, chunk_nbytes=READ_NBYTES, path=path, error=ArtifactError):
+            digest.update(part)
+            yield part
+        if expected is not None and (found := digest.hexdigest()) != expected:
+            raise self._damaged(path, _digests(start, stop, found, expected), tensor=tensor)
+
+    def _damaged(self, path: Path, what: str, *, tensor: str | None = None) -> ArtifactError:
         reason = Reason.FILE_DIGEST if tensor is None else Reason.COMPONENT_DIGEST
-        raise _changed(path, reason, f"bytes {start} to {stop}: XXH3-128 {found}, expected {expected}", tensor)
+        return ArtifactError(reason, path, f"was changed: {what}", tensor=tensor, next_step=self.next_step)
 
 
-def _changed(path: Path, reason: Reason, what: str, tensor: str | None = None) -> ArtifactError:
-    return ArtifactError(reason, path, f"was changed: {what}", tensor=tensor, next_step="Fetch the file again")
+def _has(descriptor: int, start: int, data: memoryview, path: Path) -> bool:
+    """Return whether a file has the very bytes of `data` from `start` on."""
+    stop = start + len(data)
+    chunks = read_chunks(descriptor, start, stop, chunk_nbytes=READ_NBYTES, path=path, error=ArtifactError)
+    return all(part == data[position - start :][: len(part)] for position, part in chunks)
+
+
+def _digests(start: int, stop: int, found: str, expected: str) -> str:
+    return f"bytes {start} to {stop}: XXH3-128 {found}, expected {expected}"
+
+
+def _as_bytes(data: Buffer) -> memoryview:
+    if isinstance(data, np.ndarray):
+        return data.reshape(-1).view(np.uint8).data
+    return memoryview(data).cast("B")
+
+
+def _expected_digests(layout: ShardLayout) -> dict[str, tuple[str, str]]:
+    if not isinstance(layout, Structure):
+        return {}
+    found = {}
+    for name, (tensor, part, _) in expected_tensors(layout.manifest).items():
+        record = layout.manifest.tensors[tensor]
+        found[name] = (record.xxh3 if isinstance(record, KeptRecord) else record.components[part], tensor)
+    return found
+
+
+def _other_files(layout: ShardLayout) -> dict[str, FileRecord | None]:
+    if isinstance(layout, Structure):
+        return {name: record for name, record in layout.manifest.files.items() if record.header_xxh3 is None}
+    return {name: None for name in _FILES_WITHOUT_MANIFEST if os.path.lexists(layout.path / name)}
+
+
+def _renewed(
+    old: Manifest,
+    changed: Mapping[str, str],
+    sha256: Mapping[str, str],
+    files: Mapping[str, bytes],
+    recipe: JsonObject | None,
+) -> Manifest:
+    """Return the manifest of what was written; sha256: of the shards."""
+    tensors: dict[str, TensorRecord] = dict(old.tensors)
+    for name, (tensor, part, _) in expected_tensors(old).items():
+        if name in changed:
+            tensors[tensor] = _with_digest(tensors[tensor], part, changed[name])
+    records = {
+        name: replace(record, sha256=sha256[name]) if name in sha256 else record for name, record in old.files.items()
+    }
+    records |= {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    return replace(
+        old,
+        tensors=tensors,
+        files=records,
+        recipe=old.recipe if recipe is None else recipe,
+        evaluation=None if changed else old.evaluation,
+        generator=f"qformat {qformat.__version__}",
+    )
+
+
+def _with_digest(record: TensorRecord, part: Component, digest: str) -> TensorRecord:
+    if isinstance(record, KeptRecord):
+        source = record.source_xxh3 or record.xxh3
+        return replace(record, xxh3=digest, source_xxh3=None if digest == source else source)
+    return replace(record, components={**record.components, part: digest})

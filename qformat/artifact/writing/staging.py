@@ -1,5 +1,7 @@
 """One way to write a folder: staged files, a journal, a seal, and resumption (spec section 2.4 tells what readers see).
 
+Artifacts and plain checkpoints go the same way; `output_kind` tells in what they differ.
+
 While `OUT` is being made, `OUT.partial/` holds
 
     lock       held by the one process that writes
@@ -16,16 +18,17 @@ journal's digests is simply made again.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
+import threading
 from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import JsonObject
-from qformat.artifact.writing.disk import Disk, allocated_nbytes, free_nbytes
+from qformat.artifact.writing.disk import Disk, allocated_nbytes
+from qformat.artifact.writing.output_kind import ARTIFACT, OutputKind, check_target, holds_something
 from qformat.errors import ArtifactError, InvalidFileError, TargetError
-from qformat.names import MANIFEST_NAME, PARTIAL_SUFFIX
+from qformat.names import PARTIAL_SUFFIX
 
 _MAX_LINE_NBYTES = 2**20
 _LOCK_ATTEMPTS = 100
@@ -34,27 +37,29 @@ _LOCK_ATTEMPTS = 100
 class Staging:
     """An output folder in the making. Use as a context manager: leaving it without `seal` keeps it resumable."""
 
-    def __init__(self, out: Path, work: Path, disk: Disk, lock: int, *, replace: bool) -> None:
+    def __init__(self, out: Path, work: Path, disk: Disk, lock: int, *, kind: OutputKind, replace: bool) -> None:
         self.out = out
         self.work = work
         self.disk = disk
         self.folder = work / "folder"
         self.entries: list[JsonObject] = []
         self.sealed_before = False
+        self._kind = kind
         self._replace = replace
         self._note: JsonObject = {}
         self._journal_path = work / "journal"
         self._lock: int | None = lock
         self._journal: int | None = None
+        self._journal_lock = threading.Lock()
 
     @classmethod
     def begin(
-        cls, out: Path, fingerprint: str, *, disk: Disk, replace: bool = False, restart: bool = False,
-        note: JsonObject | None = None,
+        cls, out: Path, fingerprint: str, *, disk: Disk, kind: OutputKind = ARTIFACT, replace: bool = False,
+        restart: bool = False, note: JsonObject | None = None,
     ) -> Staging:  # fmt: skip
         """Start writing `out`, or continue an interrupted run with the same fingerprint.
 
-        replace: an artifact (or empty folder) of that name may be there and is exchanged at the seal.
+        replace: a folder of the same kind (or an empty one) may have that name and is exchanged at the seal.
         restart: drop what an interrupted run left instead of continuing it.
         note: kept in the journal's first entry, where `begun_with` finds it.
         Raises TargetError: `out` exists, its parent does not, another process writes it, or what an interrupted run
@@ -64,11 +69,11 @@ class Staging:
         if not os.path.isdir(out.parent):
             raise TargetError(f"{out.parent}: there is no such folder. Create it first")
         if not os.path.lexists(work):
-            check_target(out, replace=replace)
-        elif work.is_symlink() or not work.is_dir() or (not (work / "lock").is_file() and _holds_something(work)):
+            check_target(out, replace=replace, kind=kind)
+        elif work.is_symlink() or not work.is_dir() or (not (work / "lock").is_file() and holds_something(work)):
             raise TargetError(f"{work}: is in the way, and qformat did not make it. Move it or choose another OUT")
         disk.make_folder(work)
-        staging = cls(out, work, disk, _take_lock(work, disk), replace=replace)
+        staging = cls(out, work, disk, _take_lock(work, disk), kind=kind, replace=replace)
         try:
             staging._note = note or {}
             staging._continue_or_start(fingerprint, restart=restart)
@@ -84,25 +89,22 @@ class Staging:
         self.close()
 
     def record(self, entry: JsonObject) -> None:
-        """Append an entry to the journal."""
+        """Append an entry to the journal. Any thread may call it."""
         assert self._journal is not None
         text = strict_json.dumps(entry).encode("utf-8")
-        self.disk.append(self._journal, xxh3(text).encode("ascii") + b" " + text + b"\n", self._journal_path)
+        with self._journal_lock:
+            self.disk.append(self._journal, xxh3(text).encode("ascii") + b" " + text + b"\n", self._journal_path)
 
     def seal(self) -> None:
         """Bring everything to the disk and give the folder its final name."""
         assert self._journal is not None
         for path in sorted(self.folder.iterdir()):
-            descriptor = self.disk.open_for_writing(path)
-            try:
-                self.disk.sync(descriptor, path)
-            finally:
-                os.close(descriptor)
+            self.disk.sync_file(path)
         self.disk.sync_folder(self.folder)
-        check_target(self.out, replace=self._replace)  # hours may have passed: what stands there now?
-        self.record({"sealing": _manifest_digest(self.folder)})
+        self._check_target()  # hours may have passed: what stands there now?
+        self.record({"sealing": self._kind.identity(self.folder)})
         self.disk.sync(self._journal, self._journal_path)
-        if os.path.isdir(self.out) and _holds_something(self.out):
+        if os.path.isdir(self.out) and holds_something(self.out):
             self.disk.exchange(self.folder, self.out, aside=self.work / "replaced")
         else:
             self.disk.rename(self.folder, self.out)
@@ -119,18 +121,18 @@ class Staging:
     def _continue_or_start(self, fingerprint: str, *, restart: bool) -> None:
         entries, valid_nbytes = ([], 0) if restart else _read_journal(self._journal_path)
         if entries and entries[0].get("fingerprint") != fingerprint:
-            check_target(self.out, replace=self._replace)
+            self._check_target()
             raise TargetError(
-                f"{self.work}: was begun from another source, recipe or options than these. "
+                f"{self.work}: was begun from another {self._kind.made_from} than these. "
                 "Continue with the same ones, or drop what is there with --restart"
             )
         sealing = [entry["sealing"] for entry in entries if "sealing" in entry]
-        if sealing and sealing[-1] == _manifest_digest(self.out):
+        if sealing and sealing[-1] is not None and sealing[-1] == self._kind.identity(self.out):
             self.sealed_before = True
             self._clean_up()
             return
         try:
-            check_target(self.out, replace=self._replace)
+            self._check_target()
         except TargetError:
             if not entries:  # a crash in the very last step of an earlier run left an empty work folder
                 self._clean_up()
@@ -144,6 +146,9 @@ class Staging:
             self.entries = entries[1:]
         else:
             self.record({**self._note, "fingerprint": fingerprint})
+
+    def _check_target(self) -> None:
+        check_target(self.out, replace=self._replace, kind=self._kind)
 
     def _clean_up(self) -> None:
         """Remove the work folder, the journal last: until then a crash is recognised as one after the seal."""
@@ -162,21 +167,6 @@ def begun_with(out: Path) -> JsonObject:
     return entries[0] if entries else {}
 
 
-def check_target(out: Path, *, replace: bool) -> None:
-    """Refuse an output path that holds something: anything, or with `replace` anything but an artifact."""
-    if not os.path.lexists(out):
-        return
-    if os.path.isdir(out) and not os.path.islink(out):
-        if not _holds_something(out):
-            return
-        if os.path.isfile(out / MANIFEST_NAME):
-            if replace:
-                return
-            raise TargetError(f"{out}: exists already. Choose another name, or replace it with --force")
-        raise TargetError(f"{out}: exists, is not empty and is no artifact. Choose another name")
-    raise TargetError(f"{out}: exists and is no folder. Choose another name")
-
-
 def refuse_nested(source: Path, out: Path) -> None:
     """Refuse an output that lies inside what it is made from, or holds it. Raises TargetError."""
     inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(source))
@@ -186,9 +176,9 @@ def refuse_nested(source: Path, out: Path) -> None:
         raise TargetError(f"{out}: holds the source. Choose a folder beside it")
 
 
-def refuse_full_disk(out: Path, nbytes: int) -> None:
+def refuse_full_disk(out: Path, nbytes: int, disk: Disk) -> None:
     """Refuse an output for which the disk has no room; what is staged already counts as there. Raises TargetError."""
-    needed, free = nbytes - allocated_nbytes(work_folder(out)), free_nbytes(out.parent)
+    needed, free = nbytes - allocated_nbytes(work_folder(out)), disk.free_nbytes(out.parent)
     if needed > free:
         raise TargetError(
             f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"
@@ -200,15 +190,6 @@ def work_folder(out: Path) -> Path:
     if out.name in {"", ".."}:
         raise TargetError(f"{out}: does not end in a name. Give the name of the folder that is to be made")
     return out.with_name(out.name + PARTIAL_SUFFIX)
-
-
-def _holds_something(folder: Path) -> bool:
-    try:
-        return bool(os.listdir(folder))
-    except FileNotFoundError:  # another process has just finished there
-        return False
-    except OSError as problem:
-        raise TargetError(f"{folder}: cannot be listed: {problem.strerror}. Choose another name") from None
 
 
 def _take_lock(work: Path, disk: Disk) -> int:
@@ -257,10 +238,3 @@ def _read_journal(path: Path) -> tuple[list[JsonObject], int]:
         entries.append(entry)
         valid_nbytes += len(line)
     return entries, valid_nbytes
-
-
-def _manifest_digest(folder: Path) -> str | None:
-    try:
-        return hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
-        return None

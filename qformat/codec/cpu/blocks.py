@@ -6,7 +6,6 @@ Kernels take whole blocks. A last partial block, at most one of a tensor, goes t
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -26,9 +25,6 @@ from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.errors import UsageError
 
 Instructions = Literal["avx512", "avx2", "plain"]
-
-COMPILING_TAKES_S = 0.5
-"""Loading the kernels of a conversion takes half of this, nearly all of it numba's own start; compiling 2 s."""
 
 SMALLEST_SHARE = 1 << 21
 """Weights that a thread is started for: 2^20 decode at 20,000 M/s on one thread, at 9,000 split between two."""
@@ -195,16 +191,10 @@ def decode_nested_into(
         _decode_tail(packed, scales_of(n_whole, n_blocks), n_elements, block_size, float_format, out)
 
 
-def warm_up(float_format: FloatFormat, *, on_compile: Callable[[], None] | None = None) -> None:
-    """Load from the cache, or compile, what a conversion from a format needs; `on_compile` tells that it takes long."""
-    timer = threading.Timer(COMPILING_TAKES_S, on_compile or (lambda: None))
-    timer.daemon = True
-    timer.start()
-    try:
-        for kernel in (_encoder(float_format, None), kernels.add_in_order, kernels.encode_absmax):
-            kernel.compile()
-    finally:
-        timer.cancel()
+def warm_up(float_format: FloatFormat) -> None:
+    """Load from the cache, or compile, what a conversion from a format needs."""
+    for kernel in (_encoder(float_format, None), kernels.add_in_order, kernels.encode_absmax):
+        kernel.compile()
 
 
 @cache

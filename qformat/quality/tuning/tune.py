@@ -26,8 +26,9 @@ from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.reader import Artifact, open_artifact
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.rewrite import rewrite_artifact
-from qformat.artifact.writing.staging import Staging, check_target, refuse_full_disk, refuse_nested, work_folder
+from qformat.artifact.writing.output_kind import ARTIFACT, check_target
+from qformat.artifact.writing.rewrite import replaced_by, rewrite
+from qformat.artifact.writing.staging import Staging, refuse_full_disk, refuse_nested, work_folder
 from qformat.errors import UsageError, VerificationError
 from qformat.model.checkpoint import find_folder, load_checkpoint
 from qformat.model.load import chosen_device, load_model, load_tokenizer
@@ -105,7 +106,7 @@ def tune(
     for folder in (job.artifact, source):
         refuse_nested(folder, job.out)
     if not os.path.lexists(work_folder(job.out)):
-        check_target(job.out, replace=force)
+        check_target(job.out, replace=force, kind=ARTIFACT)
     device = chosen_device(settings.device)
     with open_artifact(job.artifact) as artifact:
         if "tuning" in artifact.manifest.recipe:
@@ -119,7 +120,7 @@ def tune(
         with Staging.begin(job.out, ready.fingerprint(), disk=disk, replace=force, restart=restart) as staging:
             if staging.sealed_before:
                 return None
-            refuse_full_disk(job.out, sum(file.nbytes for file in artifact.manifest.files.values()))
+            refuse_full_disk(job.out, sum(file.nbytes for file in artifact.manifest.files.values()), disk)
             folder = checkpoint_folder(staging.work)
             if restart:
                 disk.remove_folder(folder)
@@ -186,7 +187,8 @@ class _Ready:
                 "--accept-worse"
             )
         recipe = {**self.artifact.manifest.recipe, "tuning": self.record}
-        rewrite_artifact(self.artifact, staging, replacements, recipe=recipe)
+        structure = self.artifact.structure
+        rewrite(structure, staging, replaced_by(structure, replacements), recipe=recipe)
         n_tokens = best * self.settings.batch_size * self.settings.seq_len
         return TuningResult(self.job.out, best, before, tuned, after, n_tokens, peak_nbytes(self.device))
 

@@ -80,9 +80,7 @@ def open_cache(folder: Path, key: str, *, every_byte: bool = False) -> CachedTok
 @contextmanager
 def locked(folder: Path, key: str, disk: Disk) -> Iterator[None]:
     """Hold the lock of a cache; wait while another process builds it. Raises TargetError: cannot be written."""
-    for parent in reversed([folder, *folder.parents]):
-        if not parent.is_dir():
-            disk.make_folder(parent)
+    disk.make_folders(folder)
     descriptor = disk.open_for_writing(folder / f"{key}.lock")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -129,9 +127,8 @@ class CacheWriter:
         record: dict[str, Json] = {"header": header, "digest": _digest(header)}
         self._disk.write_file(self._partial / _HEADER, strict_json.dumps(record, indent=1).encode("utf-8"))
         self._disk.sync_folder(self._partial)
-        self._disk.remove_folder(self._target)  # a damaged one; whoever has it mapped keeps what is mapped
-        self._disk.rename(self._partial, self._target)
-        self._disk.sync_folder(self._target.parent)
+        # A damaged one is replaced; whoever has it mapped keeps what is mapped.
+        self._disk.replace_folder(self._partial, self._target)
 
     def close(self) -> None:
         """Let go of the files and remove what is unfinished."""

@@ -14,8 +14,9 @@ from qformat.artifact.manifest import KeptRecord, PackedRecord
 from qformat.artifact.packed_arrays import store_scales
 from qformat.artifact.reading.reader import PackedTensor, open_artifact
 from qformat.artifact.reading.verify import verify_integrity
+from qformat.artifact.writing import rewrite as rewrites
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.rewrite import Replacements, rewrite_artifact
+from qformat.artifact.writing.rewrite import Replacements, replaced_by
 from qformat.artifact.writing.staging import Staging
 from qformat.converters.convert import ConversionOptions, convert
 from qformat.errors import ArtifactError, Reason, TargetError, UsageError
@@ -48,7 +49,12 @@ def other_bytes(artifact: Path) -> dict[str, dict[Component, np.ndarray[Any, Any
 def rewrite(artifact: Path, out: Path, replacements: Replacements, disk: Disk | None = None) -> None:
     with open_artifact(artifact) as opened, Staging.begin(out, "f", disk=disk or Disk()) as staging:
         if not staging.sealed_before:
-            rewrite_artifact(opened, staging, replacements, recipe={**opened.manifest.recipe, "tuning": {}})
+            rewrites.rewrite(
+                opened.structure,
+                staging,
+                replaced_by(opened.structure, replacements),
+                recipe={**opened.manifest.recipe, "tuning": {}},
+            )
 
 
 def test_only_what_is_replaced_changes(artifact: Path, tmp_path: Path) -> None:
@@ -79,7 +85,12 @@ def test_the_same_bytes_give_the_same_artifact_but_for_the_recipe(artifact: Path
     with open_artifact(artifact) as opened:
         norm = opened.view(NORM).copy()
         with Staging.begin(tmp_path / "out", "f", disk=Disk()) as staging:
-            rewrite_artifact(opened, staging, {NORM: {Component.PACKED: norm}}, recipe=opened.manifest.recipe)
+            rewrites.rewrite(
+                opened.structure,
+                staging,
+                replaced_by(opened.structure, {NORM: {Component.PACKED: norm}}),
+                recipe=opened.manifest.recipe,
+            )
     assert contents(tmp_path / "out") == contents(artifact)
 
 

@@ -1,8 +1,7 @@
-"""The codec's entrances on CPUs: arrays that do not fit are refused; kernels are loaded before they are needed."""
+"""The codec's entrances on CPUs: arrays that do not fit are refused."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -10,10 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from qformat.codec.codebooks import DYNAMIC_MAP
-from qformat.codec.cpu import blocks, kernels
+from qformat.codec.cpu import blocks
 from qformat.codec.floats import FloatFormat, Raw
 from qformat.errors import UsageError
-from tests.codec.cpu.sample_blocks import FORMATS
 
 PACKED, SCALES, OUT = np.zeros(64, np.uint8), np.ones(2, np.float32), np.empty(128, np.uint16)
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
@@ -56,16 +54,3 @@ def test_arrays_that_do_not_fit_are_refused_by_name(case: str) -> None:
     call, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
         call()
-
-
-def test_warming_up_tells_of_a_compilation_only_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    for float_format in FORMATS:
-        blocks.warm_up(float_format)
-        blocks.warm_up(float_format, on_compile=lambda: told.append("compiled"))
-    assert not told
-    monkeypatch.setattr(blocks, "COMPILING_TAKES_S", 0.0)
-    slow = kernels.add_in_order
-    monkeypatch.setattr(type(slow), "compile", lambda kernel: time.sleep(0.2))
-    blocks.warm_up(FloatFormat.BF16, on_compile=lambda: told.append("compiled"))
-    assert told == ["compiled"]

@@ -25,7 +25,7 @@ from qformat.codec.floats import FloatFormat, narrow, widen
 from qformat.converters.compare.compare import compare
 from qformat.converters.compare.comparison import Comparison, kind_of, layer_of
 from qformat.converters.convert import ConversionOptions, convert
-from qformat.converters.encode import task_writer
+from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
 from qformat.converters.sources.safetensors_shards import SafetensorsShards
 from qformat.errors import ArtifactError, Reason, SourceError
 from qformat.names import MANIFEST_NAME
@@ -486,7 +486,7 @@ def write_several_chunks(folder: Path) -> Path:
     """Write a weight of four and a half chunks, one of an odd size, and a kept one of two."""
     n_columns = 2048
     tensors = {
-        DOWN: weight((9 * task_writer.CHUNK_NBYTES // 2 // 2 // n_columns, n_columns), "BF16", seed=1),
+        DOWN: weight((9 * CHUNK_SIZES.nbytes // 2 // 2 // n_columns, n_columns), "BF16", seed=1),
         "model.layers.0.self_attn.o_proj.weight": weight((1021, 1031), "F32", seed=2),
         "model.embed_tokens.weight": weight((2048, n_columns), "BF16", seed=3),
     }
@@ -536,13 +536,12 @@ def test_progress_counts_every_byte_of_the_source_once(
         opened.close()
 
 
-def test_memory_does_not_grow_with_a_tensor(large: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_a_tensor(large: tuple[Path, Path]) -> None:
     """Of 19 MB of weights, only the scales (600 KB) are there at once, and chunks."""
     first = compare(*large, workers=1)
-    monkeypatch.setattr("qformat.converters.compare.compare.CHUNK_NBYTES", 2**18)
     tracemalloc.start()
     try:
-        second = compare(*large, workers=1)
+        second = compare(*large, workers=1, sizes=ChunkSizes(nbytes=2**18))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

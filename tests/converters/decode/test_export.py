@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -16,11 +17,14 @@ import pytest
 
 import qformat
 from qformat.artifact.reading.reader import PackedTensor
+from qformat.artifact.writing.output_kind import CHECKPOINT
+from qformat.artifact.writing.staging import Staging
 from qformat.codec.floats import FloatFormat, narrow, widen
 from qformat.converters.convert import ConversionOptions, convert
-from qformat.converters.decode import execute as export_execute
-from qformat.converters.decode import write_behind
+from qformat.converters.decode.execute import execute_export
+from qformat.converters.decode.plan import make_export_plan
 from qformat.converters.export import TARGETS, export, plan_export
+from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
 from qformat.errors import ArtifactError, Reason, TargetError, UsageError
 from tests.artifact.damaged import regions
 from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut, journal_tensors, place
@@ -95,14 +99,13 @@ def tensors_in(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
 # What is written
 
 
-@pytest.mark.parametrize("chunk_nbytes", [1024, 4096, export_execute.CHUNK_NBYTES])
+@pytest.mark.parametrize("chunk_nbytes", [1024, 4096, CHUNK_SIZES.nbytes])
 @pytest.mark.parametrize("to", TARGETS)
 def test_every_weight_has_the_bits_of_the_reader_whatever_the_chunks(
-    to: str, chunk_nbytes: int, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    to: str, chunk_nbytes: int, artifact: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(export_execute, "CHUNK_NBYTES", chunk_nbytes)
-    monkeypatch.setattr(export_execute, "CAST_CHUNK", chunk_nbytes // 64)
-    export(artifact, tmp_path / "out", to)
+    sizes = ChunkSizes(nbytes=chunk_nbytes, cast_elements=chunk_nbytes // 64)
+    export(artifact, tmp_path / "out", to, sizes=sizes)
     written = tensors_in(tmp_path / "out")
     target = TARGETS[to]
     with qformat.open(artifact) as opened:
@@ -219,7 +222,6 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, monkeypatch: pytes
     """Structure, not a measurement: nothing larger than a chunk is read, decoded or written at a time."""
     source = write_checkpoint(tmp_path / "source", {"model.layers.0.mlp.up_proj.weight": weight((512, 512))}, config={})
     convert(source, tmp_path / "artifact")
-    monkeypatch.setattr(export_execute, "CHUNK_NBYTES", 8192)
     sizes: list[int] = []
 
     class Watching(FaultyDisk):
@@ -228,14 +230,17 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, monkeypatch: pytes
                 sizes.append(len(arguments[1]))  # type: ignore[arg-type]
             return super().perform(name, arguments)
 
-    read = export_execute.read_exactly
+    read = os.preadv
 
-    def watched(descriptor: int, offset: int, out: memoryview, **named: Any) -> None:
-        sizes.append(len(out))
-        read(descriptor, offset, out, **named)
+    def watched(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.extend(map(len, buffers))
+        return read(descriptor, buffers, offset)
 
-    monkeypatch.setattr(export_execute, "read_exactly", watched)
-    export(tmp_path / "artifact", tmp_path / "out", "bf16", disk=Watching())
+    with qformat.open(tmp_path / "artifact") as opened:  # headers are no chunks
+        plan = make_export_plan(opened, FloatFormat.BF16, max_shard_nbytes=SHARD_NBYTES)
+        with Staging.begin(tmp_path / "out", plan.fingerprint, disk=Watching(), kind=CHECKPOINT) as staging:
+            monkeypatch.setattr(os, "preadv", watched)
+            execute_export(plan, opened, staging, workers=1, progress=lambda _: None, sizes=ChunkSizes(nbytes=8192))
     assert max(sizes) <= 8192
     assert len(sizes) > 3 * 64
 
@@ -570,9 +575,8 @@ def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_re
         rehearsal.check_and_repeat(out)
 
 
-def test_an_early_sync_that_fails_is_an_error(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_early_sync_that_fails_is_an_error(tiny: Path, tmp_path: Path) -> None:
     """The kernel reports a lost write to one fsync only: the one of the thread must not be forgotten."""
-    monkeypatch.setattr(write_behind, "BATCH_NBYTES", 1)
 
     class LostWrite(FaultyDisk):
         def perform(self, name: str, arguments: tuple[object, ...]) -> object:
@@ -583,7 +587,7 @@ def test_an_early_sync_that_fails_is_an_error(tiny: Path, tmp_path: Path, monkey
             return super().perform(name, arguments)
 
     with pytest.raises(TargetError, match="Input/output error"):
-        exported(tiny, tmp_path / "out", disk=LostWrite())
+        exported(tiny, tmp_path / "out", disk=LostWrite(), sizes=ChunkSizes(sync_nbytes=1))
     assert not (tmp_path / "out").exists()
     assert exported(tiny, tmp_path / "out") == exported(tiny, tmp_path / "undisturbed")
 
@@ -592,6 +596,7 @@ KILLED_EXPORT = """
 import sys, time
 from pathlib import Path
 from qformat.artifact.writing.disk import Disk
+from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
 from qformat.converters.export import export
 
 write = Disk.raw_pwrite

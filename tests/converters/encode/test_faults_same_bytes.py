@@ -14,7 +14,7 @@ from qformat.artifact.layout import alignment
 from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.converters.convert import ConversionOptions, convert, plan
-from qformat.converters.encode.plan import PackedTask
+from qformat.converters.encode.tasks import PackedTask
 from qformat.errors import ArtifactError
 from tests.converters.faulty_disk import FaultyDisk
 from tests.small_models import contents, llama_config, llama_tensors, raw_tensor, weight, write_checkpoint, write_llama

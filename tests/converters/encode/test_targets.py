@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 from qformat.artifact.reading.verify import verify_integrity
-from qformat.artifact.writing import disk as disks
-from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.disk import Disk, allocated_nbytes
 from qformat.artifact.writing.staging import Staging
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.errors import TargetError, UsageError
-from tests.converters.faulty_disk import OPTIONS, FaultyDisk, interrupt, place
+from tests.converters.faulty_disk import OPTIONS, DiskWithRoom, FaultyDisk, interrupt, place
 from tests.small_models import contents, names_beside, write_tiny
 
 
@@ -209,38 +208,25 @@ def test_a_read_only_folder_is_refused(source: Path, parent: Path) -> None:
         parent.chmod(0o700)
 
 
-def free_space(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
-    monkeypatch.setattr(disks.shutil, "disk_usage", lambda _: type("Usage", (), {"free": nbytes}))
-
-
-def test_too_little_space_is_known_before_the_first_byte(
-    source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_known_before_the_first_byte(source: Path, parent: Path) -> None:
     needed = plan(source).nbytes
-    free_space(monkeypatch, needed - 1)
-    message = refusal(source, parent / "out")
+    message = refusal(source, parent / "out", disk=DiskWithRoom(needed - 1))
     assert f"{needed:,} bytes are needed" in message
     assert f"{needed - 1:,} are free" in message
     assert str(parent / "out") in message
-    free_space(monkeypatch, needed)
-    convert(source, parent / "out")
+    convert(source, parent / "out", disk=DiskWithRoom(needed))
 
 
-def test_what_is_staged_already_is_not_needed_again(
-    source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_staged_already_is_not_needed_again(source: Path, parent: Path) -> None:
     out = parent / "out"
     needed = plan(source, OPTIONS).nbytes
     work = interrupt(source, out, n_done=4)
-    assert disks.allocated_nbytes(work) > 0
-    free_space(monkeypatch, max(0, needed - disks.allocated_nbytes(work)))
-    convert(source, out, OPTIONS)
+    assert allocated_nbytes(work) > 0
+    convert(source, out, OPTIONS, disk=DiskWithRoom(max(0, needed - allocated_nbytes(work))))
     assert verify_integrity(out).good
 
 
-def test_a_finished_run_needs_no_space_to_be_recognised_as_one(
-    source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_needs_no_space_to_be_recognised_as_one(source: Path, parent: Path) -> None:
     """Killed right after the rename, on a disk that is full now: only the cleaning up is left to do."""
     out = parent / "out"
 
@@ -253,8 +239,7 @@ def test_a_finished_run_needs_no_space_to_be_recognised_as_one(
     with pytest.raises(TargetError):
         convert(source, out, disk=NoCleaning())
     assert verify_integrity(out).good
-    free_space(monkeypatch, 0)
-    summary = convert(source, out)
+    summary = convert(source, out, disk=DiskWithRoom(0))
     assert summary.already_complete
     assert names_beside(out) == {"out"}
 

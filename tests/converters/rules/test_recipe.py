@@ -9,7 +9,8 @@ import pytest
 
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.converters.rules.recipe import Choice, NF4Options, Recipe, Rule, apply, load_recipe
-from qformat.converters.rules.rules import KeepReason, default_decisions, skip_modules
+from qformat.converters.rules.rules import KeepReason, default_decisions
+from qformat.converters.rules.skip_list import skip_modules
 from qformat.errors import UsageError
 
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}

@@ -38,12 +38,10 @@ from qformat.converters.rules.recipe import NF4Options, Recipe, Rule, apply
 from qformat.converters.rules.rules import (
     Decision,
     KeepReason,
-    Verdict,
     default_decisions,
     module_path,
-    skip_matcher,
-    skip_modules,
 )
+from qformat.converters.rules.skip_list import Verdict, skip_matcher, skip_modules
 
 N_LAYERS = 2
 

@@ -12,7 +12,7 @@ from qformat.artifact.components import Component
 from qformat.artifact.packed_arrays import encode_plain
 from qformat.artifact.reading.reader import PackedTensor, open_artifact
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.rewrite import Replacements, rewrite_artifact
+from qformat.artifact.writing.rewrite import Replacements, replaced_by, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.cli.main import run as run_command
 from qformat.converters.compare.chosen_codes import count_far_scales, not_chosen
@@ -34,7 +34,9 @@ def calibrated(
 
 def changed(artifact: Path, out: Path, replacements: Replacements) -> Path:
     with open_artifact(artifact) as opened, Staging.begin(out, "f", disk=Disk()) as staging:
-        rewrite_artifact(opened, staging, replacements, recipe=dict(opened.manifest.recipe))
+        rewrite(
+            opened.structure, staging, replaced_by(opened.structure, replacements), recipe=dict(opened.manifest.recipe)
+        )
     return out
 
 

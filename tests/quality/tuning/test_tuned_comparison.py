@@ -13,7 +13,7 @@ from qformat.artifact.components import Component
 from qformat.artifact.packed_arrays import store_scales
 from qformat.artifact.reading.reader import PackedTensor, open_artifact
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.rewrite import Replacements, rewrite_artifact
+from qformat.artifact.writing.rewrite import Replacements, replaced_by, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.codec.nested import decode_absmax, encode_absmax
 from qformat.converters.compare.compare import compare
@@ -37,7 +37,12 @@ def tuned(request: pytest.FixtureRequest, source: Path, text: Path, tmp_path_fac
 
 def changed(artifact: Path, out: Path, replacements: Replacements, recipe: dict[str, Any] | None = None) -> Path:
     with open_artifact(artifact) as opened, Staging.begin(out, "f", disk=Disk()) as staging:
-        rewrite_artifact(opened, staging, replacements, recipe=recipe or dict(opened.manifest.recipe))
+        rewrite(
+            opened.structure,
+            staging,
+            replaced_by(opened.structure, replacements),
+            recipe=recipe or dict(opened.manifest.recipe),
+        )
     return out
 
 
