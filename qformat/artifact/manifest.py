@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,14 +11,13 @@ from typing import NoReturn
 from qformat import strict_json
 from qformat.artifact.components import DOUBLE_QUANT, SINGLE_LEVEL, Component, PackedShape
 from qformat.artifact.limits import MAX_DIMENSIONS, MAX_MANIFEST_NBYTES, MAX_SIZE
+from qformat.artifact.manifest_seal import check_seal, sealed
 from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.artifact.tensor_spec import data_nbytes
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME
-
-"""A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
 
 FORMAT_NAME = "qformat"
 FORMAT_VERSION = "1.0"
@@ -31,8 +29,6 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 _HEX128 = re.compile(r"[0-9a-f]{32}")
 _HEX256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
-_SEAL = re.compile(rb'  "manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
-_UNSEALED = b'  "manifest_sha256": "' + b"0" * 64 + b'"\n}\n'
 
 _DOUBLE_QUANT_BY_LABEL = {part.label: part for part in DOUBLE_QUANT}
 _SINGLE_LEVEL_BY_LABEL = {part.label: part for part in SINGLE_LEVEL}
@@ -108,7 +104,7 @@ class Manifest:
             "tensors": {name: _tensor_json(entry) for name, entry in self.tensors.items()},
             "files": {name: _file_json(entry) for name, entry in sorted(self.files.items())},
         }
-        return _sealed(record)
+        return sealed(record)
 
 
 def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
@@ -119,7 +115,7 @@ def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
     """
     record = _checked_record(data, path)
     assert isinstance(record["files"], dict)
-    return _sealed({**record, "files": dict(sorted({**record["files"], name: _file_json(file)}.items()))})
+    return sealed({**record, "files": dict(sorted({**record["files"], name: _file_json(file)}.items()))})
 
 
 def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
@@ -133,7 +129,7 @@ def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
             written["evaluation"] = evaluation
         if key != "evaluation":
             written[key] = value
-    return _sealed(written)
+    return sealed(written)
 
 
 def _checked_record(data: bytes, path: Path) -> JsonObject:
@@ -143,26 +139,6 @@ def _checked_record(data: bytes, path: Path) -> JsonObject:
     assert isinstance(record, dict)
     del record["manifest_sha256"]
     return record
-
-
-def _sealed(record: Mapping[str, object]) -> bytes:
-    """Write the members of a manifest but the last (spec section 7.4), and seal it."""
-    # One line a member and one line a tensor: small, and readable with ordinary tools.
-    lines = ["{"]
-    for key, value in record.items():
-        if key in {"tensors", "files"}:
-            assert isinstance(value, dict)
-            entries = [f"    {strict_json.dumps(k)}: {strict_json.dumps(v)}" for k, v in value.items()]
-            lines += [f"  {strict_json.dumps(key)}: {{", ",\n".join(entries), "  },"]
-        else:
-            lines.append(f"  {strict_json.dumps(key)}: {strict_json.dumps(value)},")
-    return seal("\n".join(lines).encode("utf-8") + b"\n" + _UNSEALED)
-
-
-def seal(unsealed: bytes) -> bytes:
-    """Put the SHA-256 of a manifest, taken with 64 zeros in its place, into its last member."""
-    digest = hashlib.sha256(unsealed).hexdigest().encode("ascii")
-    return unsealed[: -len(_UNSEALED)] + _UNSEALED.replace(b"0" * 64, digest)
 
 
 def parse(data: bytes, path: Path) -> Manifest:
@@ -175,7 +151,7 @@ def parse(data: bytes, path: Path) -> Manifest:
     if not isinstance(record, dict) or record.get("format") != FORMAT_NAME:
         fields.refuse("format", f"not {FORMAT_NAME!r}")
     version = _check_version(record.get("format_version"), path)
-    _check_seal(data, path)
+    check_seal(data, path)
     must_understand = fields.strings(record, "must_understand")
     for feature in must_understand:
         if feature not in KNOWN_FEATURES:
@@ -269,22 +245,6 @@ def _check_version(value: strict_json.Json, path: Path) -> str:
             next_step="Install a qformat that reads this version",
         )
     return match[0]
-
-
-def _check_seal(data: bytes, path: Path) -> None:
-    match = _SEAL.search(data)
-    if match is None:
-        raise ArtifactError(Reason.MANIFEST_DIGEST, path, "does not end with its own digest", field="manifest_sha256")
-    found = match[1].decode("ascii")
-    expected = hashlib.sha256(data[: match.start()] + _UNSEALED).hexdigest()
-    if found != expected:
-        raise ArtifactError(
-            Reason.MANIFEST_DIGEST,
-            path,
-            f"says {found}, but the file's digest is {expected}: the manifest was changed",
-            field="manifest_sha256",
-            next_step="Fetch or convert the artifact again",
-        )
 
 
 def _check_component_names(fields: _Fields, tensors: JsonObject) -> None:
