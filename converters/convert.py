@@ -14,7 +14,7 @@ from qformat.artifact.writing.output_kind import ARTIFACT, check_target
 from qformat.artifact.writing.staging import Staging, begun_with, refuse_full_disk, refuse_nested, work_folder
 from qformat.codec.cpu.blocks import warm_up
 from qformat.codec.cpu.compiling import telling_of_compilation
-from qformat.codec.nf4 import BLOCK_SIZES
+from qformat.codec.nf4 import BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from qformat.converters.encode.calibrated import calibrate
 from qformat.converters.encode.execute import execute
 from qformat.converters.encode.plan import Plan, make_plan
@@ -42,7 +42,7 @@ class ConversionOptions:
 
     recipe: Path | None = None
     skip: Sequence[str] = ()
-    block_size: int = 64
+    block_size: int = DEFAULT_BLOCK_SIZE
     double_quant: bool = True
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     keep_nonfinite: bool = False

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from qformat.artifact.tensor_spec import TensorSpec
+from qformat.codec.nf4 import BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from qformat.converters.rules.rules import (
     Decision,
     KeepReason,
@@ -34,7 +35,6 @@ from qformat.converters.rules.rules import (
 )
 from qformat.errors import Option, UsageError, Words
 
-BLOCK_SIZES: Final = (32, 64, 128, 256)
 _RULE_KEYS: Final = ("pattern", "action", "block_size", "double_quant")
 _N_NEAREST: Final = 3
 
@@ -43,7 +43,7 @@ _N_NEAREST: Final = 3
 class NF4Options:
     """How a weight is encoded."""
 
-    block_size: int = 64  # elements
+    block_size: int = DEFAULT_BLOCK_SIZE  # elements
     double_quant: bool = True
 
 
@@ -113,7 +113,7 @@ class Choice:
 
 
 def load_recipe(
-    path: Path | None, *, skip: Sequence[str] = (), block_size: int = 64, double_quant: bool = True
+    path: Path | None, *, skip: Sequence[str] = (), block_size: int = DEFAULT_BLOCK_SIZE, double_quant: bool = True
 ) -> Recipe:
     """Read a recipe file, with `skip` patterns as keep rules in front of it.
 

@@ -5,22 +5,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
+from qformat.artifact.manifest_seal import sealed
 from qformat.artifact.tensor_spec import data_nbytes
-
-"""A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
 
 FORMAT_NAME = "qformat"
 FORMAT_VERSION = "1.0"
 MAJOR_VERSION = 1
 
-UNSEALED_END = b'  "manifest_sha256": "' + b"0" * 64 + b'"\n}\n'
-"""The last line of a manifest while its digest is taken."""
 
 JsonObject = dict[str, strict_json.Json]
 
@@ -94,26 +90,6 @@ class Manifest:
             "files": {name: file_json(entry) for name, entry in sorted(self.files.items())},
         }
         return sealed(record)
-
-
-def sealed(record: Mapping[str, object]) -> bytes:
-    """Write the members of a manifest but the last (spec section 7.4), and seal it."""
-    # One line a member and one line a tensor: small, and readable with ordinary tools.
-    lines = ["{"]
-    for key, value in record.items():
-        if key in {"tensors", "files"}:
-            assert isinstance(value, dict)
-            entries = [f"    {strict_json.dumps(k)}: {strict_json.dumps(v)}" for k, v in value.items()]
-            lines += [f"  {strict_json.dumps(key)}: {{", ",\n".join(entries), "  },"]
-        else:
-            lines.append(f"  {strict_json.dumps(key)}: {strict_json.dumps(value)},")
-    return seal("\n".join(lines).encode("utf-8") + b"\n" + UNSEALED_END)
-
-
-def seal(unsealed: bytes) -> bytes:
-    """Put the SHA-256 of a manifest, taken with 64 zeros in its place, into its last member."""
-    digest = hashlib.sha256(unsealed).hexdigest().encode("ascii")
-    return unsealed[: -len(UNSEALED_END)] + UNSEALED_END.replace(b"0" * 64, digest)
 
 
 def _tensor_json(record: TensorRecord) -> dict[str, object]:

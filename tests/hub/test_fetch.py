@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact import manifest as manifests
+from qformat.artifact.manifest_seal import seal
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
 from qformat.hub.fetch import fetch
@@ -251,7 +251,7 @@ def test_names_in_a_manifest_that_leave_the_folder_are_refused(
     at = next(number for number, line in enumerate(lines) if line.startswith('    "LICENSE"'))
     lines[at] = lines[at].replace('"LICENSE"', json.dumps(name))
     unsealed = "".join(lines).encode().replace(record["manifest_sha256"].encode(), b"0" * 64)
-    hub.repositories.commit(NAME, {"qformat.json": manifests.seal(unsealed)})
+    hub.repositories.commit(NAME, {"qformat.json": seal(unsealed)})
     with pytest.raises(ArtifactError, match=r"is not the plain name|there is no such file in the repository"):
         do_fetch(tmp_path / "out")
 

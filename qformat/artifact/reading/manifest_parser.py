@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from qformat.artifact.limits import MAX_DIMENSIONS, MAX_MANIFEST_NBYTES, MAX_SIZ
 from qformat.artifact.manifest import (
     FORMAT_NAME,
     MAJOR_VERSION,
-    UNSEALED_END,
     FileRecord,
     JsonObject,
     KeptRecord,
@@ -22,6 +20,7 @@ from qformat.artifact.manifest import (
     PackedRecord,
     TensorRecord,
 )
+from qformat.artifact.manifest_seal import check_seal
 from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
@@ -34,7 +33,6 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 _HEX128 = re.compile(r"[0-9a-f]{32}")
 _HEX256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,3})\.(0|[1-9][0-9]{0,3})")
-_SEAL = re.compile(rb'  "manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 _DOUBLE_QUANT_BY_LABEL = {part.label: part for part in DOUBLE_QUANT}
 _SINGLE_LEVEL_BY_LABEL = {part.label: part for part in SINGLE_LEVEL}
@@ -50,7 +48,7 @@ def parse(data: bytes, path: Path) -> Manifest:
     if not isinstance(record, dict) or record.get("format") != FORMAT_NAME:
         fields.refuse("format", f"not {FORMAT_NAME!r}")
     version = _check_version(record.get("format_version"), path)
-    _check_seal(data, path)
+    check_seal(data, path)
     must_understand = fields.strings(record, "must_understand")
     for feature in must_understand:
         if feature not in KNOWN_FEATURES:
@@ -144,22 +142,6 @@ def _check_version(value: strict_json.Json, path: Path) -> str:
             next_step="Install a qformat that reads this version",
         )
     return match[0]
-
-
-def _check_seal(data: bytes, path: Path) -> None:
-    match = _SEAL.search(data)
-    if match is None:
-        raise ArtifactError(Reason.MANIFEST_DIGEST, path, "does not end with its own digest", field="manifest_sha256")
-    found = match[1].decode("ascii")
-    expected = hashlib.sha256(data[: match.start()] + UNSEALED_END).hexdigest()
-    if found != expected:
-        raise ArtifactError(
-            Reason.MANIFEST_DIGEST,
-            path,
-            f"says {found}, but the file's digest is {expected}: the manifest was changed",
-            field="manifest_sha256",
-            next_step="Fetch or convert the artifact again",
-        )
 
 
 def _check_component_names(fields: _Fields, tensors: JsonObject) -> None:

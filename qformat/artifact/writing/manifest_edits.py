@@ -6,7 +6,8 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import FileRecord, JsonObject, file_json, sealed
+from qformat.artifact.manifest import FileRecord, JsonObject, file_json
+from qformat.artifact.manifest_seal import sealed
 from qformat.artifact.reading.manifest_parser import parse
 from qformat.errors import ArtifactError
 

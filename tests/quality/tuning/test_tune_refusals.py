@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qformat.artifact.manifest import seal
+from qformat.artifact.manifest_seal import seal
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import DataError, DivergenceError, Reason, SourceError, TargetError, UsageError, VerificationError
 from qformat.quality.tuning import tune as module
