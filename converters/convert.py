@@ -24,7 +24,7 @@ from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.reading import StreamedSource, pin_of
 from qformat.converters.sources.source import Source
 from qformat.cores import usable_cores
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.quality.calibration.settings import CalibrationSettings
 
@@ -75,8 +75,10 @@ class ConversionOptions:
         try:
             if self.keep_nonfinite and isinstance(opened, StreamedSource):
                 raise UsageError(
-                    "--keep-nonfinite reads the source twice: download it first with --keep-source, and convert the "
-                    "folder in the cache"
+                    Option("keep_nonfinite"),
+                    " reads the source twice: download it first with ",
+                    Option("keep_source", True),
+                    ", and convert the folder in the cache",
                 )
             recipe = self.load_recipe()
             planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)

@@ -53,7 +53,7 @@ __all__ = ["Comparison", "compare"]
 
 
 def compare(
-    artifact: Path | str,
+    artifact: Path | str | Artifact,
     source: Path | str | Source,
     *,
     workers: int | None = None,
@@ -72,7 +72,7 @@ def compare(
     with ExitStack() as stack:
         if opened is not source:
             stack.callback(opened.close)
-        checked = stack.enter_context(open_artifact(artifact))
+        checked = artifact if isinstance(artifact, Artifact) else stack.enter_context(open_artifact(artifact))
         shards = ShardFiles(checked.structure, stack)
         with telling_of_compilation(on_compile):
             _warm_up(checked.manifest.tensors.values())

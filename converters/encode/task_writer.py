@@ -24,7 +24,7 @@ from qformat.converters.encode.staged_shards import Progress, StagedShards
 from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, Task, TensorDigests
 from qformat.converters.sources.chunks import CHUNK_SIZES, read_chunks
 from qformat.converters.sources.source import Source, SourceTensor
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 
 ABSMAX_CHUNK = 256 * NESTED_BLOCK_SIZE
 """Absmax values encoded at a time."""
@@ -211,7 +211,7 @@ def nonfinite_error(
         source.location / tensor.file,
         f"{values[index]} at {list(position)}: a weight that is not finite cannot be encoded",
         tensor=tensor.name,
-        next_step="Keep such tensors as they are with --keep-nonfinite",
+        next_step=("Keep such tensors as they are with ", Option("keep_nonfinite", True)),
     )
 
 

@@ -171,7 +171,7 @@ def test_another_revision_does_not_go_on_with_what_was_begun(
     with pytest.raises(HubError):
         do_fetch(tmp_path / "out", revision=hub.repositories.by_name[NAME].head.parent)
     hub.faults.clear()
-    with pytest.raises(TargetError, match="--restart"):
+    with pytest.raises(TargetError, match="restart=True"):
         do_fetch(tmp_path / "out", revision="other")
     do_fetch(tmp_path / "out", revision="other", restart=True)
     assert contents(tmp_path / "out") == published
@@ -213,7 +213,7 @@ def test_an_older_artifact_is_replaced_in_one_step_if_asked_to(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     do_fetch(tmp_path / "out")
-    with pytest.raises(TargetError, match="--force"):
+    with pytest.raises(TargetError, match="force=True"):
         do_fetch(tmp_path / "out")
     hub.repositories.commit(NAME, {"unrelated.txt": b""})
     do_fetch(tmp_path / "out", force=True)

@@ -76,7 +76,7 @@ def test_wrong_usage_and_bad_input_have_their_exit_codes(
 ) -> None:
     assert run(["tune", str(made / "nf4"), str(tmp_path / "out")]) == 2
     assert run([*arguments(made, tmp_path / "out"), "--batch-size", "0"]) == 2
-    assert "batch_size: 0, expected at least 1" in capsys.readouterr().err
+    assert "--batch-size: 0, expected at least 1" in capsys.readouterr().err
     other = models.write_source(tmp_path / "other", seed=3)
     command = arguments(made, tmp_path / "out")
     command[command.index("--source") + 1] = str(other)

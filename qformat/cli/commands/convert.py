@@ -4,22 +4,48 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from qformat import strict_json
-from qformat.cli.display import format_table, progress_bar, say_compiling, step_bar
-from qformat.errors import UsageError
+from qformat.cli.display import echo_json, format_table, say_compiling, say_complete, some
+from qformat.cli.options import options_record, out_argument, written_shards_options
+from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
+from qformat.cli.progress import Bar
+from qformat.errors import Option, UsageError
 from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
-    from qformat.converters.convert import ConversionSummary
+    from qformat.converters.convert import ConversionOptions, ConversionSummary
     from qformat.converters.encode.plan import Plan
     from qformat.converters.encode.tasks import AdoptedTask, PackedTask
     from qformat.quality.calibration.settings import CalibrationSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertArguments:
+    """What is given to `qformat convert`."""
+
+    source: str
+    out: Path
+    recipe: Path | None
+    skip: tuple[str, ...]
+    block_size: int
+    no_double_quant: bool
+    calibrate: tuple[str, ...]
+    calibration_tokens: int | None
+    keep_nonfinite: bool
+    revision: str | None
+    offline: bool
+    keep_source: bool
+    workers: int | None
+    max_shard_size: str
+    force: bool
+    restart: bool
+    dry_run: bool
+    as_json: bool
 
 
 @click.command(
@@ -33,7 +59,7 @@ Examples:
   qformat convert meta-llama/Llama-3.2-1B Llama-3.2-1B-nf4 --revision main"""
 )
 @click.argument("source", metavar="SRC")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@out_argument()
 @click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of ordered pattern -> action rules.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Keep what matches in 16 bit. May be repeated.")
 @click.option("--block-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
@@ -49,32 +75,9 @@ Examples:
 @click.option("--revision", help="Branch, tag or commit of a repository of the Hub.  [default: main]")
 @click.option("--offline", is_flag=True, help="Make no request: read the local cache of the Hub.")
 @click.option("--keep-source", is_flag=True, help="Store the source in the local cache of the Hub and convert that.")
-@click.option("--workers", type=int, help="Threads; any number gives the same bytes.  [default: one a core]")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a shard.")
-@click.option("--force", is_flag=True, help="Replace the artifact OUT, in one step once the new one is whole.")
-@click.option("--restart", is_flag=True, help="Drop what an interrupted run left instead of continuing it.")
-@click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    source: str,
-    out: Path,
-    recipe: Path | None,
-    skip: tuple[str, ...],
-    block_size: int,
-    no_double_quant: bool,
-    calibrate: tuple[str, ...],
-    calibration_tokens: int | None,
-    keep_nonfinite: bool,
-    revision: str | None,
-    offline: bool,
-    keep_source: bool,
-    workers: int | None,
-    max_shard_size: str,
-    force: bool,
-    restart: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+@written_shards_options("artifact")
+@options_record(ConvertArguments)
+def command(options: ConvertArguments) -> None:
     """Convert the checkpoint SRC into the 4-bit artifact OUT.
 
     SRC is a folder of safetensors or PyTorch files in 16 or 32 bit, fp8, MXFP4 or bitsandbytes' NF4, or a GGUF file:
@@ -84,40 +87,61 @@ def command(
     transformers + bitsandbytes, PEFT and vLLM load OUT as it is. Memory stays flat whatever the model's size. An
     interrupted conversion is continued by the same command; nothing stands under OUT before it is whole.
     """
-    from qformat.converters.convert import ConversionOptions, convert, plan
+    from qformat.converters.convert import convert, plan
 
-    options = ConversionOptions(
-        recipe=recipe,
-        skip=skip,
-        block_size=block_size,
-        double_quant=not no_double_quant,
-        max_shard_nbytes=parse_nbytes("--max-shard-size", max_shard_size),
-        keep_nonfinite=keep_nonfinite,
-        calibration=_calibration(calibrate, calibration_tokens),
-        revision=revision,
-        offline=offline,
-        keep_source=keep_source,
-    )
-    if dry_run:
-        _show_plan(plan(source, options), out, as_json=as_json)
+    chosen = _conversion_options(options)
+    if options.dry_run:
+        _show_plan(plan(options.source, chosen), options.out, as_json=options.as_json)
         return
-    bar = _Bar()
-    try:
+    with Bar() as bar:
         summary = convert(
-            source,
-            out,
-            options,
-            workers=workers,
-            force=force,
-            restart=restart,
-            on_plan=bar.start,
-            on_progress=bar.update,
+            options.source,
+            options.out,
+            chosen,
+            workers=options.workers,
+            force=options.force,
+            restart=options.restart,
+            on_plan=lambda plan: bar.start(plan.source_nbytes, _what(plan)),
+            on_progress=bar.advance,
             on_compile=say_compiling,
-            on_layer=bar.show_layer,
+            on_layer=_layers(bar),
         )
-    finally:
-        bar.stop()
-    _show_summary(summary, as_json=as_json)
+    _show_summary(summary, as_json=options.as_json)
+
+
+def _conversion_options(options: ConvertArguments) -> ConversionOptions:
+    from qformat.converters.convert import ConversionOptions
+
+    return ConversionOptions(
+        recipe=options.recipe,
+        skip=options.skip,
+        block_size=options.block_size,
+        double_quant=not options.no_double_quant,
+        max_shard_nbytes=parse_nbytes(Option("max_shard_size"), options.max_shard_size),
+        keep_nonfinite=options.keep_nonfinite,
+        calibration=_calibration(options.calibrate, options.calibration_tokens),
+        revision=options.revision,
+        offline=options.offline,
+        keep_source=options.keep_source,
+    )
+
+
+def _what(plan: Plan) -> str:
+    return "Fetching and converting" if "repository" in plan.source else "Converting"
+
+
+def _layers(bar: Bar) -> Callable[[int, int], None]:
+    """Return what shows layers that are calibrated, once the bytes are done."""
+    begun = False
+
+    def show(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            bar.start_steps(total, "Calibrating", "layer")
+            begun = True
+        bar.advance(done)
+
+    return show
 
 
 def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSettings | None:
@@ -130,66 +154,29 @@ def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSett
     return CalibrationSettings(data, DEFAULT_TOKENS if n_tokens is None else n_tokens)
 
 
-class _Bar:
-    """The progress bar of a conversion: of bytes once the plan tells how many, then of layers that are calibrated."""
-
-    def __init__(self) -> None:
-        self._open = ExitStack()
-        self._advance: Callable[[int], None] = lambda nbytes: None
-        self._layers: Callable[[int], None] | None = None
-
-    def start(self, plan: Plan) -> None:
-        what = "Fetching and converting" if "repository" in plan.source else "Converting"
-        self._advance = self._open.enter_context(progress_bar(plan.source_nbytes, what))
-
-    def update(self, nbytes: int) -> None:
-        self._advance(nbytes)
-
-    def show_layer(self, done: int, total: int) -> None:
-        if self._layers is None:
-            self._open.close()  # the bytes are done
-            self._layers = self._open.enter_context(step_bar(total, "Calibrating", "layer"))
-        self._layers(done)
-
-    def stop(self) -> None:
-        self._open.close()
-
-
 def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.writing.disk import Disk
-
-    free = Disk().free_nbytes(out.absolute())
-    facts = {**_facts(plan), "free_nbytes": free, "fits": plan.nbytes <= free}
+    free = free_nbytes_at(out)
     if as_json:
-        shards = [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards]
-        click.echo(strict_json.dumps({**facts, "shards": shards}, indent=2))
+        echo_json(plan_json(_facts(plan), plan.nbytes, plan.shards, free_nbytes=free))
         return
     rows = [("action", "tensors", "source", "artifact", "why"), *_rows(plan)]
     click.echo(format_table(rows, right=(1, 2, 3)))
     click.echo()
-    for shard in plan.shards:
-        click.echo(f"{out / shard.name}: {format_nbytes(shard.nbytes)}, {len(shard.tensors)} tensors")
+    show_shards(out, plan.shards)
     _show_notes(plan)
     click.echo(
         f"{format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes), "
-        f"{plan.bits_per_weight:.3f} bits a packed weight; {format_nbytes(free)} free"
-        + ("" if plan.nbytes <= free else ": NOT ENOUGH")
+        f"{plan.bits_per_weight:.3f} bits a packed weight; {free_in_words(plan.nbytes, free)}"
     )
 
 
 def _show_summary(summary: ConversionSummary, *, as_json: bool) -> None:
     plan = summary.plan
     if as_json:
-        facts = {
-            "out": str(summary.out),
-            **_facts(plan),
-            "seconds": round(summary.seconds, 3),
-            "already_complete": summary.already_complete,
-        }
-        click.echo(strict_json.dumps(facts, indent=2))
+        echo_json(summary_json(summary, _facts(plan)))
         return
     if summary.already_complete:
-        click.echo(f"{summary.out}: was complete already; cleaned up after the earlier run")
+        say_complete(summary.out)
         return
     click.echo(format_table([("action", "tensors", "source", "artifact", "why"), *_rows(plan)], right=(1, 2, 3)))
     _show_notes(plan)
@@ -232,8 +219,9 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
 
 def _show_notes(plan: Plan) -> None:
     if unknown := _unknown(plan):
-        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        click.echo(f"Kept, since it is not certain that they are Linear: {shown}. A recipe can say that they are")
+        click.echo(
+            f"Kept, since it is not certain that they are Linear: {some(unknown)}. A recipe can say that they are"
+        )
     if vouched := [task.source.name for task in plan.packed if task.vouched]:
         click.echo(f"Packed because the recipe says that they are Linear: {', '.join(vouched)}")
     if crossing := _blocks_across_rows(plan):
@@ -256,8 +244,7 @@ def _show_calibration(plan: Plan) -> None:
     )
     for why in sorted({str(why) for why in plain.values()}):
         names = [name for name in plain if plain[name] == why]
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        click.echo(f"Not calibrated, {why}: {shown}")
+        click.echo(f"Not calibrated, {why}: {some(names)}")
 
 
 def _blocks_across_rows(plan: Plan) -> list[str]:

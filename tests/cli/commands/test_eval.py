@@ -12,7 +12,7 @@ import qformat
 from qformat.cli.main import run
 from tests.quality import models
 
-FEW = ["--windows", "3", "--window-length", "64", "--device", "cpu"]
+FEW = ["--windows", "3", "--seq-len", "64", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +99,11 @@ def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
     ("arguments", "says"),
     [
         (["--record", "--any-source"], "would mislead"),
-        (["--report", "/nowhere/page.html"], "none that exists"),
+        (["--report", "/nowhere/page.html"], "there is no folder"),
         (["--windows", "0"], "--windows"),
         (["--data", "missing.txt"], "missing.txt"),
         (["--source", "owner/unknown"], "hf download owner/unknown"),
-        (["--window-length", "129"], "at most 128 tokens"),
+        (["--seq-len", "129"], "at most 128 tokens"),
     ],
 )
 def test_wrong_usage_is_said_and_ends_with_2(

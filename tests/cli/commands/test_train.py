@@ -25,7 +25,7 @@ def examples(tmp_path: Path) -> Path:
 
 
 def train(artifact: Path, data: Path, output: Path, *options: str) -> int:
-    return run(["train", str(artifact), "--data", str(data), "--output", str(output), *SHORT, *options])
+    return run(["train", str(artifact), str(output), "--data", str(data), *SHORT, *options])
 
 
 def test_a_training_tells_what_it_does_and_leaves_a_report(
@@ -150,7 +150,7 @@ def test_who_stops_a_training_is_told_how_it_goes_on(
     assert "Interrupted. Add --resume to the same command" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("options", "missing"), [([], "--data"), (["--data", "x.jsonl"], "--output")])
+@pytest.mark.parametrize(("options", "missing"), [(["out"], "--data"), (["--data", "x.jsonl"], "OUT")])
 def test_a_training_needs_data_and_an_output(
     artifact: Path, capsys: pytest.CaptureFixture[str], options: list[str], missing: str
 ) -> None:

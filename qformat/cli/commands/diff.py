@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_table, progress_bar
+from qformat.cli.display import echo_json, format_table
+from qformat.cli.options import json_option, options_record
+from qformat.cli.progress import Bar
 
 if TYPE_CHECKING:
     from qformat.artifact.manifest_diff import ManifestDifference
@@ -17,6 +19,19 @@ if TYPE_CHECKING:
 
 EXIT_DIFFERENT = 1
 _SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True)
+class DiffArguments:
+    """What is given to `qformat diff`."""
+
+    a: str
+    b: str
+    revision_a: str | None
+    revision_b: str | None
+    weights: bool
+    show_all: bool
+    as_json: bool
 
 
 @click.command(
@@ -31,18 +46,9 @@ Examples:
 @click.option("--revision-b", help="The same for B.")
 @click.option("--weights", is_flag=True, help="Only tensors count: not recipe, generator, card and other files.")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor that differs.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.pass_context
-def command(
-    ctx: click.Context,
-    a: str,
-    b: str,
-    revision_a: str | None,
-    revision_b: str | None,
-    weights: bool,
-    show_all: bool,
-    as_json: bool,
-) -> None:
+@json_option()
+@options_record(DiffArguments)
+def command(options: DiffArguments) -> None:
     """Tell what differs between the artifacts A and B, folders or repositories of the Hub (owner/name).
 
     Manifests are compared, and between two folders codes and scales are counted. Exits with 0 if they are the same
@@ -50,27 +56,24 @@ def command(
     """
     from qformat.hub.diff import diff
 
-    with ExitStack() as stack:
-        update = None
-
-        def start(nbytes: int) -> None:
-            nonlocal update
-            update = stack.enter_context(progress_bar(nbytes, "Comparing"))
-
-        def advance(nbytes: int) -> None:
-            assert update is not None
-            update(nbytes)
-
-        found = diff(a, b, revision_a=revision_a, revision_b=revision_b, on_plan=start, on_progress=advance)
-    same = found.manifests.same_weights if weights else found.equal
-    if as_json:
-        click.echo(strict_json.dumps({"same": same, **_facts(found)}, indent=2))
+    with Bar() as bar:
+        found = diff(
+            options.a,
+            options.b,
+            revision_a=options.revision_a,
+            revision_b=options.revision_b,
+            on_plan=lambda nbytes: bar.start(nbytes, "Comparing"),
+            on_progress=bar.advance,
+        )
+    same = found.manifests.same_weights if options.weights else found.equal
+    if options.as_json:
+        echo_json({"same": same, **_facts(found)})
     else:
-        _show(found, show_all=show_all)
-        what = "weights" if weights else "artifacts"
+        _show(found, show_all=options.show_all)
+        what = "weights" if options.weights else "artifacts"
         click.echo(f"the same {what}" if same else f"different {what}")
     if not same:
-        ctx.exit(EXIT_DIFFERENT)
+        click.get_current_context().exit(EXIT_DIFFERENT)
 
 
 def _facts(found: Difference) -> dict[str, object]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from qformat import strict_json
-from qformat.cli.display import format_table
+from qformat.cli.display import echo_json, format_table
+from qformat.cli.options import backend_option, json_option
 from qformat.sizes import format_nbytes
 from qformat.version import __version__
 
@@ -21,8 +21,8 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "bitsan
 Example:
   qformat info --backend torch"""
 )
-@click.option("--backend", metavar="NAME", help="Force a backend, as QFORMAT_BACKEND does: numba, triton, torch.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@backend_option
+@json_option()
 def command(backend: str | None, as_json: bool) -> None:
     """Show devices, which backend runs each operation on them and why, and versions."""
     from qformat.cli.models import quiet_transformers
@@ -35,7 +35,7 @@ def command(backend: str | None, as_json: bool) -> None:
     versions, devices, operations, sources = _versions(), _devices(), _operations(), _sources()
     if as_json:
         facts = {"versions": versions, "devices": devices, "operations": operations, "sources": sources}
-        click.echo(strict_json.dumps(facts, indent=2))
+        echo_json(facts)
         return
     click.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
     click.echo("\n".join(f"{device['name']}: {device['description']}" for device in devices))

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from qformat import strict_json
+from qformat.cli.display import echo_json
+from qformat.cli.options import (
+    artifact_argument,
+    backend_option,
+    device_option,
+    json_option,
+    options_record,
+    trust_remote_code_option,
+)
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from qformat.artifact.reading.reader import MappedShards
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateArguments:
+    """What is given to `qformat generate`."""
+
+    artifact: Path
+    adapter: Path | None
+    force_adapter: bool
+    prompt: str
+    chat: bool
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    device: str | None
+    backend: str | None
+    verify: str
+    trust_remote_code: bool
+    as_json: bool
 
 
 @click.command(
@@ -23,7 +52,7 @@ Examples:
   qformat generate SmolLM2-135M-Instruct-nf4 --adapter adapter --chat --prompt "What is a coroutine?"
   qformat generate SmolLM2-135M-Instruct-nf4 --prompt "Once upon a time" --temperature 0.8 --seed 7"""
 )
-@click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
+@artifact_argument
 @click.option("--adapter", metavar="DIR", type=click.Path(path_type=Path), help="A LoRA adapter trained on ART.")
 @click.option("--force-adapter", is_flag=True, help="Use the adapter although it was trained on other weights.")
 @click.option("--prompt", metavar="TEXT", required=True, help="What to continue, or with --chat the user's message.")
@@ -31,27 +60,14 @@ Examples:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For a temperature above 0.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; by default the GPU if there is one.")
-@click.option("--backend", metavar="NAME", help="Force a backend, as QFORMAT_BACKEND does: numba, triton, torch.")
+@device_option
+@backend_option
 @click.option("--verify", type=click.Choice(["structure", "full"]), default="structure", show_default=True,
               help="full: read every byte first and compare its digest.")  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with the artifact.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, and no text before.")
-def command(
-    artifact: Path,
-    adapter: Path | None,
-    force_adapter: bool,
-    prompt: str,
-    chat: bool,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    device: str | None,
-    backend: str | None,
-    verify: str,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+@trust_remote_code_option()
+@json_option("Print one JSON object at the end, and no text before.")
+@options_record(GenerateArguments)
+def command(options: GenerateArguments) -> None:
     """Generate text with the artifact in folder ART, mapped as it is."""
     started = time.monotonic()
     from qformat.cli.models import quiet_transformers
@@ -59,27 +75,29 @@ def command(
     quiet_transformers()
     from qformat.kernels.backends import force_backend
     from qformat.model.generation import Sampling, generate
-    from qformat.model.load import load_model, load_tokenizer
+    from qformat.model.load import load_model, load_tokenizer, open_shards
 
     imported = time.monotonic()
-    if backend is not None:
-        force_backend(backend)
-    model = load_model(artifact, device=device, verify=verify, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]
-    if adapter is not None:
-        model = _with_adapter(model, artifact, adapter, force=force_adapter)
-    tokenizer = load_tokenizer(artifact, trust_remote_code=trust_remote_code)
+    if options.backend is not None:
+        force_backend(options.backend)
+    trust = options.trust_remote_code
+    shards = open_shards(options.artifact)
+    model = load_model(shards, device=options.device, verify=options.verify, trust_remote_code=trust)  # type: ignore[arg-type]
+    if options.adapter is not None:
+        model = _with_adapter(model, shards, options.adapter, force=options.force_adapter)
+    tokenizer = load_tokenizer(options.artifact, trust_remote_code=trust)
     loaded = time.monotonic()
     result = generate(
         model,
         tokenizer,
-        prompt,
-        chat=chat,
-        sampling=Sampling(max_new_tokens, temperature, seed),
-        on_text=(lambda _: None) if as_json else (lambda text: click.echo(text, nl=False)),
+        options.prompt,
+        chat=options.chat,
+        sampling=Sampling(options.max_new_tokens, options.temperature, options.seed),
+        on_text=(lambda _: None) if options.as_json else (lambda text: click.echo(text, nl=False)),
     )
-    if as_json:
+    if options.as_json:
         facts = {**asdict(result), "import_s": imported - started, "load_s": loaded - imported}
-        click.echo(strict_json.dumps(facts, indent=2))
+        echo_json(facts)
         return
     click.echo()
     click.echo(
@@ -90,13 +108,9 @@ def command(
     )
 
 
-def _with_adapter(model: PreTrainedModel, artifact: Path, adapter: Path, *, force: bool) -> PreTrainedModel:
+def _with_adapter(model: PreTrainedModel, shards: MappedShards, adapter: Path, *, force: bool) -> PreTrainedModel:
     """Put the adapter on the model, after a look at what it was trained on."""
-    from qformat.model.load import open_shards
     from qformat.training.adapter.attach import load_adapter
     from qformat.training.adapter.base_record import BaseRecord
 
-    shards = open_shards(artifact)
-    base = BaseRecord.of(shards.layout)
-    shards.close()
-    return load_adapter(model, adapter, base, force=force)  # type: ignore[return-value]  # PeftModel generates alike
+    return load_adapter(model, adapter, BaseRecord.of(shards.layout), force_adapter=force)  # type: ignore[return-value]  # PeftModel generates alike

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from qformat import strict_json
-from qformat.cli.display import progress_bar
+from qformat.cli.display import echo_json, say_complete
+from qformat.cli.options import json_option, options_record, out_argument, output_options
+from qformat.cli.outputs import summary_json
+from qformat.cli.progress import Bar
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.hub.fetch import FetchSummary
+
+
+@dataclass(frozen=True, slots=True)
+class FetchArguments:
+    """What is given to `qformat fetch`."""
+
+    repository: str
+    out: Path
+    revision: str | None
+    connections: int
+    force: bool
+    restart: bool
+    as_json: bool
 
 
 @click.command(
@@ -23,21 +38,13 @@ Examples:
   qformat fetch owner/SmolLM2-135M-Instruct-nf4 out --revision v1.0"""
 )
 @click.argument("repository", metavar="OWNER/NAME")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@out_argument()
 @click.option("--revision", help="Branch, tag or commit.  [default: main]")
 @click.option("--connections", type=click.IntRange(1, 64), default=8, show_default=True, help="Requests at a time.")
-@click.option("--force", is_flag=True, help="Replace the artifact OUT, in one step once the new one is whole.")
-@click.option("--restart", is_flag=True, help="Drop what an interrupted run left instead of continuing it.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    repository: str,
-    out: Path,
-    revision: str | None,
-    connections: int,
-    force: bool,
-    restart: bool,
-    as_json: bool,
-) -> None:
+@output_options("artifact")
+@json_option()
+@options_record(FetchArguments)
+def command(options: FetchArguments) -> None:
     """Download the artifact in a repository of the Hub into the folder OUT, and check every byte on the way.
 
     An interrupted download is continued by the same command, with the commit that it began with; nothing stands under
@@ -46,36 +53,25 @@ def command(
     from qformat.hub.fetch import fetch
     from qformat.hub.reading.transfer import Transfer
 
-    with ExitStack() as stack:
-        update = None
-
-        def start(nbytes: int) -> None:
-            nonlocal update
-            update = stack.enter_context(progress_bar(nbytes, "Fetching"))
-
-        def advance(nbytes: int) -> None:
-            assert update is not None
-            update(nbytes)
-
+    with Bar() as bar:
         summary = fetch(
-            repository,
-            out,
-            revision=revision,
-            transfer=Transfer(connections=connections),
-            force=force,
-            restart=restart,
-            on_plan=start,
-            on_progress=advance,
+            options.repository,
+            options.out,
+            revision=options.revision,
+            transfer=Transfer(connections=options.connections),
+            force=options.force,
+            restart=options.restart,
+            on_plan=lambda nbytes: bar.start(nbytes, "Fetching"),
+            on_progress=bar.advance,
         )
-    if as_json:
-        click.echo(strict_json.dumps(_facts(summary), indent=2))
+    if options.as_json:
+        echo_json(summary_json(summary, _facts(summary)))
     else:
         _show(summary)
 
 
 def _facts(summary: FetchSummary) -> dict[str, object]:
     return {
-        "out": str(summary.out),
         "repository": summary.repository,
         "commit": summary.commit,
         "n_files": summary.n_files,
@@ -83,8 +79,6 @@ def _facts(summary: FetchSummary) -> dict[str, object]:
         "nbytes_fetched": summary.nbytes_fetched,
         "signed": summary.signed,
         "others": list(summary.others),
-        "seconds": round(summary.seconds, 3),
-        "already_complete": summary.already_complete,
     }
 
 
@@ -94,7 +88,7 @@ def _show(summary: FetchSummary) -> None:
         shown = ", ".join(summary.others[:5])
         click.echo(f"Note: {where} also holds {shown}: not in the manifest, left there", err=True)
     if summary.already_complete:
-        click.echo(f"{summary.out}: was complete already; cleaned up after the earlier run")
+        say_complete(summary.out)
         return
     rate = format_nbytes(summary.nbytes_fetched / max(summary.seconds, 1e-9))
     click.echo(

@@ -1,4 +1,6 @@
-"""What `qformat verify` found out, as plain JSON values: printed by `--json`, shown by the page.
+"""What a verification found out, as plain JSON values: printed by `qformat verify --json`, shown by the page.
+
+`qformat.converters.compare.verification` makes them.
 
 A figure is null where it does not exist, such as the error of a tensor that was not compared.
 """
@@ -131,6 +133,13 @@ class ComparisonFacts(TypedDict):
     kept: list[KeptFacts]
 
 
+class Seconds(TypedDict):
+    """What the stages took."""
+
+    integrity: float
+    comparison: float
+
+
 class VerificationFacts(TypedDict):
     """Everything. manifest and comparison are null where the artifact could not be read, or was not compared."""
 
@@ -140,3 +149,4 @@ class VerificationFacts(TypedDict):
     integrity: IntegrityFacts
     manifest: ManifestFacts | None
     comparison: ComparisonFacts | None
+    seconds: Seconds

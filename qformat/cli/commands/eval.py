@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qformat import strict_json
-from qformat.cli.display import format_table, progress_bar
+from qformat.cli.display import echo_json, format_table, progress_bar
+from qformat.cli.options import (
+    device_option,
+    json_option,
+    options_record,
+    refuse_report_in,
+    report_option,
+    trust_remote_code_option,
+)
 from qformat.errors import UsageError
 from qformat.names import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from qformat.quality.evaluation.evaluate import Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class EvalArguments:
+    """What is given to `qformat eval`."""
+
+    artifact: str
+    data: tuple[str, ...]
+    source: str | None
+    against: tuple[str, ...]
+    windows: int
+    seq_len: int
+    report: Path | None
+    record: bool
+    any_source: bool
+    device: str | None
+    dtype: str | None
+    trust_remote_code: bool
+    as_json: bool
 
 
 @click.command(
@@ -30,30 +57,17 @@ Examples:
 @click.option("--against", metavar="ART2", multiple=True, help="Another model of the same source, compared in pairs.")
 @click.option("--windows", type=click.IntRange(min=1), default=16, show_default=True,
               help="Of each text, at even distances.")  # fmt: skip
-@click.option("--window-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a window.")
-@click.option("--report", metavar="FILE.html", type=click.Path(path_type=Path), help="Write a page that opens offline.")
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a window.")
+@report_option
 @click.option("--record", is_flag=True, help="Write the result into ART's manifest.")
 @click.option("--any-source", is_flag=True, help="Take SRC although ART was made from other weights.")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; by default the GPU if there is one.")
+@device_option
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
               help="Of the arithmetic; another than the models' own copies what is not packed.")  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True, help="Run model code that comes with the models.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    artifact: str,
-    data: tuple[str, ...],
-    source: str | None,
-    against: tuple[str, ...],
-    windows: int,
-    window_length: int,
-    report: Path | None,
-    record: bool,
-    any_source: bool,
-    device: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+@trust_remote_code_option("the models")
+@json_option()
+@options_record(EvalArguments)
+def command(options: EvalArguments) -> None:
     """Measure on texts how close the artifact ART is to its 16-bit model, token by token.
 
     Loss and perplexity; with --source also the divergence (KL) of the predictions and how often both find the same
@@ -62,55 +76,53 @@ def command(
     """
     from qformat.cli.models import quiet_transformers
 
-    _check_usage(record=record, any_source=any_source, report=report, folders=(artifact, source, *against))
+    _check_usage(options)
     quiet_transformers()
     import torch
 
     from qformat.quality.evaluation.evaluate import evaluate
     from qformat.quality.evaluation.facts import facts
 
-    with progress_bar(windows * len(data), "Measuring", unit=" windows") as update:
+    with progress_bar(options.windows * len(options.data), "Measuring", unit=" windows") as update:
         result = evaluate(
-            artifact,
-            data,
-            source=source,
-            against=against,
-            n_windows=windows,
-            window_length=window_length,
-            any_source=any_source,
-            device=device,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
+            options.artifact,
+            options.data,
+            source=options.source,
+            against=options.against,
+            n_windows=options.windows,
+            window_length=options.seq_len,
+            any_source=options.any_source,
+            device=options.device,
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            trust_remote_code=options.trust_remote_code,
             on_window=lambda done, total: update(1),
         )
     found = facts(result)
-    if report is not None:
-        _write_report(result, found, report, trust_remote_code=trust_remote_code)
-    if record:
-        _record(result, Path(artifact))
-    click.echo(strict_json.dumps(found, indent=2) if as_json else _table(found))
-    if not as_json:
-        for name, path in (("report", report), ("recorded in", Path(artifact) / MANIFEST_NAME if record else None)):
-            if path is not None:
-                click.echo(f"{name}: {path}")
-
-
-def _check_usage(*, record: bool, any_source: bool, report: Path | None, folders: tuple[str | None, ...]) -> None:
-    """Refuse what would fail after minutes of work."""
-    if record and not (Path(str(folders[0])) / MANIFEST_NAME).is_file():
-        raise UsageError(
-            f"--record: {folders[0]} is no folder with a manifest, {MANIFEST_NAME}, to write the result into"
-        )
-    if record and any_source:
-        raise UsageError("--record: figures beside another model than the artifact's source would mislead its readers")
-    if report is None:
+    if options.report is not None:
+        _write_report(result, found, options.report, trust_remote_code=options.trust_remote_code)
+    if options.record:
+        _record(result, Path(options.artifact))
+    if options.as_json:
+        echo_json(found)
         return
-    folder = report.absolute().parent
-    if report.is_dir() or not folder.is_dir():
-        raise UsageError(f"--report {report}: is a folder, or lies in none that exists")
-    for model in folders:
-        if model is not None and folder.resolve().is_relative_to(Path(model).resolve()):
-            raise UsageError(f"--report {report}: lies inside {model}, which must stay as it is. Choose another folder")
+    click.echo(_table(found))
+    if options.report is not None:
+        click.echo(f"report: {options.report}")
+    if options.record:
+        click.echo(f"recorded in: {Path(options.artifact) / MANIFEST_NAME}")
+
+
+def _check_usage(options: EvalArguments) -> None:
+    """Refuse what would fail after minutes of work."""
+    if options.record and not (Path(options.artifact) / MANIFEST_NAME).is_file():
+        raise UsageError(
+            f"--record: {options.artifact} is no folder with a manifest, {MANIFEST_NAME}, to write the result into"
+        )
+    if options.record and options.any_source:
+        raise UsageError("--record: figures beside another model than the artifact's source would mislead its readers")
+    if options.report is not None:
+        source = () if options.source is None else (options.source,)
+        refuse_report_in(options.report, options.artifact, *source, *options.against)
 
 
 def _write_report(result: Evaluation, found: dict[str, Any], report: Path, *, trust_remote_code: bool) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_table
+from qformat.cli.display import echo_json, format_table
+from qformat.cli.options import json_option
 from qformat.errors import UsageError
 from qformat.sizes import format_nbytes
 
@@ -28,7 +29,7 @@ Examples:
 )
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @click.option("--tensor", metavar="NAME", help="Show one tensor: components, digests, codes, decoded values.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option()
 def command(path: Path, tensor: str | None, as_json: bool) -> None:
     """Show what the artifact (or plain safetensors checkpoint) in folder PATH holds. Reads headers, no weights."""
     from qformat.names import MANIFEST_NAME
@@ -43,7 +44,7 @@ def command(path: Path, tensor: str | None, as_json: bool) -> None:
         facts = _checkpoint_facts(path, tensor)
         show = _show_checkpoint
     if as_json:
-        click.echo(strict_json.dumps(facts, indent=2))
+        echo_json(facts)
     else:
         show(facts)
 

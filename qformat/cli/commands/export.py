@@ -5,20 +5,38 @@ from __future__ import annotations
 import atexit
 import gc
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from qformat import strict_json
-from qformat.cli.display import format_table, progress_bar, say_compiling
+from qformat.cli.display import echo_json, format_table, say_compiling, say_complete, some
+from qformat.cli.options import artifact_argument, options_record, out_argument, written_shards_options
+from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
+from qformat.cli.progress import Bar
+from qformat.errors import Option
 from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from qformat.converters.decode.plan import ExportPlan, ExportTask
     from qformat.converters.export import ExportSummary
+
+
+@dataclass(frozen=True, slots=True)
+class ExportArguments:
+    """What is given to `qformat export`."""
+
+    artifact: Path
+    out: Path
+    to: str
+    max_shard_size: str
+    workers: int | None
+    force: bool
+    restart: bool
+    dry_run: bool
+    as_json: bool
 
 
 @click.command(
@@ -27,26 +45,12 @@ Examples:
   qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-bf16 --to bf16
   qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-fp16 --to fp16 --dry-run"""
 )
-@click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@artifact_argument
+@out_argument()
 @click.option("--to", required=True, type=click.Choice(["bf16", "fp16", "fp32"]), help="Format of the weights.")
-@click.option("--shard-size", default="5GB", show_default=True, help="Largest size of a shard.")
-@click.option("--workers", type=int, help="Threads; any number gives the same bytes.  [default: one a core]")
-@click.option("--force", is_flag=True, help="Replace the checkpoint OUT, in one step once the new one is whole.")
-@click.option("--restart", is_flag=True, help="Drop what an interrupted run left instead of continuing it.")
-@click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    artifact: Path,
-    out: Path,
-    to: str,
-    shard_size: str,
-    workers: int | None,
-    force: bool,
-    restart: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+@written_shards_options("checkpoint")
+@options_record(ExportArguments)
+def command(options: ExportArguments) -> None:
     """Write the 4-bit artifact in folder ART as OUT, a plain safetensors checkpoint in 16 or 32 bit.
 
     Everything that loads safetensors loads OUT, without bitsandbytes; what quantization has cost stays lost. Every
@@ -55,29 +59,27 @@ def command(
     """
     from qformat.converters.export import export, plan_export
 
-    max_shard_nbytes = parse_nbytes("--shard-size", shard_size)
-    if dry_run:
-        _show_plan(plan_export(artifact, to, max_shard_nbytes=max_shard_nbytes), out, as_json=as_json)
+    max_shard_nbytes = parse_nbytes(Option("max_shard_size"), options.max_shard_size)
+    if options.dry_run:
+        plan = plan_export(options.artifact, options.to, max_shard_nbytes=max_shard_nbytes)
+        _show_plan(plan, options.out, as_json=options.as_json)
         return
     atexit.register(_leave_quickly)
-    bar = _Bar()
-    try:
+    with Bar() as bar:
         summary = export(
-            artifact,
-            out,
-            to,
+            options.artifact,
+            options.out,
+            options.to,
             max_shard_nbytes=max_shard_nbytes,
-            workers=workers,
-            force=force,
-            restart=restart,
-            on_plan=bar.start,
-            on_progress=bar.update,
+            workers=options.workers,
+            force=options.force,
+            restart=options.restart,
+            on_plan=lambda plan: bar.start(plan.tensor_nbytes, "Exporting"),
+            on_progress=bar.advance,
             on_compile=say_compiling,
         )
-    finally:
-        bar.stop()
-    _show_summary(summary, as_json=as_json)
-    _warn_of_overflow(summary.overflowed, to)
+    _show_summary(summary, as_json=options.as_json)
+    _warn_of_overflow(summary.overflowed, options.to)
 
 
 def _leave_quickly() -> None:
@@ -89,56 +91,27 @@ def _leave_quickly() -> None:
         gc.freeze()
 
 
-class _Bar:
-    """The progress bar of an export, which begins once the plan tells how much there is."""
-
-    def __init__(self) -> None:
-        self._open = ExitStack()
-        self._advance: Callable[[int], None] = lambda nbytes: None
-
-    def start(self, plan: ExportPlan) -> None:
-        self._advance = self._open.enter_context(progress_bar(plan.tensor_nbytes, "Exporting"))
-
-    def update(self, nbytes: int) -> None:
-        self._advance(nbytes)
-
-    def stop(self) -> None:
-        self._open.close()
-
-
 def _show_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
-    from qformat.artifact.writing.disk import Disk
-
-    free = Disk().free_nbytes(out.absolute())
-    fits = plan.nbytes <= free
+    free = free_nbytes_at(out)
     if as_json:
-        shards = [{"name": shard.name, "nbytes": shard.nbytes} for shard in plan.shards]
-        click.echo(strict_json.dumps({**_facts(plan), "free_nbytes": free, "fits": fits, "shards": shards}, indent=2))
+        echo_json(plan_json(_facts(plan), plan.nbytes, plan.shards, free_nbytes=free))
         return
     click.echo(_table(plan))
     click.echo()
-    for shard in plan.shards:
-        click.echo(f"{out / shard.name}: {format_nbytes(shard.nbytes)}, {len(shard.tensors)} tensors")
+    show_shards(out, plan.shards)
     click.echo(
         f"{format_nbytes(plan.artifact_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes); "
-        f"{format_nbytes(free)} free" + ("" if fits else ": NOT ENOUGH")
+        f"{free_in_words(plan.nbytes, free)}"
     )
 
 
 def _show_summary(summary: ExportSummary, *, as_json: bool) -> None:
     plan = summary.plan
     if as_json:
-        facts = {
-            "out": str(summary.out),
-            **_facts(plan),
-            "overflowed": dict(summary.overflowed),
-            "seconds": round(summary.seconds, 3),
-            "already_complete": summary.already_complete,
-        }
-        click.echo(strict_json.dumps(facts, indent=2))
+        echo_json(summary_json(summary, {**_facts(plan), "overflowed": dict(summary.overflowed)}))
         return
     if summary.already_complete:
-        click.echo(f"{summary.out}: was complete already; cleaned up after the earlier run")
+        say_complete(summary.out)
         return
     click.echo(_table(plan))
     click.echo(
@@ -151,9 +124,9 @@ def _warn_of_overflow(overflowed: Mapping[str, int], to: str) -> None:
     if not overflowed:
         return
     named = [f"{name} ({count:,})" for name, count in overflowed.items()]
-    shown = ", ".join(named[:5]) + (f" and {len(named) - 5} tensors more" if len(named) > 5 else "")
     click.echo(
-        f"Warning: {sum(overflowed.values()):,} values are too large for {to} and became infinite, in {shown}. "
+        f"Warning: {sum(overflowed.values()):,} values are too large for {to} and became infinite, in "
+        f"{some(named, of=' tensors')}. "
         "The model will not compute well: export it with --to bf16 or fp32",
         err=True,
     )

@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import click
 
-from qformat import strict_json
-from qformat.cli.display import format_table, progress_bar
-from qformat.errors import UsageError, VerificationError
+from qformat.cli.display import echo_json, format_table
+from qformat.cli.flags import as_flag
+from qformat.cli.options import artifact_argument, dry_run_option, json_option, options_record, workers_option
+from qformat.cli.progress import Bar
+from qformat.cli.verified import verified
+from qformat.errors import UsageError, VerificationError, spelled
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.hub.card.error_figures import ErrorFigures
-    from qformat.hub.publishing.publish import Published
+    from qformat.hub.card.prepared_card import CardOptions
+    from qformat.hub.publishing.publish import Published, PublishOptions
+
+
+@dataclass(frozen=True, slots=True)
+class PublishArguments:
+    """What is given to `qformat publish`."""
+
+    artifact: Path
+    repository: str
+    source: str | None
+    figures: Path | None
+    base_model: str | None
+    license_id: str | None
+    license_name: str | None
+    license_link: str | None
+    confirm_license: bool
+    card: Path | None
+    private: bool
+    revision: str | None
+    create_pr: bool
+    sign_key: Path | None
+    dry_run: bool
+    workers: int | None
+    as_json: bool
 
 
 @click.command(
@@ -25,7 +53,7 @@ Examples:
   qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 --license apache-2.0 \\
       --base-model HuggingFaceTB/SmolLM2-135M-Instruct --sign-key key.pem"""
 )
-@click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))
+@artifact_argument
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option(
     "--source",
@@ -59,108 +87,96 @@ Examples:
     type=click.Path(path_type=Path),
     help="Sign with this elliptic-curve key (OpenSSF model-signing).",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be sent, and the card; send nothing.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads.  [default: one a core]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(
-    artifact: Path,
-    repository: str,
-    source: str | None,
-    figures: Path | None,
-    base_model: str | None,
-    license_id: str | None,
-    license_name: str | None,
-    license_link: str | None,
-    confirm_license: bool,
-    card: Path | None,
-    private: bool,
-    revision: str | None,
-    create_pr: bool,
-    sign_key: Path | None,
-    dry_run: bool,
-    workers: int | None,
-    as_json: bool,
-) -> None:
+@dry_run_option("Show what would be sent, and the card; send nothing.")
+@workers_option()
+@json_option()
+@options_record(PublishArguments)
+def command(options: PublishArguments) -> None:
     """Publish the artifact in folder ART as a repository of the Hub, with a model card.
 
     Every byte is verified first, and a damaged artifact is refused. What the repository has already is not sent again;
     publishing the same twice changes nothing. The token is the ordinary one (HF_TOKEN or `hf auth login`).
     """
-    from qformat.converters.sources.open_source import is_repository
-    from qformat.hub.card.licenses import License
-    from qformat.hub.card.prepared_card import CardOptions
     from qformat.hub.names import check_repository_name
-    from qformat.hub.publishing.publish import PublishOptions, publish
+    from qformat.hub.publishing.publish import publish
 
-    check_repository_name(repository)
-    if license_id is None and (license_name or license_link):
-        raise UsageError("--license-name and --license-link say more about a --license: give that, too")
-    if card is not None and (source or figures or base_model or license_id):
-        raise UsageError("--card is published as it is: leave out --source, --figures, --base-model and --license")
-    if source is not None and figures is not None:
-        raise UsageError("--source compares now, --figures takes what was found before: give one of them")
-    options = PublishOptions(
-        revision=revision,
-        private=private,
-        create_pr=create_pr,
-        sign_key=sign_key,
-        confirm_license=confirm_license,
-        dry_run=dry_run,
-    )
-    card_options = CardOptions(
-        card=card,
-        base_model=base_model or (source if source is not None and is_repository(source) else None),
-        source=Path(source) if source is not None and Path(source).is_dir() else None,
-        license=None if license_id is None else License(license_id, license_name, license_link),
-        figures=_figures(artifact, source, figures, workers),
-    )
+    check_repository_name(options.repository)
+    _check_usage(options)
+    chosen = _publish_options(options)
+    card = _card_options(options)
     if not sys.stderr.isatty():
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    with progress_bar(_shards_nbytes(artifact), "Checking digests") as update:
+    with Bar() as bar:
         published = publish(
-            artifact,
-            repository,
-            card_options,
-            options,
-            workers=workers,
-            on_progress=update,
+            options.artifact,
+            options.repository,
+            card,
+            chosen,
+            workers=options.workers,
+            on_plan=lambda nbytes: bar.start(nbytes, "Checking digests"),
+            on_progress=bar.advance,
         )
-    if as_json:
-        click.echo(strict_json.dumps(_facts(published), indent=2))
+    if options.as_json:
+        echo_json(_facts(published))
     else:
         _show(published)
 
 
-def _figures(artifact: Path, source: str | None, figures: Path | None, workers: int | None) -> ErrorFigures | None:
+def _check_usage(options: PublishArguments) -> None:
+    """Refuse options that do not fit together."""
+    if options.license_id is None and (options.license_name or options.license_link):
+        raise UsageError("--license-name and --license-link say more about a --license: give that, too")
+    if options.card is not None and (options.source or options.figures or options.base_model or options.license_id):
+        raise UsageError("--card is published as it is: leave out --source, --figures, --base-model and --license")
+    if options.source is not None and options.figures is not None:
+        raise UsageError("--source compares now, --figures takes what was found before: give one of them")
+
+
+def _publish_options(options: PublishArguments) -> PublishOptions:
+    from qformat.hub.publishing.publish import PublishOptions
+
+    return PublishOptions(
+        revision=options.revision,
+        private=options.private,
+        create_pr=options.create_pr,
+        sign_key=options.sign_key,
+        confirm_license=options.confirm_license,
+        dry_run=options.dry_run,
+    )
+
+
+def _card_options(options: PublishArguments) -> CardOptions:
+    from qformat.converters.sources.open_source import is_repository
+    from qformat.hub.card.licenses import License
+    from qformat.hub.card.prepared_card import CardOptions
+
+    source, license_id = options.source, options.license_id
+    return CardOptions(
+        card=options.card,
+        base_model=options.base_model or (source if source is not None and is_repository(source) else None),
+        source=Path(source) if source is not None and Path(source).is_dir() else None,
+        license=None if license_id is None else License(license_id, options.license_name, options.license_link),
+        figures=_figures(options),
+    )
+
+
+def _figures(options: PublishArguments) -> ErrorFigures | None:
     """Compare with the source, or read what a comparison has found."""
     from qformat.artifact.reading.structure import read_manifest
     from qformat.hub.card.error_figures import ErrorFigures, read_error_figures
 
-    if figures is not None:
-        return read_error_figures(figures, read_manifest(artifact))
+    artifact, source = options.artifact, options.source
+    if options.figures is not None:
+        return read_error_figures(options.figures, read_manifest(artifact))
     if source is None:
         return None
-    from qformat.cli.verify import verification_facts
-    from qformat.cores import usable_cores
-
-    facts = verification_facts(artifact, source, workers=workers or usable_cores())
-    if not facts["good"]:
-        found = "\n".join(finding["message"] for finding in facts["findings"][:3])
-        raise VerificationError(f"{artifact}: is not what {source} gives, and is not published:\n{found}")
-    return ErrorFigures.parse(cast(strict_json.Json, facts), read_manifest(artifact), source)
-
-
-def _shards_nbytes(artifact: Path) -> int:
-    from qformat.artifact.reading.structure import read_manifest
-    from qformat.errors import ArtifactError
-
-    try:
-        files = read_manifest(artifact).files
-    except ArtifactError:
-        return 0  # publish tells why
-    return sum(record.nbytes for record in files.values() if record.header_xxh3 is not None)
+    found = verified(artifact, source, workers=options.workers)
+    if not found.good or found.integrity.manifest is None:
+        shown = "\n".join(finding.message for finding in found.findings[:3])
+        raise VerificationError(f"{artifact}: is not what {source} gives, and is not published:\n{shown}")
+    return ErrorFigures.parse(found.to_json(), found.integrity.manifest, source)
 
 
 def _facts(published: Published) -> dict[str, object]:
@@ -178,14 +194,14 @@ def _facts(published: Published) -> dict[str, object]:
         "removed": list(published.changes.removed),
         "others": list(published.changes.others),
         "license_concern": published.card.concern,
-        "note": published.card.note,
+        "note": None if published.card.note is None else spelled(published.card.note, as_flag),
         "card": published.card.text,
     }
 
 
 def _show(published: Published) -> None:
     if published.card.note is not None:
-        click.echo(f"Note: {published.card.note}", err=True)
+        click.echo(f"Note: {spelled(published.card.note, as_flag)}", err=True)
     if published.card.concern is not None:
         click.echo(f"Warning: {published.card.concern}", err=True)
     where = published.repository + ("" if published.revision == "main" else f" ({published.revision})")
