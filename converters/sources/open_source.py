@@ -157,13 +157,13 @@ def _open_gguf(path: Path) -> Source:
 
 
 def _open_fp8(stored: Source) -> Source:
-    from qformat.converters.sources.fp8_blocks import Fp8Blocks
+    from qformat.converters.sources.encoded.fp8_blocks import Fp8Blocks
 
     return Fp8Blocks(stored)
 
 
 def _open_mxfp4(stored: Source) -> Source:
-    from qformat.converters.sources.mxfp4 import Mxfp4
+    from qformat.converters.sources.encoded.mxfp4 import Mxfp4
 
     return Mxfp4(stored)
 

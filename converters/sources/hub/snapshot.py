@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
-from qformat.converters.sources.decoding_source import DecodingSource
+from qformat.converters.sources.encoded.decoding_source import DecodingSource
 from qformat.converters.sources.hub.files import HubFiles
 from qformat.converters.sources.source import Source
 from qformat.errors import Option, Reason, SourceError

@@ -15,7 +15,7 @@ from qformat.converters.compare.compare import compare
 from qformat.converters.convert import convert, plan
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import Reason, SourceError
-from tests.converters.sources.test_fp8_blocks import read
+from tests.converters.sources.encoded.test_fp8_blocks import read
 from tests.small_models import Tensor, llama_tensors, raw_tensor, weight, write_checkpoint
 
 EXPERTS = "model.layers.0.mlp.experts."

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qformat.codec.floats import FloatFormat
 from qformat.codec.foreign.block_floats import MXFP4_BLOCK, decode_mxfp4_transposed
-from qformat.converters.sources.decoding_source import BlockFloats, refuse_dtype
+from qformat.converters.sources.encoded.decoding_source import BlockFloats, refuse_dtype
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
 

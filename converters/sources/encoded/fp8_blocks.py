@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.foreign.block_floats import E8M0, decode_e4m3
-from qformat.converters.sources.decoding_source import BlockFloats, refuse_dtype
+from qformat.converters.sources.encoded.decoding_source import BlockFloats, refuse_dtype
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
 from qformat.names import CONFIG_NAME
