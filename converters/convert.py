@@ -14,7 +14,7 @@ from qformat.artifact.writing.output_kind import ARTIFACT, check_target
 from qformat.artifact.writing.staging import Staging, begun_with, refuse_full_disk, refuse_nested, work_folder
 from qformat.codec.cpu.blocks import warm_up
 from qformat.codec.cpu.compiling import telling_of_compilation
-from qformat.codec.nf4 import BLOCK_SIZES
+from qformat.codec.nf4 import BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from qformat.converters.encode.calibrated import calibrate
 from qformat.converters.encode.execute import execute
 from qformat.converters.encode.plan import Plan, make_plan
@@ -24,7 +24,7 @@ from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.reading import StreamedSource, pin_of
 from qformat.converters.sources.source import Source
 from qformat.cores import usable_cores
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.quality.calibration.settings import CalibrationSettings
 
@@ -42,7 +42,7 @@ class ConversionOptions:
 
     recipe: Path | None = None
     skip: Sequence[str] = ()
-    block_size: int = 64
+    block_size: int = DEFAULT_BLOCK_SIZE
     double_quant: bool = True
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     keep_nonfinite: bool = False
@@ -75,8 +75,10 @@ class ConversionOptions:
         try:
             if self.keep_nonfinite and isinstance(opened, StreamedSource):
                 raise UsageError(
-                    "--keep-nonfinite reads the source twice: download it first with --keep-source, and convert the "
-                    "folder in the cache"
+                    Option("keep_nonfinite"),
+                    " reads the source twice: download it first with ",
+                    Option("keep_source", True),
+                    ", and convert the folder in the cache",
                 )
             recipe = self.load_recipe()
             planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)

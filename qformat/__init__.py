@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qformat.artifact.reading.verify import IntegrityReport
     from qformat.artifact.reading.verify import verify_integrity as verify
     from qformat.converters.compare.compare import Comparison, compare
+    from qformat.converters.compare.verification import Verification, verify_against_source
     from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
     from qformat.converters.encode.plan import Plan
     from qformat.converters.export import export
@@ -66,6 +67,7 @@ _PUBLIC = {
     "TuningJob": "qformat.quality.tuning.tune:TuningJob",
     "TuningResult": "qformat.quality.tuning.tune:TuningResult",
     "TuningSettings": "qformat.quality.tuning.settings:TuningSettings",
+    "Verification": "qformat.converters.compare.verification:Verification",
     "compare": "qformat.converters.compare.compare:compare",
     "convert": "qformat.converters.convert:convert",
     "diff": "qformat.hub.diff:diff",
@@ -82,6 +84,7 @@ _PUBLIC = {
     "train": "qformat.training.run:train",
     "tune": "qformat.quality.tuning.tune:tune",
     "verify": "qformat.artifact.reading.verify:verify_integrity",
+    "verify_against_source": "qformat.converters.compare.verification:verify_against_source",
     "verify_remote": "qformat.hub.remote_verify:verify_remote",
 }
 
@@ -108,6 +111,7 @@ __all__ = [
     "TuningJob",
     "TuningResult",
     "TuningSettings",
+    "Verification",
     "compare",
     "convert",
     "diff",
@@ -124,6 +128,7 @@ __all__ = [
     "train",
     "tune",
     "verify",
+    "verify_against_source",
     "verify_remote",
 ]
 

@@ -16,12 +16,40 @@
     └── Interrupted             the user stopped it; the same command continues              (exit code 130)
 
 `Reason` is the closed list of reason codes of the format (spec section 9): stable names for machines.
+
+A message that tells the caller to choose another option holds that option as a value, an `Option`. Its text is what
+Python callers write, `force=True`; the command line spells the same option `--force`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option that a message names, under its name in the library.
+
+    value: what the message tells the caller to set it to; None where the message only names the option.
+    """
+
+    name: str
+    value: str | bool | tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value!r}"
+
+
+Words = tuple[str | Option, ...]
+"""The parts of a message, in order."""
+
+
+def spelled(words: Words, spell: Callable[[Option], str] = str) -> str:
+    """Return a message with its options as `spell` writes them, by default as Python callers do."""
+    return "".join(part if isinstance(part, str) else spell(part) for part in words)
 
 
 class Reason(StrEnum):
@@ -72,7 +100,11 @@ class Reason(StrEnum):
 
 
 class QformatError(Exception):
-    """Base of every error that qformat raises on purpose."""
+    """Base of every error that qformat raises on purpose. words: the message, with the options that it names."""
+
+    def __init__(self, *words: str | Option) -> None:
+        super().__init__(spelled(words))
+        self.words: Words = words
 
 
 class UsageError(QformatError):
@@ -97,7 +129,7 @@ class InvalidFileError(QformatError):
         *,
         tensor: str | None = None,
         field: str | None = None,
-        next_step: str | None = None,
+        next_step: str | Words | None = None,
     ) -> None:
         parts = [str(path)]
         if tensor is not None:
@@ -106,13 +138,21 @@ class InvalidFileError(QformatError):
             parts.append(f"field {field!r}")
         parts.append(problem)
         message = ": ".join(parts)
-        super().__init__(f"{message}. {next_step}" if next_step else message)
+        super().__init__(message, *_as_next_step(next_step))
         self.reason = reason
         self.path = str(path)
         self.problem = problem
         self.tensor = tensor
         self.field = field
-        self.next_step = next_step
+        self.next_step = None if next_step is None else spelled(_words(next_step))
+
+
+def _words(text: str | Words) -> Words:
+    return (text,) if isinstance(text, str) else text
+
+
+def _as_next_step(text: str | Words | None) -> Words:
+    return (". ", *_words(text)) if text else ()
 
 
 class SourceError(InvalidFileError):
@@ -148,12 +188,18 @@ class HubError(QformatError):
     """
 
     def __init__(
-        self, repository: str, problem: str, *, next_step: str, status: int | None = None, code: str | None = None
+        self,
+        repository: str,
+        problem: str,
+        *,
+        next_step: str | Words,
+        status: int | None = None,
+        code: str | None = None,
     ) -> None:
-        super().__init__(f"{repository}: {problem}. {next_step}")
+        super().__init__(f"{repository}: {problem}", *_as_next_step(next_step))
         self.repository = repository
         self.problem = problem
-        self.next_step = next_step
+        self.next_step = spelled(_words(next_step))
         self.status = status
         self.code = code
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Context, Decimal
 from typing import Literal
 
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError
 
 _DECIMAL_UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
@@ -36,7 +36,7 @@ Rounding = Literal["nearest", "up", "down"]
 _DECIMAL_ROUNDING: Mapping[Rounding, str] = {"nearest": ROUND_HALF_EVEN, "up": ROUND_CEILING, "down": ROUND_FLOOR}
 
 
-def parse_nbytes(option: str, text: str, *, or_else: str = "") -> int:
+def parse_nbytes(option: str | Option, text: str, *, or_else: str = "") -> int:
     """Return the bytes of a size such as `5GB`, `512MiB` or `7`, rounded down.
 
     option: what the size was given for, and or_else: what else may stand there; both are for the message.
@@ -46,7 +46,7 @@ def parse_nbytes(option: str, text: str, *, or_else: str = "") -> int:
     unit = _NBYTES.get(match[2].lower()) if match is not None else None
     nbytes = int(Decimal(match[1]) * unit) if match is not None and unit is not None else _LIMIT
     if nbytes >= _LIMIT:
-        raise UsageError(f"{option} {text!r}: expected {or_else}bytes with or without a unit, such as 0, 512MiB or 5GB")
+        raise UsageError(option, f" {text!r}: expected {or_else}bytes with or without a unit, such as 0, 512MiB or 5GB")
     return nbytes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -35,7 +36,53 @@ ALLOWED = {
     | {"qformat.codec", "qformat.artifact", "qformat.report", "qformat.converters", "qformat.kernels", "qformat.model"}
     | {"qformat.training", "qformat.hub", "qformat.quality"},
 }
-"""What each layer may import besides itself. `qformat` itself (version, lazy public names) is free to all."""
+"""What each layer may import besides itself. Nothing imports `qformat` itself, whose public names are lazy."""
+
+ROOMS_BELOW = {
+    "qformat.codec": ("qformat.codec.cpu", "qformat.codec.foreign"),
+    "qformat.codec.cpu": ("qformat.codec.foreign",),
+    "qformat.artifact": ("qformat.artifact.writing",),
+    "qformat.artifact.reading": ("qformat.artifact.writing",),
+    "qformat.hub": ("qformat.hub.card", "qformat.hub.publishing"),
+    "qformat.hub.reading": ("qformat.hub.card", "qformat.hub.publishing"),
+    "qformat.hub.card": ("qformat.hub.publishing",),
+    "qformat.quality.calibration": ("qformat.quality.evaluation", "qformat.quality.tuning"),
+    "qformat.quality.evaluation": ("qformat.quality.calibration", "qformat.quality.tuning"),
+    "qformat.quality.tuning": ("qformat.quality.calibration", "qformat.quality.evaluation"),
+    "qformat.training.adapter": (
+        "qformat.training.data",
+        "qformat.training.memory_plan",
+        "qformat.training.optimizer",
+    ),
+    "qformat.training.data": (
+        "qformat.training.adapter",
+        "qformat.training.memory_plan",
+        "qformat.training.optimizer",
+    ),
+    "qformat.training.optimizer": (
+        "qformat.training.adapter",
+        "qformat.training.data",
+        "qformat.training.memory_plan",
+    ),
+    "qformat.training": ("qformat.training.memory_plan",),
+    "qformat.converters.sources": (
+        "qformat.converters.rules",
+        "qformat.converters.encode",
+        "qformat.converters.decode",
+        "qformat.converters.compare",
+    ),
+    "qformat.converters.rules": (
+        "qformat.converters.encode",
+        "qformat.converters.decode",
+        "qformat.converters.compare",
+    ),
+    "qformat.converters.encode": ("qformat.converters.decode", "qformat.converters.compare"),
+    "qformat.converters.decode": ("qformat.converters.compare",),
+    "qformat.converters.compare": ("qformat.converters.decode",),
+    "qformat.cli": ("qformat.cli.commands",),
+    "qformat.cli.commands": ("qformat.cli.commands",),
+}
+"""What the modules of a folder may not import: the rooms of the same layer that build on it, or stand beside it."""
 
 NO_TORCH = (
     "qformat.errors",
@@ -58,6 +105,7 @@ def layer_of(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     found = {}
     for folder, package in ((ROOT / "qformat", "qformat"), (ROOT / "converters", "qformat.converters")):
@@ -67,6 +115,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Every absolute module that a file imports, those inside functions included."""
     found: set[str] = set()
@@ -84,9 +133,45 @@ def imports_of(path: Path) -> set[str]:
 def test_every_import_points_down_the_layers(module: str) -> None:
     layer = layer_of(module)
     for imported in imports_of(modules()[module]):
-        if imported.startswith("qformat.") and imported != "qformat.__version__":
+        if imported.startswith("qformat."):
             target = layer_of(imported)
             assert target == layer or target in ALLOWED[layer], f"{module} imports {imported}"
+
+
+def may_not_import(module: str) -> tuple[str, ...]:
+    """The rooms that a module may not import: of its folder, or of the nearest one around it that has any."""
+    room = module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
+    below = ROOMS_BELOW.get(room)
+    while below is None and "." in room:
+        inner, room = room, room.rpartition(".")[0]
+        if inner in ROOMS_BELOW.get(room, ()):
+            return ()
+        below = ROOMS_BELOW.get(room)
+    return below or ()
+
+
+def test_every_room_is_there() -> None:
+    named = {*ROOMS_BELOW, *(room for rooms in ROOMS_BELOW.values() for room in rooms)}
+    assert named <= modules().keys()
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_every_import_points_down_the_rooms_of_a_layer(module: str) -> None:
+    forbidden = tuple(f"{room}." for room in may_not_import(module))
+    assert {name for name in imports_of(modules()[module]) if f"{name}.".startswith(forbidden)} == set()
+
+
+def test_the_package_itself_imports_only_its_version() -> None:
+    body = ast.parse((ROOT / "qformat" / "__init__.py").read_text()).body
+    at_import = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {node.module for node in at_import if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in at_import if isinstance(node, ast.Import) for alias in node.names}
+    assert {name for name in imported if name is not None and name.startswith("qformat")} <= {"qformat.version"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_tools_do_not_import_tests(path: Path) -> None:
+    assert {name for name in imports_of(path) if name.split(".")[0] == "tests"} == set()
 
 
 @pytest.mark.parametrize("module", [name for name in sorted(modules()) if layer_of(name) in NO_TORCH])

@@ -18,12 +18,14 @@ from qformat.errors import (
     HubError,
     Interrupted,
     InvalidFileError,
+    Option,
     QformatError,
     Reason,
     SourceError,
     TargetError,
     UsageError,
     VerificationError,
+    spelled,
 )
 
 
@@ -81,3 +83,21 @@ def test_a_message_names_file_tensor_field_problem_and_next_step(arguments: dict
     assert str(error) == message
     assert error.reason is Reason.JSON_SYNTAX
     assert (error.path, error.tensor, error.field) == ("f.json", arguments.get("tensor"), arguments.get("field"))
+
+
+def test_a_message_names_options_as_python_writes_them_and_keeps_them_as_values() -> None:
+    error = UsageError(
+        "out: holds something. Use ", Option("force_it", True), ", ", Option("rank"), " or ", Option("to", "x")
+    )
+    assert str(error) == "out: holds something. Use force_it=True, rank or to='x'"
+    assert spelled(error.words, lambda option: option.name.upper()) == "out: holds something. Use FORCE_IT, RANK or TO"
+
+
+@pytest.mark.parametrize("error", [
+    SourceError(Reason.TRUNCATED, "f.bin", "broken", next_step=("Try ", Option("keep_source", True))),
+    HubError("f.bin", "broken", next_step=("Try ", Option("keep_source", True))),
+])  # fmt: skip
+def test_a_next_step_may_name_options(error: SourceError | HubError) -> None:
+    assert str(error) == "f.bin: broken. Try keep_source=True"
+    assert error.next_step == "Try keep_source=True"
+    assert spelled(error.words, lambda option: "...") == "f.bin: broken. Try ..."

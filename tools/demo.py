@@ -109,7 +109,7 @@ def train(folder: Path, artifact: Path) -> None:
     shutil.rmtree(adapter, ignore_errors=True)
     data = ["--data", str(questions / "train.jsonl"), "--eval-data", str(questions / "held_out.jsonl")]
     steps = ["--max-steps", "24", "--grad-accum", "2", "--seq-len", "512", "--packing", "--learning-rate", "1e-3"]
-    run_qformat("train", str(artifact), *data, "--output", str(adapter), *steps, "--no-gradient-checkpointing")
+    run_qformat("train", str(artifact), str(adapter), *data, *steps, "--no-gradient-checkpointing")
     ask = ["--chat", "--prompt", QUESTION, "--max-new-tokens", "64"]
     run_qformat("generate", str(artifact), *ask)
     run_qformat("generate", str(artifact), "--adapter", str(adapter), *ask)

@@ -33,7 +33,7 @@ from qformat.codec.cpu.blocks import decode_into, decode_scales_into, encode_int
 from qformat.codec.cpu.compiling import telling_of_compilation
 from qformat.codec.cpu.error_sums import RunningErrors, count_codes
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
-from qformat.codec.nf4 import block_count, packed_nbytes
+from qformat.codec.nf4 import BLOCK_SIZES, block_count, packed_nbytes
 from qformat.converters.compare.chosen_codes import count_far_scales, not_chosen
 from qformat.converters.compare.comparison import Comparison, KeptComparison, PackedComparison
 from qformat.converters.compare.differences import (
@@ -53,7 +53,7 @@ __all__ = ["Comparison", "compare"]
 
 
 def compare(
-    artifact: Path | str,
+    artifact: Path | str | Artifact,
     source: Path | str | Source,
     *,
     workers: int | None = None,
@@ -72,7 +72,7 @@ def compare(
     with ExitStack() as stack:
         if opened is not source:
             stack.callback(opened.close)
-        checked = stack.enter_context(open_artifact(artifact))
+        checked = artifact if isinstance(artifact, Artifact) else stack.enter_context(open_artifact(artifact))
         shards = ShardFiles(checked.structure, stack)
         with telling_of_compilation(on_compile):
             _warm_up(checked.manifest.tensors.values())
@@ -101,7 +101,7 @@ class _Buffers(threading.local):
         self.stored = np.empty(nbytes, np.uint8)
         self.decoded = np.empty(nbytes, np.uint8)
         self.packed = np.empty(nbytes // 4, np.uint8)
-        self.absmax = np.empty(nbytes // 2 // 32, np.float32)
+        self.absmax = np.empty(nbytes // 2 // min(BLOCK_SIZES), np.float32)
 
 
 _Compared = tuple[PackedComparison | KeptComparison | None, list[Finding]]

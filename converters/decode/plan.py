@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import qformat
 from qformat import strict_json
 from qformat.artifact.layout import Shard, natural_order, place
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
@@ -22,6 +21,7 @@ from qformat.converters.encode.tasks import Place
 from qformat.converters.sources.side_files import MAX_SIDE_FILE_NBYTES
 from qformat.errors import ArtifactError, Reason
 from qformat.names import CARD_NAME, CONFIG_NAME, INDEX_NAME
+from qformat.version import __version__
 
 """No file of an artifact, but carried over where somebody put one beside it, as on the Hub."""
 
@@ -155,7 +155,7 @@ def _set_dtypes(config: JsonObject, target: FloatFormat) -> None:
 
 def _fingerprint(artifact: Artifact, shards: tuple[Shard, ...], small_files: Mapping[str, bytes]) -> str:
     """Return a digest of everything that decides the output's bytes. The manifest names the digests of all weights."""
-    digest = hashlib.sha256(f"export {qformat.__version__}\n".encode())
+    digest = hashlib.sha256(f"export {__version__}\n".encode())
     digest.update(artifact.manifest.to_bytes())
     for shard in shards:
         digest.update(shard.name.encode("utf-8") + shard.header)

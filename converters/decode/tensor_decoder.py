@@ -17,13 +17,11 @@ from qformat.artifact.packed_arrays import BlockScales
 from qformat.artifact.reading.shard_files import ShardFiles
 from qformat.codec import quant_state
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
-from qformat.codec.nf4 import block_count, packed_nbytes
+from qformat.codec.nf4 import BLOCK_SIZES, block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 from qformat.converters.decode.plan import ExportTask
 from qformat.converters.decode.stored_parts import StoredPart, kept_part, packed_parts
 from qformat.converters.sources.chunks import ChunkSizes
-
-_SMALLEST_BLOCK = 32
 
 _LARGEST_FINITE = {FloatFormat.BF16: 3.3895e38, FloatFormat.F16: 65504.0, FloatFormat.F32: 3.4028e38}
 """Largest finite values, rounded down: what stays below them cannot become infinite."""
@@ -37,7 +35,7 @@ class _Buffers(threading.local):
     def __init__(self, nbytes: int) -> None:
         self.out = np.empty(nbytes, np.uint8)
         self.packed = np.empty(nbytes // 4, np.uint8)
-        self.scales = np.empty(nbytes // 2 // _SMALLEST_BLOCK * 4, np.uint8)
+        self.scales = np.empty(nbytes // 2 // min(BLOCK_SIZES) * 4, np.uint8)
 
 
 class TensorDecoder:

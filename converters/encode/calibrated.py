@@ -16,7 +16,7 @@ from qformat.converters.encode.plan import Plan
 from qformat.converters.encode.small_files import small_json
 from qformat.converters.sources.reading import StreamedSource
 from qformat.converters.sources.source import Source
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError
 from qformat.names import CONFIG_NAME
 from qformat.quality.calibration.settings import CalibrationSettings
 
@@ -43,7 +43,10 @@ def calibrate(
     Raises: SourceError, UsageError, DataError.
     """
     if isinstance(source, StreamedSource):
-        raise UsageError(f"{source.location}: its layers are read again and again. Store it first, with --keep-source")
+        raise UsageError(
+            f"{source.location}: its layers are read again and again. Store it first, with ",
+            Option("keep_source", True),
+        )
     if plan.adopted:
         name = plan.adopted[0].source.name
         raise UsageError(f"{source.location}: {name!r} is in 4 bit already. Calibrate the 16-bit checkpoint")

@@ -30,7 +30,7 @@ from qformat.converters.encode.tasks import KeptTask, PackedTask, Place, Task, T
 from qformat.converters.sources.reading import Reading, reading_of
 from qformat.converters.sources.source import Source
 from qformat.cores import run_tasks
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 from qformat.names import MANIFEST_NAME
 
 
@@ -127,7 +127,7 @@ class _Run:
                     self._source.location / task.source.file,
                     f"was changed since {self._staging.work} was begun",
                     tensor=task.source.name,
-                    next_step="Put the old file back, or drop what is half done with --restart",
+                    next_step=("Put the old file back, or drop what is half done with ", Option("restart", True)),
                 )
             if self._is_on_disk(task, digests):
                 done[task.source.name] = digests

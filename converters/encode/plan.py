@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import qformat
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.layout import Shard, natural_order, place
@@ -32,6 +31,7 @@ from qformat.converters.rules.skip_list import skip_modules
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import SourceError
 from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from qformat.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class Plan:
             files=files,
             recipe=self.recipe,
             source=self.source,
-            generator=f"qformat {qformat.__version__}",
+            generator=f"qformat {__version__}",
         )
 
     def _manifest_nbytes(self) -> int:
@@ -193,7 +193,7 @@ def _as_json(value: Mapping[str, object]) -> JsonObject:
 
 def _fingerprint(source: Source, shards: tuple[Shard, ...], small_files: Mapping[str, bytes]) -> str:
     """Return a digest of everything that decides the output's bytes, but for the weights themselves."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION} {qformat.__version__} {source.fingerprint()}".encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {__version__} {source.fingerprint()}".encode())
     for shard in shards:
         digest.update(shard.name.encode("utf-8") + shard.header)
     for name, data in sorted(small_files.items()):

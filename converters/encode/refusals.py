@@ -10,7 +10,7 @@ from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.converters.rules.rules import module_path
 from qformat.converters.sources.source import Source, SourceTensor
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 
 _QUANTIZED_SUFFIXES = {
     ".absmax": "bitsandbytes",
@@ -67,7 +67,7 @@ def refuse_names(source: Source, tensors: Sequence[SourceTensor], layouts: Mappi
                     path,
                     f"has the name that the {part.label} of {tensor.name!r} must get",
                     tensor=name,
-                    next_step=f"Keep that one as it is with --skip {module_path(tensor.name)!r}",
+                    next_step=("Keep that one as it is with ", Option("skip", (module_path(tensor.name),))),
                 )
             if len(name.encode("utf-8")) > MAX_NAME_NBYTES:
                 raise SourceError(
@@ -75,7 +75,7 @@ def refuse_names(source: Source, tensors: Sequence[SourceTensor], layouts: Mappi
                     path,
                     f"the name of its {part.label} would have more than {MAX_NAME_NBYTES} bytes",
                     tensor=tensor.name,
-                    next_step="Keep it as it is with --skip",
+                    next_step=("Keep it as it is with ", Option("skip", (module_path(tensor.name),))),
                 )
 
 

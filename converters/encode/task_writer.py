@@ -19,12 +19,12 @@ from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
 from qformat.codec.cpu.blocks import add_in_order, encode_absmax_into, encode_into
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
-from qformat.codec.nf4 import block_count, packed_nbytes
+from qformat.codec.nf4 import BLOCK_SIZES, block_count, packed_nbytes
 from qformat.converters.encode.staged_shards import Progress, StagedShards
 from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, Task, TensorDigests
 from qformat.converters.sources.chunks import CHUNK_SIZES, read_chunks
 from qformat.converters.sources.source import Source, SourceTensor
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 
 ABSMAX_CHUNK = 256 * NESTED_BLOCK_SIZE
 """Absmax values encoded at a time."""
@@ -36,7 +36,7 @@ class _Buffers(threading.local):
     def __init__(self, nbytes: int) -> None:
         self.source = np.empty(nbytes, np.uint8)
         self.packed = np.empty(nbytes // 4, np.uint8)
-        self.absmax = np.empty(nbytes // 2 // 32, np.float32)
+        self.absmax = np.empty(nbytes // 2 // min(BLOCK_SIZES), np.float32)
 
 
 class TaskWriter:
@@ -211,7 +211,7 @@ def nonfinite_error(
         source.location / tensor.file,
         f"{values[index]} at {list(position)}: a weight that is not finite cannot be encoded",
         tensor=tensor.name,
-        next_step="Keep such tensors as they are with --keep-nonfinite",
+        next_step=("Keep such tensors as they are with ", Option("keep_nonfinite", True)),
     )
 
 

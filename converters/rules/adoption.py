@@ -11,7 +11,7 @@ from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
 from qformat.converters.rules.rules import KeepReason, individual_decisions, module_path
 from qformat.converters.rules.skip_list import skip_modules
 from qformat.converters.sources.source import Source
-from qformat.errors import Reason, SourceError, UsageError
+from qformat.errors import Option, Reason, SourceError, UsageError
 from qformat.names import CONFIG_NAME
 
 _SKIP_LIST = "llm_int8_skip_modules"
@@ -25,7 +25,11 @@ def choose(recipe: Recipe, tensors: Sequence[TensorSpec], source: Source) -> dic
     """
     if recipe.rules:
         raise UsageError(
-            f"{source.location}: is in 4 bit already and is adopted as it is: no recipe and no --skip can change that"
+            f"{source.location}: is in 4 bit already and is adopted as it is: no ",
+            Option("recipe"),
+            " and no ",
+            Option("skip"),
+            " can change that",
         )
     decisions = individual_decisions(tensors, source.config)
     choices: dict[str, Choice] = {}

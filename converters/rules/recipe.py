@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from qformat.artifact.tensor_spec import TensorSpec
+from qformat.codec.nf4 import BLOCK_SIZES, DEFAULT_BLOCK_SIZE
 from qformat.converters.rules.rules import (
     Decision,
     KeepReason,
@@ -32,9 +33,8 @@ from qformat.converters.rules.rules import (
     individual_decisions,
     module_path,
 )
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError, Words
 
-BLOCK_SIZES: Final = (32, 64, 128, 256)
 _RULE_KEYS: Final = ("pattern", "action", "block_size", "double_quant")
 _N_NEAREST: Final = 3
 
@@ -43,7 +43,7 @@ _N_NEAREST: Final = 3
 class NF4Options:
     """How a weight is encoded."""
 
-    block_size: int = 64  # elements
+    block_size: int = DEFAULT_BLOCK_SIZE  # elements
     double_quant: bool = True
 
 
@@ -55,7 +55,7 @@ class Rule:
     action: Literal["nf4", "keep"]
     block_size: int | None = None
     double_quant: bool | None = None
-    origin: str = field(default="rule", compare=False)
+    origin: str | Option = field(default="rule", compare=False)
 
     def matches(self, tensor_name: str) -> bool:
         """Tell whether the pattern matches the tensor's name without ".weight"."""
@@ -64,7 +64,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Ordered rules, those of `--skip` first, and the options of what they leave open."""
+    """Ordered rules, those of `skip` first, and the options of what they leave open."""
 
     defaults: NF4Options
     rules: tuple[Rule, ...]
@@ -113,15 +113,17 @@ class Choice:
 
 
 def load_recipe(
-    path: Path | None, *, skip: Sequence[str] = (), block_size: int = 64, double_quant: bool = True
+    path: Path | None, *, skip: Sequence[str] = (), block_size: int = DEFAULT_BLOCK_SIZE, double_quant: bool = True
 ) -> Recipe:
-    """Read a recipe file, with `--skip` patterns as keep rules in front of it.
+    """Read a recipe file, with `skip` patterns as keep rules in front of it.
 
     Raises:
         UsageError: the file cannot be read, is not TOML or holds a wrong key or value; so does an option.
     """
-    defaults = NF4Options(_checked_block_size(block_size, "--block-size"), double_quant)
-    skips = tuple(Rule(_checked_pattern(pattern, "--skip"), "keep", origin=f"--skip {pattern!r}") for pattern in skip)
+    defaults = NF4Options(_checked_block_size(block_size, Option("block_size")), double_quant)
+    skips = tuple(
+        Rule(_checked_pattern(pattern, Option("skip")), "keep", origin=Option("skip", (pattern,))) for pattern in skip
+    )
     return Recipe(defaults, skips + (_read_rules(path) if path is not None else ()))
 
 
@@ -179,15 +181,15 @@ def _parse_rule(table: object, origin: str) -> Rule:
     return Rule(pattern, "nf4", block_size, double_quant, origin)
 
 
-def _checked_pattern(value: object, what: str) -> str:
+def _checked_pattern(value: object, what: str | Option) -> str:
     if not isinstance(value, str) or not value:
-        raise UsageError(f"{what} must be a glob over module paths such as 'model.layers.0.*', got {value!r}")
+        raise UsageError(what, f" must be a glob over module paths such as 'model.layers.0.*', got {value!r}")
     return value
 
 
-def _checked_block_size(value: object, what: str) -> int:
+def _checked_block_size(value: object, what: str | Option) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value not in BLOCK_SIZES:
-        raise UsageError(f"{what} must be one of {', '.join(map(str, BLOCK_SIZES))}, got {value!r}")
+        raise UsageError(what, f" must be one of {', '.join(map(str, BLOCK_SIZES))}, got {value!r}")
     return value
 
 
@@ -199,15 +201,15 @@ def _check_rule_has_an_effect(rule: Rule, decisions: Mapping[str, Decision]) -> 
     matched = {name: decision for name, decision in decisions.items() if rule.matches(name)}
     if not matched:
         nearest = ", ".join(_nearest_modules(rule.pattern, decisions)) or "none, there are no tensors"
-        raise UsageError(f"{rule.origin}: the pattern {rule.pattern!r} matches no tensor; nearest: {nearest}")
+        raise UsageError(rule.origin, f": the pattern {rule.pattern!r} matches no tensor; nearest: {nearest}")
     if rule.action == "nf4" and not any(
         decision.quantize or _may_be_vouched_for(decision) for decision in matched.values()
     ):
         name, decision = next(iter(matched.items()))
         phrase = decision.reason.phrase if decision.reason is not None else ""
         raise UsageError(
-            f"{rule.origin}: the pattern {rule.pattern!r} matches nothing that may be quantized "
-            f"({module_path(name)}: {phrase})"
+            rule.origin,
+            f": the pattern {rule.pattern!r} matches nothing that may be quantized ({module_path(name)}: {phrase})",
         )
 
 
@@ -249,13 +251,14 @@ def _couple(recipe: Recipe, choices: Mapping[str, Choice]) -> dict[str, Choice]:
                 if choice.quantize:
                     coupled[name] = Choice(None, KeepReason.COUPLED, is_linear=True, by_rule=None)
         elif len({choice.options for choice in members.values()}) > 1:
-            listed = "; ".join(_describe(recipe, name, choice) for name, choice in members.items())
-            raise UsageError(f"weights that vLLM fuses into {group.fused_module} need the same options: {listed}")
+            listed = [word for name, choice in members.items() for word in ("; ", *_describe(recipe, name, choice))]
+            raise UsageError(f"weights that vLLM fuses into {group.fused_module} need the same options: ", *listed[1:])
     return coupled
 
 
-def _describe(recipe: Recipe, name: str, choice: Choice) -> str:
+def _describe(recipe: Recipe, name: str, choice: Choice) -> Words:
     assert choice.options is not None
-    by = "by default" if choice.by_rule is None else f"by {recipe.rules[choice.by_rule].origin}"
+    by: Words = ("by default",) if choice.by_rule is None else ("by ", recipe.rules[choice.by_rule].origin)
     double_quant = "true" if choice.options.double_quant else "false"
-    return f"{module_path(name)}: block_size {choice.options.block_size}, double_quant {double_quant} ({by})"
+    options = f"block_size {choice.options.block_size}, double_quant {double_quant}"
+    return (f"{module_path(name)}: {options} (", *by, ")")

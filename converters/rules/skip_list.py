@@ -11,7 +11,7 @@ from typing import Protocol
 
 from qformat.converters.rules import linear_names as names
 from qformat.converters.rules.rules import KeepReason, coupled_groups, model_types, module_path
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError, Words
 from qformat.names import CONFIG_NAME
 
 
@@ -101,11 +101,11 @@ def _check_no_entry_matches(entries: Iterable[str], quantized_modules: Iterable[
             if matches(module):
                 raise _skip_list_error(
                     f"the entry {entry!r} of a 16-bit module also matches {module!r}, which is quantized",
-                    f"Keep that one as well: --skip {module!r}",
+                    ("Keep that one as well: ", Option("skip", (module,))),
                 )
 
 
-def _skip_list_error(problem: str, next_step: str) -> SourceError:
+def _skip_list_error(problem: str, next_step: str | Words) -> SourceError:
     return SourceError(
         Reason.SKIP_MODULES,
         CONFIG_NAME,

@@ -13,7 +13,7 @@ from qformat.artifact.limits import MAX_DIMENSIONS, MAX_SIZE
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.quant_state import QuantState
-from qformat.converters.sources.decoding_source import DecodingSource
+from qformat.converters.sources.encoded.decoding_source import DecodingSource
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import ArtifactError, Reason, SourceError
 from qformat.names import CONFIG_NAME

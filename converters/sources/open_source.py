@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.source import Source
-from qformat.errors import Reason, SourceError, UsageError
+from qformat.errors import Option, Reason, SourceError, UsageError
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.names import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, SINGLE_TORCH_NAME, is_repository_name
 
@@ -63,8 +63,11 @@ def open_source(
         return _open_hub(
             str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin, transfer=transfer
         )
-    if revision is not None or offline or keep_source:
-        raise UsageError(f"{location}: is no repository of the Hub (owner/name), and the option is for those")
+    for name, given in (("revision", revision is not None), ("offline", offline), ("keep_source", keep_source)):
+        if given:
+            raise UsageError(
+                f"{location}: is no repository of the Hub (owner/name), and ", Option(name), " is for those"
+            )
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     container = _container_at(path, names)
@@ -154,13 +157,13 @@ def _open_gguf(path: Path) -> Source:
 
 
 def _open_fp8(stored: Source) -> Source:
-    from qformat.converters.sources.fp8_blocks import Fp8Blocks
+    from qformat.converters.sources.encoded.fp8_blocks import Fp8Blocks
 
     return Fp8Blocks(stored)
 
 
 def _open_mxfp4(stored: Source) -> Source:
-    from qformat.converters.sources.mxfp4 import Mxfp4
+    from qformat.converters.sources.encoded.mxfp4 import Mxfp4
 
     return Mxfp4(stored)
 
@@ -215,7 +218,9 @@ _ENCODINGS = (
     _Encoding("mxfp4", "4-bit floats (gpt-oss), decoded to bf16", "mxfp4", open=_open_mxfp4),
 )
 
-_HUB = SourceKind("owner/name", "a repository of the Hub with safetensors, streamed; other encodings: --keep-source")
+_HUB = SourceKind(
+    "owner/name", "a repository of the Hub with safetensors, streamed; others: `qformat convert --keep-source`"
+)
 
 KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS, _HUB)
 """Every kind of source, for lists."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from qformat.artifact.manifest import JsonObject
-from qformat.converters.sources.decoding_source import DecodingSource
+from qformat.converters.sources.encoded.decoding_source import DecodingSource
 from qformat.converters.sources.source import Source, SourceTensor
 
 Record = Callable[[JsonObject], None]

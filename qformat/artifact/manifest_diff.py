@@ -80,10 +80,6 @@ class ManifestDifference:
         files = self.files_only_in_a or self.files_only_in_b or self.changed_files
         return self.same_weights and not (self.tensors or self.members or files) and self.same_shards
 
-    def with_aspect(self, aspect: Aspect) -> list[str]:
-        """Return the names of the tensors that differ in one way."""
-        return [tensor.name for tensor in self.tensors if aspect in tensor.aspects]
-
 
 def diff_manifests(a: Manifest, b: Manifest) -> ManifestDifference:
     """Compare two manifests."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
+
+from qformat import strict_json
+
+N_NAMED = 5
+"""A line names so many of a list, and tells how many more there are."""
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
@@ -69,6 +75,27 @@ def step_bar(total: int, description: str, unit: str) -> Iterator[Callable[[int]
         yield show
 
 
+def some(names: Sequence[str], *, of: str = "") -> str:
+    """Return the first of some names, and how many more there are. of: what they are, such as " tensors"."""
+    hidden = len(names) - N_NAMED
+    return ", ".join(names[:N_NAMED]) + (f" and {hidden}{of} more" if hidden > 0 else "")
+
+
+def echo_json(record: object) -> None:
+    """Print one JSON object."""
+    click.echo(strict_json.dumps(record, indent=2))
+
+
 def say_compiling() -> None:
     """Tell on stderr why the first run on a machine takes longer."""
     click.echo("Compiling kernels, once on this machine ...", err=True)
+
+
+def say_complete(out: Path) -> None:
+    """Tell that an earlier run had made this very output."""
+    click.echo(f"{out}: was complete already; cleaned up after the earlier run")
+
+
+def verdict(n_findings: int) -> str:
+    """Return the last line of a check."""
+    return f"NOT GOOD: {n_findings} finding{'s' if n_findings != 1 else ''}" if n_findings else "good"

@@ -11,9 +11,10 @@ from typing import NoReturn
 
 import click
 
-import qformat
+from qformat.cli.flags import as_flag
 from qformat.cli.waiting import choose_how_to_wait
-from qformat.errors import Interrupted, QformatError, UsageError
+from qformat.errors import Interrupted, QformatError, UsageError, spelled
+from qformat.version import __version__
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -36,7 +37,7 @@ COMMANDS = {
 
 
 class _LazyGroup(click.Group):
-    """A group whose commands live in `qformat.cli.NAME` under the name `command`."""
+    """A group whose commands live in `qformat.cli.commands.NAME` under the name `command`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -44,7 +45,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"qformat.cli.{cmd_name}").command
+        command = importlib.import_module(f"qformat.cli.commands.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
 
@@ -55,7 +56,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(qformat.__version__, prog_name="qformat")
+@click.version_option(__version__, prog_name="qformat")
 def cli() -> None:
     """Turn 16-bit model checkpoints into small, verifiable 4-bit (NF4) artifacts.
 
@@ -90,14 +91,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         wrong.show()
         return EXIT_USAGE
     except UsageError as wrong:
-        click.echo(f"Error: {wrong}", err=True)
+        click.echo(f"Error: {spelled(wrong.words, as_flag)}", err=True)
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort, Interrupted) as stopped:
         what_to_do = str(stopped) or "Nothing is lost: the same command continues."
         click.echo(f"\nInterrupted. {what_to_do}", err=True)
         return EXIT_INTERRUPTED
     except QformatError as failed:
-        click.echo(f"Error: {failed}", err=True)
+        click.echo(f"Error: {spelled(failed.words, as_flag)}", err=True)
         return EXIT_FAILED
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat import strict_json
+from qformat.cli.display import echo_json, verdict
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def verify_repository(repository: str, *, revision: str | None, public_key: Path
     report = verify_remote(repository, revision=revision, public_key=public_key)
     seconds = time.monotonic() - started
     if as_json:
-        click.echo(strict_json.dumps({**_facts(report), "seconds": round(seconds, 3)}, indent=2))
+        echo_json({**_facts(report), "seconds": round(seconds, 3)})
     else:
         _show(report, seconds)
     return report.good
@@ -61,5 +61,4 @@ def _show(report: RemoteReport, seconds: float) -> None:
         click.echo("signature: there, not checked; give the publisher's key with --public-key")
     for finding in report.findings:
         click.echo(f"{finding.reason}: {finding.message}")
-    n_findings = len(report.findings)
-    click.echo("good" if report.good else f"NOT GOOD: {n_findings} finding{'s' if n_findings != 1 else ''}")
+    click.echo(verdict(len(report.findings)))

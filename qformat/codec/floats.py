@@ -1,6 +1,10 @@
 """The three float formats that a weight may have, and exact conversions from and to float32 (spec section 6).
 
 numpy has no bfloat16: 16-bit formats travel as their bit patterns in uint16 arrays ("raw"), fp32 as float32.
+
+The one rule for float32 to bfloat16, whoever rounds: to the nearest value, ties to the even one; what is too large
+becomes infinity; subnormals are kept. A NaN stays a NaN: it keeps its sign and the upper bits of its payload, and is
+quiet. `narrow` is the definition; `cpu.scalars.rounded_to_bf16` and `cpu.lanes.narrowed` give the same bits.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ from qformat.codec.codebooks import NF4_CODEBOOK, NF4_THRESHOLDS
 BLOCK_SIZES = (32, 64, 128, 256)
 """The block sizes of format version 1 (elements that share one absmax)."""
 
+DEFAULT_BLOCK_SIZE = 64
+"""What a conversion takes where nobody says otherwise; bitsandbytes' default as well."""
+
 SMALLEST_DIVISOR = np.float32(1e-38)
 """A block's absmax is raised to this before weights are divided by it, so that an all-zero block divides."""
 

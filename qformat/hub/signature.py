@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import Manifest, parse
+from qformat.artifact.manifest import Manifest
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import read_small
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.hub.reading.listing import PublishedArtifact

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError
 from qformat.model.memory import peak_nbytes
 
 
@@ -97,7 +97,9 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
     if not chat:
         return tokenizer(prompt, return_tensors="pt")
     if tokenizer.chat_template is None:
-        raise UsageError("this tokenizer has no chat template. Leave out --chat, and write the whole prompt yourself")
+        raise UsageError(
+            "this tokenizer has no chat template. Leave out ", Option("chat"), ", and write the whole prompt yourself"
+        )
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    path: Path | str,
+    artifact: Path | str | MappedShards,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -46,6 +46,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load an artifact as a transformers model whose 4-bit weights stay packed.
 
+    artifact: its folder, or what `open_shards` has opened.
     device: where it runs, by default the GPU if there is one. On the CPU every tensor is a view of the mapped file, on
         a GPU one of its shard, which is read into a single allocation.
     dtype: of activations and of what was kept in 16 bit, by default that of config.json; another one copies the latter.
@@ -62,8 +63,7 @@ def load_model(
     there; DeviceMemoryError, before anything is read, where memory does not suffice, with what is needed.
     """
     target = chosen_device(device)
-    path = Path(path)
-    shards = MappedShards(read_bitsandbytes_folder(path)) if verify == "none" else open_shards(path)
+    shards = artifact if isinstance(artifact, MappedShards) else _opened(Path(artifact), verify)
     if device_map is not None and target.type == "cpu":
         raise UsageError("device_map: is for a GPU. On the CPU weights are mapped: pages are read when they are needed")
     if max_memory is not None and device_map is None:
@@ -122,6 +122,10 @@ def model_of_shards(
     return model
 
 
+def _opened(path: Path, verify: Verify) -> MappedShards:
+    return MappedShards(read_bitsandbytes_folder(path)) if verify == "none" else open_shards(path)
+
+
 def open_shards(path: Path) -> MappedShards:
     """Open an artifact, or a folder of NF4 weights that bitsandbytes + transformers wrote, which has no digests.
 
@@ -158,7 +162,11 @@ def _check_digests(shards: MappedShards, *, streamed: bool) -> None:
     if not isinstance(shards, Artifact):
         raise UsageError(f"{shards.path}: has no manifest, so there are no digests that verify='full' could compare")
     path = shards.path
-    findings = verify_other_files(path, shards.manifest) if streamed else verify_integrity(path).findings
+    findings = (
+        verify_other_files(path, shards.manifest)
+        if streamed
+        else verify_integrity(path, manifest=shards.manifest).findings
+    )
     if findings:
         raise findings[0].as_error(shards.path)
 

@@ -14,7 +14,7 @@ from qformat.artifact.reading.regular_files import open_regular
 from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.artifact.reading.structure import ShardLayout
 from qformat.cores import run_tasks, usable_cores
-from qformat.errors import Reason, SourceError, UsageError
+from qformat.errors import Option, Reason, SourceError, UsageError, Words
 
 
 def check_source(manifests: Mapping[str, Manifest], source: Path) -> set[str]:
@@ -25,7 +25,7 @@ def check_source(manifests: Mapping[str, Manifest], source: Path) -> set[str]:
     """
     expected = {artifact: _digests_of_weights(manifest) for artifact, manifest in manifests.items()}
     layout = read_headers(source, error=SourceError)
-    next_step = "Give its source, or --any-source to compare with this one all the same"
+    next_step = ("Give its source, or ", Option("any_source", True), " to compare with this one all the same")
     for artifact, digests in expected.items():
         _refuse_missing(artifact, digests, layout, next_step)
     found = _digests(layout, set().union(*expected.values()))
@@ -46,10 +46,11 @@ def check_whole_source(artifact: Artifact, source: Path, *, trust: bool) -> str:
         raise UsageError(
             f"{artifact.path}: its manifest does not name the digest of the source of {unknown[0]} and "
             f"{len(unknown) - 1} others, so nothing shows that {source} is what it was made from. "
-            "Convert the source anew, or take it on trust with --trust-source"
+            "Convert the source anew, or take it on trust with ",
+            Option("trust_source", True),
         )
     layout = read_headers(source, error=SourceError)
-    next_step = "Give the checkpoint that the artifact was made from"
+    next_step = ("Give the checkpoint that the artifact was made from",)
     _refuse_missing(artifact.path.name, expected, layout, next_step)
     found = _digests(layout, expected)
     _refuse_others(artifact.path.name, expected, found, layout, next_step)
@@ -87,7 +88,7 @@ def _digests(layout: ShardLayout, names: Collection[str]) -> dict[str, str]:
         return run_tasks(tasks, digest, workers=usable_cores(), thread_name="qformat-source")
 
 
-def _refuse_missing(artifact: str, expected: Mapping[str, str | None], layout: ShardLayout, next_step: str) -> None:
+def _refuse_missing(artifact: str, expected: Mapping[str, str | None], layout: ShardLayout, next_step: Words) -> None:
     for name in expected:
         if name not in layout.located:
             raise SourceError(
@@ -104,7 +105,7 @@ def _refuse_others(
     expected: Mapping[str, str | None],
     found: Mapping[str, str],
     layout: ShardLayout,
-    next_step: str,
+    next_step: Words,
 ) -> None:
     wrong = [name for name, digest in expected.items() if digest is not None and found[name] != digest]
     if wrong:

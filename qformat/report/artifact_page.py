@@ -9,14 +9,14 @@ from html import escape
 from pathlib import Path
 
 from qformat import strict_json
-from qformat.report.document import document, write_document
-from qformat.report.facts import (
+from qformat.artifact.verification_facts import (
     ComparisonFacts,
     FindingFacts,
     ManifestFacts,
     PackedFacts,
     VerificationFacts,
 )
+from qformat.report.document import document, write_document
 from qformat.report.ideal_codes import expected_shares
 from qformat.report.plots import Point, code_histogram, layer_panel, ticks
 from qformat.report.tables import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from qformat.report.facts import ErrorFacts
+from qformat.artifact.verification_facts import ErrorFacts
 
 _ABSENT: Final = "–"
 

@@ -20,7 +20,7 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import AdapterError, ArtifactError, TargetError, UsageError
+from qformat.errors import AdapterError, ArtifactError, Option, TargetError, UsageError, Words
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_NAME = "partial"
@@ -29,6 +29,7 @@ LATEST = "latest"
 
 _NAME = re.compile(r"checkpoint-([0-9]{1,12})")
 _MAX_SEAL_NBYTES = 2**20
+_RESUME: Words = ("continue with ", Option("resume", LATEST))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,12 @@ class CheckpointFolder:
     """The checkpoints in one output folder. to_continue: what a user is told to do when the disk has room again."""
 
     def __init__(
-        self, output: Path, *, keep: int, disk: Disk | None = None, to_continue: str = "continue with --resume"
+        self,
+        output: Path,
+        *,
+        keep: int,
+        disk: Disk | None = None,
+        to_continue: Words = _RESUME,
     ) -> None:
         self.output = output
         self._keep = keep
@@ -103,7 +109,7 @@ class CheckpointFolder:
             problem = disk_problem(error)
             if problem is None:
                 raise
-            raise TargetError(self._explain(self.folder(step), problem)) from error
+            raise TargetError(*self._explain(self.folder(step), problem)) from error
         self._disk.remove_folder(self.partial)
         for old in self.steps()[: -self._keep]:
             self._disk.remove_folder(self.folder(old))
@@ -118,7 +124,7 @@ class CheckpointFolder:
         """Return the latest checkpoint or a named one. Raises AdapterError if it is damaged, UsageError if absent."""
         steps = self.steps()
         if not steps:
-            raise UsageError(f"{self.output}: holds no checkpoint to resume from. Train without --resume")
+            raise UsageError(f"{self.output}: holds no checkpoint to resume from. Train without ", Option("resume"))
         if which == LATEST:
             return self._checked(steps[-1])
         match = _NAME.fullmatch(Path(which).name)
@@ -141,8 +147,10 @@ class CheckpointFolder:
             return read_checkpoint(self.folder(step))
         except AdapterError as damaged:
             whole = self.last_whole()
-            advice = "No other one is whole: train anew" if whole is None else f"Use --resume={whole}, which is whole"
-            raise AdapterError(f"{damaged}. {advice}") from None
+            advice: Words = ("No other one is whole: train anew",)
+            if whole is not None:
+                advice = ("Use ", Option("resume", whole), ", which is whole")
+            raise AdapterError(f"{damaged}. ", *advice) from None
 
     def _seal(self, folder: Path, step: int, facts: JsonObject) -> None:
         files: JsonObject = {}
@@ -161,13 +169,13 @@ class CheckpointFolder:
         self._disk.write_file(folder / SEAL_NAME, strict_json.dumps(seal, indent=2).encode())
         self._disk.sync_folder(folder)
 
-    def _explain(self, final: Path, problem: str) -> str:
+    def _explain(self, final: Path, problem: str) -> Words:
         free = self._disk.free_nbytes(self.output)
         whole = self.last_whole()
         kept = "there is none yet" if whole is None else f"{whole} is whole"
         return (
-            f"{final}: cannot be written: {problem} ({free:,} bytes are free). "
-            f"Of earlier ones, {kept}. Make room and {self._to_continue}"
+            f"{final}: cannot be written: {problem} ({free:,} bytes are free). Of earlier ones, {kept}. Make room and ",
+            *self._to_continue,
         )
 
 

@@ -15,7 +15,7 @@ from transformers import PrinterCallback
 
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import DeviceMemoryError, TargetError, UsageError
+from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
 from qformat.training.adapter.attach import add_adapter
@@ -82,10 +82,9 @@ def train(
     if checkpoint is None:
         check_free(job.output)
     if settings.eval_every is not None and not job.eval_data:
-        raise UsageError("eval_every: there is no evaluation data. Name some with --eval-data")
+        raise UsageError(Option("eval_every"), ": there is no evaluation data. Name some with ", Option("eval_data"))
     shards = open_shards(job.artifact)
     base = BaseRecord.of(shards.layout)
-    shards.close()
     prepared = _prepare(job, settings, say)
     facts: JsonObject = {
         "base": asdict(base),
@@ -99,7 +98,7 @@ def train(
 
     with _lack_of_memory_in_words():
         model = load_model(
-            job.artifact,
+            shards,
             device=settings.device,
             dtype=torch.bfloat16,
             trust_remote_code=settings.trust_remote_code,
@@ -121,8 +120,12 @@ def _lack_of_memory_in_words() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            "the device has too little memory to load the model or to update the weights. See with --dry-run what "
-            f"fits; lower --rank or --page-budget, or free memory that other programs hold: {error}"
+            "the device has too little memory to load the model or to update the weights. `qformat train --dry-run` "
+            "tells what fits; lower ",
+            Option("rank"),
+            " or ",
+            Option("page_budget"),
+            f", or free memory that other programs hold: {error}",
         ) from error
 
 
@@ -223,8 +226,8 @@ def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) ->
             disk.rename(path, result.output / path.name)
     except (OSError, SafetensorError) as error:
         raise TargetError(
-            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. "
-            "Make room and continue with --resume"
+            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. Make room and continue with ",
+            Option("resume", "latest"),
         ) from error
     finally:
         disk.remove_folder(folder)

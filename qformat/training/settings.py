@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError
 from qformat.sizes import parse_nbytes
 from qformat.strict_json import Json
 
@@ -38,7 +38,7 @@ def _setting(
 class TrainingSettings:
     """How to train. Raises UsageError for a value that makes no sense."""
 
-    max_steps: int | None = _setting(None, "Optimizer steps; instead of --epochs.", least=1)
+    max_steps: int | None = _setting(None, "Optimizer steps; instead of epochs.", least=1)
     epochs: float = _setting(1.0, "Times that every example is seen.", above=0)
     batch_size: int = _setting(1, "Rows of a micro-batch.", least=1)
     grad_accum: int = _setting(8, "Micro-batches of a step.", least=1)
@@ -89,9 +89,18 @@ class TrainingSettings:
         for item in fields(self):
             _check(item, getattr(self, item.name))
         if self.adapter_dtype == "bfloat16" and self.dora:
-            raise UsageError("dora: its magnitudes change by less than bfloat16 can tell. Use adapter_dtype float32")
+            raise UsageError(
+                Option("dora"),
+                ": its magnitudes change by less than bfloat16 can tell. Use ",
+                Option("adapter_dtype", "float32"),
+            )
         if self.packing and self.group_by_length:
-            raise UsageError("group_by_length: packed rows all have nearly the same length. Leave one of the two out")
+            raise UsageError(
+                Option("group_by_length"),
+                " and ",
+                Option("packing"),
+                ": packed rows all have nearly the same length. Leave one of the two out",
+            )
         page_budget_nbytes(self.page_budget)
 
     def to_json(self) -> dict[str, Json]:
@@ -129,7 +138,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def page_budget_nbytes(text: str) -> int | None:
     """Return the bytes that a budget names, None for "auto". Raises UsageError."""
-    return None if text == "auto" else parse_nbytes("page_budget", text, or_else="auto, or ")
+    return None if text == "auto" else parse_nbytes(Option("page_budget"), text, or_else="auto, or ")
 
 
 def value_type(item: Field[Any]) -> type:
@@ -163,15 +172,15 @@ def _check(item: Field[Any], value: Any) -> None:
     if value is None:
         return
     if says["choices"] and value not in says["choices"]:
-        raise UsageError(f"{item.name}: {value!r}, expected one of {', '.join(says['choices'])}")
+        raise UsageError(Option(item.name), f": {value!r}, expected one of {', '.join(says['choices'])}")
     if says["least"] is not None and not value >= says["least"]:
-        raise UsageError(f"{item.name}: {value!r}, expected at least {says['least']}")
+        raise UsageError(Option(item.name), f": {value!r}, expected at least {says['least']}")
     if says["above"] is not None and not value > says["above"]:
-        raise UsageError(f"{item.name}: {value!r}, expected more than {says['above']}")
+        raise UsageError(Option(item.name), f": {value!r}, expected more than {says['above']}")
     if says["most"] is not None and not value <= says["most"]:
-        raise UsageError(f"{item.name}: {value!r}, expected at most {says['most']}")
+        raise UsageError(Option(item.name), f": {value!r}, expected at most {says['most']}")
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        raise UsageError(f"{item.name}: {value!r}, expected a finite number")
+        raise UsageError(Option(item.name), f": {value!r}, expected a finite number")
 
 
 def _as_json(value: Any) -> Json:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
-from qformat.errors import DataError, TargetError, UsageError
+from qformat.errors import DataError, Option, TargetError, UsageError
 from qformat.strict_json import Json
 from qformat.training.checkpoints import LOCK_NAME, PARTIAL_NAME, Checkpoint, CheckpointFolder
 from qformat.training.metrics import METRICS_NAME
@@ -18,7 +18,11 @@ _NO_TRAINING = {PARTIAL_NAME, METRICS_NAME, LOCK_NAME, "runs"}
 def check_free(output: Path) -> None:
     """Raise TargetError for an output folder that cannot take a new training."""
     if CheckpointFolder(output, keep=1).steps():
-        raise TargetError(f"{output}: holds a training already. Continue it with --resume, or choose another name")
+        raise TargetError(
+            f"{output}: holds a training already. Continue it with ",
+            Option("resume", "latest"),
+            ", or choose another name",
+        )
     if output.is_dir() and not {entry.name for entry in output.iterdir()} <= _NO_TRAINING:
         raise TargetError(f"{output}: is not empty. Choose another name")
     if output.exists() and not output.is_dir():
@@ -52,11 +56,17 @@ def check_same_training(
     old, new = before["settings"], facts["settings"]
     assert isinstance(old, dict)
     assert isinstance(new, dict)
-    differences = [f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name]]
+    differences = [
+        word
+        for name in new
+        if old.get(name) != new[name]
+        for word in ("; ", Option(name), f" was {old.get(name)!r} and is {new[name]!r}")
+    ]
     if differences:
         raise UsageError(
-            f"{checkpoint.folder}: cannot be continued with other settings: {'; '.join(differences)}. "
-            "Use the same ones, or train anew in another folder"
+            f"{checkpoint.folder}: cannot be continued with other settings: ",
+            *differences[1:],
+            ". Use the same ones, or train anew in another folder",
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact import manifest as manifests
+from qformat.artifact.manifest_seal import seal
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError, HubError, Reason, TargetError, UsageError
 from qformat.hub.fetch import fetch
@@ -173,7 +173,7 @@ def test_another_revision_does_not_go_on_with_what_was_begun(
     with pytest.raises(HubError):
         do_fetch(tmp_path / "out", revision=hub.repositories.by_name[NAME].head.parent)
     hub.faults.clear()
-    with pytest.raises(TargetError, match="--restart"):
+    with pytest.raises(TargetError, match="restart=True"):
         do_fetch(tmp_path / "out", revision="other")
     do_fetch(tmp_path / "out", revision="other", restart=True)
     assert contents(tmp_path / "out") == published
@@ -215,7 +215,7 @@ def test_an_older_artifact_is_replaced_in_one_step_if_asked_to(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     do_fetch(tmp_path / "out")
-    with pytest.raises(TargetError, match="--force"):
+    with pytest.raises(TargetError, match="force=True"):
         do_fetch(tmp_path / "out")
     hub.repositories.commit(NAME, {"unrelated.txt": b""})
     do_fetch(tmp_path / "out", force=True)
@@ -253,7 +253,7 @@ def test_names_in_a_manifest_that_leave_the_folder_are_refused(
     at = next(number for number, line in enumerate(lines) if line.startswith('    "LICENSE"'))
     lines[at] = lines[at].replace('"LICENSE"', json.dumps(name))
     unsealed = "".join(lines).encode().replace(record["manifest_sha256"].encode(), b"0" * 64)
-    hub.repositories.commit(NAME, {"qformat.json": manifests.seal(unsealed)})
+    hub.repositories.commit(NAME, {"qformat.json": seal(unsealed)})
     with pytest.raises(ArtifactError, match=r"is not the plain name|there is no such file in the repository"):
         do_fetch(tmp_path / "out")
 

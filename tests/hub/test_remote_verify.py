@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact import manifest as manifests
+from qformat.artifact.manifest_seal import seal
 from qformat.errors import HubError, Reason
 from qformat.hub.card.licenses import License
 from qformat.hub.card.prepared_card import CardOptions
@@ -43,7 +43,7 @@ def resealed(published: dict[str, bytes], old: str, new: str) -> bytes:
     text = published["qformat.json"].decode()
     assert old in text
     digest = json.loads(text)["manifest_sha256"]
-    return manifests.seal(text.replace(old, new).replace(digest, "0" * 64).encode())
+    return seal(text.replace(old, new).replace(digest, "0" * 64).encode())
 
 
 def test_a_good_artifact_is_good_and_no_weights_are_fetched(hub: Hub, published: dict[str, bytes]) -> None:

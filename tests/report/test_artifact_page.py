@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qformat.artifact.verification_facts import ComparisonFacts, ErrorFacts, KeptFacts, PackedFacts, VerificationFacts
 from qformat.report.artifact_page import N_LARGEST, page, write_html
-from qformat.report.facts import ComparisonFacts, ErrorFacts, KeptFacts, PackedFacts, VerificationFacts
 
 VOID = {"meta"}
 EVIL = "model.layers.0.<script>alert(1)</script>.\"onload='x'&amp;.weight"
@@ -106,6 +106,7 @@ def facts_of(comparison: ComparisonFacts | None, *, path: str = "/models/Small-n
             "files": {"model.safetensors": {"nbytes": 9000, "sha256": "ab" * 32}},
         },
         "comparison": comparison,
+        "seconds": {"integrity": 0.5, "comparison": 0.0 if comparison is None else 1.5},
     }
 
 

@@ -66,7 +66,7 @@ def test_any_damage_is_noticed_and_the_file_named(folder: CheckpointFolder, name
         path.write_bytes(data[:-1] if damage == "cut" else data + b" " * (damage == "grow" and name != SEAL_NAME))
         if damage == "grow" and name == SEAL_NAME:
             path.write_bytes(data + b"}")
-    with pytest.raises(AdapterError, match=rf"{path.name}: .*--resume=checkpoint-2, which is whole"):
+    with pytest.raises(AdapterError, match=rf"{path.name}: .*resume='checkpoint-2', which is whole"):
         folder.find("latest")
     assert folder.last_whole() == "checkpoint-2"
 

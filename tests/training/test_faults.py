@@ -100,7 +100,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
     assert process.returncode == 1
     assert "TargetError" in told
     assert "checkpoint-4: cannot be written" in told
-    assert "checkpoint-2 is whole. Make room and continue with --resume" in told
+    assert "checkpoint-2 is whole. Make room and continue with resume='latest'" in told
     assert checkpoints.CheckpointFolder(output, keep=5).steps() == [2]
     assert not (output / "partial").exists()
     runs.run(artifact, examples, output, resume="latest")

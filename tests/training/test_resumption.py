@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_whole_one_offered(
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    with pytest.raises(AdapterError, match=r"optimizer\.pt: is damaged.*--resume=checkpoint-4"):
+    with pytest.raises(AdapterError, match=r"optimizer\.pt: is damaged.*resume='checkpoint-4'"):
         runs.run(artifact, examples, output, resume="latest")
     resumed = runs.run(artifact, examples, output, resume="checkpoint-4")
     assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(undisturbed.output)

@@ -12,6 +12,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from qformat.artifact.manifest import Manifest
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.errors import TargetError
 from qformat.model.load import load_model, load_tokenizer
 from qformat.training.result import TrainingResult
@@ -188,9 +190,23 @@ def test_an_output_that_holds_something_is_refused(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     for output, advice in (
-        (undisturbed.output, "--resume"),
+        (undisturbed.output, "resume='latest'"),
         (tmp_path / "full", "not empty"),
         (tmp_path / "no" / "where", "Create it"),
     ):
         with pytest.raises(TargetError, match=advice):
             runs.run(artifact, examples, output)
+
+
+def test_a_training_opens_and_checks_the_artifact_once(
+    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+
+    def counted(data: bytes, path: Path) -> Manifest:
+        parsed.append(path)
+        return parse(data, path)
+
+    monkeypatch.setattr("qformat.artifact.reading.manifest_parser.parse", counted)
+    runs.run(artifact, examples, tmp_path / "out", max_steps=1)
+    assert parsed == [artifact / "qformat.json"]

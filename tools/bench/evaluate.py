@@ -21,7 +21,7 @@ from qformat.model.load import load_tokenizer
 from qformat.model.memory import peak_nbytes
 from qformat.quality.evaluation.evaluate import evaluate
 from qformat.quality.windows import read_windows
-from tools.bench import interleaved
+from tools.bench.timing import interleaved
 
 BAR = 0.9
 

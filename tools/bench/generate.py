@@ -28,7 +28,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from tools.bench.interleaved import median_ratio
+from tools.bench.timing.interleaved import median_ratio
 
 SIDES = ("qformat", "inference", "exact")
 DECODING_PROMPT = 32

@@ -35,7 +35,7 @@ from qformat.kernels.implementations import implementation
 from qformat.kernels.ops import dequantize_nf4, dequantize_nf4_into, linear
 from qformat.kernels.packed_weight import PackedWeight
 from tools.bench import codec as bench_codec
-from tools.bench.interleaved import Call, median_ratio, time_in_turn
+from tools.bench.timing.interleaved import Call, median_ratio, time_in_turn
 
 BLOCK_SIZE = 64
 SHAPES = ("576x576", "1536x576", "2048x2048", "5632x2048", "4096x4096", "14336x4096")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qformat.training.optimizer.paged_adamw import PagedAdamW
-from tools.bench.interleaved import median_ratio
+from tools.bench.timing.interleaved import median_ratio
 
 Factory = Callable[[list[Tensor]], torch.optim.Optimizer]
 

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.bench.interleaved import median_ratio
-from tools.bench.stepping import Figures, peak_nbytes, serve_steps, start_side, step_in_turn
+from tools.bench.timing.interleaved import median_ratio
+from tools.bench.timing.stepping import Figures, peak_nbytes, serve_steps, start_side, step_in_turn
 
 SIDES = ("bitsandbytes", "bf16", "qformat", "unfused", "node on bf16")
 

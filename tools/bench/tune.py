@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools.bench.interleaved import median_ratio
-from tools.bench.stepping import peak_nbytes, serve_steps, start_side, step_in_turn
+from tools.bench.timing.interleaved import median_ratio
+from tools.bench.timing.stepping import peak_nbytes, serve_steps, start_side, step_in_turn
 
 SIDES = ("16 bit", "tune", "tune, cached")
 

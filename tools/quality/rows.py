@@ -17,7 +17,7 @@ from qformat.model.checkpoint import load_checkpoint
 from qformat.model.load import load_model
 from tools.quality import codebooks as quality_codebooks
 
-BLOCK_SIZES = (32, 64, 128)
+MEASURED_BLOCK_SIZES = (32, 64, 128)
 REFERENCE, PLAIN, CALIBRATED, TUNED, BOTH = "16-bit", "NF4-64-nested", "calibrated", "tuned", "both"
 
 
@@ -51,7 +51,7 @@ def rows(options: Options) -> list[Row]:
     """Return all rows, in the order of the table. Nothing is made until a row's model is loaded."""
     found = [Row(REFERENCE, "16-bit (bf16)", None, None, lambda: load_checkpoint(options.source, device="cpu"))]
     for codebook in ("FP4", "Int4", "NF4"):
-        for block_size in BLOCK_SIZES:
+        for block_size in MEASURED_BLOCK_SIZES:
             found += [_plain(options, codebook, block_size, nested=nested) for nested in (False, True)]
     calibration = ["--calibrate", str(options.data), "--calibration-tokens", str(options.calibration_tokens)]
     source, plain, calibrated = options.source, options.work / PLAIN, options.work / CALIBRATED

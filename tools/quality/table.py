@@ -207,7 +207,7 @@ def fine_tuned(key: str, base: str, windows: TokenWindows, options: argparse.Nam
     if not (adapter / "adapter_model.safetensors").exists():
         quality_rows.run_qformat(
             [
-                *("train", str(artifact), "--data", str(examples), "--output", str(adapter), "--device", "cpu"),
+                *("train", str(artifact), str(adapter), "--data", str(examples), "--device", "cpu"),
                 *("--max-steps", str(options.lora_steps), "--batch-size", "2", "--grad-accum", "1", "--seq-len", "256"),
                 *("--learning-rate", "5e-4", "--rank", "8", "--seed", "0", "--no-gradient-checkpointing"),
             ]

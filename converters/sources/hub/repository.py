@@ -12,7 +12,7 @@ from qformat.converters.sources.reading import Reading
 from qformat.converters.sources.safetensors_shards import SafetensorsShards
 from qformat.converters.sources.side_files import is_side_file
 from qformat.converters.sources.source import SourceTensor
-from qformat.errors import HubError, Reason, SourceError
+from qformat.errors import HubError, Option, Reason, SourceError
 from qformat.hub.reading.cache import CachedRepository, find_in_cache
 from qformat.hub.reading.download import download
 from qformat.hub.reading.remote import DEFAULT_REVISION, open_repository
@@ -63,7 +63,7 @@ class HubRepository(SafetensorsShards):
         if not isinstance(repository, CachedRepository):
             raise SourceError(
                 Reason.UNSUPPORTED_SOURCE, self.location / CONFIG_NAME, "this encoding cannot be decoded in a stream",
-                field="quantization_config", next_step="Download it first with --keep-source",
+                field="quantization_config", next_step=("Download it first with ", Option("keep_source", True)),
             )  # fmt: skip
         repository.check(self.files.shards)
 
@@ -115,7 +115,7 @@ def _at_the_hub(name: str, revision: str, *, is_pinned: bool, transfer: Transfer
         if is_pinned and refused.code == "RevisionNotFound":
             raise HubError(
                 name, f"commit {revision}, which the interrupted conversion was begun from, is gone",
-                next_step="Begin anew with --restart", status=refused.status, code=refused.code,
+                next_step=("Begin anew with ", Option("restart", True)), status=refused.status, code=refused.code,
             ) from None  # fmt: skip
         raise
 
@@ -125,7 +125,7 @@ def _cached(name: str, revision: str) -> CachedRepository:
     if cached is None:
         raise SourceError(
             Reason.MISSING_FILE, f"{name}@{revision}", "is not in the local cache of the Hub's client, and no request "
-            "may be made", next_step="Fetch it first: leave out --offline, or unset HF_HUB_OFFLINE",
+            "may be made", next_step=("Fetch it first: leave out ", Option("offline"), ", or unset HF_HUB_OFFLINE"),
         )  # fmt: skip
     return cached
 

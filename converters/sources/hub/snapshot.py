@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
-from qformat.converters.sources.decoding_source import DecodingSource
+from qformat.converters.sources.encoded.decoding_source import DecodingSource
 from qformat.converters.sources.hub.files import HubFiles
 from qformat.converters.sources.source import Source
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 from qformat.hub.reading.cache import CachedRepository
 
 
@@ -24,7 +24,10 @@ class HubSnapshot(DecodingSource):
         if not isinstance(repository, CachedRepository):
             raise SourceError(
                 Reason.UNSUPPORTED_SOURCE, files.path, "has no safetensors, and its other files cannot be streamed",
-                next_step="Download PyTorch's .bin files first with --keep-source; give a GGUF file by its path",
+                next_step=(
+                    "Download PyTorch's .bin files first with ", Option("keep_source", True),
+                    "; give a GGUF file by its path",
+                ),
             )  # fmt: skip
         repository.check(repository.files)
         stored = open_folder(repository.folder)

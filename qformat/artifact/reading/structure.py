@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from qformat import strict_json
-from qformat.artifact import header, manifest
+from qformat.artifact import header
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import DATA_ALIGNMENT, Header, TensorEntry
 from qformat.artifact.layout import alignment
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
+from qformat.artifact.reading import manifest_parser
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
@@ -59,12 +60,13 @@ class Structure(ShardLayout):
     manifest: Manifest
 
 
-def check_structure(path: Path) -> Structure:
+def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
     """Read headers and small maps of an artifact and check all that can be checked without its weights.
 
+    parsed: its manifest, where that was read already.
     Raises: ArtifactError with the reason, the file, the tensor and the field.
     """
-    parsed = read_manifest(path)
+    parsed = parsed or read_manifest(path)
     with ExitStack() as stack:
         descriptors: dict[str, int] = {}
         headers: dict[str, Header] = {}
@@ -99,7 +101,7 @@ def read_manifest(path: Path) -> Manifest:
     if not os.path.isdir(path):
         raise ArtifactError(Reason.MISSING_FILE, path, "there is no such folder")
     data = read_small(path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
-    return manifest.parse(data, path / MANIFEST_NAME)
+    return manifest_parser.parse(data, path / MANIFEST_NAME)
 
 
 def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, TensorSpec]]:

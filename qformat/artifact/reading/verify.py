@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from qformat.artifact import header
 from qformat.artifact.digests import sha256_of_file, xxh3_of_range
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest
 from qformat.artifact.reading.regular_files import open_regular
-from qformat.artifact.reading.structure import check_structure, expected_tensors, read_manifest, size_error
+from qformat.artifact.reading.structure import Structure, check_structure, expected_tensors, read_manifest, size_error
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
@@ -45,13 +45,18 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class IntegrityReport:
-    """The result of `verify_integrity`: good if nothing was found."""
+    """The result of `verify_integrity`: good if nothing was found.
+
+    manifest, structure: what was read on the way, None where it is damaged.
+    """
 
     path: Path
     findings: tuple[Finding, ...]
     n_files: int
     nbytes: int
     sha256_checked: bool
+    manifest: Manifest | None = field(default=None, repr=False)
+    structure: Structure | None = field(default=None, repr=False)
 
     @property
     def good(self) -> bool:
@@ -89,19 +94,23 @@ class RangeCheck:
 def verify_integrity(
     path: Path | str,
     *,
+    manifest: Manifest | None = None,
     sha256: bool = False,
     workers: int = 2,
+    on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> IntegrityReport:
     """Check the structure and every digest of an artifact; every problem is a finding, not an exception.
 
-    sha256: also take the SHA-256 of every shard (that of every other file is always taken). on_progress: bytes done.
+    manifest: the artifact's, where it was read already. sha256: also take the SHA-256 of every shard (that of every
+    other file is always taken). on_plan: once, the bytes of all shards. on_progress: bytes done.
     """
     path = Path(path)
     try:
-        manifest = read_manifest(path)
+        manifest = manifest or read_manifest(path)
     except ArtifactError as error:
         return IntegrityReport(path, (finding_of(error),), 0, 0, sha256)
+    on_plan(sum(record.nbytes for record in manifest.files.values() if record.header_xxh3 is not None))
     findings: list[Finding] = []
     with ExitStack() as stack:
         descriptors = _open_files(path, manifest, stack, findings)
@@ -123,9 +132,17 @@ def verify_integrity(
         findings += _found(checks, run, workers)
         findings += _found(whole, run_whole, workers)
     findings += _extra_files(path, manifest)
-    findings += _structure(path, findings)
+    structure: Structure | None = None
+    try:
+        structure = check_structure(path, parsed=manifest)
+    except ArtifactError as error:
+        # What the reader finds often only repeats what a digest has told about the same file.
+        found = finding_of(error)
+        findings += [found] if all(found.file != earlier.file for earlier in findings) else []
     nbytes = sum(record.nbytes for record in manifest.files.values())
-    return IntegrityReport(path, tuple(findings), len(manifest.files) + 1, nbytes, sha256)
+    return IntegrityReport(
+        path, tuple(findings), len(manifest.files) + 1, nbytes, sha256, manifest=manifest, structure=structure
+    )
 
 
 def _found(checks: Sequence[_Check], run: Callable[[_Check], Finding | None], workers: int) -> list[Finding]:
@@ -214,13 +231,3 @@ def _extra_files(path: Path, manifest: Manifest) -> Iterable[Finding]:
         if entry.name not in known and not entry.name.startswith("."):
             name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")  # a file's name need not be text
             yield Finding(Reason.EXTRA_FILE, name, f"{path / name}: is not in the manifest. Move it elsewhere")
-
-
-def _structure(path: Path, findings: list[Finding]) -> Iterable[Finding]:
-    """Yield what the reader finds, unless it only repeats what a digest has told about the same file."""
-    try:
-        check_structure(path)
-    except ArtifactError as error:
-        found = finding_of(error)
-        if all(found.file != earlier.file for earlier in findings):
-            yield found

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.errors import TargetError
+from qformat.errors import Option, TargetError
 from qformat.names import INDEX_NAME, MANIFEST_NAME
 from qformat.strict_json import Json
 
@@ -45,7 +45,7 @@ def check_target(out: Path, *, replace: bool, kind: OutputKind) -> None:
     if (obstacle := kind.obstacle(out)) is not None:
         raise TargetError(f"{out}: {obstacle}. Choose another name")
     if not replace:
-        raise TargetError(f"{out}: exists already. Choose another name, or replace it with --force")
+        raise TargetError(f"{out}: exists already. Choose another name, or replace it with ", Option("force", True))
 
 
 def holds_something(folder: Path) -> bool:

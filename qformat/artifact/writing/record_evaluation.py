@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import JsonObject, Manifest, parse, with_evaluation
+from qformat.artifact.manifest import JsonObject, Manifest
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.manifest_edits import with_evaluation
 from qformat.errors import ArtifactError, TargetError
 from qformat.names import MANIFEST_NAME
 

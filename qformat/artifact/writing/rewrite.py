@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import qformat
-from qformat.artifact import manifest as manifests
 from qformat.artifact.components import Component
 from qformat.artifact.digests import READ_NBYTES, Buffer, Xxh3
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manifest, TensorRecord
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import open_regular, read_chunks, read_exactly, read_small
 from qformat.artifact.reading.structure import (
     Located,
@@ -37,6 +36,7 @@ from qformat.artifact.reading.structure import (
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from qformat.version import __version__
 
 FETCH_AGAIN = "Fetch the file again"
 
@@ -119,7 +119,7 @@ class _Copy:
         """Return the bytes of the manifest. Raises ArtifactError if they are no longer those that were opened."""
         path = layout.path / MANIFEST_NAME
         data = read_small(layout.path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
-        if manifests.parse(data, path) != layout.manifest:
+        if parse(data, path) != layout.manifest:
             raise self._damaged(path, "it says something else than when it was opened")
         return data
 
@@ -261,7 +261,7 @@ def _renewed(
         files=records,
         recipe=old.recipe if recipe is None else recipe,
         evaluation=None if changed else old.evaluation,
-        generator=f"qformat {qformat.__version__}",
+        generator=f"qformat {__version__}",
     )
 
 

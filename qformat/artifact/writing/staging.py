@@ -27,7 +27,7 @@ from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk, allocated_nbytes
 from qformat.artifact.writing.output_kind import ARTIFACT, OutputKind, check_target, holds_something
-from qformat.errors import ArtifactError, InvalidFileError, TargetError
+from qformat.errors import ArtifactError, InvalidFileError, Option, TargetError
 from qformat.names import PARTIAL_SUFFIX
 
 _MAX_LINE_NBYTES = 2**20
@@ -124,7 +124,8 @@ class Staging:
             self._check_target()
             raise TargetError(
                 f"{self.work}: was begun from another {self._kind.made_from} than these. "
-                "Continue with the same ones, or drop what is there with --restart"
+                "Continue with the same ones, or drop what is there with ",
+                Option("restart", True),
             )
         sealing = [entry["sealing"] for entry in entries if "sealing" in entry]
         if sealing and sealing[-1] is not None and sealing[-1] == self._kind.identity(self.out):

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from qformat.codec import nf4
 from qformat.codec.cpu.blocks import decode_into
-from qformat.codec.cpu.kernels import Kernel, filled, jit, taken
-from qformat.codec.cpu.lanes import as_float
+from qformat.codec.cpu.kernels import Kernel, filled, format_literal, jit, raw_type, taken
+from qformat.codec.cpu.scalars import widened
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.errors import UsageError
@@ -77,33 +77,24 @@ def _require(name: str, array: NDArray[Any], dtype: type | np.dtype[np.generic],
 
 # Slices per block: with indices into the whole array numba keeps a branch for negative ones, and LLVM does not
 # vectorise (450 against 12,000 M weights/s on one thread with AVX-512).
-def _block_dots_bf16(values: Any, factors: Any, block_size: Any, out: Any) -> None:
+def _block_dots(values: Any, factors: Any, block_size: Any, out: Any, float_format: Any) -> None:
     for block in range(out.size):
-        bits = values[block * block_size : (block + 1) * block_size]
+        theirs = values[block * block_size : (block + 1) * block_size]
         mine = factors[block * block_size : (block + 1) * block_size]
         total = np.float32(0)
-        for j in range(bits.size):
-            total += as_float(np.uint32(np.uint32(bits[j]) << np.uint32(16))) * mine[j]
+        for j in range(theirs.size):
+            total += widened(theirs[j], float_format) * mine[j]
         out[block] = total
 
 
-def _block_dots_f32(values: Any, factors: Any, block_size: Any, out: Any) -> None:
-    for block in range(out.size):
-        others = values[block * block_size : (block + 1) * block_size]
-        mine = factors[block * block_size : (block + 1) * block_size]
-        total = np.float32(0)
-        for j in range(others.size):
-            total += others[j] * mine[j]
-        out[block] = total
+_DISPATCHER = jit(_block_dots, any_order=True)
 
 
-def _kernel(function: Any, element: types.Type) -> Kernel:
+def _kernel(float_format: FloatFormat) -> Kernel:
     """values [n], factors [n], block_size, out [n / block_size]."""
-    signature = types.void(taken(element), taken(types.float32), types.int64, filled(types.float32))
-    return Kernel(jit(function, any_order=True), signature)
+    arrays = taken(raw_type(float_format)), taken(types.float32)
+    name = format_literal(float_format)
+    return Kernel(_DISPATCHER, types.void(*arrays, types.int64, filled(types.float32), name))
 
 
-_KERNELS = {
-    FloatFormat.BF16: _kernel(_block_dots_bf16, types.uint16),
-    FloatFormat.F32: _kernel(_block_dots_f32, types.float32),
-}
+_KERNELS = {each: _kernel(each) for each in (FloatFormat.BF16, FloatFormat.F32)}

@@ -32,17 +32,6 @@ SMALLEST_SHARE = 1 << 21
 _SCALES_AT_ONCE = 64 * NESTED_BLOCK_SIZE
 """Scales of a double-quantized tensor that exist at a time: 64 KiB stay in the cache, a call costs 2% of its work."""
 
-_PLAIN_ENCODERS = {
-    FloatFormat.BF16: kernels.encode_bf16,
-    FloatFormat.F16: kernels.encode_f16,
-    FloatFormat.F32: kernels.encode_f32,
-}
-_PLAIN_DECODERS = {
-    FloatFormat.BF16: kernels.decode_bf16,
-    FloatFormat.F16: kernels.decode_f16,
-    FloatFormat.F32: kernels.decode_f32,
-}
-
 
 def encode_into(
     raw: Raw,
@@ -217,12 +206,12 @@ def decoder_name() -> Instructions:
 
 def _encoder(float_format: FloatFormat, name: Instructions | None) -> Kernel:
     chosen = decoder_name() if name is None else _available(name)
-    return _PLAIN_ENCODERS[float_format] if chosen == "plain" else shuffles.ENCODERS[chosen, float_format]
+    return kernels.ENCODERS[float_format] if chosen == "plain" else shuffles.ENCODERS[chosen, float_format]
 
 
 def _decoder(float_format: FloatFormat, name: Instructions | None) -> Kernel:
     chosen = decoder_name() if name is None else _available(name)
-    return _PLAIN_DECODERS[float_format] if chosen == "plain" else shuffles.DECODERS[chosen, float_format]
+    return kernels.DECODERS[float_format] if chosen == "plain" else shuffles.DECODERS[chosen, float_format]
 
 
 def _available(name: Instructions) -> Instructions:

@@ -7,14 +7,16 @@ neither on the CPU nor on the number of threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
+from qformat.codec.cpu.kernels import Kernel, filled, format_literal, jit, raw_type, taken
+from qformat.codec.cpu.scalars import widened_or_nan
 from qformat.codec.floats import FloatFormat, Raw
 from qformat.codec.nf4 import packed_nbytes
 
@@ -24,11 +26,6 @@ TILE = 4096
 COLUMNS = 64
 """Running sums beside each other: LLVM adds them as vectors without reordering any addition. A divisor of TILE.
 One core adds 1,470 M bf16 weights/s in 64 columns, 560 in 8."""
-
-_F32_EXPONENT_SHIFT = np.float32(2.0**112)
-"""float16 bits moved to float32's place, times this, is the value: it corrects the exponent's bias."""
-
-_Kernel = TypeVar("_Kernel", bound=Callable[..., object])
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,22 +123,12 @@ def count_codes(packed: NDArray[np.uint8], *, n_elements: int) -> NDArray[np.int
     return counts
 
 
-def _jit(kernel: _Kernel) -> _Kernel:
-    return cast(_Kernel, numba.njit(nogil=True, cache=True, error_model="numpy")(kernel))
-
-
 # The kernels loop over slices that begin at 0: numba cannot vectorise `array[start + i]`, which might be negative
 # and then count from the end (610 instead of 8,000 M elements/s where 16 bits are widened to 32).
 
 
-@_jit
-def _add_tile(
-    weights: NDArray[np.float32],
-    decoded: NDArray[np.float32],
-    n: int,
-    columns: NDArray[np.float64],
-    largest: NDArray[np.float32],
-) -> None:
+@jit
+def _add_tile(weights: Any, decoded: Any, n: Any, columns: Any, largest: Any) -> None:
     """Add weights[:n] and decoded[:n], both [TILE], to columns [4, COLUMNS] and largest [COLUMNS]."""
     for i in range(n, n + (-n) % COLUMNS):
         weights[i] = 0
@@ -162,75 +149,26 @@ def _add_tile(
             largest[i] = size if size > largest[i] else largest[i]
 
 
-@_jit
-def _widen_f16(raw: NDArray[np.uint16], values: NDArray[np.float32]) -> None:
-    """Widen float16 bits [n] into values[:n]; infinities and NaNs become NaN, since only `finite` asks for them."""
-    bits = values.view(np.uint32)
+@jit
+def _widen(raw: Any, values: Any, float_format: Any) -> None:
+    """Widen raw elements [n] into values[:n]; infinities and NaNs become NaN, since only `finite` asks for them."""
     for i in range(raw.size):
-        half = np.uint32(raw[i])
-        bits[i] = ((half & np.uint32(0x8000)) << np.uint32(16)) | ((half & np.uint32(0x7FFF)) << np.uint32(13))
-    for i in range(raw.size):
-        exponent_full = (raw[i] & np.uint16(0x7C00)) == np.uint16(0x7C00)
-        values[i] = np.float32(np.nan) if exponent_full else values[i] * _F32_EXPONENT_SHIFT
+        values[i] = widened_or_nan(raw[i], float_format)
 
 
-@_jit
-def _widen_bf16(raw: NDArray[np.uint16], values: NDArray[np.float32]) -> None:
-    bits = values.view(np.uint32)
-    for i in range(raw.size):
-        bits[i] = np.uint32(raw[i]) << np.uint32(16)
-
-
-@_jit
-def _add_bf16(
-    weights: NDArray[np.uint16],
-    decoded: NDArray[np.uint16],
-    columns: NDArray[np.float64],
-    largest: NDArray[np.float32],
-) -> None:
+@jit
+def _add(weights: Any, decoded: Any, columns: Any, largest: Any, float_format: Any) -> None:
     wide_weights = np.empty(TILE, np.float32)
     wide_decoded = np.empty(TILE, np.float32)
     for start in range(0, weights.size, TILE):
         stop = min(start + TILE, weights.size)
-        _widen_bf16(weights[start:stop], wide_weights)
-        _widen_bf16(decoded[start:stop], wide_decoded)
+        _widen(weights[start:stop], wide_weights, float_format)
+        _widen(decoded[start:stop], wide_decoded, float_format)
         _add_tile(wide_weights, wide_decoded, stop - start, columns, largest)
 
 
-@_jit
-def _add_f16(
-    weights: NDArray[np.uint16],
-    decoded: NDArray[np.uint16],
-    columns: NDArray[np.float64],
-    largest: NDArray[np.float32],
-) -> None:
-    wide_weights = np.empty(TILE, np.float32)
-    wide_decoded = np.empty(TILE, np.float32)
-    for start in range(0, weights.size, TILE):
-        stop = min(start + TILE, weights.size)
-        _widen_f16(weights[start:stop], wide_weights)
-        _widen_f16(decoded[start:stop], wide_decoded)
-        _add_tile(wide_weights, wide_decoded, stop - start, columns, largest)
-
-
-@_jit
-def _add_f32(
-    weights: NDArray[np.float32],
-    decoded: NDArray[np.float32],
-    columns: NDArray[np.float64],
-    largest: NDArray[np.float32],
-) -> None:
-    wide_weights = np.empty(TILE, np.float32)
-    wide_decoded = np.empty(TILE, np.float32)
-    for start in range(0, weights.size, TILE):
-        stop = min(start + TILE, weights.size)
-        wide_weights[: stop - start] = weights[start:stop]
-        wide_decoded[: stop - start] = decoded[start:stop]
-        _add_tile(wide_weights, wide_decoded, stop - start, columns, largest)
-
-
-@_jit
-def _count_bytes(packed: NDArray[np.uint8], counts: NDArray[np.int64]) -> None:
+@jit
+def _count_bytes(packed: Any, counts: Any) -> None:
     """Add to counts [4, 256] how often each byte occurs; in one table, equal neighbours would wait on each other."""
     whole = packed.size - packed.size % 4
     for i in range(0, whole, 4):
@@ -242,8 +180,11 @@ def _count_bytes(packed: NDArray[np.uint8], counts: NDArray[np.int64]) -> None:
         counts[0, packed[i]] += 1
 
 
-_ADDERS: dict[FloatFormat, Callable[..., None]] = {
-    FloatFormat.BF16: _add_bf16,
-    FloatFormat.F16: _add_f16,
-    FloatFormat.F32: _add_f32,
-}
+def _adder(float_format: FloatFormat) -> Kernel:
+    """add(weights [n], decoded [n], columns [4, COLUMNS], largest [COLUMNS])."""
+    raw = taken(raw_type(float_format))
+    columns = types.Array(types.float64, 2, "C", aligned=False)
+    return Kernel(_add, types.void(raw, raw, columns, filled(types.float32), format_literal(float_format)))
+
+
+_ADDERS = {each: _adder(each) for each in FloatFormat}

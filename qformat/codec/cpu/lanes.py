@@ -226,6 +226,12 @@ def steps(typed: Callable[..., Any]) -> Any:
 
 
 @steps
+def as_bits(_: Any, value: Any) -> Any:
+    """Return the bits of a float32 as uint32."""
+    return types.uint32(value), lambda _context, builder, _signature, arguments: builder.bitcast(arguments[0], I32)
+
+
+@steps
 def as_float(_: Any, bits: Any) -> Any:
     """Return the float32 that uint32 bits mean."""
     return types.float32(bits), lambda _context, builder, _signature, arguments: builder.bitcast(arguments[0], F32)

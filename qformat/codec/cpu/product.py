@@ -12,14 +12,8 @@ from numpy.typing import NDArray
 
 from qformat.codec.codebooks import DYNAMIC_MAP
 from qformat.codec.cpu import lanes
-from qformat.codec.cpu.product_kernels import (
-    GROUP,
-    N_FIELDS,
-    NEEDED_FEATURES,
-    Field,
-    ProductInstructions,
-    product_function,
-)
+from qformat.codec.cpu.product_kernels import Job, product_function
+from qformat.codec.cpu.product_rows import GROUP, NEEDED_FEATURES, ProductInstructions
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import BLOCK_SIZES, block_count
@@ -33,8 +27,6 @@ Team = Callable[[int, int, int], bool]
 of n threads, and waits for them; or returns False, having called nothing."""
 
 _C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-_Job = ctypes.c_int64 * N_FIELDS
 
 _NO_FLOATS = np.zeros(0, np.float32)
 
@@ -84,20 +76,25 @@ class Product:
         self.shape = shape
         self.float_format = float_format
         self.instructions = name
-        self._address = product_function(name, float_format, double_quant=nested_absmax is not None)
+        self._function = product_function(name, float_format, double_quant=nested_absmax is not None)
+        self._address = int(self._function.address)
         self._call = _C_FUNCTION(self._address)
         self._n_shares = max(1, shape[0] * shape[1] // SMALLEST_SHARE)
         nested = _NO_FLOATS if nested_absmax is None else nested_absmax
-        arrays: list[NDArray[Any]] = [packed, absmax, nested, nested_quant_map]
-        self._arrays = arrays  # the job has only their addresses
-        job = np.zeros(N_FIELDS, np.int64)
-        parts = (Field.PACKED, Field.ABSMAX, Field.NESTED_ABSMAX, Field.NESTED_QUANT_MAP)
-        for field, array in zip(parts, arrays, strict=True):
-            job[field] = array.ctypes.data
-        job[Field.OFFSET_BITS] = int(np.float32(nested_offset).view(np.uint32))
-        job[Field.N_ROWS], job[Field.N_COLUMNS], job[Field.BLOCK_SIZE] = *shape, block_size
-        job[Field.N_SHARES] = self._n_shares
-        self._job = job.tobytes()
+        self._arrays = (packed, absmax, nested, nested_quant_map)  # the job has only their addresses
+        self._job = bytes(
+            Job(
+                n_shares=self._n_shares,
+                packed=packed.ctypes.data,
+                absmax=absmax.ctypes.data,
+                nested_absmax=nested.ctypes.data,
+                nested_quant_map=nested_quant_map.ctypes.data,
+                n_rows=shape[0],
+                n_columns=shape[1],
+                block_size=block_size,
+                offset=float(np.float32(nested_offset)),
+            )
+        )
 
     def __call__(self, x: Raw, out: Raw, *, team: Team | None = None, n_threads: int = 1) -> None:
         """Write x [M * K] times W's transpose into `out` [M * N], both raw elements of the float format.
@@ -117,8 +114,8 @@ class Product:
 
     def at(self, x: int, x_size: int, out: int, *, team: Team | None = None, n_threads: int = 1) -> None:
         """`__call__` on addresses, unchecked: x_size values at `x`, bf16 for instructions "bf16", else float32."""
-        job = _Job.from_buffer_copy(self._job)
-        job[Field.X], job[Field.X_SIZE], job[Field.OUT] = x, x_size, out
+        job = Job.from_buffer_copy(self._job)
+        job.x, job.x_size, job.out = x, x_size, out
         address = ctypes.addressof(job)
         if team is None or self._n_shares == 1 or not team(self._address, address, min(n_threads, self._n_shares)):
             self._call(address)

@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 
 from qformat.codec.codebooks import NF4_CODEBOOK, NF4_THRESHOLDS
-from qformat.codec.cpu.kernels import F32_INFINITY, Kernel, decoder_signature, encoder_signature, jit
+from qformat.codec.cpu.kernels import Kernel, decoder_signature, encoder_signature, jit, raw_type
 from qformat.codec.cpu.lanes import (
     F16,
     F32,
@@ -39,6 +39,7 @@ from qformat.codec.cpu.lanes import (
     steps,
     widened,
 )
+from qformat.codec.cpu.scalars import F32_INFINITY
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import SMALLEST_DIVISOR
 
@@ -188,8 +189,9 @@ def _decode(packed: Any, scales: Any, block_size: Any, out: Any, float_format: A
 
 def _variants(function: Any, signature: Callable[..., Any]) -> dict[tuple[Shuffle, FloatFormat], Kernel]:
     def variant(shuffle: Shuffle, float_format: FloatFormat) -> Kernel:
-        element = types.float32 if float_format is FloatFormat.F32 else types.uint16
-        return Kernel(function, signature(element, types.literal(float_format.value), types.literal(shuffle)))
+        return Kernel(
+            function, signature(raw_type(float_format), types.literal(float_format.value), types.literal(shuffle))
+        )
 
     return {(shuffle, each): variant(shuffle, each) for shuffle in NEEDED_FEATURES for each in FloatFormat}
 

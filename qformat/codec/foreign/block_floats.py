@@ -14,6 +14,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from qformat.codec.cpu.kernels import filled, kernel, taken
+from qformat.codec.cpu.scalars import rounded_to_bf16
 from qformat.codec.floats import FloatFormat, narrow
 
 MXFP4_BLOCK = 32
@@ -75,8 +76,6 @@ def decode_e4m3(
     grid_rows = (n_rows + block_rows - 1) // block_rows
     grid_columns = (n_columns + block_columns - 1) // block_columns
     table = np.empty(grid_columns * 256, np.uint16)
-    values = np.empty(256, np.float32)
-    bits = values.view(np.uint32)
     in_table = -1
     done = 0
     while done < codes.size:
@@ -87,12 +86,7 @@ def decode_e4m3(
             for block in range(grid_columns):
                 scale = scales[row_of_blocks * grid_columns + block]
                 for code in range(256):
-                    values[code] = E4M3[code] * scale
-                for code in range(256):
-                    word = bits[code]
-                    rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                    is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-                    table[block * 256 + code] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+                    table[block * 256 + code] = rounded_to_bf16(E4M3[code] * scale)
             in_table = row_of_blocks
         block = column // block_columns
         length = min(min(n_columns, (block + 1) * block_columns) - column, codes.size - done)

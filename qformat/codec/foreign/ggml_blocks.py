@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit, types
 
 from qformat.codec.cpu.kernels import Kernel, filled, kernel, taken
+from qformat.codec.cpu.scalars import rounded_to_bf16
 
 _HALF_VALUES = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 
@@ -129,10 +130,20 @@ def decode_q3_k(blocks: Any, out: Any) -> None:
 
 
 @_inline
-def _six_bit_scale(blocks: Any, at: Any, group: Any) -> Any:
-    """The scale of one of 8 groups, from 12 bytes at `at`; its minimum is that of `at + 4`."""
+def _six_bits(blocks: Any, at: Any, group: Any) -> Any:
+    """The number of one of 8 groups: all 6 bits of the first four, the 2 upper bits of the others."""
     low = np.int32(blocks[at + group % 4])
     return low & 63 if group < 4 else low >> 6 << 4
+
+
+@_inline
+def _scale_and_minimum(blocks: Any, at: Any, group: Any) -> Any:
+    """(d * scale, dmin * minimum) of one of 8 groups: d and dmin f16 at `at`, then 12 bytes of 6-bit numbers."""
+    scale, minimum = _six_bits(blocks, at + 4, group), _six_bits(blocks, at + 8, group)
+    if group >= 4:
+        rest = np.int32(blocks[at + 12 + group - 4])
+        scale, minimum = scale | (rest & 15), minimum | (rest >> 4)
+    return _half(blocks, at) * np.float32(scale), _half(blocks, at + 2) * np.float32(minimum)
 
 
 @_decoder
@@ -140,14 +151,8 @@ def decode_q4_k(blocks: Any, out: Any) -> None:
     """d, dmin f16, 12 bytes of 6-bit (scale, minimum), 128 of two codes: (d * scale) * code - (dmin * minimum)."""
     for i in range(out.size // 256):
         at = i * 144
-        d, dmin = _half(blocks, at), _half(blocks, at + 2)
         for group in range(8):
-            scale_bits = _six_bit_scale(blocks, at + 4, group)
-            minimum_bits = _six_bit_scale(blocks, at + 8, group)
-            if group >= 4:
-                rest = np.int32(blocks[at + 12 + group - 4])
-                scale_bits, minimum_bits = scale_bits | (rest & 15), minimum_bits | (rest >> 4)
-            scale, minimum = d * np.float32(scale_bits), dmin * np.float32(minimum_bits)
+            scale, minimum = _scale_and_minimum(blocks, at, group)
             first, shift = at + 16 + (group // 2) * 32, 4 * (group % 2)
             for j in range(32):
                 code = (np.int32(blocks[first + j]) >> shift) & 15
@@ -159,14 +164,8 @@ def decode_q5_k(blocks: Any, out: Any) -> None:
     """As q4_k, with 32 bytes of fifth bits between scales and codes."""
     for i in range(out.size // 256):
         at = i * 176
-        d, dmin = _half(blocks, at), _half(blocks, at + 2)
         for group in range(8):
-            scale_bits = _six_bit_scale(blocks, at + 4, group)
-            minimum_bits = _six_bit_scale(blocks, at + 8, group)
-            if group >= 4:
-                rest = np.int32(blocks[at + 12 + group - 4])
-                scale_bits, minimum_bits = scale_bits | (rest & 15), minimum_bits | (rest >> 4)
-            scale, minimum = d * np.float32(scale_bits), dmin * np.float32(minimum_bits)
+            scale, minimum = _scale_and_minimum(blocks, at, group)
             first, shift = at + 48 + (group // 2) * 32, 4 * (group % 2)
             for j in range(32):
                 code = (np.int32(blocks[first + j]) >> shift) & 15
@@ -216,13 +215,9 @@ def decode_f32(blocks: Any, out: Any) -> None:
 
 @kernel(types.void(taken(types.float32), filled(types.uint16)))
 def round_to_bf16(values: Any, out: Any) -> None:
-    """Round float32 values to bfloat16 bits, to nearest, ties to even; NaN becomes the quiet one."""
-    bits = values.view(np.uint32)
+    """Round float32 values to bfloat16 bits, as `floats.narrow` does."""
     for i in range(out.size):
-        word = bits[i]
-        rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        is_nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[i] = np.uint16(0x7FC0) if is_nan else np.uint16(rounded)
+        out[i] = rounded_to_bf16(values[i])
 
 
 @dataclass(frozen=True, slots=True)

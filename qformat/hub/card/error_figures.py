@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from qformat import strict_json
 from qformat.artifact.manifest import JsonObject, Manifest
 from qformat.artifact.reading.regular_files import read_small
+from qformat.artifact.verification_facts import VerificationFacts
 from qformat.errors import ArtifactError, UsageError
 
 _MAX_NBYTES = 256 * 2**20
@@ -37,13 +38,13 @@ class ErrorFigures:
     """Weights whose codes and scales are what plain encoding of the source gives."""
 
     @classmethod
-    def parse(cls, record: strict_json.Json, manifest: Manifest, where: Path | str) -> ErrorFigures:
+    def parse(cls, record: strict_json.Json | VerificationFacts, manifest: Manifest, where: Path | str) -> ErrorFigures:
         """Take the figures from a verification, given as the object that `verify --json` prints.
 
         Raises: UsageError where it is no verification with a source, found something wrong, or is of other files.
         """
         fields = _Fields(where)
-        top = fields.object(record, "the file")
+        top = fields.object(cast(strict_json.Json, record), "the file")
         if top.get("good") is not True:
             fields.refuse("the verification was not good")
         files = fields.object(fields.object(top.get("manifest"), "manifest").get("files"), "manifest.files")
@@ -52,7 +53,7 @@ class ErrorFigures:
             fields.refuse("it is about other files than the artifact's")
         comparison = top.get("comparison")
         if comparison is None:
-            fields.refuse("the verification had no --source")
+            fields.refuse("the verification compared with no source")
         comparison = fields.object(comparison, "comparison")
         kinds = comparison.get("by_kind")
         if not isinstance(kinds, list):

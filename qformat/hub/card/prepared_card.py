@@ -9,7 +9,7 @@ from qformat import strict_json
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.reading.structure import read_manifest
-from qformat.errors import ArtifactError, UsageError
+from qformat.errors import ArtifactError, Option, UsageError, Words
 from qformat.hub.card.error_figures import ErrorFigures
 from qformat.hub.card.licenses import License
 from qformat.hub.card.origin import MAX_CARD_NBYTES, Origin, card_metadata, find_origin
@@ -38,7 +38,7 @@ class PreparedCard:
 
     text: str
     concern: str | None
-    note: str | None = None
+    note: Words | None = None
 
 
 def prepare_card(
@@ -55,7 +55,7 @@ def prepare_card(
     config = strict_json.loads(data, path=artifact / CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     assert isinstance(config, dict)
     text = write_card(repository, manifest, config, origin, figures=options.figures, signed=signed)
-    unknown = "The base model is not known: name it with --base-model OWNER/NAME"
+    unknown = ("The base model is not known: name it with ", Option("base_model", "OWNER/NAME"))
     return PreparedCard(text, _concern(origin), unknown if origin.repository is None else None)
 
 
@@ -63,10 +63,12 @@ def _own_card(path: Path) -> PreparedCard:
     try:
         text = read_small(path.parent, path.name, max_nbytes=MAX_CARD_NBYTES, error=ArtifactError).decode("utf-8")
     except (ArtifactError, UnicodeDecodeError) as problem:
-        raise UsageError(f"--card {path}: {problem}") from None
+        raise UsageError(Option("card", str(path)), f": {problem}") from None
     metadata = card_metadata(text, path)
     if not metadata:
-        raise UsageError(f"--card {path}: has no metadata: begin it with --- and lines such as license: mit")
+        raise UsageError(
+            Option("card", str(path)), ": has no metadata: begin it with --- and lines such as license: mit"
+        )
     return PreparedCard(text, License.of_metadata(metadata).concern())
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import parse
-from qformat.errors import HubError, InvalidFileError
+from qformat.artifact.reading.manifest_parser import parse
+from qformat.errors import HubError, InvalidFileError, Option
 from qformat.hub.publishing.publication import Publication
 from qformat.hub.reading.remote import RemoteRepository
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
@@ -52,7 +52,7 @@ def find_changes(publication: Publication, target: RemoteRepository | None, *, n
         raise HubError(
             name,
             f"holds other weights: {', '.join(weights[:5])}; readers would mix them with the artifact's",
-            next_step="Remove them, or publish to another repository or --revision",
+            next_step=("Remove them, or publish to another repository or ", Option("revision")),
         )
     return Changes(
         new=tuple(file for file in publication.files if file not in there),

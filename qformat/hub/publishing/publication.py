@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact import manifest as manifests
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import FileRecord, Manifest
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import read_small
+from qformat.artifact.writing.manifest_edits import with_file
 from qformat.errors import ArtifactError
 from qformat.hub.reading.repository import RemoteFile, git_blob_oid
 from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
@@ -78,8 +79,8 @@ def prepare(artifact: Path, card: str) -> Publication:
     path = artifact / MANIFEST_NAME
     local = read_small(artifact, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     readme = PublishedFile.of_bytes(CARD_NAME, card.encode("utf-8"))
-    data = manifests.with_file(local, path, CARD_NAME, FileRecord(readme.nbytes, readme.sha256))
-    manifest = manifests.parse(data, path)
+    data = with_file(local, path, CARD_NAME, FileRecord(readme.nbytes, readme.sha256))
+    manifest = parse(data, path)
     files = {
         name: readme if name == CARD_NAME else PublishedFile(name, record.nbytes, record.sha256, artifact / name)
         for name, record in manifest.files.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.cores import usable_cores
-from qformat.errors import HubError, InvalidFileError, UsageError, VerificationError
+from qformat.errors import HubError, InvalidFileError, Option, UsageError, VerificationError, Words
 from qformat.hub.card.prepared_card import CardOptions, PreparedCard, prepare_card
 from qformat.hub.names import check_repository_name, check_revision
 from qformat.hub.publishing.changes import Changes, find_changes
@@ -65,7 +65,9 @@ class PublishOptions:
     def __post_init__(self) -> None:
         check_revision(self.branch)
         if self.create_pr and not self.is_main:
-            raise UsageError("--create-pr asks for a change of the main branch: leave out --revision")
+            raise UsageError(
+                Option("create_pr"), " asks for a change of the main branch: leave out ", Option("revision")
+            )
 
     @property
     def branch(self) -> str:
@@ -87,28 +89,31 @@ def publish(
     token: str | bool | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
     workers: int | None = None,
+    on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Published:
     """Publish an artifact as a repository of the Hub, with a model card; publishing the same bytes again does nothing.
 
-    on_progress: bytes verified.
+    on_plan: bytes to verify. on_progress: bytes verified.
     Raises: VerificationError for an artifact that is not whole; UsageError; HubError. The artifact stays as it is.
     """
     artifact, options = Path(artifact), options or PublishOptions()
     check_repository_name(repository)
-    _refuse_damaged(artifact, workers or usable_cores(), on_progress)
+    _refuse_damaged(artifact, workers or usable_cores(), on_plan, on_progress)
     signed = options.sign_key is not None
     prepared = prepare_card(artifact, repository, card or CardOptions(), signed=signed, token=token)
     if prepared.concern is not None and not (options.confirm_license or options.dry_run):
         raise UsageError(
-            f"{repository}: {prepared.concern}. Look at the licence, name it with --license (and --license-link), "
-            "or publish all the same with --confirm-license"
+            f"{repository}: {prepared.concern}. Look at the licence, name it with ",
+            Option("license"),
+            ", or publish all the same with ",
+            Option("confirm_license", True),
         )
     publication = prepare(artifact, prepared.text)
     uploader = Uploader(repository, token=token, transfer=transfer)
     main = uploader.open(None)
     if main is not None and options.private and not uploader.is_private():
-        raise HubError(repository, "is public, and --private was asked for", next_step="Choose another name")
+        raise HubError(repository, "is public, and was to be private", next_step="Choose another name")
     target = main if options.is_main or main is None else uploader.open(options.branch)
     if options.sign_key is not None:
         requests = uploader.pull_requests(publication.title) if options.create_pr and main is not None else ()
@@ -155,17 +160,19 @@ def _upload(
     return made
 
 
-def _refuse_damaged(artifact: Path, workers: int, on_progress: Callable[[int], None]) -> None:
-    report = verify_integrity(artifact, sha256=True, workers=workers, on_progress=on_progress)
+def _refuse_damaged(
+    artifact: Path, workers: int, on_plan: Callable[[int], None], on_progress: Callable[[int], None]
+) -> None:
+    report = verify_integrity(artifact, sha256=True, workers=workers, on_plan=on_plan, on_progress=on_progress)
     if report.good:
         return
     shown = [finding.message for finding in report.findings[:_SHOWN_FINDINGS]]
     more = len(report.findings) - len(shown)
     text = "\n".join([*shown, *([f"and {more} findings more"] if more else [])])
-    hint = ""
+    hint: Words = ()
     if any(finding.file == CARD_NAME for finding in report.findings):
-        hint = "\nA model card of your own is published with --card FILE"
-    raise VerificationError(f"{artifact}: is not whole and is not published:\n{text}{hint}")
+        hint = ("\nA model card of your own is published with ", Option("card", "FILE"))
+    raise VerificationError(f"{artifact}: is not whole and is not published:\n{text}", *hint)
 
 
 def _signature(

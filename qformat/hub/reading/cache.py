@@ -18,7 +18,7 @@ from pathlib import Path
 from qformat.artifact.digests import sha256_of_file
 from qformat.artifact.reading.regular_files import open_regular, read_exactly
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import InvalidFileError, Reason, SourceError
+from qformat.errors import InvalidFileError, Option, Reason, SourceError
 from qformat.hub.names import check_repository_name, check_revision, is_commit
 from qformat.hub.reading.repository import ReadBytes, RemoteFile, check_digest, digest_error
 
@@ -88,7 +88,7 @@ class CachedRepository:
         if path not in self.files:
             raise self._error(
                 Reason.MISSING_FILE, self.folder / path, "is not in the local cache",
-                next_step="Fetch it: leave out --offline, or unset HF_HUB_OFFLINE",
+                next_step=("Fetch it: leave out ", Option("offline"), ", or unset HF_HUB_OFFLINE"),
             )  # fmt: skip
         return self.files[path]
 

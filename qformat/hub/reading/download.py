@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qformat.errors import HubError
+from qformat.errors import HubError, Option
 from qformat.hub.reading.cache import note_ref
 from qformat.hub.reading.repository import Repository
 from qformat.hub.reading.transfer import Patience
@@ -42,7 +42,7 @@ def download(repository: Repository, paths: Sequence[str], *, revision: str, pat
         except OSError as problem:
             raise HubError(
                 repository.name, f"the download: {problem.strerror or problem}",
-                next_step="Make room for the 16-bit checkpoint, or leave out --keep-source",
+                next_step=("Make room for the 16-bit checkpoint, or leave out ", Option("keep_source")),
             ) from None  # fmt: skip
 
 

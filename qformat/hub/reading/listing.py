@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import Manifest, parse
+from qformat.artifact.manifest import Manifest
+from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.verify import Finding
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.reading.repository import Repository

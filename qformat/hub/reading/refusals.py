@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qformat import strict_json
-from qformat.errors import HubError, InvalidFileError, SourceError
+from qformat.errors import HubError, InvalidFileError, Option, SourceError, Words
 
 if TYPE_CHECKING:
     import httpx2
@@ -18,11 +18,12 @@ _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 def refusal(repository: str, what: str, *, status: int, code: str | None, reason: str, endpoint: str) -> HubError:
     """Return the error for an answer that will not change by asking again."""
     said = f": {reason}" if reason else ""
+    next_step: str | Words
     if code == "GatedRepo":
         problem = f"access is gated{said}"
         next_step = f"Ask for access at {endpoint}/{repository}, then {_LOG_IN}"
     elif code == "RevisionNotFound":
-        problem, next_step = f"{what}: there is no such revision{said}", "Check --revision"
+        problem, next_step = f"{what}: there is no such revision{said}", ("Check ", Option("revision"))
     elif code == "EntryNotFound":
         problem, next_step = f"{what}: there is no such file{said}", "Check the repository's files"
     elif status == 401 and "credentials" in reason.lower():

@@ -21,7 +21,7 @@ from urllib.parse import quote, urljoin
 
 from qformat import strict_json
 from qformat.artifact.limits import MAX_SIZE
-from qformat.errors import HubError, InvalidFileError, Reason, SourceError
+from qformat.errors import HubError, InvalidFileError, Option, Reason, SourceError
 from qformat.hub.names import check_listed_path, check_repository_name, check_revision, is_commit
 from qformat.hub.reading.repository import ReadBytes, RemoteFile, check_digest
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
@@ -190,7 +190,10 @@ class RemoteRepository:
             if length != str(file.nbytes):
                 raise self._changed(file, f"it has {length[:40]} bytes, expected {file.nbytes}")
             if start > self._transport.transfer.max_skipped_nbytes:
-                raise Unusable("the server sends the whole file instead of a range; --keep-source can do without them")
+                raise Unusable(
+                    "the server sends the whole file instead of a range",
+                    next_step=("Store the source first with ", Option("keep_source", True)),
+                )
             return start
         shown = response.headers.get("Content-Range", "")
         match = _CONTENT_RANGE.fullmatch(shown)

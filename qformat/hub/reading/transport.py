@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-from qformat.errors import HubError
+from qformat.errors import HubError, Words
 from qformat.hub.reading.refusals import refusal, server_reason
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Patience, Transfer
 from qformat.version import __version__
@@ -48,8 +48,18 @@ class Answer:
     linked: Mapping[str, str] | None
 
 
+_NEXT_STEP: Words = ("Check the connection; the same command continues where this one stopped",)
+
+
 class Unusable(Exception):
-    """An answer that cannot be used, but the next one may be. Never leaves this package."""
+    """An answer that cannot be used, but the next one may be. Never leaves this package.
+
+    next_step: what to do if the next ones are no better.
+    """
+
+    def __init__(self, problem: str, *, next_step: Words = _NEXT_STEP) -> None:
+        super().__init__(problem)
+        self.next_step = next_step
 
 
 @dataclass(slots=True)
@@ -66,14 +76,16 @@ class Retries:
         """Note that something arrived: the count begins anew."""
         self._failures = 0
 
-    def failed(self, problem: str, *, attempts: int | None = None, wait_s: float | None = None) -> None:
+    def failed(
+        self, problem: str, *, attempts: int | None = None, wait_s: float | None = None, next_step: Words = _NEXT_STEP
+    ) -> None:
         """Wait before the next attempt, or give up. Raises HubError."""
         self._failures += 1
         if self._failures >= (attempts or self.patience.attempts):
             raise HubError(
                 self.repository,
                 f"{self.what}: {problem}, {self._failures} times in a row",
-                next_step="Check the connection; the same command continues where this one stopped",
+                next_step=next_step,
             )
         pause = self.patience.wait_s(self._failures) if wait_s is None else wait_s
         level = logging.WARNING if pause >= _WORTH_TELLING_S else logging.INFO
@@ -139,7 +151,7 @@ class Transport:
         except _Busy as busy:
             retries.failed(busy.problem, wait_s=busy.wait_s)
         except Unusable as problem:
-            retries.failed(str(problem))
+            retries.failed(str(problem), next_step=problem.next_step)
         except (httpx2.HTTPError, httpx2.InvalidURL) as problem:
             raise HubError(
                 self.repository, f"{retries.what}: {self._shown(problem)}", next_step="Check HF_ENDPOINT and the proxy"

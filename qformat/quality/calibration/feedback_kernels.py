@@ -12,41 +12,20 @@ import numba
 import numpy as np
 from numba import types
 
-from qformat.codec.codebooks import NF4_CODEBOOK, NF4_THRESHOLDS
+from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.codec.cpu.kernels import kernel
+from qformat.codec.cpu.scalars import nearest_code
 from qformat.codec.nf4 import SMALLEST_DIVISOR
 
 TILE = 64
 """Rows at a time: a tile of 64 columns takes 16 KiB, half of a first-level cache."""
 
 _inline = numba.njit(inline="always")
-(_T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8, _T9, _T10, _T11, _T12, _T13, _T14) = NF4_THRESHOLDS
 
 _MATRIX = types.Array(types.float32, 2, "C", aligned=False)
 _READ_MATRIX = types.Array(types.float32, 2, "C", readonly=True, aligned=False)
 _READ_VECTOR = types.Array(types.float32, 1, "C", readonly=True, aligned=False)
 _CODES = types.Array(types.uint8, 2, "C", aligned=False)
-
-
-@_inline
-def _code(value: Any) -> Any:
-    return (
-        np.int32(value > _T0)
-        + np.int32(value > _T1)
-        + np.int32(value > _T2)
-        + np.int32(value > _T3)
-        + np.int32(value > _T4)
-        + np.int32(value > _T5)
-        + np.int32(value > _T6)
-        + np.int32(value > _T7)
-        + np.int32(value > _T8)
-        + np.int32(value > _T9)
-        + np.int32(value > _T10)
-        + np.int32(value > _T11)
-        + np.int32(value > _T12)
-        + np.int32(value > _T13)
-        + np.int32(value > _T14)
-    )
 
 
 @_inline
@@ -90,7 +69,7 @@ def choose_scales(
             for j in range(block_size):
                 precision = precisions[start + j]
                 for r in range(n):
-                    off = NF4_CODEBOOK[_code(tile[j, r] * reciprocal[r])] * scale[r] - tile[j, r]
+                    off = NF4_CODEBOOK[nearest_code(tile[j, r] * reciprocal[r])] * scale[r] - tile[j, r]
                     error[r] += off * off * precision
             for r in range(n):
                 if error[r] < best[r]:
@@ -136,7 +115,7 @@ def round_block(
         for j in range(block_size):
             share = np.float32(1) / factor[start + j, start + j]
             for r in range(n):
-                found[r] = _code(tile[j, r] * reciprocal[r])
+                found[r] = nearest_code(tile[j, r] * reciprocal[r])
                 error[r] = (tile[j, r] - NF4_CODEBOOK[found[r]] * scale[r]) * share
             for later in range(j + 1, block_size):
                 move = factor[start + j, start + later]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from qformat.artifact.manifest import JsonObject
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError
 
 FREE = ("device", "gradient_checkpointing", "save_every", "trust_remote_code")
 """May differ when a tuning is continued, and are not told in the manifest."""
@@ -37,9 +37,9 @@ class TuningSettings:
                  "save_every": 1}  # fmt: skip
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
-                raise UsageError(f"{name}: {getattr(self, name)}, expected at least {lowest}")
+                raise UsageError(Option(name), f": {getattr(self, name)}, expected at least {lowest}")
         if not 0 < self.learning_rate < float("inf"):
-            raise UsageError(f"learning_rate: {self.learning_rate}, expected a finite number above 0")
+            raise UsageError(Option("learning_rate"), f": {self.learning_rate}, expected a finite number above 0")
 
     def binding(self) -> JsonObject:
         """Return the settings on which the result depends."""

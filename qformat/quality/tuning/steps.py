@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qformat.artifact.manifest import JsonObject
-from qformat.errors import DivergenceError
+from qformat.errors import DivergenceError, Option, Words
 from qformat.model.memory import peak_nbytes
 from qformat.quality.output_head import SplitModel
 from qformat.quality.teacher import Teacher
@@ -236,15 +236,18 @@ class TuningRun:
         return math.isfinite(float(total))
 
     def _stopped(self, step: int, what: str) -> DivergenceError:
-        kept = "no checkpoint is there yet"
+        kept: Words = ("no checkpoint is there yet",)
         if self.history.held_out:
             best = self.history.best()
             kept = (
-                f"the best checkpoint, after {best} steps, with a held-out KL of {self.history.held_out[str(best)]:.4f}"
+                f"the best checkpoint, after {best} steps, with a held-out KL of "
+                f"{self.history.held_out[str(best)]:.4f}, is kept in {self._checkpoints.output}; ",
+                Option("use_best", True),
+                " writes it",
             )
-            kept += f", is kept in {self._checkpoints.output}; --use-best writes it"
+        restart = Option("restart", True)
         return DivergenceError(
-            f"step {step}: {what}; {kept}. Lower the learning rate (with --restart), or look at the data"
+            f"step {step}: {what}; ", *kept, ". Lower the learning rate (with ", restart, "), or look at the data"
         )
 
 

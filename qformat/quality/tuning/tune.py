@@ -20,7 +20,6 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import qformat
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import JsonObject
@@ -29,7 +28,7 @@ from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.output_kind import ARTIFACT, check_target
 from qformat.artifact.writing.rewrite import replaced_by, rewrite
 from qformat.artifact.writing.staging import Staging, refuse_full_disk, refuse_nested, work_folder
-from qformat.errors import UsageError, VerificationError
+from qformat.errors import Option, UsageError, VerificationError
 from qformat.model.checkpoint import find_folder, load_checkpoint
 from qformat.model.load import chosen_device, load_model, load_tokenizer
 from qformat.model.memory import peak_nbytes
@@ -42,6 +41,7 @@ from qformat.quality.tuning.steps import HeldOut, StepLine, TuningRun, checkpoin
 from qformat.quality.tuning.tunable import LARGEST_CHANGE, TunableModel, make_tunable, share_kept_tensors
 from qformat.quality.windows import TokenWindows, read_windows
 from qformat.training.checkpoints import CheckpointFolder
+from qformat.version import __version__
 
 DTYPE = torch.bfloat16
 """Of the arithmetic; what is trained, and the losses, are float32."""
@@ -164,7 +164,10 @@ class _Ready:
         student = split_head(tunable.model)
         aside = HeldOut(self.held_out, teacher, self.settings.batch_size, self.device)
         checkpoints = CheckpointFolder(
-            folder, keep=self.settings.steps + 1, disk=self.disk, to_continue="run the same command again: it continues"
+            folder,
+            keep=self.settings.steps + 1,
+            disk=self.disk,
+            to_continue=("run the same command again: it continues",),
         )
         run = TuningRun(tunable, student, teacher, self.windows, aside, self.settings, checkpoints)
         before = aside.measure(student)
@@ -183,8 +186,10 @@ class _Ready:
         if not accept_worse and (best == 0 or not after.mean("kl") < before.mean("kl")):
             raise VerificationError(
                 f"{self.job.out}: not written, since it did not get better: on held-out text {_figures(after)}, before "
-                f"{_figures(before)}. Give more text or other settings (with --restart), or write it with "
-                "--accept-worse"
+                f"{_figures(before)}. Give more text or other settings (with ",
+                Option("restart", True),
+                "), or write it with ",
+                Option("accept_worse", True),
             )
         recipe = {**self.artifact.manifest.recipe, "tuning": self.record}
         structure = self.artifact.structure
@@ -250,7 +255,7 @@ def _record(settings: TuningSettings, windows: TokenWindows, *, cached: bool) ->
         "scale_change": LARGEST_CHANGE,
         "dtype": str(DTYPE).removeprefix("torch."),
         "versions": {
-            "qformat": qformat.__version__,
+            "qformat": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

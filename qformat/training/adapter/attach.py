@@ -14,7 +14,7 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 
-from qformat.errors import AdapterError, UsageError
+from qformat.errors import AdapterError, Option, UsageError
 from qformat.model.nf4_linear import NF4Linear
 from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
@@ -58,7 +58,7 @@ def add_adapter(model: PreTrainedModel, settings: TrainingSettings, *, base_name
         peft_model = get_peft_model(model, config)
     except ValueError as problem:
         first = str(problem).partition("\n")[0]
-        raise UsageError(f"target_modules {', '.join(targets)}: {first}") from problem
+        raise UsageError(Option("target_modules"), f" {', '.join(targets)}: {first}") from problem
     assert isinstance(peft_model, PeftModel)
     # PEFT has its own idea of the dtype, which depends on the model and on who calls it.
     for parameter in peft_model.parameters():
@@ -67,20 +67,21 @@ def add_adapter(model: PreTrainedModel, settings: TrainingSettings, *, base_name
     return peft_model
 
 
-def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, force: bool = False) -> PeftModel:
+def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, force_adapter: bool = False) -> PeftModel:
     """Put the adapter of a folder on a model, ready to run.
 
-    force: also if it was trained on other weights, as long as its shapes fit.
+    force_adapter: also if it was trained on other weights, as long as its shapes fit.
     Raises AdapterError: damaged, trained on another artifact, or not made for this model; it names the difference.
     """
     config = _read_config(adapter)
     recorded = read_base_record(adapter)
     if recorded is None:
         logger.warning("%s: does not say which weights it was trained on", adapter)
-    elif recorded.digest != base.digest and not force:
+    elif recorded.digest != base.digest and not force_adapter:
         raise AdapterError(
             f"{adapter}: was trained on {recorded.name} ({recorded.digest}), and this is {base.name} ({base.digest}). "
-            "Use the artifact that it was trained on, or, if you know that it fits, --force-adapter"
+            "Use the artifact that it was trained on, or, if you know that it fits, ",
+            Option("force_adapter", True),
         )
     weights = _read_weights(adapter)
     _fuse(config)
@@ -102,11 +103,13 @@ def _check_modules_to_save(model: nn.Module, settings: TrainingSettings) -> None
     for wanted in settings.modules_to_save:
         found = [module for name, module in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
         if not found:
-            raise UsageError(f"modules_to_save: the model has no layer {wanted!r}")
+            raise UsageError(Option("modules_to_save"), f": the model has no layer {wanted!r}")
         if any(isinstance(inner, NF4Linear) for module in found for inner in module.modules()):
             raise UsageError(
-                f"modules_to_save: {wanted!r} has 4-bit weights, which cannot be trained as a whole. "
-                "Convert with --skip for them, or give it an adapter"
+                Option("modules_to_save"),
+                f": {wanted!r} has 4-bit weights, which cannot be trained as a whole. Convert with ",
+                Option("skip"),
+                " for them, or give it an adapter",
             )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qformat
-from qformat.artifact.manifest import with_evaluation
+from qformat.artifact.writing.manifest_edits import with_evaluation
 from qformat.artifact.writing.record_evaluation import record_evaluation
 from qformat.converters.convert import convert
 from qformat.errors import TargetError

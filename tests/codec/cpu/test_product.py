@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qformat.codec.cpu import lanes
 from qformat.codec.cpu.blocks import decode_into, decode_nested_into
 from qformat.codec.cpu.product import Product, Team, best_instructions, unsupported
-from qformat.codec.cpu.product_kernels import NEEDED_FEATURES, ProductInstructions
+from qformat.codec.cpu.product_rows import NEEDED_FEATURES, ProductInstructions
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import UsageError

@@ -17,12 +17,8 @@ from qformat.codec.cpu import blocks, lanes, shuffles
 from qformat.codec.cpu.blocks import Instructions
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.errors import UsageError
+from tests.codec.cpu.sample_blocks import FORMATS, RUNNABLE
 
-FORMATS = list(FloatFormat)
-RUNNABLE: list[Instructions] = [
-    *(name for name, needed in lanes.NEEDED_FEATURES.items() if needed <= lanes.cpu_features()),
-    "plain",
-]
 ALL_BYTES = np.arange(256, dtype=np.uint8)
 LARGEST = np.float32(np.finfo(np.float32).max)
 
@@ -195,8 +191,9 @@ def test_this_cpu_uses_the_first_that_it_can_run() -> None:
 
 def test_a_second_process_finds_the_machine_code_in_the_cache(tmp_path: Path) -> None:
     script = (
-        "from qformat.codec.cpu.blocks import warm_up; from qformat.codec.floats import FloatFormat; "
-        "warm_up(FloatFormat.BF16)"
+        "from qformat.codec.cpu import blocks\n"
+        "from qformat.codec.floats import FloatFormat\n"
+        "blocks.warm_up(FloatFormat.BF16)\n"
     )
 
     def run() -> dict[str, int]:

@@ -37,6 +37,4 @@ def test_rounding_is_that_of_the_codec() -> None:
     values[:4] = [np.inf, -np.inf, np.float32(3.4e38), -0.0]
     out = np.empty(values.size, np.uint16)
     round_to_bf16(values, out)
-    number = ~np.isnan(values)
-    assert np.array_equal(out[number], narrow(values, FloatFormat.BF16)[number])
-    assert (out[~number] == 0x7FC0).all()
+    assert np.array_equal(out, narrow(values, FloatFormat.BF16))

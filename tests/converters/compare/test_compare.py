@@ -18,7 +18,7 @@ import qformat
 from qformat.artifact.components import Component
 from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import KeptRecord, PackedRecord
-from qformat.artifact.manifest import parse as parse_manifest
+from qformat.artifact.reading.manifest_parser import parse as parse_manifest
 from qformat.artifact.reading.reader import open_artifact
 from qformat.codec.cpu.error_sums import ErrorSums, RunningErrors, add_up, count_codes
 from qformat.codec.floats import FloatFormat, narrow, widen

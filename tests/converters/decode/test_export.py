@@ -417,7 +417,7 @@ def test_what_cannot_be_opened_is_refused_before_anything_is_written(
 def test_a_checkpoint_is_replaced_with_force_and_an_artifact_never(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = exported(tiny, out, "fp32")
-    with pytest.raises(TargetError, match="--force"):
+    with pytest.raises(TargetError, match="force=True"):
         exported(tiny, out)
     assert contents(out) == first
     assert exported(tiny, out, force=True) == exported(tiny, tmp_path / "fresh")
@@ -449,7 +449,7 @@ def test_senseless_arguments_are_wrong_usage(tiny: Path, tmp_path: Path) -> None
 def test_another_artifact_or_format_does_not_continue_what_is_half_done(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     kill_after(tiny, out, n_done=2)
-    with pytest.raises(TargetError, match=r"another artifact or options.*--restart"):
+    with pytest.raises(TargetError, match=r"another artifact or options.*restart=True"):
         exported(tiny, out, "fp32")
     assert exported(tiny, out, "fp32", restart=True) == exported(tiny, tmp_path / "undisturbed", "fp32")
     assert names_beside(out) == {"out", "undisturbed"}

@@ -225,7 +225,7 @@ def test_what_another_plan_has_begun_is_refused_and_restart_drops_it(
 ) -> None:
     out = tmp_path / "out"
     interrupt(source, out, n_done=2, options=ConversionOptions(block_size=128))
-    with pytest.raises(TargetError, match=r"another source, recipe or options.*--restart"):
+    with pytest.raises(TargetError, match=r"another source, recipe or options.*restart=True"):
         resume(source, out)
     assert not out.exists()
     _, n_encoded = resume(source, out, restart=True)
@@ -276,7 +276,7 @@ def test_a_source_that_was_changed_before_the_resumption_is_refused_and_restart_
     out.parent.mkdir()
     interrupt(mine, out, n_done=N_TENSORS - 1)
     change_weight(mine, keep_times=keep_times)
-    with pytest.raises(SourceError, match="--restart") as refused:
+    with pytest.raises(SourceError, match="restart=True") as refused:
         resume(mine, out)
     assert refused.value.reason is Reason.SOURCE_CHANGED
     assert refused.value.tensor is not None
@@ -313,7 +313,7 @@ def test_another_small_file_of_the_source_is_another_plan(name: str, source: Pat
         path.write_text(path.read_text().replace('"total_size": 0', '"total_size": 1'))
         resume(mine, out)  # what the index says besides the map is not read: nothing has changed
         return
-    with pytest.raises(TargetError, match="--restart"):
+    with pytest.raises(TargetError, match="restart=True"):
         resume(mine, out)
 
 

@@ -359,7 +359,7 @@ def test_an_interrupted_replacement_still_needs_force(source: Path, parent: Path
     with pytest.raises(TargetError):
         convert(source, out, force=True, disk=FaultyDisk(20, "EIO"))
     assert (parent / "out.partial").is_dir()
-    with pytest.raises(TargetError, match="--force"):
+    with pytest.raises(TargetError, match="force=True"):
         convert(source, out)
     assert contents(out) == old
     convert(source, out, force=True)

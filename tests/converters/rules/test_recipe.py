@@ -226,15 +226,15 @@ def test_skip_patterns_stand_in_front_of_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, rule_text('pattern = "*"\naction = "nf4"'))
     loaded = load_recipe(path, skip=["*.o_proj", "*.0.*"])
     assert loaded.rules == (Rule("*.o_proj", "keep"), Rule("*.0.*", "keep"), Rule("*", "nf4"))
-    assert [rule.origin for rule in loaded.rules] == [
-        "--skip '*.o_proj'",
-        "--skip '*.0.*'",
+    assert [str(rule.origin) for rule in loaded.rules] == [
+        "skip=('*.o_proj',)",
+        "skip=('*.0.*',)",
         f"{path}: rule 1",
     ]
 
 
 def test_a_skip_pattern_that_matches_nothing_is_named_as_the_user_wrote_it() -> None:
-    with pytest.raises(UsageError, match=r"^--skip '\*.nothing': the pattern"):
+    with pytest.raises(UsageError, match=r"^skip=\('\*.nothing',\): the pattern"):
         apply(load_recipe(None, skip=["*.nothing"]), TENSORS, CONFIG)
 
 
@@ -304,12 +304,12 @@ def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block_size", [0, 16, 63, 512, True])
 def test_a_wrong_default_block_size_is_a_usage_error(block_size: int) -> None:
-    with pytest.raises(UsageError, match=r"^--block-size must be one of"):
+    with pytest.raises(UsageError, match=r"^block_size must be one of"):
         load_recipe(None, block_size=block_size)
 
 
 def test_an_empty_skip_pattern_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match=r"^--skip must be a glob"):
+    with pytest.raises(UsageError, match=r"^skip must be a glob"):
         load_recipe(None, skip=[""])
 
 

@@ -89,7 +89,7 @@ def test_an_entry_that_would_also_match_a_quantized_module_is_refused(kept: str,
         f"{kept}.weight": Decision(quantize=False, reason=KeepReason.NOT_KNOWN_TO_BE_LINEAR, is_linear=True),
         f"{quantized}.weight": Decision(quantize=True, reason=None, is_linear=True),
     }
-    with pytest.raises(SourceError, match=f"--skip '{quantized}'") as error:
+    with pytest.raises(SourceError, match=rf"skip=\('{quantized}',\)") as error:
         skip_modules(decisions, LLAMA)
     assert error.value.reason == Reason.SKIP_MODULES
 

@@ -21,8 +21,8 @@ from qformat.converters.sources.gguf.names import _ARCHITECTURES
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import QformatError, Reason, SourceError
 from tests.converters.faulty_disk import interrupt
+from tests.converters.sources.encoded.test_fp8_blocks import read
 from tests.converters.sources.gguf_models import QUANTIZED, Sizes, write_gguf
-from tests.converters.sources.test_fp8_blocks import read
 from tests.small_models import SIDE_FILES, contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")

@@ -21,10 +21,10 @@ from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.converters.sources.open_source import KINDS, open_source
 from qformat.errors import QformatError, Reason, SourceError
 from tests.converters.faulty_disk import interrupt
+from tests.converters.sources.encoded.test_fp8_blocks import fp8, scales, write_fp8
+from tests.converters.sources.encoded.test_mxfp4 import experts, write_mxfp4
 from tests.converters.sources.gguf_models import write_gguf
 from tests.converters.sources.test_bitsandbytes_4bit import bnb_llama, write_bnb
-from tests.converters.sources.test_fp8_blocks import fp8, scales, write_fp8
-from tests.converters.sources.test_mxfp4 import experts, write_mxfp4
 from tests.converters.sources.test_torch_bin import torch_llama, write_bin
 from tests.small_models import contents, write_llama
 

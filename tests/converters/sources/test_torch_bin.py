@@ -19,7 +19,7 @@ from qformat.converters.compare.compare import compare
 from qformat.converters.convert import convert, plan
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import QformatError, Reason, SourceError
-from tests.converters.sources.test_fp8_blocks import read
+from tests.converters.sources.encoded.test_fp8_blocks import read
 from tests.small_models import SIDE_FILES, contents, llama_config, llama_tensors, write_checkpoint, write_llama
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -56,7 +56,7 @@ def test_a_damaged_artifact_is_refused_before_anything_is_asked_or_sent(hub: Hub
 
 def test_a_card_put_into_the_folder_is_refused_with_the_option_that_publishes_it(hub: Hub, artifact: Path) -> None:
     (artifact / "README.md").write_text("mine")
-    with pytest.raises(VerificationError, match="--card FILE"):
+    with pytest.raises(VerificationError, match="card='FILE'"):
         do_publish(artifact)
 
 
@@ -90,7 +90,7 @@ def test_private_repositories_are_made_private_and_a_public_one_is_not_taken_for
     do_publish(artifact, private=True)
     assert stored(hub).private
     stored(hub).private = False
-    with pytest.raises(HubError, match="is public, and --private was asked for"):
+    with pytest.raises(HubError, match="is public, and was to be private"):
         do_publish(artifact, private=True)
 
 

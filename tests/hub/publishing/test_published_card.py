@@ -55,7 +55,7 @@ def test_a_doubtful_licence_must_be_confirmed(hub: Hub, artifact: Path, front: s
     hub.repositories.create("base/small")
     hub.repositories.commit("base/small", {"README.md": f"---\n{front}\n---\n# x\n".encode()})
     card = CardOptions(base_model="base/small")
-    with pytest.raises(UsageError, match=f"{concern}.*--confirm-license"):
+    with pytest.raises(UsageError, match=f"{concern}.*confirm_license=True"):
         do_publish(artifact, card)
     assert NAME not in hub.repositories.by_name
     assert concern in str(do_publish(artifact, card, dry_run=True).card.concern)

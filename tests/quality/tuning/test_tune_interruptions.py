@@ -88,7 +88,7 @@ def test_other_settings_do_not_continue_a_tuning(artifact: Path, source: Path, t
 
     with pytest.raises(_Stop):
         run(artifact, source, text, tmp_path / "out", on_step=stop)
-    with pytest.raises(TargetError, match="--restart"):
+    with pytest.raises(TargetError, match="restart=True"):
         run(artifact, source, text, tmp_path / "out", steps=3)
     found = run(artifact, source, text, tmp_path / "out", steps=3, restart=True)
     assert found is not None

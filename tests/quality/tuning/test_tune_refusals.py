@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qformat.artifact.manifest import seal
+from qformat.artifact.manifest_seal import seal
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import DataError, DivergenceError, Reason, SourceError, TargetError, UsageError, VerificationError
 from qformat.quality.tuning import tune as module
@@ -57,7 +57,7 @@ def test_an_artifact_without_digests_of_its_source_is_taken_on_trust_only(
     unsealed = "\n".join(text_of[:-2]) + '\n  "manifest_sha256": "' + "0" * 64 + '"\n}\n'
     (nameless / "qformat.json").write_bytes(seal(unsealed.encode()))
     assert "source_xxh3" not in json.dumps(json.loads((nameless / "qformat.json").read_text()))
-    with pytest.raises(UsageError, match=r"does not name the digest of the source .* --trust-source"):
+    with pytest.raises(UsageError, match=r"does not name the digest of the source .* trust_source=True"):
         run(nameless, source, text, tmp_path / "out")
     run(nameless, source, text, tmp_path / "out", trust_source=True)
     shard = "model-00001-of-00001.safetensors"
@@ -84,7 +84,7 @@ def test_what_did_not_get_better_is_written_only_when_asked(
     artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     changed = {"learning_rate": 0.7, "warmup_steps": 0, "steps": 3}
-    with pytest.raises(VerificationError, match=r"did not get better.*--accept-worse"):
+    with pytest.raises(VerificationError, match=r"did not get better.*accept_worse=True"):
         run(artifact, source, text, tmp_path / "out", **changed)
     assert not (tmp_path / "out").exists()
     found = run(artifact, source, text, tmp_path / "out", **changed, accept_worse=True)
@@ -104,7 +104,7 @@ def test_a_tuning_that_diverges_names_the_step_and_keeps_the_best_checkpoint(
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(module.TuningRun.run.__globals__, "learning_rate", run_away)
-        with pytest.raises(DivergenceError, match=r"step \d+: .*the best checkpoint, after [24] steps.*--use-best"):
+        with pytest.raises(DivergenceError, match=r"step \d+: .*the best checkpoint, after [24] steps.*use_best=True"):
             run(artifact, source, text, tmp_path / "out", **changed)
     assert not (tmp_path / "out").exists()
     found = run(artifact, source, text, tmp_path / "out", **changed, use_best=True)

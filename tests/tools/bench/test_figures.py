@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tools.bench.generate import n_equal_first
-from tools.bench.interleaved import median_ratio, time_in_turn
 from tools.bench.kernels import last_faster
+from tools.bench.timing.interleaved import median_ratio, time_in_turn
 
 
 def test_a_ratio_compares_the_times_of_one_round() -> None:

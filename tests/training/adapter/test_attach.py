@@ -43,7 +43,7 @@ def adapter(undisturbed: TrainingResult, tmp_path: Path) -> Path:
 
 
 def load(artifact: Path, adapter: Path, *, force: bool = False) -> PeftModel:
-    return load_adapter(load_model(artifact, device="cpu"), adapter, base_of(artifact), force=force)
+    return load_adapter(load_model(artifact, device="cpu"), adapter, base_of(artifact), force_adapter=force)
 
 
 def test_its_logits_are_those_of_plain_peft(artifact: Path, adapter: Path) -> None:
@@ -60,7 +60,7 @@ def test_on_other_weights_it_is_refused_with_both_digests(adapter: Path, tmp_pat
     other = runs.make_artifact(tmp_path, seed=1)
     recorded = read_base_record(adapter)
     assert recorded is not None
-    with pytest.raises(AdapterError, match=f"{recorded.digest}.*{base_of(other).digest}.*--force-adapter"):
+    with pytest.raises(AdapterError, match=f"{recorded.digest}.*{base_of(other).digest}.*force_adapter=True"):
         load(other, adapter)
     load(other, adapter, force=True)
 

@@ -102,7 +102,7 @@ def test_what_lasts_is_named_after_a_bounded_number_of_attempts_and_the_same_com
 
 def test_a_server_without_ranges_is_refused_where_it_would_send_too_much(hub: Hub, tmp_path: Path) -> None:
     hub.faults.add("whole", route="cdn/")
-    with pytest.raises(HubError, match=r"sends the whole file instead of a range.*--keep-source"):
+    with pytest.raises(HubError, match=r"sends the whole file instead of a range.*keep_source=True"):
         convert(NAME, tmp_path / "out", transfer=replace(SMALL, max_skipped_nbytes=20_000))
 
 

@@ -212,7 +212,9 @@ def test_restart_takes_the_branch_as_it_is_now(hub: Hub, source: Path, tmp_path:
     hub.faults.clear()
     hub.repositories.commit(NAME, {"README.md": b"changed"})
     del repository.commits[first]  # the history was squashed
-    with pytest.raises(HubError, match=f"commit {first}, which the interrupted .* is gone. Begin anew with --restart"):
+    with pytest.raises(
+        HubError, match=f"commit {first}, which the interrupted .* is gone. Begin anew with restart=True"
+    ):
         convert(NAME, tmp_path / "out")
 
     convert(NAME, tmp_path / "out", restart=True)
@@ -235,7 +237,7 @@ def test_a_branch_a_pull_request_and_a_commit_can_be_named(
 
 def test_keep_nonfinite_would_fetch_everything_twice_and_is_refused(hub: Hub, source: Path) -> None:
     hub.add_folder(NAME, source)
-    with pytest.raises(UsageError, match="--keep-source"):
+    with pytest.raises(UsageError, match="keep_source=True"):
         plan(NAME, ConversionOptions(keep_nonfinite=True))
 
 

@@ -1,0 +1,259 @@
+"""Verify an artifact, alone or beside its source: one record of what was found, and its one form as JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from qformat.artifact.manifest import Manifest
+from qformat.artifact.reading.reader import Artifact
+from qformat.artifact.reading.structure import read_manifest
+from qformat.artifact.reading.verify import Finding, IntegrityReport, finding_of, verify_integrity
+from qformat.artifact.verification_facts import (
+    ComparisonFacts,
+    ErrorFacts,
+    FindingFacts,
+    KeptFacts,
+    ManifestFacts,
+    PackedFacts,
+    VerificationFacts,
+)
+from qformat.codec.cpu.error_sums import ErrorSums, add_up
+from qformat.converters.compare.compare import compare
+from qformat.converters.compare.comparison import Comparison, KeptComparison, PackedComparison, kind_of, layer_of
+from qformat.converters.sources.open_source import is_repository, open_source
+from qformat.converters.sources.source import Source
+from qformat.cores import usable_cores
+from qformat.errors import ArtifactError
+from qformat.hub.signature import check_local_signature
+
+Stage = Literal["digests", "comparison"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found out about an artifact.
+
+    integrity: structure and digests, and the signature where it was checked. comparison: None without a source, and
+    where the artifact is too damaged to be opened. integrity_s, comparison_s: what they took, in seconds.
+    """
+
+    integrity: IntegrityReport
+    comparison: Comparison | None
+    signature_checked: bool
+    integrity_s: float
+    comparison_s: float
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything that is wrong."""
+        return self.integrity.findings + (self.comparison.findings if self.comparison is not None else ())
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+    def to_json(self) -> VerificationFacts:
+        """Return everything as plain JSON values: what `qformat verify --json` prints."""
+        integrity, comparison = self.integrity, self.comparison
+        return {
+            "path": str(integrity.path),
+            "good": self.good,
+            "findings": [_finding_json(finding) for finding in self.findings],
+            "integrity": {
+                "good": integrity.good,
+                "n_files": integrity.n_files,
+                "nbytes": integrity.nbytes,
+                "sha256_checked": integrity.sha256_checked,
+                "signature_checked": self.signature_checked,
+            },
+            "manifest": None if integrity.manifest is None else _manifest_json(integrity.manifest),
+            "comparison": None if comparison is None else _comparison_json(comparison),
+            "seconds": {"integrity": round(self.integrity_s, 3), "comparison": round(self.comparison_s, 3)},
+        }
+
+
+def verify_against_source(
+    artifact: Path | str,
+    source: Path | str | None,
+    *,
+    sha256: bool = False,
+    public_key: Path | None = None,
+    workers: int | None = None,
+    on_stage: Callable[[Stage, int], None] = lambda stage, nbytes: None,
+    on_progress: Callable[[int], None] = lambda nbytes: None,
+    on_compile: Callable[[], None] = lambda: None,
+) -> Verification:
+    """Check that an artifact is whole, and compare it with its source. What is wrong is a finding, not an exception.
+
+    source: a checkpoint as for `convert`; a repository of the Hub is read at the commit that the manifest names. None
+    leaves the comparison out. sha256: also take the SHA-256 of every shard. public_key: also check the signature, and
+    the SHA-256 of every shard, which it is of. workers: threads, by default one a core.
+    on_stage: a stage begins, of so many bytes. on_progress: bytes done. on_compile: once, if kernels must be compiled.
+    Raises: SourceError, HubError, UsageError for a source that cannot be opened.
+    """
+    artifact, workers = Path(artifact), workers or usable_cores()
+    manifest = None
+    with ExitStack() as stack:
+        opened = None
+        if source is not None:
+            if is_repository(source):
+                manifest = _readable_manifest(artifact)
+            opened = open_source(source, revision=_recorded_commit(manifest, str(source)))
+            stack.callback(opened.close)
+        started = time.monotonic()
+        integrity = verify_integrity(
+            artifact,
+            manifest=manifest,
+            sha256=sha256 or public_key is not None,
+            workers=workers,
+            on_plan=lambda nbytes: on_stage("digests", nbytes),
+            on_progress=on_progress,
+        )
+        if public_key is not None:
+            integrity = _with_signature(integrity, public_key)
+        checked = time.monotonic()
+        comparison = None
+        if opened is not None and integrity.structure is not None:
+            on_stage("comparison", _nbytes(opened))
+            try:
+                comparison = compare(
+                    Artifact(integrity.structure),
+                    opened,
+                    workers=workers,
+                    on_progress=on_progress,
+                    on_compile=on_compile,
+                )
+            except ArtifactError:  # of a damaged artifact, the integrity report has told why
+                if integrity.good:
+                    raise
+        compared = time.monotonic()
+    return Verification(integrity, comparison, public_key is not None, checked - started, compared - checked)
+
+
+def _readable_manifest(artifact: Path) -> Manifest | None:
+    try:
+        return read_manifest(artifact)
+    except ArtifactError:  # the check of the artifact tells what is wrong with it
+        return None
+
+
+def _recorded_commit(manifest: Manifest | None, source: str) -> str | None:
+    """Return the commit of a repository that the artifact was made from, if it was made from that repository."""
+    if manifest is None:
+        return None
+    commit = manifest.source.get("commit")
+    return commit if manifest.source.get("repository") == source and isinstance(commit, str) else None
+
+
+def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityReport:
+    """Return the report with what is wrong with the signature, if anything is."""
+    try:
+        check_local_signature(integrity.path, public_key)
+    except ArtifactError as error:
+        return replace(integrity, findings=(*integrity.findings, finding_of(error)))
+    return integrity
+
+
+def _nbytes(source: Source) -> int:
+    plain = sum(tensor.nbytes for tensor in source.tensors.values())
+    return plain + sum(weight.nbytes for weight in source.packed.values())
+
+
+def _finding_json(finding: Finding) -> FindingFacts:
+    return {
+        "reason": finding.reason.value,
+        "file": finding.file,
+        "tensor": finding.tensor,
+        "component": finding.component,
+        "message": finding.message,
+    }
+
+
+def _manifest_json(manifest: Manifest) -> ManifestFacts:
+    return {
+        "format_version": manifest.format_version,
+        "generator": manifest.generator,
+        "source": manifest.source,
+        "recipe": manifest.recipe,
+        "files": {name: {"nbytes": record.nbytes, "sha256": record.sha256} for name, record in manifest.files.items()},
+    }
+
+
+def _comparison_json(comparison: Comparison) -> ComparisonFacts:
+    return {
+        "source": str(comparison.source),
+        "source_nbytes": comparison.source_nbytes,
+        "bits_per_weight": comparison.bits_per_weight,
+        "bits_per_parameter": comparison.bits_per_parameter,
+        "overall": _error_json(comparison.overall),
+        "code_counts": list(comparison.code_counts),
+        "n_packed": comparison.n_packed,
+        "n_exact": comparison.n_exact,
+        "n_chosen": comparison.n_chosen,
+        "n_near": comparison.n_near,
+        "n_kept": comparison.n_kept,
+        "n_identical": comparison.n_identical,
+        "n_tuned": len(comparison.tuned),
+        "scale_change": comparison.scale_change,
+        "n_source_digests": comparison.n_source_digests,
+        "n_source_named": comparison.n_source_named,
+        "by_kind": [
+            {
+                "kind": kind,
+                "n_tensors": len(tensors),
+                "errors": _error_json(add_up(tensor.errors for tensor in tensors)),
+            }
+            for kind, tensors in comparison.by_kind().items()
+        ],
+        "packed": [_packed_json(tensor) for tensor in comparison.packed],
+        "kept": [_kept_json(tensor) for tensor in comparison.kept],
+    }
+
+
+def _packed_json(tensor: PackedComparison) -> PackedFacts:
+    return {
+        "name": tensor.name,
+        "kind": kind_of(tensor.name),
+        "layer": layer_of(tensor.name),
+        "dtype": tensor.layout.float_format.value,
+        "shape": list(tensor.layout.shape),
+        "block_size": tensor.layout.block_size,
+        "double_quant": tensor.layout.double_quant,
+        "source_nbytes": tensor.source_nbytes,
+        "nbytes": tensor.nbytes,
+        "errors": _error_json(tensor.errors),
+        "code_counts": list(tensor.code_counts),
+        "n_wrong_codes": tensor.n_wrong_codes,
+        "n_wrong_scales": tensor.n_wrong_scales,
+        "n_far_scales": tensor.n_far_scales,
+        "source_named": tensor.source_named,
+    }
+
+
+def _kept_json(tensor: KeptComparison) -> KeptFacts:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "reason": tensor.keep_reason,
+        "nbytes": tensor.nbytes,
+        "n_wrong_bytes": tensor.n_wrong_bytes,
+        "source_named": tensor.source_named,
+        "tuned": tensor.tuned,
+    }
+
+
+def _error_json(errors: ErrorSums) -> ErrorFacts:
+    return {
+        "n_weights": errors.n_weights,
+        "relative_rms": errors.relative_rms,
+        "snr_db": errors.snr_db,
+        "max_abs_error": errors.max_abs_error,
+        "cosine": errors.cosine,
+    }

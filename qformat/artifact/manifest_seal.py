@@ -1,0 +1,53 @@
+"""The bytes of a manifest, and its last member: the SHA-256 of all that stands before it (spec section 7.4)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from qformat import strict_json
+from qformat.errors import ArtifactError, Reason
+
+_SEAL = re.compile(rb'  "manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
+
+_UNSEALED = b'  "manifest_sha256": "' + b"0" * 64 + b'"\n}\n'
+"""The last bytes of a manifest that is to be sealed."""
+
+
+def sealed(record: Mapping[str, object]) -> bytes:
+    """Write the members of a manifest but the last (spec section 7.4), and seal it."""
+    # One line a member and one line a tensor: small, and readable with ordinary tools.
+    lines = ["{"]
+    for key, value in record.items():
+        if key in {"tensors", "files"}:
+            assert isinstance(value, dict)
+            entries = [f"    {strict_json.dumps(k)}: {strict_json.dumps(v)}" for k, v in value.items()]
+            lines += [f"  {strict_json.dumps(key)}: {{", ",\n".join(entries), "  },"]
+        else:
+            lines.append(f"  {strict_json.dumps(key)}: {strict_json.dumps(value)},")
+    return seal("\n".join(lines).encode("utf-8") + b"\n" + _UNSEALED)
+
+
+def seal(unsealed: bytes) -> bytes:
+    """Put the SHA-256 of a manifest, taken with 64 zeros in its place, into its last member."""
+    digest = hashlib.sha256(unsealed).hexdigest().encode("ascii")
+    return unsealed[: -len(_UNSEALED)] + _UNSEALED.replace(b"0" * 64, digest)
+
+
+def check_seal(data: bytes, path: Path) -> None:
+    """Refuse a manifest that does not end with its own SHA-256. Raises ArtifactError (manifest_digest)."""
+    match = _SEAL.search(data)
+    if match is None:
+        raise ArtifactError(Reason.MANIFEST_DIGEST, path, "does not end with its own digest", field="manifest_sha256")
+    found = match[1].decode("ascii")
+    expected = hashlib.sha256(data[: match.start()] + _UNSEALED).hexdigest()
+    if found != expected:
+        raise ArtifactError(
+            Reason.MANIFEST_DIGEST,
+            path,
+            f"says {found}, but the file's digest is {expected}: the manifest was changed",
+            field="manifest_sha256",
+            next_step="Fetch or convert the artifact again",
+        )

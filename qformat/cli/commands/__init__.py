@@ -1,0 +1,1 @@
+"""The commands: one file each, under its name. No command imports another one."""

@@ -1,0 +1,257 @@
+"""`qformat convert`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat.cli.display import echo_json, format_table, say_compiling, say_complete, some
+from qformat.cli.options import options_record, out_argument, written_shards_options
+from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
+from qformat.cli.progress import Bar
+from qformat.errors import Option, UsageError
+from qformat.sizes import format_nbytes, parse_nbytes
+
+if TYPE_CHECKING:
+    from qformat.converters.convert import ConversionOptions, ConversionSummary
+    from qformat.converters.encode.plan import Plan
+    from qformat.converters.encode.tasks import AdoptedTask, PackedTask
+    from qformat.quality.calibration.settings import CalibrationSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertArguments:
+    """What is given to `qformat convert`."""
+
+    source: str
+    out: Path
+    recipe: Path | None
+    skip: tuple[str, ...]
+    block_size: int
+    no_double_quant: bool
+    calibrate: tuple[str, ...]
+    calibration_tokens: int | None
+    keep_nonfinite: bool
+    revision: str | None
+    offline: bool
+    keep_source: bool
+    workers: int | None
+    max_shard_size: str
+    force: bool
+    restart: bool
+    dry_run: bool
+    as_json: bool
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*' --block-size 128
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --calibrate text.txt
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run
+  qformat convert Qwen3-8B-Q6_K.gguf Qwen3-8B-nf4
+  qformat convert meta-llama/Llama-3.2-1B Llama-3.2-1B-nf4 --revision main"""
+)
+@click.argument("source", metavar="SRC")
+@out_argument()
+@click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of ordered pattern -> action rules.")
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Keep what matches in 16 bit. May be repeated.")
+@click.option("--block-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
+@click.option("--no-double-quant", is_flag=True, help="Store float32 scales (0.37 bits a weight more).")
+@click.option(
+    "--calibrate",
+    multiple=True,
+    metavar="FILE",
+    help="Choose codes and scales on this text, layer by layer (text, JSON lines, Parquet; may be repeated).",
+)
+@click.option("--calibration-tokens", type=int, metavar="N", help="Tokens of it to take.  [default: 16384]")
+@click.option("--keep-nonfinite", is_flag=True, help="Keep weights with Inf or NaN in 16 bit. Reads SRC twice.")
+@click.option("--revision", help="Branch, tag or commit of a repository of the Hub.  [default: main]")
+@click.option("--offline", is_flag=True, help="Make no request: read the local cache of the Hub.")
+@click.option("--keep-source", is_flag=True, help="Store the source in the local cache of the Hub and convert that.")
+@written_shards_options("artifact")
+@options_record(ConvertArguments)
+def command(options: ConvertArguments) -> None:
+    """Convert the checkpoint SRC into the 4-bit artifact OUT.
+
+    SRC is a folder of safetensors or PyTorch files in 16 or 32 bit, fp8, MXFP4 or bitsandbytes' NF4, or a GGUF file:
+    `qformat info` lists the kinds. Or it is a repository of the Hub (owner/name) with safetensors in 16 or 32 bit: it
+    is fetched once, in ranges, checked and encoded on the way, and not stored.
+
+    transformers + bitsandbytes, PEFT and vLLM load OUT as it is. Memory stays flat whatever the model's size. An
+    interrupted conversion is continued by the same command; nothing stands under OUT before it is whole.
+    """
+    from qformat.converters.convert import convert, plan
+
+    chosen = _conversion_options(options)
+    if options.dry_run:
+        _show_plan(plan(options.source, chosen), options.out, as_json=options.as_json)
+        return
+    with Bar() as bar:
+        summary = convert(
+            options.source,
+            options.out,
+            chosen,
+            workers=options.workers,
+            force=options.force,
+            restart=options.restart,
+            on_plan=lambda plan: bar.start(plan.source_nbytes, _what(plan)),
+            on_progress=bar.advance,
+            on_compile=say_compiling,
+            on_layer=_layers(bar),
+        )
+    _show_summary(summary, as_json=options.as_json)
+
+
+def _conversion_options(options: ConvertArguments) -> ConversionOptions:
+    from qformat.converters.convert import ConversionOptions
+
+    return ConversionOptions(
+        recipe=options.recipe,
+        skip=options.skip,
+        block_size=options.block_size,
+        double_quant=not options.no_double_quant,
+        max_shard_nbytes=parse_nbytes(Option("max_shard_size"), options.max_shard_size),
+        keep_nonfinite=options.keep_nonfinite,
+        calibration=_calibration(options.calibrate, options.calibration_tokens),
+        revision=options.revision,
+        offline=options.offline,
+        keep_source=options.keep_source,
+    )
+
+
+def _what(plan: Plan) -> str:
+    return "Fetching and converting" if "repository" in plan.source else "Converting"
+
+
+def _layers(bar: Bar) -> Callable[[int, int], None]:
+    """Return what shows layers that are calibrated, once the bytes are done."""
+    begun = False
+
+    def show(done: int, total: int) -> None:
+        nonlocal begun
+        if not begun:
+            bar.start_steps(total, "Calibrating", "layer")
+            begun = True
+        bar.advance(done)
+
+    return show
+
+
+def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSettings | None:
+    from qformat.quality.calibration.settings import DEFAULT_TOKENS, CalibrationSettings
+
+    if not data:
+        if n_tokens is not None:
+            raise UsageError("--calibration-tokens: there is no text to take them from. Give one with --calibrate FILE")
+        return None
+    return CalibrationSettings(data, DEFAULT_TOKENS if n_tokens is None else n_tokens)
+
+
+def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
+    free = free_nbytes_at(out)
+    if as_json:
+        echo_json(plan_json(_facts(plan), plan.nbytes, plan.shards, free_nbytes=free))
+        return
+    rows = [("action", "tensors", "source", "artifact", "why"), *_rows(plan)]
+    click.echo(format_table(rows, right=(1, 2, 3)))
+    click.echo()
+    show_shards(out, plan.shards)
+    _show_notes(plan)
+    click.echo(
+        f"{format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes), "
+        f"{plan.bits_per_weight:.3f} bits a packed weight; {free_in_words(plan.nbytes, free)}"
+    )
+
+
+def _show_summary(summary: ConversionSummary, *, as_json: bool) -> None:
+    plan = summary.plan
+    if as_json:
+        echo_json(summary_json(summary, _facts(plan)))
+        return
+    if summary.already_complete:
+        say_complete(summary.out)
+        return
+    click.echo(format_table([("action", "tensors", "source", "artifact", "why"), *_rows(plan)], right=(1, 2, 3)))
+    _show_notes(plan)
+    rate = plan.source_nbytes / summary.seconds
+    click.echo(
+        f"{summary.out}: {format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} "
+        f"({plan.nbytes / plan.source_nbytes:.1%}), {plan.bits_per_weight:.3f} bits a packed weight, "
+        f"{summary.seconds:.1f} s, {format_nbytes(rate)}/s"
+    )
+
+
+def _facts(plan: Plan) -> dict[str, object]:
+    return {
+        "source_nbytes": plan.source_nbytes,
+        "nbytes": plan.nbytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "packed_tensors": len(plan.packed),
+        "adopted_tensors": len(plan.adopted),
+        "kept_tensors": len(plan.kept),
+        "kept_by_reason": dict(sorted(Counter(task.reason.value for task in plan.kept).items())),
+        "vouched": [task.source.name for task in plan.packed if task.vouched],
+        "not_known_to_be_linear": _unknown(plan),
+        "blocks_across_rows": _blocks_across_rows(plan),
+        "calibration": plan.recipe.get("calibration"),
+    }
+
+
+def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
+    rows = []
+    for action, tasks, why in (("nf4", plan.packed, "Linear weights"), ("adopt", plan.adopted, "in NF4 already")):
+        if tasks or (action == "nf4" and not plan.adopted):
+            source = sum(task.source_nbytes for task in tasks)
+            packed = sum(place.nbytes for task in tasks for place in task.places.values())
+            rows.append((action, str(len(tasks)), format_nbytes(source), format_nbytes(packed), why))
+    for reason, count in sorted(Counter(task.reason for task in plan.kept).items()):
+        nbytes = format_nbytes(sum(task.source_nbytes for task in plan.kept if task.reason is reason))
+        rows.append(("keep", str(count), nbytes, nbytes, reason.phrase))
+    return rows
+
+
+def _show_notes(plan: Plan) -> None:
+    if unknown := _unknown(plan):
+        click.echo(
+            f"Kept, since it is not certain that they are Linear: {some(unknown)}. A recipe can say that they are"
+        )
+    if vouched := [task.source.name for task in plan.packed if task.vouched]:
+        click.echo(f"Packed because the recipe says that they are Linear: {', '.join(vouched)}")
+    if crossing := _blocks_across_rows(plan):
+        click.echo(
+            f"In {len(crossing)} weights (such as {crossing[0]}) blocks run across rows: bitsandbytes 0.50 decodes "
+            "some such weights wrongly on CPUs with AVX-512. A smaller block size, or --skip, avoids it"
+        )
+    _show_calibration(plan)
+
+
+def _show_calibration(plan: Plan) -> None:
+    record = plan.recipe.get("calibration")
+    if not isinstance(record, dict):
+        return
+    plain = record["plain"]
+    assert isinstance(plain, dict)
+    click.echo(
+        f"Calibrated on {record['tokens']:,} tokens in {record['windows']} windows: "
+        f"{len(plan.packed) - len(plain)} of {len(plan.packed)} weights"
+    )
+    for why in sorted({str(why) for why in plain.values()}):
+        names = [name for name in plain if plain[name] == why]
+        click.echo(f"Not calibrated, {why}: {some(names)}")
+
+
+def _blocks_across_rows(plan: Plan) -> list[str]:
+    """Weights whose rows are no multiple of their block: legal, but see docs/bitsandbytes.md."""
+    weights: list[PackedTask | AdoptedTask] = [*plan.packed, *plan.adopted]
+    return [task.source.name for task in weights if task.layout.shape[-1] % task.layout.block_size]
+
+
+def _unknown(plan: Plan) -> list[str]:
+    return [task.source.name for task in plan.kept if task.reason.value == "not_known_to_be_linear"]

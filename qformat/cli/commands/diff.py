@@ -1,0 +1,191 @@
+"""`qformat diff`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat import strict_json
+from qformat.cli.display import echo_json, format_table
+from qformat.cli.options import json_option, options_record
+from qformat.cli.progress import Bar
+
+if TYPE_CHECKING:
+    from qformat.artifact.manifest_diff import ManifestDifference
+    from qformat.artifact.value_diff import ValueDifference
+    from qformat.hub.diff import Difference
+
+EXIT_DIFFERENT = 1
+_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True)
+class DiffArguments:
+    """What is given to `qformat diff`."""
+
+    a: str
+    b: str
+    revision_a: str | None
+    revision_b: str | None
+    weights: bool
+    show_all: bool
+    as_json: bool
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat diff SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-nf4-b128
+  qformat diff SmolLM2-135M-Instruct-nf4 owner/SmolLM2-135M-Instruct-nf4 --weights"""
+)
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--revision-a", help="Branch, tag or commit, if A is a repository of the Hub.")
+@click.option("--revision-b", help="The same for B.")
+@click.option("--weights", is_flag=True, help="Only tensors count: not recipe, generator, card and other files.")
+@click.option("--all", "show_all", is_flag=True, help="List every tensor that differs.")
+@json_option()
+@options_record(DiffArguments)
+def command(options: DiffArguments) -> None:
+    """Tell what differs between the artifacts A and B, folders or repositories of the Hub (owner/name).
+
+    Manifests are compared, and between two folders codes and scales are counted. Exits with 0 if they are the same
+    and with 1 if not.
+    """
+    from qformat.hub.diff import diff
+
+    with Bar() as bar:
+        found = diff(
+            options.a,
+            options.b,
+            revision_a=options.revision_a,
+            revision_b=options.revision_b,
+            on_plan=lambda nbytes: bar.start(nbytes, "Comparing"),
+            on_progress=bar.advance,
+        )
+    same = found.manifests.same_weights if options.weights else found.equal
+    if options.as_json:
+        echo_json({"same": same, **_facts(found)})
+    else:
+        _show(found, show_all=options.show_all)
+        what = "weights" if options.weights else "artifacts"
+        click.echo(f"the same {what}" if same else f"different {what}")
+    if not same:
+        click.get_current_context().exit(EXIT_DIFFERENT)
+
+
+def _facts(found: Difference) -> dict[str, object]:
+    manifests = found.manifests
+    values = {} if found.values is None else {value.name: value for value in found.values}
+    return {
+        "a": found.a,
+        "b": found.b,
+        "equal": found.equal,
+        "same_model": manifests.same_model,
+        "same_source": manifests.same_source,
+        "same_weights": manifests.same_weights,
+        "n_tensors": manifests.n_tensors,
+        "only_in_a": list(manifests.only_in_a),
+        "only_in_b": list(manifests.only_in_b),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "differs_in": [aspect.value for aspect in tensor.aspects],
+                **(_counts(values[tensor.name]) if tensor.name in values else {}),
+            }
+            for tensor in manifests.tensors
+        ],
+        "members": {name: {"a": one, "b": other} for name, (one, other) in manifests.members.items()},
+        "files": {
+            "only_in_a": list(manifests.files_only_in_a),
+            "only_in_b": list(manifests.files_only_in_b),
+            "changed": list(manifests.changed_files),
+            "same_shards": manifests.same_shards,
+        },
+    }
+
+
+def _counts(value: ValueDifference) -> dict[str, int]:
+    counts = {
+        "n_elements": value.n_elements,
+        "n_codes": value.n_codes,
+        "n_blocks": value.n_blocks,
+        "n_scales": value.n_scales,
+        "n_values": value.n_values,
+    }
+    return {name: count for name, count in counts.items() if count is not None}
+
+
+def _show(found: Difference, *, show_all: bool) -> None:
+    manifests = found.manifests
+    click.echo(f"A: {found.a}\nB: {found.b}")
+    click.echo(_model_line(manifests))
+    for where, names in (("A", manifests.only_in_a), ("B", manifests.only_in_b)):
+        if names:
+            click.echo(f"only in {where}: {_some(names, show_all=show_all)}")
+    if manifests.tensors:
+        click.echo(_tensors_table(found, show_all=show_all))
+    elif manifests.same_model:
+        click.echo("every tensor has the same bytes")
+    for name, (one, other) in manifests.members.items():
+        click.echo(f"{name}: {_short(one)} -> {_short(other)}")
+    for what, files in (
+        ("files only in A", manifests.files_only_in_a),
+        ("files only in B", manifests.files_only_in_b),
+        ("files that differ", manifests.changed_files),
+    ):
+        if files:
+            click.echo(f"{what}: {', '.join(files)}")
+    if manifests.same_weights and not manifests.same_shards:
+        click.echo("the same tensors lie in other shards")
+
+
+def _model_line(manifests: ManifestDifference) -> str:
+    if not manifests.same_model:
+        return "another model: names or shapes of tensors differ"
+    if manifests.same_source is None:
+        return "the same tensors, by name and shape; the manifests do not tell whether they had the same source"
+    n_other = manifests.n_sources - manifests.n_same_sources
+    source = "from the same source" if manifests.same_source else f"from another source in {n_other} tensors"
+    return f"the same model: {manifests.n_tensors} tensors of the same names and shapes, {source}"
+
+
+def _tensors_table(found: Difference, *, show_all: bool) -> str:
+    values = {} if found.values is None else {value.name: value for value in found.values}
+    tensors = found.manifests.tensors
+    shown = tensors if show_all else tensors[:_SHOWN]
+    rows: list[tuple[str, ...]] = [("tensor", "differs in", "codes", "scales", "values")]
+    for tensor in shown:
+        value = values.get(tensor.name)
+        rows.append(
+            (
+                tensor.name,
+                ", ".join(aspect.value for aspect in tensor.aspects),
+                "" if value is None else _part(value.n_codes, value.n_elements),
+                "" if value is None else _part(value.n_scales, value.n_blocks),
+                "" if value is None else _part(value.n_values, value.n_elements),
+            )
+        )
+    empty = {column for column in range(1, len(rows[0])) if not any(row[column] for row in rows[1:])}
+    kept = [tuple(cell for column, cell in enumerate(row) if column not in empty) for row in rows]
+    table = format_table(kept, right=range(2, len(kept[0])))
+    hidden = len(tensors) - len(shown)
+    return table + (f"\n... and {hidden} more tensors; --all lists them" if hidden else "")
+
+
+def _part(count: int | None, total: int | None) -> str:
+    if count is None or total is None:
+        return ""
+    return f"{count:,} of {total:,} ({count / total:.2%})" if total else "0"
+
+
+def _some(names: tuple[str, ...], *, show_all: bool) -> str:
+    shown = names if show_all else names[:_SHOWN]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(shown) < len(names) else "")
+
+
+def _short(value: strict_json.Json) -> str:
+    text = "nothing" if value is None else strict_json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

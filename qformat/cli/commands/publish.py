@@ -1,0 +1,235 @@
+"""`qformat publish`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat.cli.display import echo_json, format_table
+from qformat.cli.flags import as_flag
+from qformat.cli.options import artifact_argument, dry_run_option, json_option, options_record, workers_option
+from qformat.cli.progress import Bar
+from qformat.cli.verified import verified
+from qformat.errors import UsageError, VerificationError, spelled
+from qformat.sizes import format_nbytes
+
+if TYPE_CHECKING:
+    from qformat.hub.card.error_figures import ErrorFigures
+    from qformat.hub.card.prepared_card import CardOptions
+    from qformat.hub.publishing.publish import Published, PublishOptions
+
+
+@dataclass(frozen=True, slots=True)
+class PublishArguments:
+    """What is given to `qformat publish`."""
+
+    artifact: Path
+    repository: str
+    source: str | None
+    figures: Path | None
+    base_model: str | None
+    license_id: str | None
+    license_name: str | None
+    license_link: str | None
+    confirm_license: bool
+    card: Path | None
+    private: bool
+    revision: str | None
+    create_pr: bool
+    sign_key: Path | None
+    dry_run: bool
+    workers: int | None
+    as_json: bool
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --dry-run
+  qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 --license apache-2.0 \\
+      --base-model HuggingFaceTB/SmolLM2-135M-Instruct --sign-key key.pem"""
+)
+@artifact_argument
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option(
+    "--source",
+    metavar="SRC",
+    help="Compare with this checkpoint, a folder or owner/name; its figures and its card's licence go into the card.",
+)
+@click.option(
+    "--figures",
+    metavar="FILE.json",
+    type=click.Path(path_type=Path),
+    help="What `qformat verify --source --json` printed, instead of comparing again.",
+)
+@click.option(
+    "--base-model", metavar="OWNER/NAME", help="The model that ART was made from, where the manifest does not tell."
+)
+@click.option(
+    "--license", "license_id", metavar="ID", help="Its licence, as the Hub spells it, such as apache-2.0 or other."
+)
+@click.option("--license-name", help="The name of a licence that is 'other'.")
+@click.option("--license-link", help="Where the text of a licence that is 'other' can be read.")
+@click.option("--confirm-license", is_flag=True, help="Publish although the licence is missing or forbids derivatives.")
+@click.option(
+    "--card", metavar="FILE", type=click.Path(path_type=Path), help="Publish this README.md instead of writing one."
+)
+@click.option("--private", is_flag=True, help="Make the repository a private one.")
+@click.option("--revision", metavar="BRANCH", help="Publish to this branch, made if it is not there.  [default: main]")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
+@click.option(
+    "--sign-key",
+    metavar="KEY.pem",
+    type=click.Path(path_type=Path),
+    help="Sign with this elliptic-curve key (OpenSSF model-signing).",
+)
+@dry_run_option("Show what would be sent, and the card; send nothing.")
+@workers_option()
+@json_option()
+@options_record(PublishArguments)
+def command(options: PublishArguments) -> None:
+    """Publish the artifact in folder ART as a repository of the Hub, with a model card.
+
+    Every byte is verified first, and a damaged artifact is refused. What the repository has already is not sent again;
+    publishing the same twice changes nothing. The token is the ordinary one (HF_TOKEN or `hf auth login`).
+    """
+    from qformat.hub.names import check_repository_name
+    from qformat.hub.publishing.publish import publish
+
+    check_repository_name(options.repository)
+    _check_usage(options)
+    chosen = _publish_options(options)
+    card = _card_options(options)
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
+    with Bar() as bar:
+        published = publish(
+            options.artifact,
+            options.repository,
+            card,
+            chosen,
+            workers=options.workers,
+            on_plan=lambda nbytes: bar.start(nbytes, "Checking digests"),
+            on_progress=bar.advance,
+        )
+    if options.as_json:
+        echo_json(_facts(published))
+    else:
+        _show(published)
+
+
+def _check_usage(options: PublishArguments) -> None:
+    """Refuse options that do not fit together."""
+    if options.license_id is None and (options.license_name or options.license_link):
+        raise UsageError("--license-name and --license-link say more about a --license: give that, too")
+    if options.card is not None and (options.source or options.figures or options.base_model or options.license_id):
+        raise UsageError("--card is published as it is: leave out --source, --figures, --base-model and --license")
+    if options.source is not None and options.figures is not None:
+        raise UsageError("--source compares now, --figures takes what was found before: give one of them")
+
+
+def _publish_options(options: PublishArguments) -> PublishOptions:
+    from qformat.hub.publishing.publish import PublishOptions
+
+    return PublishOptions(
+        revision=options.revision,
+        private=options.private,
+        create_pr=options.create_pr,
+        sign_key=options.sign_key,
+        confirm_license=options.confirm_license,
+        dry_run=options.dry_run,
+    )
+
+
+def _card_options(options: PublishArguments) -> CardOptions:
+    from qformat.converters.sources.open_source import is_repository
+    from qformat.hub.card.licenses import License
+    from qformat.hub.card.prepared_card import CardOptions
+
+    source, license_id = options.source, options.license_id
+    return CardOptions(
+        card=options.card,
+        base_model=options.base_model or (source if source is not None and is_repository(source) else None),
+        source=Path(source) if source is not None and Path(source).is_dir() else None,
+        license=None if license_id is None else License(license_id, options.license_name, options.license_link),
+        figures=_figures(options),
+    )
+
+
+def _figures(options: PublishArguments) -> ErrorFigures | None:
+    """Compare with the source, or read what a comparison has found."""
+    from qformat.artifact.reading.structure import read_manifest
+    from qformat.hub.card.error_figures import ErrorFigures, read_error_figures
+
+    artifact, source = options.artifact, options.source
+    if options.figures is not None:
+        return read_error_figures(options.figures, read_manifest(artifact))
+    if source is None:
+        return None
+    found = verified(artifact, source, workers=options.workers)
+    if not found.good or found.integrity.manifest is None:
+        shown = "\n".join(finding.message for finding in found.findings[:3])
+        raise VerificationError(f"{artifact}: is not what {source} gives, and is not published:\n{shown}")
+    return ErrorFigures.parse(found.to_json(), found.integrity.manifest, source)
+
+
+def _facts(published: Published) -> dict[str, object]:
+    return {
+        "repository": published.repository,
+        "revision": published.revision,
+        "commit": published.commit,
+        "pull_request": published.pull_request,
+        "already_there": published.already_there,
+        "nbytes": published.publication.nbytes,
+        "nbytes_to_send": published.nbytes_to_send,
+        "new": list(published.changes.new),
+        "changed": list(published.changes.changed),
+        "unchanged": list(published.changes.unchanged),
+        "removed": list(published.changes.removed),
+        "others": list(published.changes.others),
+        "license_concern": published.card.concern,
+        "note": None if published.card.note is None else spelled(published.card.note, as_flag),
+        "card": published.card.text,
+    }
+
+
+def _show(published: Published) -> None:
+    if published.card.note is not None:
+        click.echo(f"Note: {spelled(published.card.note, as_flag)}", err=True)
+    if published.card.concern is not None:
+        click.echo(f"Warning: {published.card.concern}", err=True)
+    where = published.repository + ("" if published.revision == "main" else f" ({published.revision})")
+    if published.commit is None:
+        _show_plan(published)
+        click.echo(f"{where}: {format_nbytes(published.nbytes_to_send)} would be sent")
+        return
+    if published.changes.others:
+        others = ", ".join(published.changes.others[:5])
+        click.echo(f"Note: {where} also holds {others}: no part of the artifact", err=True)
+    if published.already_there:
+        click.echo(f"{where}: holds these very bytes already; nothing was sent")
+    else:
+        sent = len(published.changes.sent)
+        click.echo(f"{where}: {sent} files, {format_nbytes(published.nbytes_to_send)} sent")
+    click.echo(f"commit {published.commit}" + (f", {published.pull_request}" if published.pull_request else ""))
+
+
+def _show_plan(published: Published) -> None:
+    files = published.publication.files
+    rows: list[tuple[str, ...]] = [("action", "file", "bytes")]
+    for action, names in (
+        ("add", published.changes.new),
+        ("replace", published.changes.changed),
+        ("leave", published.changes.unchanged),
+    ):
+        rows += [(action, name, f"{files[name].nbytes:,}") for name in names]
+    rows += [("remove", name, "") for name in published.changes.removed]
+    click.echo(format_table(rows, right=(2,)))
+    click.echo()
+    click.echo(published.card.text)

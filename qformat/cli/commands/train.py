@@ -1,0 +1,208 @@
+"""`qformat train`."""
+
+from __future__ import annotations
+
+from dataclasses import Field, asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qformat.artifact.manifest import JsonObject
+from qformat.cli.display import echo_json
+from qformat.cli.options import (
+    Decorator,
+    Function,
+    dry_run_option,
+    json_option,
+    options_record,
+    out_argument,
+    settings_of,
+)
+from qformat.cli.progress import StepLines
+from qformat.errors import Interrupted, Option
+from qformat.sizes import format_nbytes, parse_nbytes
+from qformat.training.settings import TrainingSettings, read_toml, value_type
+
+if TYPE_CHECKING:
+    from qformat.training.result import TrainingResult
+
+
+@dataclass(frozen=True, slots=True)
+class TrainArguments:
+    """What is given to `qformat train`. settings: those of `TrainingSettings` by name, None where one is not given."""
+
+    artifact: str
+    out: Path | None
+    data: tuple[str, ...]
+    eval_data: tuple[str, ...]
+    split: str
+    eval_split: str
+    config: Path | None
+    resume: str | None
+    dry_run: bool
+    device_memory: str | None
+    as_json: bool
+    settings: dict[str, Any]
+
+
+def _setting_options(command: Function) -> Function:
+    """Add an option for every field of `TrainingSettings`; the command gets them all as `settings`.
+
+    None stands for "not given": a TOML file may say it.
+    """
+    items = fields(TrainingSettings)
+    command = settings_of([item.name for item in items], dict)(command)
+    for item in reversed(items):
+        command = _option(item)(command)
+    return command
+
+
+def _option(item: Field[Any]) -> Decorator:
+    name = "--" + item.name.replace("_", "-")
+    kind = value_type(item)
+    text = item.metadata["help"]
+    if kind is bool:
+        shown = f"{text}  [default: {'on' if item.default else 'off'}]"
+        return click.option(f"{name}/--no-{name[2:]}", default=None, help=shown)
+    if item.default not in (None, ()):
+        text = f"{text}  [default: {' '.join(item.default) if isinstance(item.default, tuple) else item.default}]"
+    if kind is tuple:
+        return click.option(name, multiple=True, metavar="NAME", help=text)
+    choices = item.metadata["choices"]
+    return click.option(name, type=click.Choice(choices) if choices else kind, default=None, help=text)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat train SmolLM2-135M-Instruct-nf4 adapter --data chats.jsonl
+  qformat train ART adapter --data train.jsonl --eval-data test.jsonl --rank 32 --packing
+  qformat train ART adapter --data train.jsonl --resume
+  qformat train owner/model --dry-run --seq-len 4096 --device-memory 24GiB"""
+)
+@click.argument("artifact", metavar="ART")
+@out_argument(required=False)
+@click.option("--data", metavar="FILE", multiple=True,
+              help="JSON lines or Parquet with text, messages, or prompt and completion; a folder of them; a dataset "
+                   "of the Hub: owner/name[:configuration][@revision]. May be repeated.")  # fmt: skip
+@click.option("--eval-data", metavar="FILE", multiple=True, help="Held-out data: its loss is told before and after.")
+@click.option("--split", default="train", show_default=True, help="Of --data, where it is a dataset of the Hub.")
+@click.option("--eval-split", default="test", show_default=True, help="Of --eval-data, likewise.")
+@click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
+              help="TOML with the settings below; what the command line says wins.")  # fmt: skip
+@click.option("--resume", metavar="CHECKPOINT", is_flag=False, flag_value="latest",
+              help="Continue from the last checkpoint in OUT, or from --resume=checkpoint-N, bit for bit.")  # fmt: skip
+@dry_run_option("Only tell how much device memory it takes, and the largest batch and sequence that fit. ART may then "
+                "also be a 16-bit folder or a repository of the Hub; no weight is fetched.")  # fmt: skip
+@click.option("--device-memory", metavar="SIZE", help="For --dry-run: of the device, such as 24GiB, if not this one.")
+@json_option("Print one JSON object at the end.")
+@_setting_options
+@options_record(TrainArguments)
+def command(options: TrainArguments) -> None:
+    """Train a LoRA adapter OUT on the packed weights of artifact ART, on one GPU or (slowly) the CPU."""
+    settings = _settings(options)
+    if not options.dry_run and options.out is None:
+        raise click.UsageError("Missing argument 'OUT'.")
+    if not options.dry_run and not options.data:
+        raise click.UsageError("Missing option '--data'.")
+    from qformat.cli.models import quiet_transformers
+
+    quiet_transformers()
+    if options.dry_run:
+        _print_plan(options, settings)
+    else:
+        _train(options, settings)
+
+
+def _train(options: TrainArguments, settings: TrainingSettings) -> None:
+    from qformat.report.training_page import write_training_page
+    from qformat.training.run import TrainingJob, train
+
+    out = options.out
+    assert out is not None
+    job = TrainingJob(Path(options.artifact), options.data, out, options.eval_data, options.split, options.eval_split)
+    lines = StepLines()
+    try:
+        result = train(
+            job,
+            settings,
+            resume=options.resume,
+            say=lines.say,
+            on_metrics=lambda line, n_steps: _show_metrics(lines, line, n_steps),
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("Add --resume to the same command to continue from the last checkpoint.") from None
+    page = out / "report.html"
+    write_training_page(out.name, result.metrics, result.facts, page)
+    if options.as_json:
+        echo_json(_as_record(result, page))
+        return
+    if result.loss_before is not None and result.loss_after is not None:
+        click.echo(f"loss on held-out data: {result.loss_before:.4f} before, {result.loss_after:.4f} after")
+    click.echo(f"{out}: adapter after {result.steps} steps; {page} shows the curves")
+
+
+def _as_record(result: TrainingResult, page: Path) -> JsonObject:
+    steps = [line for line in result.metrics if "loss" in line]
+    return {
+        "output": str(result.output),
+        "report": str(page),
+        "steps": result.steps,
+        "loss": steps[-1]["loss"] if steps else None,
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+        **result.facts,
+    }
+
+
+def _print_plan(options: TrainArguments, settings: TrainingSettings) -> None:
+    import torch
+
+    from qformat.cli.default_conversion import as_converted
+    from qformat.training.memory_plan.plan import MemoryPlanner
+    from qformat.training.memory_plan.table import format_plan
+    from qformat.training.memory_plan.tensors import read_model_tensors
+
+    size = None
+    if options.device_memory is not None:
+        size = parse_nbytes(Option("device_memory"), options.device_memory)
+    elif settings.device != "cpu" and torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+    tensors = read_model_tensors(options.artifact, conversion=as_converted)
+    planner = MemoryPlanner(tensors, settings, trust_remote_code=settings.trust_remote_code)
+    plan = planner.plan(device_nbytes=size)
+    largest: dict[str, int] = {}
+    if size is not None:
+        largest = {"largest_batch": planner.largest_batch(size), "largest_sequence": planner.largest_sequence(size)}
+    if options.as_json:
+        echo_json({**asdict(plan), "peak": plan.peak, "fits": plan.fits, **largest})
+        return
+    click.echo(format_plan(plan, **largest))
+
+
+def _settings(options: TrainArguments) -> TrainingSettings:
+    from_file = read_toml(options.config) if options.config is not None else {}
+    from_command_line = {name: value for name, value in options.settings.items() if value not in (None, ())}
+    if "max_steps" in from_command_line and "epochs" in from_command_line:
+        raise click.UsageError("--max-steps and --epochs exclude each other.")
+    return TrainingSettings(**{**from_file, **from_command_line})
+
+
+def _show_metrics(lines: StepLines, line: JsonObject, n_steps: int) -> None:
+    if "eval_loss" in line:
+        lines.say(f"evaluation: loss {line['eval_loss']:.4f}, perplexity {line['eval_perplexity']:.3f}")
+        return
+    lines.step(
+        int(_number(line["step"])),
+        n_steps,
+        lambda: (
+            f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
+            f"{format_nbytes(_number(line['memory_nbytes']))}"
+        ),
+    )
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, (int, float))
+    return value

@@ -1,0 +1,172 @@
+"""`qformat verify`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qformat.cli.display import echo_json, format_table, verdict
+from qformat.cli.options import json_option, options_record, refuse_report_in, report_option, workers_option
+from qformat.cli.verified import verified
+from qformat.cli.verify_remote import verify_repository
+from qformat.errors import UsageError
+from qformat.sizes import format_nbytes
+
+if TYPE_CHECKING:
+    from qformat.artifact.verification_facts import ComparisonFacts, ErrorFacts
+    from qformat.converters.compare.verification import Verification
+
+EXIT_FINDING = 1
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyArguments:
+    """What is given to `qformat verify`."""
+
+    location: str
+    source: str | None
+    report: Path | None
+    sha256: bool
+    signature: bool
+    public_key: Path | None
+    revision: str | None
+    workers: int | None
+    as_json: bool
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qformat verify SmolLM2-135M-Instruct-nf4
+  qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --report quality.html
+  qformat verify owner/SmolLM2-135M-Instruct-nf4 --signature --public-key owner.pub"""
+)
+@click.argument("location", metavar="ART")
+@click.option("--source", metavar="SRC", help="The checkpoint that ART was made from: a folder, or owner/name.")
+@report_option
+@click.option("--sha256", is_flag=True, help="Also take the SHA-256 of every shard, as Hub and `sha256sum` do.")
+@click.option(
+    "--signature", is_flag=True, help="Check the signature, too; it must be there, and --public-key tells whose."
+)
+@click.option("--public-key", metavar="KEY.pub", type=click.Path(path_type=Path), help="The publisher's key (PEM).")
+@click.option("--revision", help="Branch, tag or commit, if ART is a repository of the Hub.  [default: main]")
+@workers_option()
+@json_option()
+@options_record(VerifyArguments)
+def command(options: VerifyArguments) -> None:
+    """Prove that the artifact in folder ART is whole: its structure and the digest of every byte.
+
+    ART may be a repository of the Hub (owner/name), if no folder has that name: its manifest, the sizes and SHA-256
+    that the Hub lists, headers and small files are checked, and no weights are fetched.
+
+    With --source, also encode every weight again and compare the bytes, compare every kept tensor bit for bit, and
+    measure how far what a reader computes with is from SRC. Exits with 1 if anything is wrong.
+    """
+    from qformat.converters.sources.open_source import is_repository
+
+    if options.signature and options.public_key is None:
+        raise UsageError("--signature: give the publisher's key with --public-key KEY.pub")
+    good = _verify_repository(options) if is_repository(options.location) else _verify_folder(options)
+    if not good:
+        click.get_current_context().exit(EXIT_FINDING)
+
+
+def _verify_repository(options: VerifyArguments) -> bool:
+    location = options.location
+    if options.source is not None or options.report is not None or options.sha256:
+        raise UsageError(f"{location}: --source, --report and --sha256 are for a folder: `qformat fetch` it first")
+    return verify_repository(
+        location, revision=options.revision, public_key=options.public_key, as_json=options.as_json
+    )
+
+
+def _verify_folder(options: VerifyArguments) -> bool:
+    if options.revision is not None:
+        raise UsageError(f"{options.location}: is no repository of the Hub, and --revision is for those")
+    if options.report is not None:
+        refuse_report_in(options.report, options.location, *([] if options.source is None else [options.source]))
+    found = verified(
+        options.location,
+        options.source,
+        sha256=options.sha256,
+        public_key=options.public_key,
+        workers=options.workers,
+    )
+    if options.report is not None:
+        from qformat.report.artifact_page import write_html
+
+        write_html(found.to_json(), options.report)
+    if options.as_json:
+        echo_json(found.to_json())
+    else:
+        _show(found, options.source, options.report)
+    return found.good
+
+
+def _show(found: Verification, source: str | None, report: Path | None) -> None:
+    facts = found.to_json()
+    integrity, comparison = facts["integrity"], facts["comparison"]
+    checks = "structure and digests" + (", SHA-256 of every file" if integrity["sha256_checked"] else "")
+    checks += ", signature" if integrity["signature_checked"] else ""
+    rate = format_nbytes(integrity["nbytes"] / max(found.integrity_s, 1e-9))
+    click.echo(
+        f"{facts['path']}: {integrity['n_files']} files, {format_nbytes(integrity['nbytes'])}, {checks} checked in "
+        f"{found.integrity_s:.1f} s ({rate}/s): {'whole' if integrity['good'] else 'DAMAGED'}"
+    )
+    if comparison is not None:
+        _show_comparison(comparison, found.comparison_s)
+    elif source is not None:
+        click.echo(f"{source}: not compared: the artifact cannot be opened")
+    for finding in facts["findings"]:
+        click.echo(f"{finding['reason']}: {finding['message']}")
+    if report is not None:
+        click.echo(f"report: {report}")
+    click.echo(verdict(len(facts["findings"])))
+
+
+def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
+    rate = comparison["overall"]["n_weights"] / max(seconds, 1e-9)
+    click.echo(
+        f"{comparison['source']}: {format_nbytes(comparison['source_nbytes'])} compared in {seconds:.1f} s "
+        f"({rate / 1e6:,.0f} M weights/s)"
+    )
+    if comparison["packed"]:
+        rows: list[tuple[str, ...]] = [("module", "tensors", "weights", "rel. RMS", "max error", "SNR", "cosine")]
+        rows += [_row(kind["kind"], kind["n_tensors"], kind["errors"]) for kind in comparison["by_kind"]]
+        rows.append(_row("all", len(comparison["packed"]), comparison["overall"]))
+        click.echo()
+        click.echo(format_table(rows, right=range(1, 7)))
+        click.echo()
+    n_encoded, n_kept = comparison["n_packed"] - comparison["n_chosen"], comparison["n_kept"]
+    change, n_tuned = comparison["scale_change"], comparison["n_tuned"]
+    scales = "codes and scales" if change is None else f"codes, and scales within {change:.0%},"
+    for meaning, n_good, n_all in (
+        (f"{scales} as the recipe gives", comparison["n_exact"], n_encoded),
+        ("codes and scales chosen on a text, and near the source", comparison["n_near"], comparison["n_chosen"]),
+        ("kept tensors identical", comparison["n_identical"], n_kept),
+        ("source tensors as the manifest names", comparison["n_source_named"], comparison["n_source_digests"]),
+    ):
+        if n_all:
+            click.echo(f"{meaning}: {n_good} of {n_all}")
+    if n_tuned:
+        names = [tensor["name"] for tensor in comparison["kept"] if tensor["tuned"] and tensor["n_wrong_bytes"]]
+        more = f" and {n_tuned - 1} others" if n_tuned > 1 else ""
+        click.echo(f"kept tensors tuned, as the manifest says: {names[0]}{more}")
+
+
+def _row(name: str, n_tensors: int, errors: ErrorFacts) -> tuple[str, ...]:
+    def shown(value: float | None, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
+
+    return (
+        name,
+        str(n_tensors),
+        f"{errors['n_weights']:,}",
+        shown(errors["relative_rms"], ".3%"),
+        shown(errors["max_abs_error"], ".4g"),
+        shown(errors["snr_db"], ".2f") + " dB",
+        shown(errors["cosine"], ".5f"),
+    )

@@ -1,0 +1,16 @@
+"""How commands spell the options of the library."""
+
+from __future__ import annotations
+
+import shlex
+
+from qformat.errors import Option
+
+
+def as_flag(option: Option) -> str:
+    """Return an option as the command line spells it: `--keep-source` for `keep_source=True`."""
+    flag = "--" + option.name.replace("_", "-")
+    if not isinstance(option.value, (str, tuple)):
+        return flag
+    values = (option.value,) if isinstance(option.value, str) else option.value
+    return " ".join(f"{flag}={shlex.quote(value)}" for value in values)

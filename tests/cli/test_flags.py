@@ -1,0 +1,50 @@
+"""How commands spell the options of the library."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from qformat.cli.flags import as_flag
+from qformat.errors import Option
+from tests.repository import ROOT
+
+COMMANDS = ("qformat ", "llama-gguf-split ")
+"""A string that holds one of these gives a whole command to run, whoever reads it."""
+
+OTHER_LANGUAGES = ("qformat/cli", "qformat/report", "qformat/hub/card/page.py")
+"""Commands; style sheets; a card's lines for the shell."""
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        (Option("keep_nonfinite", True), "--keep-nonfinite"),
+        (Option("rank"), "--rank"),
+        (Option("resume", "checkpoint-4"), "--resume=checkpoint-4"),
+        (Option("skip", ("*.o_proj", "lm_head")), "--skip='*.o_proj' --skip=lm_head"),
+    ],
+)
+def test_an_option_is_spelled_as_a_flag(option: Option, flag: str) -> None:
+    assert as_flag(option) == flag
+
+
+def test_the_library_names_no_flag() -> None:
+    """Only commands speak of flags; docstrings may tell what a command does."""
+    flag = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+    found = []
+    for folder in (ROOT / "qformat", ROOT / "converters"):
+        for path in sorted(folder.rglob("*.py")):
+            if path.relative_to(ROOT).as_posix().startswith(OTHER_LANGUAGES):
+                continue
+            tree = ast.parse(path.read_text())
+            prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            found += [
+                f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+                if flag.search(node.value) and not any(command in node.value for command in COMMANDS)
+            ]
+    assert found == []
