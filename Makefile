@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # A bare "torch" may be a CUDA build of several gigabytes; this is the release that the tests were run with.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-everywhere lint bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tools.demo demo
@@ -16,6 +16,10 @@ test: $(VENV)/ready lint
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# The tests once more under the conditions of other machines: each takes about as long as `make test`.
+test-everywhere: $(VENV)/ready
+	PYTHON=$(CURDIR)/$(BIN)/python tools/test_everywhere
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import pytest
 from tests.repository import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several processes test at once: threads that spin for each other would take the cores from the rest.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A shell lets what it starts in the background ignore Ctrl-C, and children inherit that: tests that interrupt one would
+# wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from qformat.cli.flags import as_flag
+from qformat.cli.waiting import choose_how_to_wait
 from qformat.errors import Interrupted, QformatError, UsageError, spelled
 from qformat.version import __version__
 
@@ -68,6 +69,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 good, 1 a failed check or a bad file, 2 wrong usage, 130 interrupted."""
+    choose_how_to_wait()
     sys.exit(run(arguments))
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 import qformat
 from qformat.cli.main import COMMANDS, run
-from tests.small_models import contents, names_beside, weight, write_checkpoint, write_llama
+from tests.repository import ROOT
+from tests.small_models import contents, names_beside, write_llama
+from tests.standstill import GUARD_S, wait_until_held
 
 SCRIPT = "import sys; from qformat.cli.main import main; main(sys.argv[1:])"
 
@@ -81,25 +81,35 @@ def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
     process.stderr.close()
 
 
+HELD_CONVERSION = """
+import sys
+from qformat.cli.main import main
+from tests.standstill import hold_writes
+hold_writes(after=7)
+main(["convert", *sys.argv[1:], "--workers", "1"])
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_conversion_says_so_leaves_nothing_and_continues(tmp_path: Path, number: signal.Signals) -> None:
-    layers = {f"model.layers.{i}.mlp.down_proj.weight": weight((1024, 4096), seed=i % 3) for i in range(24)}
-    source = write_checkpoint(tmp_path / "source", layers)
+    source = write_llama(tmp_path / "source", n_layers=4)
     out = tmp_path / "out"
-    journal = tmp_path / "out.partial" / "journal"
-    process = qformat_process("convert", source, out, "--workers", "1")
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2) and process.poll() is None:
-        time.sleep(0.001)
-    os.kill(process.pid, number)
-    asked = time.monotonic()
-    _, error = process.communicate(timeout=30)
-    if process.returncode != 0:  # it may have come to its end before the signal did
-        assert process.returncode == 130
-        assert time.monotonic() - asked < 1
-        assert "continues" in error
-        assert "Traceback" not in error
-        assert not out.exists()
-    assert run(["convert", str(source), str(out), *(["--force"] if out.exists() else [])]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELD_CONVERSION, str(source), str(out)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until_held(process)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=GUARD_S)
+    assert process.returncode == 130
+    assert "continues" in error
+    assert "Traceback" not in error
+    assert not out.exists()
+    assert run(["convert", str(source), str(out)]) == 0
     other = tmp_path / "other"
     assert run(["convert", str(source), str(other)]) == 0
     assert contents(out) == contents(other)

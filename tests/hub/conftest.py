@@ -12,9 +12,11 @@ from qformat.converters.convert import convert
 from qformat.hub.reading.transfer import Patience, Transfer
 from tests.hub_stand_in import Hub, point_here, running
 from tests.small_models import contents, write_llama
+from tests.standstill import GUARD_S
 
 TOKEN = "hf_aVerySecretToken0123456789"
-PATIENT = Transfer(patience=Patience(attempts=4, first_wait_s=0.01, factor=1.5, longest_wait_s=0.05, timeout_s=2.0))
+PATIENT = Transfer(patience=Patience(attempts=4, first_wait_s=0.01, factor=1.5, longest_wait_s=0.05, timeout_s=GUARD_S))
+"""Silence is no fault: on a machine with much to do an answer may take long."""
 
 
 @pytest.fixture

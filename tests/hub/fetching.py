@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qformat.hub.fetch import FetchSummary, fetch
 from tests.hub.conftest import PATIENT
+from tests.standstill import GUARD_S
 
 NAME = "owner/small-nf4"
 
@@ -21,6 +22,10 @@ BODY = "GET cdn/"
 SMALL = replace(PATIENT, piece_nbytes=4096)
 
 
-def do_fetch(out: Path, *, connections: int = SMALL.connections, **options: object) -> FetchSummary:
-    """Fetch with small pieces and short waits."""
-    return fetch(NAME, out, transfer=replace(SMALL, connections=connections), **options)  # type: ignore[arg-type]
+def do_fetch(
+    out: Path, *, connections: int = SMALL.connections, timeout_s: float = GUARD_S, **options: object
+) -> FetchSummary:
+    """Fetch with small pieces and short waits. timeout_s: of silence."""
+    patience = replace(SMALL.patience, timeout_s=timeout_s)
+    transfer = replace(SMALL, connections=connections, patience=patience)
+    return fetch(NAME, out, transfer=transfer, **options)  # type: ignore[arg-type]

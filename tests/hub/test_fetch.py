@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +21,10 @@ from qformat.hub.fetch import fetch
 from tests.hub.conftest import PATIENT, TOKEN
 from tests.hub.fetching import BODY, NAME, SHARD, do_fetch
 from tests.hub_stand_in import Hub, environment
-from tests.repository import ARTIFACT_VECTORS
+from tests.repository import ARTIFACT_VECTORS, ROOT
 from tests.small_models import contents, names_beside
 from tests.spec import corpus, edits
+from tests.standstill import GUARD_S
 
 
 def test_a_fetched_artifact_has_the_published_bytes_and_the_token_goes_to_the_hub_alone(
@@ -74,7 +75,8 @@ def test_broken_answers_end_in_the_same_bytes(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, switches: dict[str, object]
 ) -> None:
     fault = hub.faults.add(**{"route": BODY, "every": 2, **switches})  # type: ignore[arg-type]
-    do_fetch(tmp_path / "out", connections=1)
+    silent = "seconds" in switches  # for longer than the client has patience
+    do_fetch(tmp_path / "out", timeout_s=1 if silent else GUARD_S, connections=1)
     assert contents(tmp_path / "out") == published
     assert fault.n_done
 
@@ -272,14 +274,16 @@ SCRIPT = """
 import sys
 from qformat.hub.fetch import fetch
 from qformat.hub.reading.transfer import Transfer
-transfer = Transfer(piece_nbytes=4096, connections=1)
-fetch("owner/small-nf4", sys.argv[1], transfer=transfer, on_progress=lambda nbytes: print(nbytes, flush=True))
+from tests.standstill import on_stop
+on_stop(lambda: print("stopping", flush=True))
+fetch("owner/small-nf4", sys.argv[1], transfer=Transfer(piece_nbytes=4096, connections=1))
 """
 
 
 def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "out")],
+        cwd=ROOT,
         env=environment(hub, tmp_path / "hub_home", TOKEN),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -291,20 +295,27 @@ def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
 def test_a_killed_fetch_is_continued_and_a_second_process_is_refused_meanwhile(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, how: signal.Signals
 ) -> None:
-    hub.faults.add("slow", route=BODY, seconds=0.3)
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go_on.wait(GUARD_S)
+
+    hub.faults.add("call", route=BODY, after=6, times=1, hook=hold)  # six pieces are there, the seventh never comes
     with start(hub, tmp_path) as process:
-        assert process.stdout is not None
-        for _ in range(6):
-            assert process.stdout.readline()
+        assert held.wait(GUARD_S)
         with pytest.raises(TargetError, match="another process"):
             do_fetch(tmp_path / "out")
         process.send_signal(how)
-        process.communicate(timeout=20)
+        if how == signal.SIGINT:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "stopping\n"
+            go_on.set()
+        process.communicate(timeout=GUARD_S)
+        go_on.set()
     assert process.returncode != 0
     assert not (tmp_path / "out").exists()
-    time.sleep(0.2)  # what the stand-in is still answering comes to its log
     hub.faults.clear()
-    hub.log.clear()
     summary = do_fetch(tmp_path / "out")
     assert contents(tmp_path / "out") == published
     assert summary.nbytes_fetched < summary.nbytes - 20_000

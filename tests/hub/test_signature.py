@@ -38,7 +38,7 @@ def write_key(folder: Path, name: str = "key") -> Path:
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "model_signing", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def write_model(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_stand_in.server import Hub
+from tests.standstill import GUARD_S
 
 
 def environment(hub: Hub, home: Path, token: str | None = None) -> dict[str, str]:
@@ -19,7 +20,7 @@ def environment(hub: Hub, home: Path, token: str | None = None) -> dict[str, str
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(GUARD_S),
     }
     inherited = {name: value for name, value in os.environ.items() if name not in {"HF_TOKEN", "TRANSFORMERS_OFFLINE"}}
     return {**inherited, **settings, **({} if token is None else {"HF_TOKEN": token})}
@@ -43,7 +44,7 @@ def point_here(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path, token: str
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", GUARD_S)
     monkeypatch.setattr(constants, "HF_HOME", str(home))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))

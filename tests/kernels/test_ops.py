@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
 
+from qformat.codec.cpu.product import unsupported
+from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import BackendError, UsageError
 from qformat.kernels import backends, cpu, cpu_features, ops
 from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 from tests.kernels.guarded import guarded, guarded_weight
+from tests.rounding import rounding, sum_error
 from tools.gpu.weights import FORMATS, bits, random_weight, reference_bits
+
+HAS_FEW_ROWS = unsupported(192, 64, FloatFormat.BF16) is None
+"""Whether this CPU has a product that does not decode the weight first."""
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +69,8 @@ def test_every_operation_passes_opcheck(double_quant: bool, with_bias: bool) -> 
     torch.library.opcheck(ops.dequantize_nf4, (*components(weight), torch.float16))
     torch.library.opcheck(ops.dequantize_nf4_into, (*components(weight)[:6], torch.empty(40, 192)))
     torch.library.opcheck(ops.linear_nf4, (x, *components(weight), bias))
-    torch.library.opcheck(ops.gemv_nf4, (torch.randn(2, 192, dtype=torch.bfloat16), *components(weight)))
+    if HAS_FEW_ROWS:
+        torch.library.opcheck(ops.gemv_nf4, (torch.randn(2, 192, dtype=torch.bfloat16), *components(weight)))
     grad = torch.randn(5, 40, dtype=torch.bfloat16)
     torch.library.opcheck(ops.linear_nf4_input_gradient, (grad, *components(weight)))
 
@@ -84,7 +90,7 @@ def test_linear_and_its_gradients_equal_those_of_the_decoded_weight(backend: str
     y2.sum().backward()
     assert torch.equal(y, y2)
     assert torch.equal(x.grad, x2.grad)
-    assert torch.allclose(bias.grad, bias2.grad, rtol=2e-2)
+    assert (bias.grad == 34).all()  # a sum of ones, exact in every format
 
 
 def test_nothing_in_16_bit_is_kept_for_backward() -> None:
@@ -119,11 +125,19 @@ def test_few_rows_give_what_decoding_gives_within_the_bound_of_its_sums(m: int) 
     weight = random_weight((100, 576))
     x = torch.randn(m, 576).to(torch.bfloat16)
     y = ops.linear(x, HeldWeight(weight))
-    assert torch.equal(y, ops.gemv_nf4(x, *components(weight)))
-    w = decoded(weight, torch.bfloat16).double()
-    exact = x.double() @ w.T
-    bound = 576 * 2.0**-23 * (x.double().abs() @ w.abs().T) + 2.0**-8 * exact.abs() + 1e-30
-    assert ((y.double() - exact).abs() <= 1.01 * bound).all()
+    if HAS_FEW_ROWS:
+        assert torch.equal(y, ops.gemv_nf4(x, *components(weight)))
+    else:
+        with pytest.raises(UsageError, match=r"neither AVX2 nor AVX-512\. Use linear_nf4"):
+            ops.gemv_nf4(x, *components(weight))
+    within = []
+    for computed in (torch.bfloat16, torch.float32):  # the weights are rounded to bf16, or on some CPUs not at all
+        w = decoded(weight, computed).double()
+        exact = x.double() @ w.T
+        bound = sum_error(576) * (x.double().abs() @ w.abs().T)
+        last_rounding = rounding(torch.bfloat16) * (exact.abs() + bound)
+        within.append(bool(((y.double() - exact).abs() <= bound + last_rounding).all()))
+    assert any(within)
 
 
 def test_weights_larger_than_the_scratch_buffer_go_through_in_bands() -> None:
@@ -136,9 +150,12 @@ def test_weights_larger_than_the_scratch_buffer_go_through_in_bands() -> None:
     assert len(bands) > 5
     assert all(last * 448 % 128 == 0 or last == 100 for _, last in bands)
     assert len(whole._bands(weight, torch.float32)) == 1
-    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
-    close(banded.linear(x, weight, bias), whole.linear(x, weight, bias))
-    close(banded.input_gradient(grad, weight), whole.input_gradient(grad, weight))
+    w = decoded(weight, torch.float32).abs()
+    # Either is a sum in float32, of 448 products and the bias, or of 100 products.
+    apart = (banded.linear(x, weight, bias) - whole.linear(x, weight, bias)).double().abs()
+    assert (apart <= 2 * sum_error(449) * functional.linear(x.abs(), w, bias.abs())).all()
+    apart = (banded.input_gradient(grad, weight) - whole.input_gradient(grad, weight)).double().abs()
+    assert (apart <= 2 * sum_error(100) * (grad.abs() @ w)).all()
 
 
 def test_no_rows_give_no_rows() -> None:

@@ -15,6 +15,7 @@ from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 from qformat.kernels.scaled_linear import linear_nf4_scale_gradient, linear_nf4_scaled, scale_gradient
 from tests.kernels.guarded import guarded_weight
+from tests.rounding import rounding, sum_error
 from tools.gpu.weights import random_weight
 
 SHAPES = [(96, 192), (9, 7), (40, 100)]
@@ -26,11 +27,12 @@ def _same_backend_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(backends.VARIABLE, os.environ.get(backends.VARIABLE, ""))
 
 
-def dense(weight: PackedWeight, scales: Tensor) -> Tensor:
-    """Return the weight in float64 as a differentiable function of its scales."""
+def dense(weight: PackedWeight, scales: Tensor, *, magnitudes: bool = False) -> Tensor:
+    """Return the weight, or its magnitudes, in float64 as a differentiable function of its scales."""
     ones = torch.ones_like(weight.absmax)
     parts = (weight.packed, ones, None, None, 0.0, weight.block_size, *weight.shape)
     codes = ops.dequantize_nf4(*parts, torch.float32).double().view(-1)
+    codes = codes.abs() if magnitudes else codes
     return (codes * scales.repeat_interleave(weight.block_size)[: codes.numel()]).view(weight.shape)
 
 
@@ -50,13 +52,25 @@ def test_all_gradients_equal_those_of_the_dense_form(backend: str, shape: tuple[
     y.backward(grad)
     wanted = functional.linear(exact[0], dense(weight, exact[1]), exact[2])
     wanted.backward(grad.double())
-    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
-    for found, true in zip(mine, exact, strict=True):
-        torch.testing.assert_close(found.grad.double(), true.grad, rtol=1e-5, atol=1e-4)
+    # The same with magnitudes alone gives the sums that errors are a share of.
+    sizes = [tensor.double().abs().requires_grad_() for tensor in (x, weight.absmax, bias)]
+    size = functional.linear(sizes[0], dense(weight, sizes[1], magnitudes=True), sizes[2])
+    size.backward(grad.double().abs())
+    rows, columns = shape
+    # Products in a sum, and one for a weight's own rounding: y, then the gradients of x, of the scales, of the bias.
+    n_summed = [columns + 2, rows + 1, 60 + block_size + 1, 60]
+    for found, true, size_of, n in zip(
+        [y, *(tensor.grad for tensor in mine)],
+        [wanted, *(tensor.grad for tensor in exact)],
+        [size, *(tensor.grad for tensor in sizes)],
+        n_summed,
+        strict=True,
+    ):
+        assert ((found.double() - true).abs() <= sum_error(n) * size_of).all()
 
 
 def test_the_gradient_of_the_scales_is_the_slope_of_the_loss() -> None:
-    """Finite differences: the loss is linear in a scale, so the difference quotient is exact but for rounding."""
+    """Finite differences: the loss is quadratic in a scale, so the central one is exact but for rounding."""
     weight = random_weight((8, 96), double_quant=False)
     x = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
     scales = weight.absmax.clone().requires_grad_()
@@ -65,12 +79,16 @@ def test_the_gradient_of_the_scales_is_the_slope_of_the_loss() -> None:
         return linear_nf4_scaled(x, weight.packed, scales, 64, 8, 96, None).square().double().sum()
 
     loss(scales).backward()
-    step = 2.0**-6
+    # Each y is off by a share of `size`, so each y squared by twice that times y, and the square's own rounding.
+    size = x.double().abs() @ dense(weight, scales.detach().double().abs() + 1, magnitudes=True).T
+    off = sum_error(97)
+    loss_error = float((2 * size * off * size + (off * size) ** 2 + 2.0**-23 * size**2).sum())
+    grad_error = (off + sum_error(4 + 64 + 3)) * 2 * float(size.square().sum())
     for block in range(scales.numel()):
         moved = torch.zeros_like(scales)
-        moved[block] = step
-        slope = (loss(scales.detach() + moved) - loss(scales.detach() - moved)) / (2 * step)
-        torch.testing.assert_close(scales.grad[block].double(), slope, rtol=2e-3, atol=2e-2)
+        moved[block] = 1.0
+        slope = (loss(scales.detach() + moved) - loss(scales.detach() - moved)) / 2
+        assert abs(float(scales.grad[block]) - float(slope)) <= loss_error + grad_error
 
 
 def test_in_bf16_the_gradient_is_that_of_the_rounded_products() -> None:
@@ -80,11 +98,13 @@ def test_in_bf16_the_gradient_is_that_of_the_rounded_products() -> None:
     found = linear_nf4_scale_gradient(grad, x, weight.packed, weight.absmax, 64, 96, 192)
     scales = weight.absmax.double().requires_grad_()
     functional.linear(x.double(), dense(weight, scales)).backward(grad.double())
-    exact, size = scales.grad, grad.double().abs().T @ x.double().abs()
-    bound = size.view(-1, 64).sum(1) * 2.0**-8
+    # Products of rows, each a sum of 64 in float32, rounded to bf16; then a sum over the codes of a block.
+    outer, size = grad.double().T @ x.double(), grad.double().abs().T @ x.double().abs()
+    codes = dense(weight, torch.ones_like(scales), magnitudes=True)
+    rounded = rounding(torch.bfloat16) * (outer.abs() + sum_error(64) * size)
+    bound = (codes * (rounded + sum_error(64 + 64) * size)).view(-1, 64).sum(1)
     assert found.dtype == torch.float32
-    assert ((found.double() - exact).abs() <= bound).all()
-    assert float((found.double() - exact).norm() / exact.norm()) < 5e-3
+    assert ((found.double() - scales.grad).abs() <= bound).all()
 
 
 def test_the_forward_has_the_bits_of_the_plain_operation() -> None:
@@ -112,7 +132,10 @@ def test_the_gradient_is_taken_in_chunks_that_change_nothing() -> None:
     x, grad = torch.randn(20, 448), torch.randn(20, 100)
     assert len(weight.bands(4_000)) > 5
     chunked = scale_gradient(grad, x, weight, max_elements=4_000)
-    torch.testing.assert_close(chunked, scale_gradient(grad, x, weight), rtol=1e-4, atol=1e-4)
+    codes = dense(weight, torch.ones_like(weight.absmax), magnitudes=True)
+    size = (codes * (grad.double().abs().T @ x.double().abs())).view(-1, 128).sum(1)
+    apart = (chunked - scale_gradient(grad, x, weight)).double().abs()
+    assert (apart <= 2 * sum_error(20 + 128) * size).all()  # either is a sum over 20 rows, then over a block
 
 
 def test_only_what_is_asked_for_is_kept_and_computed(monkeypatch: pytest.MonkeyPatch) -> None:

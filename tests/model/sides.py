@@ -22,6 +22,11 @@ def load_ours(artifact: Path) -> Any:
     return load_model(artifact, device="cpu")
 
 
+def load_exact(artifact: Path) -> Any:
+    """The same weights and everything computed in float32: what either side's roundings lead away from."""
+    return load_model(artifact, device="cpu", dtype=torch.float32)
+
+
 def load_peer(artifact: Path, *, repacks: bool = False) -> Any:
     """transformers + bitsandbytes, kept from rewriting its weights for inference with scales rounded to bf16."""
     import bitsandbytes

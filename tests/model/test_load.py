@@ -27,7 +27,8 @@ from qformat.model.load import load_model, load_tokenizer, shards_on_device
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import map_shards, tensors_of
 from tests.artifact.damaged import reseal
-from tests.model.sides import SAME_PRODUCTS
+from tests.model.sides import SAME_PRODUCTS, load_exact
+from tests.rounding import rounding, rounds_like, sum_error
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
 
 PEFT_ASKS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -76,11 +77,15 @@ def question(artifact: Path) -> Any:
     )
 
 
-@MULTIPLIES_AS_THE_PEER
-def test_logits_equal_those_of_bitsandbytes_bit_for_bit(artifact: Path, ours: Any, peer: Any) -> None:
+def test_logits_are_those_of_bitsandbytes(artifact: Path, ours: Any, peer: Any) -> None:
+    """Bit for bit where both multiply bf16; elsewhere ours are as near to those in fp32."""
     inputs = question(artifact)
     assert inputs["input_ids"].shape[1] > 16  # more rows than the small-M product takes: the same GEMM runs
-    assert torch.equal(ours(**inputs).logits, peer(**inputs).logits)
+    found, expected = ours(**inputs).logits, peer(**inputs).logits
+    if SAME_PRODUCTS:
+        assert torch.equal(found, expected)
+    else:
+        assert rounds_like(found, expected, load_exact(artifact)(**inputs).logits)
 
 
 @MULTIPLIES_AS_THE_PEER
@@ -203,9 +208,13 @@ def test_a_bias_is_added(tmp_path: Path) -> None:
     assert isinstance(projection, NF4Linear)
     for rows in (1, 30):
         x = torch.randn(rows, 64, dtype=torch.bfloat16)
-        expected = nn.functional.linear(x, projection.dequantize(), projection.bias)
+        weight, bias = projection.dequantize(torch.float32).double(), projection.bias.double()
+        exact = nn.functional.linear(x.double(), weight, bias)
+        size = nn.functional.linear(x.double().abs(), weight.abs(), bias.abs())
+        # The weight may be rounded to bf16, the sum of 64 products is, and its sum with the bias once more.
+        once = rounding(torch.bfloat16)
         with torch.no_grad():
-            torch.testing.assert_close(projection(x), expected, rtol=2.0**-6, atol=2.0**-6)
+            assert ((projection(x).double() - exact).abs() <= (3.1 * once + sum_error(65)) * size).all()
     del tensors["model.layers.1.self_attn.q_proj.bias"]
     convert(write_checkpoint(tmp_path / "less", tensors, config=config), tmp_path / "missing")
     with pytest.raises(ArtifactError, match=r"self_attn\.q_proj\.bias.*no shard has it") as caught:

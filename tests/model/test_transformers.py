@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from qformat.model.load import load_tokenizer
-from tests.model.sides import all_equal, backward, gradients, load_ours, with_lora
+from tests.model.sides import all_equal, backward, gradients, load_exact, load_ours, with_lora
+from tests.rounding import rounds_like
 
 PEFT_ASKS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
@@ -53,11 +54,8 @@ def test_a_model_compiles_with_inductor(random_llama: Path, tmp_path: Path, monk
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         found = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
-    assert distance(found, expected) < 2.0**-6  # fused operations round less often than bf16 ones in turn
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+        exact = load_exact(random_llama)(ids, use_cache=False).logits
+    assert rounds_like(found, expected, exact)  # fused operations round less often than bf16 ones in turn
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])

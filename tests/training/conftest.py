@@ -48,4 +48,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(artifact: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     """A training from start to end with SHORT settings. Not to be changed."""
     torch.set_num_threads(1)  # fixtures of a session come before those of a test
-    return runs.run(artifact, examples, tmp_path_factory.mktemp("undisturbed") / "out")
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return runs.run(artifact, examples, folder / "out")

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,46 +20,41 @@ from qformat.errors import TargetError
 from qformat.training import checkpoints
 from qformat.training.result import TrainingResult
 from tests.repository import ROOT
+from tests.standstill import GUARD_S, wait_until_held
 from tests.training import runs
 
 SCRIPT = """
-import sys, os, time, torch
+import os, sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
-rename = os.rename
-def slow_rename(*paths, **named):
-    time.sleep(0.05)  # a kill is more likely to come in the middle of a seal
-    rename(*paths, **named)
-os.rename = slow_rename
+from tests.standstill import hold_call
 from tests.training import runs
-artifact, data, output, resume = sys.argv[1:]
+artifact, data, output, resume, held_at = sys.argv[1:]
+if held_at:
+    hold_call(os, ("fsync", "rename"), int(held_at))
 runs.run(Path(artifact), Path(data), Path(output), resume=resume or None)
 """
 
+FIRST_KILLS, SECOND_KILLS = range(42), range(9)
+"""Calls to fsync and rename before a kill. There are 53: 6 for the prepared data, 12 for each of three checkpoints, 11
+at the end. A resumed run has at least those at the end still to do."""
 
-def start(artifact: Path, data: Path, output: Path, *, resume: str = "", **options: Any) -> subprocess.Popen[bytes]:
-    """Start a training with SHORT settings in a process of its own."""
+
+def start(
+    artifact: Path, data: Path, output: Path, *, resume: str = "", held_at: int | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """Start a training with SHORT settings in a process of its own, which may stand still at a call of the disk."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    held = "" if held_at is None else str(held_at)
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(artifact), str(data), str(output), resume],
+        [sys.executable, "-c", SCRIPT, str(artifact), str(data), str(output), resume, held],
         cwd=ROOT,
         env=environment,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        text=True,
         **options,
     )
-
-
-def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not reached() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-
-
-def n_lines(output: Path) -> int:
-    path = output / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))])
@@ -69,14 +63,15 @@ def test_a_killed_training_resumes_to_the_same_bytes(
 ) -> None:
     chosen = random.Random(seed)
     output = tmp_path / "out"
-    for _ in range(chosen.choice([1, 2])):
+    for kills in chosen.choice([(FIRST_KILLS,), (FIRST_KILLS, SECOND_KILLS)]):
         whole = checkpoints.CheckpointFolder(output, keep=1).last_whole()
-        process = start(artifact, examples, output, resume="" if whole is None else "latest")
         if whole is None:
             shutil.rmtree(output, ignore_errors=True)
-        at, delay = chosen.randint(1, 6), chosen.random() * 0.2
-        kill_when(process, lambda at=at: n_lines(output) >= at)  # type: ignore[misc]
-        time.sleep(delay)
+        resume = "" if whole is None else "latest"
+        process = start(artifact, examples, output, resume=resume, held_at=chosen.choice(kills))
+        wait_until_held(process)
+        process.kill()
+        process.communicate()
     whole = checkpoints.CheckpointFolder(output, keep=1).last_whole()
     if whole is None:
         shutil.rmtree(output, ignore_errors=True)
@@ -101,11 +96,11 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     process = start(artifact, examples, output, resume="latest", preexec_fn=limited)
-    _, told = process.communicate(timeout=200)
+    _, told = process.communicate(timeout=GUARD_S)
     assert process.returncode == 1
-    assert b"TargetError" in told
-    assert b"checkpoint-4: cannot be written" in told
-    assert b"checkpoint-2 is whole. Make room and continue with resume='latest'" in told
+    assert "TargetError" in told
+    assert "checkpoint-4: cannot be written" in told
+    assert "checkpoint-2 is whole. Make room and continue with resume='latest'" in told
     assert checkpoints.CheckpointFolder(output, keep=5).steps() == [2]
     assert not (output / "partial").exists()
     runs.run(artifact, examples, output, resume="latest")

@@ -63,7 +63,8 @@ def batches_of(artifact: Path, text: Path, rows: int, tokens: int, steps: int) -
 
 
 def load(side: str, artifact: Path) -> Any:
-    """Return a side's model with adapters."""
+    """Return a side's model with adapters. "fp32" is the artifact with every number of its computation in float32."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.bnb import Linear4bit
     from transformers import AutoModelForCausalLM
@@ -77,7 +78,8 @@ def load(side: str, artifact: Path) -> Any:
         return get_peft_model(AutoModelForCausalLM.from_pretrained(artifact), config)
     if side == "fused":
         config._register_custom_module({NF4Linear: NF4LoraLinear})
-    model = get_peft_model(qformat.load_model(artifact, device="cpu"), config)
+    dtype = torch.float32 if side == "fp32" else None
+    model = get_peft_model(qformat.load_model(artifact, device="cpu", dtype=dtype), config)
     if side == "unfused":
         for module in model.modules():
             if isinstance(getattr(module, "base_layer", None), NF4Linear):

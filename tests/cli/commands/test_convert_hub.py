@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,15 +24,19 @@ from tests.converters.sources.hub.serving import (
     without_source,
     write_source,
 )
-from tests.hub_stand_in import Hub, environment, running
+from tests.hub_stand_in import Hub, Request, environment, running
 from tests.repository import ROOT
+from tests.standstill import GUARD_S, wait_until_held
 
 SMALL_PIECES = """
 import sys
 from qformat.hub.reading import transfer
 transfer.DEFAULT_TRANSFER = transfer.Transfer(piece_nbytes=8192, window_nbytes=5 * 8192)
 from qformat.cli.main import main
-main(sys.argv[1:])
+from tests.standstill import hold_writes
+if sys.argv[1]:
+    hold_writes(after=int(sys.argv[1]))
+main(sys.argv[2:])
 """
 
 
@@ -68,12 +71,24 @@ STARTED: list[subprocess.Popen[str]] = []
 
 
 def start(
-    hub: Hub, home: Path, *arguments: str | Path, token: str | None = TOKEN, timeout_s: int = 2
+    hub: Hub,
+    home: Path,
+    *arguments: str | Path,
+    token: str | None = TOKEN,
+    timeout_s: int = GUARD_S,
+    hold_after: int | None = None,
 ) -> subprocess.Popen[str]:
+    """Start the command; timeout_s: of silence, after which it asks again; hold_after: see `hold_writes`."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SMALL_PIECES, "convert", *map(str, arguments)],
+        [sys.executable, "-c", SMALL_PIECES, "" if hold_after is None else str(hold_after), "convert"]
+        + [str(argument) for argument in arguments],
         cwd=ROOT,
-        env={**environment(hub, home, token), "HF_HUB_DOWNLOAD_TIMEOUT": str(timeout_s)},
+        env={
+            **environment(hub, home, token),
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(timeout_s),
+            "HF_HUB_USER_AGENT_ORIGIN": f"process{len(STARTED)}",
+        },
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -82,19 +97,34 @@ def start(
     return process
 
 
+def requests_of(hub: Hub, process: subprocess.Popen[str]) -> list[Request]:
+    """Return what one process asked for. The stand-in may still note requests of another that was killed."""
+    origin = f"process{STARTED.index(process)}"
+    return [one for one in list(hub.log) if one.headers.get("user-agent", "").endswith(origin)]
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=GUARD_S)
     assert TOKEN not in output + errors
     return process.returncode, output, errors
 
 
-def wait_for_sealed(process: subprocess.Popen[str], work: Path, source: Path, count: int) -> None:
-    for _ in range(3000):
-        if (work / "journal").exists() and len(sealed_ranges(work, source)[0]) >= count:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise AssertionError("nothing was encoded within half a minute")
+class Gate:
+    """Holds back an answer of the stand-in, and what comes after it, until the test opens it."""
+
+    def __init__(self, hub: Hub, *, after: int) -> None:
+        self._reached, self._open = threading.Event(), threading.Event()
+        hub.faults.add("call", route="cdn/", after=after, hook=self._hold)
+
+    def _hold(self) -> None:
+        self._reached.set()
+        self._open.wait(GUARD_S)
+
+    def wait_until_reached(self) -> None:
+        assert self._reached.wait(GUARD_S)
+
+    def open(self) -> None:
+        self._open.set()
 
 
 def test_a_dry_run_fetches_headers_and_shows_the_exact_size(
@@ -112,41 +142,38 @@ def test_a_dry_run_fetches_headers_and_shows_the_exact_size(
 def test_after_kill_9_the_same_command_fetches_nothing_that_is_encoded(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
-    hub.bytes_per_second = 20_000
-    process = start(hub, tmp_path / "home", NAME, tmp_path / "out", "--workers", "2")
-    wait_for_sealed(process, tmp_path / "out.partial", source, 8)
+    process = start(hub, tmp_path / "home", NAME, tmp_path / "out", "--workers", "2", hold_after=20)
+    wait_until_held(process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     sealed, _ = sealed_ranges(tmp_path / "out.partial", source)
+    assert len(sealed) >= 4
     assert not (tmp_path / "out").exists()
-    hub.bytes_per_second = None
-    time.sleep(1)  # the stand-in notes requests when they end, and at this rate a piece takes 0.4 s
-    hub.log.clear()
 
-    code, _, errors = finish(start(hub, tmp_path / "home", NAME, tmp_path / "out"))
+    again = start(hub, tmp_path / "home", NAME, tmp_path / "out")
+    code, _, errors = finish(again)
 
     assert code == 0, errors
     assert without_source(tmp_path / "out") == expected
-    assert overlap(by_shard(hub, source), sealed) == 0
+    fetched = by_shard(hub, source, requests_of(hub, again))
+    assert fetched
+    assert overlap(fetched, sealed) == 0
     for path in (tmp_path / "out").iterdir():
         assert TOKEN.encode() not in path.read_bytes()
 
 
-def test_ctrl_c_stops_within_a_moment_and_says_that_the_same_command_continues(
+def test_ctrl_c_stops_while_the_hub_is_silent_and_says_that_the_same_command_continues(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
-    hub.bytes_per_second = 20_000
-    process = start(hub, tmp_path / "home", NAME, tmp_path / "out")
-    wait_for_sealed(process, tmp_path / "out.partial", source, 2)
-    hub.faults.add("stall", route="cdn/", seconds=1.5)
-    started = time.monotonic()
+    gate = Gate(hub, after=20)
+    process = start(hub, tmp_path / "home", NAME, tmp_path / "out", timeout_s=5)
+    gate.wait_until_reached()
     process.send_signal(signal.SIGINT)
-    code, _, errors = finish(process)
+    code, _, errors = finish(process)  # while no answer comes
     assert code == 130
     assert "the same command continues" in errors
-    assert time.monotonic() - started < 5
+    gate.open()
     hub.faults.clear()
-    hub.bytes_per_second = None
 
     code, _, errors = finish(start(hub, tmp_path / "home", NAME, tmp_path / "out"))
 
@@ -157,14 +184,14 @@ def test_ctrl_c_stops_within_a_moment_and_says_that_the_same_command_continues(
 def test_of_two_processes_one_writes_and_the_other_says_so(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
-    gate = threading.Event()  # holds one request for a piece, and with it the first process
-    hub.faults.add("call", route="cdn/", after=10, times=1, hook=lambda: gate.wait(60))
-    first = start(hub, tmp_path / "home", NAME, tmp_path / "out", timeout_s=60)
-    wait_for_sealed(first, tmp_path / "out.partial", source, 1)
+    gate = Gate(hub, after=10)
+    first = start(hub, tmp_path / "home", NAME, tmp_path / "out")
+    gate.wait_until_reached()
+    hub.faults.clear()
     code, _, errors = finish(start(hub, tmp_path / "home", NAME, tmp_path / "out"))
     assert code == 1
     assert "another process is writing there" in errors
-    gate.set()
+    gate.open()
     assert finish(first)[0] == 0
     assert without_source(tmp_path / "out") == expected
 

@@ -42,6 +42,7 @@ from tests.small_models import (
     write_llama,
     write_tiny,
 )
+from tests.standstill import wait_until_held
 
 SHARD_NBYTES = 400
 """Five tensors, three shards."""
@@ -593,33 +594,23 @@ def test_an_early_sync_that_fails_is_an_error(tiny: Path, tmp_path: Path) -> Non
 
 
 KILLED_EXPORT = """
-import sys, time
+import sys
 from pathlib import Path
-from qformat.artifact.writing.disk import Disk
-from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
 from qformat.converters.export import export
+from tests.standstill import hold_writes
 
-write = Disk.raw_pwrite
-
-def slow_write(self, descriptor, data, offset):
-    time.sleep(0.02)  # so that there is something to kill
-    return write(self, descriptor, data, offset)
-
-Disk.raw_pwrite = slow_write
-progress = lambda nbytes: print(nbytes, flush=True)
-export(Path(sys.argv[1]), Path(sys.argv[2]), "bf16", max_shard_nbytes=9000, on_progress=progress)
+hold_writes(after=int(sys.argv[3]))
+export(Path(sys.argv[1]), Path(sys.argv[2]), "bf16", max_shard_nbytes=9000)
 """
 
 
-@pytest.mark.parametrize("n_tensors", [1, 9, 17])
-def test_an_export_that_is_killed_continues_and_gives_the_same_bytes(n_tensors: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_writes", [0, 9, 20])
+def test_an_export_that_is_killed_continues_and_gives_the_same_bytes(n_writes: int, tmp_path: Path) -> None:
     convert(write_llama(tmp_path / "source"), tmp_path / "artifact")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED_EXPORT, tmp_path / "artifact", out]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        for _ in range(n_tensors):
-            assert process.stdout.readline()
+    command = [sys.executable, "-c", KILLED_EXPORT, tmp_path / "artifact", out, str(n_writes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        wait_until_held(process)
         process.kill()
     assert not out.exists()
     assert (tmp_path / "out.partial" / "journal").exists()

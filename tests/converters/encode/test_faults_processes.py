@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,36 +15,21 @@ from qformat.converters.convert import convert
 from qformat.errors import TargetError
 from tests.repository import ROOT
 from tests.small_models import contents, names_beside, write_llama
+from tests.standstill import GUARD_S, go_on, wait_until_held
 
 CONVERT = """
-import sys, time
+import sys
 from pathlib import Path
-from qformat.artifact.writing.disk import Disk
-from qformat.converters.convert import ConversionOptions, convert
-
-write = Disk.raw_pwrite
-
-def slow_write(self, descriptor, data, offset):
-    time.sleep(0.02)  # so that there is something to stop
-    return write(self, descriptor, data, offset)
-
-Disk.raw_pwrite = slow_write
-source, out = map(Path, sys.argv[1:3])
-progress = lambda nbytes: print(nbytes, flush=True)
-"""
-
-IN_PYTHON = CONVERT + "convert(source, out, ConversionOptions(max_shard_nbytes=9000), workers=2, on_progress=progress)"
-ON_THE_COMMAND_LINE = (
-    CONVERT
-    + """
 from qformat.cli.main import main
-from qformat.converters import convert as module
+from qformat.converters.convert import ConversionOptions, convert
+from tests.standstill import hold_writes
 
-execute = module.execute
-module.execute = lambda *arguments, **options: execute(*arguments, **{**options, "progress": progress})
-main(["convert", str(source), str(out), "--max-shard-size", "9000", "--workers", "2"])
+source, out = map(Path, sys.argv[1:3])
+hold_writes(after=int(sys.argv[3]))
 """
-)
+
+IN_PYTHON = CONVERT + "convert(source, out, ConversionOptions(max_shard_nbytes=9000), workers=2)"
+ON_THE_COMMAND_LINE = CONVERT + 'main(["convert", *sys.argv[1:3], "--max-shard-size", "9000", "--workers", "2"])'
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +51,12 @@ def repeat(source: Path, out: Path) -> None:
 
 
 @contextmanager
-def running(script: str, source: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
+def running(script: str, source: Path, out: Path, *, n_writes: int) -> Iterator[subprocess.Popen[str]]:
+    """Run a conversion whose threads stand still in the write after so many."""
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(source), str(out)],
+        [sys.executable, "-c", script, str(source), str(out), str(n_writes)],
         cwd=ROOT,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -82,21 +68,17 @@ def running(script: str, source: Path, out: Path) -> Iterator[subprocess.Popen[s
         process.communicate()
 
 
-def wait_for_progress(process: subprocess.Popen[str], n_tensors: int) -> None:
-    assert process.stdout is not None
-    for _ in range(n_tensors):
-        if not process.stdout.readline():
-            assert process.stderr is not None
-            pytest.fail(f"the conversion ended before it was stopped: {process.stderr.read()}")
+def n_journaled(out: Path) -> int:
+    return (out.with_name("out.partial") / "journal").read_bytes().count(b"\n")
 
 
-@pytest.mark.parametrize("n_tensors", [1, 4, 9, 15, 20])
+@pytest.mark.parametrize("n_writes", [0, 7, 20, 35, 44])
 def test_a_conversion_that_is_killed_continues_and_gives_the_same_bytes(
-    n_tensors: int, source: Path, whole: dict[str, bytes], tmp_path: Path
+    n_writes: int, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with running(IN_PYTHON, source, out) as process:
-        wait_for_progress(process, n_tensors)
+    with running(IN_PYTHON, source, out, n_writes=n_writes) as process:
+        wait_until_held(process)
         process.kill()
         process.wait()
     assert not out.exists()
@@ -110,9 +92,9 @@ def test_a_conversion_that_is_killed_again_and_again_ends_in_the_same_bytes(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    for n_tensors in (3, 6, 9):
-        with running(IN_PYTHON, source, out) as process:
-            wait_for_progress(process, n_tensors)
+    for n_writes in (8, 16, 4):
+        with running(IN_PYTHON, source, out, n_writes=n_writes) as process:
+            wait_until_held(process)
             process.kill()
             process.wait()
         assert not out.exists()
@@ -122,16 +104,16 @@ def test_a_conversion_that_is_killed_again_and_again_ends_in_the_same_bytes(
 
 @pytest.mark.parametrize("script", [IN_PYTHON, ON_THE_COMMAND_LINE], ids=["Python", "command line"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupted_conversion_stops_within_a_second_and_continues(
+def test_an_interrupted_conversion_stops_at_what_it_is_doing_and_continues(
     number: signal.Signals, script: str, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with running(script, source, out) as process:
-        wait_for_progress(process, 2)
+    with running(script, source, out, n_writes=5) as process:
+        wait_until_held(process, n_threads=2)
+        n_before = n_journaled(out)
         process.send_signal(number)
-        sent = time.monotonic()
-        _, errors = process.communicate(timeout=20)
-        assert time.monotonic() - sent < 1.5  # a second, and a moment for the interpreter to end
+        _, errors = process.communicate(timeout=GUARD_S)
+        assert n_journaled(out) <= n_before + 2  # each thread may end the tensor that it is at
     assert not out.exists()
     if script is ON_THE_COMMAND_LINE:
         assert process.returncode == 130
@@ -148,13 +130,14 @@ def test_another_process_that_writes_the_same_out_is_not_disturbed(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with running(IN_PYTHON, source, out) as process:
-        wait_for_progress(process, 1)
+    with running(IN_PYTHON, source, out, n_writes=3) as process:
+        wait_until_held(process)
         for arguments in ({}, {"force": True}, {"restart": True}):
             with pytest.raises(TargetError, match="another process is writing there"):
                 convert(source, out, **arguments)
         assert process.poll() is None
-        process.communicate(timeout=60)
+        go_on(process)
+        process.communicate(timeout=GUARD_S)
         assert process.returncode == 0
     assert contents(out) == whole
     assert names_beside(out) == {"out"}

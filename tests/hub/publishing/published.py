@@ -7,6 +7,7 @@ from pathlib import Path
 from qformat.hub.card.licenses import License
 from qformat.hub.card.prepared_card import CardOptions
 from qformat.hub.publishing.publish import Published, PublishOptions, publish
+from qformat.hub.reading.transfer import Transfer
 from tests.hub.conftest import PATIENT
 from tests.hub_stand_in import Hub, Repository
 
@@ -16,9 +17,11 @@ APACHE = CardOptions(license=License("apache-2.0"), base_model="base/small")
 NAME = "me/small-nf4"
 
 
-def do_publish(artifact: Path, card: CardOptions = APACHE, **options: object) -> Published:
+def do_publish(
+    artifact: Path, card: CardOptions = APACHE, *, transfer: Transfer = PATIENT, **options: object
+) -> Published:
     """Publish with short waits. options: those of `PublishOptions`."""
-    return publish(artifact, NAME, card, PublishOptions(**options), transfer=PATIENT)  # type: ignore[arg-type]
+    return publish(artifact, NAME, card, PublishOptions(**options), transfer=transfer)  # type: ignore[arg-type]
 
 
 def stored(hub: Hub, name: str = NAME) -> Repository:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_refused_dropped_or_unanswered_request_is_made_again(hub: Hub, artifac
 
 def test_a_server_that_stays_silent_is_given_up_and_asked_again(hub: Hub, artifact: Path) -> None:
     hub.faults.add("slow", route="preupload|POST hub/.*/commit/", seconds=3.0, times=2)
-    do_publish(artifact)
+    do_publish(artifact, transfer=replace(PATIENT, patience=replace(PATIENT.patience, timeout_s=1)))
     assert n_commits(hub) == 1
 
 

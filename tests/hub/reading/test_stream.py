@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -91,8 +92,8 @@ def test_every_reader_gets_its_bytes_and_every_byte_is_read_once(
     follower = threading.Thread(target=read_in_order, daemon=True)
     follower.start()
     with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(read, spans, timeout=20))
-    follower.join(20)
+        results = list(pool.map(read, spans, timeout=300))
+    follower.join(300)
 
     assert results == [data[span.file][span.start : span.stop] for span in spans]
     assert in_order == {span.key: data[span.file][span.start : span.stop] for span in spans if span.in_order}
@@ -102,15 +103,22 @@ def test_every_reader_gets_its_bytes_and_every_byte_is_read_once(
 
 
 def test_no_more_is_fetched_ahead_than_the_window_holds() -> None:
-    files = Files({"a": bytes(1000)})
+    """Asked at every request: a piece that is begun ends within a window of what the reader has been given or asks."""
+    asked_for = 0
+    ahead: list[int] = []
+
+    class Watched(Files):
+        def read_range(self, path: str, start: int, out: memoryview, **options: Any) -> None:
+            ahead.append(start + len(out) - asked_for)
+            super().read_range(path, start, out, **options)
+
+    files = Watched({"a": bytes(1000)})
     stream = ByteStream(files, [Span("a", "a", 0, 1000, in_order=False)], Transfer(piece_nbytes=10, window_nbytes=50))
-    out = bytearray(100)
-    stream.read_into("a", 0, memoryview(out))  # ten pieces are free again
-    for thread in threading.enumerate():
-        if thread.name.startswith("qformat-fetch"):
-            thread.join(0.05)  # they wait for buffers
-    assert sum(stop - start for _, start, stop in files.ranges) <= 150
-    stream.close()
+    for start in range(0, 1000, 100):
+        asked_for = start + 100
+        stream.read_into("a", start, memoryview(bytearray(100)))
+    assert len(ahead) == 100
+    assert max(ahead) <= 50
 
 
 def test_a_failure_reaches_every_reader() -> None:
@@ -123,12 +131,18 @@ def test_a_failure_reaches_every_reader() -> None:
         list(stream.in_order())
 
 
-def test_closing_wakes_whoever_waits() -> None:
+def test_closing_wakes_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = ByteStream(
         Files({"a": bytes(1000)}), [Span("a", "a", 0, 1000, in_order=True)], Transfer(piece_nbytes=10, window_nbytes=20)
     )
-    timer = threading.Timer(0.05, stream.close)
-    timer.start()
+    reader, wait = threading.current_thread(), stream._changed.wait
+
+    def wait_and_be_closed(timeout: float | None = None) -> bool:
+        """Let another thread close the stream, which it can once this wait has released the lock."""
+        if threading.current_thread() is reader:
+            threading.Thread(target=stream.close).start()
+        return wait(timeout)
+
+    monkeypatch.setattr(stream._changed, "wait", wait_and_be_closed)
     with pytest.raises(Stopped):
         stream.read_into("a", 0, memoryview(bytearray(1000)))  # the reader in order never comes
-    timer.join()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from qformat.artifact.reading.structure import check_structure
 from qformat.errors import UsageError
+from qformat.model.devices.buffer_ring import BufferRing
 from qformat.model.devices.shard_stream import stream_shards
 from tests.model.devices.late_device import LateDevice, check_at_rest
 
@@ -46,10 +46,16 @@ def test_the_last_copy_of_all_fails(tiny: Path) -> None:
     check_at_rest(failing)
 
 
-def test_the_first_error_is_the_one_that_is_raised(tiny: Path) -> None:
+def test_the_first_error_is_the_one_that_is_raised(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = LateDevice(fail_copy=2, fail_wait=1)
     device.gate.clear()
-    threading.Timer(0.05, device.gate.set).start()
+    stop = BufferRing.stop
+
+    def stop_and_open(ring: Any, failure: BaseException | None = None) -> None:
+        stop(ring, failure)
+        device.gate.set()  # no wait returned, and so none failed, before the failed copy was noted
+
+    monkeypatch.setattr(BufferRing, "stop", stop_and_open)
     with pytest.raises(RuntimeError, match="injected copy"):
         stream_shards(check_structure(tiny), device, verify="none", chunk_nbytes=100, n_buffers=4)
     check_at_rest(device)

@@ -17,6 +17,7 @@ from qformat.converters.encode.plan import Plan
 from qformat.hub.reading.transfer import Patience, Transfer
 from tests.hub_stand_in import Hub, Request, point_here, running
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
+from tests.standstill import GUARD_S
 
 TOKEN = "hf_a_secret_that_must_not_get_out"
 NAME = "owner/model"
@@ -28,9 +29,15 @@ DATA = r"GET (hub|cdn)/.*(\.safetensors$|signature)"
 SMALL = Transfer(
     piece_nbytes=8192,
     window_nbytes=5 * 8192,
-    patience=Patience(attempts=5, first_wait_s=0.01, factor=1.5, timeout_s=1),
+    patience=Patience(attempts=5, first_wait_s=0.01, factor=1.5, timeout_s=GUARD_S),
 )
-"""Pieces, window and waits as small as the repositories."""
+"""Pieces, window and waits as small as the repositories.
+
+Silence is no fault: on a machine with much to do an answer may take long, and to ask again would be wrong.
+"""
+
+IMPATIENT = replace(SMALL, patience=replace(SMALL.patience, timeout_s=1))
+"""For stand-ins that are silent on purpose."""
 
 
 def convert(
@@ -109,11 +116,14 @@ def sealed_ranges(work: Path, source: Path) -> tuple[list[tuple[str, int, int]],
     return ranges, len(lines)
 
 
-def by_shard(hub: Hub, source: Path) -> list[tuple[str, int, int]]:
+def by_shard(hub: Hub, source: Path, requests: list[Request] | None = None) -> list[tuple[str, int, int]]:
     """Return what was fetched, the storage's addresses replaced by the names of the shards."""
     files = hub.repositories.by_name[NAME].head.files
     names = {f"/{files[path.name].sha256}": path.name for path in source.glob("*.safetensors")}
-    return [(names.get(p.split("?")[0], p.rpartition("/")[2]), start, stop) for p, start, stop in fetched_ranges(hub)]
+    return [
+        (names.get(path.split("?")[0], path.rpartition("/")[2]), start, stop)
+        for path, start, stop in fetched_ranges(hub, requests)
+    ]
 
 
 def overlap(ranges: list[tuple[str, int, int]], others: list[tuple[str, int, int]]) -> int:

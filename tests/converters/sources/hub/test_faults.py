@@ -14,6 +14,7 @@ from qformat.hub.reading import remote
 from qformat.hub.reading.transfer import Patience, Transfer
 from qformat.hub.reading.transport import Retries, Transport, Unusable
 from tests.converters.sources.hub.serving import (
+    IMPATIENT,
     NAME,
     SMALL,
     TOKEN,
@@ -24,6 +25,7 @@ from tests.converters.sources.hub.serving import (
     without_source,
 )
 from tests.hub_stand_in import Hub
+from tests.standstill import GUARD_S
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -49,7 +51,7 @@ def test_what_passes_is_waited_out_and_the_bytes_are_the_same(
     hub: Hub, expected: dict[str, object], tmp_path: Path, fault: str
 ) -> None:
     hub.faults.add(**PASSING[fault])  # type: ignore[arg-type]
-    convert(NAME, tmp_path / "out")
+    convert(NAME, tmp_path / "out", transfer=IMPATIENT if "seconds" in PASSING[fault] else SMALL)
     assert without_source(tmp_path / "out") == expected
 
 
@@ -107,9 +109,11 @@ def test_a_server_without_ranges_is_refused_where_it_would_send_too_much(hub: Hu
 def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     with serving(monkeypatch, tmp_path / "home") as hub:
         hub.add_folder(NAME, source)
-        hub.faults.add("stall", route="cdn/", after=6, nbytes=10, seconds=1.5)
+        hub.faults.add("stall", route="cdn/", after=6, nbytes=10, seconds=GUARD_S)
         with pytest.raises(HubError, match="silence for too long, 2 times in a row"):
-            convert(NAME, tmp_path / "out", transfer=replace(SMALL, patience=replace(SMALL.patience, attempts=2)))
+            convert(
+                NAME, tmp_path / "out", transfer=replace(IMPATIENT, patience=replace(IMPATIENT.patience, attempts=2))
+            )
 
 
 def test_a_host_that_does_not_answer_at_all_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

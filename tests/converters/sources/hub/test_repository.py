@@ -30,6 +30,7 @@ from tests.converters.sources.hub.serving import (
 )
 from tests.hub_stand_in import Hub
 from tests.small_models import llama_config, llama_tensors, tiny_tensors, weight, write_checkpoint, write_tiny
+from tests.standstill import GUARD_S
 
 
 @pytest.fixture
@@ -73,7 +74,8 @@ def test_a_plan_of_thirty_shards_takes_two_requests_a_shard_several_at_a_time_an
     source = write_checkpoint(tmp_path / "source", tensors, n_shards=30, config=llama_config(n_layers=60))
     with serving(monkeypatch, tmp_path / "home", with_cdn=False) as hub:
         hub.add_folder(NAME, source)
-        together = threading.Barrier(4, timeout=20)  # four requests at a time let each other through, or all fail
+        # Four requests at a time let each other through, or all fail.
+        together = threading.Barrier(4, timeout=GUARD_S)
         hub.faults.add("call", route=r"\.safetensors$", times=40, hook=together.wait)
 
         planned = plan(NAME)
@@ -110,7 +112,7 @@ def test_several_pieces_are_fetched_at_a_time(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     hub.add_folder(NAME, source)
-    together = threading.Barrier(4, timeout=20)
+    together = threading.Barrier(4, timeout=GUARD_S)
     hub.faults.add("call", route="cdn/", after=6, times=20, hook=together.wait)
 
     # With a window in which no piece waits for another one's buffer.
