@@ -46,13 +46,12 @@ def test_figures_are_those_of_transformers_on_the_same_windows(source: Path, art
     targets = torch.from_numpy(windows.ids[:, 1:]).long()[..., None]
     increase = (p.gather(-1, targets) - q.gather(-1, targets)).mean((1, 2)).numpy()
     got = figures(found.models[0], found.source)
-    # The logits are the same. What is computed from them in float32 is off by this much in the mean of a window, and the
-    # standard error of five windows by no more than the most of them (it is half a root mean square of what they differ
-    # from their mean).
+    # The logits are the same. What is computed from them in float32 is off by this much in a window, and so is at most
+    # the standard error of five of them: it is half the root mean square of their distances from the mean.
     off = kl_error(of_source, logits).mean(1)
-    off_increase = sum(log_softmax_error(side).mean() for side in (of_source, logits))
-    assert got["kl"].mean == pytest.approx(kl.mean(), rel=0, abs=off.mean())
-    assert got["kl"].standard_error == pytest.approx(kl.std(ddof=1) / 5**0.5, rel=0, abs=off.max())
+    off_increase = float(sum(log_softmax_error(side).mean() for side in (of_source, logits)))
+    assert got["kl"].mean == pytest.approx(kl.mean(), rel=0, abs=float(off.mean()))
+    assert got["kl"].standard_error == pytest.approx(kl.std(ddof=1) / 5**0.5, rel=0, abs=float(off.max()))
     assert got["loss_increase"].mean == pytest.approx(increase.mean(), rel=0, abs=off_increase)
     assert got["loss"].mean - got["source_loss"].mean == pytest.approx(got["loss_increase"].mean)
     assert got["perplexity"].mean == pytest.approx(np.exp(got["loss"].mean))

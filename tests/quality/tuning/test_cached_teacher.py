@@ -38,9 +38,9 @@ class TestCachedTeacher:
         vocabulary = tuned_vocabulary(source)
         found = run(artifact, source, text, tmp_path / "out", teacher_cache=tmp_path / "c", top_k=vocabulary)
         assert found is not None
-        # The logits are the same, and so are the probabilities p and q. The two sums of p (log p - log q) run in another
-        # order, and the absolute values of what they add are at most KL + sqrt(2 KL) (Pinsker). The probability of "all
-        # other tokens" is 0, but for a sum's error, and counts as 1e-9 at least.
+        # The probabilities p and q are the same. The two sums of p (log p - log q) run in another order, and the
+        # magnitudes of what they add are at most KL + sqrt(2 KL) (Pinsker). The probability of "all other tokens" is 0
+        # but for a sum's error, and counts as 1e-9 at least.
         rounding = sum_error(vocabulary + 4)
         off = 2 * rounding * (result.before.kl + (2 * result.before.kl).sqrt()) + rounding * math.log(rounding / 1e-9)
         assert ((found.before.kl - result.before.kl).abs() <= off).all()

@@ -107,7 +107,11 @@ def by_autograd(
     kl = kl_of_all(logits, whole, k).mean()
     kl.backward()
     off = max(error_of_head(hidden, student["head"]), error_of_head(other, teacher["head"]))
-    return student["body"].weight.grad.clone(), float(kl.detach()), float(error_of_kl(logits.detach(), whole, k, off).mean())
+    return (
+        student["body"].weight.grad.clone(),
+        float(kl.detach()),
+        float(error_of_kl(logits.detach(), whole, k, off).mean()),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
