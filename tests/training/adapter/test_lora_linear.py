@@ -62,8 +62,8 @@ def test_output_and_gradients_are_those_of_the_formula(
     found = [y, *(t.grad for t in (x, other, a, b) if t is not None)]
     weight = layer.dequantize(torch.float32)
     exact = by_formula(grad, weight, bias, x, other, a, b)
-    # Each is a sum of products, so that the same sum of their magnitudes bounds what rounding can do. No chain of sums is
-    # longer than all dimensions together. Seven terms are for the bias, the factor and the sum of the two paths.
+    # Each is a sum of products, so that the same sum of their magnitudes bounds what rounding can do. No chain of sums
+    # is longer than all dimensions together. Seven terms are for the bias, the factor and the sum of the two paths.
     magnitudes = by_formula(*(None if t is None else t.detach().abs() for t in (grad, weight, bias, x, other, a, b)))
     off = sum_error(sum(weight.shape) + len(a) + x.shape[:-1].numel() + 7)
     for mine, theirs, magnitude in zip(found, exact, magnitudes, strict=True):
