@@ -52,19 +52,16 @@ def error_of_kl(logits: Tensor, teacher: Tensor, k: int | None, off: float) -> T
     """Return how far a KL [N] in float32 may lie from exact; with k, of k + 1 outcomes. off: of the logits.
 
     The probability r of all other outcomes is 1 less a sum of k. Its error d moves r (log r - log s) by d times the
-    derivative, for either model.
+    derivative, for either model. Where there is no other outcome, r is that error alone, and counts as 1e-9 at least.
     """
     whole = kl_error(teacher, logits, off)
-    if k is None or k == logits.shape[-1]:
+    if k is None:
         return whole
+    d, e = (log_softmax_error(x, off)[..., 0] + sum_error(k + 4) for x in (teacher, logits))
+    if k == logits.shape[-1]:
+        return whole + d * (torch.maximum(d, e) / 1e-9).log()
     kept = teacher.topk(k, -1).indices
-    (r, d), (s, e) = (
-        (
-            1 - torch.softmax(x.double(), -1).gather(-1, kept).sum(-1),
-            log_softmax_error(x, off)[..., 0] + sum_error(k + 4),
-        )
-        for x in (teacher, logits)
-    )
+    r, s = (1 - torch.softmax(x.double(), -1).gather(-1, kept).sum(-1) for x in (teacher, logits))
     return whole + d * ((r / s).log().abs() + 1) + e * r / s
 
 

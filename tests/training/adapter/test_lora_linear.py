@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,10 @@ def test_output_and_gradients_are_those_of_the_formula(
     y.backward(grad)
     found = [y, *(t.grad for t in (x, other, a, b) if t is not None)]
     weight = layer.dequantize(torch.float32)
-    exact = by_formula(grad, weight, bias, x, other, a, b)
+    tensors = (grad, weight, bias, x, other, a, b)
+    exact, magnitudes = (by_formula(*tensors, of=of) for of in (torch.clone, torch.abs))
     # Each is a sum of products, so that the same sum of their magnitudes bounds what rounding can do. No chain of sums
     # is longer than all dimensions together. Seven terms are for the bias, the factor and the sum of the two paths.
-    magnitudes = by_formula(*(None if t is None else t.detach().abs() for t in (grad, weight, bias, x, other, a, b)))
     off = sum_error(sum(weight.shape) + len(a) + x.shape[:-1].numel() + 7)
     for mine, theirs, magnitude in zip(found, exact, magnitudes, strict=True):
         assert mine is not None
@@ -72,24 +73,16 @@ def test_output_and_gradients_are_those_of_the_formula(
 
 
 def by_formula(
-    grad: Tensor | None, weight: Tensor | None, bias: Tensor | None, x: Tensor | None, other: Tensor | None,
-    a: Tensor | None, b: Tensor | None,
+    grad: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, other: Tensor | None, a: Tensor, b: Tensor,
+    *, of: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """Return y = x Wᵀ + bias + 0.5 other Aᵀ Bᵀ and its gradients by x, other, A and B, in float64."""
-    assert weight is not None
-    assert grad is not None
-    x, other, a, b = (None if t is None else t.detach().double().requires_grad_() for t in (x, other, a, b))
-    assert x is not None
-    assert a is not None
-    assert b is not None
-    adapted = x if other is None else other
-    y = (
-        nn.functional.linear(x, weight.double(), None if bias is None else bias.double())
-        + 0.5 * adapted @ a.t() @ b.t()
-    )
-    y.backward(grad.double())
-    found = [y.detach(), *(t.grad for t in (x, other, a, b) if t is not None)]
-    return [t for t in found if t is not None]
+    """Return y = x Wᵀ + bias + 0.5 other Aᵀ Bᵀ and its gradients by x, other, A, B, in float64, `of` each tensor."""
+    fixed = [None if t is None else of(t.double()) for t in (grad, weight, bias)]
+    leaves = [None if t is None else of(t.detach().double()).requires_grad_() for t in (x, other, a, b)]
+    x2, other2, a2, b2 = leaves
+    y = nn.functional.linear(x2, fixed[1], fixed[2]) + 0.5 * (x2 if other2 is None else other2) @ a2.t() @ b2.t()
+    y.backward(fixed[0])
+    return [y.detach(), *(t.grad for t in leaves if t is not None)]
 
 
 def test_gradients_have_the_dtypes_of_what_they_belong_to(layer: NF4Linear) -> None:
