@@ -14,8 +14,8 @@ class ChosenOrder:
     """Holds every read and every copy until nothing else can happen, and then lets one of them go on.
 
     Nothing else can happen once the copying thread is held before a copy or waits for a chunk that is not read, nobody
-    reads, and no reader can begin: each one is held, or no buffer is free, or no chunk is left. All orders that buffers
-    and readers allow can be chosen, and a seed always gives the same one.
+    reads, and no reader can begin: each one is held, or no buffer is free, or no chunk is left. So reads may end in
+    any order that buffers and readers allow, and a seed always gives the same one.
     """
 
     def __init__(self, seed: int, *, n_chunks: int, n_buffers: int, n_readers: int) -> None:
