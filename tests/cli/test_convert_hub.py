@@ -13,16 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.converters.sources.hub_sources import (
+from tests.converters.sources.hub.hub_sources import (
     DATA,
     NAME,
     TOKEN,
+    by_shard,
     converted,
     fetched_ranges,
+    overlap,
+    sealed_ranges,
     without_source,
     write_source,
 )
-from tests.converters.sources.test_hub_repository_faults import by_shard, overlap, sealed_ranges
 from tests.hub_stand_in import Hub, environment, running
 from tests.repository import ROOT
 

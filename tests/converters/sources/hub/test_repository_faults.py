@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,30 +13,21 @@ from qformat.errors import HubError, QformatError, Reason, SourceError, TargetEr
 from qformat.hub.reading import remote
 from qformat.hub.reading.transport import Patience, Retries, Transport, Unusable
 from tests.converters.faulty_disk import FaultyDisk, Killed
-from tests.converters.sources.hub_sources import (
+from tests.converters.sources.hub.hub_sources import (
     DATA,
     NAME,
     TOKEN,
-    converted,
+    by_shard,
     fetched_ranges,
+    overlap,
+    sealed_ranges,
     serving,
     without_source,
-    write_source,
 )
 from tests.hub_stand_in import Hub
 from tests.small_models import write_index
 
 SHARD = "model-00002-of-00003.safetensors"
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_source(tmp_path_factory.mktemp("hub faults") / "source")
-
-
-@pytest.fixture(scope="module")
-def expected(source: Path) -> dict[str, object]:
-    return converted(source, source.parent / "local")
 
 
 @pytest.fixture
@@ -310,33 +300,6 @@ def test_a_next_page_on_another_host_is_not_asked_for(hub: Hub) -> None:
 
 
 # Interruptions.
-
-
-def sealed_ranges(work: Path, source: Path) -> tuple[list[tuple[str, int, int]], int]:
-    """Return (shard, start, stop) of what the journal says is encoded, and how many lines it has."""
-    lines = [json.loads(line.split(" ", 1)[1]) for line in (work / "journal").read_text().splitlines()]
-    sealed = {entry["tensor"] for entry in lines if "tensor" in entry}
-    ranges = []
-    for path in sorted(source.glob("*.safetensors")):
-        data = path.read_bytes()
-        length = int.from_bytes(data[:8], "little")
-        for name, entry in json.loads(data[8 : 8 + length]).items():
-            if name in sealed:
-                start, stop = entry["data_offsets"]
-                ranges.append((path.name, 8 + length + start, 8 + length + stop))
-    return ranges, len(lines)
-
-
-def by_shard(hub: Hub, source: Path) -> list[tuple[str, int, int]]:
-    """Return what was fetched, the storage's addresses replaced by the names of the shards."""
-    files = hub.repositories.by_name[NAME].head.files
-    names = {f"/{files[path.name].sha256}": path.name for path in source.glob("*.safetensors")}
-    return [(names.get(p.split("?")[0], p.rpartition("/")[2]), start, stop) for p, start, stop in fetched_ranges(hub)]
-
-
-def overlap(ranges: list[tuple[str, int, int]], others: list[tuple[str, int, int]]) -> int:
-    """Return the bytes that are in both."""
-    return sum(max(0, min(b, d) - max(a, c)) for f, a, b in ranges for g, c, d in others if f == g)
 
 
 @pytest.mark.parametrize("stop_after", range(1, 29, 3))

@@ -16,7 +16,7 @@ from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import HubError, SourceError, UsageError
 from qformat.hub.reading import stream
-from tests.converters.sources.hub_sources import (
+from tests.converters.sources.hub.hub_sources import (
     DATA,
     NAME,
     SIZES,
@@ -25,20 +25,9 @@ from tests.converters.sources.hub_sources import (
     fetched_ranges,
     serving,
     without_source,
-    write_source,
 )
 from tests.hub_stand_in import Hub
 from tests.small_models import llama_config, llama_tensors, tiny_tensors, weight, write_checkpoint, write_tiny
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_source(tmp_path_factory.mktemp("hub") / "source")
-
-
-@pytest.fixture(scope="module")
-def expected(source: Path) -> dict[str, object]:
-    return converted(source, source.parent / "local")
 
 
 @pytest.fixture
@@ -368,7 +357,7 @@ def test_an_artifact_is_compared_with_the_commit_that_it_was_made_from(
 def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
     hub: Hub, tmp_path: Path, keep_source: bool
 ) -> None:
-    from tests.converters.sources.test_kinds import fp8_source
+    from tests.converters.sources.decoded_kinds import fp8_source
 
     hub.add_folder(NAME, fp8_source(tmp_path / "source"))
     options = ConversionOptions(keep_source=keep_source)
@@ -388,7 +377,7 @@ def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
 def test_pytorch_files_are_converted_from_the_cache_compared_with_their_digests_and_pinned(
     hub: Hub, tmp_path: Path
 ) -> None:
-    from tests.converters.sources.test_torch_bin import torch_llama, write_bin
+    from tests.converters.sources.decoded_kinds import torch_llama, write_bin
 
     source = write_bin(tmp_path / "source", torch_llama())
     repository = hub.add_folder(NAME, source)

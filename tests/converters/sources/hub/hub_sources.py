@@ -68,3 +68,30 @@ def fetched_ranges(hub: Hub, requests: list[Request] | None = None) -> list[tupl
             start = int(one.headers["range"].removeprefix("bytes=").split("-")[0])
             found.append((one.path, start, start + one.nbytes_sent))
     return sorted(found)
+
+
+def sealed_ranges(work: Path, source: Path) -> tuple[list[tuple[str, int, int]], int]:
+    """Return (shard, start, stop) of what the journal says is encoded, and how many lines it has."""
+    lines = [json.loads(line.split(" ", 1)[1]) for line in (work / "journal").read_text().splitlines()]
+    sealed = {entry["tensor"] for entry in lines if "tensor" in entry}
+    ranges = []
+    for path in sorted(source.glob("*.safetensors")):
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8 : 8 + length]).items():
+            if name in sealed:
+                start, stop = entry["data_offsets"]
+                ranges.append((path.name, 8 + length + start, 8 + length + stop))
+    return ranges, len(lines)
+
+
+def by_shard(hub: Hub, source: Path) -> list[tuple[str, int, int]]:
+    """Return what was fetched, the storage's addresses replaced by the names of the shards."""
+    files = hub.repositories.by_name[NAME].head.files
+    names = {f"/{files[path.name].sha256}": path.name for path in source.glob("*.safetensors")}
+    return [(names.get(p.split("?")[0], p.rpartition("/")[2]), start, stop) for p, start, stop in fetched_ranges(hub)]
+
+
+def overlap(ranges: list[tuple[str, int, int]], others: list[tuple[str, int, int]]) -> int:
+    """Return the bytes that are in both."""
+    return sum(max(0, min(b, d) - max(a, c)) for f, a, b in ranges for g, c, d in others if f == g)
