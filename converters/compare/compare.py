@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.artifact.components import Component, PackedShape
+from qformat.artifact.components import Component
 from qformat.artifact.digests import Xxh3
 from qformat.artifact.manifest import KeptRecord, PackedRecord, TensorRecord
+from qformat.artifact.packed_arrays import BlockScales
 from qformat.artifact.reading.reader import Artifact, open_artifact
 from qformat.artifact.reading.regular_files import open_regular, read_exactly
 from qformat.artifact.reading.verify import Finding
@@ -34,7 +35,12 @@ from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.converters.compare.chosen_codes import count_far_scales, not_chosen
 from qformat.converters.compare.comparison import Comparison, KeptComparison, PackedComparison
-from qformat.converters.compare.stored_scales import StoredScales, count_different, count_different_codes
+from qformat.converters.compare.differences import (
+    count_different,
+    count_different_codes,
+    count_different_scales,
+    count_wrong_scales,
+)
 from qformat.converters.compare.tuned_scales import count_too_far, scale_change
 from qformat.converters.encode.task_writer import CHUNK_NBYTES
 from qformat.converters.sources.open_source import open_source
@@ -102,7 +108,6 @@ class _Buffers(threading.local):
         self.decoded = np.empty(CHUNK_NBYTES, np.uint8)
         self.packed = np.empty(CHUNK_NBYTES // 4, np.uint8)
         self.absmax = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
-        self.scales = np.empty(CHUNK_NBYTES // 2 // 32, np.float32)
 
 
 _Compared = tuple[PackedComparison | KeptComparison | None, list[Finding]]
@@ -206,9 +211,9 @@ class _Run:
     def _compare_adopted(self, name: str, record: PackedRecord, weight: PackedWeight) -> _Compared:
         """Compare a weight that the source has in 4 bit, too: codes and scales must be the same bytes."""
         file = weight.parts[Component.PACKED].file
-        layout, nbytes = record.layout, sum(part.nbytes for part in weight.parts.values())
-        tensor = SourceTensor(name, layout.float_format.value, layout.shape, nbytes, file)
-        self._progress(nbytes)
+        layout = record.layout
+        tensor = SourceTensor(name, layout.float_format.value, layout.shape, file)
+        self._progress(weight.nbytes)
         if weight.layout != layout:
             return None, [self._source_finding(tensor, f"{weight.layout}, but the artifact has {layout}")]
         stored, theirs = self._stored_scales(name, record), self._adopted_scales(weight)
@@ -223,17 +228,17 @@ class _Run:
             self._source.read_into(weight.parts[Component.PACKED], start // 2, expected.data)
             n_wrong_codes += count_different_codes(codes, expected)
             code_counts += count_codes(codes, n_elements=n_elements)
-            reference = self._decode(layout, theirs, expected, start, n_elements).copy()
-            errors.add(reference, self._decode(layout, stored, codes, start, n_elements))
+            reference = self._decode(theirs, expected, start, n_elements).copy()
+            errors.add(reference, self._decode(stored, codes, start, n_elements))
         compared = PackedComparison(
             name=name,
             layout=layout,
-            source_nbytes=nbytes,
+            source_nbytes=weight.nbytes,
             nbytes=sum(self._artifact.located[name + part.value].entry.nbytes for part in record.components),
             errors=errors.sums(),
             code_counts=tuple(code_counts.tolist()),
             n_wrong_codes=n_wrong_codes,
-            n_wrong_scales=stored.count_different(theirs),
+            n_wrong_scales=count_different_scales(stored, theirs),
             source_named=None,
         )
         return compared, list(self._judge_packed(tensor, compared))
@@ -252,7 +257,7 @@ class _Run:
             codes = self._buffers.stored[: packed_nbytes(raw.size)]
             self._read_stored(tensor.name, start // 2, codes)
             code_counts += count_codes(codes, n_elements=raw.size)
-            errors.add(raw, self._decode(layout, stored, codes, start, raw.size))
+            errors.add(raw, self._decode(stored, codes, start, raw.size))
             expected = self._buffers.packed[: codes.size]
             scales = self._buffers.absmax[: block_count(raw.size, layout.block_size)]
             finite &= encode_into(raw, float_format, block_size=layout.block_size, packed=expected, absmax=scales)
@@ -271,18 +276,17 @@ class _Run:
             n_wrong_codes=n_wrong_codes if finite else None,
             n_wrong_scales=self._count_wrong_scales(stored, absmax, float_format) if finite else None,
             source_named=named,
-            n_far_scales=count_far_scales(stored.decoded(), stored.nested_absmax, widen(absmax, float_format))
+            n_far_scales=count_far_scales(stored.scales(), stored.nested_absmax, widen(absmax, float_format))
             if chosen
             else None,
         )
         return compared, list(self._judge_packed(tensor, compared))
 
-    def _decode(
-        self, layout: PackedShape, stored: StoredScales, codes: NDArray[np.uint8], start: int, n_elements: int
-    ) -> Raw:
+    def _decode(self, stored: BlockScales, codes: NDArray[np.uint8], start: int, n_elements: int) -> Raw:
         """Decode codes that begin at element `start` as a reader does, into scratch memory."""
-        out = self._buffers.decoded[: n_elements * layout.float_format.nbytes].view(layout.float_format.raw_dtype)
-        stored.decode(layout, codes, start, n_elements, scratch=self._buffers.scales, out=out)
+        float_format = stored.state.float_format
+        out = self._buffers.decoded[: n_elements * float_format.nbytes].view(float_format.raw_dtype)
+        stored.with_codes(codes, first_block=start // stored.state.block_size).decode_into(out)
         return out
 
     def _judge_packed(self, tensor: SourceTensor, compared: PackedComparison) -> Iterator[Finding]:
@@ -309,28 +313,28 @@ class _Run:
             problem = "some codes decode to values that are not finite"
             yield self._artifact_finding(Reason.NONFINITE_WEIGHT, tensor.name, problem)
 
-    def _count_wrong_scales(self, stored: StoredScales, absmax: Raw, float_format: FloatFormat) -> int:
+    def _count_wrong_scales(self, stored: BlockScales, absmax: Raw, float_format: FloatFormat) -> int:
         """Return how many numbers of the scales are not what absmax values [n_blocks] of the source give or allow."""
         if self._scale_change is None:
-            return stored.count_wrong(absmax, float_format)
-        return count_too_far(stored.decoded(), stored.nested_absmax, widen(absmax, float_format), self._scale_change)
+            return count_wrong_scales(stored, absmax, float_format)
+        return count_too_far(stored.scales(), stored.nested_absmax, widen(absmax, float_format), self._scale_change)
 
-    def _stored_scales(self, name: str, record: PackedRecord) -> StoredScales:
+    def _stored_scales(self, name: str, record: PackedRecord) -> BlockScales:
         def read(part: Component) -> NDArray[np.uint8]:
             data = np.empty(self._artifact.located[name + part.value].entry.nbytes, np.uint8)
             self._read_stored(name + part.value, 0, data)
             return data
 
         state = quant_state.parse(read(Component.QUANT_STATE).tobytes(), path=self._artifact.path, tensor=name)
-        return StoredScales.read(state, read)
+        return BlockScales.from_bytes(state, read)
 
-    def _adopted_scales(self, weight: PackedWeight) -> StoredScales:
+    def _adopted_scales(self, weight: PackedWeight) -> BlockScales:
         def read(part: Component) -> NDArray[np.uint8]:
             data = np.empty(weight.parts[part].nbytes, np.uint8)
             self._source.read_into(weight.parts[part], 0, data.data)
             return data
 
-        return StoredScales.read(weight.state, read)
+        return BlockScales.from_bytes(weight.state, read)
 
     def _read_stored(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill `out` with bytes of a tensor of the artifact's shards, from its byte `offset` on."""

@@ -19,11 +19,11 @@ from qformat.artifact.components import Component
 from qformat.artifact.digests import Xxh3, xxh3_of_range
 from qformat.artifact.header import TensorEntry
 from qformat.artifact.manifest import JsonObject, KeptRecord, PackedRecord
+from qformat.artifact.packed_arrays import BlockScales
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import open_regular, read_exactly
 from qformat.artifact.writing.staging import Staging
 from qformat.codec import quant_state
-from qformat.codec.cpu.blocks import decode_into, decode_nested_into
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
@@ -156,22 +156,6 @@ class _Shards:
         return _Part(label, name, path, self._descriptors[located.shard], located.entry, expected)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scales:
-    """What decodes the scales of one packed tensor; nested_* are None without double quantization."""
-
-    state: QuantState
-    nested_absmax: NDArray[np.float32] | None
-    nested_quant_map: NDArray[np.float32] | None
-
-    def bound(self) -> float:
-        """Return what no decoded scale exceeds, with a margin for rounding; 0 without double quantization."""
-        if self.nested_absmax is None or self.nested_quant_map is None or not self.nested_absmax.size:
-            return 0.0
-        largest = float(np.abs(self.nested_quant_map).max()) * float(np.abs(self.nested_absmax).max())
-        return 1.001 * (largest + abs(self.state.nested_offset or 0.0))
-
-
 class _Buffers(threading.local):
     """Scratch memory of one worker thread, made once."""
 
@@ -266,49 +250,32 @@ class _Run:
     def _decoded(self, task: ExportTask, record: PackedRecord) -> Iterator[tuple[NDArray[np.generic], int]]:
         target, layout = self._plan.target, record.layout
         parts = self._shards.packed(task.name, record)
-        scales = self._read_scales(task.name, parts)
+        state, scales = self._read_small(task.name, parts)
         scale_nbytes = 1 if layout.double_quant else 4
-        bound = scales.bound()
         step = CHUNK_NBYTES // target.nbytes
         for start in range(0, layout.n_elements, step):
             count = min(step, layout.n_elements - start)
             packed = self._buffers.packed[: packed_nbytes(count)]
-            stored = self._buffers.scales[: block_count(count, layout.block_size) * scale_nbytes]
+            absmax = self._buffers.scales[: block_count(count, layout.block_size) * scale_nbytes]
             chunk: Raw = self._buffers.out[: count * target.nbytes].view(target.raw_dtype)
             parts[Component.PACKED].read_into(packed)
-            parts[Component.ABSMAX].read_into(stored)
-            if scales.nested_absmax is None or scales.nested_quant_map is None:
-                absmax = stored.view(np.float32)
-                bound = float(np.abs(absmax).max())
-                decode_into(
-                    packed, absmax, n_elements=count, block_size=layout.block_size, float_format=target, out=chunk
-                )
-            else:
-                decode_nested_into(
-                    packed,
-                    stored,
-                    scales.nested_absmax,
-                    np.float32(scales.state.nested_offset or 0.0),
-                    n_elements=count,
-                    block_size=layout.block_size,
-                    float_format=target,
-                    out=chunk,
-                    nested_quant_map=scales.nested_quant_map,
-                    first_block=start // layout.block_size,
-                )
+            parts[Component.ABSMAX].read_into(absmax)
+            scales[Component.ABSMAX] = absmax
+            run = BlockScales.from_bytes(state, scales.__getitem__, first_block=start // layout.block_size)
+            run.with_codes(packed).decode_into(chunk, target)
             # No code's value is larger than 1: what is decoded is at most the scale.
-            yield chunk, 0 if bound <= _LARGEST_FINITE[target] else _count_infinite(chunk, target)
+            yield chunk, 0 if run.largest_scale() <= _LARGEST_FINITE[target] else _count_infinite(chunk, target)
         parts[Component.PACKED].check()
         parts[Component.ABSMAX].check()
 
-    def _read_scales(self, name: str, parts: Mapping[Component, _Part]) -> _Scales:
+    def _read_small(
+        self, name: str, parts: Mapping[Component, _Part]
+    ) -> tuple[QuantState, dict[Component, NDArray[np.uint8]]]:
         """Read and check the small components of a packed tensor: all but its codes and absmax."""
-        small = {part: parts[part].read_all() for part in parts if part not in {Component.PACKED, Component.ABSMAX}}
+        streamed = {Component.PACKED, Component.ABSMAX}
+        small = {part: source.read_all() for part, source in parts.items() if part not in streamed}
         state = quant_state.parse(small[Component.QUANT_STATE].tobytes(), path=self._shards.path_of(name), tensor=name)
-        if Component.NESTED_ABSMAX not in small:
-            return _Scales(state, None, None)
-        nested_absmax, nested_quant_map = small[Component.NESTED_ABSMAX], small[Component.NESTED_QUANT_MAP]
-        return _Scales(state, nested_absmax.view(np.float32), nested_quant_map.view(np.float32))
+        return state, small
 
     def _digest_on_disk(self, task: ExportTask) -> str:
         start, stop = task.place.start, task.place.start + task.place.nbytes

@@ -10,13 +10,13 @@ from typing import Literal
 
 import qformat
 from qformat import strict_json
-from qformat.artifact.header import NewTensor
 from qformat.artifact.layout import Shard, natural_order, place
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.artifact.manifest import JsonObject, PackedRecord, TensorRecord
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.reading.structure import CONFIG_NAME, INDEX_NAME
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.encode.plan import Place, index_bytes, small_json
 from qformat.converters.sources.side_files import MAX_SIDE_FILE_NBYTES
@@ -101,11 +101,11 @@ def make_export_plan(artifact: Artifact, target: FloatFormat, *, max_shard_nbyte
     )
 
 
-def _new_tensor(name: str, record: TensorRecord, target: FloatFormat) -> NewTensor:
+def _new_tensor(name: str, record: TensorRecord, target: FloatFormat) -> TensorSpec:
     if isinstance(record, PackedRecord):
-        return NewTensor(name, target.value, record.layout.shape)
+        return TensorSpec(name, target.value, record.layout.shape)
     dtype = target.value if record.dtype in FloatFormat.__members__ else record.dtype
-    return NewTensor(name, dtype, record.shape)
+    return TensorSpec(name, dtype, record.shape)
 
 
 def _side_files(artifact: Artifact) -> dict[str, int]:

@@ -46,13 +46,12 @@ def calibrate(
     if plan.adopted:
         name = plan.adopted[0].source.name
         raise UsageError(f"{source.location}: {name!r} is in 4 bit already. Calibrate the 16-bit checkpoint")
-    from qformat.quality.calibration.calibrate import SourceTensorFacts
     from qformat.quality.calibration.prepare import prepare_calibration
 
     with _as_folder(source) as folder:
         calibration = prepare_calibration(
             folder,
-            {name: SourceTensorFacts(tensor.dtype, tensor.shape) for name, tensor in source.tensors.items()},
+            source.tensors,
             {task.source.name: task.layout for task in plan.packed},
             settings,
             workers=workers,

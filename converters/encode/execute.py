@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Follower, WrittenFile, xxh3, xxh3_of_range
-from qformat.artifact.encoded_weight import EncodedWeight, from_components
 from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject
+from qformat.artifact.packed_arrays import BlockScales, PackedArrays
 from qformat.artifact.reading.regular_files import read_exactly
 from qformat.artifact.writing.staging import Staging
 from qformat.artifact.writing.weight_encoder import WeightEncoder
+from qformat.codec import quant_state
 from qformat.converters.encode.plan import KeptTask, PackedTask, Place, Plan, Task, TensorDigests
 from qformat.converters.encode.staged_shards import Progress, StagedShards, open_shards
 from qformat.converters.encode.task_writer import TaskWriter
@@ -129,7 +130,7 @@ class _Run:
                 )
             if self._is_on_disk(task, digests):
                 done[task.source.name] = digests
-                self._progress(task.source.nbytes)
+                self._progress(task.source_nbytes)
         return done
 
     def do(self, tasks: list[Task], workers: int) -> dict[str, TensorDigests]:
@@ -229,10 +230,11 @@ class _Staged:
         """Whether a weight is encoded and staged already."""
         return name in self.names
 
-    def read_encoded(self, name: str) -> EncodedWeight:
+    def read_encoded(self, name: str) -> PackedArrays:
         """Return a weight that is staged."""
         parts = {part: self._read(place) for part, place in self.tasks[name].places.items()}
-        return from_components(parts, path=self.staging.folder, tensor=name)
+        state = quant_state.parse(parts[Component.QUANT_STATE].tobytes(), path=self.staging.folder, tensor=name)
+        return BlockScales.from_bytes(state, parts.__getitem__).with_codes(parts[Component.PACKED])
 
     def _read(self, place: Place) -> NDArray[np.uint8]:
         data = np.empty(place.nbytes, np.uint8)

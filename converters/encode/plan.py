@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import qformat
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
-from qformat.artifact.header import NewTensor
 from qformat.artifact.layout import Shard, natural_order, place
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_NAME_NBYTES
 from qformat.artifact.manifest import (
@@ -25,11 +24,12 @@ from qformat.artifact.manifest import (
     TensorRecord,
 )
 from qformat.artifact.reading.structure import INDEX_NAME
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.rules import adoption
 from qformat.converters.rules import recipe as recipes
 from qformat.converters.rules.recipe import NF4Options, Recipe
-from qformat.converters.rules.rules import KeepReason, TensorInfo, module_path, skip_modules
+from qformat.converters.rules.rules import KeepReason, module_path, skip_modules
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import Reason, SourceError
@@ -60,34 +60,48 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedTask:
-    """A weight to encode, and where each of its components goes. `vouched`: only the recipe says it is a Linear."""
+class _SourceTask:
+    """What every task has: the tensor of the source that it is about."""
 
     source: SourceTensor
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes that the task reads from the source."""
+        return self.source.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTask(_SourceTask):
+    """A weight to encode, and where each of its components goes. `vouched`: only the recipe says it is a Linear."""
+
     layout: PackedShape
     places: Mapping[Component, Place]
     vouched: bool
 
 
 @dataclass(frozen=True, slots=True)
-class KeptTask:
+class KeptTask(_SourceTask):
     """A tensor to copy bit for bit, where it goes, and why it is kept."""
 
-    source: SourceTensor
     place: Place
     reason: KeepReason
 
 
 @dataclass(frozen=True, slots=True)
-class AdoptedTask:
+class AdoptedTask(_SourceTask):
     """A weight that the source has in 4 bit already: its components are copied, and where each of them goes.
 
-    `source` stands for all of them: its shape and dtype are the weight's, its bytes those that are copied.
+    `source` stands for all of them: its shape and dtype are the weight's.
     """
 
-    source: SourceTensor
     weight: PackedWeight
     places: Mapping[Component, Place]
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of the components that are copied."""
+        return self.weight.nbytes
 
     @property
     def layout(self) -> PackedShape:
@@ -146,7 +160,7 @@ class Plan:
     @property
     def source_nbytes(self) -> int:
         """Bytes of the source's tensors."""
-        return sum(task.source.nbytes for task in self.tasks)
+        return sum(task.source_nbytes for task in self.tasks)
 
     @property
     def bits_per_weight(self) -> float:
@@ -189,8 +203,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         _refuse_quantized(source, tensor)
     adopted = {name: _adopted_tensor(source, name, weight) for name, weight in source.packed.items()}
     tensors = sorted([*source.tensors.values(), *adopted.values()], key=lambda tensor: natural_order(tensor.name))
-    infos = [TensorInfo(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    choices = adoption.choose(recipe, infos, source) if adopted else recipes.apply(recipe, infos, source.config)
+    choices = adoption.choose(recipe, tensors, source) if adopted else recipes.apply(recipe, tensors, source.config)
     layouts = {
         tensor.name: _layout(tensor, options)
         for tensor in tensors
@@ -241,14 +254,13 @@ def _layout(tensor: SourceTensor, options: NF4Options) -> PackedShape:
 
 
 def _adopted_tensor(source: Source, name: str, weight: PackedWeight) -> SourceTensor:
-    nbytes = sum(part.nbytes for part in weight.parts.values())
     file = weight.parts[Component.PACKED].file
-    return SourceTensor(name, weight.layout.float_format.value, weight.layout.shape, nbytes, file)
+    return SourceTensor(name, weight.layout.float_format.value, weight.layout.shape, file)
 
 
-def _components(tensor: SourceTensor, layout: PackedShape | None) -> dict[Component, NewTensor]:
+def _components(tensor: SourceTensor, layout: PackedShape | None) -> dict[Component, TensorSpec]:
     if layout is None:
-        return {Component.PACKED: NewTensor(tensor.name, tensor.dtype, tensor.shape)}
+        return {Component.PACKED: tensor}
     return layout.components(tensor.name)
 
 

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Xxh3, xxh3
-from qformat.artifact.encoded_weight import EncodedWeight
+from qformat.artifact.packed_arrays import PackedArrays
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
 from qformat.codec.cpu.blocks import add_in_order, encode_absmax_into, encode_into
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
-from qformat.codec.quant_state import QuantState
 from qformat.converters.encode.plan import AdoptedTask, KeptTask, PackedTask, Task, TensorDigests
 from qformat.converters.encode.staged_shards import Progress, StagedShards
 from qformat.converters.sources.source import Source, SourceTensor
@@ -58,10 +57,10 @@ class TaskWriter:
             return self._encode(task)
         return self._adopt(task) if isinstance(task, AdoptedTask) else self._copy(task)
 
-    def store(self, task: PackedTask, weight: EncodedWeight, source_xxh3: str) -> TensorDigests:
+    def store(self, task: PackedTask, weight: PackedArrays, source_xxh3: str) -> TensorDigests:
         """Write all components of a weight that an encoder made."""
         components: dict[Component, str] = {}
-        for part, data in weight.components(task.layout).items():
+        for part, data in weight.components().items():
             assert data.nbytes == task.places[part].nbytes
             self._output.write(task.places[part], 0, data)
             components[part] = xxh3(data)
@@ -156,9 +155,7 @@ class TaskWriter:
         else:
             offset = None
             digests = self._write_absmax(task, absmax)
-        state = QuantState(
-            layout.block_size, layout.float_format, layout.shape, None if offset is None else float(offset)
-        )
+        state = layout.state(nested_offset=None if offset is None else float(offset))
         constants: dict[Component, NDArray[np.generic]] = {
             Component.NESTED_QUANT_MAP: DYNAMIC_MAP,
             Component.QUANT_MAP: NF4_CODEBOOK,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
-from qformat.converters.rules.rules import KeepReason, TensorInfo, individual_decisions, module_path, skip_modules
+from qformat.converters.rules.rules import KeepReason, individual_decisions, module_path, skip_modules
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import Source
 from qformat.errors import Reason, SourceError, UsageError
@@ -16,7 +17,7 @@ _SKIP_LIST = "llm_int8_skip_modules"
 _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
 
 
-def choose(recipe: Recipe, tensors: Sequence[TensorInfo], source: Source) -> dict[str, Choice]:
+def choose(recipe: Recipe, tensors: Sequence[TensorSpec], source: Source) -> dict[str, Choice]:
     """Return what happens to each tensor: packed ones are adopted, the others kept for the table's reason.
 
     Raises: UsageError for a recipe with rules, which cannot be followed.

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.converters.rules.rules import (
     Decision,
     KeepReason,
-    TensorInfo,
     coupled_groups,
     individual_decisions,
     module_path,
@@ -125,7 +125,7 @@ def load_recipe(
     return Recipe(defaults, skips + (_read_rules(path) if path is not None else ()))
 
 
-def apply(recipe: Recipe, tensors: Sequence[TensorInfo], config: Mapping[str, object]) -> dict[str, Choice]:
+def apply(recipe: Recipe, tensors: Sequence[TensorSpec], config: Mapping[str, object]) -> dict[str, Choice]:
     """Decide every tensor by the recipe, then by the default table; partners that vLLM fuses stay alike.
 
     Raises:

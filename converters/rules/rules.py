@@ -13,19 +13,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
 
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.converters.rules import linear_names as names
 from qformat.errors import Reason, SourceError
 
 QUANTIZABLE_DTYPES: Final = frozenset({"BF16", "F16", "F32"})
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a header says of one tensor; `dtype` is safetensors' name ("BF16")."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class KeepReason(StrEnum):
@@ -124,14 +116,14 @@ def module_path(tensor_name: str) -> str:
     return tensor_name.removesuffix(".weight")
 
 
-def individual_decisions(tensors: Sequence[TensorInfo], config: Mapping[str, object]) -> dict[str, Decision]:
+def individual_decisions(tensors: Sequence[TensorSpec], config: Mapping[str, object]) -> dict[str, Decision]:
     """Decide every tensor on its own, before partners are coupled."""
     types = model_types(config)
     tied = _is_tied(config, tensors)
     return {tensor.name: _decide(tensor, types, tied=tied) for tensor in tensors}
 
 
-def default_decisions(tensors: Sequence[TensorInfo], config: Mapping[str, object]) -> dict[str, Decision]:
+def default_decisions(tensors: Sequence[TensorSpec], config: Mapping[str, object]) -> dict[str, Decision]:
     """Decide every tensor by the table: by name, shape, dtype and config.json."""
     return couple(individual_decisions(tensors, config))
 
@@ -145,7 +137,7 @@ def model_types(config: Mapping[str, object]) -> frozenset[str]:
     return frozenset(str(name) for name in found)
 
 
-def _is_tied(config: Mapping[str, object], tensors: Sequence[TensorInfo]) -> bool:
+def _is_tied(config: Mapping[str, object], tensors: Sequence[TensorSpec]) -> bool:
     text = config.get("text_config")
     for holder in (config, text if isinstance(text, Mapping) else {}):
         value = holder.get("tie_word_embeddings")
@@ -162,14 +154,14 @@ def _is_output(parts: Sequence[str]) -> bool:
     )
 
 
-def _decide(tensor: TensorInfo, types: frozenset[str], *, tied: bool) -> Decision:
+def _decide(tensor: TensorSpec, types: frozenset[str], *, tied: bool) -> Decision:
     reason = _keep_reason(tensor, types, tied=tied)
     if reason is None:
         return QUANTIZE
     return Decision(quantize=False, reason=reason, is_linear=_may_be_linear(tensor, reason))
 
 
-def _may_be_linear(tensor: TensorInfo, reason: KeepReason) -> bool:
+def _may_be_linear(tensor: TensorSpec, reason: KeepReason) -> bool:
     if reason in (KeepReason.EMBEDDING, KeepReason.EXPERT):
         return False
     parts = module_path(tensor.name).split(".")
@@ -178,7 +170,7 @@ def _may_be_linear(tensor: TensorInfo, reason: KeepReason) -> bool:
     return tensor.name.endswith(".weight") and len(tensor.shape) == 2
 
 
-def _keep_reason(tensor: TensorInfo, types: frozenset[str], *, tied: bool) -> KeepReason | None:
+def _keep_reason(tensor: TensorSpec, types: frozenset[str], *, tied: bool) -> KeepReason | None:
     parts = module_path(tensor.name).split(".")
     if _is_expert(parts, n_dims=len(tensor.shape)):
         return KeepReason.EXPERT

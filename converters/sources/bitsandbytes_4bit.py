@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qformat.artifact.components import Component, PackedShape
-from qformat.artifact.header import ELEMENT_NBYTES, NewTensor
 from qformat.artifact.limits import MAX_DIMENSIONS, MAX_SIZE
+from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.quant_state import QuantState
 from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
@@ -67,7 +67,7 @@ class Bitsandbytes4Bit(DecodingSource):
     def _packed_weight(self, name: str) -> PackedWeight:
         state = self._read_state(name)
         path = self.location / self.stored.tensors[name + Component.QUANT_STATE].file
-        layout = PackedShape(state.shape, state.float_format, state.block_size, state.nested_offset is not None)
+        layout = PackedShape.of_state(state)
         if not name.endswith(".weight"):
             raise SourceError(Reason.QUANT_STATE, path, "is packed, but no weight of a module", tensor=name)
         if len(state.shape) > MAX_DIMENSIONS or not 0 < layout.n_elements <= MAX_SIZE:
@@ -98,7 +98,7 @@ class Bitsandbytes4Bit(DecodingSource):
         except ArtifactError as error:
             raise SourceError(error.reason, path, error.problem, tensor=name, field=error.field) from None
 
-    def _check_part(self, name: str, part: Component, found: SourceTensor, new: NewTensor) -> None:
+    def _check_part(self, name: str, part: Component, found: SourceTensor, new: TensorSpec) -> None:
         path = self.location / found.file
         if part is Component.PACKED:
             # A storage of wider elements is filled up to a whole one; bitsandbytes reads a vector as a column.

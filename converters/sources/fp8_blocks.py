@@ -141,7 +141,7 @@ def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | 
 
 
 def _decoded(tensor: SourceTensor) -> SourceTensor:
-    return SourceTensor(tensor.name, FloatFormat.BF16.value, tensor.shape, 2 * tensor.nbytes, tensor.file)
+    return SourceTensor(tensor.name, FloatFormat.BF16.value, tensor.shape, tensor.file)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

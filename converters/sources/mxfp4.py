@@ -6,7 +6,6 @@ On disk `X_blocks` is uint8 [experts, n, k / 32, 16] and `X_scales` uint8 [exper
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass
 
@@ -132,4 +131,4 @@ def _with_scales(stored: Source, blocks: SourceTensor) -> _Encoded:
 
 def _decoded(name: str, encoded: _Encoded) -> SourceTensor:
     shape = (encoded.blocks.shape[0], encoded.n_groups * MXFP4_BLOCK, encoded.n_rows)
-    return SourceTensor(name, FloatFormat.BF16.value, shape, 2 * math.prod(shape), encoded.blocks.file)
+    return SourceTensor(name, FloatFormat.BF16.value, shape, encoded.blocks.file)

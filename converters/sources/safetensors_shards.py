@@ -42,7 +42,7 @@ class SafetensorsShards:
                 for name, entry in parsed.tensors.items()
             }
             self.tensors: Mapping[str, SourceTensor] = {
-                name: SourceTensor(name, entry.dtype, entry.shape, entry.nbytes, shard)
+                name: SourceTensor(name, entry.dtype, entry.shape, shard)
                 for name, (shard, entry) in self._entries.items()
             }
             self.side_files: Mapping[str, int] = self._folder.list_side_files()

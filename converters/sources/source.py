@@ -8,25 +8,16 @@ from pathlib import Path
 from typing import Protocol
 
 from qformat.artifact.components import Component, PackedShape
-from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.quant_state import QuantState
 
 
 @dataclass(frozen=True, slots=True)
-class SourceTensor:
+class SourceTensor(TensorSpec):
     """A tensor of a source: what the header says, and the file that it comes from."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
     file: str
-
-    @property
-    def n_elements(self) -> int:
-        """Elements of the tensor."""
-        return self.nbytes // ELEMENT_NBYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +31,11 @@ class PackedWeight:
     layout: PackedShape
     state: QuantState
     parts: Mapping[Component, SourceTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts."""
+        return sum(part.nbytes for part in self.parts.values())
 
 
 class Source(Protocol):

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qformat import strict_json
-from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.tensor_spec import ELEMENT_NBYTES
 from qformat.converters.sources.checkpoint_folder import CheckpointFolder
 from qformat.converters.sources.source import PackedWeight, SourceTensor
 from qformat.converters.sources.torch_zip import TorchZip
@@ -221,18 +221,18 @@ def _place(opened: TorchZip, path: Path, name: str, empty: torch.Tensor) -> tupl
         raise SourceError(Reason.HEADER_LIMIT, path, f"has {len(shape)} dimensions", tensor=name)
     storage = empty.untyped_storage()
     member, storage_nbytes = storage._checkpoint_offset, int(storage.nbytes())
-    nbytes = int(empty.numel()) * ELEMENT_NBYTES[dtype]
+    tensor = SourceTensor(name, dtype, shape, path.name)
     if member is None:
         raise SourceError(
             Reason.HEADER_OFFSETS, path, "torch does not say where its data lie in the file", tensor=name,
             next_step="Update torch, or save the model again with save_pretrained",
         )  # fmt: skip
-    if nbytes:
+    if tensor.nbytes:
         opened.refuse_wrong_place(member, storage_nbytes, name)
     first = int(empty.storage_offset())
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    if min((first, *strides)) < 0 or (nbytes and (first + reach + 1) * ELEMENT_NBYTES[dtype] > storage_nbytes):
+    if min((first, *strides)) < 0 or (tensor.nbytes and (first + reach + 1) * ELEMENT_NBYTES[dtype] > storage_nbytes):
         raise SourceError(Reason.HEADER_OFFSETS, path, "reaches beyond its storage", tensor=name)
     start = member + first * ELEMENT_NBYTES[dtype]
     stored = _Stored(member, start, strides, bool(empty.is_contiguous()))
-    return stored, SourceTensor(name, dtype, shape, nbytes, path.name)
+    return stored, tensor

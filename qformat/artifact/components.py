@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from qformat.artifact.header import NewTensor
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 from qformat.codec.nf4 import block_count, packed_nbytes
+from qformat.codec.quant_state import QuantState
 
 
 class Component(StrEnum):
@@ -44,6 +45,16 @@ class PackedShape:
     block_size: int
     double_quant: bool
 
+    @classmethod
+    def of_state(cls, state: QuantState) -> PackedShape:
+        """Return the layout of the tensor that a quant_state describes."""
+        return cls(state.shape, state.float_format, state.block_size, state.nested_offset is not None)
+
+    def state(self, *, nested_offset: float | None) -> QuantState:
+        """Return the quant_state of a tensor of this layout; an offset just with double quantization."""
+        assert (nested_offset is not None) == self.double_quant
+        return QuantState(self.block_size, self.float_format, self.shape, nested_offset)
+
     @property
     def n_elements(self) -> int:
         """Weights in the tensor."""
@@ -59,7 +70,7 @@ class PackedShape:
         """Groups of absmax values that share a nested absmax."""
         return block_count(self.n_blocks, NESTED_BLOCK_SIZE)
 
-    def components(self, name: str) -> dict[Component, NewTensor]:
+    def components(self, name: str) -> dict[Component, TensorSpec]:
         """Return every component of the packed tensor `name` as the shard's header names it."""
         state_nbytes = quant_state.padded_nbytes(
             block_size=self.block_size,
@@ -76,4 +87,4 @@ class PackedShape:
             Component.QUANT_STATE: ("U8", (state_nbytes,)),
         }
         present = DOUBLE_QUANT if self.double_quant else SINGLE_LEVEL
-        return {part: NewTensor(name + part, *layout[part]) for part in present}
+        return {part: TensorSpec(name + part, *layout[part]) for part in present}

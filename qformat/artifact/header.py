@@ -5,7 +5,6 @@ Stricter than the safetensors library: no repeated name, no unknown field, no le
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 from collections.abc import Callable, Iterable
@@ -16,15 +15,8 @@ from typing import TypeGuard
 from qformat import strict_json
 from qformat.artifact.limits import MAX_DIMENSIONS, MAX_HEADER_NBYTES, MAX_NAME_NBYTES, MAX_SIZE
 from qformat.artifact.reading.regular_files import read_exactly
+from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec, data_nbytes
 from qformat.errors import InvalidFileError, Reason
-
-ELEMENT_NBYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-"""Bytes of one element of each dtype that a header may name."""
 
 DATA_ALIGNMENT = 4096
 """Tensor data of an artifact's shard starts at a multiple of this many bytes."""
@@ -34,19 +26,11 @@ _METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a header; `start` and `stop` are byte offsets in the file."""
+class TensorEntry(TensorSpec):
+    """One tensor of a header; `start` and `stop` are byte offsets in the file, `nbytes` apart."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
     start: int
     stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +44,7 @@ class Header:
     metadata: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class NewTensor:
-    """A tensor to be written: its name, dtype and shape as the header will say."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return math.prod(self.shape) * ELEMENT_NBYTES[self.dtype]
-
-
-def build(tensors: Iterable[NewTensor]) -> bytes:
+def build(tensors: Iterable[TensorSpec]) -> bytes:
     """Return the length prefix and header of a file that holds these tensors in this order without holes."""
     entries: dict[str, object] = {_METADATA: {"format": "pt"}}
     offset = 0
@@ -184,7 +154,7 @@ def _entry(
         raise refuse(Reason.HEADER_FIELD, "not a pair of byte offsets", "data_offsets")
     sizes = tuple(shape)
     begin, end = offsets
-    expected = math.prod(sizes) * ELEMENT_NBYTES[dtype]
+    expected = data_nbytes(dtype, sizes)
     if end - begin != expected:
         raise refuse(
             Reason.HEADER_OFFSETS,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qformat.artifact import header
-from qformat.artifact.header import NewTensor
+from qformat.artifact.tensor_spec import TensorSpec
 
 LARGEST_ALIGNMENT = 4096
 """Components are aligned to the largest power of two that divides their size, up to a page."""
@@ -22,7 +22,7 @@ _DIGITS = re.compile(r"([0-9]+)")
 class PlacedTensor:
     """A tensor in its place; `start` and `stop` are byte offsets in the shard's file."""
 
-    tensor: NewTensor
+    tensor: TensorSpec
     start: int
 
     @property
@@ -56,13 +56,13 @@ def alignment(nbytes: int) -> int:
     return min(nbytes & -nbytes, LARGEST_ALIGNMENT) if nbytes else LARGEST_ALIGNMENT
 
 
-def place(groups: Sequence[Sequence[NewTensor]], *, max_shard_nbytes: int) -> tuple[Shard, ...]:
+def place(groups: Sequence[Sequence[TensorSpec]], *, max_shard_nbytes: int) -> tuple[Shard, ...]:
     """Lay groups of tensors out in shards, in the given order; a group (one weight) never crosses shards.
 
     Inside a shard tensors are sorted by descending alignment, so that each lies aligned and there are no holes.
     A group that is larger than `max_shard_nbytes` gets a shard of its own.
     """
-    bins: list[list[NewTensor]] = []
+    bins: list[list[TensorSpec]] = []
     room = 0
     for group in groups:
         nbytes = sum(tensor.nbytes for tensor in group)
@@ -77,7 +77,7 @@ def place(groups: Sequence[Sequence[NewTensor]], *, max_shard_nbytes: int) -> tu
     )
 
 
-def _shard(name: str, tensors: list[NewTensor]) -> Shard:
+def _shard(name: str, tensors: list[TensorSpec]) -> Shard:
     ordered = sorted(tensors, key=lambda tensor: -alignment(tensor.nbytes))
     header_bytes = header.build(ordered)
     placed = []

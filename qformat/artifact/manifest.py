@@ -13,6 +13,7 @@ from qformat import strict_json
 from qformat.artifact.components import DOUBLE_QUANT, SINGLE_LEVEL, Component, PackedShape
 from qformat.artifact.limits import MAX_DIMENSIONS, MAX_MANIFEST_NBYTES, MAX_SIZE
 from qformat.artifact.reading.regular_files import check_plain_name
+from qformat.artifact.tensor_spec import data_nbytes
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
@@ -70,6 +71,11 @@ class KeptRecord:
     xxh3: str
     reason: str
     source_xxh3: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return data_nbytes(self.dtype, self.shape)
 
 
 TensorRecord = PackedRecord | KeptRecord

@@ -231,11 +231,11 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for action, tasks, why in (("nf4", plan.packed, "Linear weights"), ("adopt", plan.adopted, "in NF4 already")):
         if tasks or (action == "nf4" and not plan.adopted):
-            source = sum(task.source.nbytes for task in tasks)
+            source = sum(task.source_nbytes for task in tasks)
             packed = sum(place.nbytes for task in tasks for place in task.places.values())
             rows.append((action, str(len(tasks)), format_nbytes(source), format_nbytes(packed), why))
     for reason, count in sorted(Counter(task.reason for task in plan.kept).items()):
-        nbytes = format_nbytes(sum(task.source.nbytes for task in plan.kept if task.reason is reason))
+        nbytes = format_nbytes(sum(task.source_nbytes for task in plan.kept if task.reason is reason))
         rows.append(("keep", str(count), nbytes, nbytes, reason.phrase))
     return rows
 

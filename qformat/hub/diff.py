@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.manifest import KeptRecord, Manifest, TensorRecord
 from qformat.artifact.manifest_diff import Aspect, ManifestDifference, diff_manifests
 from qformat.artifact.reading.reader import open_artifact
@@ -92,5 +90,5 @@ def _values(a: Path, b: Path, sizes: dict[str, int], on_progress: Callable[[int]
 def _nbytes(record: TensorRecord) -> int:
     """Return how many bytes of a tensor are compared, scales left out."""
     if isinstance(record, KeptRecord):
-        return math.prod(record.shape) * ELEMENT_NBYTES[record.dtype]
+        return record.nbytes
     return packed_nbytes(record.layout.n_elements)

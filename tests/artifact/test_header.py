@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qformat.artifact import header
-from qformat.artifact.header import Header, NewTensor
+from qformat.artifact.header import Header
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.errors import ArtifactError, Reason
 from tests.small_models import ELEMENT_NBYTES, header_bytes
 
@@ -264,10 +265,10 @@ def test_ninety_megabytes_of_spaces_are_refused_unread(file: Path) -> None:
 
 def test_what_build_writes_is_read_and_begins_at_a_page() -> None:
     tensors = [
-        NewTensor("empty", "BF16", (0, 4)),
-        NewTensor("b", "F32", (3, 5)),
-        NewTensor("a", "U8", (7,)),
-        NewTensor("🦙", "BOOL", ()),
+        TensorSpec("empty", "BF16", (0, 4)),
+        TensorSpec("b", "F32", (3, 5)),
+        TensorSpec("a", "U8", (7,)),
+        TensorSpec("🦙", "BOOL", ()),
     ]
     text = header.build(tensors)
     assert len(text) % 4096 == 0

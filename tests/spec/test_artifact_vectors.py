@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from qformat.artifact import layout, manifest
-from qformat.artifact.header import NewTensor
 from qformat.artifact.manifest import KeptRecord, TensorRecord
 from qformat.artifact.reading.reader import KeptTensor, PackedTensor, open_artifact
 from qformat.artifact.reading.verify import verify_integrity
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from tests.spec import corpus
 
@@ -51,9 +51,9 @@ def test_valid_artifacts_open_and_decode_to_the_expected_bits(vector: corpus.Vec
                     assert tensor.decode(FloatFormat(dtype)).tobytes().hex() == bits, f"{name} as {dtype}"
 
 
-def new_tensors(name: str, record: TensorRecord) -> list[NewTensor]:
+def new_tensors(name: str, record: TensorRecord) -> list[TensorSpec]:
     if isinstance(record, KeptRecord):
-        return [NewTensor(name, record.dtype, record.shape)]
+        return [TensorSpec(name, record.dtype, record.shape)]
     return list(record.layout.components(name).values())
 
 

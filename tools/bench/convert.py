@@ -24,7 +24,8 @@ from time import monotonic
 
 import numpy as np
 
-from qformat.artifact.header import NewTensor, build
+from qformat.artifact.header import build
+from qformat.artifact.tensor_spec import TensorSpec
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -131,7 +132,7 @@ def measure(command: list[str], *, runs: int, remove: Path | None = None) -> Mea
     return Measured(statistics.median(seconds[1:]), max(rss))
 
 
-def llama(n_layers: int) -> list[NewTensor]:
+def llama(n_layers: int) -> list[TensorSpec]:
     hidden, inner, vocabulary, kv = 2048, 5632, 32000, 256
     shapes = {
         "model.embed_tokens": (vocabulary, hidden),
@@ -151,15 +152,15 @@ def llama(n_layers: int) -> list[NewTensor]:
             "post_attention_layernorm": (hidden,),
         }
         shapes |= {f"model.layers.{layer}.{part}": shape for part, shape in parts.items()}
-    return [NewTensor(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
+    return [TensorSpec(f"{name}.weight", "BF16", shape) for name, shape in shapes.items()]
 
 
-def one_tensor(gigabytes: float) -> list[NewTensor]:
+def one_tensor(gigabytes: float) -> list[TensorSpec]:
     rows = int(gigabytes * 1e9) // 2 // 8192
-    return [NewTensor("model.layers.0.mlp.up_proj.weight", "BF16", (rows, 8192))]
+    return [TensorSpec("model.layers.0.mlp.up_proj.weight", "BF16", (rows, 8192))]
 
 
-def write_checkpoint(folder: Path, tensors: list[NewTensor], n_layers: int) -> None:
+def write_checkpoint(folder: Path, tensors: list[TensorSpec], n_layers: int) -> None:
     """Write random weights; one random stretch is cut to size again and again, which is quick and as hard to encode."""
     folder.mkdir()
     stretch = np.random.default_rng(0).standard_normal(2**24, dtype=np.float32) * np.float32(0.02)

@@ -25,7 +25,8 @@ from time import monotonic
 
 import numpy as np
 
-from qformat.artifact.header import NewTensor, build
+from qformat.artifact.header import build
+from qformat.artifact.tensor_spec import TensorSpec
 from tools.bench import convert as bench_convert
 
 GGUF_TYPES = {"Q8_0": (32, 34, (0,)), "Q4_0": (32, 18, (0,)), "Q4_K": (256, 144, (0, 2)), "Q6_K": (256, 210, (208,))}
@@ -112,13 +113,13 @@ def write_bin(out: Path, source: Path) -> None:
     torch.save(tensors, out / "pytorch_model.bin")
 
 
-def write_fp8(out: Path, tensors: list[NewTensor], n_layers: int) -> None:
-    stored: list[NewTensor] = []
+def write_fp8(out: Path, tensors: list[TensorSpec], n_layers: int) -> None:
+    stored: list[TensorSpec] = []
     for tensor in tensors:
         if "_proj" in tensor.name:
             grid = tuple(-(-size // 128) for size in tensor.shape)
-            stored.append(NewTensor(tensor.name, "F8_E4M3", tensor.shape))
-            stored.append(NewTensor(tensor.name + "_scale_inv", "F32", grid))
+            stored.append(TensorSpec(tensor.name, "F8_E4M3", tensor.shape))
+            stored.append(TensorSpec(tensor.name + "_scale_inv", "F32", grid))
         else:
             stored.append(tensor)
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -131,13 +132,13 @@ def write_experts(folder: Path) -> None:
     names = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(4)]
     config = {"model_type": "gpt_oss", "tie_word_embeddings": False}
     shape = (n_experts, 32 * n_groups, n_rows)
-    write_random(folder / "experts", [NewTensor(name, "BF16", shape) for name in names], config)
-    stored = [NewTensor(name + "_blocks", "U8", (n_experts, n_rows, n_groups, 16)) for name in names]
-    stored += [NewTensor(name + "_scales", "U8", (n_experts, n_rows, n_groups)) for name in names]
+    write_random(folder / "experts", [TensorSpec(name, "BF16", shape) for name in names], config)
+    stored = [TensorSpec(name + "_blocks", "U8", (n_experts, n_rows, n_groups, 16)) for name in names]
+    stored += [TensorSpec(name + "_scales", "U8", (n_experts, n_rows, n_groups)) for name in names]
     write_random(folder / "mxfp4", stored, {**config, "quantization_config": {"quant_method": "mxfp4"}})
 
 
-def write_random(out: Path, tensors: list[NewTensor], config: Mapping[str, object]) -> None:
+def write_random(out: Path, tensors: list[TensorSpec], config: Mapping[str, object]) -> None:
     """Write a checkpoint of random numbers: small floats, codes below 120 where they are bytes."""
     out.mkdir()
     rng = np.random.default_rng(0)
@@ -155,7 +156,7 @@ def write_random(out: Path, tensors: list[NewTensor], config: Mapping[str, objec
     (out / "config.json").write_text(json.dumps(config))
 
 
-def write_gguf(out: Path, tensors: list[NewTensor], n_layers: int, kind: str) -> None:
+def write_gguf(out: Path, tensors: list[TensorSpec], n_layers: int, kind: str) -> None:
     import gguf
 
     from qformat.converters.sources.gguf.names import _ARCHITECTURES, _OUTSIDE

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.artifact import header, layout
+from qformat.artifact import layout
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.digests import xxh3
-from qformat.artifact.header import NewTensor
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest, PackedRecord, seal
+from qformat.artifact.packed_arrays import PackedArrays, store_scales
+from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.codec import nf4
 from qformat.codec.codebooks import DYNAMIC_MAP, DYNAMIC_THRESHOLDS, NF4_CODEBOOK, NF4_THRESHOLDS
 from qformat.codec.floats import FloatFormat, Raw, narrow, widen
@@ -37,53 +38,43 @@ Floats = NDArray[np.float32]
 JsonObject = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A packed tensor in memory: what its components hold, and the record."""
-
-    layout: PackedShape
-    state: QuantState
-    packed: NDArray[np.uint8]
-    absmax: NDArray[Any]
-    nested_absmax: Floats | None = None
-    nested_quant_map: Floats | None = None
-
-    def decode(self, float_format: FloatFormat) -> Raw:
-        with np.errstate(over="ignore", invalid="ignore"):
-            if self.nested_absmax is None:
-                scales = self.absmax
-            else:
-                assert self.nested_quant_map is not None
-                assert self.state.nested_offset is not None
-                scales = decode_absmax(
-                    self.absmax,
-                    self.nested_absmax,
-                    np.float32(self.state.nested_offset),
-                    nested_quant_map=self.nested_quant_map,
-                )
-            shape = self.layout
-            values = nf4.decode(self.packed, scales, n_elements=shape.n_elements, block_size=shape.block_size)
-            return narrow(values, float_format)
-
-    def component_bytes(self) -> dict[Component, bytes]:
-        parts = {Component.PACKED: self.packed.tobytes(), Component.ABSMAX: self.absmax.tobytes()}
-        if self.nested_absmax is not None and self.nested_quant_map is not None:
-            parts[Component.NESTED_ABSMAX] = self.nested_absmax.tobytes()
-            parts[Component.NESTED_QUANT_MAP] = self.nested_quant_map.tobytes()
-        parts[Component.QUANT_MAP] = NF4_CODEBOOK.tobytes()
-        parts[Component.QUANT_STATE] = self.state.to_padded_json()
-        return parts
+def reference_decode(arrays: PackedArrays, float_format: FloatFormat) -> Raw:
+    """What the reference codec decodes components to: vectors do not depend on the fast kernels."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        scales = arrays.absmax
+        if arrays.second_level is not None:
+            nested_absmax, nested_quant_map, offset = arrays.second_level
+            scales = decode_absmax(arrays.absmax, nested_absmax, offset, nested_quant_map=nested_quant_map)
+        layout = arrays.layout
+        values = nf4.decode(arrays.packed, scales, n_elements=layout.n_elements, block_size=layout.block_size)
+        return narrow(values, float_format)
 
 
-def encode(raw: Raw, float_format: FloatFormat, shape: Sequence[int], block_size: int, double_quant: bool) -> Encoded:
-    packed_shape = PackedShape(tuple(shape), float_format, block_size, double_quant)
-    assert packed_shape.n_elements == raw.size
+def component_bytes(arrays: PackedArrays) -> dict[Component, bytes]:
+    return {part: data.tobytes() for part, data in arrays.components().items()}
+
+
+def encode(
+    raw: Raw, float_format: FloatFormat, shape: Sequence[int], block_size: int, double_quant: bool
+) -> PackedArrays:
+    """Encode with the reference codec."""
+    layout = PackedShape(tuple(shape), float_format, block_size, double_quant)
+    assert layout.n_elements == raw.size
     packed, absmax = nf4.encode(widen(raw, float_format), block_size=block_size)
-    if not double_quant:
-        return Encoded(packed_shape, QuantState(block_size, float_format, tuple(shape), None), packed, absmax)
-    nested = encode_absmax(absmax)
-    state = QuantState(block_size, float_format, tuple(shape), float(nested.offset))
-    return Encoded(packed_shape, state, packed, nested.codes, nested.nested_absmax, DYNAMIC_MAP)
+    return store_scales(absmax, layout).with_codes(packed)
+
+
+def stored(
+    state: QuantState,
+    packed: NDArray[np.uint8],
+    absmax: NDArray[Any],
+    nested_absmax: Floats | None = None,
+    nested_quant_map: Floats | None = None,
+) -> PackedArrays:
+    """Numbers that no encoder chose."""
+    return PackedArrays(
+        state=state, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_quant_map=nested_quant_map
+    )
 
 
 def raw_of(values: Any, float_format: FloatFormat) -> Raw:
@@ -124,7 +115,12 @@ class TensorVectors:
         self._add(name, about, rules, encoded, decoded, raw)
 
     def decode(
-        self, name: str, about: str, rules: str, encoded: Encoded, decoded: Sequence[FloatFormat] = (BF16, F16, F32)
+        self,
+        name: str,
+        about: str,
+        rules: str,
+        encoded: PackedArrays,
+        decoded: Sequence[FloatFormat] = (BF16, F16, F32),
     ) -> None:
         """A vector for decoders only: valid codes that this encoder does not write."""
         self._add(name, about, rules, encoded, decoded, None)
@@ -139,7 +135,7 @@ class TensorVectors:
         )  # fmt: skip
 
     def _add(
-        self, name: str, about: str, rules: str, e: Encoded, decoded: Sequence[FloatFormat], raw: Raw | None
+        self, name: str, about: str, rules: str, e: PackedArrays, decoded: Sequence[FloatFormat], raw: Raw | None
     ) -> None:
         vector: JsonObject = {
             "name": name, "about": about, "rules": rules.split(), "dtype": e.layout.float_format.value,
@@ -154,7 +150,7 @@ class TensorVectors:
             assert e.state.nested_offset is not None
             vector["nested_offset_bits"] = f"{np.float32(e.state.nested_offset).view(np.uint32):08X}"
         vector["quant_state"] = e.state.to_padded_json().decode("ascii")
-        vector["decoded"] = {f.value: e.decode(f).tobytes().hex() for f in decoded}
+        vector["decoded"] = {f.value: reference_decode(e, f).tobytes().hex() for f in decoded}
         self.vectors.append(vector)
 
 
@@ -270,20 +266,18 @@ def second_level_ties() -> Floats:
 
 def decoder_vectors(v: TensorVectors) -> None:
     every_code = nf4.pack(np.arange(64, dtype=np.uint8) % 16)
-    shape = PackedShape((2, 32), BF16, 32, True)
     state = QuantState(32, BF16, (2, 32), 0.25)
-    negative = Encoded(shape, state, every_code, np.array([0, 127], np.uint8), np.array([1], np.float32), DYNAMIC_MAP)
+    negative = stored(state, every_code, np.array([0, 127], np.uint8), np.array([1], np.float32), DYNAMIC_MAP)
     v.decode("negative_scale", "a decoded scale is negative: signs turn, zeros become -0.0", "E11 S12 N7", negative)
-    other = Encoded(shape, state, every_code, np.array([1, 255], np.uint8), np.array([-2], np.float32),
+    other = stored(state, every_code, np.array([1, 255], np.uint8), np.array([-2], np.float32),
                     np.linspace(0.5, -3, 256).astype(np.float32))  # fmt: skip
     v.decode("other_nested_map", "a stored map that is not the dynamic one, and a negative nested_absmax", "N2", other)
-    in_bfloat16 = Encoded(shape, QuantState(32, BF16, (2, 32), 0.052978515625, "bfloat16"), every_code,
+    in_bfloat16 = stored(QuantState(32, BF16, (2, 32), 0.052978515625, "bfloat16"), every_code,
                           np.array([3, 250], np.uint8), np.array([0.017], np.float32), DYNAMIC_MAP)  # fmt: skip
     v.decode("nested_dtype_bfloat16", "as bitsandbytes writes it after a forward on some CPUs", "N11", in_bfloat16)
-    not_float32 = Encoded(shape, QuantState(32, BF16, (2, 32), 0.1), every_code, np.array([3, 250], np.uint8),
+    not_float32 = stored(QuantState(32, BF16, (2, 32), 0.1), every_code, np.array([3, 250], np.uint8),
                           np.array([0.017], np.float32), DYNAMIC_MAP)  # fmt: skip
     v.decode("offset_rounded_to_float32", "an offset with more digits than a float32 has", "N7 N10", not_float32)
-    single = PackedShape((1, 32 * 32), F32, 32, False)
     bf16_ties = [
         0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xBF808000, 0xBF818000, 0x00008000, 0x00018000, 0x7F7F8000,
         0x7F7F7FFF, 0xFF7F8000, 0x00000001, 0x3F7FFFFF,
@@ -294,14 +288,14 @@ def decoder_vectors(v: TensorVectors) -> None:
     ]  # fmt: skip
     scales = np.array(bf16_ties + f16_ties + [0] * 6, np.uint32).view(np.float32)
     codes = np.tile(np.array([15, 0, 7, 8], np.uint8), 256)
-    rounding = Encoded(single, QuantState(32, F32, (1, 1024), None), nf4.pack(codes), scales)
+    rounding = stored(QuantState(32, F32, (1, 1024), None), nf4.pack(codes), scales)
     v.decode("rounding", "ties to even, gradual underflow, overflow: the scales are the values", "F2 F3 E11", rounding)
-    products = Encoded(PackedShape((1, 512), F32, 32, False), QuantState(32, F32, (1, 512), None),
+    products = stored(QuantState(32, F32, (1, 512), None),
                        nf4.pack(np.arange(512, dtype=np.uint8) % 16),
                        np.float32(2.0) ** np.array([-149, -140, -130, -126, -24, -14, -8, -1, 0, 3, 15, 16, 64, 126,
                                                     127, 127], np.float32) * np.float32(1))  # fmt: skip
     v.decode("products_of_every_code", "each codebook value times scales over the whole range", "E1 E11 F1", products)
-    ignored = Encoded(PackedShape((1, 3), BF16, 64, False), QuantState(64, BF16, (1, 3), None),
+    ignored = stored(QuantState(64, BF16, (1, 3), None),
                       np.array([0x0F, 0x8C], np.uint8), np.array([1], np.float32))  # fmt: skip
     v.decode("last_nibble_ignored", "an odd tensor whose unused nibble is not 7", "E10", ignored)
 
@@ -331,7 +325,7 @@ class ArtifactVectors:
         name: str,
         about: str,
         rules: str,
-        tensors: Mapping[str, Encoded | Kept],
+        tensors: Mapping[str, PackedArrays | Kept],
         *,
         max_shard_nbytes: int = 10**9,
         side_files: Mapping[str, bytes] | None = None,
@@ -384,14 +378,14 @@ class ArtifactVectors:
         assert self.described[-1]["name"] == path.name
 
 
-def _new_tensors(name: str, tensor: Encoded | Kept) -> dict[Component, NewTensor]:
+def _new_tensors(name: str, tensor: PackedArrays | Kept) -> dict[Component, TensorSpec]:
     if isinstance(tensor, Kept):
-        return {Component.PACKED: NewTensor(name, tensor.dtype, tensor.shape)}
+        return {Component.PACKED: TensorSpec(name, tensor.dtype, tensor.shape)}
     return tensor.layout.components(name)
 
 
-def _contents(name: str, tensor: Encoded | Kept) -> list[tuple[NewTensor, bytes]]:
-    parts = {Component.PACKED: tensor.data} if isinstance(tensor, Kept) else tensor.component_bytes()
+def _contents(name: str, tensor: PackedArrays | Kept) -> list[tuple[TensorSpec, bytes]]:
+    parts = {Component.PACKED: tensor.data} if isinstance(tensor, Kept) else component_bytes(tensor)
     made = [(new, parts[part]) for part, new in _new_tensors(name, tensor).items()]
     for new, data in made:
         assert len(data) == new.nbytes, new.name
@@ -403,14 +397,14 @@ def _record(data: bytes, header_nbytes: int | None) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest(), digest)
 
 
-def _tensor_record(tensor: Encoded | Kept) -> PackedRecord | KeptRecord:
+def _tensor_record(tensor: PackedArrays | Kept) -> PackedRecord | KeptRecord:
     if isinstance(tensor, Kept):
         return KeptRecord(tensor.dtype, tensor.shape, xxh3(tensor.data), tensor.reason)
-    components = {part: xxh3(data) for part, data in tensor.component_bytes().items()}
+    components = {part: xxh3(data) for part, data in component_bytes(tensor).items()}
     return PackedRecord(tensor.layout, components, None)
 
 
-def _config(tensors: Mapping[str, Encoded | Kept]) -> bytes:
+def _config(tensors: Mapping[str, PackedArrays | Kept]) -> bytes:
     kept = {
         name.removesuffix(".weight")
         for name, tensor in tensors.items()
@@ -426,10 +420,10 @@ def _config(tensors: Mapping[str, Encoded | Kept]) -> bytes:
     return small_json({"model_type": "llama", "quantization_config": quantization})
 
 
-def _expected(tensor: Encoded | Kept) -> JsonObject:
+def _expected(tensor: PackedArrays | Kept) -> JsonObject:
     if isinstance(tensor, Kept):
         return {"encoding": "kept", "dtype": tensor.dtype, "shape": list(tensor.shape), "bytes": tensor.data.hex()}
-    decoded = {f.value: tensor.decode(f).tobytes().hex() for f in FloatFormat}
+    decoded = {f.value: reference_decode(tensor, f).tobytes().hex() for f in FloatFormat}
     return {"encoding": "nf4", "dtype": tensor.layout.float_format.value, "shape": list(tensor.layout.shape),
             "decoded": decoded}  # fmt: skip
 
@@ -437,7 +431,9 @@ def _expected(tensor: Encoded | Kept) -> JsonObject:
 def artifact_vectors(folder: Path) -> list[JsonObject]:
     rng = np.random.default_rng(1729)
 
-    def weight(shape: Sequence[int], dtype: FloatFormat = BF16, block: int = 64, *, double: bool = True) -> Encoded:
+    def weight(
+        shape: Sequence[int], dtype: FloatFormat = BF16, block: int = 64, *, double: bool = True
+    ) -> PackedArrays:
         return encode(raw_of(rng.normal(0, 0.02, math.prod(shape)), dtype), dtype, shape, block, double)
 
     def norm(n: int, dtype: FloatFormat = BF16) -> Kept:
@@ -469,27 +465,25 @@ def artifact_vectors(folder: Path) -> list[JsonObject]:
     add_unknown_members(folder / "version_1_7" / "qformat.json")
     a.rewritten(folder / "version_1_7")
     every_code = nf4.pack(np.arange(128, dtype=np.uint8) % 16)
-    small = PackedShape((4, 32), BF16, 64, True)
     a.add("nested_bfloat16", "nested_dtype bfloat16, as bitsandbytes writes it on some CPUs", "N11",
-          {layer + "q_proj.weight": Encoded(small, QuantState(64, BF16, (4, 32), 0.052978515625, "bfloat16"),
+          {layer + "q_proj.weight": stored(QuantState(64, BF16, (4, 32), 0.052978515625, "bfloat16"),
                                             every_code, np.array([9, 200], np.uint8), np.array([0.03], np.float32),
                                             DYNAMIC_MAP)})  # fmt: skip
     a.add("negative_scales", "a negative decoded scale, a negative stored one, and a map that is not the dynamic one",
           "S12 N2 N7 E11",
           {
-              layer + "k_proj.weight": Encoded(small, QuantState(64, BF16, (4, 32), 0.001), every_code,
+              layer + "k_proj.weight": stored(QuantState(64, BF16, (4, 32), 0.001), every_code,
                                                np.array([0, 255], np.uint8), np.array([0.5], np.float32), DYNAMIC_MAP),
-              layer + "q_proj.weight": Encoded(PackedShape((4, 32), BF16, 64, False),
-                                               QuantState(64, BF16, (4, 32), None), every_code,
+              layer + "q_proj.weight": stored(QuantState(64, BF16, (4, 32), None), every_code,
                                                np.array([-0.75, 0.5], np.float32)),
-              layer + "v_proj.weight": Encoded(small, QuantState(64, BF16, (4, 32), 0.5), every_code,
+              layer + "v_proj.weight": stored(QuantState(64, BF16, (4, 32), 0.5), every_code,
                                                np.array([5, 6], np.uint8), np.array([-1], np.float32),
                                                DYNAMIC_MAP[::-1].copy()),
           })  # fmt: skip
     a.add("kept_only", "nothing packed; kept tensors of every dtype, empty, scalar and of eight dimensions",
           "S4 S5 M3 X6",
           {f"model.buffer.{dtype}": Kept(dtype, (3,), rng.bytes(3 * nbytes) if dtype != "BOOL" else b"\0\1\1")
-           for dtype, nbytes in header.ELEMENT_NBYTES.items()}
+           for dtype, nbytes in ELEMENT_NBYTES.items()}
           | {"model.empty": Kept("F32", (0, 4), b""), "model.scalar": Kept("BF16", (), b"\x80\x3f"),
              "model.eight": Kept("U8", (1, 2, 1, 2, 1, 1, 1, 1), b"\1\2\3\4")})  # fmt: skip
     a.add("names", "names that are not ASCII, in tensors and files; one of 512 bytes", "L3 L4 X5",

@@ -8,7 +8,6 @@ each. The tokenizer comes from the folder, if a folder is given and has one, els
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -53,9 +52,7 @@ class GgufFile:
             self.config: JsonObject = {**model.config, "torch_dtype": self._format.torch_name}
             self._named = {tensor.name: tensor for tensor in model.tensors}
             self.tensors: Mapping[str, SourceTensor] = {
-                name: SourceTensor(
-                    name, self._format.value, tensor.shape, math.prod(tensor.shape) * self._format.nbytes, self._name
-                )
+                name: SourceTensor(name, self._format.value, tensor.shape, self._name)
                 for name, tensor in self._named.items()
             }
         except BaseException:

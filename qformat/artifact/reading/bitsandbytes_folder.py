@@ -70,7 +70,7 @@ def _packed_shape(path: Path, name: str, located: Mapping[str, Located], descrip
     data = bytearray(where.entry.nbytes)
     read_exactly(descriptors[where.shard], where.entry.start, memoryview(data), path=shard, error=ArtifactError)
     state = quant_state.parse(bytes(data), path=shard, tensor=name)
-    return PackedShape(state.shape, state.float_format, state.block_size, state.nested_offset is not None)
+    return PackedShape.of_state(state)
 
 
 def _check_components(path: Path, name: str, layout: PackedShape, located: Mapping[str, Located]) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.artifact.components import Component, PackedShape
+from qformat.artifact.components import Component
 from qformat.artifact.manifest import KeptRecord
+from qformat.artifact.packed_arrays import PackedArrays
 from qformat.artifact.reading.regular_files import open_regular
 from qformat.artifact.reading.structure import ShardLayout, Structure, check_structure, size_error
 from qformat.artifact.reading.watch import MappedFileWatch
@@ -31,59 +32,25 @@ _PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
 """No swap is set aside for pages that hardly anybody writes to: a file larger than the memory can be mapped."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedTensor:
-    """A 4-bit weight; every array is a read-only view of the mapped file.
-
-    packed: uint8 [ceil(n/2)]; absmax: uint8 codes [n_blocks], or float32 without double quantization;
-    nested_absmax: float32 [n_nested_blocks] and nested_quant_map: float32 [256], or None.
-    """
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedTensor(PackedArrays):
+    """A 4-bit weight of an artifact; every array is a read-only view of the mapped file."""
 
     name: str
-    layout: PackedShape
-    state: QuantState
-    packed: NDArray[np.uint8]
-    absmax: NDArray[Any]
-    nested_absmax: NDArray[np.float32] | None
-    nested_quant_map: NDArray[np.float32] | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.layout.shape
-
-    def scales(self) -> NDArray[np.float32]:
-        """Return the decoded absmax of each block, float32 [n_blocks]."""
-        if self.nested_absmax is None or self.nested_quant_map is None or self.state.nested_offset is None:
-            return self.absmax.astype(np.float32, copy=False)
-        out = np.empty(self.layout.n_blocks, np.float32)
-        _blocks().decode_scales_into(
-            self.absmax, self.nested_absmax, self.nested_quant_map, np.float32(self.state.nested_offset), out
-        )
-        return out
 
     def decode(self, float_format: FloatFormat | None = None, out: Raw | None = None) -> Raw:
         """Return the weight in its shape: raw elements of `float_format` (default: what the source was).
 
         bf16 comes as its bits in uint16, fp16 as its bits in uint16, fp32 as float32. `out`: a flat buffer to reuse.
+        Raises UsageError for a buffer that does not fit.
         """
-        float_format = float_format or self.layout.float_format
-        if out is None:
-            out = np.empty(self.layout.n_elements, float_format.raw_dtype)
-        elif out.size != self.layout.n_elements or out.dtype != float_format.raw_dtype:
+        raw_dtype = (float_format or self.state.float_format).raw_dtype
+        if out is not None and (out.size != self.layout.n_elements or out.dtype != raw_dtype):
             raise UsageError(
                 f"{self.name}: out has {out.size} elements of {out.dtype}, expected {self.layout.n_elements} of "
-                f"{float_format.raw_dtype}"
+                f"{raw_dtype}"
             )
-        _blocks().decode_into(
-            self.packed,
-            self.scales(),
-            n_elements=self.layout.n_elements,
-            block_size=self.layout.block_size,
-            float_format=float_format,
-            out=out,
-        )
-        return out.reshape(self.shape)
+        return PackedArrays.decode(self, float_format, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +146,6 @@ class Artifact(MappedShards, Mapping[str, PackedTensor | KeptTensor]):
         parts = {part: self.view(name + part.value) for part in record.components}
         return PackedTensor(
             name=name,
-            layout=record.layout,
             state=self.quant_state(name),
             packed=parts[Component.PACKED].reshape(-1),
             absmax=parts[Component.ABSMAX],
@@ -194,10 +160,3 @@ def open_artifact(path: Path | str) -> Artifact:
     Raises: ArtifactError with the reason, the file, the tensor and the field.
     """
     return Artifact(check_structure(Path(path)))
-
-
-def _blocks() -> Any:
-    """Import the numba kernels when something is decoded, not when an artifact is opened."""
-    from qformat.codec.cpu import blocks
-
-    return blocks

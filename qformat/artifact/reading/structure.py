@@ -17,11 +17,12 @@ import numpy as np
 from qformat import strict_json
 from qformat.artifact import header, manifest
 from qformat.artifact.components import Component, PackedShape
-from qformat.artifact.header import DATA_ALIGNMENT, Header, NewTensor, TensorEntry
+from qformat.artifact.header import DATA_ALIGNMENT, Header, TensorEntry
 from qformat.artifact.layout import alignment
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import MANIFEST_NAME, KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
 from qformat.codec.quant_state import QuantState
@@ -103,15 +104,15 @@ def read_manifest(path: Path) -> Manifest:
     return manifest.parse(data, path / MANIFEST_NAME)
 
 
-def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, NewTensor]]:
+def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, TensorSpec]]:
     """Return what the shards must hold: by name in the shards, the tensor, the component, and its dtype and shape.
 
     No two tensors of a parsed manifest have a component of the same name.
     """
-    expected: dict[str, tuple[str, Component, NewTensor]] = {}
+    expected: dict[str, tuple[str, Component, TensorSpec]] = {}
     for name, record in parsed.tensors.items():
         if isinstance(record, KeptRecord):
-            expected[name] = (name, Component.PACKED, NewTensor(name, record.dtype, record.shape))
+            expected[name] = (name, Component.PACKED, TensorSpec(name, record.dtype, record.shape))
         else:
             for part, new in record.layout.components(name).items():
                 expected[new.name] = (name, part, new)
@@ -152,7 +153,7 @@ def check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) -
             raise ArtifactError(Reason.MISSING_COMPONENT, path, what, tensor=tensor, field=part.label)
 
 
-def _check_entry(path: Path, entry: TensorEntry, expected: NewTensor) -> None:
+def _check_entry(path: Path, entry: TensorEntry, expected: TensorSpec) -> None:
     if entry.dtype != expected.dtype:
         raise ArtifactError(
             Reason.COMPONENT_DTYPE,

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qformat.artifact.encoded_weight import EncodedWeight
+from qformat.artifact.packed_arrays import PackedArrays
 from qformat.artifact.writing.staging import Staging
 
 
@@ -25,7 +25,7 @@ class StagedWeights(Protocol):
     def is_staged(self, name: str) -> bool:
         """Whether a weight is encoded and staged already."""
 
-    def read_encoded(self, name: str) -> EncodedWeight:
+    def read_encoded(self, name: str) -> PackedArrays:
         """Return a weight that is staged."""
 
 
@@ -36,7 +36,7 @@ class WeightEncoder(Protocol):
     def names(self) -> frozenset[str]:
         """The weights that it encodes."""
 
-    def encode(self, staged: StagedWeights) -> Iterator[tuple[str, EncodedWeight]]:
+    def encode(self, staged: StagedWeights) -> Iterator[tuple[str, PackedArrays]]:
         """Yield each of its weights that is not staged, in its own order; each is staged before the next is asked for.
 
         All other tensors of the plan are staged before the first one.

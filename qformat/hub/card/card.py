@@ -5,13 +5,11 @@ The same artifact and the same figures give the same card, byte for byte: a repe
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qformat import strict_json
-from qformat.artifact.header import ELEMENT_NBYTES
 from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manifest, PackedRecord
 from qformat.hub.card.error_figures import ErrorFigures, ErrorRow
 from qformat.hub.card.evaluation_table import evaluation_sections
@@ -132,7 +130,7 @@ def _recipe_text(packed: Sequence[PackedRecord]) -> str:
 
 
 def _kept_nbytes(record: KeptRecord) -> int:
-    return math.prod(record.shape) * ELEMENT_NBYTES[record.dtype]
+    return record.nbytes
 
 
 def _errors(figures: ErrorFigures) -> str:

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qformat.artifact.components import PackedShape
-from qformat.artifact.encoded_weight import EncodedWeight, encode_plain
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.packed_arrays import PackedArrays, encode_plain
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.artifact.writing.weight_encoder import StagedWeights
 from qformat.errors import DivergenceError
 from qformat.model.shard_tensors import TORCH_DTYPES
@@ -39,14 +40,6 @@ FOLDER_NAME = "hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
-class SourceTensorFacts:
-    """A tensor of the source: dtype (safetensors' name) and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Calibration:
     """Chooses codes and scales of `names`; the encoder that a conversion is given.
 
@@ -56,7 +49,7 @@ class Calibration:
     """
 
     decoder: Decoder
-    tensors: Mapping[str, SourceTensorFacts]
+    tensors: Mapping[str, TensorSpec]
     layouts: Mapping[str, PackedShape]
     names: frozenset[str]
     windows: Tensor
@@ -70,7 +63,7 @@ class Calibration:
         """Bytes that the hidden states take beside the output."""
         return 2 * 4 * self.windows.numel() * int(self.decoder.model.config.get_text_config().hidden_size)
 
-    def encode(self, staged: StagedWeights) -> Iterator[tuple[str, EncodedWeight]]:
+    def encode(self, staged: StagedWeights) -> Iterator[tuple[str, PackedArrays]]:
         """Yield every weight of `names` that is not staged yet; each must be staged before the next is asked for.
 
         Raises: SourceError, TargetError; DivergenceError for activations that are not finite.
@@ -103,7 +96,7 @@ class _Run:
         self._batches = torch.split(calibration.windows, max(1, BATCH_TOKENS // calibration.windows.shape[1]))
         self._calls: Calls = {}
 
-    def layers(self) -> Iterator[tuple[str, EncodedWeight]]:
+    def layers(self) -> Iterator[tuple[str, PackedArrays]]:
         n_layers = len(self._decoder.layers)
         unfinished = [index for index in range(n_layers) if not all(map(self._staged.is_staged, self._chosen(index)))]
         if unfinished:
@@ -141,7 +134,7 @@ class _Run:
                 return (layer, states) if states.is_whole() else None
         return None
 
-    def _layer(self, index: int, hidden: HiddenStates) -> Iterator[tuple[str, EncodedWeight]]:
+    def _layer(self, index: int, hidden: HiddenStates) -> Iterator[tuple[str, PackedArrays]]:
         """Encode the weights of a layer; it is left with what they decode to."""
         self._decoder.load_layer(index, self._read)
         chosen = self._chosen(index)
@@ -209,7 +202,7 @@ class _Run:
             hessian.mul_(2 / n_rows)
         return inverse_factor(hessian, damping=self._calibration.settings.damping)
 
-    def _choose(self, index: int, name: str, factor: Tensor | None) -> EncodedWeight:
+    def _choose(self, index: int, name: str, factor: Tensor | None) -> PackedArrays:
         """Encode a weight; without a factor as without calibration."""
         layout = self._calibration.layouts[name]
         if factor is None:
@@ -218,8 +211,7 @@ class _Run:
         return encode_with_feedback(
             weights.detach().numpy(),
             factor,
-            block_size=layout.block_size,
-            double_quant=layout.double_quant,
+            layout=layout,
             settings=self._calibration.settings,
             workers=self._calibration.workers,
         )
@@ -238,10 +230,10 @@ class _Run:
         )
         return states
 
-    def _put(self, index: int, name: str, encoded: EncodedWeight) -> None:
+    def _put(self, index: int, name: str, encoded: PackedArrays) -> None:
         """Let a layer compute with what the codes decode to."""
         layout = self._calibration.layouts[name]
-        decoded = _as_tensor(encoded.decode(layout).view(np.uint8), layout.float_format.value, layout.shape)
+        decoded = _as_tensor(encoded.decode().reshape(-1).view(np.uint8), layout.float_format.value, layout.shape)
         linear = self._decoder.linear(index, name)
         linear.weight = nn.Parameter(decoded.to(torch.float32), requires_grad=False)
 

@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qformat.artifact.encoded_weight import EncodedWeight, decoded_scales, store_scales
+from qformat.artifact.components import PackedShape
+from qformat.artifact.packed_arrays import PackedArrays, store_scales
 from qformat.codec.nf4 import pack
 from qformat.quality.calibration import feedback_kernels
 
@@ -64,24 +65,25 @@ def encode_with_feedback(
     weights: NDArray[np.float32],
     factor: Tensor,
     *,
-    block_size: int,
-    double_quant: bool,
+    layout: PackedShape,
     settings: FeedbackSettings,
     workers: int,
-) -> EncodedWeight:
+) -> PackedArrays:
     """Encode weights [n, k], whose rows are whole blocks, with the factor U [k, k] of their inputs' inverse Hessian.
 
-    workers: threads for the columns' steps; any number gives the same bits.
+    layout: of the weight; its shape holds n x k elements. workers: threads for the columns' steps; any number gives
+    the same bits.
     """
+    block_size = layout.block_size
     scales = np.zeros((weights.shape[0], weights.shape[1] // block_size), np.float32)
     with ThreadPoolExecutor(workers, thread_name_prefix="qformat-feedback") as pool:
         in_shares = _RowShares(pool, weights.shape[0], workers)
         codes = _feed_back(weights, factor, scales, block_size, settings.factors, in_shares)
-        stored = store_scales(scales.reshape(-1), double_quant=double_quant)
-        if double_quant:
-            scales = decoded_scales(stored).reshape(scales.shape)
+        stored = store_scales(scales.reshape(-1), layout)
+        if layout.double_quant:
+            scales = stored.scales().reshape(scales.shape)
             codes = _feed_back(weights, factor, scales, block_size, None, in_shares)
-    return EncodedWeight(pack(codes.reshape(-1)), stored)
+    return stored.with_codes(pack(codes.reshape(-1)))
 
 
 @dataclass(frozen=True, slots=True)

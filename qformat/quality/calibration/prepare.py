@@ -14,9 +14,10 @@ import transformers
 
 from qformat.artifact.components import PackedShape
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.errors import Reason, SourceError, UsageError
 from qformat.model.load import load_tokenizer
-from qformat.quality.calibration.calibrate import Calibration, SourceTensorFacts
+from qformat.quality.calibration.calibrate import Calibration
 from qformat.quality.calibration.decoder import Decoder, build_decoder
 from qformat.quality.calibration.error_feedback import FeedbackSettings
 from qformat.quality.calibration.settings import SEED, WINDOW_LENGTH, CalibrationSettings
@@ -27,7 +28,7 @@ METHOD = "error_feedback"
 
 def prepare_calibration(
     source: Path,
-    tensors: Mapping[str, SourceTensorFacts],
+    tensors: Mapping[str, TensorSpec],
     layouts: Mapping[str, PackedShape],
     settings: CalibrationSettings,
     *,

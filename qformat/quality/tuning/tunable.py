@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from qformat.artifact.components import Component
-from qformat.artifact.encoded_weight import EncodedWeight, store_scales
 from qformat.artifact.manifest import KeptRecord
+from qformat.artifact.packed_arrays import store_scales
 from qformat.artifact.reading.reader import Artifact, PackedTensor
 from qformat.errors import UsageError
 from qformat.kernels.scaled_linear import linear_nf4_scaled
@@ -93,11 +93,10 @@ class TunableModel:
         for name, layer in self.linears.items():
             tensor = artifact[name]
             assert isinstance(tensor, PackedTensor)
-            scales = layer.scales().cpu().numpy()
-            weight = EncodedWeight(tensor.packed, store_scales(scales, double_quant=tensor.layout.double_quant))
-            parts = weight.components(tensor.layout)
+            scales = store_scales(layer.scales().cpu().numpy(), tensor.layout)
+            parts = scales.with_codes(tensor.packed).components()
             found[name] = {part: parts[part] for part in _PARTS_OF_SCALES if part in parts}
-            layer.start.copy_(torch.from_numpy(weight.scales))
+            layer.start.copy_(torch.from_numpy(scales.scales()))
             layer.change.zero_()
         for name, norm in self.norms.items():
             record = artifact.manifest.tensors[name]

@@ -22,8 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformat.artifact.components import Component
-from qformat.artifact.header import NewTensor
 from qformat.artifact.reading.structure import CONFIG_NAME
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES, block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
@@ -173,12 +173,12 @@ def _kind(model: PreTrainedModel, layer: nn.Module, number: int) -> object:
     return type(layer), types[number] if types else None, shapes, attributes
 
 
-def _empty(new: NewTensor) -> Tensor:
+def _empty(new: TensorSpec) -> Tensor:
     return torch.empty(new.shape, dtype=TORCH_DTYPES[new.dtype])
 
 
 def _packed(
-    name: str, parts: Mapping[Component, NewTensor], shape: tuple[int, ...], tensors: ModelTensors
+    name: str, parts: Mapping[Component, TensorSpec], shape: tuple[int, ...], tensors: ModelTensors
 ) -> PackedComponents:
     n_elements, n_blocks = shape[0] * shape[1], parts[Component.ABSMAX].shape[0]
     codes = parts[Component.PACKED]

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
-from qformat.artifact.header import ELEMENT_NBYTES, NewTensor
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_SIZE
 from qformat.artifact.manifest import MANIFEST_NAME, JsonObject, KeptRecord
 from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.artifact.reading.structure import CONFIG_NAME, read_manifest
+from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.errors import ArtifactError, Reason, SourceError, UsageError
 
-Conversion = Callable[[list[NewTensor], JsonObject], Mapping[str, PackedShape]]
+Conversion = Callable[[list[TensorSpec], JsonObject], Mapping[str, PackedShape]]
 """From the tensors of a 16-bit checkpoint and its config.json to the layouts of those that a conversion would pack."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
@@ -37,8 +37,8 @@ class ModelTensors:
     """
 
     folder: Path
-    packed: Mapping[str, Mapping[Component, NewTensor]]
-    kept: Mapping[str, NewTensor]
+    packed: Mapping[str, Mapping[Component, TensorSpec]]
+    kept: Mapping[str, TensorSpec]
 
 
 def read_model_tensors(
@@ -71,11 +71,11 @@ def _of_artifact(folder: Path) -> ModelTensors:
     return ModelTensors(
         folder,
         {name: r.layout.components(name) for name, r in records.items() if not isinstance(r, KeptRecord)},
-        {name: NewTensor(name, r.dtype, r.shape) for name, r in records.items() if isinstance(r, KeptRecord)},
+        {name: TensorSpec(name, r.dtype, r.shape) for name, r in records.items() if isinstance(r, KeptRecord)},
     )
 
 
-def _of_components(folder: Path, tensors: Iterable[NewTensor]) -> ModelTensors:
+def _of_components(folder: Path, tensors: Iterable[TensorSpec]) -> ModelTensors:
     by_name = {tensor.name: tensor for tensor in tensors}
     packed = {}
     for state_name in [name for name in by_name if name.endswith(Component.QUANT_STATE)]:
@@ -87,7 +87,7 @@ def _of_components(folder: Path, tensors: Iterable[NewTensor]) -> ModelTensors:
     return ModelTensors(folder, packed, by_name)
 
 
-def _as_converted(folder: Path, tensors: list[NewTensor], conversion: Conversion) -> ModelTensors:
+def _as_converted(folder: Path, tensors: list[TensorSpec], conversion: Conversion) -> ModelTensors:
     path = folder / CONFIG_NAME
     data = read_small(folder, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
     config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
@@ -106,17 +106,17 @@ def _as_converted(folder: Path, tensors: list[NewTensor], conversion: Conversion
     )
 
 
-def _folder_headers(folder: Path) -> list[NewTensor]:
+def _folder_headers(folder: Path) -> list[TensorSpec]:
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder. Give a folder, or the id of a repository on the Hub")
     located = read_headers(folder, error=SourceError).located.values()
-    found = [NewTensor(place.entry.name, place.entry.dtype, place.entry.shape) for place in located]
+    found = [TensorSpec(place.entry.name, place.entry.dtype, place.entry.shape) for place in located]
     if any(tensor.name.endswith(Component.QUANT_STATE) for tensor in found):
         read_bitsandbytes_folder(folder)  # refuses what cannot be trained on
     return found
 
 
-def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[NewTensor]]:
+def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[TensorSpec]]:
     """Fetch config.json into the cache of the Hub's client, and read the headers without the rest of their files."""
     try:
         from huggingface_hub import errors as hub_errors
@@ -140,14 +140,14 @@ def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[NewT
     ]
 
 
-def _checked(name: str, dtype: object, shape: object, path: str) -> NewTensor:
+def _checked(name: str, dtype: object, shape: object, path: str) -> TensorSpec:
     if not isinstance(dtype, str) or dtype not in ELEMENT_NBYTES:
         raise SourceError(Reason.UNSUPPORTED_DTYPE, path, f"{dtype!r} is not read", tensor=name, field="dtype")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in shape):
         raise SourceError(
             Reason.HEADER_FIELD, path, f"not a list of sizes up to {MAX_SIZE}", tensor=name, field="shape"
         )
-    new = NewTensor(name, dtype, tuple(shape))
+    new = TensorSpec(name, dtype, tuple(shape))
     if new.nbytes > MAX_SIZE:
         raise SourceError(Reason.HEADER_FIELD, path, f"{new.nbytes} bytes", tensor=name, field="shape")
     return new

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qformat.artifact.components import Component
-from qformat.artifact.encoded_weight import EncodedWeight, store_scales
 from qformat.artifact.manifest import KeptRecord, PackedRecord
+from qformat.artifact.packed_arrays import store_scales
 from qformat.artifact.reading.reader import PackedTensor, open_artifact
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.artifact.writing.disk import Disk
@@ -40,8 +40,7 @@ def other_bytes(artifact: Path) -> dict[str, dict[Component, np.ndarray[Any, Any
     with open_artifact(artifact) as opened:
         tensor = opened[WEIGHT]
         assert isinstance(tensor, PackedTensor)
-        weight = EncodedWeight(tensor.packed, store_scales(tensor.scales() * 2, double_quant=True))
-        parts = weight.components(tensor.layout)
+        parts = store_scales(tensor.scales() * 2, tensor.layout).with_codes(tensor.packed).components()
     del parts[Component.PACKED]
     return {WEIGHT: parts, NORM: {Component.PACKED: np.full(8, 0x3F80, np.uint16)}}
 

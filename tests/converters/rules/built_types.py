@@ -12,7 +12,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from qformat.converters.rules.rules import TensorInfo, module_path
+from qformat.artifact.tensor_spec import TensorSpec
+from qformat.converters.rules.rules import module_path
 
 N_LAYERS = 2
 
@@ -51,7 +52,7 @@ class Built:
     name: str
     config: dict[str, object]
     model: transformers.PreTrainedModel
-    tensors: list[TensorInfo]  # as on disk
+    tensors: list[TensorSpec]  # as on disk
     memory_name: dict[str, str]  # tensor on disk -> parameter in memory
     converted: frozenset[str]  # tensors that are more than renamed while they are loaded
 
@@ -102,7 +103,7 @@ def build(name: str, auto_class: Any) -> Built | None:
         name,
         config.to_dict(),
         model,
-        [TensorInfo(key, "BF16", tuple(tensor.shape)) for key, tensor in disk.items()],
+        [TensorSpec(key, "BF16", tuple(tensor.shape)) for key, tensor in disk.items()],
         {key: renamed for key, (renamed, _) in forward.items()},
         frozenset(key for key, (_, converter) in forward.items() if converter is not None),
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.converters.rules.recipe import Choice, NF4Options, Recipe, Rule, apply, load_recipe
-from qformat.converters.rules.rules import KeepReason, TensorInfo, default_decisions, skip_modules
+from qformat.converters.rules.rules import KeepReason, default_decisions, skip_modules
 from qformat.errors import UsageError
 
 CONFIG = {"model_type": "llama", "tie_word_embeddings": False}
@@ -18,14 +19,14 @@ LEAVES = (
 )
 
 
-def matrix(name: str) -> TensorInfo:
-    return TensorInfo(name, "BF16", (64, 128))
+def matrix(name: str) -> TensorSpec:
+    return TensorSpec(name, "BF16", (64, 128))
 
 
 TENSORS = [
     *(matrix("model.embed_tokens.weight"), matrix("lm_head.weight"), matrix("model.layers.0.mystery.weight")),
     *(matrix(f"model.layers.{layer}.{leaf}.weight") for layer in (0, 1, 10) for leaf in LEAVES),
-    *(TensorInfo(f"model.layers.{layer}.input_layernorm.weight", "BF16", (128,)) for layer in (0, 1, 10)),
+    *(TensorSpec(f"model.layers.{layer}.input_layernorm.weight", "BF16", (128,)) for layer in (0, 1, 10)),
     *(matrix("model.layers.1.mlp.experts.0.up_proj.weight"), matrix("model.layers.1.mlp.gate.weight")),
 ]
 

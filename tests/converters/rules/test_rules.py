@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qformat.artifact.tensor_spec import TensorSpec
 from qformat.converters.rules.rules import (
     Decision,
     KeepReason,
-    TensorInfo,
     couple,
     coupled_groups,
     default_decisions,
@@ -21,16 +21,16 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-def matrix(name: str, dtype: str = "BF16", shape: tuple[int, ...] = (64, 128)) -> TensorInfo:
-    return TensorInfo(name, dtype, shape)
+def matrix(name: str, dtype: str = "BF16", shape: tuple[int, ...] = (64, 128)) -> TensorSpec:
+    return TensorSpec(name, dtype, shape)
 
 
-def llama(n_layers: int = 2) -> list[TensorInfo]:
+def llama(n_layers: int = 2) -> list[TensorSpec]:
     tensors = [matrix("model.embed_tokens.weight"), matrix("lm_head.weight")]
     for layer in range(n_layers):
         tensors += [matrix(f"model.layers.{layer}.self_attn.{leaf}.weight") for leaf in ATTENTION]
         tensors += [matrix(f"model.layers.{layer}.mlp.{leaf}.weight") for leaf in MLP]
-        tensors.append(TensorInfo(f"model.layers.{layer}.input_layernorm.weight", "BF16", (128,)))
+        tensors.append(TensorSpec(f"model.layers.{layer}.input_layernorm.weight", "BF16", (128,)))
     return tensors
 
 
@@ -215,7 +215,7 @@ def test_a_config_without_a_model_type_is_decided_by_names_alone() -> None:
 )
 def test_one_kept_partner_keeps_the_others(kept: str, partners: tuple[str, ...]) -> None:
     tensors = [
-        TensorInfo(tensor.name, "I8", tensor.shape) if tensor.name == f"model.layers.0.{kept}.weight" else tensor
+        TensorSpec(tensor.name, "I8", tensor.shape) if tensor.name == f"model.layers.0.{kept}.weight" else tensor
         for tensor in llama()
     ]
     decisions = default_decisions(tensors, LLAMA)
@@ -273,7 +273,7 @@ def test_a_head_of_another_name_is_listed_beside_lm_head() -> None:
 
 def test_kept_partners_are_listed_under_their_own_and_their_fused_names() -> None:
     decisions = default_decisions(
-        [TensorInfo(t.name, "I8" if ".1.self_attn.q_proj" in t.name else t.dtype, t.shape) for t in llama()],
+        [TensorSpec(t.name, "I8" if ".1.self_attn.q_proj" in t.name else t.dtype, t.shape) for t in llama()],
         LLAMA,
     )
     assert skip_modules(decisions, LLAMA) == [

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from tests.converters.sources.gguf.gguf_models import write_gguf
 
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.cli.main import cli
@@ -31,6 +30,7 @@ from tests.converters.sources.decoded_kinds import (
     write_bnb,
     write_mxfp4,
 )
+from tests.converters.sources.gguf.gguf_models import write_gguf
 from tests.small_models import contents, write_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")

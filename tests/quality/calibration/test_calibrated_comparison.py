@@ -9,7 +9,7 @@ import pytest
 
 import qformat
 from qformat.artifact.components import Component
-from qformat.artifact.encoded_weight import encode_plain
+from qformat.artifact.packed_arrays import encode_plain
 from qformat.artifact.reading.reader import PackedTensor, open_artifact
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.rewrite import Replacements, rewrite_artifact
@@ -91,7 +91,7 @@ def test_scales_of_another_size_are_found(calibrated: Path, source: Path, tmp_pa
         raw = tensor.decode()
         wide = (np.asarray(raw, np.uint32) << 16).view(np.float32) * 8
         weight = encode_plain((wide.view(np.uint32) >> 16).astype(np.uint16).reshape(-1), tensor.layout)
-        parts = {part: data for part, data in weight.components(tensor.layout).items() if part is not Component.PACKED}
+        parts = {part: data for part, data in weight.components().items() if part is not Component.PACKED}
     found = compare(changed(calibrated, tmp_path / "out", {WEIGHT: parts}), source)
     assert [(finding.reason, finding.tensor) for finding in found.findings] == [(Reason.CODES_MISMATCH, WEIGHT)]
     assert "128 of 128 scales are far" in found.findings[0].message

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from qformat.artifact.components import PackedShape
-from qformat.artifact.encoded_weight import EncodedWeight, encode_plain
+from qformat.artifact.packed_arrays import PackedArrays, encode_plain
 from qformat.codec import nf4
 from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.codec.floats import FloatFormat
@@ -38,17 +40,11 @@ def hessian_of(inputs: np.ndarray) -> torch.Tensor:
 
 def feed_back(
     weights: np.ndarray, hessian: torch.Tensor, *, block_size: int = 64, double_quant: bool = False, workers: int = 2
-) -> EncodedWeight:
+) -> PackedArrays:
     factor = inverse_factor(hessian.clone(), damping=SETTINGS.damping)
     assert factor is not None
-    return encode_with_feedback(
-        weights, factor, block_size=block_size, double_quant=double_quant, settings=SETTINGS, workers=workers
-    )
-
-
-def decoded(encoded: EncodedWeight, shape: tuple[int, ...], block_size: int = 64) -> np.ndarray:
-    layout = PackedShape(shape, FloatFormat.F32, block_size, double_quant=False)
-    return np.asarray(encoded.decode(layout)).reshape(shape)
+    layout = PackedShape(weights.shape, FloatFormat.F32, block_size, double_quant)
+    return encode_with_feedback(weights, factor, layout=layout, settings=SETTINGS, workers=workers)
 
 
 def by_dense_inverses(weights: np.ndarray, hessian: np.ndarray, scales: np.ndarray, block_size: int) -> np.ndarray:
@@ -74,9 +70,9 @@ def test_codes_are_those_of_a_dense_reference_against_the_scales_that_are_decode
 ) -> None:
     weights, hessian = some_weights(70, 128), hessian_of(correlated_inputs(128))
     encoded = feed_back(weights, hessian, block_size=block_size, double_quant=double_quant)
-    scales = encoded.scales.reshape(70, -1).astype(np.float64)
+    scales = encoded.scales().reshape(70, -1).astype(np.float64)
     expected = by_dense_inverses(weights, hessian.numpy(), scales, block_size)
-    found = decoded(encoded, weights.shape, block_size)
+    found = encoded.decode()
     # A weight half-way between two codes may fall to either side in float32, and then moves its whole row.
     same = np.isclose(found, expected, rtol=1e-5, atol=1e-7).all(axis=1)
     assert same.mean() > 0.85
@@ -88,7 +84,7 @@ def test_codes_are_those_of_a_dense_reference_against_the_scales_that_are_decode
 def test_with_the_identity_as_hessian_it_is_plain_rounding_against_the_chosen_scales() -> None:
     weights = some_weights(65, 192)
     encoded = feed_back(weights, torch.eye(192))
-    scales = encoded.scales.reshape(65, 3, 1)
+    scales = encoded.scales().reshape(65, 3, 1)
     scaled = weights.reshape(65, 3, 64) * (np.float32(1) / scales)
     codes = nf4.unpack(encoded.packed, n_elements=weights.size).reshape(65, 3, 64)
     nearest = np.abs(scaled[..., None] - NF4_CODEBOOK).argmin(-1)
@@ -109,8 +105,8 @@ def test_with_the_identity_as_hessian_it_is_plain_rounding_against_the_chosen_sc
 def test_the_error_of_the_outputs_is_less_than_half_of_plain_roundings(double_quant: bool) -> None:
     inputs, weights = correlated_inputs(256), some_weights(96, 256)
     layout = PackedShape(weights.shape, FloatFormat.F32, 64, double_quant)
-    plain = np.asarray(encode_plain(weights.reshape(-1), layout).decode(layout)).reshape(weights.shape)
-    ours = decoded(feed_back(weights, hessian_of(inputs), double_quant=double_quant), weights.shape)
+    plain = np.asarray(encode_plain(weights.reshape(-1), layout).decode())
+    ours = feed_back(weights, hessian_of(inputs), double_quant=double_quant).decode()
     error = [np.square(inputs @ (q - weights).T).sum() for q in (plain, ours)]
     assert error[1] < 0.5 * error[0]
 
@@ -120,8 +116,8 @@ def test_feedback_against_the_decoded_scales_beats_codes_that_were_chosen_for_th
     weights[:, :64] *= 0.2  # small scales: the second level, which has one offset for all, hits them hardest
     hessian = hessian_of(inputs)
     exact, second = (feed_back(weights, hessian, double_quant=double_quant) for double_quant in (False, True))
-    mixed = EncodedWeight(exact.packed, second.stored)
-    error = [np.square(inputs @ (decoded(e, weights.shape) - weights).T).sum() for e in (mixed, second)]
+    mixed = dataclasses.replace(second, packed=exact.packed)
+    error = [np.square(inputs @ (e.decode() - weights).T).sum() for e in (mixed, second)]
     assert error[1] < 0.97 * error[0]
 
 
@@ -130,15 +126,15 @@ def test_any_number_of_threads_gives_the_same_bits(workers: int) -> None:
     weights, hessian = some_weights(300, 128), hessian_of(correlated_inputs(128))
     one, other = feed_back(weights, hessian, workers=2), feed_back(weights, hessian, workers=workers)
     assert np.array_equal(one.packed, other.packed)
-    assert np.array_equal(one.scales, other.scales)
+    assert np.array_equal(one.scales(), other.scales())
 
 
 def test_inputs_that_are_always_zero_round_plainly_and_disturb_nothing() -> None:
     inputs, weights = correlated_inputs(128), some_weights(64, 128)
     inputs[:, 5] = inputs[:, 77] = 0
     encoded = feed_back(weights, hessian_of(inputs))
-    found = decoded(encoded, weights.shape)
-    scales = encoded.scales.reshape(64, 2)
+    found = encoded.decode()
+    scales = encoded.scales().reshape(64, 2)
     for column in (5, 77):
         grid = NF4_CODEBOOK[None, :] * scales[:, column // 64, None]
         assert np.allclose(found[:, column], np.take_along_axis(
@@ -152,8 +148,8 @@ def test_blocks_of_zeros_and_scales_that_decode_to_less_than_zero_are_finite() -
     weights = some_weights(256, 128)
     weights[3], weights[4, :64], weights[:, 64:] = 0, 1e-30, weights[:, 64:] * 50
     encoded = feed_back(weights, hessian_of(correlated_inputs(128)), double_quant=True)
-    assert (encoded.scales <= 0).any()
-    assert np.isfinite(decoded(encoded, weights.shape)).all()
+    assert (encoded.scales() <= 0).any()
+    assert np.isfinite(encoded.decode()).all()
 
 
 @pytest.mark.parametrize("diagonal", [0.0, float("nan"), float("inf")])

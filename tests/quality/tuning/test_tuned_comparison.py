@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qformat.artifact.components import Component
-from qformat.artifact.encoded_weight import EncodedWeight, store_scales
+from qformat.artifact.packed_arrays import store_scales
 from qformat.artifact.reading.reader import PackedTensor, open_artifact
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.rewrite import Replacements, rewrite_artifact
@@ -77,8 +77,7 @@ def test_a_scale_out_of_the_stated_range_is_found(tuned: Path, source: Path, tmp
         assert isinstance(tensor, PackedTensor)
         scales = np.array(tensor.scales())
         scales[5] *= 2.5
-        weight = EncodedWeight(tensor.packed, store_scales(scales, double_quant=tensor.layout.double_quant))
-        parts = weight.components(tensor.layout)
+        parts = store_scales(scales, tensor.layout).with_codes(tensor.packed).components()
     found = compare(changed(tuned, tmp_path / "out", {WEIGHT: parts}), source)
     assert [(f.reason, f.tensor) for f in found.findings] == [(Reason.CODES_MISMATCH, WEIGHT)]
     assert found.n_exact == 13

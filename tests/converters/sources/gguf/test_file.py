@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.converters.sources.gguf.gguf_models import write_gguf
 
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.converters.compare.compare import compare
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.errors import Reason, SourceError
 from tests.converters.faulty_disk import interrupt
+from tests.converters.sources.gguf.gguf_models import write_gguf
 from tests.small_models import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")

@@ -7,12 +7,12 @@ import struct
 from pathlib import Path
 
 import pytest
-from tests.converters.sources.gguf.gguf_models import write_gguf
 
 from qformat.converters.convert import plan
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import QformatError, Reason, SourceError
 from tests.converters.sources.decoded_kinds import read
+from tests.converters.sources.gguf.gguf_models import write_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 

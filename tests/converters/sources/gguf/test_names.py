@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.converters.sources.gguf.gguf_models import QUANTIZED, Sizes, write_gguf
 
 from qformat.converters.convert import plan
 from qformat.converters.sources.gguf.names import _ARCHITECTURES
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import SourceError
 from tests.converters.sources.decoded_kinds import read
+from tests.converters.sources.gguf.gguf_models import QUANTIZED, Sizes, write_gguf
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 

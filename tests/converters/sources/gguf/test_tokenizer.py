@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.converters.sources.gguf.gguf_models import write_gguf
 
 from qformat.converters.convert import convert, plan
 from qformat.converters.sources.gguf import tokenizer as gguf_tokenizer
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import SourceError
+from tests.converters.sources.gguf.gguf_models import write_gguf
 from tests.small_models import SIDE_FILES, contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
