@@ -40,10 +40,8 @@ PROMPT = "What are the three primary colours? Answer in one sentence."
 
 
 @pytest.fixture(scope="module")
-def artifact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("model") / "nf4"
-    convert(smollm2, out)
-    return out
+def artifact(smollm2_nf4: Path) -> Path:
+    return smollm2_nf4
 
 
 @pytest.fixture(scope="module")
