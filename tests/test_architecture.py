@@ -12,11 +12,13 @@ import pytest
 
 from tests.repository import ROOT
 
-BASE = {"qformat.errors", "qformat.strict_json", "qformat.cores", "qformat.sizes"}
+BASE = {"qformat.errors", "qformat.strict_json", "qformat.cores", "qformat.names", "qformat.sizes", "qformat.version"}
 
 ALLOWED = {
     "qformat.errors": set(),
     "qformat.cores": set(),
+    "qformat.names": set(),
+    "qformat.version": set(),
     "qformat.sizes": {"qformat.errors"},
     "qformat.strict_json": {"qformat.errors"},
     "qformat.codec": BASE,

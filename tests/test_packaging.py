@@ -25,7 +25,7 @@ def test_wheel_and_sdist_build_and_the_wheel_has_only_qformat_at_its_top(tmp_pat
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"qformat"}
-    assert "qformat/converters/plan.py" in names
+    assert "qformat/converters/encode/plan.py" in names
     assert "qformat/py.typed" in names
     with tarfile.open(next((tmp_path / "dist").glob("*.tar.gz"))) as archive:
         assert any(name.endswith("converters/encode/plan.py") for name in archive.getnames())

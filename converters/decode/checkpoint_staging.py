@@ -11,11 +11,11 @@ import hashlib
 import os
 from pathlib import Path
 
-from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
-from qformat.artifact.reading.structure import INDEX_NAME
+from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging, _holds_something, _read_journal, work_folder
 from qformat.errors import TargetError
+from qformat.names import INDEX_NAME, MANIFEST_NAME
 from qformat.strict_json import Json
 
 

@@ -15,14 +15,13 @@ from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.artifact.manifest import JsonObject, PackedRecord, TensorRecord
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import read_small
-from qformat.artifact.reading.structure import CONFIG_NAME, INDEX_NAME
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.encode.plan import Place, index_bytes, small_json
 from qformat.converters.sources.side_files import MAX_SIDE_FILE_NBYTES
 from qformat.errors import ArtifactError, Reason
+from qformat.names import CARD_NAME, CONFIG_NAME, INDEX_NAME
 
-MODEL_CARD = "README.md"
 """No file of an artifact, but carried over where somebody put one beside it, as on the Hub."""
 
 Action = Literal["decode", "cast", "copy"]
@@ -115,8 +114,8 @@ def _side_files(artifact: Artifact) -> dict[str, int]:
         for name, record in artifact.manifest.files.items()
         if record.header_xxh3 is None and name not in {CONFIG_NAME, INDEX_NAME}
     }
-    if os.path.isfile(artifact.path / MODEL_CARD):
-        found[MODEL_CARD] = len(read_small_file(artifact, MODEL_CARD))
+    if os.path.isfile(artifact.path / CARD_NAME):
+        found[CARD_NAME] = len(read_small_file(artifact, CARD_NAME))
     return dict(sorted(found.items()))
 
 
@@ -161,6 +160,6 @@ def _fingerprint(artifact: Artifact, shards: tuple[Shard, ...], small_files: Map
         digest.update(shard.name.encode("utf-8") + shard.header)
     for name, data in sorted(small_files.items()):
         digest.update(name.encode("utf-8") + data)
-    if os.path.isfile(artifact.path / MODEL_CARD):
-        digest.update(read_small_file(artifact, MODEL_CARD))
+    if os.path.isfile(artifact.path / CARD_NAME):
+        digest.update(read_small_file(artifact, CARD_NAME))
     return digest.hexdigest()

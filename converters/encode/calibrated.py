@@ -13,10 +13,10 @@ from tempfile import TemporaryDirectory
 
 from qformat.artifact.writing.weight_encoder import WeightEncoder
 from qformat.converters.encode.plan import Plan, small_json
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.reading import StreamedSource
 from qformat.converters.sources.source import Source
 from qformat.errors import UsageError
+from qformat.names import CONFIG_NAME
 from qformat.quality.calibration.settings import CalibrationSettings
 
 

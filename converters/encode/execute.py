@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Follower, WrittenFile, xxh3, xxh3_of_range
-from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject
+from qformat.artifact.manifest import FileRecord, JsonObject
 from qformat.artifact.packed_arrays import BlockScales, PackedArrays
 from qformat.artifact.reading.regular_files import read_exactly
 from qformat.artifact.writing.staging import Staging
@@ -30,6 +30,7 @@ from qformat.converters.sources.reading import Reading, reading_of
 from qformat.converters.sources.source import Source
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason, SourceError
+from qformat.names import MANIFEST_NAME
 
 
 def execute(

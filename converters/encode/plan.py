@@ -15,7 +15,6 @@ from qformat.artifact.layout import Shard, natural_order, place
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_NAME_NBYTES
 from qformat.artifact.manifest import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     FileRecord,
     JsonObject,
     KeptRecord,
@@ -23,16 +22,15 @@ from qformat.artifact.manifest import (
     PackedRecord,
     TensorRecord,
 )
-from qformat.artifact.reading.structure import INDEX_NAME
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.rules import adoption
 from qformat.converters.rules import recipe as recipes
 from qformat.converters.rules.recipe import NF4Options, Recipe
 from qformat.converters.rules.rules import KeepReason, module_path, skip_modules
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import Reason, SourceError
+from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 
 _QUANTIZED_SUFFIXES = {
     ".absmax": "bitsandbytes",

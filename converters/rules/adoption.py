@@ -9,9 +9,9 @@ from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
 from qformat.converters.rules.rules import KeepReason, individual_decisions, module_path, skip_modules
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import Source
 from qformat.errors import Reason, SourceError, UsageError
+from qformat.names import CONFIG_NAME
 
 _SKIP_LIST = "llm_int8_skip_modules"
 _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"

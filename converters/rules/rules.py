@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.converters.rules import linear_names as names
 from qformat.errors import Reason, SourceError
+from qformat.names import CONFIG_NAME
 
 QUANTIZABLE_DTYPES: Final = frozenset({"BF16", "F16", "F32"})
 
@@ -340,7 +341,7 @@ def _check_no_entry_matches(entries: Iterable[str], quantized_modules: Iterable[
 def _skip_list_error(problem: str, next_step: str) -> SourceError:
     return SourceError(
         Reason.SKIP_MODULES,
-        "config.json",
+        CONFIG_NAME,
         problem,
         field="quantization_config.llm_int8_skip_modules",
         next_step=next_step,

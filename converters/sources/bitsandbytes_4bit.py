@@ -13,10 +13,10 @@ from qformat.artifact.limits import MAX_DIMENSIONS, MAX_SIZE
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.quant_state import QuantState
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.decoding_source import DecodingSource
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import ArtifactError, Reason, SourceError
+from qformat.names import CONFIG_NAME
 
 _FP4_STATE = ".quant_state.bitsandbytes__fp4"
 _STORAGE_DTYPES = ("U8", "BF16", "F16", "F32")

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.foreign.block_floats import E8M0, decode_e4m3
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.decoding_source import DecodingSource
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
+from qformat.names import CONFIG_NAME
 
 SCALE_SUFFIX = "_scale_inv"
 _ACTIVATION_SUFFIXES = (".activation_scale", ".input_scale")

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from qformat.codec.floats import FloatFormat
 from qformat.codec.foreign.block_floats import MXFP4_BLOCK, decode_mxfp4_transposed
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.decoding_source import DecodingSource
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Reason, SourceError
+from qformat.names import CONFIG_NAME
 
 BLOCKS_SUFFIX = "_blocks"
 SCALES_SUFFIX = "_scales"

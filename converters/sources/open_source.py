@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.source import Source
 from qformat.errors import Reason, SourceError, UsageError
-from qformat.hub.names import is_repository_name
+from qformat.names import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, SINGLE_TORCH_NAME, is_repository_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,7 @@ def _open_mxfp4(stored: Source) -> Source:
 
 
 def _is_safetensors(path: Path, names: list[str]) -> bool:
-    return "model.safetensors" in names or "model.safetensors.index.json" in names
+    return SINGLE_SHARD_NAME in names or INDEX_NAME in names
 
 
 def _is_torch_bin(path: Path, names: list[str]) -> bool:
@@ -179,13 +178,13 @@ def _open_bitsandbytes(stored: Source) -> Source:
 _CONTAINERS = (
     _Container(
         "safetensors",
-        "model.safetensors, or shards and their index, in bf16, fp16 or fp32",
+        f"{SINGLE_SHARD_NAME}, or shards and their index, in bf16, fp16 or fp32",
         lies_at=_is_safetensors,
         open=_open_safetensors,
     ),
     _Container(
         "torch_bin",
-        "pytorch_model.bin, or shards and their index: plain tensors only, their checksums checked",
+        f"{SINGLE_TORCH_NAME}, or shards and their index: plain tensors only, their checksums checked",
         lies_at=_is_torch_bin,
         open=_open_torch_bin,
     ),

@@ -12,9 +12,7 @@ from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles, CheckpointFolder
 from qformat.converters.sources.source import PackedWeight, SourceTensor
 from qformat.errors import Reason, SourceError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+from qformat.names import INDEX_NAME, SINGLE_SHARD_NAME
 
 _OTHER_FORMATS = (
     (".pt", "PyTorch .pt weights"),
@@ -85,7 +83,7 @@ class SafetensorsShards:
 
     def _open_shards(self) -> dict[str, header.Header]:
         weight_map = self._read_index()
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_SHARD_NAME]
         owner: dict[str, str] = {}
         headers = self._folder.read_headers(names)
         for name, parsed in headers.items():
@@ -102,13 +100,13 @@ class SafetensorsShards:
     def _read_index(self) -> dict[str, str] | None:
         weight_map = self._folder.read_weight_map(INDEX_NAME)
         if weight_map is None:
-            if not self._folder.has(SINGLE_NAME):
+            if not self._folder.has(SINGLE_SHARD_NAME):
                 raise self._no_weights()
-        elif SINGLE_NAME not in weight_map.values() and self._folder.has(SINGLE_NAME):
+        elif SINGLE_SHARD_NAME not in weight_map.values() and self._folder.has(SINGLE_SHARD_NAME):
             raise SourceError(
                 Reason.INDEX_MISMATCH,
                 self.location / INDEX_NAME,
-                f"stands beside {SINGLE_NAME}: it is not clear which one is the checkpoint",
+                f"stands beside {SINGLE_SHARD_NAME}: it is not clear which one is the checkpoint",
                 next_step="Remove the one that is not",
             )
         return weight_map
@@ -126,4 +124,6 @@ class SafetensorsShards:
                 )
         others = [name for name in names if name.endswith(".safetensors")]
         hint = f"; there is {', '.join(others[:5])}" if others else ""
-        return SourceError(Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_NAME}{hint}")
+        return SourceError(
+            Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_SHARD_NAME}{hint}"
+        )

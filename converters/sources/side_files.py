@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 
+from qformat.names import GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, TOKENIZER_NAME
+
 MAX_SIDE_FILE_NBYTES = 256 * 2**20
 """A tokenizer or licence is never larger; what is larger is not what its name says."""
 
 _NAMES = {
-    "generation_config.json",
+    GENERATION_CONFIG_NAME,
     # tokenizers
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "special_tokens_map.json",
+    TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, "tokenizer.model.v3", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
     "sentencepiece.model", "bpe.codes", "tekken.json", "normalizer.json",
     # chat templates

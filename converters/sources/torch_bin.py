@@ -27,12 +27,11 @@ from qformat.converters.sources.checkpoint_folder import CheckpointFolder
 from qformat.converters.sources.source import PackedWeight, SourceTensor
 from qformat.converters.sources.torch_zip import TorchZip
 from qformat.errors import Reason, SourceError
+from qformat.names import SINGLE_TORCH_NAME, TORCH_INDEX_NAME
 
 if TYPE_CHECKING:
     import torch
 
-INDEX_NAME = "pytorch_model.bin.index.json"
-SINGLE_NAME = "pytorch_model.bin"
 
 _MAX_PICKLE_NBYTES = 64 * 2**20
 _MAX_DIMENSIONS = 8
@@ -130,8 +129,8 @@ class TorchBin:
         return rows[skipped : skipped + nbytes]
 
     def _open_shards(self) -> dict[str, SourceTensor]:
-        weight_map = self._folder.read_weight_map(INDEX_NAME)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]
+        weight_map = self._folder.read_weight_map(TORCH_INDEX_NAME)
+        names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_TORCH_NAME]
         tensors: dict[str, SourceTensor] = {}
         for shard in names:
             found = self._open_shard(shard)
@@ -143,7 +142,7 @@ class TorchBin:
             tensors |= found
         if weight_map is not None:
             owner = {name: tensor.file for name, tensor in tensors.items()}
-            self._folder.check_weight_map(INDEX_NAME, weight_map, owner)
+            self._folder.check_weight_map(TORCH_INDEX_NAME, weight_map, owner)
         return {name: tensor for name, tensor in tensors.items() if not self._is_tied_output(name, tensors)}
 
     def _open_shard(self, shard: str) -> dict[str, SourceTensor]:

@@ -17,9 +17,8 @@ from qformat.artifact.tensor_spec import data_nbytes
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import ArtifactError, Reason
+from qformat.names import MANIFEST_NAME
 
-MANIFEST_NAME = "qformat.json"
-SIGNATURE_NAME = "model.sig"
 """A signature of the manifest and the files that it lists (spec section 7.5); not listed itself."""
 
 FORMAT_NAME = "qformat"

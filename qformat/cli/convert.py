@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,16 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table, progress_bar, step_bar
+from qformat.cli.display import format_table, progress_bar, step_bar
 from qformat.errors import UsageError
+from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from qformat.converters.convert import ConversionSummary
     from qformat.converters.encode.plan import AdoptedTask, PackedTask, Plan
     from qformat.quality.calibration.settings import CalibrationSettings
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 
 
 @click.command(
@@ -93,7 +90,7 @@ def command(
         skip=skip,
         block_size=block_size,
         double_quant=not no_double_quant,
-        max_shard_nbytes=parse_size(max_shard_size),
+        max_shard_nbytes=parse_nbytes("--max-shard-size", max_shard_size),
         keep_nonfinite=keep_nonfinite,
         calibration=_calibration(calibrate, calibration_tokens),
         revision=revision,
@@ -120,14 +117,6 @@ def command(
     finally:
         bar.stop()
     _show_summary(summary, as_json=as_json)
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `5GB`, `800MB` or `123`. Raises UsageError."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(f"--max-shard-size {text!r}: expected a number and a unit, such as 5GB or 800MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSettings | None:

@@ -1,19 +1,10 @@
-"""How commands show sizes, rates and progress."""
+"""How commands show tables, times and progress."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-
-
-def format_nbytes(nbytes: float) -> str:
-    """Return a size for people: three digits and a decimal unit, as disks and the Hub count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 999.5:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:,.3g} TB"
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:

@@ -10,6 +10,7 @@ import click
 from qformat import strict_json
 from qformat.cli.display import format_table, progress_bar
 from qformat.errors import TargetError, UsageError
+from qformat.names import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from qformat.quality.evaluation.evaluate import Evaluation
@@ -89,15 +90,17 @@ def command(
         _record(result, Path(artifact))
     click.echo(strict_json.dumps(found, indent=2) if as_json else _table(found))
     if not as_json:
-        for name, path in (("report", report), ("recorded in", Path(artifact) / "qformat.json" if record else None)):
+        for name, path in (("report", report), ("recorded in", Path(artifact) / MANIFEST_NAME if record else None)):
             if path is not None:
                 click.echo(f"{name}: {path}")
 
 
 def _check_usage(*, record: bool, any_source: bool, report: Path | None, folders: tuple[str | None, ...]) -> None:
     """Refuse what would fail after minutes of work."""
-    if record and not (Path(str(folders[0])) / "qformat.json").is_file():
-        raise UsageError(f"--record: {folders[0]} is no folder with a manifest, qformat.json, to write the result into")
+    if record and not (Path(str(folders[0])) / MANIFEST_NAME).is_file():
+        raise UsageError(
+            f"--record: {folders[0]} is no folder with a manifest, {MANIFEST_NAME}, to write the result into"
+        )
     if record and any_source:
         raise UsageError("--record: figures beside another model than the artifact's source would mislead its readers")
     if report is None:

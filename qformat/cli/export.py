@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.convert import parse_size
-from qformat.cli.display import format_nbytes, format_table, progress_bar
-from qformat.errors import UsageError
+from qformat.cli.display import format_table, progress_bar
+from qformat.sizes import format_nbytes, parse_nbytes
 
 if TYPE_CHECKING:
     from qformat.converters.decode.plan import ExportPlan, ExportTask
@@ -56,7 +55,7 @@ def command(
     """
     from qformat.converters.export import export, plan_export
 
-    max_shard_nbytes = _parse_shard_size(shard_size)
+    max_shard_nbytes = parse_nbytes("--shard-size", shard_size)
     if dry_run:
         _show_plan(plan_export(artifact, to, max_shard_nbytes=max_shard_nbytes), out, as_json=as_json)
         return
@@ -88,13 +87,6 @@ def _leave_quickly() -> None:
     """
     if "torch" not in sys.modules:
         gc.freeze()
-
-
-def _parse_shard_size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except UsageError:  # which names the option of `convert`
-        raise UsageError(f"--shard-size {text!r}: expected a number and a unit, such as 5GB or 800MB") from None
 
 
 class _Bar:

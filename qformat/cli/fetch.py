@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, progress_bar
+from qformat.cli.display import progress_bar
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.hub.fetch import FetchSummary

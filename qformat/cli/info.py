@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
-from qformat import __version__, strict_json
-from qformat.cli.display import format_nbytes, format_table
+from qformat import strict_json
+from qformat.cli.display import format_table
+from qformat.sizes import format_nbytes
+from qformat.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "bitsandbytes")
 

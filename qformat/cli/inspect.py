@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table
+from qformat.cli.display import format_table
 from qformat.errors import UsageError
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.artifact.reading.reader import Artifact, PackedTensor
@@ -30,7 +31,7 @@ Examples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, tensor: str | None, as_json: bool) -> None:
     """Show what the artifact (or plain safetensors checkpoint) in folder PATH holds. Reads headers, no weights."""
-    from qformat.artifact.manifest import MANIFEST_NAME
+    from qformat.names import MANIFEST_NAME
 
     if (path / MANIFEST_NAME).exists():
         from qformat.artifact.reading.reader import open_artifact

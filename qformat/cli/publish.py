@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table, progress_bar
+from qformat.cli.display import format_table, progress_bar
 from qformat.errors import UsageError, VerificationError
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.hub.card.error_figures import ErrorFigures

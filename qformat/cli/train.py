@@ -13,9 +13,9 @@ import click
 
 from qformat import strict_json
 from qformat.artifact.manifest import JsonObject
-from qformat.cli.display import duration, format_nbytes
+from qformat.cli.display import duration
 from qformat.errors import Interrupted
-from qformat.sizes import size_nbytes
+from qformat.sizes import format_nbytes, parse_nbytes
 from qformat.training.settings import TrainingSettings, read_toml, value_type
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _print_plan(source: str, settings: TrainingSettings, device_memory: str | No
 
     size = None
     if device_memory is not None:
-        size = size_nbytes("--device-memory", device_memory)
+        size = parse_nbytes("--device-memory", device_memory)
     elif settings.device != "cpu" and torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory
     tensors = read_model_tensors(source, conversion=as_converted)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat import strict_json
-from qformat.cli.display import duration, format_nbytes
+from qformat.cli.display import duration
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.quality.tuning.distillation import Closeness

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes, format_table, progress_bar
+from qformat.cli.display import format_table, progress_bar
 from qformat.cli.verify_remote import verify_repository
 from qformat.errors import InvalidFileError, TargetError, UsageError
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.artifact.reading.verify import Finding, IntegrityReport

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_nbytes
+from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from qformat.hub.remote_verify import RemoteReport

@@ -13,10 +13,10 @@ from qformat.artifact.reading.structure import read_manifest
 from qformat.artifact.value_diff import ValueDifference, diff_values
 from qformat.codec.nf4 import packed_nbytes
 from qformat.errors import ArtifactError
-from qformat.hub.names import is_repository_name
 from qformat.hub.reading.listing import read_published
 from qformat.hub.reading.remote import open_repository
 from qformat.hub.reading.transport import Patience
+from qformat.names import is_repository_name
 
 _COUNTED = {Aspect.CODES, Aspect.SCALES, Aspect.DATA}
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging, begun_with, check_target, refuse_full_disk, work_folder
 from qformat.errors import ArtifactError, Reason
@@ -18,6 +17,7 @@ from qformat.hub.reading.listing import listing_findings, read_published
 from qformat.hub.reading.remote import DEFAULT_REVISION, open_repository
 from qformat.hub.reading.stream import CONNECTIONS
 from qformat.hub.reading.transport import Patience
+from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 
 @dataclass(frozen=True, slots=True)

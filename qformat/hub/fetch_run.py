@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from qformat.artifact.digests import Follower, WrittenFile, sha256_of_file, xxh3, xxh3_of_range
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord
+from qformat.artifact.manifest import FileRecord
 from qformat.artifact.reading.verify import range_checks, verify_integrity
 from qformat.artifact.writing.staging import Staging
 from qformat.cores import run_tasks, usable_cores
@@ -26,6 +26,7 @@ from qformat.errors import ArtifactError, Interrupted, Reason
 from qformat.hub.reading.listing import PublishedArtifact
 from qformat.hub.reading.stream import PIECE_NBYTES
 from qformat.hub.signature import MAX_SIGNATURE_NBYTES
+from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 
 @dataclass(frozen=True, slots=True)

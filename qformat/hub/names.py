@@ -1,4 +1,4 @@
-"""Names that come from users and servers: repositories, commits, and the files that a repository lists."""
+"""What the Hub alone names: revisions, commits, and the files that a repository lists."""
 
 from __future__ import annotations
 
@@ -7,18 +7,13 @@ from urllib.parse import unquote
 
 from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.errors import InvalidFileError, Reason, UsageError
+from qformat.names import is_repository_name
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_REVISION_NBYTES = 255
 _MAX_PATH_NBYTES = 1024
 _DECODINGS = 3
 """How often a listed path is percent-decoded when it is checked: `%252e` hides one decoding deeper than `%2e`."""
-
-
-def is_repository_name(text: str) -> bool:
-    """Whether a text has the form `owner/name` that the Hub gives to repositories."""
-    return _REPOSITORY.fullmatch(text) is not None and not any(bad in text for bad in ("--", "..")) and text[-1] != "."
 
 
 def check_repository_name(text: str) -> str:

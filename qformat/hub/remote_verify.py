@@ -20,8 +20,8 @@ from pathlib import Path
 from qformat.artifact import header
 from qformat.artifact.digests import xxh3
 from qformat.artifact.header import Header
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord
-from qformat.artifact.reading.structure import CONFIG_NAME, INDEX_NAME, check_config, check_index, check_tensors
+from qformat.artifact.manifest import FileRecord
+from qformat.artifact.reading.structure import check_config, check_index, check_tensors
 from qformat.artifact.reading.verify import Finding, finding_of
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
@@ -30,6 +30,7 @@ from qformat.hub.reading.remote import open_repository
 from qformat.hub.reading.stream import CONNECTIONS
 from qformat.hub.reading.transport import Patience
 from qformat.hub.signature import check_published_signature
+from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, SIGNATURE_NAME
 
 MAX_SMALL_NBYTES = 64 * 2**20
 """A file outside of the shards that is fetched to be hashed; a larger one is in large-file storage, whose SHA-256 is

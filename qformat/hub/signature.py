@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parse
+from qformat.artifact.manifest import Manifest, parse
 from qformat.artifact.reading.regular_files import read_small
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.hub.reading.listing import PublishedArtifact
+from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 if TYPE_CHECKING:
     import model_signing.hashing

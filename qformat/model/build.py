@@ -15,10 +15,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
-from qformat.artifact.reading.structure import CONFIG_NAME, INDEX_NAME
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import PackedComponents
+from qformat.names import CONFIG_NAME, INDEX_NAME
 
 
 def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
@@ -79,7 +79,7 @@ def attach(
             _set_tensor(model, name, tensor, places[name], path)
         elif isinstance(tensor, Tensor):
             if not _is_expected_extra(model, name):
-                raise _does_not_fit(path, name, "the model that config.json describes has no such tensor")
+                raise _does_not_fit(path, name, f"the model that {CONFIG_NAME} describes has no such tensor")
             del originals[name]
     for name, tensor in tensors.items():
         if isinstance(tensor, PackedComponents):
@@ -139,7 +139,7 @@ def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
     try:
         module = model.get_submodule(name.removesuffix(".weight"))
     except AttributeError:
-        raise _does_not_fit(path, name, "the model that config.json describes has no such layer") from None
+        raise _does_not_fit(path, name, f"the model that {CONFIG_NAME} describes has no such layer") from None
     if not isinstance(module, nn.Linear):
         raise _does_not_fit(path, name, f"is packed, but the model has a {type(module).__name__} there, no Linear")
     return module
@@ -231,9 +231,9 @@ def _missing(path: Path, name: str) -> ArtifactError:
     return ArtifactError(
         Reason.MISSING_COMPONENT,
         path / INDEX_NAME,
-        "the model that config.json describes needs it, and no shard has it",
+        f"the model that {CONFIG_NAME} describes needs it, and no shard has it",
         tensor=name,
-        next_step="config.json and the shards are of different models, or a file of the source was left out",
+        next_step=f"{CONFIG_NAME} and the shards are of different models, or a file of the source was left out",
     )
 
 
@@ -243,7 +243,7 @@ def _does_not_fit(path: Path, name: str, problem: str) -> ArtifactError:
         path / CONFIG_NAME,
         problem,
         tensor=name,
-        next_step="config.json and the shards are of different models, or transformers renames the tensors",
+        next_step=f"{CONFIG_NAME} and the shards are of different models, or transformers renames the tensors",
     )
 
 

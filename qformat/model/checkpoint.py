@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.reading.reader import MappedShards
 from qformat.artifact.reading.safetensors_folder import read_headers
-from qformat.artifact.reading.structure import CONFIG_NAME
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.build import build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.load import chosen_device, load_model, model_of_shards
 from qformat.model.shard_tensors import packed_names
+from qformat.names import CONFIG_NAME, MANIFEST_NAME, is_repository_name
 
 logger = logging.getLogger(__name__)
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def find_folder(model: Path | str) -> Path:
@@ -30,7 +26,7 @@ def find_folder(model: Path | str) -> Path:
 
     Raises UsageError where there is neither; nothing is fetched.
     """
-    if os.path.lexists(model) or not _HUB_NAME.fullmatch(str(model)):
+    if os.path.lexists(model) or not is_repository_name(str(model)):
         if not os.path.isdir(model):
             raise UsageError(f"{model}: there is no such folder. Give a model's folder, or owner/name of the Hub")
         return Path(model)

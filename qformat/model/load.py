@@ -11,10 +11,9 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.reading.reader import Artifact, MappedShards, open_artifact
-from qformat.artifact.reading.structure import CONFIG_NAME, ShardLayout
+from qformat.artifact.reading.structure import ShardLayout
 from qformat.artifact.reading.verify import verify_integrity, verify_other_files
 from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.errors import DeviceMemoryError, UsageError
@@ -25,6 +24,8 @@ from qformat.model.devices.shard_stream import TorchDevice, data_starts, stream_
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
 from qformat.model.shard_tensors import ShardData, map_shards, tensor_names, tensors_of
+from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
+from qformat.sizes import format_nbytes
 
 Verify = Literal["full", "structure", "none"]
 
@@ -143,7 +144,8 @@ def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verif
     free = free_nbytes(device)
     if free is not None and needed > free:
         raise DeviceMemoryError(
-            f"{layout.path}: the weights need {needed / 1e9:.2f} GB, and {device} has {free / 1e9:.2f} GB free. "
+            f"{layout.path}: the weights need {format_nbytes(needed, rounding='up')}, "
+            f"and {device} has {format_nbytes(free, rounding='down')} free. "
             "Free memory there, keep layers in host memory with device_map='auto', or use the CPU"
         )
     data = stream_shards(layout, TorchDevice(device), verify=verify)
@@ -174,7 +176,7 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
 def _set_generation_config(model: PreTrainedModel, path: Path) -> None:
     from transformers import GenerationConfig
 
-    if model.can_generate() and (path / "generation_config.json").is_file():
+    if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
 
 

@@ -24,13 +24,13 @@ from qformat import strict_json
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Buffer
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME
-from qformat.artifact.reading.structure import CONFIG_NAME, Located, ShardLayout
+from qformat.artifact.reading.structure import Located, ShardLayout
 from qformat.artifact.reading.watch import MappedFileWatch
-from qformat.artifact.writing.write_back import GENERATION_CONFIG_NAME, write_back
+from qformat.artifact.writing.write_back import write_back
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import read_config
 from qformat.model.shard_tensors import TORCH_DTYPES
+from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
 

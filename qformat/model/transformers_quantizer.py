@@ -16,11 +16,11 @@ from qformat.artifact.components import Component
 from qformat.artifact.reading.reader import MappedShards
 from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import linear_at, names_in_model, replace_linear
-from qformat.model.devices.placement import allowed_gb, needed_gb
 from qformat.model.load import open_shards
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
 from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
+from qformat.sizes import format_nbytes
 
 METHOD = "bitsandbytes_4bit"
 """transformers' name of what quantization_config describes."""
@@ -119,9 +119,10 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
             free = None if device.type == "cpu" else free_nbytes(device)
             if free is not None and nbytes > free:
                 raise DeviceMemoryError(
-                    f"{self._path}: the packed weights need {needed_gb(nbytes)} on {device}, and {allowed_gb(free)} "
-                    "are free there. Name the GPU of each layer in device_map, or use qformat.load_model(path, "
-                    "device_map='auto'), which keeps layers in host memory"
+                    f"{self._path}: the packed weights need {format_nbytes(nbytes, rounding='up')} on {device}, "
+                    f"and {format_nbytes(free, rounding='down')} are free there. "
+                    "Name the GPU of each layer in device_map, "
+                    "or use qformat.load_model(path, device_map='auto'), which keeps layers in host memory"
                 )
 
     @property

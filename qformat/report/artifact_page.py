@@ -30,6 +30,7 @@ from qformat.report.tables import (
     shape_cell,
     table,
 )
+from qformat.sizes import format_nbytes
 
 N_LARGEST = 20
 
@@ -124,7 +125,7 @@ def _summary(facts: VerificationFacts, comparison: ComparisonFacts) -> str:
     bits = comparison["bits_per_weight"]
     tiles = [
         (
-            f"{_nbytes(before)} → {_nbytes(after)}",
+            f"{format_nbytes(before)} → {format_nbytes(after)}",
             f"tensors before, artifact after ({number(_ratio(after, before), '.1%')})",
         ),
         (number(bits, ".3f"), "bits a packed weight, scales and maps included"),
@@ -311,14 +312,6 @@ def _provenance(facts: VerificationFacts, manifest: ManifestFacts) -> str:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _nbytes(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.4g} TB"
 
 
 def _entropy_bits(counts: Sequence[int]) -> float:

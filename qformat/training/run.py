@@ -18,7 +18,8 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer, open_shards
-from qformat.training.adapter.adapters import ADAPTER_WEIGHTS_NAME, add_adapter
+from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
+from qformat.training.adapter.adapters import add_adapter
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.adapter.card import adapter_card
 from qformat.training.adapter.output_layer import decode_output_layer
@@ -35,8 +36,6 @@ from qformat.training.trainer import AdapterTrainer, trainer_arguments, write_ad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qformat.errors import UsageError
-from qformat.sizes import size_nbytes
+from qformat.sizes import parse_nbytes
 from qformat.strict_json import Json
 
 ALL_LINEAR = "all-linear"
@@ -129,7 +129,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def page_budget_nbytes(text: str) -> int | None:
     """Return the bytes that a budget names, None for "auto". Raises UsageError."""
-    return None if text == "auto" else size_nbytes("page_budget", text, or_else="auto, or ")
+    return None if text == "auto" else parse_nbytes("page_budget", text, or_else="auto, or ")
 
 
 def value_type(item: Field[Any]) -> type:

@@ -31,7 +31,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qformat.artifact.manifest import JsonObject
 from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
-from qformat.training.adapter.base_record import BASE_RECORD_NAME, BaseRecord
+from qformat.names import BASE_RECORD_NAME
+from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.checkpoints import CheckpointFolder
 from qformat.training.data.length_groups import SeededLengthGroups
 from qformat.training.data.tokenised_data import IGNORED

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 import qformat
-from qformat.cli.convert import parse_size
 from qformat.cli.main import run
-from qformat.errors import UsageError
 from tests.quality import models as quality_models
 from tests.small_models import contents, llama_tensors, weight, write_checkpoint, write_llama
 
@@ -124,19 +122,8 @@ def test_blocks_that_run_across_rows_are_reported(
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [("5GB", 5 * 10**9), ("800 MB", 8 * 10**8), ("123", 123), ("1.5kb", 1500), ("2T", 2 * 10**12)]
+    "options", [["--block-size", "48"], ["--workers", "0"], ["--max-shard-size", "0"], ["--max-shard-size", "5 apples"]]
 )
-def test_sizes_are_read_with_decimal_units(text: str, nbytes: int) -> None:
-    assert parse_size(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "GB", "1e3"])
-def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--max-shard-size"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize("options", [["--block-size", "48"], ["--workers", "0"], ["--max-shard-size", "0"]])
 def test_senseless_options_are_wrong_usage(source: Path, tmp_path: Path, options: list[str]) -> None:
     assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 2
 

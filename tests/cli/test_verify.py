@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.manifest import parse as parse_manifest
 from qformat.cli.main import run
 from qformat.cli.verify import command
 from qformat.converters.convert import convert
+from qformat.names import MANIFEST_NAME
 from tests.small_models import llama_config, llama_tensors, write_checkpoint, write_llama
 
 SHARD = "model-00001-of-00001.safetensors"

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.errors import ArtifactError
 from qformat.model import load
 from qformat.model.load import load_model
 from qformat.model.transformers_quantizer import METHOD
+from qformat.names import MANIFEST_NAME
 from tests.spec import corpus
 from tests.spec.edited_artifacts import make, refused_by
 

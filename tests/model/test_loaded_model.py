@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import ArtifactError, Reason, TargetError, UsageError
 from qformat.model.load import load_model
 from qformat.model.transformers_quantizer import METHOD
+from qformat.names import MANIFEST_NAME
 from tests.converters.faulty_disk import FaultyDisk
 from tests.model.sides import with_lora
 from tests.small_models import llama_config, llama_tensors, write_checkpoint

@@ -13,6 +13,7 @@ from qformat.artifact.reading.reader import KeptTensor, PackedTensor, open_artif
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
+from qformat.names import MANIFEST_NAME
 from tests.spec import corpus
 
 ALL = corpus.artifacts()
@@ -75,9 +76,9 @@ def test_the_layout_of_a_written_artifact_follows_from_names_and_sizes(vector: c
 @pytest.mark.parametrize("vector", AS_WRITTEN, ids=corpus.name_of)
 def test_a_written_manifest_comes_back_byte_for_byte(vector: corpus.Vector) -> None:
     folder = corpus.ARTIFACTS / vector["name"]
-    assert parse(folder).to_bytes() == (folder / manifest.MANIFEST_NAME).read_bytes()
+    assert parse(folder).to_bytes() == (folder / MANIFEST_NAME).read_bytes()
 
 
 def parse(folder: Path) -> manifest.Manifest:
-    path = folder / manifest.MANIFEST_NAME
+    path = folder / MANIFEST_NAME
     return manifest.parse(path.read_bytes(), path)

@@ -26,9 +26,10 @@ from qformat.converters.sources.gguf.names import ROPE_FACTORS_NAME, NamedTensor
 from qformat.converters.sources.gguf.tokenizer import tokenizer_files
 from qformat.converters.sources.source import PackedWeight, SourceTensor
 from qformat.errors import Reason, SourceError
+from qformat.names import TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 
 SUFFIX = ".gguf"
-_TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+_TOKENIZER_NAMES = (TOKENIZER_NAME, TOKENIZER_MODEL_NAME)
 _MAX_FACTORS = 2**16
 
 

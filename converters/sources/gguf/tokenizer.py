@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qformat.converters.sources.side_files import is_side_file
 from qformat.errors import Reason, SourceError
+from qformat.names import TOKENIZER_NAME
 
 _CIRCUMSTANCES = ("is_local", "local_files_only")
 """What transformers writes of this machine, not of the tokenizer: whether the Hub could be reached."""
@@ -20,7 +21,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
 
     Raises: SourceError where transformers or gguf is not installed, or cannot convert this tokenizer.
     """
-    instead = "or put the model's own tokenizer.json into the file's folder and give the folder"
+    instead = f"or put the model's own {TOKENIZER_NAME} into the file's folder and give the folder"
     try:
         import gguf  # noqa: F401
         import transformers

@@ -6,11 +6,10 @@ import hashlib
 import re
 
 from qformat.artifact.manifest import JsonObject
-from qformat.converters.sources.checkpoint_folder import CONFIG_NAME
 from qformat.converters.sources.hub.files import HubFiles
 from qformat.converters.sources.hub.reading import HubReading
 from qformat.converters.sources.reading import Reading
-from qformat.converters.sources.safetensors_shards import INDEX_NAME, SINGLE_NAME, SafetensorsShards
+from qformat.converters.sources.safetensors_shards import SafetensorsShards
 from qformat.converters.sources.side_files import is_side_file
 from qformat.converters.sources.source import SourceTensor
 from qformat.errors import HubError, Reason, SourceError
@@ -18,6 +17,7 @@ from qformat.hub.reading.cache import CachedRepository, find_in_cache
 from qformat.hub.reading.download import download
 from qformat.hub.reading.remote import DEFAULT_REVISION, open_repository
 from qformat.hub.reading.repository import Repository
+from qformat.names import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME
 
 _TORCH_BIN = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 
@@ -146,7 +146,7 @@ def _whole_in_cache(repository: Repository, needed: list[str]) -> CachedReposito
 
 def _needed_files(files: HubFiles) -> list[str]:
     """Return the files of a repository that a conversion reads, and that exist."""
-    shards = (files.read_weight_map(INDEX_NAME) or {SINGLE_NAME: SINGLE_NAME}).values()
+    shards = (files.read_weight_map(INDEX_NAME) or {SINGLE_SHARD_NAME: SINGLE_SHARD_NAME}).values()
     named = {CONFIG_NAME, INDEX_NAME, *shards}
     if not any(files.has(shard) for shard in shards):
         named |= {name for name in files.names() if _TORCH_BIN.fullmatch(name)}

@@ -9,10 +9,9 @@ from qformat import strict_json
 from qformat.artifact import header
 from qformat.artifact.limits import MAX_INDEX_NBYTES
 from qformat.artifact.reading.regular_files import check_plain_name, open_regular, read_small
-from qformat.artifact.reading.structure import INDEX_NAME, Located, ShardLayout
+from qformat.artifact.reading.structure import Located, ShardLayout
 from qformat.errors import InvalidFileError, Reason
-
-SINGLE_SHARD_NAME = "model.safetensors"
+from qformat.names import INDEX_NAME, SINGLE_SHARD_NAME
 
 
 def read_headers(path: Path, *, error: type[InvalidFileError]) -> ShardLayout:

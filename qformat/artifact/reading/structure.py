@@ -20,16 +20,14 @@ from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import DATA_ALIGNMENT, Header, TensorEntry
 from qformat.artifact.layout import alignment
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, KeptRecord, Manifest, PackedRecord
+from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
 from qformat.codec.quant_state import QuantState
 from qformat.errors import ArtifactError, Reason
-
-INDEX_NAME = "model.safetensors.index.json"
-CONFIG_NAME = "config.json"
+from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 
 _CODEBOOK = NF4_CODEBOOK.astype("<f4").tobytes()
 _DYNAMIC_MAP = DYNAMIC_MAP.astype("<f4").tobytes()

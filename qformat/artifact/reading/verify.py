@@ -15,10 +15,11 @@ from pathlib import Path
 
 from qformat.artifact import header
 from qformat.artifact.digests import sha256_of_file, xxh3_of_range
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, KeptRecord, Manifest
+from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest
 from qformat.artifact.reading.regular_files import open_regular
 from qformat.artifact.reading.structure import check_structure, expected_tensors, read_manifest, size_error
 from qformat.errors import ArtifactError, Reason
+from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, JsonObject, Manifest, parse, with_evaluation
+from qformat.artifact.manifest import JsonObject, Manifest, parse, with_evaluation
 from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import ArtifactError, TargetError
+from qformat.names import MANIFEST_NAME
 
 _UNFINISHED_NAME = f".{MANIFEST_NAME}.partial"
 """A verifier passes over names that begin with a dot, so that a killed recording leaves a good artifact."""

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 import qformat
 from qformat.artifact.components import Component
 from qformat.artifact.digests import READ_NBYTES, Xxh3, xxh3
-from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, JsonObject, KeptRecord, Manifest, TensorRecord
+from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manifest, TensorRecord
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import open_regular, read_exactly
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.names import MANIFEST_NAME
 
 Replacements = Mapping[str, Mapping[Component, NDArray[Any]]]
 """By tensor and component, other bytes. Those of a kept tensor stand under `Component.PACKED`."""

@@ -22,9 +22,10 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
-from qformat.artifact.manifest import MANIFEST_NAME, JsonObject
+from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk, allocated_nbytes, free_nbytes
 from qformat.errors import ArtifactError, InvalidFileError, TargetError
+from qformat.names import MANIFEST_NAME, PARTIAL_SUFFIX
 
 _MAX_LINE_NBYTES = 2**20
 _LOCK_ATTEMPTS = 100
@@ -198,7 +199,7 @@ def work_folder(out: Path) -> Path:
     """Return the folder beside `out` in which it is made. Raises TargetError for a path that ends in no name."""
     if out.name in {"", ".."}:
         raise TargetError(f"{out}: does not end in a name. Give the name of the folder that is to be made")
-    return out.with_name(out.name + ".partial")
+    return out.with_name(out.name + PARTIAL_SUFFIX)
 
 
 def _holds_something(folder: Path) -> bool:

@@ -19,11 +19,9 @@ import numpy as np
 from qformat.artifact import manifest as manifests
 from qformat.artifact.digests import Buffer, sha256_of_file, xxh3
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, FileRecord, KeptRecord, Manifest, TensorRecord
+from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest, TensorRecord
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
 from qformat.artifact.reading.structure import (
-    CONFIG_NAME,
-    INDEX_NAME,
     Located,
     ShardLayout,
     Structure,
@@ -35,8 +33,7 @@ from qformat.artifact.reading.verify import RangeCheck
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, Reason
-
-GENERATION_CONFIG_NAME = "generation_config.json"
+from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 
 _FILES_WITHOUT_MANIFEST = (INDEX_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME)
 """What is carried over beside the shards where no manifest says what belongs to the model."""

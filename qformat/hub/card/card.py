@@ -16,6 +16,8 @@ from qformat.hub.card.evaluation_table import evaluation_sections
 from qformat.hub.card.licenses import License
 from qformat.hub.card.markdown import cell, table
 from qformat.hub.card.origin import Origin
+from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
+from qformat.sizes import format_nbytes
 
 TAGS = ("qformat", "nf4", "bitsandbytes", "4-bit")
 
@@ -85,7 +87,7 @@ def _metadata(origin: Origin, pipeline_tag: str | None) -> str:
 def _summary(origin: Origin) -> str:
     base = _link(origin.repository) if origin.repository is not None else "A language model"
     return (
-        f"{base} with 4-bit weights (NF4) in the safetensors layout of bitsandbytes, and `qformat.json`, a manifest "
+        f"{base} with 4-bit weights (NF4) in the safetensors layout of bitsandbytes, and `{MANIFEST_NAME}`, a manifest "
         "with a digest for every byte. Made with qformat."
     )
 
@@ -192,7 +194,8 @@ $ qformat verify {repository}{key}
 compares the manifest with the repository without downloading the weights; `qformat fetch` checks every byte while it
 downloads."""
     if signed:
-        text += " `model.sig` is a signature of OpenSSF model-signing over every file; ask the publisher for the key."
+        text += f" `{SIGNATURE_NAME}` is a signature of OpenSSF model-signing over every file; "
+        text += "ask the publisher for the key."
     return text
 
 
@@ -216,9 +219,7 @@ def _provenance(manifest: Manifest, origin: Origin) -> str:
 
 def _file_rows(files: Mapping[str, FileRecord]) -> list[tuple[str, ...]]:
     return [
-        (cell(name), f"{record.nbytes:,}", f"`{record.sha256}`")
-        for name, record in files.items()
-        if name != "README.md"
+        (cell(name), f"{record.nbytes:,}", f"`{record.sha256}`") for name, record in files.items() if name != CARD_NAME
     ]
 
 
@@ -231,7 +232,4 @@ def _license_note(found: License) -> list[str]:
 
 
 def _nbytes(nbytes: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= 0.9995 * size:
-            return f"{nbytes / size:.3g} {unit} ({nbytes:,} bytes)"
-    return f"{nbytes} bytes"
+    return f"{format_nbytes(nbytes)} ({nbytes:,} bytes)" if nbytes >= 1000 else f"{nbytes} bytes"

@@ -11,11 +11,11 @@ from qformat.artifact.manifest import JsonObject, Manifest
 from qformat.artifact.reading.regular_files import read_small
 from qformat.errors import ArtifactError, HubError, InvalidFileError, UsageError
 from qformat.hub.card.licenses import License
-from qformat.hub.names import check_repository_name, is_commit, is_repository_name
+from qformat.hub.names import check_repository_name, is_commit
 from qformat.hub.reading.remote import open_repository
+from qformat.names import CARD_NAME, is_repository_name
 from qformat.strict_json import Json
 
-CARD_NAME = "README.md"
 MAX_CARD_NBYTES = 4 * 2**20
 
 _CACHE_FOLDER = re.compile(r"models--(.+?)--(.+)")

@@ -8,12 +8,13 @@ from pathlib import Path
 from qformat import strict_json
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.artifact.reading.regular_files import read_small
-from qformat.artifact.reading.structure import CONFIG_NAME, read_manifest
+from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import ArtifactError, UsageError
 from qformat.hub.card.card import write_card
 from qformat.hub.card.error_figures import ErrorFigures
 from qformat.hub.card.licenses import License
 from qformat.hub.card.origin import MAX_CARD_NBYTES, Origin, card_metadata, find_origin
+from qformat.names import CONFIG_NAME
 
 
 @dataclass(frozen=True, slots=True)

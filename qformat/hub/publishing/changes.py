@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, parse
+from qformat.artifact.manifest import parse
 from qformat.errors import HubError, InvalidFileError
 from qformat.hub.publishing.publication import Publication
 from qformat.hub.reading.remote import RemoteRepository
+from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 """Files of other weights: some readers would take them along with the artifact's."""

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from qformat.artifact import manifest as manifests
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest
+from qformat.artifact.manifest import FileRecord, Manifest
 from qformat.artifact.reading.regular_files import read_small
 from qformat.errors import ArtifactError
-from qformat.hub.card.origin import CARD_NAME
 from qformat.hub.reading.repository import RemoteFile, git_blob_oid
+from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
 
 
 @dataclass(frozen=True, slots=True)

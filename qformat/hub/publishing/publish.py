@@ -8,11 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qformat.artifact.manifest import SIGNATURE_NAME
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.cores import usable_cores
 from qformat.errors import HubError, InvalidFileError, UsageError, VerificationError
-from qformat.hub.card.origin import CARD_NAME
 from qformat.hub.card.prepared_card import CardOptions, PreparedCard, prepare_card
 from qformat.hub.names import check_repository_name, check_revision
 from qformat.hub.publishing.changes import Changes, find_changes
@@ -21,6 +19,7 @@ from qformat.hub.publishing.upload import Made, Uploader, holds
 from qformat.hub.reading.remote import DEFAULT_REVISION, RemoteRepository
 from qformat.hub.reading.transport import Patience
 from qformat.hub.signature import MAX_SIGNATURE_NBYTES, check_signature, public_key_of, sign
+from qformat.names import CARD_NAME, SIGNATURE_NAME
 
 _SHOWN_FINDINGS = 3
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-from qformat import __version__
 from qformat.errors import ArtifactError, HubError, UsageError
 from qformat.hub.publishing.publication import PublishedFile
 from qformat.hub.reading import transport
 from qformat.hub.reading.remote import DEFAULT_REVISION, RemoteRepository, open_repository
 from qformat.hub.reading.transport import RETRIED_STATUSES, Patience, Retries
+from qformat.version import __version__
 
 if TYPE_CHECKING:
     import httpx2

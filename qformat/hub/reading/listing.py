@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parse
+from qformat.artifact.manifest import Manifest, parse
 from qformat.artifact.reading.verify import Finding
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.reading.repository import Repository
+from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 _WEIGHTS = ".safetensors"
 

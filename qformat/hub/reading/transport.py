@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-from qformat import __version__
 from qformat.errors import HubError
 from qformat.hub.reading.refusals import refusal, server_reason
+from qformat.version import __version__
 
 if TYPE_CHECKING:
     import httpx2

@@ -19,15 +19,14 @@ from qformat.model.devices.placement import (
     AUTO_SHARE,
     DeviceName,
     Placement,
-    allowed_gb,
     budget_of,
     model_sizes,
-    needed_gb,
     place_automatically,
     place_by_map,
 )
 from qformat.model.memory import free_nbytes
 from qformat.model.shard_tensors import TORCH_DTYPES, map_shards, tensors_of
+from qformat.sizes import format_nbytes
 
 _HOST = torch.device("cpu")
 
@@ -105,6 +104,7 @@ def check_fits_mapped(model: PreTrainedModel, layout: ShardLayout, names: Mappin
 def _check_fits(path: Path, needed: int, allowed: int | None, device: torch.device) -> None:
     if allowed is not None and needed > allowed:
         raise DeviceMemoryError(
-            f"{path}: needs {needed_gb(needed)} on {device}, and {allowed_gb(allowed)} may be used there. "
+            f"{path}: needs {format_nbytes(needed, rounding='up')} on {device}, "
+            f"and {format_nbytes(allowed, rounding='down')} may be used there. "
             "Free memory, or choose another dtype, device_map or max_memory"
         )

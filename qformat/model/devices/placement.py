@@ -7,7 +7,6 @@ and the head, is always on the device. Layers in host memory pass through two sl
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 from qformat.artifact.components import Component
 from qformat.artifact.reading.structure import ShardLayout
 from qformat.errors import DeviceMemoryError, UsageError
-from qformat.sizes import size_nbytes
+from qformat.sizes import format_nbytes, parse_nbytes
 
 N_SLOTS = 2
 """One layer runs while the next is copied. More would hold more memory, and the copies are in order all the same."""
@@ -101,8 +100,9 @@ def place_automatically(sizes: ModelSizes, budget_nbytes: int) -> Placement:
             return found
     least = placement(sizes, names if n_layers > N_SLOTS else [])
     raise DeviceMemoryError(
-        f"needs at least {needed_gb(least.device_nbytes)} on the device, with {len(least.streamed)} of {n_layers} "
-        f"layers in host memory, and {allowed_gb(budget_nbytes)} may be used there"
+        f"needs at least {format_nbytes(least.device_nbytes, rounding='up')} on the device, "
+        f"with {len(least.streamed)} of {n_layers} layers in host memory, "
+        f"and {format_nbytes(budget_nbytes, rounding='down')} may be used there"
     )
 
 
@@ -164,7 +164,7 @@ def budget_of(
     """
     for name, size in (max_memory or {}).items():
         if _same_device(name, device):
-            return size if isinstance(size, int) else size_nbytes(f"max_memory of {name!r}", size)
+            return size if isinstance(size, int) else parse_nbytes(f"max_memory of {name!r}", size)
     found = free(device)
     return None if found is None else int(found * share)
 
@@ -232,13 +232,3 @@ def _same_device(name: DeviceName, device: torch.device) -> bool:
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), 1)
     return f". Did you mean {near[0]!r}?" if near else ""
-
-
-def needed_gb(nbytes: int) -> str:
-    """Return a size, rounded up."""
-    return f"{math.ceil(nbytes / 1e7) / 100:.2f} GB"
-
-
-def allowed_gb(nbytes: int) -> str:
-    """Return a size, rounded down."""
-    return f"{nbytes // 10**7 / 100:.2f} GB"

@@ -21,9 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from qformat.errors import ArtifactError, Reason, SourceError
 from qformat.model.build import build_on_meta, initialise_the_rest, read_config
+from qformat.names import CONFIG_NAME
 from qformat.quality.calibration.layer_calls import LayerCall, UnsupportedModelError, record_calls
 
-CONFIG_NAME = "config.json"
 NEXT_STEP = "Convert it without calibration"
 
 ReadTensor = Callable[[str], Tensor]

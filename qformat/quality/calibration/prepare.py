@@ -17,6 +17,7 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.errors import Reason, SourceError, UsageError
 from qformat.model.load import load_tokenizer
+from qformat.names import CONFIG_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from qformat.quality.calibration.calibrate import Calibration
 from qformat.quality.calibration.decoder import Decoder, build_decoder
 from qformat.quality.calibration.error_feedback import FeedbackSettings
@@ -94,7 +95,7 @@ def _windows(source: Path, decoder: Decoder, settings: CalibrationSettings) -> T
     if windows.ids.max() >= vocabulary:
         raise SourceError(
             Reason.CONFIG_FIELD,
-            source / "config.json",
+            source / CONFIG_NAME,
             f"the tokenizer gives token {windows.ids.max()}, and the model knows {vocabulary}",
             next_step="The tokenizer is that of another model: put the right one there",
         )
@@ -110,5 +111,5 @@ def _tokenizer(source: Path) -> Any:
             Reason.MISSING_FILE,
             source,
             f"has no tokenizer that transformers can load, and calibration needs one: {first}",
-            next_step="Put tokenizer.json and tokenizer_config.json of the model there",
+            next_step=f"Put {TOKENIZER_NAME} and {TOKENIZER_CONFIG_NAME} of the model there",
         ) from problem

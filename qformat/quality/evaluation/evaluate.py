@@ -18,18 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qformat.artifact.manifest import MANIFEST_NAME, Manifest
+from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import UsageError, VerificationError
 from qformat.model.checkpoint import find_folder, load_any
 from qformat.model.load import load_tokenizer
+from qformat.names import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 from qformat.quality.evaluation.scores import Scores, first_non_finite, score_window, stack
 from qformat.quality.source_check import check_source
 from qformat.quality.windows import TokenWindows, read_windows
 from qformat.training.data.reading.sources import Source
 from qformat.training.data.tokenise import own_tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_TOKENIZER_FILES = (TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from torch import nn
 
 from qformat.errors import AdapterError, UsageError
 from qformat.model.nf4_linear import NF4Linear
+from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
 from qformat.training.adapter.lora_linear import NF4LoraLinear
 from qformat.training.settings import ALL_LINEAR, TrainingSettings
@@ -23,8 +24,6 @@ from qformat.training.settings import ALL_LINEAR, TrainingSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import KeptRecord, TensorRecord
-from qformat.artifact.reading.structure import CONFIG_NAME, ShardLayout, Structure
+from qformat.artifact.reading.structure import ShardLayout, Structure
 from qformat.errors import AdapterError, ArtifactError
+from qformat.names import BASE_RECORD_NAME, CONFIG_NAME
 
-BASE_RECORD_NAME = "qformat_base.json"
 _MAX_NBYTES = 2**16
 
 

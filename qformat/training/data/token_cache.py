@@ -28,6 +28,7 @@ from qformat import strict_json
 from qformat.artifact.digests import Xxh3, xxh3, xxh3_of_range
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import InvalidFileError, SourceError
+from qformat.names import PARTIAL_SUFFIX
 from qformat.strict_json import Json
 from qformat.training.data.statistics import DataStatistics
 from qformat.training.data.tokenise import Tokens
@@ -95,7 +96,7 @@ class CacheWriter:
 
     def __init__(self, folder: Path, key: str, disk: Disk) -> None:
         self._target = folder / key
-        self._partial = folder / f"{key}.partial"
+        self._partial = folder / f"{key}{PARTIAL_SUFFIX}"
         self._key = key
         self._disk = disk
         disk.remove_folder(self._partial)  # of a run that was killed

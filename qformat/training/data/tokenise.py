@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from qformat.errors import UsageError
+from qformat.names import TOKENIZER_NAME
 from qformat.training.data.chat_spans import Span
 from qformat.training.data.render import Rendered
 
@@ -38,7 +39,7 @@ def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     if not tokenizer.is_fast:
         raise UsageError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: is not a fast tokenizer. "
-            "Convert it: the folder needs a tokenizer.json"
+            f"Convert it: the folder needs a {TOKENIZER_NAME}"
         )
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.no_truncation()

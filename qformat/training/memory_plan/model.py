@@ -22,7 +22,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qformat.artifact.components import Component
-from qformat.artifact.reading.structure import CONFIG_NAME
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES, block_count, packed_nbytes
@@ -31,6 +30,7 @@ from qformat.errors import ArtifactError, Reason
 from qformat.model.build import attach, build_on_meta, linear_at, names_in_model, read_config
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents
+from qformat.names import CONFIG_NAME
 from qformat.training.adapter.adapters import add_adapter
 from qformat.training.adapter.lora_linear import NF4LoraLinear, lora_linear
 from qformat.training.adapter.output_layer import decode_output_layer

@@ -7,7 +7,6 @@ become is decided by the converter's rules, which the caller brings along: `qfor
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,17 @@ from pathlib import Path
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_SIZE
-from qformat.artifact.manifest import MANIFEST_NAME, JsonObject, KeptRecord
+from qformat.artifact.manifest import JsonObject, KeptRecord
 from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.reading.safetensors_folder import read_headers
-from qformat.artifact.reading.structure import CONFIG_NAME, read_manifest
+from qformat.artifact.reading.structure import read_manifest
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.errors import ArtifactError, Reason, SourceError, UsageError
+from qformat.names import CONFIG_NAME, MANIFEST_NAME, is_repository_name
 
 Conversion = Callable[[list[TensorSpec], JsonObject], Mapping[str, PackedShape]]
 """From the tensors of a 16-bit checkpoint and its config.json to the layouts of those that a conversion would pack."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ def read_model_tensors(
     Raises: ArtifactError and SourceError for damaged files; UsageError where nothing can be read.
     """
     folder = Path(source)
-    if not os.path.lexists(folder) and isinstance(source, str) and _HUB_ID.fullmatch(source):
+    if not os.path.lexists(folder) and isinstance(source, str) and _is_on_the_hub(source):
         folder, tensors = _hub_headers(source, revision)
     elif revision is not None:
         raise UsageError(f"{source}: is a folder, and only repositories on the Hub have revisions")
@@ -64,6 +62,11 @@ def read_model_tensors(
     if conversion is None:
         raise UsageError(f"{source}: is not quantized, and only 4-bit weights are trained on. Convert it first")
     return _as_converted(folder, tensors, conversion)
+
+
+def _is_on_the_hub(source: str) -> bool:
+    """Whether a text names a repository: owner/name, or the name alone that the Hub's oldest repositories have."""
+    return is_repository_name(source if "/" in source else f"owner/{source}")
 
 
 def _of_artifact(folder: Path) -> ModelTensors:

@@ -237,7 +237,7 @@ def test_workers_serve_a_forked_child_too() -> None:
 import os, numpy as np
 from qformat.codec.cpu import blocks
 from qformat.codec.floats import FloatFormat
-cpu.SMALLEST_SHARE = 1000
+blocks.SMALLEST_SHARE = 1000
 def decode():
     out = np.empty(8192, np.float32)
     blocks.decode_into(np.zeros(4096, np.uint8), np.ones(128, np.float32), n_elements=8192, block_size=64,

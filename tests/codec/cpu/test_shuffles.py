@@ -195,7 +195,8 @@ def test_this_cpu_uses_the_first_that_it_can_run() -> None:
 
 def test_a_second_process_finds_the_machine_code_in_the_cache(tmp_path: Path) -> None:
     script = (
-        "from qformat.codec import cpu; from qformat.codec.floats import FloatFormat; blocks.warm_up(FloatFormat.BF16)"
+        "from qformat.codec.cpu.blocks import warm_up; from qformat.codec.floats import FloatFormat; "
+        "warm_up(FloatFormat.BF16)"
     )
 
     def run() -> dict[str, int]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import qformat
 from qformat.artifact.digests import xxh3
-from qformat.artifact.manifest import MANIFEST_NAME, KeptRecord, PackedRecord
+from qformat.artifact.manifest import KeptRecord, PackedRecord
 from qformat.artifact.manifest import parse as parse_manifest
 from qformat.artifact.reading.reader import open_artifact
 from qformat.converters.compare.comparison import Comparison
+from qformat.names import MANIFEST_NAME
 from tests.small_models import Tensor, llama_config, llama_tensors, write_checkpoint
 
 UP = "model.layers.1.mlp.up_proj.weight"

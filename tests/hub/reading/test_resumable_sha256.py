@@ -9,30 +9,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qformat.codec.cpu.lanes import cpu_features
 from qformat.errors import UsageError
-from qformat.hub.reading import resumable_sha256
-from qformat.hub.reading.resumable_sha256 import COMPRESS_PLAIN, COMPRESS_X86, ResumableSha256
+from qformat.hub.reading.resumable_sha256 import Compress, ResumableSha256, compress_plain, find_openssl
 
 DATA = np.random.default_rng(0).bytes(100_000)
 
-BOTH = [
-    COMPRESS_PLAIN,
-    pytest.param(
-        COMPRESS_X86, marks=pytest.mark.skipif("sha" not in cpu_features(), reason="no SHA instructions here")
-    ),
-]
+needs_openssl = pytest.mark.skipif(find_openssl() is None, reason="no OpenSSL here that can be called")
 
 
-@pytest.mark.parametrize("compress", BOTH)
-def test_every_short_length_and_a_long_one_has_hashlibs_digest(
-    compress: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resumable_sha256, "_compressor", lambda: compress)
+@pytest.mark.parametrize("compress", [compress_plain, pytest.param(find_openssl(), marks=needs_openssl)])
+def test_every_short_length_and_a_long_one_has_hashlibs_digest(compress: Compress) -> None:
     for nbytes in [*range(200), 4096, 99_999, 100_000]:
-        state = ResumableSha256()
+        state = ResumableSha256(compress)
         state.update(DATA[:nbytes])
         assert state.hexdigest() == hashlib.sha256(DATA[:nbytes]).hexdigest(), nbytes
+
+
+@needs_openssl
+def test_one_way_goes_on_where_the_other_stopped() -> None:
+    first = ResumableSha256(compress_plain)
+    first.update(DATA[:777])
+    second = ResumableSha256.from_text(first.to_text())
+    second.update(DATA[777:])
+    assert second.hexdigest() == hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.mark.parametrize("broken", [OSError, None, lambda context, data, nbytes: 1])
+def test_a_library_that_cannot_be_called_or_gives_other_digests_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, broken: object
+) -> None:
+    class Library:
+        def __init__(self, name: str) -> None:
+            if broken is OSError:
+                raise OSError(name)
+            if broken is not None:
+                self.SHA256_Update = broken
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    assert find_openssl.__wrapped__() is None
 
 
 @settings(max_examples=100, deadline=None)

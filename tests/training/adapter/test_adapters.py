@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from qformat.errors import AdapterError
 from qformat.model.load import load_model, open_shards
+from qformat.names import BASE_RECORD_NAME
 from qformat.training.adapter.adapters import load_adapter
-from qformat.training.adapter.base_record import BASE_RECORD_NAME, BaseRecord, read_base_record
+from qformat.training.adapter.base_record import BaseRecord, read_base_record
 from qformat.training.run import TrainingResult
 from tests.training import runs
 

@@ -7,6 +7,7 @@ import http.server
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,12 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qformat.artifact.components import PackedShape
-from qformat.artifact.manifest import MANIFEST_NAME
 from qformat.cli.default_conversion import as_converted
 from qformat.codec.floats import FloatFormat
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.load import load_model
 from qformat.model.nf4_linear import NF4Linear
+from qformat.names import MANIFEST_NAME
 from qformat.training.memory_plan.loss import Loss
 from qformat.training.memory_plan.meter import Segment
 from qformat.training.memory_plan.plan import MemoryPlan, MemoryPlanner, StatesPlan, plan_memory
@@ -411,8 +412,10 @@ def test_sizes_that_make_no_sense_are_refused(tiny_planner: MemoryPlanner, batch
 def test_the_table_is_aligned_and_names_the_sizes(tiny_planner: MemoryPlanner) -> None:
     text = format_plan(tiny_planner.plan(device_nbytes=8 * GIB), largest_batch=7, largest_sequence=4096)
     lines = text.splitlines()
-    assert len({line.index("GiB") for line in lines if " GiB" in line[:32]}) == 1
-    assert "fits, with 0.50 GiB kept free" in text
+    sizes = [re.match(r"[a-z ]+  +[0-9.]+ ([KMG]?i?B)(  |$)", line) for line in lines[:10]]
+    assert len({match.end(1) for match in sizes if match is not None}) == 1
+    assert sum(match is not None for match in sizes) == 9
+    assert "fits, with 512 MiB kept free" in text
     assert [line.split()[2] for line in lines[-2:]] == ["7", "4096"]
 
 

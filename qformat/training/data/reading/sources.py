@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qformat.artifact.digests import xxh3_of_range
 from qformat.errors import DataError, SourceError, UsageError
+from qformat.names import REPOSITORY_PATTERN, is_repository_name
 
 Source = Path | str | Sequence[Path | str]
 
@@ -33,9 +34,7 @@ _KINDS = {
 # `.json` inside of a folder is as often its description (dataset_info.json) as it is data.
 _IN_FOLDERS = (".jsonl", ".ndjson", ".parquet")
 
-_HUB_NAME = re.compile(
-    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<configuration>[\w.-]+))?(@(?P<revision>\S+))?"
-)
+_DATASET = re.compile(rf"(?P<name>{REPOSITORY_PATTERN})(:(?P<configuration>[\w.-]+))?(@(?P<revision>\S+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,8 @@ def _changed(file: DataFile) -> DataError:
 
 def _files_of(source: Path | str, split: str) -> list[DataFile]:
     if isinstance(source, str) and not os.path.lexists(source) and Path(source).suffix not in _KINDS:
-        match = _HUB_NAME.fullmatch(source)
-        if match is not None:
+        match = _DATASET.fullmatch(source)
+        if match is not None and is_repository_name(match["name"]):
             return hub_files(split=split, **match.groupdict())
     return _local_files(Path(source))
 
