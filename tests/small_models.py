@@ -24,6 +24,8 @@ ELEMENT_NBYTES = {
     "I64": 8,
 }
 
+INDEX = "model.safetensors.index.json"
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -171,7 +173,7 @@ def write_llama(folder: Path, *, n_shards: int = 1, n_layers: int = 2, dtype: st
 
 def write_index(folder: Path, weight_map: Mapping[str, object]) -> None:
     index = {"metadata": {"total_size": 0}, "weight_map": dict(weight_map)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

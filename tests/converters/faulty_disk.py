@@ -137,6 +137,19 @@ class PowerCut(FaultyDisk):
                                 file.write(bytes(stop - start))
 
 
+class KilledAfter(FaultyDisk):
+    """The kill comes when that many lines are in the journal."""
+
+    def __init__(self, *, n_lines: int) -> None:
+        super().__init__()
+        self._n_lines = n_lines
+
+    def intercept(self, name: str, arguments: tuple[object, ...]) -> object:
+        if name == "raw_write" and self.names.count("raw_write") == self._n_lines:
+            self._dead = True
+        return super().intercept(name, arguments)
+
+
 OPTIONS = ConversionOptions(max_shard_nbytes=2000)
 """Five tensors, three shards."""
 
@@ -145,16 +158,9 @@ N_TENSORS = len(tiny_tensors())
 
 def interrupt(source: Path, out: Path, *, n_done: int, options: ConversionOptions = OPTIONS) -> Path:
     """Kill a conversion when `n_done` tensors are in the journal; return the work folder."""
-
-    class KilledAfter(FaultyDisk):
-        def intercept(self, name: str, arguments: tuple[object, ...]) -> object:
-            # The journal's lines: what was begun, the state of the source, then one a tensor.
-            if name == "raw_write" and self.names.count("raw_write") == 2 + n_done:
-                self._dead = True
-            return super().intercept(name, arguments)
-
+    disk = KilledAfter(n_lines=2 + n_done)  # what was begun, the state of the source, then one a tensor
     with pytest.raises(Killed):
-        convert(source, out, options, workers=1, disk=KilledAfter())
+        convert(source, out, options, workers=1, disk=disk)
     work = out.with_name(out.name + ".partial")
     assert journal_tensors(work) == n_done
     return work

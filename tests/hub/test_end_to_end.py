@@ -13,7 +13,7 @@ import torch
 from qformat.cli.main import run
 from qformat.converters.convert import convert
 from tests.hub.conftest import TOKEN
-from tests.hub.test_signature import write_key
+from tests.hub.signing_keys import write_key
 from tests.hub_stand_in import Hub
 from tests.model.sides import SAME_PRODUCTS, load_exact, load_ours, load_peer
 from tests.rounding import rounds_like

@@ -14,7 +14,7 @@ from qformat.hub.card.prepared_card import CardOptions
 from qformat.hub.publishing.publish import PublishOptions, publish
 from qformat.hub.remote_verify import RemoteReport, verify_remote
 from tests.hub.conftest import PATIENT, TOKEN
-from tests.hub.test_signature import write_key
+from tests.hub.signing_keys import write_key
 from tests.hub_stand_in import Hub
 from tests.small_models import contents
 

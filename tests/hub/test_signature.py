@@ -16,24 +16,10 @@ from qformat.hub.card.prepared_card import CardOptions
 from qformat.hub.publishing.publish import PublishOptions, publish
 from qformat.hub.signature import check_signature, public_key_of, sign
 from tests.hub.conftest import PATIENT
+from tests.hub.signing_keys import write_key
 from tests.hub_stand_in import Hub
 
-pytest.importorskip("model_signing")
-
 DIGESTS = {"a.txt": hashlib.sha256(b"a").hexdigest(), "qformat.json": hashlib.sha256(b"{}").hexdigest()}
-
-
-def write_key(folder: Path, name: str = "key") -> Path:
-    """Write a key pair as NAME.pem and NAME.pub; return the private one."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    private = ec.generate_private_key(ec.SECP256R1())
-    path = folder / f"{name}.pem"
-    form = serialization.PrivateFormat.PKCS8
-    path.write_bytes(private.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
-    path.with_suffix(".pub").write_bytes(public_key_of(path))
-    return path
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from qformat.model.load import load_model
 from qformat.model.transformers_quantizer import METHOD
 from qformat.names import MANIFEST_NAME
 from tests.spec import corpus
-from tests.spec.test_edited_artifacts import make, refused_by
+from tests.spec.edited_artifacts import make, refused_by
 
 # Without its manifest an artifact is a folder as bitsandbytes writes it, which loads, with a warning.
 REFUSED = [vector for vector in refused_by("open") if vector["name"] != "no_manifest"]

@@ -10,18 +10,7 @@ from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError
 from tests.spec import corpus, edits
-
-ALL = corpus.edited()
-
-
-def refused_by(check: str | None) -> list[corpus.Vector]:
-    return [vector for vector in ALL if vector["refused_by"] == check]
-
-
-def make(vector: corpus.Vector, tmp_path: Path) -> Path:
-    folder = corpus.copy_of(vector["base"], tmp_path)
-    edits.apply(vector["edits"], folder)
-    return folder
+from tests.spec.edited_artifacts import ALL, make, refused_by
 
 
 def test_there_are_enough_vectors_of_each_kind() -> None:

@@ -15,7 +15,7 @@ import pytest
 from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.reading.verify import IntegrityReport
 from qformat.errors import ArtifactError, Reason
-from tests.artifact.damaged import Region, make_tiny_artifact, regions, shard_of, shards, verify
+from tests.artifact.damaged import Region, regions, shard_of, shards, verify
 from tests.small_models import contents
 
 N_PARTS = 16
@@ -23,16 +23,6 @@ N_PARTS = 16
 
 DATA_REASONS = {Reason.COMPONENT_DIGEST}
 SAMPLE_EVERY = 61  # of the bits in the normal run: a prime, so that every bit of a byte has its turn
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_artifact(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture
-def artifact(pristine: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(pristine, tmp_path / "artifact")
 
 
 @pytest.fixture(scope="module")

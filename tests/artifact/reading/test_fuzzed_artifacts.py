@@ -7,30 +7,22 @@ rules must open: a generator of them is as important as damage.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.reading.verify import verify_integrity
-from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
 from qformat.errors import ArtifactError
 from tests.artifact.damaged import make_tiny_artifact, reseal
-from tests.small_models import ELEMENT_NBYTES, contents
-
-Json = Any
+from tests.artifact.reading.unusual_artifacts import Json, unusual_tensors, write_artifact
+from tests.small_models import contents
 
 FUZZ = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SOAK = settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -71,14 +63,6 @@ ODD_VALUES = st.one_of(
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(make_tiny_artifact(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture(scope="module")
-def folder(pristine: dict[str, bytes]) -> Iterator[Path]:
-    """A folder in memory, where there is such a thing: its files are written thousands of times."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=base) as temporary:
-        yield Path(temporary)
 
 
 def restore(folder: Path, files: dict[str, bytes]) -> None:
@@ -247,190 +231,6 @@ def test_fuzzing_at_length_gives_nothing_but_an_artifact_error(
         fuzz(folder, pristine, data)
 
     soak()
-
-
-# Unusual and valid
-
-
-def quant_state_text(data: st.DataObject, record: Json) -> bytes:
-    """Spell the record in one of the ways that JSON allows, padded with spaces to any multiple of 64."""
-    separators = data.draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t:  ")]))
-    items = data.draw(st.permutations(list(record.items())))
-    text = json.dumps(dict(items), separators=separators).encode()
-    if data.draw(st.booleans()):
-        text = text.replace(b'"nf4"', b'"\\u006ef4"')
-    return text
-
-
-def pad_to(text: bytes, nbytes: int) -> bytes | None:
-    return text.ljust(nbytes) if len(text) <= nbytes else None
-
-
-@st.composite
-def unusual_tensors(draw: st.DrawFn) -> list[tuple[str, Json]]:
-    """Draw names with shapes and options that qformat's own converter does not make all of."""
-    characters = st.characters(categories=["L", "N", "P", "S"])
-    names = draw(
-        st.lists(
-            st.text(characters, min_size=1, max_size=10).filter(str.isprintable), min_size=1, max_size=5, unique=True
-        )
-    )  # fmt: skip
-    drawn = []
-    for name in names:
-        if draw(st.booleans()):
-            shape = draw(
-                st.one_of(st.lists(st.integers(0, 20), max_size=3), st.just([1] * 8), st.just([]), st.just([300, 70]))
-            )
-            drawn.append(
-                (
-                    name + ".weight",
-                    {
-                        "kind": "packed",
-                        "shape": shape,
-                        "dtype": draw(st.sampled_from(["BF16", "F16", "F32"])),
-                        "block_size": draw(st.sampled_from([32, 64, 128, 256, 512, 1024, 2048, 4096])),
-                        "double": draw(st.booleans()),
-                    },
-                )
-            )
-        else:
-            dtype = draw(st.sampled_from(sorted(ELEMENT_NBYTES)))
-            drawn.append(
-                (name, {"kind": "kept", "shape": draw(st.lists(st.integers(0, 5), max_size=8)), "dtype": dtype})
-            )
-    return drawn  # fmt: skip
-
-
-def write_artifact(folder: Path, tensors: list[tuple[str, Json]], data: st.DataObject) -> None:
-    """Write an artifact by the rules of the format and nothing of the code under test but its two tables of numbers."""
-    from qformat.codec.floats import FloatFormat
-    from qformat.codec.nf4 import BLOCK_SIZES
-    from qformat.codec.quant_state import padded_nbytes
-
-    seed = np.random.default_rng(len(tensors))
-    parts: dict[str, tuple[str, list[int], bytes]] = {}
-    records: dict[str, Json] = {}
-    for name, what in tensors:
-        n = int(np.prod(what["shape"], dtype=object)) if what["shape"] else 1
-        if what["kind"] == "kept":
-            raw = seed.integers(0, 2, n * ELEMENT_NBYTES[what["dtype"]], np.uint8).tobytes()
-            parts[name] = (what["dtype"], what["shape"], raw)
-            records[name] = {
-                "encoding": "kept",
-                "dtype": what["dtype"],
-                "shape": what["shape"],
-                "xxh3": xxhash.xxh3_128_hexdigest(raw),
-                "reason": data.draw(st.text(max_size=5)),
-            }
-            continue
-        block_size = what["block_size"] if what["block_size"] in BLOCK_SIZES else BLOCK_SIZES[0]
-        n_blocks = -(-n // block_size)
-        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-        state = {"quant_type": "nf4", "blocksize": block_size, "dtype": names[what["dtype"]], "shape": what["shape"]}
-        if what["double"]:
-            offset = data.draw(st.sampled_from([0, -1, 0.0, 1e-30, 0.05, -3.5, 3.4028234663852886e38]))
-            state |= {
-                "nested_blocksize": 256,
-                "nested_dtype": data.draw(st.sampled_from(["float32", "bfloat16"])),
-                "nested_offset": offset,
-            }
-        nbytes = padded_nbytes(
-            block_size=block_size,
-            float_format=FloatFormat(what["dtype"]),
-            shape=tuple(what["shape"]),
-            double_quant=what["double"],
-        )
-        text = pad_to(quant_state_text(data, state), nbytes) or json.dumps(state).encode().ljust(nbytes)
-        own = {
-            "": ("packed", "U8", [-(-n // 2), 1], seed.integers(0, 256, -(-n // 2), np.uint8).tobytes()),
-            ".quant_map": ("quant_map", "F32", [16], NF4_CODEBOOK.astype("<f4").tobytes()),
-            ".quant_state.bitsandbytes__nf4": ("quant_state", "U8", [nbytes], text),
-        }
-        if what["double"]:
-            n_nested = -(-n_blocks // 256)
-            own[".absmax"] = ("absmax", "U8", [n_blocks], seed.integers(0, 256, n_blocks, np.uint8).tobytes())
-            own[".nested_absmax"] = (
-                "nested_absmax",
-                "F32",
-                [n_nested],
-                seed.normal(0, 1, n_nested).astype("<f4").tobytes(),
-            )
-            own[".nested_quant_map"] = ("nested_quant_map", "F32", [256], DYNAMIC_MAP.astype("<f4").tobytes())
-        else:
-            own[".absmax"] = ("absmax", "F32", [n_blocks], (-seed.random(n_blocks)).astype("<f4").tobytes())
-        digests = {}
-        for suffix, (label, dtype, shape, raw) in own.items():
-            parts[name + suffix] = (dtype, shape, raw)
-            digests[label] = xxhash.xxh3_128_hexdigest(raw)
-        records[name] = {
-            "encoding": "nf4",
-            "dtype": what["dtype"],
-            "shape": what["shape"],
-            "block_size": block_size,
-            "double_quant": what["double"],
-            "components": digests,
-        }
-    write_shards(folder, parts, records, data)
-
-
-def write_shards(
-    folder: Path, parts: dict[str, tuple[str, list[int], bytes]], records: dict[str, Json], data: st.DataObject
-) -> None:
-    n_shards = data.draw(st.integers(1, min(4, len(parts))))
-    owner = {name: data.draw(st.integers(0, n_shards - 1)) for name in parts}
-    files: dict[str, bytes] = {"NOTES": b"anything"}
-    heads: dict[str, bytes] = {}
-    weight_map = {}
-    for number in sorted(set(owner.values())):
-        shard = data.draw(
-            st.sampled_from([f"model-{number + 1:05d}-of-{n_shards:05d}.safetensors", f"ünüsual {number}.safetensors"])
-        )
-        members = [name for name in parts if owner[name] == number]
-        members.sort(
-            key=lambda name: (
-                -((len(parts[name][2]) & -len(parts[name][2])) or 2**60) if len(parts[name][2]) % 4096 else -(2**60)
-            )
-        )
-        header: Json = {} if data.draw(st.booleans()) else {"__metadata__": {"format": "pt", "by": "🦙"}}
-        offset = 0
-        for name in members:
-            dtype, shape, raw = parts[name]
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(raw)]}
-            offset += len(raw)
-            weight_map[name] = shard
-        text = json.dumps(header, ensure_ascii=data.draw(st.booleans())).encode()
-        pages = data.draw(st.integers(1, 3)) - 1
-        text = text.ljust(-(-(8 + len(text)) // 4096) * 4096 + 4096 * pages - 8)
-        heads[shard] = struct.pack("<Q", len(text)) + text
-        files[shard] = heads[shard] + b"".join(parts[name][2] for name in members)
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [],
-    }
-    files["config.json"] = json.dumps({"quantization_config": quantization, "more": {"of": ["it"]}}).encode()
-    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map, "metadata": {}}).encode()
-    for name, raw in files.items():
-        (folder / name).write_bytes(raw)
-    listed = {}
-    for name, raw in data.draw(st.permutations(list(files.items()))):
-        listed[name] = {"nbytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-        if name in heads:
-            listed[name]["header_xxh3"] = xxhash.xxh3_128_hexdigest(heads[name])
-    record = {
-        "format": "qformat",
-        "format_version": data.draw(st.sampled_from(["1.0", "1.1", "1.999"])),
-        "must_understand": [],
-        "generator": "somebody else",
-        "source": {},
-        "recipe": {"x": None},
-        "tensors": dict(data.draw(st.permutations(list(records.items())))),
-        "files": listed,
-        "optional_thing": [1, {"a": "b"}],
-    }
-    reseal(folder, record, update_files=False)
 
 
 @settings(FUZZ, max_examples=300)

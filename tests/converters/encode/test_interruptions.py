@@ -17,21 +17,7 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.converters.convert import ConversionOptions, convert
 from qformat.errors import TargetError
 from tests.converters.faulty_disk import OPTIONS, FaultyDisk, Killed, PowerCut, place
-from tests.small_models import contents, names_beside, write_tiny
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("interruptions") / "source", n_shards=2)
-
-
-@pytest.fixture(scope="module")
-def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of a conversion that nothing disturbs."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    convert(source, out, OPTIONS, disk=FaultyDisk())
-    assert verify_integrity(out, sha256=True).good
-    return contents(out)
+from tests.small_models import contents, names_beside
 
 
 @pytest.fixture(scope="module")

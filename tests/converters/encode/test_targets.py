@@ -1,4 +1,4 @@
-"""Where the output goes: what is refused before any work, what --force may replace, and disks that fill up."""
+"""Where the output goes: what is refused before any work, what is replaced, and what is left on the disk."""
 
 from __future__ import annotations
 
@@ -10,32 +10,21 @@ from pathlib import Path
 import pytest
 
 from qformat.artifact.reading.verify import verify_integrity
-from qformat.artifact.writing.disk import Disk, allocated_nbytes
+from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging
-from qformat.converters.convert import ConversionOptions, convert, plan
+from qformat.converters.convert import ConversionOptions, convert
 from qformat.errors import TargetError, UsageError
-from tests.converters.faulty_disk import OPTIONS, DiskWithRoom, FaultyDisk, interrupt, place
-from tests.small_models import contents, names_beside, write_tiny
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "source")
-
-
-@pytest.fixture
-def parent(tmp_path: Path) -> Path:
-    (tmp_path / "parent").mkdir()
-    return tmp_path / "parent"
-
-
-def refusal(source: Path, out: Path, **arguments: object) -> str:
-    """Return the message of a conversion that is refused before any byte is written, leaving no trace."""
-    before = sorted(out.parent.rglob("*")) if out.parent.is_dir() else None
-    with pytest.raises(TargetError) as refused:
-        convert(source, out, **arguments)  # type: ignore[arg-type]
-    assert before == (sorted(out.parent.rglob("*")) if out.parent.is_dir() else None)
-    return str(refused.value)
+from tests.converters.encode.refused_target import refusal
+from tests.converters.faulty_disk import FaultyDisk, place
+from tests.converters.unusual_paths import (
+    as_dangling_link,
+    as_fifo,
+    as_file,
+    as_link_to_a_file,
+    as_link_to_an_empty_folder,
+    as_link_to_itself,
+)
+from tests.small_models import contents, names_beside
 
 
 def test_an_artifact_is_refused_and_with_force_replaced_whole(source: Path, parent: Path) -> None:
@@ -80,36 +69,10 @@ def test_an_empty_folder_is_as_good_as_none(force: bool, source: Path, parent: P
     assert names_beside(parent / "out") == {"out"}
 
 
-def as_file(path: Path) -> None:
-    path.write_bytes(b"mine")
-
-
-def as_link_to_a_file(path: Path) -> None:
-    path.with_name("target").write_bytes(b"mine")
-    path.symlink_to("target")
-
-
-def as_link_to_an_empty_folder(path: Path) -> None:
-    path.with_name("target").mkdir()
-    path.symlink_to("target")
-
-
-def as_link_to_nothing(path: Path) -> None:
-    path.symlink_to("nothing")
-
-
-def as_link_to_itself(path: Path) -> None:
-    path.symlink_to(path.name)
-
-
-def as_fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize(
     "make",
-    [as_file, as_link_to_a_file, as_link_to_an_empty_folder, as_link_to_nothing, as_link_to_itself, as_fifo],
+    [as_file, as_link_to_a_file, as_link_to_an_empty_folder, as_dangling_link, as_link_to_itself, as_fifo],
 )
 def test_what_is_no_folder_is_refused_even_with_force(
     make: Callable[[Path], None], force: bool, source: Path, parent: Path
@@ -183,109 +146,6 @@ def test_no_worker_is_a_usage_error(source: Path, parent: Path) -> None:
     with pytest.raises(UsageError):
         convert(source, parent / "out", workers=0)
     assert list(parent.iterdir()) == []
-
-
-# Disks that refuse
-
-
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
-def test_a_target_that_may_not_be_written_is_named(code: int, source: Path, parent: Path) -> None:
-    class ReadOnly(Disk):
-        def raw_mkdir(self, path: Path) -> None:
-            raise OSError(code, os.strerror(code))
-
-    message = refusal(source, parent / "out", disk=ReadOnly())
-    assert str(parent / "out.partial") in message
-    assert "Choose a folder that you may write to" in message
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_refused(source: Path, parent: Path) -> None:
-    parent.chmod(0o500)
-    try:
-        assert "Choose a folder that you may write to" in refusal(source, parent / "out")
-    finally:
-        parent.chmod(0o700)
-
-
-def test_too_little_space_is_known_before_the_first_byte(source: Path, parent: Path) -> None:
-    needed = plan(source).nbytes
-    message = refusal(source, parent / "out", disk=DiskWithRoom(needed - 1))
-    assert f"{needed:,} bytes are needed" in message
-    assert f"{needed - 1:,} are free" in message
-    assert str(parent / "out") in message
-    convert(source, parent / "out", disk=DiskWithRoom(needed))
-
-
-def test_what_is_staged_already_is_not_needed_again(source: Path, parent: Path) -> None:
-    out = parent / "out"
-    needed = plan(source, OPTIONS).nbytes
-    work = interrupt(source, out, n_done=4)
-    assert allocated_nbytes(work) > 0
-    convert(source, out, OPTIONS, disk=DiskWithRoom(max(0, needed - allocated_nbytes(work))))
-    assert verify_integrity(out).good
-
-
-def test_a_finished_run_needs_no_space_to_be_recognised_as_one(source: Path, parent: Path) -> None:
-    """Killed right after the rename, on a disk that is full now: only the cleaning up is left to do."""
-    out = parent / "out"
-
-    class NoCleaning(FaultyDisk):
-        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
-            if name in {"raw_unlink", "raw_rmdir"}:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return super().perform(name, arguments)
-
-    with pytest.raises(TargetError):
-        convert(source, out, disk=NoCleaning())
-    assert verify_integrity(out).good
-    summary = convert(source, out, disk=DiskWithRoom(0))
-    assert summary.already_complete
-    assert names_beside(out) == {"out"}
-
-
-def test_a_disk_that_fills_up_in_the_middle_is_survived(source: Path, parent: Path) -> None:
-    """As on a tmpfs of the artifact's size less one page: the bytes taken are counted, and no more are given."""
-    out = parent / "out"
-    planned = plan(source, OPTIONS)
-
-    class Full(FaultyDisk):
-        written = 0
-
-        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
-            if name in {"raw_pwrite", "raw_write"}:
-                data = arguments[1]
-                assert isinstance(data, memoryview)
-                if self.written + len(data) > planned.nbytes - 4096:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self.written += len(data)
-            return super().perform(name, arguments)
-
-    with pytest.raises(TargetError) as refused:
-        convert(source, out, OPTIONS, disk=Full())
-    message = str(refused.value)
-    assert str(parent / "out.partial") in message
-    assert f"{planned.nbytes:,} bytes are needed in all" in message
-    assert "are free" in message
-    assert "it continues" in message
-    assert not out.exists()
-    convert(source, out, OPTIONS)
-    convert(source, parent / "undisturbed", OPTIONS)
-    assert contents(out) == contents(parent / "undisturbed")
-
-
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs to write to")
-def test_another_file_system_than_the_sources_is_as_good(source: Path, parent: Path) -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        convert(source, Path(folder) / "out")
-        convert(source, Path(folder) / "out", ConversionOptions(block_size=32), force=True)
-        assert verify_integrity(Path(folder) / "out").good
-        assert os.listdir(folder) == ["out"]
-
-
-# What is left on the disk
 
 
 def test_files_and_folders_get_ordinary_modes(source: Path, parent: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qformat.artifact.components import Component
 from qformat.artifact.reading.reader import open_artifact
@@ -17,7 +16,8 @@ from qformat.converters.compare.compare import compare
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.errors import Reason, SourceError, UsageError
 from tests.converters.faulty_disk import interrupt
-from tests.small_models import SIDE_FILES, contents, llama_config, llama_tensors
+from tests.converters.sources.decoded_kinds import bnb_llama, packed, write_bnb
+from tests.small_models import contents
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
@@ -26,43 +26,6 @@ pytestmark = [
 
 PROJECTION = "model.layers.0.mlp.up_proj.weight"
 STATE = PROJECTION + ".quant_state.bitsandbytes__nf4"
-QUANTIZATION = {
-    "quant_method": "bitsandbytes",
-    "load_in_4bit": True,
-    "bnb_4bit_compute_dtype": "float16",
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_quant_storage": "uint8",
-    "bnb_4bit_use_double_quant": True,
-    "llm_int8_skip_modules": None,
-}
-
-
-def packed(weight: torch.Tensor, name: str, *, double_quant: bool = True, block_size: int = 64, kind: str = "nf4",
-           storage: torch.dtype = torch.uint8) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Return the tensors that bitsandbytes stores for a weight."""
-    codes, state = bnb.quantize_4bit(
-        weight, blocksize=block_size, compress_statistics=double_quant, quant_type=kind, quant_storage=storage
-    )
-    return {name: codes, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
-
-
-def bnb_llama(**options: object) -> dict[str, torch.Tensor]:
-    """Return a small Llama whose projections are packed."""
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in llama_tensors().items():
-        weight = torch.frombuffer(bytearray(tensor.data), dtype=torch.bfloat16).reshape(tensor.shape)
-        found |= packed(weight, name, **options) if "_proj" in name else {name: weight}  # type: ignore[arg-type]
-    return found
-
-
-def write_bnb(folder: Path, tensors: dict[str, torch.Tensor], **quantization: object) -> Path:
-    folder.mkdir()
-    config = {**llama_config(), "quantization_config": {**QUANTIZATION, **quantization}}
-    (folder / "config.json").write_text(json.dumps(config))
-    for name, data in SIDE_FILES.items():
-        (folder / name).write_bytes(data)
-    save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def as_bytes(tensor: torch.Tensor) -> bytes:

@@ -21,24 +21,19 @@ from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.converters.sources.open_source import KINDS, open_source
 from qformat.errors import QformatError, Reason, SourceError
 from tests.converters.faulty_disk import interrupt
-from tests.converters.sources.encoded.test_fp8_blocks import fp8, scales, write_fp8
-from tests.converters.sources.encoded.test_mxfp4 import experts, write_mxfp4
-from tests.converters.sources.gguf_models import write_gguf
-from tests.converters.sources.test_bitsandbytes_4bit import bnb_llama, write_bnb
-from tests.converters.sources.test_torch_bin import torch_llama, write_bin
+from tests.converters.sources.decoded_kinds import (
+    bnb_llama,
+    experts,
+    fp8_source,
+    torch_llama,
+    write_bin,
+    write_bnb,
+    write_mxfp4,
+)
+from tests.converters.sources.gguf.gguf_models import write_gguf
 from tests.small_models import contents, write_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-
-
-def fp8_source(folder: Path) -> Path:
-    stored = {}
-    for layer in range(2):
-        for part, shape in (("q_proj", (32, 32)), ("k_proj", (32, 32)), ("v_proj", (32, 32))):
-            name = f"model.layers.{layer}.self_attn.{part}.weight"
-            stored |= {name: fp8(shape, seed=layer), name + "_scale_inv": scales((1, 1), seed=layer)}
-    return write_fp8(folder, stored)
-
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "safetensors": write_llama,

@@ -19,29 +19,10 @@ from qformat.converters.compare.compare import compare
 from qformat.converters.convert import convert, plan
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import QformatError, Reason, SourceError
-from tests.converters.sources.encoded.test_fp8_blocks import read
-from tests.small_models import SIDE_FILES, contents, llama_config, llama_tensors, write_checkpoint, write_llama
+from tests.converters.sources.decoded_kinds import DTYPES, read, torch_llama, write_bin
+from tests.small_models import contents, llama_config, write_checkpoint, write_llama
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PROJECTION = "model.layers.0.mlp.up_proj.weight"
-
-
-def torch_llama(dtype: str = "BF16") -> dict[str, torch.Tensor]:
-    """Return the tensors of `llama_tensors` as torch has them."""
-    return {
-        name: torch.frombuffer(bytearray(tensor.data), dtype=DTYPES[dtype]).reshape(tensor.shape)
-        for name, tensor in llama_tensors(dtype=dtype).items()
-    }
-
-
-def write_bin(folder: Path, tensors: object, *, config: dict[str, object] | None = None) -> Path:
-    """Write a checkpoint of one file, as `save_pretrained` did before safetensors."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(llama_config() if config is None else config))
-    for name, data in SIDE_FILES.items():
-        (folder / name).write_bytes(data)
-    torch.save(tensors, folder / "pytorch_model.bin")
-    return folder
 
 
 def shard(folder: Path, n_shards: int) -> Path:

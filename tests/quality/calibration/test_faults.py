@@ -77,16 +77,22 @@ def test_a_fault_at_any_call(fault: str, source: Path, text: Path, disk_calls: U
         assert contents(out) == whole
 
 
+def interrupt(source: Path, text: Path, out: Path, *, n_layers: int) -> None:
+    """Stop a calibrated conversion when that many layers are done."""
+
+    def stop(done: int, total: int) -> None:
+        if done == n_layers:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(source, out, text, tokens=TOKENS, on_layer=stop, workers=2)
+
+
 def test_interrupted_between_layers_it_continues_with_the_layer_and_its_hidden_states(
     source: Path, text: Path, disk_calls: Undisturbed, tmp_path: Path
 ) -> None:
-    def stop(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(source, out, text, tokens=TOKENS, on_layer=stop, workers=2)
+    interrupt(source, text, out, n_layers=2)
     assert not out.exists()
     seen: list[int] = []
     calibrate(source, out, text, tokens=TOKENS, on_layer=lambda done, total: seen.append(done), workers=2)
@@ -97,13 +103,8 @@ def test_interrupted_between_layers_it_continues_with_the_layer_and_its_hidden_s
 def test_without_the_hidden_states_they_are_computed_from_the_staged_layers(
     source: Path, text: Path, disk_calls: Undisturbed, tmp_path: Path
 ) -> None:
-    def stop(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(source, out, text, tokens=TOKENS, on_layer=stop, workers=2)
+    interrupt(source, text, out, n_layers=2)
     for path in (tmp_path / "out.partial" / "hidden_states").iterdir():
         path.write_bytes(path.read_bytes()[:-4] + b"oops")
     seen: list[int] = []
@@ -124,13 +125,8 @@ def test_a_full_disk_says_how_much_is_needed_and_leaves_nothing_under_out(
 
 
 def test_what_was_begun_otherwise_is_not_continued(source: Path, text: Path, tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(source, out, text, tokens=TOKENS, on_layer=stop, workers=2)
+    interrupt(source, text, out, n_layers=1)
     for options in (ConversionOptions(), ConversionOptions(calibration=CalibrationSettings(text, 2 * TOKENS))):
         with pytest.raises(TargetError, match="was begun from another source, recipe or options"):
             convert(source, out, options)

@@ -13,38 +13,12 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.converters.compare.compare import compare
 from qformat.converters.convert import convert, plan
 from qformat.converters.sources.open_source import open_source
-from qformat.converters.sources.source import Source
 from qformat.errors import Reason, SourceError
-from tests.small_models import Tensor, contents, llama_config, llama_tensors, tensor_of, write_checkpoint
+from tests.converters.sources.decoded_kinds import FP8, fp8, read, scales, write_fp8
+from tests.small_models import Tensor, contents, llama_tensors, write_checkpoint
 
 PROJECTION = "model.layers.0.mlp.up_proj.weight"
 SCALES = PROJECTION + "_scale_inv"
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-
-
-def fp8(shape: tuple[int, ...], *, seed: int = 0) -> Tensor:
-    """Return random E4M3 codes, none of them NaN."""
-    codes = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-    codes[(codes & 127) == 127] = 0
-    return Tensor("F8_E4M3", shape, codes.tobytes())
-
-
-def scales(shape: tuple[int, ...], dtype: str = "F32", *, seed: int = 1) -> Tensor:
-    return tensor_of(np.random.default_rng(seed).uniform(1e-4, 1e-3, shape), dtype)
-
-
-def write_fp8(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, object] | None = None) -> Path:
-    config = {**llama_config(), "quantization_config": FP8 if quantization is None else quantization}
-    return write_checkpoint(folder, {**llama_tensors(), **tensors}, config=config)
-
-
-def read(source: Source, name: str, *, chunk_nbytes: int) -> np.ndarray:
-    """Return a tensor's bytes, read in pieces as a conversion does."""
-    tensor = source.tensors[name]
-    data = np.empty(tensor.nbytes, np.uint8)
-    for start in range(0, tensor.nbytes, chunk_nbytes):
-        source.read_into(tensor, start, data[start : start + chunk_nbytes].data)
-    return data
 
 
 def decoded_by_transformers(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> np.ndarray:

@@ -15,19 +15,8 @@ from qformat.converters.compare.compare import compare
 from qformat.converters.convert import convert, plan
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import Reason, SourceError
-from tests.converters.sources.encoded.test_fp8_blocks import read
-from tests.small_models import Tensor, llama_tensors, raw_tensor, weight, write_checkpoint
-
-EXPERTS = "model.layers.0.mlp.experts."
-CONFIG = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
-
-
-def experts(name: str, *, n_experts: int, n_rows: int, n_groups: int, seed: int = 0) -> dict[str, Tensor]:
-    exponents = np.random.default_rng(seed).integers(0, 255, (n_experts, n_rows, n_groups), np.uint8)
-    return {
-        EXPERTS + name + "_blocks": raw_tensor("U8", (n_experts, n_rows, n_groups, 16), seed=seed),
-        EXPERTS + name + "_scales": Tensor("U8", exponents.shape, exponents.tobytes()),
-    }
+from tests.converters.sources.decoded_kinds import EXPERTS, experts, read, write_mxfp4
+from tests.small_models import Tensor, raw_tensor, weight
 
 
 def decoded_by_transformers(tensors: dict[str, Tensor], name: str) -> np.ndarray:
@@ -38,10 +27,6 @@ def decoded_by_transformers(tensors: dict[str, Tensor], name: str) -> np.ndarray
         for tensor in (tensors[EXPERTS + name + "_blocks"], tensors[EXPERTS + name + "_scales"])
     )
     return convert_moe_packed_tensors(blocks, scales).flatten().clone().view(torch.uint8).numpy()
-
-
-def write_mxfp4(folder: Path, tensors: dict[str, Tensor]) -> Path:
-    return write_checkpoint(folder, {**llama_tensors(), **tensors}, config=CONFIG)
 
 
 @pytest.mark.parametrize(("n_experts", "n_rows", "n_groups"), [(1, 1, 1), (3, 10, 2), (2, 300, 3)])

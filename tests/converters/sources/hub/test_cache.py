@@ -114,7 +114,7 @@ def test_options_of_repositories_are_refused_for_folders(source: Path, options: 
 def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
     hub: Hub, tmp_path: Path, keep_source: bool
 ) -> None:
-    from tests.converters.sources.test_kinds import fp8_source
+    from tests.converters.sources.decoded_kinds import fp8_source
 
     hub.add_folder(NAME, fp8_source(tmp_path / "source"))
     options = ConversionOptions(keep_source=keep_source)
@@ -134,7 +134,7 @@ def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
 def test_pytorch_files_are_converted_from_the_cache_compared_with_their_digests_and_pinned(
     hub: Hub, tmp_path: Path
 ) -> None:
-    from tests.converters.sources.test_torch_bin import torch_llama, write_bin
+    from tests.converters.sources.decoded_kinds import torch_llama, write_bin
 
     source = write_bin(tmp_path / "source", torch_llama())
     repository = hub.add_folder(NAME, source)

@@ -1,0 +1,114 @@
+"""Disks that may not be written, or are too small: known before the first byte where that is possible."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact.reading.verify import verify_integrity
+from qformat.artifact.writing.disk import Disk, allocated_nbytes
+from qformat.converters.convert import ConversionOptions, convert, plan
+from qformat.errors import TargetError
+from tests.converters.encode.refused_target import refusal
+from tests.converters.faulty_disk import OPTIONS, DiskWithRoom, FaultyDisk, interrupt
+from tests.small_models import contents, names_beside
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_target_that_may_not_be_written_is_named(code: int, source: Path, parent: Path) -> None:
+    class ReadOnly(Disk):
+        def raw_mkdir(self, path: Path) -> None:
+            raise OSError(code, os.strerror(code))
+
+    message = refusal(source, parent / "out", disk=ReadOnly())
+    assert str(parent / "out.partial") in message
+    assert "Choose a folder that you may write to" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused(source: Path, parent: Path) -> None:
+    parent.chmod(0o500)
+    try:
+        assert "Choose a folder that you may write to" in refusal(source, parent / "out")
+    finally:
+        parent.chmod(0o700)
+
+
+def test_too_little_space_is_known_before_the_first_byte(source: Path, parent: Path) -> None:
+    needed = plan(source).nbytes
+    message = refusal(source, parent / "out", disk=DiskWithRoom(needed - 1))
+    assert f"{needed:,} bytes are needed" in message
+    assert f"{needed - 1:,} are free" in message
+    assert str(parent / "out") in message
+    convert(source, parent / "out", disk=DiskWithRoom(needed))
+
+
+def test_what_is_staged_already_is_not_needed_again(source: Path, parent: Path) -> None:
+    out = parent / "out"
+    needed = plan(source, OPTIONS).nbytes
+    work = interrupt(source, out, n_done=4)
+    assert allocated_nbytes(work) > 0
+    convert(source, out, OPTIONS, disk=DiskWithRoom(max(0, needed - allocated_nbytes(work))))
+    assert verify_integrity(out).good
+
+
+def test_a_finished_run_needs_no_space_to_be_recognised_as_one(source: Path, parent: Path) -> None:
+    """Killed right after the rename, on a disk that is full now: only the cleaning up is left to do."""
+    out = parent / "out"
+
+    class NoCleaning(FaultyDisk):
+        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
+            if name in {"raw_unlink", "raw_rmdir"}:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().perform(name, arguments)
+
+    with pytest.raises(TargetError):
+        convert(source, out, disk=NoCleaning())
+    assert verify_integrity(out).good
+    summary = convert(source, out, disk=DiskWithRoom(0))
+    assert summary.already_complete
+    assert names_beside(out) == {"out"}
+
+
+def test_a_disk_that_fills_up_in_the_middle_is_survived(source: Path, parent: Path) -> None:
+    """As on a tmpfs of the artifact's size less one page: the bytes taken are counted, and no more are given."""
+    out = parent / "out"
+    planned = plan(source, OPTIONS)
+
+    class Full(FaultyDisk):
+        written = 0
+
+        def perform(self, name: str, arguments: tuple[object, ...]) -> object:
+            if name in {"raw_pwrite", "raw_write"}:
+                data = arguments[1]
+                assert isinstance(data, memoryview)
+                if self.written + len(data) > planned.nbytes - 4096:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.written += len(data)
+            return super().perform(name, arguments)
+
+    with pytest.raises(TargetError) as refused:
+        convert(source, out, OPTIONS, disk=Full())
+    message = str(refused.value)
+    assert str(parent / "out.partial") in message
+    assert f"{planned.nbytes:,} bytes are needed in all" in message
+    assert "are free" in message
+    assert "it continues" in message
+    assert not out.exists()
+    convert(source, out, OPTIONS)
+    convert(source, parent / "undisturbed", OPTIONS)
+    assert contents(out) == contents(parent / "undisturbed")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs to write to")
+def test_another_file_system_than_the_sources_is_as_good(source: Path, parent: Path) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        convert(source, Path(folder) / "out")
+        convert(source, Path(folder) / "out", ConversionOptions(block_size=32), force=True)
+        assert verify_integrity(Path(folder) / "out").good
+        assert os.listdir(folder) == ["out"]

@@ -1,0 +1,180 @@
+"""Folders that hold no checkpoint, a quantized one or another kind, and their config.json: refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qformat.artifact.reading.verify import verify_integrity
+from qformat.converters.convert import convert
+from qformat.errors import QformatError, Reason, SourceError
+from tests.converters.refused_source import refusal
+from tests.small_models import (
+    INDEX,
+    SIDE_FILES,
+    contents,
+    llama_tensors,
+    raw_tensor,
+    tiny_tensors,
+    write_checkpoint,
+    write_tiny,
+)
+
+# Quantized already
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.layers.0.mlp.down_proj.weight.absmax", "bitsandbytes"),
+        ("model.layers.0.mlp.down_proj.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
+        ("model.layers.0.mlp.down_proj.SCB", "int8"),
+        ("model.layers.0.mlp.down_proj.qweight", "GPTQ"),
+        ("model.layers.0.mlp.down_proj.qzeros", "AWQ"),
+        ("model.layers.0.mlp.down_proj.weight_packed", "compressed-tensors"),
+        ("model.layers.0.mlp.down_proj.weight_scale_inv", "fp8"),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", "MXFP4"),
+    ],
+)
+def test_tensors_of_a_quantized_checkpoint_are_recognised_without_a_config(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    source = write_checkpoint(tmp_path / "source", {**llama_tensors(), name: raw_tensor("U8", (8,))})
+    error = refusal(source)
+    assert error.reason is Reason.ALREADY_QUANTIZED
+    assert error.tensor == name
+    assert what in str(error)
+    assert "16-bit checkpoint that it was made from" in str(error)
+
+
+@pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {"quant_method": "awq"}, {}, 5, [], "bitsandbytes"])
+def test_a_config_of_a_quantized_checkpoint_is_refused(quantization: object, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", config={"quantization_config": quantization})
+    error = refusal(source)
+    assert error.reason is Reason.ALREADY_QUANTIZED
+    assert error.field == "quantization_config"
+
+
+def test_an_artifact_is_not_converted_again(single: Path, tmp_path: Path) -> None:
+    convert(single, tmp_path / "artifact")
+    error = refusal(tmp_path / "artifact")
+    assert error.reason is Reason.ALREADY_QUANTIZED
+
+
+# config.json
+
+
+def test_a_missing_config_is_named(single: Path) -> None:
+    (single / "config.json").unlink()
+    error = refusal(single)
+    assert error.reason is Reason.MISSING_FILE
+    assert Path(error.path) == single / "config.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"", Reason.JSON_SYNTAX),
+        (b"null", Reason.CONFIG_FIELD),
+        (b"[]", Reason.CONFIG_FIELD),
+        (b'"text"', Reason.CONFIG_FIELD),
+        (b"{", Reason.JSON_SYNTAX),
+        (b"{} {}", Reason.JSON_SYNTAX),
+        (b"\xef\xbb\xbf{}", Reason.JSON_SYNTAX),
+        (b'{"a": NaN}', Reason.JSON_SYNTAX),
+        (b'{"a": Infinity}', Reason.JSON_SYNTAX),
+        (b'{"a": 1e999}', Reason.JSON_LIMIT),
+        (b'{"a": 123456789012345678901}', Reason.JSON_LIMIT),
+        (b'{"a": 1, "a": 1}', Reason.JSON_DUPLICATE_KEY),
+        (b'{"a": ' + b"[" * 33 + b"]" * 33 + b"}", Reason.JSON_LIMIT),
+        (b'{"a": "\\ud800"}', Reason.JSON_SYNTAX),
+        (b'{"\\udc00": 1}', Reason.JSON_SYNTAX),
+        (b'{"a": "' + b"x" * 2**22 + b'"}', Reason.JSON_LIMIT),
+        (b'{"a": "' + b"x" * (2**22 - 100) + b'"}', Reason.JSON_LIMIT),  # readable, but not with our addition
+        (b'{"a": [' + b"1," * 2**20 + b"1]}", Reason.JSON_LIMIT),
+    ],
+)
+def test_a_broken_config_is_refused_by_name(text: bytes, reason: Reason, single: Path) -> None:
+    (single / "config.json").write_bytes(text)
+    error = refusal(single)
+    assert error.reason is reason, error
+    assert "config.json" in error.path
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": 5},
+        {"model_type": ["llama"]},
+        {"model_type": {"a": {}}, "text_config": []},
+        {"tie_word_embeddings": "yes"},
+        {"text_config": {"tie_word_embeddings": 1, "model_type": None}},
+        {"architectures": 17},
+        {"quantization_config": None},
+        {"torch_dtype": {"deep": [[[1]]]}},
+        {"model_type": "llama\n\u202e🦙", "🦙": "\U0001f999"},
+        {"vocab_size": 99999999999999999999, "small": -9999999999999999999, "x": 1e308, "y": -0.0, "z": 5e-324},
+    ],
+)
+def test_a_config_with_unexpected_values_is_carried_over_as_it_is(config: dict[str, object], tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", config=config)
+    convert(source, tmp_path / "out")
+    assert verify_integrity(tmp_path / "out").good
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.pop("quantization_config")["quant_method"] == "bitsandbytes"
+    config.pop("quantization_config", None)
+    assert written == config
+
+
+# Other kinds of checkpoints
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("consolidated.00.pt", "PyTorch .pt"),
+        ("flax_model.msgpack", "Flax"),
+        ("tf_model.h5", "TensorFlow"),
+    ],
+)
+def test_weights_of_another_format_are_named_with_what_to_do(name: str, what: str, single: Path) -> None:
+    (single / "model.safetensors").unlink()
+    (single / name).write_bytes(b"")
+    error = refusal(single)
+    assert error.reason is Reason.UNSUPPORTED_SOURCE
+    assert Path(error.path).name == name
+    assert what in str(error)
+    assert "save_pretrained" in str(error)
+
+
+def test_a_folder_without_weights_says_what_it_has_instead(single: Path) -> None:
+    (single / "model.safetensors").rename(single / "adapter_model.safetensors")
+    error = refusal(single)
+    assert error.reason is Reason.MISSING_FILE
+    assert "adapter_model.safetensors" in str(error)
+
+
+def test_files_that_are_not_known_are_not_carried_over(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "source", side_files=SIDE_FILES)
+    for name in ("training_args.bin", "optimizer.pt", "adapter_model.safetensors", ".gitattributes", "README.md"):
+        (source / name).write_bytes(b"x")
+    (source / "checkpoint-500").mkdir()
+    (source / "modeling_mine.py").write_text("# mine")
+    convert(source, tmp_path / "out")
+    expected = {
+        "config.json",
+        INDEX,
+        "model-00001-of-00001.safetensors",
+        "qformat.json",
+        "modeling_mine.py",
+        *SIDE_FILES,
+    }
+    assert set(contents(tmp_path / "out")) == expected
+
+
+def test_every_bad_source_is_a_qformat_error() -> None:
+    assert issubclass(SourceError, QformatError)
+    assert len(tiny_tensors()) == 5
