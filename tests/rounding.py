@@ -6,6 +6,8 @@ magnitudes of the exact one (Higham, Accuracy and Stability of Numerical Algorit
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,27 @@ def rounds_like(found: Tensor, peer: Tensor, exact: Tensor) -> bool:
     over many numbers. What rounds less often lies nearer.
     """
     return distance(found, exact) <= 2 * distance(peer, exact)
+
+
+def log_softmax_error(logits: Tensor, off: float = 0.0) -> Tensor:
+    """Return how far the log-softmax in float32 of logits [..., V] may lie from exact: one bound a row, [..., 1].
+
+    off: how far the logits themselves may lie from exact; all of them move a result by at most twice that. The logits
+    less the largest are rounded, and their exponentials are off by up to two units; the sum of these by `sum_error(V)`.
+    The logarithm, at most log V, and the two subtractions are rounded.
+    """
+    n, unit = logits.shape[-1], torch.finfo(torch.float32).eps
+    spread = logits.double().amax(-1, keepdim=True) - logits.double().amin(-1, keepdim=True)
+    return 2 * off + sum_error(n + 4) + 2 * unit * (spread + math.log(n))
+
+
+def kl_error(teacher: Tensor, student: Tensor, off: float = 0.0) -> Tensor:
+    """Return how far the KL in float32 of logits [..., V] may lie from exact, [...].
+
+    The KL is the sum of p (log p - log q). An error of log p is a relative one of p.
+    """
+    log_p, log_q = torch.log_softmax(teacher.double(), -1), torch.log_softmax(student.double(), -1)
+    of_p, of_q = log_softmax_error(teacher, off), log_softmax_error(student, off)
+    p = log_p.exp()
+    products = (of_p + sum_error(log_p.shape[-1] + 4)) * (log_p - log_q).abs() + of_p + of_q
+    return (p * products).sum(-1)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from qformat.model.devices.shard_stream import data_starts, stream_shards
 from qformat.model.devices.stream_device import TorchDevice
 from qformat.model.shard_tensors import ShardData
 from tests.artifact.damaged import reseal, shards
+from tests.model.devices.chosen_order import ChosenOrder
 from tests.model.devices.late_device import LateDevice, check_at_rest, check_bytes, refusal
 from tests.small_models import Tensor as SourceTensor
 from tests.small_models import tiny_tensors, write_checkpoint
@@ -68,24 +67,29 @@ def test_copies_start_in_the_order_of_the_bytes(llama: Path) -> None:
     assert targets == expected
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(20))
 def test_any_order_of_reads_and_copies_gives_the_same_bytes(
     llama: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    chance = random.Random(seed)
+    structure = check_structure(llama)
+    starts = data_starts(structure)
+    chunks = [(path, at) for path in shards(llama) for at in range(starts[path.name], path.stat().st_size, 300)]
+    n_buffers = 2 + seed % 5
+    order = ChosenOrder(seed, n_chunks=len(chunks), n_buffers=n_buffers, n_readers=min(4, n_buffers))
     read_exactly = stream.read_exactly
 
-    def slow(*args: Any, **kwargs: Any) -> None:
-        time.sleep(chance.random() * 2e-3)  # stirs the order, which is one of many; the verdict holds for each of them
-        read_exactly(*args, **kwargs)
+    def read_when_chosen(descriptor: int, start: int, out: memoryview, *, path: Path, error: Any) -> None:
+        with order.reading(chunks.index((path, start))):
+            read_exactly(descriptor, start, out, path=path, error=error)
 
-    monkeypatch.setattr(stream, "read_exactly", slow)
+    monkeypatch.setattr(stream, "read_exactly", read_when_chosen)
     device = LateDevice()
-    device.on_copy = lambda host: time.sleep(chance.random() * 1e-3)
-    structure = check_structure(llama)
-    found = stream_shards(structure, device, verify="full", chunk_nbytes=300, n_buffers=chance.randint(2, 6), readers=4)
+    device.on_copy = lambda host: order.before_copy()
+    found = stream_shards(structure, device, verify="full", chunk_nbytes=300, n_buffers=n_buffers, readers=4)
     check_bytes(structure, found)
     check_at_rest(device)
+    assert order.read != sorted(order.read) == list(range(len(chunks)))
+    assert order.n_copied == len(chunks)
 
 
 def test_reads_happen_at_the_same_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

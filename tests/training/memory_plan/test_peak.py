@@ -138,7 +138,8 @@ def check(config: Any, folder: Path, rank: int, batch: int, seq_len: int, *, che
         shape = f"{config.model_type} {config.hidden_size}x{config.num_hidden_layers} {batch}x{seq_len} r{rank}"
         sizes = f"{plan.peak / GIB:.3f} | {measured / GIB:.3f} | {plan.peak / measured - 1:+.2%}"
         print(f"| {shape} ckpt={checkpointing} | {sizes} |")
-    assert plan.peak == pytest.approx(measured, rel=0.01)
+    # docs/training.md promises 1%. Either side counts the bytes of tensors without memory: no machine changes them.
+    assert abs(plan.peak - measured) <= 0.01 * measured
 
 
 @pytest.mark.parametrize(

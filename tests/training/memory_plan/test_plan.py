@@ -64,8 +64,10 @@ def test_the_tiled_loss_makes_no_logits(tmp_path: Path) -> None:
     tiled = planned(config, tmp_path / "a", 8, 4, 2048, checkpointing=True, loss="tiled")
     logits = planned(config, tmp_path / "b", 8, 4, 2048, checkpointing=True, loss="logits")
     n = 4 * 2047
-    # The tile, the rows that are scored, their gradient in float32 and bfloat16, seven numbers a row.
-    assert tiled.loss == pytest.approx(4096 * 32768 * 2 + n * 256 * (2 + 4 + 2) + n * 7 * 4, rel=0.1)
+    # While the tile is there, so are the rows that are scored and their gradient in float32. All that there ever is
+    # besides: the gradient in bfloat16, and seven numbers a row; the allocator rounds each of these up to 512 bytes.
+    tile, row = 4096 * 32768 * 2, 256
+    assert tile + n * row * (2 + 4) <= tiled.loss <= tile + n * row * (2 + 4 + 2) + n * 7 * 4 + 512 * 11
     assert logits.loss > n * config.vocab_size * (2 + 4 + 4)
 
 
