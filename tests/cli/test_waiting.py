@@ -14,9 +14,8 @@ from qformat.cli import waiting
     ("load", "loaded"),
     [
         ("0.00 0.00 0.00 1/100 4711", False),  # this process is the one that runs
-        ("0.99 9.00 9.00 1/100 4711", False),
+        ("9.00 9.00 9.00 1/100 4711", False),  # what ran before this process
         ("0.00 0.00 0.00 2/100 4711", True),
-        ("1.00 0.00 0.00 1/100 4711", True),
         (None, False),
     ],
 )
