@@ -108,7 +108,7 @@ def train(folder: Path, artifact: Path) -> None:
     subprocess.run([sys.executable, "-m", "tools.reference_questions", str(questions)], check=True)
     shutil.rmtree(adapter, ignore_errors=True)
     data = ["--data", str(questions / "train.jsonl"), "--eval-data", str(questions / "held_out.jsonl")]
-    steps = ["--max-steps", "24", "--grad-accum", "2", "--seq-len", "512", "--packing", "--learning-rate", "1e-3"]
+    steps = ["--max-steps", "16", "--grad-accum", "1", "--seq-len", "256", "--packing", "--learning-rate", "1e-3"]
     run_qformat("train", str(artifact), str(adapter), *data, *steps, "--no-gradient-checkpointing")
     ask = ["--chat", "--prompt", QUESTION, "--max-new-tokens", "64"]
     run_qformat("generate", str(artifact), *ask)
