@@ -108,9 +108,9 @@ def train(folder: Path, artifact: Path) -> None:
     subprocess.run([sys.executable, "-m", "tools.reference_questions", str(questions)], check=True)
     shutil.rmtree(adapter, ignore_errors=True)
     data = ["--data", str(questions / "train.jsonl"), "--eval-data", str(questions / "held_out.jsonl")]
-    steps = ["--max-steps", "16", "--grad-accum", "1", "--seq-len", "256", "--packing", "--learning-rate", "1e-3"]
+    steps = ["--max-steps", "12", "--grad-accum", "1", "--seq-len", "256", "--packing", "--learning-rate", "1e-3"]
     run_qformat("train", str(artifact), str(adapter), *data, *steps, "--no-gradient-checkpointing")
-    ask = ["--chat", "--prompt", QUESTION, "--max-new-tokens", "64"]
+    ask = ["--chat", "--prompt", QUESTION, "--max-new-tokens", "40"]
     run_qformat("generate", str(artifact), *ask)
     run_qformat("generate", str(artifact), "--adapter", str(adapter), *ask)
     compare_with_peer(artifact, adapter)
