@@ -212,6 +212,15 @@ def test_a_conversion_loads_no_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+def test_checking_digests_alone_loads_no_kernels() -> None:
+    script = (
+        "import sys; from qformat.cli.main import run\n"
+        "assert run(['verify', 'spec/vectors/artifacts/double_quant']) == 0\n"
+        "assert 'numba' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys; from qformat.cli.main import run; run(['--help'])\n"

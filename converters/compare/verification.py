@@ -1,4 +1,7 @@
-"""Verify an artifact, alone or beside its source: one record of what was found, and its one form as JSON."""
+"""Verify an artifact, alone or beside its source: one record of what was found, and its one form as JSON.
+
+The kernels of a comparison are imported where there is a source: checking digests alone takes less time than they do.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.reader import Artifact
@@ -22,14 +25,15 @@ from qformat.artifact.verification_facts import (
     PackedFacts,
     VerificationFacts,
 )
-from qformat.codec.cpu.error_sums import ErrorSums, add_up
-from qformat.converters.compare.compare import compare
-from qformat.converters.compare.comparison import Comparison, KeptComparison, PackedComparison, kind_of, layer_of
 from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.source import Source
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError
 from qformat.hub.signature import check_local_signature
+
+if TYPE_CHECKING:
+    from qformat.codec.cpu.error_sums import ErrorSums
+    from qformat.converters.compare.comparison import Comparison, KeptComparison, PackedComparison
 
 Stage = Literal["digests", "comparison"]
 
@@ -120,6 +124,8 @@ def verify_against_source(
         checked = time.monotonic()
         comparison = None
         if opened is not None and integrity.structure is not None:
+            from qformat.converters.compare.compare import compare
+
             on_stage("comparison", _nbytes(opened))
             try:
                 comparison = compare(
@@ -186,6 +192,8 @@ def _manifest_json(manifest: Manifest) -> ManifestFacts:
 
 
 def _comparison_json(comparison: Comparison) -> ComparisonFacts:
+    from qformat.codec.cpu.error_sums import add_up
+
     return {
         "source": str(comparison.source),
         "source_nbytes": comparison.source_nbytes,
@@ -217,6 +225,8 @@ def _comparison_json(comparison: Comparison) -> ComparisonFacts:
 
 
 def _packed_json(tensor: PackedComparison) -> PackedFacts:
+    from qformat.converters.compare.comparison import kind_of, layer_of
+
     return {
         "name": tensor.name,
         "kind": kind_of(tensor.name),
