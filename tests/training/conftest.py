@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qformat.training.result import TrainingResult
+from tests.one_thread import one_thread
 from tests.training import runs
 
 
@@ -19,11 +20,8 @@ def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny work in two test processes: more threads than cores would wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from qformat.quality.tuning.tune import TuningResult
+from tests.one_thread import one_thread
 from tests.quality.tuning.tuned import run
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.model.sides import SAME_PRODUCTS
+from tests.one_thread import one_thread
 from tests.rounding import rounds_like
 from tests.training import runs
 from tools.quality import parity_training
@@ -21,11 +22,8 @@ N_STEPS = 50
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Work of this size on more threads than cores would wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
