@@ -5,7 +5,7 @@
     qformat.convert("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-nf4")
     with qformat.open("SmolLM2-135M-Instruct-nf4") as artifact:
         weight = artifact["model.layers.0.mlp.up_proj.weight"].decode()
-    assert qformat.verify("SmolLM2-135M-Instruct-nf4").good
+    assert qformat.verify("SmolLM2-135M-Instruct-nf4").passed
     model = qformat.load_model("SmolLM2-135M-Instruct-nf4")
 
 Public names are imported when they are first used: `import qformat` itself loads nothing heavy.

@@ -98,7 +98,7 @@ class Comparison:
     scale_change: float | None = None
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
         """Whether nothing is wrong: every code, scale and kept bit is what this source gives."""
         return not self.findings
 

@@ -58,7 +58,7 @@ class Verification:
         return self.integrity.findings + (self.comparison.findings if self.comparison is not None else ())
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
         """Whether nothing is wrong."""
         return not self.findings
 
@@ -67,10 +67,10 @@ class Verification:
         integrity, comparison = self.integrity, self.comparison
         return {
             "path": str(integrity.path),
-            "good": self.good,
+            "passed": self.passed,
             "findings": [_finding_json(finding) for finding in self.findings],
             "integrity": {
-                "good": integrity.good,
+                "passed": integrity.passed,
                 "n_files": integrity.n_files,
                 "nbytes": integrity.nbytes,
                 "sha256_checked": integrity.sha256_checked,
@@ -136,7 +136,7 @@ def verify_against_source(
                     on_compile=on_compile,
                 )
             except ArtifactError:  # of a damaged artifact, the integrity report has told why
-                if integrity.good:
+                if integrity.passed:
                     raise
         compared = time.monotonic()
     return Verification(integrity, comparison, public_key is not None, checked - started, compared - checked)

@@ -28,7 +28,7 @@ class IntegrityFacts(TypedDict):
     signature_checked: the signature was checked with a public key; what is wrong with it is a finding.
     """
 
-    good: bool
+    passed: bool
     n_files: int
     nbytes: int
     sha256_checked: bool
@@ -144,7 +144,7 @@ class VerificationFacts(TypedDict):
     """Everything. manifest and comparison are null where the artifact could not be read, or was not compared."""
 
     path: str
-    good: bool
+    passed: bool
     findings: list[FindingFacts]
     integrity: IntegrityFacts
     manifest: ManifestFacts | None

@@ -98,4 +98,4 @@ def say_complete(out: Path) -> None:
 
 def verdict(n_findings: int) -> str:
     """Return the last line of a check."""
-    return f"NOT GOOD: {n_findings} finding{'s' if n_findings != 1 else ''}" if n_findings else "good"
+    return f"FAILED: {n_findings} finding{'s' if n_findings != 1 else ''}" if n_findings else "passed"

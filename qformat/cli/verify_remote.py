@@ -26,14 +26,14 @@ def verify_repository(repository: str, *, revision: str | None, public_key: Path
         echo_json({**_facts(report), "seconds": round(seconds, 3)})
     else:
         _show(report, seconds)
-    return report.good
+    return report.passed
 
 
 def _facts(report: RemoteReport) -> dict[str, object]:
     return {
         "repository": report.repository,
         "commit": report.commit,
-        "good": report.good,
+        "passed": report.passed,
         "findings": [
             {"reason": one.reason.value, "file": one.file, "tensor": one.tensor, "message": one.message}
             for one in report.findings

@@ -177,7 +177,7 @@ class FetchRun:
     def _refuse_damaged(self) -> None:
         """Verify the folder as a whole: that its parts fit each other is not told by their SHA-256."""
         report = verify_integrity(self._staging.folder, workers=usable_cores())
-        if not report.good:
+        if not report.passed:
             raise report.findings[0].as_error(self._staging.folder)
 
     def _xxh3_of(self, piece: _Piece) -> str:

@@ -55,7 +55,7 @@ class RemoteReport:
     others: tuple[str, ...] = ()
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
         """Whether nothing is wrong."""
         return not self.findings
 

@@ -60,8 +60,8 @@ def _verdict(facts: VerificationFacts) -> str:
     findings, integrity, comparison = facts["findings"], facts["integrity"], facts["comparison"]
     covered = "every digest" + (" and the SHA-256 of every file" if integrity["sha256_checked"] else "")
     size = f"{integrity['n_files']} files, {integrity['nbytes']:,} bytes"
-    whole = "whole" if integrity["good"] else "not whole"
-    checks = [_check(integrity["good"], f"The artifact is {whole}: structure and {covered} checked ({size})")]
+    state = "intact" if integrity["passed"] else "damaged"
+    checks = [_check(integrity["passed"], f"The artifact is {state}: structure and {covered} checked ({size})")]
     if comparison is None:
         checks.append('<li class="open">Not compared with a source</li>')
     else:
@@ -94,8 +94,8 @@ def _verdict(facts: VerificationFacts) -> str:
         ):
             if n_all:
                 checks.append(_check(n_good == n_all, f"{text}: {n_good:,} of {n_all:,} tensors"))
-    title = "Good" if facts["good"] else f"{len(findings)} finding{'s' if len(findings) != 1 else ''}"
-    state = "good" if facts["good"] else "bad"
+    title = "Passed" if facts["passed"] else f"{len(findings)} finding{'s' if len(findings) != 1 else ''}"
+    state = "good" if facts["passed"] else "bad"
     return f'<div class="verdict {state}"><strong>{title}</strong><ul>{"".join(checks)}</ul></div>' + _findings(
         findings
     )

@@ -35,7 +35,7 @@ def test_a_fetched_artifact_has_the_published_bytes_and_the_token_goes_to_the_hu
     summary = do_fetch(tmp_path / "out", on_progress=progress.append)
 
     assert contents(tmp_path / "out") == published
-    assert verify_integrity(tmp_path / "out", sha256=True).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
     assert names_beside(tmp_path / "out") == {"out", "small-nf4"}
     assert summary.others == ("notes.md", "notes/extra.txt")
     assert sum(progress) == summary.nbytes - len(published["qformat.json"]) == summary.nbytes_fetched

@@ -48,7 +48,7 @@ def resealed(published: dict[str, bytes], old: str, new: str) -> bytes:
 
 def test_a_good_artifact_is_good_and_no_weights_are_fetched(hub: Hub, published: dict[str, bytes]) -> None:
     report = check()
-    assert report.good, report.findings
+    assert report.passed, report.findings
     assert (report.n_files, report.signed, report.others) == (10, False, ())
     assert report.nbytes == sum(len(data) for name, data in published.items() if name != ".gitattributes")
     requests = hub.requests(r"cdn/|resolve/.*\.safetensors")
@@ -106,7 +106,7 @@ def test_a_header_that_the_server_changes_on_the_way_is_found(hub: Hub, publishe
 @pytest.mark.parametrize("every", [3, 5])
 def test_refused_requests_are_made_again(hub: Hub, published: dict[str, bytes], every: int) -> None:
     hub.faults.add("status", route="GET cdn/|resolve/", every=every, times=3)
-    assert check().good
+    assert check().passed
 
 
 def test_what_is_no_artifact_or_not_there_is_told(hub: Hub, published: dict[str, bytes]) -> None:
@@ -169,7 +169,7 @@ def test_the_command_line_prefers_a_folder_and_refuses_options_that_do_not_fit(
 
     assert run(["verify", NAME, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["good"]
+    assert facts["passed"]
     assert facts["commit"] == hub.repositories.by_name[NAME].head.oid
     assert TOKEN not in json.dumps(facts)
     assert run(["verify", NAME, "--revision", "missing"]) == 1

@@ -108,7 +108,7 @@ def test_a_published_signature_is_accepted_by_the_tool_and_a_repeated_publish_ke
     there.mkdir()
     for name, file in head.files.items():
         (there / name).write_bytes(file.read())
-    assert verify_integrity(there, sha256=True).good
+    assert verify_integrity(there, sha256=True).passed
     signed_by = ["--signature", str(there / "model.sig"), "--public_key", str(key.with_suffix(".pub"))]
     assert run_tool("verify", "key", str(there), *signed_by).returncode == 0
     assert "--signature --public-key" in (there / "README.md").read_text()

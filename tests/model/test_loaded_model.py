@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_an_unchanged_model_is_saved_as_the_same_bytes(artifact: Path, tmp_path: Path, load: Load) -> None:
     load(artifact).save_pretrained(tmp_path / "saved")
     assert contents(tmp_path / "saved") == contents(artifact)
-    assert qformat.verify(tmp_path / "saved", sha256=True).good
+    assert qformat.verify(tmp_path / "saved", sha256=True).passed
 
 
 def test_running_and_generating_changes_nothing_that_is_saved(artifact: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_changed_tensor_gets_a_digest_of_its_own(artifact: Path, tmp_path: Pat
     model = load(artifact)
     model.state_dict()[name][0] += 1
     model.save_pretrained(tmp_path / "saved")
-    assert qformat.verify(tmp_path / "saved", sha256=True).good
+    assert qformat.verify(tmp_path / "saved", sha256=True).passed
     old, new = contents(artifact), contents(tmp_path / "saved")
     differing = {file for file in old if old[file] != new[file]}
     assert len(differing) == 2
@@ -126,7 +126,7 @@ def test_a_changed_config_is_written_and_nothing_else(artifact: Path, tmp_path: 
     model.config.use_cache = False
     model.generation_config.max_new_tokens = 9
     model.save_pretrained(tmp_path / "saved")
-    assert qformat.verify(tmp_path / "saved", sha256=True).good
+    assert qformat.verify(tmp_path / "saved", sha256=True).passed
     old, new = contents(artifact), contents(tmp_path / "saved")
     assert {name for name in old if old[name] != new[name]} == {
         "config.json", "generation_config.json", MANIFEST_NAME,

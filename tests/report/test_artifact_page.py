@@ -95,9 +95,15 @@ def compared(weights: list[PackedFacts], others: list[KeptFacts]) -> ComparisonF
 def facts_of(comparison: ComparisonFacts | None, *, path: str = "/models/Small-nf4") -> VerificationFacts:
     return {
         "path": path,
-        "good": True,
+        "passed": True,
         "findings": [],
-        "integrity": {"good": True, "n_files": 3, "nbytes": 12345, "sha256_checked": True, "signature_checked": False},
+        "integrity": {
+            "passed": True,
+            "n_files": 3,
+            "nbytes": 12345,
+            "sha256_checked": True,
+            "signature_checked": False,
+        },
         "manifest": {
             "format_version": "1.0",
             "generator": "qformat 0.1.0",
@@ -161,7 +167,7 @@ def count(reader: Reader, tag: str) -> int:
 def test_the_page_is_well_formed_and_complete(facts: VerificationFacts) -> None:
     reader = read(page(facts))
     headings = " ".join(reader.text)
-    for expected in ("Good", "Summary", "Errors by layer", "Codes", "Largest errors", "Kept tensors", "Provenance"):
+    for expected in ("Passed", "Summary", "Errors by layer", "Codes", "Largest errors", "Kept tensors", "Provenance"):
         assert expected in headings
     assert count(reader, "svg") == 3  # two kinds and the histogram
     names = [text for text in reader.text if text.startswith("model.layers.") and text.endswith(".weight")]
@@ -190,7 +196,7 @@ def test_only_the_page_s_own_script_and_style_may_run(facts: VerificationFacts) 
 
 def test_names_from_files_are_escaped(facts: VerificationFacts) -> None:
     evil = facts_of(compared([packed(EVIL, kind=EVIL)], [kept(EVIL, n_wrong_bytes=1)]), path=f"/tmp/{EVIL[:20]}")
-    evil["good"] = False
+    evil["passed"] = False
     evil["findings"] = [{"reason": "codes_mismatch", "file": EVIL, "tensor": EVIL, "component": None, "message": EVIL}]
     assert evil["manifest"] is not None
     evil["manifest"] |= {"generator": EVIL, "recipe": {EVIL: EVIL}, "files": {EVIL: {"nbytes": 1, "sha256": EVIL}}}
@@ -204,8 +210,8 @@ def test_names_from_files_are_escaped(facts: VerificationFacts) -> None:
 
 
 def test_findings_lead_the_page(facts: VerificationFacts) -> None:
-    facts["good"] = False
-    facts["integrity"]["good"] = False
+    facts["passed"] = False
+    facts["integrity"]["passed"] = False
     facts["findings"] = [
         {"reason": "component_digest", "file": "m", "tensor": f"t{n}", "component": "packed", "message": f"message {n}"}
         for n in range(2)
@@ -213,7 +219,7 @@ def test_findings_lead_the_page(facts: VerificationFacts) -> None:
     text = read(page(facts)).text
     assert "2 findings" in text
     assert text.index("message 1") < text.index("Summary")
-    assert "Good" not in text
+    assert "Passed" not in text
 
 
 def test_a_page_without_a_comparison_says_so() -> None:

@@ -59,7 +59,7 @@ class IntegrityReport:
     structure: Structure | None = field(default=None, repr=False)
 
     @property
-    def good(self) -> bool:
+    def passed(self) -> bool:
         """Whether nothing is wrong."""
         return not self.findings
 

@@ -173,7 +173,7 @@ def _figures(options: PublishArguments) -> ErrorFigures | None:
     if source is None:
         return None
     found = verified(artifact, source, workers=options.workers)
-    if not found.good or found.integrity.manifest is None:
+    if not found.passed or found.integrity.manifest is None:
         shown = "\n".join(finding.message for finding in found.findings[:3])
         raise VerificationError(f"{artifact}: is not what {source} gives, and is not published:\n{shown}")
     return ErrorFigures.parse(found.to_json(), found.integrity.manifest, source)

@@ -103,7 +103,7 @@ def _verify_folder(options: VerifyArguments) -> bool:
         echo_json(found.to_json())
     else:
         _show(found, options.source, options.report)
-    return found.good
+    return found.passed
 
 
 def _show(found: Verification, source: str | None, report: Path | None) -> None:
@@ -114,7 +114,7 @@ def _show(found: Verification, source: str | None, report: Path | None) -> None:
     rate = format_nbytes(integrity["nbytes"] / max(found.integrity_s, 1e-9))
     click.echo(
         f"{facts['path']}: {integrity['n_files']} files, {format_nbytes(integrity['nbytes'])}, {checks} checked in "
-        f"{found.integrity_s:.1f} s ({rate}/s): {'whole' if integrity['good'] else 'DAMAGED'}"
+        f"{found.integrity_s:.1f} s ({rate}/s): {'intact' if integrity['passed'] else 'DAMAGED'}"
     )
     if comparison is not None:
         _show_comparison(comparison, found.comparison_s)

@@ -45,8 +45,8 @@ class ErrorFigures:
         """
         fields = _Fields(where)
         top = fields.object(cast(strict_json.Json, record), "the file")
-        if top.get("good") is not True:
-            fields.refuse("the verification was not good")
+        if top.get("passed") is not True:
+            fields.refuse("the verification did not pass")
         files = fields.object(fields.object(top.get("manifest"), "manifest").get("files"), "manifest.files")
         verified = {name: fields.object(entry, name).get("sha256") for name, entry in files.items()}
         if verified != {name: entry.sha256 for name, entry in manifest.files.items()}:

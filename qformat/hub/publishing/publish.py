@@ -164,7 +164,7 @@ def _refuse_damaged(
     artifact: Path, workers: int, on_plan: Callable[[int], None], on_progress: Callable[[int], None]
 ) -> None:
     report = verify_integrity(artifact, sha256=True, workers=workers, on_plan=on_plan, on_progress=on_progress)
-    if report.good:
+    if report.passed:
         return
     shown = [finding.message for finding in report.findings[:_SHOWN_FINDINGS]]
     more = len(report.findings) - len(shown)

@@ -25,7 +25,7 @@ def refusal(artifact: Path) -> ArtifactError:
     """Return why the artifact is not opened; verify must find something as well."""
     with pytest.raises(ArtifactError) as refused:
         open_artifact(artifact)
-    assert not verify(artifact).good
+    assert not verify(artifact).passed
     assert len(str(refused.value)) < 4000
     return refused.value
 

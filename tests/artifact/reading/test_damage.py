@@ -33,7 +33,7 @@ def scratch(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check_attribution(report: IntegrityReport, region: Region, what: str) -> None:
     """Check that the damage is found, in this file and no other, and for tensor data in this very component."""
-    assert not report.good, f"{what} of {region} was not found"
+    assert not report.passed, f"{what} of {region} was not found"
     assert {finding.file for finding in report.findings} == {region.file}, (what, region, report.findings)
     if region.tensor is not None:
         assert {(finding.tensor, finding.component) for finding in report.findings} == {
@@ -64,7 +64,7 @@ def check_flip(folder: Path, region: Region, bit: int) -> None:
 
 
 def test_the_tiny_artifact_is_whole_and_its_regions_are_all_of_its_bytes(pristine: Path) -> None:
-    assert verify(pristine).good
+    assert verify(pristine).passed
     for path in pristine.iterdir():
         position = 0
         for region in sorted((r for r in regions(pristine) if r.file == path.name), key=lambda r: r.start):
@@ -82,7 +82,7 @@ def test_a_sample_of_flipped_bits_is_found_and_attributed(scratch: Path) -> None
         check_flip(scratch, region, bit)
         checked += 1
     assert checked > 1900
-    assert verify(scratch).good
+    assert verify(scratch).passed
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_a_sample_of_flipped_bits_is_found_and_attributed(scratch: Path) -> None
 def test_every_flipped_bit_is_found_and_attributed(part: int, scratch: Path) -> None:
     for region, bit in list(bits(scratch))[part::N_PARTS]:
         check_flip(scratch, region, bit)
-    assert verify(scratch).good
+    assert verify(scratch).passed
 
 
 def check_cut(folder: Path, file: str, nbytes: int) -> None:
@@ -166,7 +166,7 @@ def test_a_zeroed_sector_is_found_wherever_it_lies(nbytes: int, artifact: Path) 
             path.write_bytes(data[:start] + bytes(stop - start) + data[stop:])
             report = verify(artifact)
             if data[start:stop].strip(b"\0"):
-                assert not report.good
+                assert not report.passed
                 assert {finding.file for finding in report.findings} == {path.name}
         path.write_bytes(data)
 
@@ -245,7 +245,7 @@ def test_a_file_that_is_no_file_is_found(artifact: Path) -> None:
             assert refused.value.reason in {Reason.NOT_A_REGULAR_FILE, Reason.PATH_ESCAPES}
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
             path.write_bytes(data)
-    assert verify(artifact).good
+    assert verify(artifact).passed
 
 
 def test_exchanged_bytes_of_two_components_are_found(artifact: Path) -> None:

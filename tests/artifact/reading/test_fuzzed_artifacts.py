@@ -85,7 +85,7 @@ def use(folder: Path) -> bool:
                 assert tensor.decode().shape == tensor.shape
     except ArtifactError as error:
         str(error).encode("utf-8")
-        assert not report.good
+        assert not report.passed
         return False
     return True
 
@@ -193,7 +193,7 @@ def fuzz_bytes(folder: Path, pristine: dict[str, bytes], data: st.DataObject) ->
         reseal(folder)
     use(folder)
     if not sealed:
-        assert verify_integrity(folder, workers=1).good == (bytes(changed) == pristine[name])
+        assert verify_integrity(folder, workers=1).passed == (bytes(changed) == pristine[name])
 
 
 @FUZZ
@@ -242,7 +242,7 @@ def test_an_unusual_artifact_that_follows_the_rules_is_opened(
     folder.mkdir()
     write_artifact(folder, tensors, data)
     report = verify_integrity(folder, sha256=True, workers=1)
-    assert report.good, report.findings
+    assert report.passed, report.findings
     with open_artifact(folder) as artifact:
         assert set(artifact) == {name for name, _ in tensors}
         for name, what in tensors:

@@ -35,7 +35,7 @@ def record(path: Path, evaluation: dict[str, object] = EVALUATION, disk: FaultyD
 def test_a_recorded_evaluation_is_read_back_and_the_artifact_is_whole(artifact: Path) -> None:
     before = contents(artifact)
     record(artifact)
-    assert qformat.verify(artifact, sha256=True).good
+    assert qformat.verify(artifact, sha256=True).passed
     with qformat.open(artifact) as opened:
         assert opened.manifest.evaluation == EVALUATION
     after = contents(artifact)
@@ -78,7 +78,7 @@ def test_members_of_later_versions_survive(artifact: Path) -> None:
     assert {key: value for key, value in found.items() if key != "manifest_sha256"} == {
         key: value for key, value in later.items() if key != "manifest_sha256"
     }
-    assert qformat.verify(artifact).good
+    assert qformat.verify(artifact).passed
 
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "kill", "short write", "nothing written from here on"])
@@ -97,7 +97,7 @@ def test_after_any_fault_the_manifest_is_the_old_or_the_new_one(artifact: Path, 
         except (TargetError, Killed):
             assert fault != "short write"
         assert path.read_bytes() in (old["qformat.json"], new)
-        assert qformat.verify(artifact).good
+        assert qformat.verify(artifact).passed
         path.write_bytes(old["qformat.json"])
     record(artifact)
     assert path.read_bytes() == new
@@ -109,7 +109,7 @@ def test_after_a_power_cut_the_manifest_is_the_old_or_the_new_one(artifact: Path
     for call in range(6):
         with pytest.raises(Killed):
             record(artifact, disk=PowerCut(call, seed))
-        assert qformat.verify(artifact).good
+        assert qformat.verify(artifact).passed
 
 
 def test_other_weights_than_those_measured_are_not_written_to(artifact: Path, tmp_path: Path) -> None:

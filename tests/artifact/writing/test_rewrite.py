@@ -59,7 +59,7 @@ def rewrite(artifact: Path, out: Path, replacements: Replacements, disk: Disk | 
 
 def test_only_what_is_replaced_changes(artifact: Path, tmp_path: Path) -> None:
     rewrite(artifact, tmp_path / "out", other_bytes(artifact))
-    assert verify_integrity(tmp_path / "out", sha256=True).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
     before, after = contents(artifact), contents(tmp_path / "out")
     assert {name: len(data) for name, data in before.items() if name != "qformat.json"} == {
         name: len(data) for name, data in after.items() if name != "qformat.json"

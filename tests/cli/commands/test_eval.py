@@ -86,7 +86,7 @@ def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
     recorded = json.loads((copy / "qformat.json").read_bytes())["evaluation"]
     assert recorded["texts"][0]["kl"] == found["texts"][0]["models"][0]["kl"]
     assert recorded["texts"][0]["sha256"] == found["texts"][0]["sha256"]
-    assert qformat.verify(copy, sha256=True).good
+    assert qformat.verify(copy, sha256=True).passed
     once = (copy / "qformat.json").read_bytes()
     assert run(arguments) == 0
     assert (copy / "qformat.json").read_bytes() == once

@@ -64,8 +64,8 @@ def damage(artifact: Path) -> None:
 def test_a_whole_artifact_is_good(artifact: Path) -> None:
     result = verify(artifact)
     assert result.exit_code == 0
-    assert "whole" in result.stdout
-    assert result.stdout.splitlines()[-1] == "good"
+    assert "intact" in result.stdout
+    assert result.stdout.splitlines()[-1] == "passed"
     assert result.stderr == ""  # no progress without a terminal
 
 
@@ -78,7 +78,7 @@ def test_a_good_comparison_shows_kinds_and_counts(artifact: Path, source: Path) 
     assert "codes and scales as the recipe gives: 14 of 14" in lines
     assert "kept tensors identical: 7 of 7" in lines
     assert "source tensors as the manifest names: 21 of 21" in lines
-    assert lines[-1] == "good"
+    assert lines[-1] == "passed"
 
 
 def test_a_damaged_artifact_exits_with_1_and_names_the_tensor(artifact: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_damaged_artifact_exits_with_1_and_names_the_tensor(artifact: Path) ->
     (finding,) = (line for line in result.stdout.splitlines() if line.startswith("component_digest: "))
     assert "tensor 'model." in finding
     assert "DAMAGED" in result.stdout
-    assert result.stdout.splitlines()[-1] == "NOT GOOD: 1 finding"
+    assert result.stdout.splitlines()[-1] == "FAILED: 1 finding"
 
 
 def test_another_source_exits_with_1(artifact: Path, tmp_path: Path) -> None:
@@ -96,15 +96,15 @@ def test_another_source_exits_with_1(artifact: Path, tmp_path: Path) -> None:
     result = verify(artifact, "--source", other)
     assert result.exit_code == 1
     assert result.stdout.count("source_mismatch: ") == 21
-    assert result.stdout.splitlines()[-1] == "NOT GOOD: 21 findings"
+    assert result.stdout.splitlines()[-1] == "FAILED: 21 findings"
 
 
 def test_json_is_one_object_with_everything(artifact: Path, source: Path) -> None:
     facts = facts_of(artifact, "--source", source)
-    assert facts["good"] is True
+    assert facts["passed"] is True
     assert facts["findings"] == []
     assert facts["integrity"] == {
-        "good": True,
+        "passed": True,
         "n_files": 8,
         "nbytes": facts["integrity"]["nbytes"],
         "sha256_checked": False,
@@ -130,7 +130,7 @@ def test_json_without_a_source_has_no_comparison(artifact: Path) -> None:
 def test_json_of_a_damaged_artifact_has_its_findings(artifact: Path, source: Path) -> None:
     damage(artifact)
     facts = facts_of(artifact, "--source", source, exit_code=1)
-    assert facts["good"] is False
+    assert facts["passed"] is False
     reasons = [finding["reason"] for finding in facts["findings"]]
     assert reasons == ["component_digest", "codes_mismatch"]
     assert facts["comparison"]["n_exact"] == 13

@@ -43,7 +43,7 @@ def reseal(artifact: Path) -> None:
         for name, record in manifest.files.items()
     }
     path.write_bytes(dataclasses.replace(manifest, tensors=tensors, files=files).to_bytes())
-    assert qformat.verify(artifact, sha256=True).good
+    assert qformat.verify(artifact, sha256=True).passed
 
 
 def change_byte(artifact: Path, component: str, at: int, change: Callable[[int], int]) -> None:

@@ -45,7 +45,7 @@ def test_odd_tensors_and_every_kept_dtype_are_good(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", tensors, config=llama_config(n_layers=1))
     convert(source, tmp_path / "out")
     comparison = compare(tmp_path / "out", source)
-    assert comparison.good
+    assert comparison.passed
     assert comparison.n_packed + comparison.n_kept == len(tensors)
 
 
@@ -54,15 +54,15 @@ def test_weights_that_are_all_zero_are_good_and_have_no_relative_error(tmp_path:
     source = write_checkpoint(tmp_path / "source", tensors, config=llama_config(n_layers=1))
     convert(source, tmp_path / "out")
     comparison = compare(tmp_path / "out", source)
-    assert comparison.good
+    assert comparison.passed
     assert comparison.overall.relative_rms is None
     assert comparison.overall.max_abs_error == 0
 
 
 def test_a_source_may_be_opened_already_and_stays_open(artifact: Path, source: Path) -> None:
     opened = SafetensorsShards(source)
-    assert compare(artifact, opened).good
-    assert compare(artifact, opened).good
+    assert compare(artifact, opened).passed
+    assert compare(artifact, opened).passed
     opened.close()
 
 
@@ -90,7 +90,7 @@ def test_names_tell_kind_and_layer(name: str, kind: str, layer: int | None) -> N
 
 def test_the_result_does_not_depend_on_the_number_of_threads(large: tuple[Path, Path]) -> None:
     first = compare(*large, workers=1)
-    assert first.good
+    assert first.passed
     assert compare(*large, workers=2) == first
     assert compare(*large, workers=7) == first
 

@@ -103,7 +103,7 @@ def test_a_source_whose_one_weight_changed_in_the_last_bit_is_found(
 def test_a_manifest_without_source_digests_leaves_the_codes_to_tell(artifact: Path, source: Path) -> None:
     without_source_digests(artifact)
     comparison = compare(artifact, source)
-    assert comparison.good
+    assert comparison.passed
     assert comparison.n_source_named == comparison.n_source_digests == 7
     assert {tensor.source_named for tensor in comparison.packed} == {None}
 

@@ -53,7 +53,7 @@ def test_the_command_parses_the_manifest_once(
 
 def test_headers_are_checked_once(source: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = counting(monkeypatch, structure, "check_tensors")
-    assert verify_against_source(artifact, source).good
+    assert verify_against_source(artifact, source).passed
     assert len(checked) == 1
 
 
@@ -70,13 +70,13 @@ def test_it_is_what_the_two_checks_find(source: Path, artifact: Path) -> None:
     found = verify_against_source(artifact, source)
     assert found.integrity.findings == qformat.verify(artifact).findings
     assert found.comparison == qformat.compare(artifact, source)
-    assert found.good
+    assert found.passed
     assert found.integrity.manifest is not None
 
 
 def test_without_a_source_there_is_no_comparison(artifact: Path) -> None:
     found = verify_against_source(artifact, None)
-    assert found.good
+    assert found.passed
     assert found.comparison is None
     assert found.to_json()["comparison"] is None
 
@@ -84,7 +84,7 @@ def test_without_a_source_there_is_no_comparison(artifact: Path) -> None:
 def test_an_artifact_that_cannot_be_opened_is_not_compared(source: Path, artifact: Path) -> None:
     (artifact / "config.json").write_text("{}")
     found = verify_against_source(artifact, source)
-    assert not found.good
+    assert not found.passed
     assert found.comparison is None
     assert [finding.reason for finding in found.findings] == [Reason.FILE_SIZE]
     assert found.to_json()["manifest"] is not None

@@ -111,7 +111,7 @@ def test_the_number_of_workers_changes_no_byte(workers: int, artifact: Path, tmp
 def test_an_export_can_be_converted_again(tiny: Path, tmp_path: Path) -> None:
     export(tiny, tmp_path / "out", "fp32")
     convert(tmp_path / "out", tmp_path / "again")
-    assert qformat.verify(tmp_path / "again").good
+    assert qformat.verify(tmp_path / "again").passed
 
 
 # Memory

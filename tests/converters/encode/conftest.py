@@ -28,5 +28,5 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     """The bytes of a conversion that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole") / "out"
     convert(source, out, OPTIONS, disk=FaultyDisk())
-    assert verify_integrity(out, sha256=True).good
+    assert verify_integrity(out, sha256=True).passed
     return contents(out)

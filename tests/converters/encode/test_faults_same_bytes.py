@@ -143,7 +143,7 @@ def test_a_plan_foretells_every_byte_of_a_random_model(
         assert list(read.tensors) == [placed.tensor.name for placed in shard.tensors]
         assert read.data_start % 4096 == 0
     report = verify_integrity(out, sha256=True)
-    assert report.good, report.findings
+    assert report.passed, report.findings
 
 
 def test_a_plan_reads_no_weight(tmp_path: Path) -> None:
@@ -160,5 +160,5 @@ def test_a_model_without_anything_to_pack_is_an_artifact_too(tmp_path: Path) -> 
     tensors = {name: tensor for name, tensor in llama_tensors().items() if "proj" not in name}
     source = write_checkpoint(tmp_path / "source", tensors, config=llama_config())
     convert(source, tmp_path / "out")
-    assert verify_integrity(tmp_path / "out").good
+    assert verify_integrity(tmp_path / "out").passed
     assert plan(source).bits_per_weight == 0

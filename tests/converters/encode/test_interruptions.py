@@ -25,7 +25,7 @@ def old(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
     """The bytes of another artifact, with one file more, to be replaced."""
     out = tmp_path_factory.mktemp("old") / "out"
     convert(source, out, ConversionOptions(block_size=128, double_quant=False), disk=FaultyDisk())
-    assert verify_integrity(out, sha256=True).good
+    assert verify_integrity(out, sha256=True).passed
     (out / "a_note_of_the_user.txt").write_text("mine")
     return contents(out)
 

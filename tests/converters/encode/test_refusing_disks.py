@@ -52,7 +52,7 @@ def test_what_is_staged_already_is_not_needed_again(source: Path, parent: Path) 
     work = interrupt(source, out, n_done=4)
     assert allocated_nbytes(work) > 0
     convert(source, out, OPTIONS, disk=DiskWithRoom(max(0, needed - allocated_nbytes(work))))
-    assert verify_integrity(out).good
+    assert verify_integrity(out).passed
 
 
 def test_a_finished_run_needs_no_space_to_be_recognised_as_one(source: Path, parent: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_finished_run_needs_no_space_to_be_recognised_as_one(source: Path, par
 
     with pytest.raises(TargetError):
         convert(source, out, disk=NoCleaning())
-    assert verify_integrity(out).good
+    assert verify_integrity(out).passed
     summary = convert(source, out, disk=DiskWithRoom(0))
     assert summary.already_complete
     assert names_beside(out) == {"out"}
@@ -110,5 +110,5 @@ def test_another_file_system_than_the_sources_is_as_good(source: Path, parent: P
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         convert(source, Path(folder) / "out")
         convert(source, Path(folder) / "out", ConversionOptions(block_size=32), force=True)
-        assert verify_integrity(Path(folder) / "out").good
+        assert verify_integrity(Path(folder) / "out").passed
         assert os.listdir(folder) == ["out"]

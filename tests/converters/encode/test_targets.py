@@ -35,7 +35,7 @@ def test_an_artifact_is_refused_and_with_force_replaced_whole(source: Path, pare
     assert "exists already" in refusal(source, out)
     assert contents(out) == old
     convert(source, out, force=True)
-    assert verify_integrity(out, sha256=True).good
+    assert verify_integrity(out, sha256=True).passed
     assert "note.txt" not in contents(out)
     convert(source, parent / "fresh")
     assert contents(out) == contents(parent / "fresh")
@@ -46,7 +46,7 @@ def test_a_damaged_artifact_is_replaced_like_a_whole_one(source: Path, parent: P
     out = place(parent / "out", {"qformat.json": b"garbage", "model-00001-of-00009.safetensors": b"rest"})
     assert "exists already" in refusal(source, out)
     convert(source, out, force=True)
-    assert verify_integrity(out).good
+    assert verify_integrity(out).passed
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -65,7 +65,7 @@ def test_a_folder_named_like_a_manifest_does_not_make_an_artifact(source: Path, 
 def test_an_empty_folder_is_as_good_as_none(force: bool, source: Path, parent: Path) -> None:
     (parent / "out").mkdir()
     convert(source, parent / "out", force=force)
-    assert verify_integrity(parent / "out").good
+    assert verify_integrity(parent / "out").passed
     assert names_beside(parent / "out") == {"out"}
 
 
@@ -125,7 +125,7 @@ def test_a_relative_path_is_taken_from_the_current_folder(
 ) -> None:
     monkeypatch.chdir(parent)
     convert(source, "out/")
-    assert verify_integrity("out").good
+    assert verify_integrity("out").passed
     assert names_beside(parent / "out") == {"out"}
 
 
@@ -138,7 +138,7 @@ def test_a_name_too_long_for_the_file_system_is_refused(name: str, source: Path,
 @pytest.mark.parametrize("name", ["ö 🦙", "with 'quotes'\" and $", "-rf", "a\nb", "x" * 247, "out.partial"])
 def test_awkward_names_are_as_good_as_others(name: str, source: Path, parent: Path) -> None:
     convert(source, parent / name)
-    assert verify_integrity(parent / name).good
+    assert verify_integrity(parent / name).passed
     assert names_beside(parent / name) == {name}
 
 

@@ -41,7 +41,7 @@ def test_awkward_names_are_converted_like_any_other(tmp_path: Path) -> None:
     tensors = {name: weight((8, 16), seed=i) for i, name in enumerate(AWKWARD_NAMES)}
     source = write_checkpoint(tmp_path / "source", tensors, n_shards=2)
     convert(source, tmp_path / "out")
-    assert verify_integrity(tmp_path / "out", sha256=True).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
     with open_artifact(tmp_path / "out") as artifact:
         assert set(artifact) == set(AWKWARD_NAMES)
         assert sum(hasattr(artifact[name], "packed") for name in artifact) >= 5
@@ -74,7 +74,7 @@ def test_a_name_that_gets_too_long_with_a_components_suffix_is_refused(tmp_path:
         source = write_checkpoint(tmp_path / f"source{nbytes}", {name: weight((8, 16))})
         if nbytes + len(suffix) == 512:
             convert(source, tmp_path / "converted")
-            assert verify_integrity(tmp_path / "converted").good
+            assert verify_integrity(tmp_path / "converted").passed
             continue
         error = refusal(source)
         assert error.reason is Reason.HEADER_LIMIT

@@ -67,7 +67,7 @@ def test_keep_nonfinite_keeps_the_weight_and_its_fused_partners_and_the_recipe_s
         assert np.isinf(data[3, 4])
     skip = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
     assert {prefix + "q_proj", prefix + "k_proj", prefix + "v_proj"} <= set(skip)
-    assert verify_integrity(tmp_path / "out", sha256=True).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
 
 
 def test_keep_nonfinite_changes_nothing_where_everything_is_finite(single: Path, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_keep_nonfinite_changes_nothing_where_everything_is_finite(single: Path,
 def test_infinities_in_a_tensor_that_is_kept_anyway_are_none_of_our_business(tmp_path: Path) -> None:
     tensors = {**llama_tensors(), "model.norm.weight": with_value((32,), (3,), np.nan, "BF16")}
     convert(write_checkpoint(tmp_path / "source", tensors), tmp_path / "out")
-    assert verify_integrity(tmp_path / "out").good
+    assert verify_integrity(tmp_path / "out").passed
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "U8", "I32", "I64", "BOOL"])
@@ -98,7 +98,7 @@ def test_buffers_of_any_dtype_and_shape_are_kept_bit_for_bit(tmp_path: Path) -> 
                enumerate([(), (0,), (1,), (3, 0, 5), (1,) * 8, (7, 3)])}  # fmt: skip
     source = write_checkpoint(tmp_path / "source", {**llama_tensors(), **buffers})
     convert(source, tmp_path / "out")
-    assert verify_integrity(tmp_path / "out", sha256=True).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
     with open_artifact(tmp_path / "out") as artifact:
         for name, tensor in buffers.items():
             assert artifact[name].data.tobytes() == tensor.data  # type: ignore[union-attr]

@@ -42,14 +42,14 @@ def test_every_component_is_the_one_that_bitsandbytes_wrote(options: dict[str, o
     tensors = bnb_llama(**options)
     source = write_bnb(tmp_path / "source", tensors)
     convert(source, tmp_path / "out")
-    assert verify_integrity(tmp_path / "out", sha256=True).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
     found = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         stored = as_bytes(found[name])
         assert (stored.rstrip(b" ") if "quant_state" in name else stored) == as_bytes(tensor), name
     compared = compare(tmp_path / "out", source)
-    assert compared.good
+    assert compared.passed
     assert compared.n_exact == compared.n_packed == 14
     manifest = json.loads((tmp_path / "out" / "qformat.json").read_text())
     assert manifest["source"]["kind"] == "bitsandbytes_4bit"
@@ -65,7 +65,7 @@ def test_odd_sizes_in_wide_storage(shape: tuple[int, int], storage: torch.dtype,
     tensors = bnb_llama() | packed(weight, "model.layers.0.mlp.odd.weight", storage=storage)
     source = write_bnb(tmp_path / "source", tensors)
     convert(source, tmp_path / "out")
-    assert compare(tmp_path / "out", source).good
+    assert compare(tmp_path / "out", source).passed
     with open_artifact(tmp_path / "out") as artifact:
         found = artifact["model.layers.0.mlp.odd.weight"]
         stored = as_bytes(tensors["model.layers.0.mlp.odd.weight"])
@@ -80,7 +80,7 @@ def test_a_second_level_that_was_kept_in_bfloat16_stays_as_it_is(tmp_path: Path)
     convert(write_bnb(tmp_path / "source", tensors), tmp_path / "out")
     found = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
     assert json.loads(as_bytes(found[STATE])) == state
-    assert verify_integrity(tmp_path / "out").good
+    assert verify_integrity(tmp_path / "out").passed
 
 
 def test_the_config_keeps_what_readers_of_the_file_rely_on(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_the_config_keeps_what_readers_of_the_file_rely_on(tmp_path: Path) -> No
     assert quantization["llm_int8_skip_modules"] == ["lm_head", "model.layers.1.mlp.down_proj", "vision_tower"]
     manifest = json.loads((tmp_path / "out" / "qformat.json").read_text())
     assert manifest["tensors"][kept]["reason"] == "not_packed_in_source"
-    assert verify_integrity(tmp_path / "out").good
+    assert verify_integrity(tmp_path / "out").passed
 
 
 def test_experts_that_are_packed_one_by_one_are_adopted_and_not_skipped_as_a_whole(tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_experts_that_are_packed_one_by_one_are_adopted_and_not_skipped_as_a_who
         tensors |= packed(weight * (expert + 1), name.format(expert))
     source = write_bnb(tmp_path / "source", tensors)
     convert(source, tmp_path / "out")
-    assert verify_integrity(tmp_path / "out").good
-    assert compare(tmp_path / "out", source).good
+    assert verify_integrity(tmp_path / "out").passed
+    assert compare(tmp_path / "out", source).passed
     quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert quantization["llm_int8_skip_modules"] == ["lm_head"]
 
@@ -210,7 +210,7 @@ def test_transformers_gives_the_same_logits_before_and_after(smollm2: Path, tmp_
     model = AutoModelForCausalLM.from_pretrained(smollm2, quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "source", max_shard_size="50MB")
     convert(tmp_path / "source", tmp_path / "out")
-    assert verify_integrity(tmp_path / "out").good
+    assert verify_integrity(tmp_path / "out").passed
     tokens = torch.arange(100, 140)[None]
     logits = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(input_ids=tokens, use_cache=False).logits

@@ -78,7 +78,7 @@ def attempt(folder: Path, files: dict[str, bytes], options: ConversionOptions | 
         str(error).encode("utf-8")
         assert not out.exists()
         return
-    assert verify_integrity(out, workers=1).good
+    assert verify_integrity(out, workers=1).passed
     assert os.listdir(folder) in (["source", "out"], ["out", "source"])
 
 

@@ -87,8 +87,8 @@ def test_any_number_of_workers_and_any_interruption_give_the_same_bytes(source: 
         interrupt(source, out, n_done=n_done, options=ConversionOptions())
         convert(source, out)
         assert contents(out) == expected
-    assert verify_integrity(tmp_path / "out", sha256=True).good
-    assert compare(tmp_path / "out", source).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
+    assert compare(tmp_path / "out", source).passed
 
 
 def test_a_source_that_changes_meanwhile_gives_no_artifact(source: Path, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def test_the_artifact_is_that_of_the_same_tensors_in_safetensors(dtype: str, n_s
     convert(source, tmp_path / "out")
     convert(write_llama(tmp_path / "safetensors", dtype=dtype), tmp_path / "expected")
     assert tensor_files(tmp_path / "out") == tensor_files(tmp_path / "expected")
-    assert verify_integrity(tmp_path / "out", sha256=True).good
-    assert compare(tmp_path / "out", source).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
+    assert compare(tmp_path / "out", source).passed
     described = json.loads((tmp_path / "out" / "qformat.json").read_text())["source"]
     assert described["kind"] == "torch_bin"
     assert len(described["files"]) == n_shards

@@ -107,11 +107,11 @@ def test_the_task_follows_from_the_architecture(config: dict[str, object], tag: 
     ("record", "problem"),
     [
         ([], "is no object"),
-        ({"good": False}, "was not good"),
-        ({"good": True}, "manifest is no object"),
-        ({"good": True, "manifest": {"files": {}}}, "other files"),
+        ({"passed": False}, "did not pass"),
+        ({"passed": True}, "manifest is no object"),
+        ({"passed": True, "manifest": {"files": {}}}, "other files"),
     ],
 )
-def test_what_is_no_good_verification_gives_no_figures(small_artifact: Path, record: object, problem: str) -> None:
+def test_a_verification_that_did_not_pass_gives_no_figures(small_artifact: Path, record: object, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         ErrorFigures.parse(record, read_manifest(small_artifact), "figures.json")  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ def test_what_is_published_is_an_artifact_and_the_local_one_stays_as_it_is(
     done = do_publish(artifact)
 
     there = folder_of(stored(hub), tmp_path / "there")
-    assert verify_integrity(there, sha256=True).good
+    assert verify_integrity(there, sha256=True).passed
     assert contents(artifact) == before
     after = contents(there)
     assert {name: after[name] for name in before if name != "qformat.json"} == {
@@ -63,7 +63,7 @@ def test_a_card_put_into_the_folder_is_refused_with_the_option_that_publishes_it
 def test_a_branch_is_made_and_the_main_one_is_left_alone(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     do_publish(artifact, revision="4bit/nf4")
     assert set(stored(hub).head.files) == {".gitattributes"}
-    assert verify_integrity(folder_of(stored(hub), tmp_path / "there", "4bit/nf4"), sha256=True).good
+    assert verify_integrity(folder_of(stored(hub), tmp_path / "there", "4bit/nf4"), sha256=True).passed
     assert do_publish(artifact, revision="4bit/nf4").already_there
 
 
@@ -75,7 +75,7 @@ def test_files_of_an_older_artifact_are_removed_in_the_same_commit(
     convert(small_source, one_shard)
     done = do_publish(one_shard)
     assert done.changes.removed == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).good
+    assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).passed
     assert n_commits(hub) == 2
 
 
@@ -125,7 +125,7 @@ def test_several_shards_of_any_size_options_go_the_same_way(hub: Hub, small_sour
     convert(small_source, out, ConversionOptions(max_shard_nbytes=6_000, double_quant=False))
     hub.part_nbytes = 4_000
     do_publish(out)
-    assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).good
+    assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).passed
     assert "scales quantized" not in stored(hub).head.files["README.md"].read().decode()
 
 

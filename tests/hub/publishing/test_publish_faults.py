@@ -24,7 +24,7 @@ def test_503_on_every_nth_request_ends_in_one_commit_of_the_same_bytes(
     hub.faults.add("status", route="hub/", every=every)
     do_publish(artifact)
     assert n_commits(hub) == 1
-    assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).good
+    assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).passed
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_pull_request_is_opened_once_even_if_the_answer_is_lost(hub: Hub, arti
     assert again.already_there
     assert first.pull_request == again.pull_request == f"{hub.endpoint}/{NAME}/discussions/1"
     assert stored(hub).head.oid == head
-    assert verify_integrity(folder_of(stored(hub), tmp_path / "there", "refs/pr/1"), sha256=True).good
+    assert verify_integrity(folder_of(stored(hub), tmp_path / "there", "refs/pr/1"), sha256=True).passed
 
 
 def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(hub: Hub, artifact: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_card_of_ones_own_is_published_as_it_is(hub: Hub, artifact: Path, tmp_
     do_publish(artifact, CardOptions(card=mine))
     there = folder_of(stored(hub), tmp_path / "there")
     assert (there / "README.md").read_text() == mine.read_text()
-    assert verify_integrity(there, sha256=True).good
+    assert verify_integrity(there, sha256=True).passed
     mine.write_text("no metadata")
     with pytest.raises(UsageError, match="has no metadata"):
         do_publish(artifact, CardOptions(card=mine))

@@ -44,7 +44,7 @@ def windows_of(source: Path, text: Path) -> torch.Tensor:
 def test_it_is_whole_and_has_the_tensors_of_the_plain_artifact_in_the_same_places(
     calibrated: Path, artifact: Path
 ) -> None:
-    assert verify_integrity(calibrated, sha256=True).good
+    assert verify_integrity(calibrated, sha256=True).passed
     with qformat.open(calibrated) as ours, qformat.open(artifact) as plain:
         assert ours.located == plain.located
         assert ours.manifest.recipe["defaults"] == plain.manifest.recipe["defaults"]
@@ -121,7 +121,7 @@ def test_other_formats_and_options_of_the_source_and_the_conversion(
     runs.small_tokenizer().save_pretrained(source)
     options: dict[str, Any] = {"double_quant": double_quant, "block_size": 32, "skip": ("model.layers.1.mlp.*",)}
     out = calibrate(source, tmp_path / "out", text, **options)
-    assert verify_integrity(out).good
+    assert verify_integrity(out).passed
     with qformat.open(out) as opened:
         assert "model.layers.1.mlp.up_proj.weight" not in weights_of(out)
         assert opened["model.layers.0.mlp.up_proj.weight"].layout.block_size == 32
@@ -232,7 +232,7 @@ def test_other_architectures_come_nearer_in_every_layer(make: Any, text: Path, t
     source = make(tmp_path / "source")
     runs.small_tokenizer().save_pretrained(source)
     out = calibrate(source, tmp_path / "out", text)
-    assert verify_integrity(out).good
+    assert verify_integrity(out).passed
     plain, ours = weights_of(models.write_artifact(source, tmp_path / "plain")), weights_of(out)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     given = inputs_of(model, windows_of(source, text))
@@ -257,7 +257,7 @@ def test_a_weight_whose_input_is_always_zero_is_encoded_as_ever(text: Path, tmp_
         assert ours.manifest.tensors["model.layers.1.mlp.up_proj.weight"] != as_ever.manifest.tensors[
             "model.layers.1.mlp.up_proj.weight"]  # fmt: skip
     assert not weights_of(out)["model.layers.0.mlp.gate_proj.weight"].any()
-    assert qformat.compare(out, source).good
+    assert qformat.compare(out, source).passed
 
 
 def test_progress_counts_all_layers(source: Path, text: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def packed_tensor(opened: qformat.Artifact, name: str) -> PackedTensor:
 
 def test_a_calibrated_artifact_is_near_its_source(calibrated: Path, source: Path) -> None:
     found = compare(calibrated, source)
-    assert found.good
+    assert found.passed
     assert (found.n_near, found.n_chosen, found.n_exact) == (14, 14, 0)
     assert found.n_identical == found.n_kept
     assert found.n_source_named == found.n_source_digests
@@ -69,7 +69,7 @@ def test_the_summary_says_that_codes_were_chosen(
 def test_weights_that_are_encoded_as_ever_must_be_exact(source: Path, text: Path, tmp_path: Path) -> None:
     out = calibrate(source, tmp_path / "out", text, block_size=128)
     found = compare(out, source)
-    assert found.good
+    assert found.passed
     assert (found.n_near, found.n_chosen, found.n_exact) == (2, 2, 12)
     with open_artifact(out) as opened:
         packed = np.array(packed_tensor(opened, WEIGHT).packed)
@@ -109,7 +109,7 @@ def test_a_calibrated_artifact_that_was_tuned_holds_as_well(
 ) -> None:
     run(calibrated, source, text, tmp_path / "tuned", accept_worse=True)
     found = compare(tmp_path / "tuned", source)
-    assert found.good
+    assert found.passed
     assert (found.n_near, found.n_chosen) == (14, 14)
     assert found.tuned
 

@@ -131,5 +131,5 @@ def test_what_was_begun_otherwise_is_not_continued(source: Path, text: Path, tmp
         with pytest.raises(TargetError, match="was begun from another source, recipe or options"):
             convert(source, out, options)
     convert(source, out, restart=True)
-    assert verify_integrity(out).good
+    assert verify_integrity(out).passed
     assert names_beside(out) == {out.name}

@@ -86,7 +86,7 @@ def undecided(logits: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
 
 
 def test_only_scales_and_norms_change_and_no_byte_is_added(result: TuningResult, artifact: Path) -> None:
-    assert verify_integrity(result.out, sha256=True).good
+    assert verify_integrity(result.out, sha256=True).passed
     before, after = contents(artifact), contents(result.out)
     assert {n: len(d) for n, d in before.items() if n != "qformat.json"} == {
         n: len(d) for n, d in after.items() if n != "qformat.json"
@@ -151,7 +151,7 @@ def test_other_layouts_and_formats_are_tuned_as_well(source: Path, text: Path, t
         found = run(artifact, source, text, tmp_path / f"{name}-out")
         assert found is not None
         assert found.after.mean("kl") < found.before.mean("kl")
-        assert verify_integrity(found.out, sha256=True).good
+        assert verify_integrity(found.out, sha256=True).passed
         assert rounding_costs_less_than_tuning_gains(found)
 
 
@@ -169,7 +169,7 @@ def test_a_calibrated_artifact_is_tuned_and_still_verified(source: Path, text: P
     assert found.after.mean("kl") < found.before.mean("kl")
     with open_artifact(found.out) as opened:
         assert {"calibration", "tuning"} <= set(opened.manifest.recipe)
-    assert verify_integrity(found.out, sha256=True).good
+    assert verify_integrity(found.out, sha256=True).passed
     compared = compare(found.out, source)
-    assert compared.good
+    assert compared.passed
     assert (compared.n_chosen, len(compared.tuned)) == (14, 5)

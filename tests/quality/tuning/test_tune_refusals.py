@@ -90,7 +90,7 @@ def test_what_did_not_get_better_is_written_only_when_asked(
     found = run(artifact, source, text, tmp_path / "out", **changed, accept_worse=True)
     assert found is not None
     assert found.step == 0  # the best there was
-    assert verify_integrity(tmp_path / "out", sha256=True).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
 
 
 def test_a_tuning_that_diverges_names_the_step_and_keeps_the_best_checkpoint(

@@ -48,7 +48,7 @@ def changed(artifact: Path, out: Path, replacements: Replacements, recipe: dict[
 
 def test_a_tuned_artifact_is_what_its_manifest_says(tuned: Path, source: Path) -> None:
     found = compare(tuned, source)
-    assert found.good
+    assert found.passed
     assert found.scale_change == 0.5
     assert found.n_exact == found.n_packed == 14
     assert len(found.tuned) == 5
@@ -98,7 +98,7 @@ def test_only_vectors_may_be_tuned_among_kept_tensors(tuned: Path, source: Path,
 
 def test_another_source_is_another_source(tuned: Path, tmp_path: Path) -> None:
     found = compare(tuned, models.write_source(tmp_path / "other", seed=9))
-    assert not found.good
+    assert not found.passed
     assert all("is not the tensor that the artifact was made from" in finding.message for finding in found.findings)
 
 

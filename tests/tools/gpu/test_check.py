@@ -48,8 +48,8 @@ def test_a_check_that_raises_fails_and_the_others_go_on() -> None:
         yield GOOD
         raise RuntimeError("CUDA error: an illegal memory access")
 
-    checks = {"broken": broken, "good": lambda _: iter([FAST])}
-    results = gpu_check.run_checks(["broken", "good"], Settings(torch.device("cpu")), checks=checks)
+    checks = {"broken": broken, "passed": lambda _: iter([FAST])}
+    results = gpu_check.run_checks(["broken", "passed"], Settings(torch.device("cpu")), checks=checks)
     assert [(result.check, result.passed) for result in results] == [("broken", False), ("speed", None)]
     assert "illegal memory access" in results[0].case
 

@@ -96,8 +96,8 @@ def test_an_fp8_checkpoint_converts_to_the_bytes_of_its_bfloat16_twin(tmp_path: 
     assert manifests[0]["tensors"] == manifests[1]["tensors"]
     assert manifests[0]["source"]["kind"] == "fp8"
     assert manifests[0]["source"]["container"] == "safetensors"
-    assert verify_integrity(tmp_path / "out", sha256=True).good
-    assert compare(tmp_path / "out", source).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
+    assert compare(tmp_path / "out", source).passed
 
 
 def test_a_nan_among_the_codes_is_named(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def test_a_converted_checkpoint_keeps_the_decoded_experts_and_packs_the_attentio
     tensors[EXPERTS + "down_proj_bias"] = weight((2, 32))
     source = write_mxfp4(tmp_path / "source", tensors)
     convert(source, tmp_path / "out")
-    assert verify_integrity(tmp_path / "out", sha256=True).good
-    assert compare(tmp_path / "out", source).good
+    assert verify_integrity(tmp_path / "out", sha256=True).passed
+    assert compare(tmp_path / "out", source).passed
     with open_artifact(tmp_path / "out") as artifact:
         for name in ("gate_up_proj", "down_proj"):
             assert artifact[EXPERTS + name].data.tobytes() == decoded_by_transformers(tensors, name).tobytes()  # type: ignore[union-attr]

@@ -34,8 +34,8 @@ def test_the_real_file_gives_the_artifact_of_its_checkpoint(smollm2: Path, tmp_p
     described = json.loads(found["qformat.json"])["source"]
     assert described["kind"] == "gguf"
     assert described["stored_as"] == ["Q4_1", "Q8_0"]
-    assert verify_integrity(tmp_path / "gguf").good
-    assert compare(tmp_path / "gguf", gguf_file).good
+    assert verify_integrity(tmp_path / "gguf").passed
+    assert compare(tmp_path / "gguf", gguf_file).passed
 
 
 def test_an_interrupted_conversion_continues_to_the_same_bytes(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_an_interrupted_conversion_continues_to_the_same_bytes(tmp_path: Path) -
     interrupt(folder, tmp_path / "out", n_done=9, options=ConversionOptions())
     convert(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert compare(tmp_path / "out", folder).good
+    assert compare(tmp_path / "out", folder).passed
 
 
 @pytest.mark.parametrize(
