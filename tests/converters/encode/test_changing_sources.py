@@ -99,7 +99,7 @@ def test_a_source_that_changes_while_it_is_converted_is_noticed(name: str, sourc
                 file.seek(0)
                 file.write(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
 
-    with pytest.raises(SourceError, match="was changed while it was converted") as refused:
+    with pytest.raises(SourceError, match="was changed during the conversion") as refused:
         convert(mine, out, OPTIONS, workers=1, on_progress=change_once, disk=FaultyDisk())
     assert refused.value.reason is Reason.SOURCE_CHANGED
     assert Path(refused.value.path) == changed[0]

@@ -47,7 +47,7 @@ def test_the_position_is_right_beyond_the_first_chunk(tmp_path: Path) -> None:
     data[1399, 2047] = 0x7FC0
     name = "model.layers.0.self_attn.o_proj.weight"
     source = write_checkpoint(tmp_path / "source", {name: Tensor("BF16", (rows, columns), data.tobytes())})
-    with pytest.raises(SourceError, match=r"nan at \[1399, 2047\]"):
+    with pytest.raises(SourceError, match=r"the weight at \[1399, 2047\] is nan"):
         convert(source, tmp_path / "out")
 
 

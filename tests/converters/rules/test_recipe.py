@@ -138,7 +138,7 @@ def test_a_broad_nf4_rule_leaves_embeddings_experts_routers_and_norms_alone() ->
     ],
 )
 def test_an_nf4_rule_that_may_quantize_nothing_it_matches_is_an_error(pattern: str, phrase: str) -> None:
-    with pytest.raises(UsageError, match=f"nothing that may be quantized .*{phrase}"):
+    with pytest.raises(UsageError, match=f"no tensor that can be quantized .*{phrase}"):
         choose(Rule(pattern, "nf4"))
 
 
@@ -150,7 +150,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_tensors() -> None:
     with pytest.raises(UsageError) as error:
         choose(Rule("model.layers.0.mlp.upproj", "keep", origin="r.toml: rule 3"))
     assert str(error.value).startswith("r.toml: rule 3: the pattern 'model.layers.0.mlp.upproj' matches no tensor")
-    assert "nearest: model.layers.0.mlp.up_proj" in str(error.value)
+    assert "Nearest: model.layers.0.mlp.up_proj" in str(error.value)
 
 
 def test_the_nearest_tensors_are_named_once_for_all_layers() -> None:
@@ -256,8 +256,8 @@ def test_a_skip_pattern_that_matches_nothing_is_named_as_the_user_wrote_it() -> 
         ('pattern = "*"\naction = "nf4"\nblock_size = true', "block_size must be one of"),
         ('pattern = "*"\naction = "nf4"\nblock_size = "64"', "block_size must be one of"),
         ('pattern = "*"\naction = "nf4"\ndouble_quant = 1', "double_quant must be true or false, got 1"),
-        ('pattern = "*"\naction = "keep"\nblock_size = 64', "block_size means nothing"),
-        ('pattern = "*"\naction = "keep"\ndouble_quant = true', "double_quant means nothing"),
+        ('pattern = "*"\naction = "keep"\nblock_size = 64', "block_size has no effect"),
+        ('pattern = "*"\naction = "keep"\ndouble_quant = true', "double_quant has no effect"),
         ('pattern = "*"\naction = "nf4"\nblocksize = 64', "unknown key 'blocksize'"),
     ],
 )
@@ -273,11 +273,11 @@ def test_a_wrong_rule_is_named_by_file_and_number(tmp_path: Path, body: str, pro
     ("text", "problem"),
     [
         ("block_size = 64\n", "unknown key 'block_size'"),
-        ('[rule]\npattern = "*"\n', "write [[rule]], not [rule]"),
+        ('[rule]\npattern = "*"\n', "Write [[rule]], not [rule]"),
         ('rule = ["*"]\n', "must be a table"),
-        ("[[rule]\n", "is not TOML"),
-        ('[[rule]]\npattern = "*"\npattern = "x"\n', "is not TOML"),
-        ("a = " + "[" * 5000 + "]" * 5000 + "\n", "is not TOML"),
+        ("[[rule]\n", "is not valid TOML"),
+        ('[[rule]]\npattern = "*"\npattern = "x"\n', "is not valid TOML"),
+        ("a = " + "[" * 5000 + "]" * 5000 + "\n", "is not valid TOML"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, problem: str) -> None:
@@ -291,7 +291,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, problem:
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"# \xff\n")
-    with pytest.raises(UsageError, match="is not TOML"):
+    with pytest.raises(UsageError, match="is not valid TOML"):
         load_recipe(path)
 
 
