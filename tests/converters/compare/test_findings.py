@@ -33,7 +33,7 @@ def test_a_changed_code_with_right_digests_is_found(artifact: Path, source: Path
     reseal(artifact)
     comparison = compare(artifact, source)
     assert reasons(comparison) == [("codes_mismatch", UP)]
-    assert "3 of 1536 codes and 0 of the scales" in comparison.findings[0].message
+    assert "3 of 1536 codes and 0 of the scales differ" in comparison.findings[0].message
     assert (comparison.n_exact, comparison.n_packed) == (13, 14)
     (found,) = (tensor for tensor in comparison.packed if tensor.name == UP)
     assert (found.n_wrong_codes, found.n_wrong_scales) == (3, 0)
@@ -45,7 +45,7 @@ def test_a_changed_scale_with_right_digests_is_found(artifact: Path, source: Pat
     reseal(artifact)
     comparison = compare(artifact, source)
     assert reasons(comparison) == [("codes_mismatch", UP)]
-    assert "0 of 1536 codes and 1 of the scales" in comparison.findings[0].message
+    assert "0 of 1536 codes and 1 of the scales differ" in comparison.findings[0].message
 
 
 def test_a_changed_nested_offset_with_right_digests_is_found(artifact: Path, source: Path) -> None:

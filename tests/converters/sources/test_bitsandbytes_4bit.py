@@ -115,7 +115,7 @@ def test_experts_that_are_packed_one_by_one_are_adopted_and_not_skipped_as_a_who
 
 def test_a_recipe_cannot_change_what_is_adopted(tmp_path: Path) -> None:
     source = write_bnb(tmp_path / "source", bnb_llama())
-    with pytest.raises(UsageError, match="adopted as it is"):
+    with pytest.raises(UsageError, match=r"adopted unmodified\. Leave out recipe and skip"):
         plan(source, ConversionOptions(skip=["model.layers.0.*"]))
 
 
@@ -148,7 +148,7 @@ def test_codes_that_differ_from_the_adopted_ones_are_found(tmp_path: Path) -> No
     (finding,) = compared.findings
     assert finding.reason is Reason.CODES_MISMATCH
     assert finding.tensor == PROJECTION
-    assert "1 of 1536 codes and 1 of the scales" in finding.message
+    assert "1 of 1536 codes and 1 of the scales differ" in finding.message
 
 
 def replaced(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -176,7 +176,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
         (
             replaced(PROJECTION + ".nested_absmax", torch.full((1,), torch.inf)),
             Reason.NONFINITE_SCALE,
-            "inf at entry 0",
+            "entry 0 is inf",
         ),
         (replaced(STATE, torch.zeros(5000, dtype=torch.uint8)), Reason.QUANT_STATE, "5000 bytes"),
         (replaced(STATE, torch.zeros(50, dtype=torch.uint8)), Reason.JSON_SYNTAX, "not JSON"),

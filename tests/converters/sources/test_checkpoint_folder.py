@@ -46,7 +46,7 @@ def test_tensors_of_a_quantized_checkpoint_are_recognised_without_a_config(
     assert error.reason is Reason.ALREADY_QUANTIZED
     assert error.tensor == name
     assert what in str(error)
-    assert "16-bit checkpoint that it was made from" in str(error)
+    assert "Convert the original 16-bit checkpoint" in str(error)
 
 
 @pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {"quant_method": "awq"}, {}, 5, [], "bitsandbytes"])

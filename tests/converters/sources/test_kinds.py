@@ -97,7 +97,7 @@ def test_a_source_that_changes_meanwhile_gives_no_artifact(source: Path, tmp_pat
     def touch(_: object) -> None:
         os.utime(path, ns=(0, 0))
 
-    with pytest.raises(SourceError, match="was changed while it was converted") as refused:
+    with pytest.raises(SourceError, match="was changed during the conversion") as refused:
         convert(source, tmp_path / "out", on_plan=touch)
     assert refused.value.reason is Reason.SOURCE_CHANGED
     assert path.name in str(refused.value)

@@ -108,14 +108,14 @@ class _Call:
     [
         ({PROJECTION: _Call()}, "system"),
         ({"a": torch.zeros(2), "epoch": 3}, "'epoch' is a int"),
-        ({3: torch.zeros(2)}, "3 is a name"),
-        ([torch.zeros(2)], "holds a list"),
+        ({3: torch.zeros(2)}, "the key 3 is not a string"),
+        ([torch.zeros(2)], "contains a list"),
         ({}, "expected a dict of tensors"),
         ({"state_dict": {"a": torch.zeros(2)}}, "'state_dict' is a dict"),
         ({"a": torch.zeros(2).to_sparse()}, "sparse"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
-        ({"a": torch.zeros(2, device="meta")}, "where its data lie"),
-        ({"a\nb": torch.zeros(2)}, "is no name"),
+        ({"a": torch.zeros(2, device="meta")}, "where its data is"),
+        ({"a\nb": torch.zeros(2)}, "is not a valid tensor name"),
         ({"a": torch.zeros((1,) * 9)}, "9 dimensions"),
     ],
 )

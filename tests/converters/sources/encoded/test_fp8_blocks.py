@@ -106,7 +106,7 @@ def test_a_nan_among_the_codes_is_named(tmp_path: Path) -> None:
     source = write_fp8(
         tmp_path / "source", {PROJECTION: Tensor("F8_E4M3", (48, 32), bytes(codes)), SCALES: scales((1, 1))}
     )
-    with pytest.raises(SourceError, match=r"nan at \[2, 6\]") as refused:
+    with pytest.raises(SourceError, match=r"the weight at \[2, 6\] is nan") as refused:
         convert(source, tmp_path / "out")
     assert refused.value.reason is Reason.NONFINITE_WEIGHT
 
@@ -114,7 +114,7 @@ def test_a_nan_among_the_codes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "quantization", "reason", "said"),
     [
-        ({PROJECTION: fp8((48, 32))}, FP8, Reason.MISSING_COMPONENT, "without its scales"),
+        ({PROJECTION: fp8((48, 32))}, FP8, Reason.MISSING_COMPONENT, "has no scales"),
         ({PROJECTION: fp8((48, 32)), SCALES: scales((2, 1))}, FP8, Reason.COMPONENT_SHAPE, "[2, 1], expected [1, 1]"),
         ({PROJECTION: fp8((48, 32)), SCALES: fp8((1, 1))}, FP8, Reason.COMPONENT_DTYPE, "F8_E4M3"),
         ({}, FP8, Reason.CONFIG_FIELD, "no tensor is F8_E4M3"),

@@ -51,7 +51,7 @@ def test_an_interrupted_conversion_continues_to_the_same_bytes(tmp_path: Path) -
     ("make", "reason", "said"),
     [
         (lambda f: write_gguf(f, metadata={"llama.rope.scaling.type": "longrope"}), Reason.CONFIG_FIELD, "longrope"),
-        (lambda f: write_gguf(f, metadata={"llama.rope.dimension_count": 32}), Reason.CONFIG_FIELD, "32 of the 64"),
+        (lambda f: write_gguf(f, metadata={"llama.rope.dimension_count": 32}), Reason.CONFIG_FIELD, "32, expected 64"),
         (lambda f: write_gguf(f, metadata={"split.count": 2}), Reason.UNSUPPORTED_SOURCE, "--merge"),
         (lambda f: write_gguf(f, extra={"blk.7.attn_q.weight": np.zeros((2, 2), np.float32)}), Reason.UNKNOWN_TENSOR,
          "blk.7.attn_q.weight"),

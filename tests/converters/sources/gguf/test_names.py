@@ -141,7 +141,7 @@ def test_the_frequency_factors_of_llama_3_become_its_scaling(tmp_path: Path) -> 
 
 def test_other_frequency_factors_are_refused(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf", extra={"rope_freqs.weight": np.linspace(1, 9, 32, dtype=np.float32)})
-    with pytest.raises(SourceError, match="not those of Llama 3"):
+    with pytest.raises(SourceError, match="factors other than those of Llama 3"):
         plan(folder)
 
 

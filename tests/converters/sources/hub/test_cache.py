@@ -58,7 +58,7 @@ def test_the_cache_is_filled_by_keep_source_and_read_without_any_request_offline
 
 def test_what_is_not_in_the_cache_is_named_offline(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.add_folder(NAME, source)
-    with pytest.raises(SourceError, match=r"is not in the local cache.*leave out offline,"):
+    with pytest.raises(SourceError, match=r"is not in the local Hub cache.*leave out offline,"):
         convert(NAME, tmp_path / "out", ConversionOptions(offline=True))
     convert(NAME, tmp_path / "kept", ConversionOptions(keep_source=True))
     snapshot = next((tmp_path / "home" / "hub" / "models--owner--model" / "snapshots").iterdir())
@@ -90,7 +90,7 @@ def test_a_folder_of_the_name_comes_first_and_a_path_is_never_a_repository(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SourceError, match="no such folder"):
+    with pytest.raises(SourceError, match="does not exist"):
         open_source(Path("owner/model"))
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "model").symlink_to(source)
@@ -106,7 +106,7 @@ def test_a_folder_of_the_name_comes_first_and_a_path_is_never_a_repository(
     [ConversionOptions(revision="main"), ConversionOptions(offline=True), ConversionOptions(keep_source=True)],
 )
 def test_options_of_repositories_are_refused_for_folders(source: Path, options: ConversionOptions) -> None:
-    with pytest.raises(UsageError, match="is no repository"):
+    with pytest.raises(UsageError, match="is not a Hub repository"):
         plan(source, options)
 
 
@@ -119,7 +119,7 @@ def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
     hub.add_folder(NAME, fp8_source(tmp_path / "source"))
     options = ConversionOptions(keep_source=keep_source)
     if not keep_source:
-        with pytest.raises(SourceError, match=r"cannot be decoded in a stream.*keep_source=True"):
+        with pytest.raises(SourceError, match=r"cannot be streamed.*keep_source=True"):
             convert(NAME, tmp_path / "out", options)
         assert not hub.requests("tokenizer")
         return

@@ -39,7 +39,7 @@ def test_hostile_names_in_an_index_are_refused(hub: Hub, tmp_path: Path, name: s
 
 @pytest.mark.parametrize("name", ["owner/..", "owner/a--b", "owner", "a/b/c", "owner/na me", "-x/y"])
 def test_what_can_be_no_name_of_a_repository_makes_no_request(hub: Hub, name: str) -> None:
-    with pytest.raises(SourceError, match="no such folder"):
+    with pytest.raises(SourceError, match="does not exist"):
         plan(name)
     assert not hub.log
 
