@@ -278,12 +278,12 @@ def test_the_plan_names_what_is_not_calibrated_and_writes_nothing(source: Path, 
 def test_a_text_shorter_than_a_window_is_refused(source: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the block holds one scale")
-    with pytest.raises(DataError, match="less than one window of 128"):
+    with pytest.raises(DataError, match="fewer than one window of 128"):
         calibrate(source, tmp_path / "out", short)
 
 
 def test_fewer_tokens_than_a_window_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="100 calibration tokens: a window has 128"):
+    with pytest.raises(UsageError, match="100 calibration tokens: expected at least 128"):
         calibrate(source, tmp_path / "out", text, tokens=100)
     with pytest.raises(UsageError, match="0 calibration tokens"):
         calibrate(source, tmp_path / "out", text, tokens=0)
@@ -293,13 +293,13 @@ def test_a_source_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> 
     source = models.write_source(tmp_path / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
-    with pytest.raises(SourceError, match="has no tokenizer that transformers can load"):
+    with pytest.raises(SourceError, match="calibration needs a tokenizer, but transformers cannot load one"):
         calibrate(source, tmp_path / "out", text)
 
 
 def test_a_tokenizer_of_another_model_is_refused(text: Path, tmp_path: Path) -> None:
     source = models.write_source(tmp_path / "source", vocabulary=200)
-    with pytest.raises(SourceError, match="the model knows 200"):
+    with pytest.raises(SourceError, match="the vocabulary has only 200 tokens"):
         calibrate(source, tmp_path / "out", text)
 
 
@@ -344,6 +344,6 @@ def test_a_weight_that_is_not_finite_is_refused_before_any_layer_runs(text: Path
     source = write_checkpoint(tmp_path / "source", tensors, config=config)
     runs.small_tokenizer().save_pretrained(source)
     seen: list[int] = []
-    with pytest.raises(SourceError, match=r"o_proj.*nan at \[3, 4\]"):
+    with pytest.raises(SourceError, match=r"o_proj.*the weight at \[3, 4\] is nan"):
         calibrate(source, tmp_path / "out", text, on_layer=lambda done, total: seen.append(done))
     assert not seen

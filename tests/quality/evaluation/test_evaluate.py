@@ -106,11 +106,11 @@ def test_the_record_names_no_path_and_is_the_same_each_time(source: Path, artifa
 
 def test_another_source_is_refused_unless_it_is_wanted(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other", seed=1)
-    with pytest.raises(SourceError, match=r"is not the tensor that .* was made from.*any_source=True"):
+    with pytest.raises(SourceError, match=r"is not the tensor that .* was converted from.*any_source=True"):
         evaluate(artifact, [text], source=other, **SMALL)
     assert not evaluate(artifact, [text], source=other, any_source=True, **SMALL).source_checked
     of_other = models.write_artifact(other, tmp_path / "of_other")
-    with pytest.raises(SourceError, match=r"is not the tensor that \S+nf4 was made from"):
+    with pytest.raises(SourceError, match=r"is not the tensor that \S+nf4 was converted from"):
         evaluate(of_other, [text], source=other, against=[artifact], **SMALL)
 
 
@@ -119,24 +119,24 @@ def test_a_source_without_a_weight_of_the_artifact_is_refused(artifact: Path, te
     tensors = models.tensors()
     del tensors["model.layers.0.mlp.up_proj.weight"]
     write_checkpoint(other, tensors, side_files={})
-    with pytest.raises(SourceError, match=r"up_proj.weight.*has no such tensor"):
+    with pytest.raises(SourceError, match=r"up_proj.weight.*is missing"):
         evaluate(artifact, [text], source=other, **SMALL)
 
 
 def test_a_text_that_is_too_short_is_refused(artifact: Path, tmp_path: Path) -> None:
     short = models.write_text(tmp_path / "short.txt", n_words=3)
-    with pytest.raises(DataError, match="less than one window of 64"):
+    with pytest.raises(DataError, match="fewer than one window of 64"):
         evaluate(artifact, [short], **SMALL)
 
 
 def test_windows_longer_than_the_models_context_are_refused(artifact: Path, text: Path) -> None:
-    with pytest.raises(UsageError, match="at most 128 tokens"):
+    with pytest.raises(UsageError, match="has a context of 128 tokens, but windows have 129"):
         evaluate(artifact, [text], **{**SMALL, "window_length": 129})
 
 
 def test_another_vocabulary_is_refused(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other", vocabulary=400)
-    with pytest.raises(UsageError, match=r"a vocabulary of 320 tokens, but .*other one of 400"):
+    with pytest.raises(UsageError, match=r"a vocabulary of 320 tokens, but .*other has 400"):
         evaluate(artifact, [text], source=other, any_source=True, **SMALL)
 
 
@@ -152,7 +152,7 @@ def test_another_tokenizer_is_refused_if_it_cuts_the_text_in_another_way(
     assert evaluate(artifact, [text], source=other, **SMALL).source_checked
     state["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(UsageError, match=r"other: its tokenizer cuts .*words.txt into other tokens"):
+    with pytest.raises(UsageError, match=r"other: its tokenizer splits .*words.txt into other tokens"):
         evaluate(artifact, [text], source=other, **SMALL)
 
 
@@ -175,7 +175,7 @@ def test_a_teacher_that_gives_no_numbers_is_named_with_the_window(
     write_checkpoint(broken, tensors, config=config, side_files={})
     first = read_windows(text, AutoTokenizer.from_pretrained(source), length=64).spread(5).numbers[0]
     assert first > 0
-    expected = rf"broken: .*no finite numbers in window {first} of .*words.txt, token 0"
+    expected = rf"broken: non-finite logits in window {first} of .*words.txt, token 0"
     with pytest.raises(VerificationError, match=expected):
         evaluate(artifact, [text], source=broken, **SMALL)
 

@@ -57,7 +57,7 @@ class TestCachedTeacher:
         data = bytearray(window.read_bytes())
         data[100] ^= 1
         window.write_bytes(bytes(data))
-        with pytest.raises(TargetError, match=rf"{window.name}: was damaged\. Remove it"):
+        with pytest.raises(TargetError, match=rf"{window.name}: is damaged\. Delete it"):
             run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
         window.unlink()
         run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
@@ -70,7 +70,7 @@ class TestCachedTeacher:
         for k in (8, 16):
             run(artifact, source, text, tmp_path / f"out{k}", teacher_cache=cache, top_k=k, steps=2)
         assert len(list(cache.iterdir())) == 2
-        with pytest.raises(UsageError, match="a vocabulary of"):
+        with pytest.raises(UsageError, match="top_k: 10000, but the vocabulary of the 16-bit model has"):
             run(artifact, source, text, tmp_path / "out", teacher_cache=cache, top_k=10_000)
 
 

@@ -122,7 +122,7 @@ def test_an_artifact_without_packed_layers_is_refused(tmp_path: Path) -> None:
     source = models.write_source(tmp_path / "source")
     (tmp_path / "recipe.toml").write_text('[[rule]]\npattern = "*"\naction = "keep"\n')
     artifact = models.write_artifact(source, tmp_path / "kept", recipe=tmp_path / "recipe.toml")
-    with pytest.raises(UsageError, match="holds no packed layer"):
+    with pytest.raises(UsageError, match="contains no packed layers"):
         tunable_of(artifact)
 
 
