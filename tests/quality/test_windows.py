@@ -74,7 +74,7 @@ def test_the_digest_is_the_sha256_of_the_bytes(
     assert both.sha256 == hashlib.sha256(whole + rows.read_bytes()).hexdigest()
 
 
-def test_a_window_begins_with_bos_where_the_tokenizer_begins_texts_so(
+def test_windows_begin_with_bos_if_the_tokenizer_adds_it(
     text_file: Path, bos_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     expected = bos_tokenizer(TEXT, add_special_tokens=False)["input_ids"]
@@ -89,7 +89,7 @@ def test_a_window_never_begins_with_two_bos() -> None:
     assert cut(np.array([1, 5, 6, 7, 8], np.int32), 2, bos_id=None).tolist() == [[1, 5], [6, 7]]
 
 
-def test_rows_follow_one_another_as_training_renders_them(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_are_concatenated_as_training_renders_them(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     got = read_windows(write_rows(tmp_path / "rows.jsonl"), tokenizer, length=16)
     assert isinstance(tokenizer.eos_token, str)
     expected = [
@@ -121,7 +121,7 @@ def test_a_text_without_line_ends_keeps_every_character(tmp_path: Path, tokenize
     assert path.read_text().startswith(tokenizer.decode(ids.reshape(-1)).strip())
 
 
-def test_spread_takes_windows_at_even_distances(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_spread_returns_evenly_spaced_windows(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     everything = read_windows(text_file, tokenizer, length=8)
     few = everything.spread(4)
     steps = np.diff(few.numbers)
@@ -143,7 +143,7 @@ def test_a_sample_is_of_different_windows_and_the_same_for_the_same_seed(
     assert np.array_equal(one.ids, everything.ids[one.numbers])
 
 
-def test_held_out_windows_and_the_others_are_all_of_them(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_held_out_and_remaining_windows_are_complete(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     everything = read_windows(text_file, tokenizer, length=8)
     rest, held_out = everything.hold_out(5)
     assert len(held_out) == 5
@@ -152,7 +152,7 @@ def test_held_out_windows_and_the_others_are_all_of_them(text_file: Path, tokeni
         everything.hold_out(len(everything))
 
 
-def test_less_than_one_window_is_refused_with_both_sizes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_less_than_one_window_is_rejected_with_both_sizes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "short.txt"
     path.write_text("the block")
     n_tokens = len(tokenizer("the block")["input_ids"])
@@ -163,7 +163,7 @@ def test_less_than_one_window_is_refused_with_both_sizes(tmp_path: Path, tokeniz
         read_windows(path, tokenizer, length=64)
 
 
-def test_a_binary_file_is_refused_with_the_position(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_binary_file_is_rejected_with_the_position(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "rows.bin"
     path.write_bytes(b"text" + bytes([0xFF, 0xFE]))
     with pytest.raises(DataError, match=r"not valid UTF-8 \(byte 4\)"):
@@ -171,7 +171,7 @@ def test_a_binary_file_is_refused_with_the_position(tmp_path: Path, tokenizer: P
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl"])
-def test_a_missing_file_is_named(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_missing_file_is_reported(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match=name):
         read_windows(tmp_path / name, tokenizer, length=4)
 

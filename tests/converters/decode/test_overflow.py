@@ -30,7 +30,7 @@ def overflowing(folder: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_values_too_large_for_fp16_are_counted_and_named(double_quant: bool, tmp_path: Path) -> None:
+def test_values_too_large_for_fp16_are_counted_per_tensor(double_quant: bool, tmp_path: Path) -> None:
     artifact = overflowing(tmp_path, double_quant=double_quant)
     summary = export(artifact, tmp_path / "out", "fp16")
     bits = np.frombuffer(tensors_in(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"][2], "<u2")
@@ -48,7 +48,7 @@ def test_float32_values_too_large_for_bf16_are_counted(tmp_path: Path) -> None:
     assert export(tmp_path / "artifact", tmp_path / "out", "bf16").overflowed == {"model.norm.weight": 1}
 
 
-def test_a_resumed_export_still_knows_what_overflowed(tmp_path: Path) -> None:
+def test_a_resumed_export_still_reports_overflows(tmp_path: Path) -> None:
     artifact = overflowing(tmp_path)
     expected = export(artifact, tmp_path / "undisturbed", "fp16").overflowed
     kill_after(artifact, tmp_path / "out", n_done=3, to="fp16")

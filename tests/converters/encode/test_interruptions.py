@@ -66,7 +66,7 @@ WORKERS = pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(
     "fault", ["kill", "ENOSPC", "full from here on", "EIO", "short write", "nothing written from here on"]
 )
-def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_repetition_gives_the_same_bytes(
+def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_retry_gives_the_same_bytes(
     fault: str,
     workers: int,
     replacing: bool,
@@ -108,7 +108,7 @@ def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_repetition
 
 @TARGETS
 @WORKERS
-def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_repetition(
+def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_a_retry(
     workers: int, replacing: bool, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
 ) -> None:
     rehearsal = place(tmp_path / "rehearsal" / "out", old) if replacing else tmp_path / "out"
@@ -122,7 +122,7 @@ def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_re
         check_and_repeat(source, out, workers=workers, force=replacing, old=old if replacing else None, whole=whole)
 
 
-def test_a_second_and_a_third_kill_during_the_repetition_change_nothing(
+def test_a_second_and_a_third_kill_during_retries_change_nothing(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     n_calls = len(calls_of(source, tmp_path / "out", workers=1, force=False))
@@ -138,7 +138,7 @@ def test_a_second_and_a_third_kill_during_the_repetition_change_nothing(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP])
-def test_without_an_exchange_of_names_a_kill_at_any_call_still_loses_neither_artifact(
+def test_without_atomic_exchange_a_kill_at_any_call_still_loses_neither_artifact(
     code: int, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
 ) -> None:
     """The old artifact is moved aside before the new one takes its name: for one moment OUT is absent, never mixed."""

@@ -41,9 +41,7 @@ def windows_of(source: Path, text: Path) -> torch.Tensor:
     return torch.from_numpy(windows.ids).long()
 
 
-def test_it_is_whole_and_has_the_tensors_of_the_plain_artifact_in_the_same_places(
-    calibrated: Path, artifact: Path
-) -> None:
+def test_it_is_intact_and_has_the_same_layout_as_the_plain_artifact(calibrated: Path, artifact: Path) -> None:
     assert verify_integrity(calibrated, sha256=True).passed
     with qformat.open(calibrated) as ours, qformat.open(artifact) as plain:
         assert ours.located == plain.located
@@ -57,7 +55,9 @@ def test_it_is_whole_and_has_the_tensors_of_the_plain_artifact_in_the_same_place
     }
 
 
-def test_the_manifest_tells_how_and_on_which_text_but_not_the_text(calibrated: Path, text: Path, source: Path) -> None:
+def test_the_manifest_records_method_and_digest_of_the_text_but_not_the_text(
+    calibrated: Path, text: Path, source: Path
+) -> None:
     record = record_of(calibrated)
     assert record["method"] == "error_feedback"
     assert record["data_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
@@ -130,7 +130,7 @@ def test_other_formats_and_options_of_the_source_and_the_conversion(
     load_model(out, device="cpu")(torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_weights_whose_blocks_run_across_rows_are_encoded_as_ever_and_named(text: Path, tmp_path: Path) -> None:
+def test_weights_whose_blocks_run_across_rows_are_encoded_plainly_and_listed(text: Path, tmp_path: Path) -> None:
     sizes = {"hidden": 64, "intermediate": 96, "vocabulary": runs.VOCABULARY}
     source = write_checkpoint(tmp_path / "source", llama_tensors(**sizes), config=llama_config(**sizes))
     runs.small_tokenizer().save_pretrained(source)
@@ -242,7 +242,7 @@ def test_other_architectures_come_nearer_in_every_layer(make: Any, text: Path, t
         assert errors[1] < errors[0], name
 
 
-def test_a_weight_whose_input_is_always_zero_is_encoded_as_ever(text: Path, tmp_path: Path) -> None:
+def test_a_weight_whose_input_is_always_zero_is_encoded_plainly(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     for layer in (0, 1):
         name = f"model.layers.{layer}.mlp.gate_proj.weight"
@@ -266,7 +266,7 @@ def test_progress_counts_all_layers(source: Path, text: Path, tmp_path: Path) ->
     assert seen == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_the_plan_names_what_is_not_calibrated_and_writes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
+def test_the_plan_lists_what_is_not_calibrated_and_writes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
     options = ConversionOptions(calibration=CalibrationSettings(text), block_size=128)
     planned = plan(source, options)
     record = planned.recipe["calibration"]
@@ -303,9 +303,7 @@ def test_a_tokenizer_of_another_model_is_refused(text: Path, tmp_path: Path) -> 
         calibrate(source, tmp_path / "out", text)
 
 
-def test_an_architecture_that_transformers_does_not_know_is_refused_by_name(
-    source: Path, text: Path, tmp_path: Path
-) -> None:
+def test_an_architecture_unknown_to_transformers_is_rejected(source: Path, text: Path, tmp_path: Path) -> None:
     other = shutil.copytree(source, tmp_path / "source")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "wonder", "architectures": ["Wonder"]}))
@@ -313,7 +311,7 @@ def test_an_architecture_that_transformers_does_not_know_is_refused_by_name(
         calibrate(other, tmp_path / "out", text)
 
 
-def test_an_encoder_decoder_is_refused_by_name(text: Path, tmp_path: Path) -> None:
+def test_an_encoder_decoder_model_is_rejected(text: Path, tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(d_model=64, d_ff=128, num_layers=1, num_heads=2, d_kv=32, vocab_size=runs.VOCABULARY)
@@ -323,7 +321,7 @@ def test_an_encoder_decoder_is_refused_by_name(text: Path, tmp_path: Path) -> No
         calibrate(tmp_path / "source", tmp_path / "out", text)
 
 
-def test_activations_that_are_not_finite_are_refused_with_the_layer(text: Path, tmp_path: Path) -> None:
+def test_non_finite_activations_are_reported_with_the_layer(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     name = "model.layers.1.input_layernorm.weight"  # a kept tensor: the conversion itself does not look at it
     tensors[name] = tensor_of(np.full(64, np.inf, np.float32), "BF16")
@@ -335,7 +333,7 @@ def test_activations_that_are_not_finite_are_refused_with_the_layer(text: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_that_is_not_finite_is_refused_before_any_layer_runs(text: Path, tmp_path: Path) -> None:
+def test_a_weight_with_nan_or_inf_is_rejected_before_any_layer_runs(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     values = np.zeros((64, 64), np.float32)
     values[3, 4] = np.nan

@@ -189,7 +189,7 @@ def test_blocks_of_zeros_and_scales_that_decode_to_less_than_zero_are_finite() -
 
 
 @pytest.mark.parametrize("diagonal", [0.0, float("nan"), float("inf")])
-def test_a_hessian_of_nothing_or_of_no_numbers_has_no_factor(diagonal: float) -> None:
+def test_a_hessian_that_is_zero_or_not_finite_has_no_factor(diagonal: float) -> None:
     hessian = torch.zeros(64, 64)
     hessian.diagonal().fill_(diagonal)
     assert inverse_factor(hessian, damping=0.01) is None

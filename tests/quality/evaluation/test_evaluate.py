@@ -59,7 +59,7 @@ def test_figures_are_those_of_transformers_on_the_same_windows(source: Path, art
 
 
 @pytest.mark.parametrize("which", ["source", "artifact"])
-def test_a_model_beside_itself_has_no_divergence(which: str, text: Path, request: pytest.FixtureRequest) -> None:
+def test_a_model_compared_with_itself_has_no_divergence(which: str, text: Path, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(which)
     found = evaluate(model, [text], source=model, any_source=True, **SMALL).texts[0]
     assert found.source is not None
@@ -83,7 +83,7 @@ def test_models_are_compared_in_pairs(source: Path, artifact: Path, coarse: Path
     assert second["more_than_first"]["kl"]["mean"] == pytest.approx(got["kl"].mean, rel=1e-5)
 
 
-def test_without_a_source_there_is_the_loss_alone(artifact: Path, text: Path) -> None:
+def test_without_a_source_only_the_loss_is_measured(artifact: Path, text: Path) -> None:
     found = evaluate(artifact, [text], **SMALL)
     assert found.texts[0].source is None
     assert set(figures(found.texts[0].models[0], None)) == {"loss", "perplexity"}
@@ -96,7 +96,7 @@ def test_every_text_has_its_own_figures(source: Path, artifact: Path, text: Path
     assert found[0]["sha256"] != found[1]["sha256"]  # type: ignore[index, call-overload]
 
 
-def test_the_record_names_no_path_and_is_the_same_each_time(source: Path, artifact: Path, text: Path) -> None:
+def test_the_record_contains_no_path_and_is_deterministic(source: Path, artifact: Path, text: Path) -> None:
     one, two = (record(evaluate(artifact, [text], source=source, **SMALL)) for _ in range(2))
     assert one == two
     assert one["source_checked"] is True
@@ -104,7 +104,7 @@ def test_the_record_names_no_path_and_is_the_same_each_time(source: Path, artifa
     assert one["texts"][0]["predicted_tokens"] == 5 * 63  # type: ignore[index, call-overload]
 
 
-def test_another_source_is_refused_unless_it_is_wanted(artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_another_source_is_rejected_unless_any_source_is_set(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other", seed=1)
     with pytest.raises(SourceError, match=r"is not the tensor that .* was converted from.*any_source=True"):
         evaluate(artifact, [text], source=other, **SMALL)
@@ -114,7 +114,7 @@ def test_another_source_is_refused_unless_it_is_wanted(artifact: Path, text: Pat
         evaluate(of_other, [text], source=other, against=[artifact], **SMALL)
 
 
-def test_a_source_without_a_weight_of_the_artifact_is_refused(artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_a_source_that_lacks_a_weight_of_the_artifact_is_rejected(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other")
     tensors = models.tensors()
     del tensors["model.layers.0.mlp.up_proj.weight"]
@@ -123,7 +123,7 @@ def test_a_source_without_a_weight_of_the_artifact_is_refused(artifact: Path, te
         evaluate(artifact, [text], source=other, **SMALL)
 
 
-def test_a_text_that_is_too_short_is_refused(artifact: Path, tmp_path: Path) -> None:
+def test_a_text_that_is_too_short_is_rejected(artifact: Path, tmp_path: Path) -> None:
     short = models.write_text(tmp_path / "short.txt", n_words=3)
     with pytest.raises(DataError, match="fewer than one window of 64"):
         evaluate(artifact, [short], **SMALL)
@@ -140,7 +140,7 @@ def test_another_vocabulary_is_refused(artifact: Path, text: Path, tmp_path: Pat
         evaluate(artifact, [text], source=other, any_source=True, **SMALL)
 
 
-def test_another_tokenizer_is_refused_if_it_cuts_the_text_in_another_way(
+def test_a_tokenizer_that_splits_the_text_differently_is_rejected(
     source: Path, artifact: Path, text: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -156,7 +156,7 @@ def test_another_tokenizer_is_refused_if_it_cuts_the_text_in_another_way(
         evaluate(artifact, [text], source=other, **SMALL)
 
 
-def test_a_source_without_a_tokenizer_is_taken(source: Path, artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_a_source_without_a_tokenizer_is_accepted(source: Path, artifact: Path, text: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(source, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     assert evaluate(artifact, [text], source=bare, **SMALL).source_checked
@@ -164,7 +164,7 @@ def test_a_source_without_a_tokenizer_is_taken(source: Path, artifact: Path, tex
         evaluate(bare, [text], **SMALL)
 
 
-def test_a_teacher_that_gives_no_numbers_is_named_with_the_window(
+def test_non_finite_logits_are_reported_with_the_window(
     source: Path, artifact: Path, text: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -180,7 +180,7 @@ def test_a_teacher_that_gives_no_numbers_is_named_with_the_window(
         evaluate(artifact, [text], source=broken, **SMALL)
 
 
-def test_logits_are_those_of_one_window_and_two_models_at_a_time(
+def test_memory_holds_logits_of_one_window_and_two_models_at_a_time(
     source: Path, artifact: Path, coarse: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []

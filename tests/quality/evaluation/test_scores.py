@@ -84,14 +84,14 @@ def test_logits_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["model", "reference"])
-def test_the_first_position_that_is_no_number_is_found(bad: float, side: str) -> None:
+def test_the_first_non_finite_position_is_found(bad: float, side: str) -> None:
     logits, reference = random_logits(1), random_logits(2)
     (logits if side == "model" else reference)[7, 5] = bad
     assert first_non_finite(score_window(logits, random_ids(), reference=reference)) == 7
     assert first_non_finite(score_window(random_logits(1), random_ids(), reference=random_logits(2))) is None
 
 
-def test_stacked_scores_are_one_row_a_window() -> None:
+def test_stacked_scores_have_one_row_per_window() -> None:
     one, two = (score_window(random_logits(seed), random_ids()) for seed in (1, 2))
     both = stack([one, two])
     assert both.kl is None

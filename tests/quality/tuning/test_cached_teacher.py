@@ -32,7 +32,7 @@ class TestCachedTeacher:
         run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
         assert contents(tmp_path / "second") == contents(tmp_path / "first")
 
-    def test_with_all_tokens_it_is_the_live_one(
+    def test_with_all_tokens_it_equals_the_live_teacher(
         self, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
     ) -> None:
         vocabulary = tuned_vocabulary(source)
@@ -47,7 +47,7 @@ class TestCachedTeacher:
         # Rounding alone leads the two trainings apart: by less than either of them gains.
         assert (found.after.kl - result.after.kl).abs().mean() < result.before.mean("kl") - result.after.mean("kl")
 
-    def test_a_damaged_window_is_named_and_made_again_once_removed(
+    def test_a_damaged_window_is_reported_and_computed_again_once_deleted(
         self, artifact: Path, source: Path, text: Path, tmp_path: Path
     ) -> None:
         cache = tmp_path / "cache"
@@ -63,7 +63,7 @@ class TestCachedTeacher:
         run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
         assert contents(tmp_path / "second") == contents(tmp_path / "first")
 
-    def test_other_settings_have_a_folder_of_their_own(
+    def test_other_settings_have_their_own_directory(
         self, artifact: Path, source: Path, text: Path, tmp_path: Path
     ) -> None:
         cache = tmp_path / "cache"

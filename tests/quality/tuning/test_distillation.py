@@ -77,7 +77,7 @@ KINDS = {"all": None, "k": 8, "every one of k": VOCABULARY}
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk_nbytes", [16 << 20, 1200])
-def test_the_gradient_is_that_of_the_kl_however_it_is_cut(kind: str, chunk_nbytes: int) -> None:
+def test_the_gradient_is_that_of_the_kl_for_all_chunk_sizes(kind: str, chunk_nbytes: int) -> None:
     teacher_parts, teacher = linear_model(seed=1, chunk_nbytes=chunk_nbytes)
     student_parts, student = linear_model(seed=2, chunk_nbytes=chunk_nbytes)
     student_parts["head"].requires_grad_(False)

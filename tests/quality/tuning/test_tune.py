@@ -24,7 +24,7 @@ from tests.rounding import rounds_like
 from tests.small_models import contents
 
 
-def test_it_gets_closer_by_more_than_chance(result: TuningResult) -> None:
+def test_it_gets_closer_significantly(result: TuningResult) -> None:
     assert result.step == tuned.SHORT["steps"]
     # If chance decided, before and after could change places in any of the 8 windows. Fewer than one in a hundred of
     # these 256 exchanges gain as much (Fisher's exact test of paired figures).
@@ -108,7 +108,7 @@ def test_only_scales_and_norms_change_and_no_byte_is_added(result: TuningResult,
     assert norms == 5  # two a layer and the last one
 
 
-def test_the_manifest_tells_what_was_done_and_nothing_of_the_machine(result: TuningResult, text: Path) -> None:
+def test_the_manifest_records_the_tuning_but_not_the_machine(result: TuningResult, text: Path) -> None:
     import hashlib
 
     with open_artifact(result.out) as opened:
@@ -142,7 +142,7 @@ def test_the_same_command_gives_the_same_bytes(
     assert contents(tmp_path / "other") != contents(result.out)
 
 
-def test_other_layouts_and_formats_are_tuned_as_well(source: Path, text: Path, tmp_path: Path) -> None:
+def test_other_layouts_and_formats_can_be_tuned(source: Path, text: Path, tmp_path: Path) -> None:
     for name, options in (
         ("single", {"double_quant": False}),
         ("coarse", {"block_size": 256, "max_shard_nbytes": 60_000}),

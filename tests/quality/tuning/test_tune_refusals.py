@@ -20,7 +20,7 @@ from tests.quality.tuning.tuned import run
 from tests.small_models import contents, names_beside, write_checkpoint
 
 
-def test_an_output_that_is_there_is_replaced_only_with_force(
+def test_an_existing_output_is_replaced_only_with_force(
     result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     out = models.write_artifact(source, tmp_path / "out", block_size=256)
@@ -34,7 +34,7 @@ def test_an_output_that_is_there_is_replaced_only_with_force(
         run(artifact, source, text, artifact / "out")
 
 
-def test_another_source_is_refused_with_the_difference(artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_another_source_is_rejected_with_the_difference(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other", seed=5)
     with pytest.raises(
         SourceError, match=r"is not the tensor that nf4 was converted from: XXH3-128 \w+, expected \w+ \("
@@ -47,7 +47,7 @@ def test_another_source_is_refused_with_the_difference(artifact: Path, text: Pat
     assert names_beside(tmp_path / "out") == {"other", "smaller"}
 
 
-def test_an_artifact_without_digests_of_its_source_is_taken_on_trust_only(
+def test_an_artifact_without_source_digests_needs_trust_source(
     result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     nameless = tmp_path / "nameless"
@@ -66,7 +66,7 @@ def test_an_artifact_without_digests_of_its_source_is_taken_on_trust_only(
     assert contents(tmp_path / "out")[shard] == contents(result.out)[shard]
 
 
-def test_text_that_is_too_short_is_refused(artifact: Path, source: Path, tmp_path: Path) -> None:
+def test_text_that_is_too_short_is_rejected(artifact: Path, source: Path, tmp_path: Path) -> None:
     short = models.write_text(tmp_path / "short.txt", n_words=5)
     with pytest.raises(DataError, match="fewer than one window of 32"):
         run(artifact, source, short, tmp_path / "out")
@@ -82,7 +82,7 @@ def test_a_tuned_artifact_is_not_tuned_again(result: TuningResult, source: Path,
         run(result.out, source, text, tmp_path / "out")
 
 
-def test_what_did_not_get_better_is_written_only_when_asked(
+def test_a_result_that_is_not_better_is_written_only_with_accept_worse(
     artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     changed = {"learning_rate": 0.7, "warmup_steps": 0, "steps": 3}
@@ -95,7 +95,7 @@ def test_what_did_not_get_better_is_written_only_when_asked(
     assert verify_integrity(tmp_path / "out", sha256=True).passed
 
 
-def test_a_tuning_that_diverges_names_the_step_and_keeps_the_best_checkpoint(
+def test_a_diverging_tuning_reports_the_step_and_keeps_the_best_checkpoint(
     artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     changed = {"steps": 30, "save_every": 2, "learning_rate": 0.05}
@@ -115,7 +115,7 @@ def test_a_tuning_that_diverges_names_the_step_and_keeps_the_best_checkpoint(
     assert found.after.mean("kl") < found.before.mean("kl")
 
 
-def test_a_teacher_that_gives_no_numbers_is_named(text: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_non_finite_outputs_is_reported(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     for name, position in (("model.norm.weight", 4), ("lm_head.weight", 64)):
         broken = dict(tensors)
@@ -131,7 +131,7 @@ def test_a_teacher_that_gives_no_numbers_is_named(text: Path, tmp_path: Path) ->
         assert not (folder / "out").exists()
 
 
-def test_nothing_is_left_behind_by_refusals(artifact: Path, source: Path, tmp_path: Path) -> None:
+def test_rejected_runs_leave_nothing_behind(artifact: Path, source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         run(artifact, source, tmp_path / "missing.txt", tmp_path / "out")
     with pytest.raises(UsageError, match="steps: 0, expected at least 1"):

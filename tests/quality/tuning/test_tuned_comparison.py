@@ -46,7 +46,7 @@ def changed(artifact: Path, out: Path, replacements: Replacements, recipe: dict[
     return out
 
 
-def test_a_tuned_artifact_is_what_its_manifest_says(tuned: Path, source: Path) -> None:
+def test_a_tuned_artifact_matches_its_manifest(tuned: Path, source: Path) -> None:
     found = compare(tuned, source)
     assert found.passed
     assert found.scale_change == 0.5
@@ -96,7 +96,7 @@ def test_only_vectors_may_be_tuned_among_kept_tensors(tuned: Path, source: Path,
     assert [(f.reason, f.tensor) for f in found.findings] == [(Reason.SOURCE_MISMATCH, "lm_head.weight")]
 
 
-def test_another_source_is_another_source(tuned: Path, tmp_path: Path) -> None:
+def test_another_source_is_found(tuned: Path, tmp_path: Path) -> None:
     found = compare(tuned, models.write_source(tmp_path / "other", seed=9))
     assert not found.passed
     assert all("is not the tensor that was converted" in finding.message for finding in found.findings)

@@ -100,7 +100,7 @@ def test_an_fp8_checkpoint_converts_to_the_bytes_of_its_bfloat16_twin(tmp_path: 
     assert compare(tmp_path / "out", source).passed
 
 
-def test_a_nan_among_the_codes_is_named(tmp_path: Path) -> None:
+def test_a_nan_among_the_codes_is_reported(tmp_path: Path) -> None:
     codes = bytearray(fp8((48, 32)).data)
     codes[70] = 0x7F
     source = write_fp8(
@@ -126,7 +126,7 @@ def test_a_nan_among_the_codes_is_named(tmp_path: Path) -> None:
          Reason.ALREADY_QUANTIZED, "model.lost.weight_scale_inv"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(
+def test_inconsistent_tensors_are_rejected_with_a_reason(
     tensors: dict[str, Tensor], quantization: dict[str, object], reason: Reason, said: str, tmp_path: Path
 ) -> None:
     source = write_fp8(tmp_path / "source", tensors, quantization)

@@ -85,7 +85,7 @@ def test_names_and_config_are_those_of_transformers(architecture: str, sizes: Si
     assert_equals_transformers(write_gguf(tmp_path / "gguf", architecture, "Q4_0", sizes))
 
 
-def test_biases_of_a_llama_are_put_back_in_order_like_its_rows(tmp_path: Path) -> None:
+def test_biases_of_a_llama_are_reordered_like_its_rows(tmp_path: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
     rng = np.random.default_rng(3)
@@ -139,7 +139,7 @@ def test_the_frequency_factors_of_llama_3_become_its_scaling(tmp_path: Path) -> 
     source.close()
 
 
-def test_other_frequency_factors_are_refused(tmp_path: Path) -> None:
+def test_other_frequency_factors_are_rejected(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf", extra={"rope_freqs.weight": np.linspace(1, 9, 32, dtype=np.float32)})
     with pytest.raises(SourceError, match="factors other than those of Llama 3"):
         plan(folder)
