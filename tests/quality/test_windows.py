@@ -1,4 +1,4 @@
-"""Data files as windows of tokens, against what transformers' tokenizer makes of the same text."""
+"""Data files as token windows, compared with the output of transformers' tokenizer on the same text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def bos_tokenizer() -> PreTrainedTokenizerFast:
-    """One that begins every text with a BOS, as Llama's do."""
+    """Return a tokenizer that begins every text with BOS, like Llama's."""
     tokenizer = runs.small_tokenizer()
     tokenizer.bos_token = "</s>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # type: ignore[attr-defined]
@@ -176,6 +176,6 @@ def test_a_missing_file_is_reported(name: str, tmp_path: Path, tokenizer: PreTra
         read_windows(tmp_path / name, tokenizer, length=4)
 
 
-def test_a_window_of_one_token_is_refused(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_window_of_one_token_is_rejected(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match="at least 2"):
         read_windows(text_file, tokenizer, length=1)

@@ -1,4 +1,4 @@
-"""A fresh conversion is good, and neither threads nor chunks change a bit of its comparison."""
+"""A fresh conversion passes, and the result of a comparison does not depend on threads or chunks."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_progress_counts_every_byte_of_the_source_once(
 
 
 def test_memory_does_not_grow_with_a_tensor(large: tuple[Path, Path]) -> None:
-    """Of 19 MB of weights, only the scales (600 KB) are there at once, and chunks."""
+    """Of 19 MB of weights, only the scales (600 KB) and some chunks are in memory at a time."""
     first = compare(*large, workers=1)
     tracemalloc.start()
     try:

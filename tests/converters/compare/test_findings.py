@@ -148,7 +148,7 @@ def test_a_source_that_is_not_finite_is_found(
 
 
 def test_float16_codes_that_decode_to_infinity_are_found(tmp_path: Path) -> None:
-    """The second level may round a scale up, here to 65,700: above 65,520, float16 has only infinity."""
+    """The second level may round a scale up, here to 65,700, and float16 represents values above 65,520 as infinity."""
     values = np.zeros((640, 64), np.float32)  # a block a row
     values[::2] = 65504
     values[1:4] = 65504  # a mean of 32,957: the high scales lie 0.9875 times as far from it as the low ones

@@ -1,4 +1,4 @@
-"""verify_against_source: what the command prints, in one pass over the artifact."""
+"""verify_against_source: what the command prints, in a single pass over the artifact."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def artifact(source: Path, tmp_path: Path) -> Path:
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[object]:
-    """Count the calls of a function of a module; they go on to it."""
+    """Count the calls of a function of a module and forward them."""
     calls: list[object] = []
     function: Callable[..., object] = getattr(module, name)
 

@@ -1,4 +1,4 @@
-"""Faults at every call to the disk, and kills: the old or the new stands, and a repetition gives the same bytes."""
+"""Faults at every call to the disk, and kills: the target is the old or the new one, and a retry completes it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TARGET = pytest.mark.parametrize("replacing", [False, True], ids=["new OUT", "re
 
 
 class Rehearsal:
-    """What the fault tests share: the artifact, the bytes before and after, and how often the disk is called."""
+    """Shared state of the fault tests: the artifact, the bytes before and after, and the number of calls."""
 
     def __init__(self, artifact: Path, folder: Path, *, replacing: bool) -> None:
         self.artifact = artifact
@@ -123,7 +123,7 @@ def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_a_retr
 
 
 def test_an_early_sync_that_fails_is_an_error(tiny: Path, tmp_path: Path) -> None:
-    """The kernel reports a lost write to one fsync only: the one of the thread must not be forgotten."""
+    """The kernel reports a lost write to one fsync only, so an error in the syncing thread must not be lost."""
 
     class LostWrite(FaultyDisk):
         def perform(self, name: str, arguments: tuple[object, ...]) -> object:

@@ -1,4 +1,4 @@
-"""Values that the target's format cannot hold are counted and named."""
+"""Values that exceed the range of the target format are counted per tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.small_models import tensor_of, tiny_tensors, weight, write_checkpoint
 
 
 def overflowing(folder: Path, **options: Any) -> Path:
-    """An artifact with values beyond 65504: in a packed weight, in a kept one, and one that was infinite before."""
+    """Write an artifact with values beyond 65504 in a packed and in a kept tensor, and with one infinite value."""
     values = widen(np.frombuffer(weight((4, 64)).data, "<u2"), FloatFormat.BF16).reshape(4, 64).copy()
     values[1, 5], values[1, 6], values[3, 7] = 1e5, -1e5, 7e4
     norm = np.array([1, 2e5, np.inf, -3e38], np.float32)

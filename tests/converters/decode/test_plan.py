@@ -1,4 +1,4 @@
-"""The plan of an export tells every byte and reads no weight."""
+"""The plan of an export predicts every byte and reads no weights."""
 
 from __future__ import annotations
 

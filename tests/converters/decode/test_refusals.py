@@ -1,4 +1,4 @@
-"""Damaged artifacts, targets and arguments that are refused, with nothing left under OUT."""
+"""Damaged artifacts and invalid targets and arguments are rejected and leave no output."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_checkpoint_is_replaced_with_force_and_an_artifact_never(tiny: Path, t
     assert names_beside(out) == {"out", "fresh", "artifact", "thesis"}
 
 
-def test_out_inside_the_artifact_is_refused(tiny: Path) -> None:
+def test_out_inside_the_artifact_is_rejected(tiny: Path) -> None:
     with pytest.raises(TargetError, match="lies inside"):
         exported(tiny, tiny / "out")
     with pytest.raises(TargetError, match="holds the source"):

@@ -1,4 +1,4 @@
-"""Sources that change before a resumption or during a conversion are noticed."""
+"""Sources that change before a resumption or during a conversion are detected."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_source_that_changes_during_conversion_is_detected(name: str, source: 
 
 
 def test_a_source_that_changes_between_plan_and_conversion_is_detected(source: Path, tmp_path: Path) -> None:
-    """A look for infinities reads all weights, after the headers and before the run: time enough for a change."""
+    """The search for NaN and Inf reads all weights after the headers, so a change before the conversion is possible."""
     mine = copy_of(source, tmp_path / "source")
     out = tmp_path / "target" / "out"
     out.parent.mkdir()

@@ -52,7 +52,7 @@ def repeat(source: Path, out: Path) -> None:
 
 @contextmanager
 def running(script: str, source: Path, out: Path, *, n_writes: int) -> Iterator[subprocess.Popen[str]]:
-    """Run a conversion whose threads stand still in the write after so many."""
+    """Run a conversion whose threads stop in a write after `n_writes` writes."""
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(source), str(out), str(n_writes)],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""What an interrupted conversion leaves, damaged in every way: the same end or a refusal."""
+"""Partial output damaged in every way: the same bytes in the end, or an error."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_damaged_journal_only_costs_time(
 def test_no_flipped_bit_of_the_journal_reaches_the_artifact(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The journal is believed about the source's digests, which cannot be checked cheaply: so it has its own."""
+    """The journal is trusted for the source's digests, which are expensive to check, so it has a digest of its own."""
     work = interrupt(source, tmp_path / "out", n_done=4)
     intact = {name: (work / "folder" / name).read_bytes() for name in os.listdir(work / "folder")}
     journal = (work / "journal").read_bytes()

@@ -1,4 +1,4 @@
-"""The same input gives the same bytes, and exactly those that the plan foretold."""
+"""The same input gives the same bytes, exactly those that the plan predicts."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from tests.small_models import contents, names_beside
 
 @pytest.fixture(scope="module")
 def old(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of another artifact, with one file more, to be replaced."""
+    """Return the bytes of another artifact, with one additional file, that is to be replaced."""
     out = tmp_path_factory.mktemp("old") / "out"
     convert(source, out, ConversionOptions(block_size=128, double_quant=False), disk=FaultyDisk())
     assert verify_integrity(out, sha256=True).passed
@@ -31,7 +31,7 @@ def old(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
 
 
 def calls_of(source: Path, out: Path, *, workers: int, force: bool) -> list[str]:
-    """Return the primitives that a whole conversion calls, in order."""
+    """Return the primitives that a complete conversion calls, in order."""
     disk = FaultyDisk()
     convert(source, out, OPTIONS, workers=workers, force=force, disk=disk)
     return disk.names
@@ -40,7 +40,7 @@ def calls_of(source: Path, out: Path, *, workers: int, force: bool) -> list[str]
 def check_and_repeat(
     source: Path, out: Path, *, workers: int, force: bool, old: dict[str, bytes] | None, whole: dict[str, bytes]
 ) -> None:
-    """What stands under OUT after a fault is the old or the new; the same command ends as if nothing had happened."""
+    """Check that the target is the old or the new artifact after a fault, and that the same command completes it."""
     standing = contents(out) if out.exists() else None
     assert standing in (old, whole)
     refused: TargetError | None = None
@@ -141,7 +141,7 @@ def test_a_second_and_a_third_kill_during_retries_change_nothing(
 def test_without_atomic_exchange_a_kill_at_any_call_still_loses_neither_artifact(
     code: int, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The old artifact is moved aside before the new one takes its name: for one moment OUT is absent, never mixed."""
+    """The old artifact is moved aside before the new one is renamed: the target may be absent, but is never mixed."""
 
     class NoExchange(FaultyDisk):
         def perform(self, name: str, arguments: tuple[object, ...]) -> object:

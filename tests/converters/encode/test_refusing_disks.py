@@ -1,4 +1,4 @@
-"""Disks that may not be written, or are too small: known before the first byte where that is possible."""
+"""Disks that are read-only or too small: detected before the first byte if possible."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_space_that_is_already_staged_is_not_required_again(source: Path, parent
 
 
 def test_a_finished_run_is_recognised_without_free_space(source: Path, parent: Path) -> None:
-    """Killed right after the rename, on a disk that is full now: only the cleaning up is left to do."""
+    """The run was killed right after the rename and the disk is full now, so only the cleanup is left."""
     out = parent / "out"
 
     class NoCleaning(FaultyDisk):
@@ -74,7 +74,7 @@ def test_a_finished_run_is_recognised_without_free_space(source: Path, parent: P
 
 
 def test_a_conversion_resumes_after_the_disk_filled_up(source: Path, parent: Path) -> None:
-    """As on a tmpfs of the artifact's size less one page: the bytes taken are counted, and no more are given."""
+    """As on a tmpfs one page smaller than the artifact: writes fail once the allowed number of bytes is used."""
     out = parent / "out"
     planned = plan(source, OPTIONS)
 

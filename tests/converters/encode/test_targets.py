@@ -1,4 +1,4 @@
-"""Where the output goes: what is refused before any work, what is replaced, and what is left on the disk."""
+"""The output's target: what is rejected before any work, what is replaced, and what is left on the disk."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_every_file_and_both_folders_are_synced_before_and_after_the_rename(sour
 
 
 def test_only_the_disk_object_changes_the_target(source: Path, parent: Path) -> None:
-    """With a disk that does nothing, no file or folder appears: no other code writes."""
+    """With a disk that does nothing, no file or directory appears: no other code writes."""
 
     class Nothing(FaultyDisk):
         def perform(self, name: str, arguments: tuple[object, ...]) -> object:
@@ -197,7 +197,7 @@ def test_only_the_disk_object_changes_the_target(source: Path, parent: Path) -> 
 
 
 def test_force_on_a_file_system_that_is_busy_loses_nothing(source: Path, parent: Path) -> None:
-    """OUT may be a mount point, which cannot be renamed."""
+    """The target may be a mount point, which cannot be renamed."""
     out = parent / "out"
     convert(source, out, ConversionOptions(block_size=128))
     old = contents(out)

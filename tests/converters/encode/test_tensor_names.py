@@ -1,4 +1,4 @@
-"""Awkward names are converted like any other; names that no reader could use are refused."""
+"""Unusual names are converted like any other; names that readers cannot use are rejected."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_name_that_collides_with_a_component_of_another_weight_is_rejected(tmp
 
 
 def test_a_name_that_gets_too_long_with_a_components_suffix_is_rejected(tmp_path: Path) -> None:
-    """Such an artifact could be written, but no reader of ours would open it."""
+    """Such an artifact could be written, but our own reader would not open it."""
     suffix = ".quant_state.bitsandbytes__nf4"
     leaf = ".down_proj.weight"
     for nbytes in (512 - len(suffix), 513 - len(suffix)):
@@ -83,7 +83,7 @@ def test_a_name_that_gets_too_long_with_a_components_suffix_is_rejected(tmp_path
 
 @pytest.mark.parametrize("name", ["(a+)+$", "a{99999999999}", "[[a", "a|b", "\\", "(" * 200, "a(?P<x>b)", "(?i)a", "*"])
 def test_a_module_name_with_regex_syntax_is_rejected_before_it_is_compiled(name: str, tmp_path: Path) -> None:
-    """transformers matches skip entries as regular expressions: `(a+)+$` would take it for ever."""
+    """transformers matches skip entries as regular expressions: `(a+)+$` would never finish."""
     tensors = {f"model.{name}.weight": weight((8, 16)), "model." + "a" * 40 + ".down_proj.weight": weight((8, 16))}
     error = refusal(write_checkpoint(tmp_path / "source", tensors))
     assert error.reason is Reason.SKIP_MODULES

@@ -1,4 +1,4 @@
-"""Weights that are not finite or of another dtype are refused or kept; other tensors keep their bits."""
+"""Weights with NaN or Inf or of another dtype are rejected or kept; other tensors keep their bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: ordered rules over module paths, the default table behind them, and partners that stay alike."""
+"""Recipes: ordered rules over module paths, the default table, and weights that are fused and decided together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of modules that stay in 16 bit: every name that a reader may have for them, and none of a quantized one."""
+"""The list of modules that stay in 16 bit: every name that a reader may use, and none of a quantized module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibrated conversions of tiny models: what they write, how near it comes, and what is refused."""
+"""Calibrated conversions of tiny models: their contents, their accuracy, and what is rejected."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_weights_whose_blocks_run_across_rows_are_encoded_plainly_and_listed(tex
 
 
 def gpt_neox(folder: Path) -> Path:
-    """Another architecture: fused q, k, v, parallel blocks, biases, its own names, a final norm in the stack."""
+    """Another architecture: fused q, k, v, parallel blocks, biases, other names, a final norm in the stack."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     torch.manual_seed(0)
@@ -158,7 +158,7 @@ def gpt_neox(folder: Path) -> Path:
 
 
 def opt(folder: Path) -> Path:
-    """One whose layers return tuples, or take positions from an embedding."""
+    """An architecture whose layers return tuples and whose positions come from an embedding."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
@@ -171,7 +171,7 @@ def opt(folder: Path) -> Path:
 
 
 def gemma3(folder: Path) -> Path:
-    """One whose layers get different masks and rotary tables, and whose embeddings are scaled."""
+    """An architecture whose layers get different masks and rotary tables, and whose embeddings are scaled."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def gemma3(folder: Path) -> Path:
 
 
 def mixtral(folder: Path) -> Path:
-    """A mixture of experts: they stay in 16 bit, and transformers merges them while it loads."""
+    """A mixture of experts, which stay in 16 bit and are merged by transformers while loading."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -275,21 +275,21 @@ def test_the_plan_lists_what_is_not_calibrated_and_writes_nothing(source: Path, 
     assert planned.nbytes > plan(source, ConversionOptions(block_size=128)).nbytes
 
 
-def test_a_text_shorter_than_a_window_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_text_shorter_than_a_window_is_rejected(source: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the block holds one scale")
     with pytest.raises(DataError, match="fewer than one window of 128"):
         calibrate(source, tmp_path / "out", short)
 
 
-def test_fewer_tokens_than_a_window_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
+def test_fewer_tokens_than_a_window_are_rejected(source: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="100 calibration tokens: expected at least 128"):
         calibrate(source, tmp_path / "out", text, tokens=100)
     with pytest.raises(UsageError, match="0 calibration tokens"):
         calibrate(source, tmp_path / "out", text, tokens=0)
 
 
-def test_a_source_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
+def test_a_source_without_a_tokenizer_is_rejected(text: Path, tmp_path: Path) -> None:
     source = models.write_source(tmp_path / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
@@ -297,7 +297,7 @@ def test_a_source_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> 
         calibrate(source, tmp_path / "out", text)
 
 
-def test_a_tokenizer_of_another_model_is_refused(text: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_rejected(text: Path, tmp_path: Path) -> None:
     source = models.write_source(tmp_path / "source", vocabulary=200)
     with pytest.raises(SourceError, match="the vocabulary has only 200 tokens"):
         calibrate(source, tmp_path / "out", text)

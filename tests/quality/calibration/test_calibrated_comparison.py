@@ -1,4 +1,4 @@
-"""`verify --source` of calibrated artifacts: what must still hold is checked, and what was chosen is said."""
+"""`verify --source` of calibrated artifacts: what must hold is checked, and chosen codes are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibrated conversions that are killed, or run out of disk, at chosen or random points, and are then continued."""
+"""Calibrated conversions that are killed, or run out of disk, at chosen or random points, and are then resumed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_fault_at_any_call(fault: str, source: Path, text: Path, disk_calls: U
 
 
 def interrupt(source: Path, text: Path, out: Path, *, n_layers: int) -> None:
-    """Stop a calibrated conversion when that many layers are done."""
+    """Stop a calibrated conversion once `n_layers` layers are done."""
 
     def stop(done: int, total: int) -> None:
         if done == n_layers:

@@ -1,4 +1,4 @@
-"""`evaluate` on tiny models: against transformers on the same windows, in pairs, and what it refuses."""
+"""`evaluate` on tiny models: compared with transformers on the same windows, in pairs, and what is rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {"n_windows": 5, "window_length": 64, "device": "cpu"}
 
 
 def logits_of(model: Any, ids: np.ndarray) -> torch.Tensor:
-    """float64 [windows, L - 1, vocabulary]; of one window at a time, since more add up in another order."""
+    """Return float64 [windows, L - 1, vocabulary], one window at a time, because a batch is summed in another order."""
     with torch.no_grad():
         logits = torch.cat([model(torch.from_numpy(window[None]).long(), use_cache=False).logits for window in ids])
     return logits[:, :-1].double()
@@ -129,12 +129,12 @@ def test_a_text_that_is_too_short_is_rejected(artifact: Path, tmp_path: Path) ->
         evaluate(artifact, [short], **SMALL)
 
 
-def test_windows_longer_than_the_models_context_are_refused(artifact: Path, text: Path) -> None:
+def test_windows_longer_than_the_models_context_are_rejected(artifact: Path, text: Path) -> None:
     with pytest.raises(UsageError, match="has a context of 128 tokens, but windows have 129"):
         evaluate(artifact, [text], **{**SMALL, "window_length": 129})
 
 
-def test_another_vocabulary_is_refused(artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_is_rejected(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other", vocabulary=400)
     with pytest.raises(UsageError, match=r"a vocabulary of 320 tokens, but .*other has 400"):
         evaluate(artifact, [text], source=other, any_source=True, **SMALL)

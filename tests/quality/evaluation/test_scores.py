@@ -1,4 +1,4 @@
-"""The scores of a window against transformers' own loss and against sums in float64."""
+"""The scores of a window compared with transformers' own loss and with sums in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_divergence_and_agreement_are_those_of_float64(dtype: torch.dtype, chunk
 
 
 def test_small_divergences_keep_their_digits() -> None:
-    """The logarithms' errors are larger than such a KL in the worst case: torch's own function is the yardstick."""
+    """In the worst case, the errors of the logarithms exceed such a KL: torch's own function is the reference."""
     reference, ids = random_logits(1, n_positions=513), random_ids(513)
     logits = reference + 1e-2 * random_logits(2, n_positions=513, scale=1.0)
     (log_p, log_q), (exact_p, exact_q) = (

@@ -1,4 +1,4 @@
-"""The 16-bit model's word on disk, instead of the model in memory."""
+"""The 16-bit model's predictions from disk, instead of the model in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small_models import contents
 
 
 class TestCachedTeacher:
-    """The 16-bit model's word on disk."""
+    """The 16-bit model's predictions from disk."""
 
     def test_it_tunes_nearly_as_well_without_the_model_in_memory(
         self, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path,

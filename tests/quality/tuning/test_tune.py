@@ -1,4 +1,4 @@
-"""`tune`: closer on held-out text with the same codes and size, the same bytes however it is stopped, refusals."""
+"""`tune`: closer on held-out text with the same codes and size, and the same bytes after interruptions."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_it_gets_closer_significantly(result: TuningResult) -> None:
 
 
 def rounding_costs_less_than_tuning_gains(result: TuningResult) -> bool:
-    """Whether the bytes that are stored are nearer to what was trained than to the artifact before tuning."""
+    """Return whether the stored values are nearer to the trained ones than to the artifact before tuning."""
     before, trained, after = (which.mean("kl") for which in (result.before, result.tuned, result.after))
     return abs(after - trained) < abs(before - after)
 
 
 def test_the_figures_are_those_of_the_stored_artifact(result: TuningResult, source: Path, text: Path) -> None:
-    """An oracle that shares nothing with tuning: both models loaded anew, all logits, torch's own KL."""
+    """An independent check that shares no code with tuning: both models loaded again, all logits, torch's own KL."""
     from transformers import AutoModelForCausalLM
 
     _, held_out = read_windows(text, load_tokenizer(source), length=32).hold_out(8)

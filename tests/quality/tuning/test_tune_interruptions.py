@@ -1,4 +1,4 @@
-"""A tuning that is stopped, killed or out of disk goes on and ends in the same bytes."""
+"""A tuning that is stopped, killed or out of disk resumes and gives the same bytes."""
 
 from __future__ import annotations
 

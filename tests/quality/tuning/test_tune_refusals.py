@@ -1,4 +1,4 @@
-"""What is not tuned, or not written: other sources, too little text, results that got worse or are no numbers."""
+"""What is not tuned or not written: other sources, too little text, results that are worse or not finite."""
 
 from __future__ import annotations
 

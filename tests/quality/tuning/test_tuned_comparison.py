@@ -1,4 +1,4 @@
-"""`verify --source` of a tuned artifact: what was tuned is known and named, what must still hold is checked."""
+"""`verify --source` of a tuned artifact: tuned tensors are recognised and listed, and what must hold is checked."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_another_source_is_found(tuned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_change_in_the_range_is_allowed_whatever_the_scales(seed: int) -> None:
-    """As tuning does it: from the decoded scales, both ways to the limit, encoded again."""
+    """As in tuning: from the decoded scales to the limit in both directions, encoded again."""
     generator = np.random.default_rng(seed)
     absmax = np.abs(generator.standard_normal(700)).astype(np.float32) * np.float32(10.0 ** generator.integers(-6, 3))
     absmax[::50] = 0

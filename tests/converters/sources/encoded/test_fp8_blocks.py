@@ -1,4 +1,4 @@
-"""fp8 checkpoints: decoded as transformers decodes them, then converted like the same checkpoint in bfloat16."""
+"""FP8 checkpoints: decoded as transformers does it, then converted like the same checkpoint in bfloat16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALES = PROJECTION + "_scale_inv"
 
 
 def decoded_by_transformers(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> np.ndarray:
-    """Return the bytes that transformers decodes to; ragged edges are filled up for it and cut off again."""
+    """Return the bytes that transformers decodes to. Partial blocks are padded for it and cut off again."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8}

@@ -1,4 +1,4 @@
-"""MXFP4 checkpoints (gpt-oss): experts decoded as transformers decodes them, under its names and shapes."""
+"""MXFP4 checkpoints (gpt-oss): experts decoded as transformers does it, with its names and shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real file and an interrupted run give the bytes they must; files that would become another model are refused."""
+"""A real file and an interrupted run give the expected bytes; files that would become another model are rejected."""
 
 from __future__ import annotations
 

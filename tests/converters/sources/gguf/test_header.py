@@ -1,4 +1,4 @@
-"""Headers with hostile counts, tensors and bytes are refused by name before anything is allocated."""
+"""Headers with hostile counts, tensors and bytes are rejected with a reason before anything is allocated."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_hostile_counts_are_rejected_before_anything_is_allocated(
 
 
 def info_place(path: Path, name: str) -> int:
-    """Return where the entry of a tensor begins behind its name."""
+    """Return the offset behind the name in a tensor's entry."""
     return path.read_bytes().index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
 
 

@@ -1,4 +1,4 @@
-"""Names, config and every value are those of transformers."""
+"""Names, config and every value are the same as in transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 
 
 def loaded_by_transformers(folder: Path, dtype: torch.dtype) -> Any:
-    """Return the model that transformers makes of the file, decoded."""
+    """Return the decoded model that transformers loads from the file."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     return AutoModelForCausalLM.from_pretrained(
@@ -29,7 +29,7 @@ def loaded_by_transformers(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def stored_names(model: Any) -> dict[str, torch.Tensor]:
-    """Return a model's tensors as a checkpoint has them: experts one by one, and no tied head."""
+    """Return a model's tensors as a checkpoint stores them: individual experts, and no tied head."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         head, fused, which = name.partition(".experts.")
@@ -115,7 +115,7 @@ def test_the_table_of_names_is_that_of_gguf() -> None:
 
 
 def llama3_factors(factor: float) -> np.ndarray:
-    """The loop of llama.cpp's converter."""
+    """Compute the factors with the loop of llama.cpp's converter."""
     found = []
     for frequency in 1 / 10000.0 ** (np.arange(0, 64, 2) / 64):
         wavelength = 2 * np.pi / frequency

@@ -1,4 +1,4 @@
-"""The tokenizer is taken from the folder, or converted from the file where transformers is installed."""
+"""The tokenizer is read from the directory, or converted from the file if transformers is installed."""
 
 from __future__ import annotations
 
