@@ -140,7 +140,7 @@ def tune(
     device = chosen_device(settings.device)
     with open_artifact(job.artifact) as artifact:
         if "tuning" in artifact.manifest.recipe:
-            raise UsageError(f"{job.artifact}: was already tuned. Tune the artifact that it was tuned from")
+            raise UsageError(f"{job.artifact}: was already tuned. Tune the original artifact instead")
         source_digest = check_whole_source(artifact, source, trust=trust_source)
         tokenizer = load_tokenizer(job.artifact, trust_remote_code=settings.trust_remote_code)
         everything = read_windows(list(job.data), tokenizer, length=settings.seq_len)
