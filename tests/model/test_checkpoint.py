@@ -103,5 +103,7 @@ def test_a_name_is_a_folder_or_a_snapshot_in_the_cache_of_the_hub(
     snapshot.parent.mkdir()
     source.rename(snapshot)
     assert find_folder("owner/small") == snapshot
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="missing: does not exist"):
         find_folder(tmp_path / "missing")
+    with pytest.raises(UsageError, match="main: is not a directory"):
+        find_folder(repository / "refs" / "main")

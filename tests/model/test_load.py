@@ -236,20 +236,20 @@ def edit_config(artifact: Path, **fields: object) -> None:
         ({"architectures": ["UnheardOfForCausalLM"]}, "has no 'UnheardOfForCausalLM'.*trust_remote_code"),
         ({"num_hidden_layers": 3}, "no shard has it"),
         ({"num_hidden_layers": 1}, "has no such"),
-        ({"intermediate_size": 256}, r"shape \[128, 192\], but the model has \[128, 256\]"),
-        ({"hidden_act": "unheard_of"}, "no model can be built from it"),
+        ({"intermediate_size": 256}, r"shape \[128, 192\], but the model expects \[128, 256\]"),
+        ({"hidden_act": "unheard_of"}, "cannot build a model from it"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(tiny: Path, fields: dict[str, object], message: str) -> None:
+def test_a_config_that_does_not_fit_is_rejected(tiny: Path, fields: dict[str, object], message: str) -> None:
     edit_config(tiny, **fields)
     with pytest.raises(ArtifactError, match=message):
         load_model(tiny, device="cpu")
 
 
-def test_a_device_that_is_not_there_is_refused(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="device 'cuda:99' cannot be used here"):
+def test_a_device_that_does_not_exist_is_rejected(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="device 'cuda:99' cannot be used on this machine"):
         load_model(tiny, device="cuda:99")
-    with pytest.raises(UsageError, match="device 'abacus' cannot be used here"):
+    with pytest.raises(UsageError, match="device 'abacus' cannot be used on this machine"):
         load_model(tiny, device="abacus")
 
 
@@ -270,12 +270,12 @@ def test_shards_on_a_device_hold_what_the_file_holds(tiny: Path) -> None:
             assert all(torch.equal(part, other.components[key]) for key, part in tensor.components.items())
 
 
-def test_a_device_without_room_is_refused_before_anything_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_room_is_rejected_before_anything_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "free_nbytes", lambda device: 1000)
     monkeypatch.setattr(load, "stream_shards", lambda *_, **__: pytest.fail("something was read"))
     with (
         qformat.open(tiny) as opened,
-        pytest.raises(DeviceMemoryError, match=r"the weights need [\d.]+ [kM]B, and cpu has 1 kB free"),
+        pytest.raises(DeviceMemoryError, match=r"memory on cpu: the weights need [\d.]+ [kM]B, 1 kB is free"),
     ):
         shards_on_device(opened.structure, torch.device("cpu"), verify="structure")
 
@@ -302,11 +302,9 @@ def test_without_verification_no_manifest_is_read(tiny: Path) -> None:
         load_model(tiny, device="cpu")
 
 
-def test_copies_that_do_not_fit_the_memory_are_refused_with_what_is_needed(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_needed_memory_is_reported_if_copies_do_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_layers, "free_nbytes", lambda device: 1000)
-    with pytest.raises(DeviceMemoryError, match=r"needs 153 kB on cpu, and 1 kB may be used"):
+    with pytest.raises(DeviceMemoryError, match=r"memory on cpu: the model needs 153 kB, 1 kB is available"):
         load_model(tiny, device="cpu", dtype=torch.float32)
 
 

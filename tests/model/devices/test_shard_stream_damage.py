@@ -64,7 +64,7 @@ def test_bytes_that_were_wrong_only_when_first_read_are_refused(tiny: Path) -> N
     device.on_copy = damage
     error = refusal(check_structure(tiny), device)
     assert error.reason == Reason.COMPONENT_DIGEST
-    assert "once more" in str(error)
+    assert "two reads of bytes" in str(error)
 
 
 @pytest.mark.parametrize("verify", ["full", "structure"])
