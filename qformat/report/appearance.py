@@ -41,7 +41,8 @@ code, .mono { font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospac
 .tile { background: var(--card); border-radius: 6px; padding: 10px 14px; }
 .tile b { display: block; font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: 13px; }
-dl { margin: 12px 0; font-size: 14px; display: grid; grid-template-columns: max-content minmax(0, 85ch); gap: 3px 18px; }
+dl { margin: 12px 0; font-size: 14px; display: grid; gap: 3px 18px; }
+dl { grid-template-columns: max-content minmax(0, 85ch); }
 dt { font-weight: 600; } dd { margin: 0; color: var(--muted); }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(240px, 100%), 1fr)); gap: 14px; }
 .panels { align-items: start; }
@@ -69,7 +70,7 @@ svg { display: block; width: 100%; height: auto; } figure.wide svg { min-width: 
 figure .scroll { --cover: var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 10px; text-align: left; border-bottom: 1px solid var(--rule); vertical-align: top; }
-td { overflow-wrap: anywhere; min-width: 7em; } td.number { min-width: 0; }
+td { overflow-wrap: anywhere; min-width: 9em; } td.number { min-width: 0; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td code { display: inline-block; min-width: 16em; }

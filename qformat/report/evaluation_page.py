@@ -21,7 +21,7 @@ def write_evaluation_page(
 
     Args:
         facts: The object that `qformat eval --json` prints.
-        details: Details per text and model. Empty if there is no 16-bit model.
+        details: Details per text and model. Empty without a 16-bit model.
         bounds: Boundaries between the columns of the KL histogram, in nats.
         path: File to write. An existing file is replaced.
 
@@ -36,7 +36,7 @@ def evaluation_page(facts: Facts, details: Sequence[Sequence[Facts]], bounds: Se
 
     Args:
         facts: The object that `qformat eval --json` prints.
-        details: Details per text and model. Empty if there is no 16-bit model.
+        details: Details per text and model. Empty without a 16-bit model.
         bounds: Boundaries between the columns of the KL histogram, in nats.
     """
     names = [Path(name).name for name in facts["models"]]

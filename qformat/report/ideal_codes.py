@@ -39,7 +39,7 @@ def gaussian_code_shares(block_size: int) -> NDArray[np.float64]:
 def expected_shares(weights_by_block_size: Mapping[int, int]) -> NDArray[np.float64]:
     """Return the expected shares of a whole model, float64 [16], from its number of weights per block size.
 
-    All shares are zero if there are no weights.
+    Without weights, all shares are zero.
     """
     shares = np.zeros(16)
     for block_size, n_weights in sorted(weights_by_block_size.items()):
