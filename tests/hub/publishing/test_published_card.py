@@ -1,4 +1,4 @@
-"""The card and the manifest that are published: they tell the truth about source, licence and figures."""
+"""The published card and manifest state the source, the licence and the figures correctly."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def test_the_card_is_one_that_huggingface_hub_accepts_and_says_what_the_source_s
         "pipeline_tag": "text-generation",
         "tags": ["qformat", "nf4", "bitsandbytes", "4-bit"],
     }
-    assert "12.386 bits each" in text
+    assert "12.386 bits per weight including scales" in text
     assert f"qformat fetch {NAME} small-nf4" in text
 
 
 @pytest.mark.parametrize(
     ("front", "concern"),
     [
-        ("library_name: x", "names no licence"),
+        ("library_name: x", "does not state a licence"),
         ("license: cc-by-nc-nd-4.0", "forbids derivatives"),
         ("license: other\nlicense_name: some-nd", "forbids derivatives"),
-        ("license: other\nlicense_name: mine", "has no link"),
+        ("license: other\nlicense_name: mine", "without a link to its text"),
         ("license:\n- mit\n- gpl-3.0", "several licences"),
     ],
 )
