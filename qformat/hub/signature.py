@@ -39,7 +39,7 @@ def sign(digests: Mapping[str, str], name: str, key: Path) -> bytes:
     """Return the signature of files.
 
     Args:
-        digests: SHA-256 of each file, by name.
+        digests: SHA-256 per name of file.
         name: Name of the model. It is informative.
         key: Elliptic-curve private key (PEM).
 
@@ -82,7 +82,7 @@ def check_signature(signature: bytes, digests: Mapping[str, str], public_key: Pa
 
     Args:
         signature: Content of the signature file.
-        digests: SHA-256 of each file, by name.
+        digests: SHA-256 per name of file.
         public_key: Public key of the publisher (PEM).
         where: Path of the signature, for messages.
 
@@ -144,7 +144,7 @@ def check_published_signature(published: PublishedArtifact, public_key: Path) ->
 
 
 def signed_digests(manifest: Manifest, data: bytes) -> dict[str, str]:
-    """Return the SHA-256 of every file that a signature covers, by name.
+    """Return the SHA-256 per name of every file that a signature covers.
 
     Args:
         manifest: Manifest of the artifact.

@@ -113,7 +113,7 @@ def test_what_is_no_artifact_or_not_there_is_told(hub: Hub, published: dict[str,
     hub.repositories.create("me/empty")
     report = verify_remote("me/empty", transfer=PATIENT)
     assert [one.reason for one in report.findings] == [Reason.MISSING_FILE]
-    with pytest.raises(HubError, match="no such repository"):
+    with pytest.raises(HubError, match="the repository does not exist or is private"):
         verify_remote("me/missing", transfer=PATIENT)
 
 

@@ -65,7 +65,7 @@ def test_a_signature_of_other_files_is_refused(tmp_path: Path, files: dict[str, 
 
 def test_a_signature_of_another_key_is_refused(tmp_path: Path) -> None:
     other = write_key(tmp_path, "other").with_suffix(".pub")
-    with pytest.raises(ArtifactError, match="is no signature of these files with the key"):
+    with pytest.raises(ArtifactError, match="is not a signature of these files by the key"):
         check_signature(sign(DIGESTS, "model", write_key(tmp_path)), DIGESTS, other, where="model.sig")
 
 

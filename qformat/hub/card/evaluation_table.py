@@ -39,7 +39,7 @@ _FIGURES = (
 
 
 def evaluation_sections(evaluation: JsonObject | None) -> list[str]:
-    """Return the heading, the table of figures per text and a note, or an empty list if there are no figures."""
+    """Return the heading, the table of figures per text and a note, or an empty list without figures."""
     if evaluation is None:
         return []
     texts = evaluation.get("texts")

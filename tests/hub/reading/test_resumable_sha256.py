@@ -74,5 +74,5 @@ def test_more_bytes_than_32_bits_count_are_padded_with_their_number() -> None:
 
 @pytest.mark.parametrize("text", ["", "1:2", "0::", "64:" + "0" * 64 + ":00", "-1:" + "0" * 64 + ":", "0:zz:"])
 def test_what_is_no_state_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="no state"):
+    with pytest.raises(UsageError, match="invalid state of a SHA-256"):
         ResumableSha256.from_text(text)
