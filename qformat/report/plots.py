@@ -1,4 +1,4 @@
-"""Plots of a page as inline SVG. All colors are CSS variables of the page, so light and dark themes both work."""
+"""Plots of a page as inline SVG. All colours are CSS variables of the page, so light and dark themes both work."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from qformat.hub.card.page import pipeline_tag_of, write_card
 CONFIG: dict[str, object] = {"architectures": ["LlamaForCausalLM"]}
 
 
-def test_the_card_of_an_artifact_of_unknown_origin_names_no_base_model(small_artifact: Path) -> None:
+def test_the_card_of_an_artifact_of_unknown_origin_states_no_base_model(small_artifact: Path) -> None:
     text = write_card("me/it", read_manifest(small_artifact), {}, Origin())
     data = huggingface_hub.ModelCard(text).data.to_dict()
     assert data == {"library_name": "transformers", "tags": ["qformat", "nf4", "bitsandbytes", "4-bit"]}
@@ -52,7 +52,7 @@ def test_the_section_on_vllm_states_its_plugin_and_its_limits(small_artifact: Pa
     assert "--quantization" not in section
 
 
-def test_scales_without_an_offset_are_not_said_to_be_rounded(small_artifact: Path) -> None:
+def test_the_section_on_vllm_mentions_no_rounding_for_scales_without_an_offset(small_artifact: Path) -> None:
     manifest = read_manifest(small_artifact)
     plain = {
         name: replace(record, layout=replace(record.layout, double_quant=False))
@@ -157,6 +157,6 @@ def test_the_task_follows_from_the_architecture(config: dict[str, object], tag: 
         ({"passed": True, "manifest": {"files": {}}}, "other files"),
     ],
 )
-def test_a_verification_that_did_not_pass_gives_no_figures(small_artifact: Path, record: object, problem: str) -> None:
+def test_an_unsuitable_verification_gives_no_figures(small_artifact: Path, record: object, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         ErrorFigures.parse(record, read_manifest(small_artifact), "figures.json")  # type: ignore[arg-type]
