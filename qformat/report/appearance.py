@@ -77,7 +77,9 @@ td code { display: inline-block; min-width: 16em; }
 table.pairs td:first-child code { min-width: 0; white-space: nowrap; } table.pairs td:last-child { width: 70%; }
 th[aria-sort] { cursor: pointer; } th[aria-sort=none]::after { content: " \\2195"; opacity: .6; }
 th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }
-.reason { color: var(--bad); font-weight: 600; white-space: nowrap; }
+.finding { border-bottom: 1px solid var(--rule); padding: 6px 0; overflow-wrap: anywhere; }
+.finding p { margin: 2px 0; }
+.reason { color: var(--bad); font-weight: 600; }
 @media (max-width: 600px) {
   body { padding: 16px 12px 48px; } figure { padding: 8px; }
   .tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); } .tile b { font-size: 17px; }

@@ -65,10 +65,10 @@ def page(facts: VerificationFacts) -> str:
 
 def _verdict(facts: VerificationFacts) -> str:
     findings, integrity, comparison = facts["findings"], facts["integrity"], facts["comparison"]
-    digests = "all digests" + (" and the SHA-256 of every file" if integrity["sha256_checked"] else "")
+    checked = "structure, all digests" + (", the SHA-256 of every file" if integrity["sha256_checked"] else "")
     size = f"{integrity['n_files']} files, {integrity['nbytes']:,} bytes"
     state = "intact" if integrity["passed"] else "damaged"
-    checks = [_check(integrity["passed"], f"The artifact is {state}: checked its structure and {digests} ({size})")]
+    checks = [_check(integrity["passed"], f"The artifact is {state}. Checked: {checked} ({size})")]
     if comparison is None:
         checks.append('<li class="open">Not compared with a source checkpoint</li>')
     else:
@@ -116,15 +116,12 @@ def _check(passed: bool, text: str) -> str:
 def _findings(findings: Sequence[FindingFacts]) -> str:
     if not findings:
         return ""
-    rows = [
-        [
-            Cell(f'<span class="reason">{escape(finding["reason"])}</span>'),
-            name_cell(finding["tensor"] or finding["file"]),
-            Cell(escape(finding["message"])),
-        ]
+    shown = "".join(
+        f'<div class="finding"><span class="reason">{escape(finding["reason"])}</span> '
+        f"<code>{escape(finding['tensor'] or finding['file'])}</code><p>{escape(finding['message'])}</p></div>"
         for finding in findings
-    ]
-    return "<h2>Findings</h2>" + table([Column("reason"), Column("where"), Column("what")], rows)
+    )
+    return f"<h2>Findings</h2>{shown}"
 
 
 def _summary(facts: VerificationFacts, comparison: ComparisonFacts) -> str:

@@ -1,4 +1,4 @@
-"""The stand-in as a process: `python -m tests.hub_stand_in owner/model=FOLDER …`. Its first output line is the endpoint."""
+"""The stand-in as a process, which prints its endpoint: `python -m tests.hub_stand_in owner/model=FOLDER …`."""
 
 from __future__ import annotations
 

@@ -270,6 +270,15 @@ def test_calibrated_and_tuned_tensors_are_counted_apart() -> None:
     assert "calibrated, 3 scales far from the source" in text
 
 
+def test_findings_are_not_a_table_that_a_phone_cuts_off(facts: VerificationFacts) -> None:
+    n_tables = count(read(page(facts)), "table")
+    facts["passed"] = False
+    facts["findings"] = [
+        {"reason": "codes_mismatch", "file": "m", "tensor": "t", "component": None, "message": "a long message"}
+    ]
+    assert count(read(page(facts)), "table") == n_tables
+
+
 def test_the_long_tables_come_last(facts: VerificationFacts) -> None:
     text = read(page(facts)).text
     assert text.index("Largest errors") < text.index("Provenance") < text.index("Packed weights")
