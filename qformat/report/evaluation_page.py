@@ -53,7 +53,7 @@ def _about(facts: Facts) -> str:
         known = (
             "the manifest records it as the source checkpoint"
             if facts["source_checked"]
-            else "it was not checked that the artifact was made from it"
+            else "it was not verified to be the source checkpoint"
         )
         compared = f"Compared with the 16-bit model {escape(str(facts['source']))}: {known}."
     return f"<p>{compared} Computed in {escape(facts['dtype'])} on windows of {facts['window_length']:,} tokens.</p>"

@@ -114,4 +114,4 @@ def test_same_facts_same_bytes() -> None:
 def test_a_page_says_whether_the_16_bit_model_is_the_source() -> None:
     assert "the manifest records it as the source checkpoint" in evaluation_page(facts(), [], BOUNDS)
     unchecked = evaluation_page(facts() | {"source_checked": False}, [], BOUNDS)
-    assert "it was not checked that the artifact was made from it" in unchecked
+    assert "it was not verified to be the source checkpoint" in unchecked
