@@ -142,6 +142,7 @@ def _environment(home: Path, endpoint: str) -> dict[str, str]:
     return inherited | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": str(ROOT),
+        "QFORMAT_DEMO": str(ROOT / "demo"),  # for setups that need another file of the demo
         "PYTHONUNBUFFERED": "1",  # stdout and stderr come in the order in which they were printed
         "HOME": str(home),
         "HF_HOME": str(home / ".cache" / "huggingface"),
