@@ -14,10 +14,10 @@ A program computes ROWS rows of W for one split of K, in steps of 256 columns (4
 
 How a weight gets from a nibble to a tensor core without passing through memory:
 
-- A lane owns segments of 64 weights, which share a scale. It rounds scale * codebook to the 16 weights that can occur
-  there and splits them into two byte planes in 8 registers (TABLE). Two byte permutes look up one plane of four weights
-  in 8 entries each, a third selects by the code's top bit, and two more interleave the planes: 8 PRMT for four weights
-  (LOOKUP).
+- A lane owns segments of 64 weights. For each scale (one per segment, or one per half with block size 32), it rounds
+  scale * codebook to the 16 weights that can occur there and splits them into two byte planes in 8 registers (TABLE).
+  Two byte permutes look up one plane of four weights in 8 entries each, a third selects by the code's top bit, and two
+  more interleave the planes: 8 PRMT for four weights (LOOKUP).
 - The order of k inside a dot product is free if x and W share it. Lane l % 4 of a tensor-core fragment takes segment l
   of the four. With runs of r neighbours per lane, column k = l * 64 + half * 32 + j * r + e of the matrix is position
   k = j * 4 * r + l * r + e in the dot product of `half`. Triton derives r (its kWidth) from the narrowest load that W
