@@ -25,7 +25,7 @@ def tables(settings: Mapping[str, Any], lines: Lines, titles: Titles) -> str:
         lines: Finished rows by key.
         titles: Title and bits per weight of each row, in the order of the table.
     """
-    parts = [_about(settings), _figures(settings, lines, titles), _bars(lines)]
+    parts = [_summary(settings, lines, titles), _about(settings), _figures(settings, lines, titles), _bars(lines)]
     parts += [_fine_tuning(lines), _samples(lines), _seconds(lines, titles)]
     return "\n\n".join(part for part in parts if part)
 
@@ -65,6 +65,24 @@ def draw(lines: Lines, titles: Titles, picture: Path) -> None:
     picture.parent.mkdir(exist_ok=True)
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def _summary(settings: Mapping[str, Any], lines: Lines, titles: Titles) -> str:
+    """Return the table that opens the page: what calibration and tuning gain for the same bytes."""
+    names = list(settings["texts"])
+    rows = [["weights", "bits per weight", *(f"KL: {name}" for name in names), f"same top token: {names[0]}"]]
+    rows.append(["---"] * len(rows[0]))
+    for key in (REFERENCE, PLAIN, CALIBRATED, BOTH):
+        if key in lines and key in titles:
+            title, bits = titles[key]
+            texts = lines[key]["texts"]
+            if key == REFERENCE:
+                figures = ["0"] * len(names) + ["100%"]
+            else:
+                figures = [f"{np.mean(texts[name]['kl']):.4f}" for name in names]
+                figures.append(f"{100 * np.mean(texts[names[0]]['top1']):.1f}%")
+            rows.append([title, "16" if bits is None else f"{bits:.3f}", *figures])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _about(settings: Mapping[str, Any]) -> str:

@@ -116,6 +116,11 @@ def test_tables_show_means_with_errors_and_paired_differences(tmp_path: Path) ->
         quality_rows.BOTH: ("both", 4.127),
     }
     shown = quality_page.tables(SETTINGS, lines, titles)
+    assert shown.splitlines()[2:5] == [
+        "| 16-bit | 16 | 0 | 0 | 100% |",
+        "| plain | 4.127 | 0.3000 | 0.3000 | 75.0% |",
+        "| both | 4.127 | 0.1500 | 0.1500 | 37.5% |",
+    ]
     assert "| plain | 4.127 | × 1.000 ± 0.000, 0.3000 ± 0.0577, 75.0% |" in shown
     assert "| both | code (another kind) | 0.500 | -0.1500 ± 0.0289 | -37.5 ± 7.2 |" in shown
     assert "| difference, paired | -0.5000 ± 0.0000 | -0.2500 ± 0.2500 |" in shown
