@@ -33,7 +33,7 @@ def test_the_oldest_go_and_the_latest_is_found(folder: CheckpointFolder) -> None
     assert (found.step, found.facts) == (12, {"tokens": 12})
     assert folder.find("checkpoint-10").step == 10
     assert folder.find("some/where/checkpoint-10").step == 10
-    with pytest.raises(UsageError, match="There are checkpoint-10, checkpoint-12"):
+    with pytest.raises(UsageError, match="Existing checkpoints: checkpoint-10, checkpoint-12"):
         folder.find("checkpoint-4")
 
 
@@ -66,9 +66,9 @@ def test_any_damage_is_noticed_and_the_file_named(folder: CheckpointFolder, name
         path.write_bytes(data[:-1] if damage == "cut" else data + b" " * (damage == "grow" and name != SEAL_NAME))
         if damage == "grow" and name == SEAL_NAME:
             path.write_bytes(data + b"}")
-    with pytest.raises(AdapterError, match=rf"{path.name}: .*resume='checkpoint-2', which is whole"):
+    with pytest.raises(AdapterError, match=rf"{path.name}: .*resume='checkpoint-2', which is intact"):
         folder.find("latest")
-    assert folder.last_whole() == "checkpoint-2"
+    assert folder.last_intact() == "checkpoint-2"
 
 
 def test_every_flipped_bit_of_the_seal_is_noticed(folder: CheckpointFolder) -> None:
@@ -112,7 +112,7 @@ def test_a_forged_seal_is_refused(folder: CheckpointFolder, change: dict[str, st
 
 def test_two_trainings_do_not_write_into_one_folder(folder: CheckpointFolder, tmp_path: Path) -> None:
     other = CheckpointFolder(tmp_path, keep=2)
-    with folder.lock(), pytest.raises(TargetError, match="another process trains there"), other.lock():
+    with folder.lock(), pytest.raises(TargetError, match="another training is writing"), other.lock():
         pass
     with other.lock():
         assert (tmp_path / "lock").exists()

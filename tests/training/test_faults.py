@@ -64,7 +64,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     chosen = random.Random(seed)
     output = tmp_path / "out"
     for kills in chosen.choice([(FIRST_KILLS,), (FIRST_KILLS, SECOND_KILLS)]):
-        whole = checkpoints.CheckpointFolder(output, keep=1).last_whole()
+        whole = checkpoints.CheckpointFolder(output, keep=1).last_intact()
         if whole is None:
             shutil.rmtree(output, ignore_errors=True)
         resume = "" if whole is None else "latest"
@@ -72,7 +72,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
         wait_until_held(process)
         process.kill()
         process.communicate()
-    whole = checkpoints.CheckpointFolder(output, keep=1).last_whole()
+    whole = checkpoints.CheckpointFolder(output, keep=1).last_intact()
     if whole is None:
         shutil.rmtree(output, ignore_errors=True)
     runs.run(artifact, examples, output, resume=None if whole is None else "latest")
@@ -100,7 +100,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
     assert process.returncode == 1
     assert "TargetError" in told
     assert "checkpoint-4: cannot be written" in told
-    assert "checkpoint-2 is whole. Make room and continue with resume='latest'" in told
+    assert "checkpoint-2 is intact. Make room and resume with resume='latest'" in told
     assert checkpoints.CheckpointFolder(output, keep=5).steps() == [2]
     assert not (output / "partial").exists()
     runs.run(artifact, examples, output, resume="latest")

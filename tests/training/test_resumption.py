@@ -61,17 +61,17 @@ def test_a_training_is_resumed_with_the_same_settings_data_and_weights_only(
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(undisturbed.output, output)
-    with pytest.raises(UsageError, match=r"learning_rate was 0\.01 and is 0\.02"):
+    with pytest.raises(UsageError, match=r"learning_rate was 0\.01 and is now 0\.02"):
         runs.run(artifact, examples, output, resume="latest", learning_rate=2e-2)
     other = runs.write_examples(tmp_path / "other.jsonl", seed=5)
-    with pytest.raises(DataError, match="is not the data that checkpoint-6 was trained with"):
+    with pytest.raises(DataError, match="differs from the data that checkpoint-6 was trained with"):
         runs.run(artifact, other, output, resume="latest")
     weights = runs.make_artifact(tmp_path, seed=1)
     with pytest.raises(UsageError, match="was trained on other weights"):
         runs.run(weights, examples, output, resume="latest")
-    with pytest.raises(UsageError, match="holds no checkpoint"):
+    with pytest.raises(UsageError, match="has no checkpoint to resume from"):
         runs.run(artifact, examples, tmp_path / "empty", resume="latest")
-    with pytest.raises(UsageError, match="There are checkpoint-2, checkpoint-4, checkpoint-6"):
+    with pytest.raises(UsageError, match="Existing checkpoints: checkpoint-2, checkpoint-4, checkpoint-6"):
         runs.run(artifact, examples, output, resume="checkpoint-3")
 
 

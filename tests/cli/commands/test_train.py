@@ -81,7 +81,7 @@ def test_the_command_line_wins_over_the_file(artifact: Path, examples: Path, tmp
         (["--epochs", "1"], 2, "exclude each other"),
         (["--target-modules", "nowhere"], 2, "nowhere"),
         (["--report-to", "nothing"], 2, "nothing"),
-        (["--resume"], 2, "holds no checkpoint"),
+        (["--resume"], 2, "has no checkpoint to resume from"),
         (["--eval-every", "1"], 2, "--eval-data"),
         (["--modules-to-save", "q_proj"], 2, "4-bit"),
     ],
