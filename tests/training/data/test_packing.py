@@ -38,7 +38,7 @@ def test_rows_are_as_few_as_those_of_trl(seed: int) -> None:
 
 
 def test_an_example_beyond_the_row_is_refused() -> None:
-    with pytest.raises(UsageError, match="has 51 tokens and a packed row takes 50"):
+    with pytest.raises(UsageError, match="has 51 tokens, more than the 50 that a packed row holds"):
         pack(np.array([51]), 50)
 
 

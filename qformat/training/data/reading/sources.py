@@ -108,7 +108,7 @@ def hub_files(
     try:
         rows = datasets.load_dataset(name, configuration, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
-        first = " ".join(str(problem).split())
+        first = " ".join(str(problem).split()).rstrip(".")
         raise UsageError(
             f"{name}: does not exist as a local path, and `datasets` cannot load its split {split!r}: {first}. "
             "Check the name (owner/name:configuration@revision), the split and the network connection"
