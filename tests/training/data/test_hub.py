@@ -120,10 +120,10 @@ def test_data_sets_of_the_hub_are_read_by_split_beside_local_files_and_later_wit
         found, told = prepare(home, *jobs, endpoint=endpoint)
     assert found == here[0]
     assert told.startswith(
-        "UsageError: some/data: no such path here, and `datasets` cannot load its split 'validation'"
+        "UsageError: some/data: does not exist as a local path, and `datasets` cannot load its split 'validation'"
     )
     assert "['train', 'test']" in told
     offline = [(["some/data:default", str(more)], "test"), (["some/other"], "train")]
     found, told = prepare(home, *offline, endpoint=None)
     assert found == here[1]
-    assert told.startswith("UsageError: some/other: no such path here")
+    assert told.startswith("UsageError: some/other: does not exist as a local path")

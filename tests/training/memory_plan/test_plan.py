@@ -162,7 +162,7 @@ def test_the_table_is_aligned_and_names_the_sizes(tiny_planner: MemoryPlanner) -
     sizes = [re.match(r"[a-z ]+  +[0-9.]+ ([KMG]?i?B)(  |$)", line) for line in lines[:10]]
     assert len({match.end(1) for match in sizes if match is not None}) == 1
     assert sum(match is not None for match in sizes) == 9
-    assert "fits, with 512 MiB kept free" in text
+    assert "fits, with 512 MiB reserved for CUDA" in text
     assert [line.split()[2] for line in lines[-2:]] == ["7", "4096"]
 
 
@@ -171,6 +171,6 @@ def test_a_model_that_does_not_run_is_refused_in_a_line(tmp_path: Path, capfd: p
     planner._training.base.config.num_attention_heads = 3
     for layer in planner._training._layers:
         layer.self_attn.head_dim = 7
-    with pytest.raises(UsageError, match="cannot be planned, since it does not run unloaded: "):
+    with pytest.raises(UsageError, match="cannot be planned, because the model does not run on fake tensors: "):
         planner.plan()
     assert "Traceback" not in capfd.readouterr().err

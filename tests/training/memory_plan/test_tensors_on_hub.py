@@ -21,7 +21,7 @@ from tests.training.memory_plan.plans import small_settings
 
 
 def test_without_network_a_repository_is_refused_in_words() -> None:
-    with pytest.raises(UsageError, match="nobody/nothing: is no folder here, and cannot be read from the Hub"):
+    with pytest.raises(UsageError, match="nobody/nothing: does not exist as a local folder, and cannot be read"):
         plan_memory("nobody/nothing", small_settings())
 
 
@@ -112,4 +112,6 @@ def test_a_repository_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "files" / "config.json").write_text("{}")
     with hub_of(tmp_path / "files") as (endpoint, _):
         assert "is not a safetensors repo" in read_from_hub(endpoint, tmp_path / "home", "some/model")
-        assert "UsageError some/other: is no folder here" in read_from_hub(endpoint, tmp_path / "home", "some/other")
+        assert "UsageError some/other: does not exist as a local folder" in read_from_hub(
+            endpoint, tmp_path / "home", "some/other"
+        )

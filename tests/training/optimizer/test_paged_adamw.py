@@ -329,10 +329,10 @@ def test_states_of_another_kind_or_shape_are_refused_before_anything_changes() -
     before = optimizer.state_dict()
     wrong = copy.deepcopy(before)
     wrong["state"][1]["exp_avg"] = torch.zeros(3)
-    with pytest.raises(UsageError, match="exp_avg of parameter 1"):
+    with pytest.raises(UsageError, match="parameter 1: the saved state exp_avg does not fit"):
         optimizer.load_state_dict(wrong)
     eight = paged(params, "fused", state_bits=8)
-    with pytest.raises(UsageError, match="32-bit states into one with 32"):
+    with pytest.raises(UsageError, match="32-bit states into one with state_bits=32"):
         eight.load_state_dict(before)
     after = optimizer.state_dict()
     for number, state in before["state"].items():
