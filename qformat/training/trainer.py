@@ -188,7 +188,7 @@ class AdapterTrainer(SFTTrainer):
 
     def _diverged(self, what: str) -> DivergenceError:
         intact = self._checkpoints.last_intact()
-        where = "there are no checkpoints yet" if intact is None else f"the last intact checkpoint is {intact}"
+        where = "no checkpoint exists yet" if intact is None else f"the last intact checkpoint is {intact}"
         return DivergenceError(
             f"step {self.state.global_step + 1}: {what}. The step did not change the weights; {where}. "
             "Lower the learning rate, or check the data of this step"

@@ -40,7 +40,7 @@ class PaddedCollator:
 class PackedCollator:
     """Concatenates all examples of all rows. Each example attends only to itself, since its position_ids restart at 0.
 
-    transformers derives the boundaries from position_ids only if there is no attention_mask and no cache. The batch
+    transformers derives the boundaries from position_ids only without an attention_mask and without a cache. The batch
     therefore has no attention_mask, and use_cache is False, because transformers makes a cache by default. The other
     entries give the boundaries to FlashAttention and linear attention kernels, as trl's collator does.
     """

@@ -33,8 +33,8 @@ class ModelTensors:
 
     Attributes:
         folder: Directory that holds config.json.
-        packed: Components of each packed weight, by name of the weight.
-        kept: All other tensors by name.
+        packed: Components of each packed weight. The key is the name of the weight.
+        kept: All other tensors. The key is their name.
     """
 
     folder: Path

@@ -1,7 +1,7 @@
 """Runs one micro-batch on fake tensors and measures its memory over time, for any architecture.
 
-Of identical decoder layers, only one runs; the first and the last layer always run. The other layers are skipped and
-get the measurements of the layer that ran.
+The first and the last decoder layer run, and one layer of each kind. The other layers are skipped and get the
+measurements of the layer of their kind.
 """
 
 from __future__ import annotations

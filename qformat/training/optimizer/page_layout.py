@@ -9,7 +9,7 @@ moment, and row 1 that of the second. Both rows have the same layout:
             ├─────────────────┼─────────────────┼─────────────────┤
     row 1   │ p0 │ p1 │ p2    ·        p2       ·  p2 │ p3 │      │      second moment
             └─────────────────┴─────────────────┴─────────────────┘
-                        └────────── span of p2 ───────┘
+                      └─────────── span of p2 ────────┘
 
 A parameter has one span, so each of its moments is contiguous if its pages are adjacent in memory. Small parameters
 share a page (p0, p1), and large ones cross several pages (p2).

@@ -2,7 +2,7 @@
 
     step()
       │  gather     parameters that have a gradient; new ones get zeros as states     placed_states, page_layout
-      │  reserve    workspace and ring of three buffers: the only allocations         page_store
+      │  reserve    workspace and ring of three buffers, before any update            page_store
       ▼
     sweep           resident pages │ streamed pages, three at a time                  page_store, page_device
       │             ┌──────┬──────┐│┌──────┬──────┬──────┬──────┐
