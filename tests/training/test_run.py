@@ -46,6 +46,9 @@ def test_a_training_leaves_an_adapter_a_card_checkpoints_and_metrics(undisturbed
     card = (output / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n")
     assert json.loads((output / "qformat_base.json").read_text())["digest"] in card
+    assert "| alpha | 8 |\n" in card
+    assert "| target_modules | all-linear |\n| rslora | no |\n" in card
+    assert "None" not in card
 
 
 def test_the_loss_falls(artifact: Path, examples: Path, held_out: Path, tmp_path: Path) -> None:

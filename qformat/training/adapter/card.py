@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from qformat import strict_json
+from qformat.strict_json import Json
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.result import TrainingResult
 
@@ -22,6 +23,10 @@ def adapter_card(result: TrainingResult, base: BaseRecord) -> str:
     settings, counts = result.facts["settings"], result.facts["statistics"]
     assert isinstance(settings, dict)
     assert isinstance(counts, dict)
+    rank = settings["rank"]
+    assert isinstance(rank, int)
+    if settings["alpha"] is None:  # the default of `add_adapter`
+        settings = {**settings, "alpha": 2 * rank}
     # Every JSON string is a valid YAML string.
     front = f"library_name: peft\nbase_model: {strict_json.dumps(base.name)}\ntags: [lora, qlora, nf4, qformat]\n"
     parts = [
@@ -36,6 +41,12 @@ def adapter_card(result: TrainingResult, base: BaseRecord) -> str:
             f"| Perplexity | {math.exp(result.loss_before):.3f} | {math.exp(result.loss_after):.3f} |"
         )
     parts.append(f"Training data: {counts['examples']:,} examples, {counts['tokens']:,} tokens.")
-    rows = [f"| {name} | {value} |" for name, value in settings.items()]
+    rows = [f"| {name} | {_shown(value)} |" for name, value in settings.items() if value is not None]
     parts.append("\n".join(["| Setting | Value |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(value: Json) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
