@@ -138,7 +138,7 @@ def check(config: Any, folder: Path, rank: int, batch: int, seq_len: int, *, che
         shape = f"{config.model_type} {config.hidden_size}x{config.num_hidden_layers} {batch}x{seq_len} r{rank}"
         sizes = f"{plan.peak / GIB:.3f} | {measured / GIB:.3f} | {plan.peak / measured - 1:+.2%}"
         print(f"| {shape} ckpt={checkpointing} | {sizes} |")
-    # docs/training.md promises 1%. Both sides count the bytes of fake tensors, which do not depend on the machine.
+    # docs/memory.md promises 1%. Both sides count the bytes of fake tensors, which do not depend on the machine.
     assert abs(plan.peak - measured) <= 0.01 * measured
 
 
