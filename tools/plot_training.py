@@ -1,4 +1,4 @@
-"""The loss of a training as a picture: python -m tools.plot_training ADAPTER/metrics.jsonl PICTURE.png"""
+"""Plots the loss of a training: python -m tools.plot_training ADAPTER/metrics.jsonl PICTURE.png"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main() -> None:
     for line in held_out:
         axes.annotate(f"{line['eval_loss']:.2f}", (line["step"], line["eval_loss"]), (6, 6), textcoords="offset points")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -1,9 +1,9 @@
-"""Questions and answers from Python's own language reference, which every Python brings along (`pydoc_data.topics`).
+"""Writes questions and answers about Python's language reference, which is part of every Python (`pydoc_data.topics`).
 
 Usage: python -m tools.reference_questions FOLDER
 
-Writes train.jsonl and held_out.jsonl: conversations about one topic each, whose answers are paragraphs of the
-reference. No topic is in both.
+Writes conversations to train.jsonl and held_out.jsonl. Each conversation is about one topic, and its answers are
+paragraphs of the reference. No topic is in both files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 N_TURNS = 3
 LONGEST = 700
 EVERY = 8
-"""One topic in so many is held out."""
+"""Every EVERY-th topic is held out."""
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def conversation_about(text: str) -> list[dict[str, str]] | None:
-    """Return a topic as a conversation: its title is asked about, its first paragraphs of prose are the answers."""
+    """Return a conversation that asks about a topic's title and answers with its first paragraphs of prose."""
     title = text.strip().splitlines()[0].strip()
     answers = [" ".join(part.split()) for part in text.split("\n\n") if is_prose(part)][:N_TURNS]
     if not answers:
@@ -49,7 +49,7 @@ def conversation_about(text: str) -> list[dict[str, str]] | None:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Tell sentences from headings, grammar, code and lists."""
+    """Return whether a paragraph is prose, rather than a heading, grammar, code or a list."""
     return re.match(r"[A-Z]", paragraph) is not None and 120 <= len(paragraph) <= LONGEST and "::=" not in paragraph
 
 

@@ -1,1 +1,1 @@
-"""Fine-tuning: data, paged optimizer states, and the trainer between them (torch)."""
+"""Fine-tuning on packed weights: training data, LoRA adapters, paged optimizers and the memory plan (needs torch)."""

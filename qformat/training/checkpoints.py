@@ -1,7 +1,9 @@
-"""Checkpoints of a training: written beside their place and renamed, every file under a digest, old ones removed.
+"""Writes, verifies and removes the checkpoints of a training.
 
-OUTPUT/checkpoint-20/            adapter, optimizer, schedule, random states, position; `checkpoint.json`: digests
-OUTPUT/partial/checkpoint-30/    one in the making, or what a crash left of it: never read, removed by the next
+A checkpoint is written to a temporary directory and renamed when it is complete. Every file has a digest.
+
+    OUTPUT/checkpoint-20/            adapter, optimizer, schedule, random states, position; digests in checkpoint.json
+    OUTPUT/partial/checkpoint-30/    checkpoint being written, or left by a crash: never read, removed by the next write
 """
 
 from __future__ import annotations
@@ -29,12 +31,18 @@ LATEST = "latest"
 
 _NAME = re.compile(r"checkpoint-([0-9]{1,12})")
 _MAX_SEAL_NBYTES = 2**20
-_RESUME: Words = ("continue with ", Option("resume", LATEST))
+_RESUME: Words = ("resume with ", Option("resume", LATEST))
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose every byte was compared with its digest. facts: what was noted about the training."""
+    """A checkpoint in which every file matches its digest.
+
+    Attributes:
+        folder: Directory of the checkpoint.
+        step: Number of completed optimizer steps.
+        facts: Facts about the training that the checkpoint records.
+    """
 
     folder: Path
     step: int
@@ -42,7 +50,14 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints in one output folder. to_continue: what a user is told to do when the disk has room again."""
+    """The checkpoints in one output directory.
+
+    Args:
+        output: Output directory of the training.
+        keep: Number of most recent checkpoints to keep.
+        disk: Performs the file operations.
+        to_continue: Advice on how to resume after the disk was full, the end of an error message.
+    """
 
     def __init__(
         self,
@@ -59,30 +74,35 @@ class CheckpointFolder:
 
     @property
     def partial(self) -> Path:
-        """Where checkpoints are made."""
+        """Directory in which checkpoints are written before they are renamed."""
         return self.output / PARTIAL_NAME
 
     def steps(self) -> list[int]:
-        """Return the steps of the checkpoints that are there, ascending."""
+        """Return the steps of the existing checkpoints in ascending order."""
         if not self.output.is_dir():
             return []
         found = (_NAME.fullmatch(entry.name) for entry in self.output.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in found if match)
 
     def folder(self, step: int) -> Path:
-        """Return where the checkpoint of a step lies."""
+        """Return the directory of the checkpoint of a step."""
         return self.output / f"checkpoint-{step}"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other trainings out of the folder, as long as this process lives. Raises TargetError."""
+        """Lock the output directory against other trainings.
+
+        Raises:
+            TargetError: Another process holds the lock.
+        """
         descriptor = self._disk.open_for_writing(self.output / LOCK_NAME)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise TargetError(
-                    f"{self.output}: another process trains there. Wait for it or choose another name"
+                    f"{self.output}: another training is writing to this directory. Wait for it to end, or choose "
+                    "another directory"
                 ) from None
             yield
             self._disk.remove_file(self.output / LOCK_NAME)
@@ -91,9 +111,17 @@ class CheckpointFolder:
 
     @contextmanager
     def writing(self, step: int, facts: JsonObject) -> Iterator[Path]:
-        """Give out a folder to fill; when the block ends well, seal it, give it its name, and remove the oldest.
+        """Write a checkpoint: yield a directory to fill, then seal it, rename it and remove the oldest checkpoints.
 
-        Raises TargetError where the disk is full or cannot be written; then the checkpoints that are there stay whole.
+        Args:
+            step: Number of completed optimizer steps.
+            facts: Facts about the training to record.
+
+        Yields:
+            An empty directory for the files of the checkpoint.
+
+        Raises:
+            TargetError: The disk is full or cannot be written. Existing checkpoints stay intact.
         """
         folder = self.partial / f"checkpoint-{step}"
         self._disk.remove_folder(self.partial)
@@ -115,26 +143,31 @@ class CheckpointFolder:
             self._disk.remove_folder(self.folder(old))
 
     def keep_only(self, steps: set[int]) -> None:
-        """Remove the checkpoints of all other steps."""
+        """Remove the checkpoints of all steps except these."""
         for step in self.steps():
             if step not in steps:
                 self._disk.remove_folder(self.folder(step))
 
     def find(self, which: str) -> Checkpoint:
-        """Return the latest checkpoint or a named one. Raises AdapterError if it is damaged, UsageError if absent."""
+        """Return the latest checkpoint ("latest") or a named one.
+
+        Raises:
+            AdapterError: The checkpoint is damaged.
+            UsageError: The checkpoint does not exist.
+        """
         steps = self.steps()
         if not steps:
-            raise UsageError(f"{self.output}: holds no checkpoint to resume from. Train without ", Option("resume"))
+            raise UsageError(f"{self.output}: has no checkpoint to resume from. Train without ", Option("resume"))
         if which == LATEST:
             return self._checked(steps[-1])
         match = _NAME.fullmatch(Path(which).name)
         if match is None or int(match[1]) not in steps:
             names = ", ".join(f"checkpoint-{step}" for step in steps)
-            raise UsageError(f"{self.output}: holds no {which}. There are {names}")
+            raise UsageError(f"{self.output}: {which} does not exist. Existing checkpoints: {names}")
         return self._checked(int(match[1]))
 
-    def last_whole(self) -> str | None:
-        """Return the name of the latest checkpoint that is whole, if there is one."""
+    def last_intact(self) -> str | None:
+        """Return the name of the latest intact checkpoint, or None."""
         for step in reversed(self.steps()):
             try:
                 return read_checkpoint(self.folder(step)).folder.name
@@ -146,10 +179,10 @@ class CheckpointFolder:
         try:
             return read_checkpoint(self.folder(step))
         except AdapterError as damaged:
-            whole = self.last_whole()
-            advice: Words = ("No other one is whole: train anew",)
-            if whole is not None:
-                advice = ("Use ", Option("resume", whole), ", which is whole")
+            intact = self.last_intact()
+            advice: Words = ("No other checkpoint is intact. Train again in another directory",)
+            if intact is not None:
+                advice = ("Use ", Option("resume", intact), ", which is intact")
             raise AdapterError(f"{damaged}. ", *advice) from None
 
     def _seal(self, folder: Path, step: int, facts: JsonObject) -> None:
@@ -171,16 +204,20 @@ class CheckpointFolder:
 
     def _explain(self, final: Path, problem: str) -> Words:
         free = self._disk.free_nbytes(self.output)
-        whole = self.last_whole()
-        kept = "there is none yet" if whole is None else f"{whole} is whole"
+        intact = self.last_intact()
+        kept = "No earlier checkpoint exists" if intact is None else f"{intact} is intact"
         return (
-            f"{final}: cannot be written: {problem} ({free:,} bytes are free). Of earlier ones, {kept}. Make room and ",
+            f"{final}: cannot be written: {problem} ({free:,} bytes are free). {kept}. Make room and ",
             *self._to_continue,
         )
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Compare every file of a checkpoint with its digest. Raises AdapterError naming the file."""
+    """Read a checkpoint and compare every file with its digest.
+
+    Raises:
+        AdapterError: A file is missing or damaged. The message starts with its path.
+    """
     path = folder / SEAL_NAME
     try:
         seal = strict_json.loads(path.read_bytes(), path=path, max_nbytes=_MAX_SEAL_NBYTES, error=ArtifactError)
@@ -189,13 +226,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ArtifactError) as problem:
         raise AdapterError(f"{path}: is damaged: {problem}") from None
     if not isinstance(seal, dict) or seal.pop("seal_xxh3", None) != xxh3(strict_json.dumps(seal).encode()):
-        raise AdapterError(f"{path}: is damaged: its own digest differs")
+        raise AdapterError(f"{path}: is damaged: its content does not match its own digest")
     step, files, facts = seal.get("step"), seal.get("files"), seal.get("facts")
     if not isinstance(step, int) or not isinstance(files, dict) or not isinstance(facts, dict):
         raise AdapterError(f"{path}: is damaged: step, files or facts are missing")
     for name, record in files.items():
         if not isinstance(record, dict) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise AdapterError(f"{path}: is damaged: {name!r} is no file of the checkpoint")
+            raise AdapterError(f"{path}: is damaged: {name!r} is not a file of the checkpoint")
         if not isinstance(record.get("nbytes"), int) or not isinstance(record.get("xxh3"), str):
             raise AdapterError(f"{path}: is damaged: {name!r} has no size or digest")
         _check_file(folder / name, record)
@@ -210,17 +247,17 @@ def _check_file(path: Path, record: JsonObject) -> None:
     try:
         nbytes = os.fstat(descriptor).st_size
         if nbytes != record["nbytes"]:
-            raise AdapterError(f"{path}: is damaged: {nbytes:,} bytes, expected {record['nbytes']:,}")
+            raise AdapterError(f"{path}: is damaged: found {nbytes:,} bytes, expected {record['nbytes']:,}")
         if xxh3_of_range(descriptor, 0, nbytes, path=path, error=ArtifactError) != record["xxh3"]:
-            raise AdapterError(f"{path}: is damaged: its digest differs")
+            raise AdapterError(f"{path}: is damaged: its content does not match its digest")
     finally:
         os.close(descriptor)
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """Return what a disk said when torch or safetensors could not write a file; None for errors of other kinds.
+    """Return the disk error behind an exception of torch or safetensors, or None for errors of other kinds.
 
-    torch raises a RuntimeError of its zip writer while it handles what the system said, if it does not swallow that.
+    torch reports a failed write as a RuntimeError of its zip writer. The system's error is its context, or is lost.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -228,5 +265,5 @@ def disk_problem(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error)):
         cause = error.__context__
-        return (cause.strerror or str(cause)) if isinstance(cause, OSError) else "the file system took no more bytes"
+        return (cause.strerror or str(cause)) if isinstance(cause, OSError) else "the file system rejected the write"
     return None

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: `metrics.jsonl`, one line a log, and a listener for people."""
+"""Reports the progress of a training: one JSON line per log in `metrics.jsonl`, and calls to a listener."""
 
 from __future__ import annotations
 
@@ -22,21 +22,32 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class Listener(Protocol):
-    """Told about every line of metrics."""
+    """A function that receives every line of metrics."""
 
     def __call__(self, line: JsonObject, n_steps: int) -> None:
-        """Take a line, as it is in the file; `n_steps` are those of the whole training."""
+        """Receive a line as it is in the file, and the number of steps of the whole training."""
 
 
 class MetricsFile:
-    """JSON lines, each written at once. A training that resumes takes back what was noted after its checkpoint."""
+    """A file of JSON lines, each written immediately.
+
+    A resumed training removes the lines that were written after its checkpoint.
+
+    Args:
+        path: Path of the file.
+        disk: Performs the file operations.
+    """
 
     def __init__(self, path: Path, disk: Disk | None = None) -> None:
         self._path = path
         self._disk = disk or Disk()
 
     def append(self, line: JsonObject) -> None:
-        """Write a line. Raises TargetError where that fails."""
+        """Append a line.
+
+        Raises:
+            TargetError: The file cannot be written.
+        """
         descriptor = self._disk.open_for_writing(self._path, append=True)
         try:
             self._disk.append(descriptor, strict_json.dumps(line).encode() + b"\n", self._path)
@@ -44,7 +55,7 @@ class MetricsFile:
             os.close(descriptor)
 
     def read(self) -> list[JsonObject]:
-        """Return the lines, without one that a crash has torn."""
+        """Return the lines, leaving out a line that a crash cut short."""
         if not self._path.exists():
             return []
         lines: list[JsonObject] = []
@@ -58,21 +69,26 @@ class MetricsFile:
         return lines
 
     def forget_all(self) -> None:
-        """Drop the lines of a training that never came to a checkpoint."""
+        """Remove all lines, those of a training that ended before its first checkpoint."""
         self._disk.remove_file(self._path)
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of later steps, and the evaluation of the finished training."""
+        """Remove the lines of later steps, and the final evaluation of a finished training."""
         kept = [line for line in self.read() if line["step"] <= step and line.get("when") != "after"]  # type: ignore[operator]
         text = "".join(strict_json.dumps(line) + "\n" for line in kept)
         self._disk.replace_file(self._path, text.encode())
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes each log of the Trainer to the file and tells the listener.
+    """Writes each log of the Trainer to the metrics file and passes it to the listener.
 
-    loss, learning_rate, grad_norm: of the steps since the last line. tokens_per_s: of the same. memory_nbytes: the peak
-    so far. paging: `PagingStatistics`. when: "before" and "after" the training, of an evaluation then.
+    The values of a line cover the steps since the previous line. `memory_nbytes` is the peak so far, and `paging` holds
+    `PagingStatistics`. `when` marks an evaluation "before" or "after" the training.
+
+    Args:
+        file: File that receives the lines.
+        listener: Function that receives the lines.
+        optimizer: Optimizer, asked for its paging statistics.
     """
 
     def __init__(self, file: MetricsFile, listener: Listener, optimizer: torch.optim.Optimizer) -> None:
@@ -85,7 +101,14 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Start the clock.
+
+        Args:
+            args: Arguments of the Trainer.
+            state: Progress of the training.
+            control: Control flags of the Trainer.
+            **kwargs: Other values that the Trainer passes.
+        """
         self._started = self._last = time.monotonic()
 
     def on_log(
@@ -96,7 +119,15 @@ class MetricsCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a line for a log of losses; the summary that the Trainer logs at its end is none."""
+        """Write a line for a log that has a loss. The final summary of the Trainer has none and is left out.
+
+        Args:
+            args: Arguments of the Trainer.
+            state: Progress of the training.
+            control: Control flags of the Trainer.
+            logs: Logged values by name.
+            **kwargs: Other values that the Trainer passes.
+        """
         logs = logs or {}
         if "loss" not in logs and "eval_loss" not in logs:
             return

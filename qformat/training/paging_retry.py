@@ -1,4 +1,4 @@
-"""A micro-batch that ran out of memory, once more with the optimizer states paged out."""
+"""Runs a micro-batch again, with the optimizer states paged out, after it ran out of memory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,30 @@ Result = TypeVar("Result")
 
 
 def run_with_paging_retry(optimizer: PagedAdamW, micro_batch: Callable[[], Result]) -> Result:
-    """Run the forward and backward pass of a micro-batch; when memory runs out, page the states out and run it again.
+    """Run a micro-batch. If memory runs out, page the optimizer states out and run it again.
 
-    Before the second run, gradients and the states of torch's random generators are what they were before the first:
-    gradients accumulated so far are counted once, and dropout draws the same. To that end accumulated gradients are
-    copied to host memory first; parameters without a gradient cost nothing. Buffers that a model updates in its forward
-    pass (batch norm) are not restored.
+    The second run starts with the gradients and random generator states from before the first run. Gradients
+    accumulated so far are therefore counted once, and dropout draws the same values. For this, accumulated gradients
+    are copied to host memory before the first run; parameters without a gradient cost nothing. Buffers that a model
+    updates in its forward pass (batch norm) are not restored.
 
-    Raises DeviceMemoryError if memory runs out again; gradients and generators are as before then, too.
+    Args:
+        optimizer: Optimizer whose states are paged out.
+        micro_batch: Runs the forward and backward pass.
+
+    Returns:
+        The result of `micro_batch`.
+
+    Raises:
+        DeviceMemoryError: Memory ran out again. Gradients and generator states are restored first.
     """
     before = _Before(optimizer)
     try:
         return micro_batch()
     except torch.OutOfMemoryError as error:
-        # No more than this here: until the handler ends, the traceback keeps the activations of the failed run alive.
+        # Retry after this handler: until it ends, the traceback keeps the activations of the failed run alive.
         reason = str(error)
-    logger.warning("a micro-batch ran out of memory; it runs again with the optimizer states paged out: %s", reason)
+    logger.warning("a micro-batch ran out of memory; retrying with the optimizer states paged out: %s", reason)
     before.restore()
     optimizer.page_out()
     optimizer.page_device.empty_cache()
@@ -43,14 +51,14 @@ def run_with_paging_retry(optimizer: PagedAdamW, micro_batch: Callable[[], Resul
         before.restore()
         paged = optimizer.paging_statistics()
         raise DeviceMemoryError(
-            f"a micro-batch ran out of device memory, and again with all {paged.pages * paged.page_nbytes} bytes of "
-            "optimizer states in host memory. Lower the batch size or the sequence length, or switch gradient "
-            f"checkpointing on. A lower page budget would not help, since no page was on the device: {error}"
+            f"a micro-batch ran out of device memory even with all {paged.pages * paged.page_nbytes:,} bytes of "
+            "optimizer states in host memory. Lower the batch size or the sequence length, or turn on gradient "
+            f"checkpointing. A lower page budget would not help, because no page was on the device: {error}"
         ) from error
 
 
 class _Before:
-    """Gradients and random states at one moment."""
+    """A snapshot of the gradients and the random generator states."""
 
     def __init__(self, optimizer: PagedAdamW) -> None:
         self._params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -65,7 +73,7 @@ class _Before:
         }
 
     def restore(self) -> None:
-        """Bring them back; a gradient into the very tensor that it was in."""
+        """Restore the snapshot. Each gradient returns to the tensor that held it."""
         for param, grad in zip(self._params, self._grads, strict=True):
             param.grad = None
             if grad is not None:

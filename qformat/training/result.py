@@ -1,4 +1,4 @@
-"""What comes out of a training, for its caller and for the card of the adapter."""
+"""The result of a training, for its caller and for the adapter's card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from qformat.artifact.manifest import JsonObject
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What came out. metrics: the lines of metrics.jsonl. facts: what it was trained on, and how."""
+    """The result of a training.
+
+    Attributes:
+        output: Directory that holds the adapter.
+        steps: Number of optimizer steps.
+        metrics: Lines of metrics.jsonl.
+        facts: Base model, data, settings and statistics of the training.
+    """
 
     output: Path
     steps: int
@@ -19,12 +26,12 @@ class TrainingResult:
 
     @property
     def loss_before(self) -> float | None:
-        """The mean loss over the tokens of the evaluation data before the first step, in nats."""
+        """Mean loss over the tokens of the evaluation data before the first step, in nats per token."""
         return self._held_out_loss("before")
 
     @property
     def loss_after(self) -> float | None:
-        """The same after the last step."""
+        """Mean loss over the tokens of the evaluation data after the last step, in nats per token."""
         return self._held_out_loss("after")
 
     def _held_out_loss(self, when: str) -> float | None:

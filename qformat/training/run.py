@@ -1,4 +1,4 @@
-"""`train`: from an artifact and a data file to a PEFT adapter."""
+"""Trains a PEFT adapter on an artifact and training data: the entry point `train`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """What is trained on what, and where to.
+    """The inputs and the output of a training.
 
-    data, eval_data: see `qformat.training.data.reading.sources.find_files`. split, eval_split: of datasets of the Hub.
+    Attributes:
+        artifact: Directory of the 4-bit artifact.
+        data: Sources of training data (see `qformat.training.data.reading.sources.find_files`).
+        output: Directory that receives the adapter and its checkpoints.
+        eval_data: Sources of held-out data, in the same forms as `data`. Empty for no evaluation.
+        split: Split to read from Hub datasets in `data`.
+        eval_split: Split to read from Hub datasets in `eval_data`.
     """
 
     artifact: Path
@@ -68,21 +74,35 @@ def train(
     say: Callable[[str], None] = lambda _: None,
     on_metrics: Listener = lambda _line, _n_steps: None,
 ) -> TrainingResult:
-    """Train an adapter and write it to `job.output`, which must not hold anything yet unless it is resumed.
+    """Train an adapter and write it to `job.output`.
 
-    resume: "latest", or the name of a checkpoint in `job.output`: the result has the bytes of an undisturbed training.
-    say: is told what happens, in sentences. on_metrics: every line of metrics.jsonl.
+    Whatever happens, existing checkpoints stay intact. A resumed training gives the same bytes as an uninterrupted one.
 
-    Raises: UsageError for settings that make no sense here; ArtifactError and DataError for files that cannot be used;
-    AdapterError for a damaged checkpoint; DeviceMemoryError; DivergenceError; TargetError for an output that cannot be
-    written. Whatever happens, the checkpoints that are there stay whole.
+    Args:
+        job: Inputs and output of the training. The output directory must be empty or absent, unless `resume` is given.
+        settings: Settings of the training.
+        resume: "latest", or the name of a checkpoint in `job.output`. None to train from the start.
+        say: Receives progress messages for people.
+        on_metrics: Receives every line of metrics.jsonl.
+
+    Returns:
+        The output directory, the metrics and the facts of the training.
+
+    Raises:
+        UsageError: The settings do not fit the model, the data or the checkpoint.
+        ArtifactError: The artifact is damaged.
+        DataError: The training data cannot be used.
+        AdapterError: The checkpoint is damaged.
+        DeviceMemoryError: The device has too little memory.
+        DivergenceError: The loss or the gradient is NaN or Inf.
+        TargetError: The output cannot be written.
     """
     checkpoints = CheckpointFolder(job.output, keep=settings.keep_checkpoints)
     checkpoint = None if resume is None else checkpoints.find(resume)
     if checkpoint is None:
         check_free(job.output)
     if settings.eval_every is not None and not job.eval_data:
-        raise UsageError(Option("eval_every"), ": there is no evaluation data. Name some with ", Option("eval_data"))
+        raise UsageError(Option("eval_every"), ": needs evaluation data. Specify it with ", Option("eval_data"))
     shards = open_shards(job.artifact)
     base = BaseRecord.of(shards.layout)
     prepared = _prepare(job, settings, say)
@@ -94,7 +114,7 @@ def train(
     }
     if checkpoint is not None:
         check_same_training(checkpoint, facts, artifact=job.artifact, data=job.data, eval_data=job.eval_data)
-    say("The first example, trained tokens marked:\n" + show_example(prepared.tokenizer, prepared.train[0]))
+    say("First example («trained tokens»):\n" + show_example(prepared.tokenizer, prepared.train[0]))
 
     with _lack_of_memory_in_words():
         model = load_model(
@@ -115,17 +135,17 @@ def train(
 
 @contextmanager
 def _lack_of_memory_in_words() -> Iterator[None]:
-    """Micro-batches say it themselves; here it is about all else: loading, and the step of the optimizer."""
+    """Explain a lack of memory outside of micro-batches, which have a message of their own."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            "the device has too little memory to load the model or to update the weights. `qformat train --dry-run` "
-            "tells what fits; lower ",
+            "the device has too little memory to load the model or to update the weights. Check what fits with "
+            "`qformat train --dry-run`. Then lower ",
             Option("rank"),
             " or ",
             Option("page_budget"),
-            f", or free memory that other programs hold: {error}",
+            f", or close other programs that use the device: {error}",
         ) from error
 
 
@@ -150,7 +170,7 @@ class _Run:
         trainer = self._make_trainer(metrics, on_metrics)
         if checkpoint is not None:
             trainer._total_train_tokens = cast(int, checkpoint.facts["tokens"])
-            say(f"Continuing after step {checkpoint.step}")
+            say(f"Resuming after step {checkpoint.step}")
         trainer.train_from(None if checkpoint is None else checkpoint.folder)
         about = {"settings": self.settings.to_json(), "statistics": self.prepared.train.statistics.to_json()}
         return TrainingResult(
@@ -205,15 +225,15 @@ def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], 
     counts = train_data.statistics
     left_out = {**counts.dropped, **counts.bad}
     say(
-        f"{counts.examples:,} examples, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained on; "
-        f"{counts.truncated:,} truncated, {sum(left_out.values()):,} left out"
+        f"{counts.examples:,} examples with {counts.tokens:,} tokens ({counts.trained_tokens:,} trained); "
+        f"{counts.truncated:,} truncated, {sum(left_out.values()):,} skipped"
         + "".join(f", {reason}: {n}" for reason, n in left_out.items())
     )
     return _Prepared(tokenizer, train_data, evaluation)
 
 
 def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) -> None:
-    """Put the adapter into the output folder, its weights last, each file in one step."""
+    """Move the files of the adapter into the output directory atomically, one by one, the weights last."""
     disk = Disk()
     folder = result.output / PARTIAL_NAME
     disk.remove_folder(folder)
@@ -226,7 +246,7 @@ def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) ->
             disk.rename(path, result.output / path.name)
     except (OSError, SafetensorError) as error:
         raise TargetError(
-            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. Make room and continue with ",
+            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. Make room and resume with ",
             Option("resume", "latest"),
         ) from error
     finally:

@@ -1,4 +1,4 @@
-"""What must be so before a training starts in a folder, or continues there."""
+"""Checks the output directory before a training starts, and the settings and data before it resumes."""
 
 from __future__ import annotations
 
@@ -12,31 +12,44 @@ from qformat.training.checkpoints import LOCK_NAME, PARTIAL_NAME, Checkpoint, Ch
 from qformat.training.metrics import METRICS_NAME
 
 _NO_TRAINING = {PARTIAL_NAME, METRICS_NAME, LOCK_NAME, "runs"}
-"""What a training leaves that never came to a checkpoint; runs is TensorBoard's."""
+"""Files that a training leaves if it ends before its first checkpoint. TensorBoard writes `runs`."""
 
 
 def check_free(output: Path) -> None:
-    """Raise TargetError for an output folder that cannot take a new training."""
+    """Check that a new training can start in an output directory.
+
+    Raises:
+        TargetError: The directory holds a training or other files, or cannot be created.
+    """
     if CheckpointFolder(output, keep=1).steps():
         raise TargetError(
-            f"{output}: holds a training already. Continue it with ",
+            f"{output}: already contains a training. Resume it with ",
             Option("resume", "latest"),
-            ", or choose another name",
+            ", or choose another directory",
         )
     if output.is_dir() and not {entry.name for entry in output.iterdir()} <= _NO_TRAINING:
-        raise TargetError(f"{output}: is not empty. Choose another name")
+        raise TargetError(f"{output}: is not empty. Choose another directory")
     if output.exists() and not output.is_dir():
-        raise TargetError(f"{output}: exists and is no folder. Choose another name")
+        raise TargetError(f"{output}: exists and is not a directory. Choose another path")
     if not output.absolute().parent.is_dir():
-        raise TargetError(f"{output.parent}: there is no such folder. Create it first")
+        raise TargetError(f"{output.parent}: directory does not exist. Create it first")
 
 
 def check_same_training(
     checkpoint: Checkpoint, facts: JsonObject, *, artifact: Path, data: Sequence[str], eval_data: Sequence[str]
 ) -> None:
-    """Compare what a checkpoint noted with what is about to continue it.
+    """Check that a training would resume a checkpoint with the same data, weights and settings.
 
-    Raises DataError or UsageError naming what is not as it was when the checkpoint was written.
+    Args:
+        checkpoint: Checkpoint to resume from.
+        facts: Facts about the training that is about to resume.
+        artifact: Directory of the artifact, for messages.
+        data: Sources of training data, for messages.
+        eval_data: Sources of held-out data, for messages.
+
+    Raises:
+        DataError: The data differ from those of the checkpoint.
+        UsageError: The weights or the settings differ from those of the checkpoint.
     """
     before = checkpoint.facts
     for name, source in (("data", data), ("eval_data", eval_data)):
@@ -44,14 +57,15 @@ def check_same_training(
             raise DataError(
                 "data_changed",
                 ", ".join(source) or "no file",
-                f"is not the data that {checkpoint.folder.name} was trained with",
+                f"differs from the data that {checkpoint.folder.name} was trained with",
                 place=None,
-                next_step="Bring it back as it was, or train anew in another folder",
+                next_step="Restore the original data, or start a new training in another directory",
             )
     if before["base"] != facts["base"]:
         raise UsageError(
-            f"{artifact}: {checkpoint.folder.name} was trained on other weights: {_in_words(before['base'])}, "
-            f"and this is {_in_words(facts['base'])}. Use the same artifact, or train anew in another folder"
+            f"{artifact}: {checkpoint.folder.name} was trained on other weights (found {_in_words(facts['base'])}, "
+            f"expected {_in_words(before['base'])}). Use the same artifact, or start a new training in another "
+            "directory"
         )
     old, new = before["settings"], facts["settings"]
     assert isinstance(old, dict)
@@ -60,13 +74,13 @@ def check_same_training(
         word
         for name in new
         if old.get(name) != new[name]
-        for word in ("; ", Option(name), f" was {old.get(name)!r} and is {new[name]!r}")
+        for word in ("; ", Option(name), f" was {old.get(name)!r} and is now {new[name]!r}")
     ]
     if differences:
         raise UsageError(
-            f"{checkpoint.folder}: cannot be continued with other settings: ",
+            f"{checkpoint.folder}: cannot resume with different settings: ",
             *differences[1:],
-            ". Use the same ones, or train anew in another folder",
+            ". Use the same settings, or start a new training in another directory",
         )
 
 

@@ -1,12 +1,12 @@
-"""trl's SFTTrainer around an `NF4Linear` model: paging retries, checkpoints under digests, guards, exact evaluation.
+"""Extends trl's SFTTrainer for `NF4Linear` models: paging retries, verified checkpoints, guards and exact evaluation.
 
-The steps, schedules, accumulation and the loss are trl's and transformers'. What differs here:
+Steps, schedules, gradient accumulation and the loss come from trl and transformers. This trainer differs as follows:
 
-- a micro-batch that runs out of memory runs again with the optimizer states paged out;
-- a loss or gradient that is no finite number stops the training before the weights take it in;
-- checkpoints appear whole or not at all (`checkpoints`);
-- an evaluation weighs every token alike, and leaves the random generators as they were, so that the steps after it are
-  those of a training without it.
+- A micro-batch that runs out of memory runs again with the optimizer states paged out.
+- A non-finite loss or gradient stops the training before it reaches the weights.
+- Checkpoints appear atomically: complete, or not at all (`checkpoints`).
+- An evaluation gives every token the same weight. It restores the random generators, so the steps that follow are the
+  same as without the evaluation.
 """
 
 from __future__ import annotations
@@ -46,8 +46,13 @@ TRAINER_STATE_NAME = "trainer_state.json"
 class AdapterTrainer(SFTTrainer):
     """Trains the adapters of a PEFT model.
 
-    checkpoints: where they go. facts: what each notes about the training. base: what the adapter is trained on.
-    lengths: tokens of each row of the training data, int64 (n,).
+    Args:
+        *arguments: Positional arguments of SFTTrainer.
+        checkpoints: Directory that receives the checkpoints.
+        facts: Facts about the training that every checkpoint records.
+        base: Identity of the model that the adapter is trained on.
+        lengths: Number of tokens in each row of the training data, int64 (n,).
+        **named: Keyword arguments of SFTTrainer.
     """
 
     def __init__(
@@ -68,7 +73,10 @@ class AdapterTrainer(SFTTrainer):
         super().__init__(*arguments, **named)
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train from the start or from a checkpoint to the last step, which a checkpoint may have reached already."""
+        """Train up to the last step, from the start or from a checkpoint.
+
+        A checkpoint of the last step only restores the weights and runs the final evaluation.
+        """
         if checkpoint is None:
             self.args.eval_on_start = self.eval_dataset is not None
             self.train()
@@ -77,21 +85,36 @@ class AdapterTrainer(SFTTrainer):
         if state.global_step < state.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint))
             return
-        # transformers would take one step more.
+        # Here transformers would train for one more step.
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         if self.eval_dataset is not None:
             self.evaluate()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run forward and backward of a micro-batch, twice if the first runs out of memory; return its loss."""
+        """Run the forward and backward pass of a micro-batch and return its loss.
+
+        If the device runs out of memory, page the optimizer states out and run the micro-batch once more.
+
+        Args:
+            model: Model with adapters, as accelerate prepared it.
+            inputs: Batch from the collator.
+            num_items_in_batch: Number of trained tokens in the step, by which the loss is divided.
+
+        Returns:
+            The loss of the micro-batch, a scalar.
+
+        Raises:
+            DivergenceError: The loss is NaN or Inf.
+            DeviceMemoryError: The device runs out of memory again.
+        """
         n_tokens, n_metrics = (
             self._total_train_tokens,
             {name: len(seen) for name, seen in self._metrics["train"].items()},
         )
 
         def micro_batch() -> Tensor:
-            # What trl counted in a run that ran out of memory, it counts again in the next.
+            # Undo what trl counted in a run that ran out of memory, because the next run counts it again.
             self._total_train_tokens = n_tokens
             for name, seen in self._metrics["train"].items():
                 del seen[n_metrics.get(name, 0) :]
@@ -106,7 +129,16 @@ class AdapterTrainer(SFTTrainer):
         return loss
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Return loss (mean over all trained tokens, in nats) and perplexity. The training goes on as if not asked."""
+        """Evaluate the model and return its loss and perplexity without affecting the training.
+
+        Args:
+            eval_dataset: Data to evaluate. Defaults to the trainer's evaluation data.
+            ignore_keys: Ignored. Present because the Trainer passes it.
+            metric_key_prefix: Prefix of the metric names.
+
+        Returns:
+            The mean loss over all trained tokens, in nats, and the perplexity, under prefixed names.
+        """
         model = self.model
         assert isinstance(model, PeftModel)
         was_training = model.training
@@ -126,7 +158,7 @@ class AdapterTrainer(SFTTrainer):
         return metrics
 
     def _summed_loss(self, model: PeftModel, inputs: dict[str, Any]) -> float:
-        """Return the loss summed over tokens: divided by one "item"."""
+        """Return the sum of the loss over the tokens: with one item in the batch, the loss is divided by 1."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return float(self.compute_loss(model, dict(inputs), num_items_in_batch=1))  # type: ignore[no-untyped-call]
 
@@ -144,8 +176,8 @@ class AdapterTrainer(SFTTrainer):
             return micro_batch()
         except torch.OutOfMemoryError as error:
             raise DeviceMemoryError(
-                "a micro-batch ran out of device memory. Lower the batch size or the sequence length, switch gradient "
-                f"checkpointing on, or use a paged optimizer: {error}"
+                "a micro-batch ran out of device memory. Lower the batch size or the sequence length, turn on gradient "
+                f"checkpointing, or use a paged optimizer: {error}"
             ) from error
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -155,11 +187,11 @@ class AdapterTrainer(SFTTrainer):
         return norm
 
     def _diverged(self, what: str) -> DivergenceError:
-        whole = self._checkpoints.last_whole()
-        where = "there is no checkpoint yet" if whole is None else f"the last good checkpoint is {whole}"
+        intact = self._checkpoints.last_intact()
+        where = "no checkpoint exists yet" if intact is None else f"the last intact checkpoint is {intact}"
         return DivergenceError(
-            f"step {self.state.global_step + 1}: {what}, and the weights were not changed by it; {where}. "
-            "Lower the learning rate, or look at the data of this step"
+            f"step {self.state.global_step + 1}: {what}. The step did not change the weights; {where}. "
+            "Lower the learning rate, or check the data of this step"
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -167,13 +199,13 @@ class AdapterTrainer(SFTTrainer):
         with self._checkpoints.writing(self.state.global_step, facts) as folder:
             self._run_folder = folder.parent
             try:
-                # That of SFTTrainer would add a model card.
+                # Skip the method of SFTTrainer, which would add a model card.
                 super(SFTTrainer, self)._save_checkpoint(model, trial)
             finally:
                 self._run_folder = None
         is_last = self.state.global_step == self.state.max_steps
         if is_last and self.eval_dataset is not None and self._evaluated_at != self.state.global_step:
-            # After the last checkpoint, which is then safe, and before trackers are told that this is the end.
+            # Evaluate once the last checkpoint is on disk, but before the trackers finish.
             self.evaluate()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -185,19 +217,37 @@ class AdapterTrainer(SFTTrainer):
         write_adapter(self.model, Path(output_dir), self._base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # PEFT's load_adapter would also cast them to its own idea of the dtype.
+        # PEFT's load_adapter would also cast the weights to a dtype of its own choice.
         set_peft_model_state_dict(self.model, load_peft_weights(resume_from_checkpoint, device="cpu"))
 
 
 def write_adapter(model: PeftModel, folder: Path, base: BaseRecord) -> None:
-    """Write an ordinary PEFT adapter, and beside it what it was trained on."""
-    # Without a look at the base model's embedding, which PEFT would fetch from the Hub.
+    """Write a standard PEFT adapter and, beside it, the identity of its base model.
+
+    Args:
+        model: Model whose adapter is written.
+        folder: Existing directory that receives the files.
+        base: Identity of the model that the adapter was trained on.
+    """
+    # Otherwise PEFT fetches the base model's configuration from the Hub to check its embedding.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / BASE_RECORD_NAME).write_bytes(base.to_bytes())
 
 
 def trainer_arguments(settings: TrainingSettings, output: Path, device: torch.device) -> SFTConfig:
-    """Return the settings in the words of trl. Raises UsageError for a tracker that is not installed."""
+    """Translate the settings to an SFTConfig of trl.
+
+    Args:
+        settings: Settings of the training.
+        output: Output directory of the training.
+        device: Device that the model is on.
+
+    Returns:
+        The configuration of the trainer.
+
+    Raises:
+        UsageError: A tracker is not installed, or trl rejects a setting.
+    """
     schedule = "constant_with_warmup" if settings.schedule == "constant" and settings.warmup else settings.schedule
     try:
         arguments = SFTConfig(
@@ -233,12 +283,12 @@ def trainer_arguments(settings: TrainingSettings, output: Path, device: torch.de
             max_length=None,
         )
         for tracker in get_reporting_integration_callbacks(settings.report_to):  # type: ignore[no-untyped-call]
-            tracker()  # it looks for its package
+            tracker()  # raises if its package is not installed
     except (ValueError, ImportError, RuntimeError) as problem:
-        raise UsageError(f"these settings cannot be used here: {problem}") from problem
+        raise UsageError(f"the training settings cannot be used on this machine: {problem}") from problem
     if device.type == "cuda":
-        _ = arguments.device  # chooses the devices
-        # One GPU trains, whatever else is there.
+        _ = arguments.device  # reading it makes transformers choose the devices
+        # Train on one GPU even if the machine has several.
         arguments._n_gpu = 1
     return arguments
 

@@ -1,4 +1,4 @@
-"""Fixtures of the trainings: one artifact, data, and a finished training that the tests compare with."""
+"""Fixtures of the training tests: an artifact, data, and a finished training to compare with."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers with a tokenizer. Not to be changed."""
+    """A random Llama of two layers with a tokenizer. Tests must not change it."""
     return runs.make_artifact(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 prompts with completions."""
+    """A file of 24 prompts with completions."""
     return runs.write_examples(tmp_path_factory.mktemp("data") / "examples.jsonl")
 
 
 @pytest.fixture(scope="session")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five others."""
+    """A file of five other prompts with completions."""
     return runs.write_examples(tmp_path_factory.mktemp("data") / "held_out.jsonl", 5, seed=1)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(artifact: Path, examples: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
-    """A training from start to end with SHORT settings. Not to be changed."""
-    torch.set_num_threads(1)  # fixtures of a session come before those of a test
+    """A complete training with SHORT settings. Tests must not change it."""
+    torch.set_num_threads(1)  # session fixtures run before those of a test
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(folder / "cache"))

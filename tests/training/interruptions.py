@@ -1,4 +1,4 @@
-"""Trainings that are stopped in the middle of a step, or whose micro-batches run out of memory."""
+"""Stops trainings in the middle of a step, and lets micro-batches run out of memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.training import runs
 
 
 def stopped_at(artifact: Path, data: Path, output: Path, *, step: int, **changed: Any) -> Path:
-    """Train until an exception in the middle of a step."""
+    """Train until an exception stops the training in the middle of a step."""
     n_calls = 0
     original = AdapterTrainer.training_step
 
@@ -32,7 +32,7 @@ def stopped_at(artifact: Path, data: Path, output: Path, *, step: int, **changed
 
 
 def fail_micro_batches(monkeypatch: pytest.MonkeyPatch, which: set[int]) -> None:
-    """Let some calls of the loss run out of memory after their forward pass, dropout drawn."""
+    """Let some calls of the loss run out of memory after their forward pass, which has drawn dropout."""
     original = AdapterTrainer.compute_loss
     n_calls = 0
 

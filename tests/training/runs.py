@@ -1,4 +1,4 @@
-"""A tiny artifact with a tokenizer, data for it, and trainings of it that take a second."""
+"""A tiny artifact with a tokenizer, training data for it, and trainings that take a second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEMPLATE = (
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE of at most VOCABULARY tokens with a chat template."""
+    """Return a byte-level BPE tokenizer of at most VOCABULARY tokens with a chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -78,7 +78,7 @@ SHORT: dict[str, Any] = {
     "gradient_checkpointing": False,
     "log_every": 1,
 }
-"""Settings of a training of six steps with dropout and accumulation, a checkpoint every other step."""
+"""Settings of a training of six steps with dropout and accumulation, and a checkpoint every second step."""
 
 
 def run(
@@ -91,7 +91,7 @@ def run(
     say: Callable[[str], None] = lambda _: None,
     **changed: Any,
 ) -> TrainingResult:
-    """Train with SHORT settings, some of them changed."""
+    """Train with SHORT settings and some changes."""
     job = TrainingJob(artifact, [str(data)], output, [] if eval_data is None else [str(eval_data)])
     return train(job, TrainingSettings(**{**SHORT, **changed}), resume=resume, say=say)
 

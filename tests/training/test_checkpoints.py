@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, and every byte of them is under a digest."""
+"""Checkpoints appear atomically, and a digest covers every byte of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     return CheckpointFolder(tmp_path, keep=2)
 
 
-def test_the_oldest_go_and_the_latest_is_found(folder: CheckpointFolder) -> None:
+def test_old_checkpoints_are_removed_and_the_latest_is_found(folder: CheckpointFolder) -> None:
     for step in (2, 10, 4, 12):
         write(folder, step)
     assert folder.steps() == [10, 12]
@@ -33,11 +33,11 @@ def test_the_oldest_go_and_the_latest_is_found(folder: CheckpointFolder) -> None
     assert (found.step, found.facts) == (12, {"tokens": 12})
     assert folder.find("checkpoint-10").step == 10
     assert folder.find("some/where/checkpoint-10").step == 10
-    with pytest.raises(UsageError, match="There are checkpoint-10, checkpoint-12"):
+    with pytest.raises(UsageError, match="Existing checkpoints: checkpoint-10, checkpoint-12"):
         folder.find("checkpoint-4")
 
 
-def test_one_that_was_not_finished_is_never_seen(folder: CheckpointFolder) -> None:
+def test_an_unfinished_checkpoint_is_ignored(folder: CheckpointFolder) -> None:
     write(folder, 2)
     with pytest.raises(ZeroDivisionError), folder.writing(4, {}) as place:
         (place / "a.bin").write_bytes(bytes(1 // 0))
@@ -45,7 +45,7 @@ def test_one_that_was_not_finished_is_never_seen(folder: CheckpointFolder) -> No
     assert not folder.partial.exists()
 
 
-def test_what_a_crash_left_is_cleared_by_the_next(folder: CheckpointFolder) -> None:
+def test_the_next_checkpoint_removes_the_remains_of_a_crash(folder: CheckpointFolder) -> None:
     (folder.partial / "checkpoint-9").mkdir(parents=True)
     (folder.partial / "checkpoint-9" / "a.bin").touch()
     assert folder.steps() == []
@@ -55,7 +55,7 @@ def test_what_a_crash_left_is_cleared_by_the_next(folder: CheckpointFolder) -> N
 
 @pytest.mark.parametrize("name", ["a.bin", "inner/b.bin", SEAL_NAME])
 @pytest.mark.parametrize("damage", ["flip", "cut", "grow", "remove"])
-def test_any_damage_is_noticed_and_the_file_named(folder: CheckpointFolder, name: str, damage: str) -> None:
+def test_any_damage_is_detected_and_the_file_is_reported(folder: CheckpointFolder, name: str, damage: str) -> None:
     write(folder, 2)
     path = write(folder, 4) / name
     data = bytearray(path.read_bytes())
@@ -66,12 +66,12 @@ def test_any_damage_is_noticed_and_the_file_named(folder: CheckpointFolder, name
         path.write_bytes(data[:-1] if damage == "cut" else data + b" " * (damage == "grow" and name != SEAL_NAME))
         if damage == "grow" and name == SEAL_NAME:
             path.write_bytes(data + b"}")
-    with pytest.raises(AdapterError, match=rf"{path.name}: .*resume='checkpoint-2', which is whole"):
+    with pytest.raises(AdapterError, match=rf"{path.name}: .*resume='checkpoint-2', which is intact"):
         folder.find("latest")
-    assert folder.last_whole() == "checkpoint-2"
+    assert folder.last_intact() == "checkpoint-2"
 
 
-def test_every_flipped_bit_of_the_seal_is_noticed(folder: CheckpointFolder) -> None:
+def test_every_flipped_bit_of_the_seal_is_detected(folder: CheckpointFolder) -> None:
     path = write(folder, 4) / SEAL_NAME
     data = path.read_bytes()
     for position in range(len(data)):
@@ -82,7 +82,7 @@ def test_every_flipped_bit_of_the_seal_is_noticed(folder: CheckpointFolder) -> N
             found = read_checkpoint(folder.folder(4))
         except AdapterError:
             continue
-        assert (found.step, found.facts) == (4, {"tokens": 4})  # white space became other white space
+        assert (found.step, found.facts) == (4, {"tokens": 4})  # the flip changed whitespace to other whitespace
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_every_flipped_bit_of_the_seal_is_noticed(folder: CheckpointFolder) -> N
     ],
     ids=str,
 )
-def test_a_forged_seal_is_refused(folder: CheckpointFolder, change: dict[str, strict_json.Json]) -> None:
+def test_a_forged_seal_is_rejected(folder: CheckpointFolder, change: dict[str, strict_json.Json]) -> None:
     path = write(folder, 4) / SEAL_NAME
     seal = strict_json.loads(path.read_bytes(), path=path, max_nbytes=10**6, error=AssertionError)  # type: ignore[type-var]
     assert isinstance(seal, dict)
@@ -110,9 +110,9 @@ def test_a_forged_seal_is_refused(folder: CheckpointFolder, change: dict[str, st
         read_checkpoint(folder.folder(4))
 
 
-def test_two_trainings_do_not_write_into_one_folder(folder: CheckpointFolder, tmp_path: Path) -> None:
+def test_two_trainings_cannot_write_to_one_directory(folder: CheckpointFolder, tmp_path: Path) -> None:
     other = CheckpointFolder(tmp_path, keep=2)
-    with folder.lock(), pytest.raises(TargetError, match="another process trains there"), other.lock():
+    with folder.lock(), pytest.raises(TargetError, match="another training is writing"), other.lock():
         pass
     with other.lock():
         assert (tmp_path / "lock").exists()

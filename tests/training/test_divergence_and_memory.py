@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers, and devices that run out of memory."""
+"""Non-finite losses and gradients, and devices that run out of memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.training import runs
 from tests.training.interruptions import fail_micro_batches
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_change(
+def test_a_nonfinite_loss_stops_the_training_before_the_weights_change(
     artifact: Path, examples: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DivergenceError, match=r"step \d+: the .* is (nan|inf).*good checkpoint is checkpoint-"):
+    with pytest.raises(DivergenceError, match=r"step \d+: the .* is (nan|inf).*intact checkpoint is checkpoint-"):
         runs.run(artifact, examples, tmp_path / "out", learning_rate=1e36, warmup=0.0, max_steps=12, save_every=1)
 
 
-def test_a_gradient_that_is_no_number_names_the_step(
+def test_a_nonfinite_gradient_is_reported_with_its_step(
     artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = AdapterTrainer.training_step
@@ -57,12 +57,12 @@ def test_running_out_of_memory_in_an_evaluation_changes_nothing(
     undisturbed: TrainingResult,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fail_micro_batches(monkeypatch, {2, 8})  # the first ones evaluate, and so do those after two steps
+    fail_micro_batches(monkeypatch, {2, 8})  # in the evaluation before the training, and in that after two steps
     result = runs.run(artifact, examples, tmp_path / "out", eval_data=held_out, eval_every=2)
     assert runs.adapter_bytes(result.output) == runs.adapter_bytes(undisturbed.output)
 
 
-def test_running_out_of_memory_elsewhere_is_told_in_words(
+def test_running_out_of_memory_elsewhere_is_explained(
     artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> Any:
@@ -78,7 +78,7 @@ def test_running_out_of_memory_elsewhere_is_told_in_words(
 
 
 @pytest.mark.parametrize(("optim", "advice"), [("paged_adamw_32bit", "Lower the batch size"), ("adamw", "paged")])
-def test_running_out_of_memory_for_good_says_what_to_lower(
+def test_running_out_of_memory_twice_says_what_to_lower(
     artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str, advice: str
 ) -> None:
     fail_micro_batches(monkeypatch, set(range(3, 100)))

@@ -1,4 +1,4 @@
-"""Trainings that are killed, or run out of disk: afterwards `--resume` ends in the bytes of an undisturbed one."""
+"""Trainings that are killed or run out of disk space: resuming gives the bytes of an uninterrupted training."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ runs.run(Path(artifact), Path(data), Path(output), resume=resume or None)
 """
 
 FIRST_KILLS, SECOND_KILLS = range(42), range(9)
-"""Calls to fsync and rename before a kill. There are 53: 6 for the prepared data, 12 for each of three checkpoints, 11
-at the end. A resumed run has at least those at the end still to do."""
+"""Numbers of fsync and rename calls before a kill. There are 53 calls: 6 for the prepared data, 12 for each of three
+checkpoints, and 11 at the end. A resumed run makes at least those at the end."""
 
 
 def start(
     artifact: Path, data: Path, output: Path, *, resume: str = "", held_at: int | None = None, **options: Any
 ) -> subprocess.Popen[str]:
-    """Start a training with SHORT settings in a process of its own, which may stand still at a call of the disk."""
+    """Start a training with SHORT settings in a separate process, which stops at disk call `held_at`, if given."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     held = "" if held_at is None else str(held_at)
     return subprocess.Popen(
@@ -64,7 +64,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     chosen = random.Random(seed)
     output = tmp_path / "out"
     for kills in chosen.choice([(FIRST_KILLS,), (FIRST_KILLS, SECOND_KILLS)]):
-        whole = checkpoints.CheckpointFolder(output, keep=1).last_whole()
+        whole = checkpoints.CheckpointFolder(output, keep=1).last_intact()
         if whole is None:
             shutil.rmtree(output, ignore_errors=True)
         resume = "" if whole is None else "latest"
@@ -72,7 +72,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(
         wait_until_held(process)
         process.kill()
         process.communicate()
-    whole = checkpoints.CheckpointFolder(output, keep=1).last_whole()
+    whole = checkpoints.CheckpointFolder(output, keep=1).last_intact()
     if whole is None:
         shutil.rmtree(output, ignore_errors=True)
     runs.run(artifact, examples, output, resume=None if whole is None else "latest")
@@ -80,10 +80,10 @@ def test_a_killed_training_resumes_to_the_same_bytes(
     assert not (output / "partial").exists()
 
 
-def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
+def test_a_full_disk_at_a_checkpoint_leaves_the_previous_one_intact(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
 ) -> None:
-    """A real limit of the system: no file may grow beyond the adapter, and optimizer.pt is twice as large."""
+    """A system limit: no file may grow beyond the size of the adapter, and optimizer.pt is twice as large."""
     output = tmp_path / "out"
     shutil.copytree(undisturbed.output, output)
     for name in ("checkpoint-4", "checkpoint-6"):
@@ -100,7 +100,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
     assert process.returncode == 1
     assert "TargetError" in told
     assert "checkpoint-4: cannot be written" in told
-    assert "checkpoint-2 is whole. Make room and continue with resume='latest'" in told
+    assert "checkpoint-2 is intact. Make room and resume with resume='latest'" in told
     assert checkpoints.CheckpointFolder(output, keep=5).steps() == [2]
     assert not (output / "partial").exists()
     runs.run(artifact, examples, output, resume="latest")
@@ -108,7 +108,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
 
 
 @pytest.mark.parametrize("call", ["torch.save", "fsync", "rename"])
-def test_a_write_that_fails_while_a_checkpoint_is_made_is_told_in_words(
+def test_a_failed_write_of_a_checkpoint_is_explained(
     artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     n_calls = 0

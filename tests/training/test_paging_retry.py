@@ -1,4 +1,4 @@
-"""Micro-batches that run out of memory, at any allocation: they run again and give what they would have given."""
+"""Micro-batches that run out of memory at any allocation run again and give the same result."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PAGE = PAGE_GRAIN_NBYTES
 
 
 class Memory(TorchDispatchMode):
-    """The memory of a device for what torch allocates: beside the pages on it, `budget_nbytes` hold everything.
+    """Simulates the memory of a device. `budget_nbytes` must hold the pages and everything that torch allocates.
 
-    failing: the number of the allocation, counted from 0, that finds no memory whatever is free.
+    `failing` is the number of an allocation, counted from 0, that fails regardless of the free memory.
     """
 
     def __init__(self, device: ArtificialDevice, *, budget_nbytes: int = 2**40, failing: int = -1) -> None:
@@ -42,7 +42,7 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs)):  # what was there before is not ours
+        for leaf in tree_leaves((args, kwargs)):  # exclude tensors that existed before
             if isinstance(leaf, Tensor):
                 self._known.add(leaf.untyped_storage())
         for leaf in tree_leaves(out):
@@ -65,7 +65,7 @@ class Memory(TorchDispatchMode):
 
 
 class Setting:
-    """A model with adapters and dropout, its optimizer after a step, and gradients of a first micro-batch."""
+    """A model with adapters and dropout, its optimizer after a step, and the gradients of a first micro-batch."""
 
     def __init__(self, artifact: Path, *, checkpointing: bool) -> None:
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ class Setting:
         self._random_state = torch.get_rng_state()
 
     def rewind(self) -> None:
-        """Bring gradients and random state back; parameters and states are as they were."""
+        """Restore gradients and random state. Parameters and optimizer states have not changed."""
         for parameter, gradient in zip(self.trained, self._gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         torch.set_rng_state(self._random_state)
@@ -98,7 +98,7 @@ class Setting:
         return loss.detach()
 
     def outcome(self, memory: Memory) -> tuple[list[bytes], bytes]:
-        """Return the gradients after one more micro-batch in `memory`, and the state of the random generator."""
+        """Return the gradients after another micro-batch in `memory`, and the state of the random generator."""
 
         def in_memory() -> Tensor:
             with memory:
@@ -114,7 +114,7 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("every", [37, pytest.param(1, marks=pytest.mark.slow)])
-def test_whichever_allocation_fails_gradients_and_random_state_are_the_same(
+def test_gradients_and_random_state_are_the_same_whichever_allocation_fails(
     artifact: Path, checkpointing: bool, every: int
 ) -> None:
     setting = Setting(artifact, checkpointing=checkpointing)
@@ -129,7 +129,7 @@ def test_whichever_allocation_fails_gradients_and_random_state_are_the_same(
         assert setting.optimizer.paging_statistics().resident == 0
 
 
-def test_a_device_that_is_too_small_with_the_states_runs_it_without_them(artifact: Path) -> None:
+def test_a_device_too_small_for_the_states_runs_without_them(artifact: Path) -> None:
     setting = Setting(artifact, checkpointing=False)
     states_nbytes = setting.device.used_nbytes
     undisturbed = Memory(setting.device)
@@ -139,11 +139,11 @@ def test_a_device_that_is_too_small_with_the_states_runs_it_without_them(artifac
     tight = Memory(setting.device, budget_nbytes=undisturbed.peak_nbytes + states_nbytes - 1)
     assert setting.outcome(tight) == expected
     assert (setting.device.used_nbytes, setting.device.n_caches_emptied) == (0, 1)
-    setting.optimizer.step()  # the states come back
+    setting.optimizer.step()  # brings the states back to the device
     assert setting.device.used_nbytes == states_nbytes
 
 
-def test_a_device_that_is_too_small_without_the_states_is_an_error(artifact: Path) -> None:
+def test_a_device_too_small_even_without_the_states_raises(artifact: Path) -> None:
     setting = Setting(artifact, checkpointing=False)
     before = [as_bytes(p.grad) for p in setting.trained if p.grad is not None]
     with pytest.raises(DeviceMemoryError, match="Lower the batch size or the sequence length"):
@@ -163,7 +163,7 @@ def _micro_batch(model: nn.Module, x: Tensor, failures: list[bool]) -> Callable[
 
 
 @pytest.mark.parametrize("accumulated", [False, True])
-def test_a_micro_batch_that_ran_out_of_memory_gives_the_gradients_it_would_have_given(accumulated: bool) -> None:
+def test_a_retried_micro_batch_gives_the_same_gradients(accumulated: bool) -> None:
     gradients = []
     for failures in ([], [True]):
         torch.manual_seed(0)
@@ -183,7 +183,7 @@ def test_a_micro_batch_that_ran_out_of_memory_gives_the_gradients_it_would_have_
     assert gradients[0] == gradients[1]
 
 
-def test_running_out_of_memory_twice_is_an_error_that_says_what_to_lower() -> None:
+def test_running_out_of_memory_twice_raises_an_error_that_says_what_to_lower() -> None:
     model = nn.Linear(8, 4)
     optimizer = PagedAdamW(model.parameters(), page_nbytes=PAGE)
     with pytest.raises(DeviceMemoryError, match="Lower the batch size or the sequence length"):

@@ -1,4 +1,4 @@
-"""Trainings that are resumed end in the same bytes; what cannot be resumed is refused."""
+"""Resumed trainings give the same bytes. Trainings that cannot be resumed are rejected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESUMED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changed", RESUMED, ids=str)
-def test_a_resumed_training_ends_in_the_same_bytes(
+def test_a_resumed_training_gives_the_same_bytes(
     artifact: Path, examples: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:
     whole = runs.run(artifact, examples, tmp_path / "whole", **changed)
@@ -36,7 +36,7 @@ def test_a_resumed_training_ends_in_the_same_bytes(
     assert [line["tokens"] for line in whole.metrics] == [line["tokens"] for line in resumed.metrics]
 
 
-def test_a_training_that_ended_within_an_epoch_takes_no_step_more(
+def test_a_training_that_ended_within_an_epoch_takes_no_further_step(
     artifact: Path, examples: Path, tmp_path: Path
 ) -> None:
     first = runs.run(artifact, examples, tmp_path / "out", max_steps=4)
@@ -46,7 +46,7 @@ def test_a_training_that_ended_within_an_epoch_takes_no_step_more(
     assert runs.adapter_bytes(again.output) == before
 
 
-def test_a_finished_training_can_be_resumed_for_nothing(
+def test_resuming_a_finished_training_changes_nothing(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
 ) -> None:
     output = tmp_path / "out"
@@ -56,26 +56,26 @@ def test_a_finished_training_can_be_resumed_for_nothing(
     assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(undisturbed.output)
 
 
-def test_a_training_is_resumed_with_the_same_settings_data_and_weights_only(
+def test_a_training_resumes_only_with_the_same_settings_data_and_weights(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
 ) -> None:
     output = tmp_path / "out"
     shutil.copytree(undisturbed.output, output)
-    with pytest.raises(UsageError, match=r"learning_rate was 0\.01 and is 0\.02"):
+    with pytest.raises(UsageError, match=r"learning_rate was 0\.01 and is now 0\.02"):
         runs.run(artifact, examples, output, resume="latest", learning_rate=2e-2)
     other = runs.write_examples(tmp_path / "other.jsonl", seed=5)
-    with pytest.raises(DataError, match="is not the data that checkpoint-6 was trained with"):
+    with pytest.raises(DataError, match="differs from the data that checkpoint-6 was trained with"):
         runs.run(artifact, other, output, resume="latest")
     weights = runs.make_artifact(tmp_path, seed=1)
     with pytest.raises(UsageError, match="was trained on other weights"):
         runs.run(weights, examples, output, resume="latest")
-    with pytest.raises(UsageError, match="holds no checkpoint"):
+    with pytest.raises(UsageError, match="has no checkpoint to resume from"):
         runs.run(artifact, examples, tmp_path / "empty", resume="latest")
-    with pytest.raises(UsageError, match="There are checkpoint-2, checkpoint-4, checkpoint-6"):
+    with pytest.raises(UsageError, match="Existing checkpoints: checkpoint-2, checkpoint-4, checkpoint-6"):
         runs.run(artifact, examples, output, resume="checkpoint-3")
 
 
-def test_a_damaged_checkpoint_is_refused_and_a_whole_one_offered(
+def test_a_damaged_checkpoint_is_rejected_and_an_intact_one_suggested(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
 ) -> None:
     output = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Whole trainings: what they leave behind, and that nothing but the settings decides about the adapter's bytes."""
+"""Complete trainings: their output, and the settings that determine the bytes of the adapter."""
 
 from __future__ import annotations
 
@@ -46,10 +46,13 @@ def test_a_training_leaves_an_adapter_a_card_checkpoints_and_metrics(undisturbed
     card = (output / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n")
     assert json.loads((output / "qformat_base.json").read_text())["digest"] in card
+    assert "| alpha | 8 |\n" in card
+    assert "| target_modules | all-linear |\n| rslora | no |\n" in card
+    assert "None" not in card
 
 
 def test_the_loss_falls(artifact: Path, examples: Path, held_out: Path, tmp_path: Path) -> None:
-    # Random weights barely matter: the output layer must be trained, too.
+    # With random weights the adapters alone have little effect, so train the output layer, too.
     strong: dict[str, Any] = {"max_steps": 20, "learning_rate": 0.1, "modules_to_save": ("lm_head",)}
     result = runs.run(artifact, examples, tmp_path / "out", eval_data=held_out, **strong)
     assert result.loss_before is not None
@@ -79,7 +82,7 @@ def test_the_same_settings_give_the_same_bytes(
     [{"optim": "adamw"}, {"page_budget": "0"}, {"page_budget": "20KiB"}, {"save_every": 5}, {"log_every": 3}],
     ids=str,
 )
-def test_what_must_not_matter_does_not(
+def test_equivalent_settings_give_the_same_bytes(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult, changed: dict[str, Any]
 ) -> None:
     result = runs.run(artifact, examples, tmp_path / "out", **changed)
@@ -102,26 +105,26 @@ def test_an_evaluation_between_steps_changes_nothing(
 
 
 @pytest.mark.parametrize(("batch_size", "packing"), [(1, False), (2, False), (3, True)])
-def test_an_evaluation_weighs_every_token_alike(
+def test_an_evaluation_gives_every_token_the_same_weight(
     examples: Path, held_out: Path, tmp_path: Path, batch_size: int, packing: bool
 ) -> None:
-    # The logits of this model are far enough apart for tokens to have losses of their own.
+    # The logits of this model differ enough to give each token a different loss.
     artifact = models.write_artifact(models.write_source(tmp_path / "source"), tmp_path / "nf4")
     result = runs.run(
         artifact, examples, tmp_path / "out", eval_data=held_out, max_steps=1, batch_size=batch_size, packing=packing
     )
     ours, exact = (losses_of_examples(load(artifact), artifact, held_out) for load in (load_ours, load_exact))
-    # What bf16 does to a mean over tokens is at most what it does to one of the examples. It rounds as often in batches
-    # of other shapes: a factor of 2 is for the order of their sums.
+    # The bf16 error of a mean over tokens is at most that of one of the examples. Batches of other shapes sum in
+    # another order, which the factor of 2 covers.
     off = 2 * max(abs(one.mean() - other.mean()) for one, other in zip(ours, exact, strict=True))
     assert result.loss_before is not None
     assert abs(result.loss_before - torch.cat(exact).mean()) <= off
-    # The same bound tells tokens from examples, if all of those weighed alike.
+    # The same bound distinguishes a mean over tokens from a mean over examples.
     assert abs(result.loss_before - torch.stack([losses.mean() for losses in exact]).mean()) > off
 
 
 def losses_of_examples(model: Any, artifact: Path, data: Path) -> list[Tensor]:
-    """Return the losses of the tokens that are trained on, float64, of each example by itself."""
+    """Return the losses of the trained tokens of each example, float64, computed one example at a time."""
     found = []
     for example in prepare_data([str(data)], load_tokenizer(artifact), DataSettings(max_length=64)):
         labels = example["labels"][1:]
@@ -143,11 +146,11 @@ def test_a_tracker_of_transformers_gets_the_curves_and_both_evaluations(
     assert tracked["train/loss"] == [(line["step"], pytest.approx(line["loss"])) for line in steps]
     assert tracked["train/learning_rate"] == [(line["step"], pytest.approx(line["learning_rate"])) for line in steps]
     assert tracked["eval/loss"] == [(0, pytest.approx(result.loss_before)), (6, pytest.approx(result.loss_after))]
-    assert not list((tmp_path / "here").iterdir())  # TensorBoard's own idea of where to write
+    assert not list((tmp_path / "here").iterdir())  # TensorBoard must not write to its default directory
 
 
 def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read event files: records of length (u64), its checksum (u32), an Event, and a checksum (u32)."""
+    """Read event files. A record is a length (u64), its checksum (u32), an Event, and its checksum (u32)."""
     from tensorboardX.proto.event_pb2 import Event
 
     found: dict[str, list[tuple[int, float]]] = {}
@@ -201,7 +204,7 @@ def test_the_adapters_dtype_does_not_depend_on_packing(artifact: Path, examples:
             assert {str(tensor.dtype) for tensor in stored} == {f"torch.{dtype}"}
 
 
-def test_an_output_that_holds_something_is_refused(
+def test_an_output_directory_that_is_not_empty_is_rejected(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult
 ) -> None:
     (tmp_path / "full").mkdir()

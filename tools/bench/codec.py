@@ -1,14 +1,14 @@
-"""Encode and decode against bitsandbytes: one run, the same tensors, the same number of threads, medians.
+"""Compares encoding and decoding with bitsandbytes, in one run with the same tensors and the same number of threads.
 
 Usage: python -m tools.bench.codec [--threads 2] [--runs 9] [--formats BF16] [--shapes 1024x1024 4096x4096 4096x11008]
 
 Rows, all with block size 64:
-  encode                    weights into packed codes and absmax         peer: its quantize_4bit op (allocates)
-  encode, double quantized  the same and the second level                peer: F.quantize_4bit(compress_statistics)
-  decode                    scales at hand, into a reused buffer         peer: its C kernel, into a reused buffer
-  decode, double quantized  from the 8-bit scales, into a reused buffer  peer: F.dequantize_4bit (allocates)
-Decoders other than the chosen one are measured too, where this CPU has them. Figures are million weights a second; a
-ratio above 1 means that qformat is faster. Codes and decoded weights are compared bit for bit before anything is timed.
+  encode                    weights to packed codes and absmax           peer: its quantize_4bit op (allocates)
+  encode, double quantized  the same plus the second level               peer: F.quantize_4bit(compress_statistics)
+  decode                    from float32 scales, into a reused buffer    peer: its C kernel, into a reused buffer
+  decode, double quantized  from 8-bit scales, into a reused buffer      peer: F.dequantize_4bit (allocates)
+All decoders that this CPU supports are measured. Figures are medians in million weights per second (M w/s); a ratio
+above 1 means that qformat is faster. Codes and decoded weights are compared bit for bit before the measurement.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ C_KERNEL_NAMES = {FloatFormat.BF16: "bf16", FloatFormat.F16: "fp16", FloatFormat
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: medians in million weights a second."""
+    """One row of the table: medians in million weights per second."""
 
     job: str
     ours: float
@@ -53,7 +53,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=9, help="timed runs of each job")
+    parser.add_argument("--runs", type=int, default=9, help="number of timed runs per job")
     parser.add_argument("--formats", nargs="+", choices=[each.value for each in FloatFormat], default=["BF16"])
     parser.add_argument("--shapes", nargs="+", default=["1024x1024", "4096x4096", "4096x11008"])
     arguments = parser.parse_args()
@@ -79,7 +79,7 @@ def print_machine(threads: int) -> None:
     present = [name for name in wanted if name in lanes.cpu_features()]
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     print(f"CPU: {cpu_model()}, {os.cpu_count()} cores, load {load}; {threads} threads used by each side")
-    print(f"features: {' '.join(present) or 'none of these'}; decoder: {blocks.decoder_name()}")
+    print(f"features: {' '.join(present) or 'none'}; decoder: {blocks.decoder_name()}")
     print(
         f"numba {numba.__version__}, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), "
         f"bitsandbytes {bitsandbytes.__version__}\n"
@@ -96,7 +96,7 @@ def cpu_model() -> str:
 
 
 class Bench:
-    """One tensor, its buffers, and both sides' ways to encode and decode it."""
+    """One tensor, its buffers, and the encoders and decoders of both sides."""
 
     def __init__(
         self, float_format: FloatFormat, rows: int, columns: int, pool: ThreadPoolExecutor, threads: int, runs: int
@@ -122,7 +122,7 @@ class Bench:
         self._out_raw = raw_view(self._out, float_format)
 
     def rows(self) -> list[Row]:
-        """Check that both sides give the same bits, then time them."""
+        """Check that both sides give the same bits, then measure them."""
         self._encode()
         assert np.array_equal(self._packed, self._their_codes.numpy().reshape(-1))
         rows = [
@@ -151,13 +151,13 @@ class Bench:
         assert torch.equal(self._out, expected)
 
     def _row(self, job: str, ours: Callable[[], object], peer: Callable[[], object]) -> Row:
-        """Time both sides turn by turn, so that other load on the machine falls on both."""
+        """Measure both sides in turn, so that other load on the machine affects both."""
         sides = (ours, peer)
-        repeats = [max(1, min(200, int(0.02 / seconds_of(side)))) for side in sides]  # a turn: 20 ms, or one call
+        repeats = [max(1, min(200, int(0.02 / seconds_of(side)))) for side in sides]  # a turn takes 20 ms or one call
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(self._runs):
             for side, n_repeats, taken in zip(sides, repeats, seconds, strict=True):
-                side()  # not timed: brings caches and threads back to this side
+                side()  # untimed: warms caches and threads for this side
                 taken.extend(seconds_of(side) for _ in range(n_repeats))
         return Row(job, *(self._n / statistics.median(taken) / 1e6 for taken in seconds))
 
@@ -239,7 +239,7 @@ def seconds_of(job: Callable[[], object]) -> float:
 
 
 def raw_view(tensor: torch.Tensor, float_format: FloatFormat) -> Raw:
-    """Return the flat raw elements that share a tensor's memory."""
+    """Return a flat view of a tensor's raw elements."""
     flat = tensor.view(-1)
     return flat.numpy() if float_format is FloatFormat.F32 else flat.view(torch.int16).numpy().view(np.uint16)
 

@@ -1,10 +1,10 @@
-"""Whole processes against their peers, in one run, on one model: convert, verify, inspect.
+"""Compares convert, verify and inspect with their peers, as complete processes in one run on one model.
 
 Usage: python -m tools.bench.convert [--folder DIR] [--layers 22] [--runs 3] [--no-peer] [--one-tensor-gb 0]
 
-The model is a random bf16 Llama in five shards; 22 layers make 1.1 billion parameters (TinyLlama's shape). The peers:
-`cp -r` of the source for convert, transformers' from_pretrained(load_in_4bit) + save_pretrained for convert, and
-`cat FILES > /dev/null` for verify; all with the page cache warm. Medians of the runs, and ratios.
+The model is a random bf16 Llama in five shards; 22 layers have 1.1 billion parameters (TinyLlama's shape). The peers of
+convert are `cp -r` of the source, and transformers' from_pretrained(load_in_4bit) + save_pretrained. The peer of verify
+is `cat FILES > /dev/null`. The page cache is warm. Prints medians of the runs, and ratios.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ model.save_pretrained(sys.argv[2])
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One command: median wall time of its runs and the largest resident set."""
+    """Figures of one command: median wall-clock time of its runs and largest resident set."""
 
     seconds: float
     rss_mb: float
@@ -67,16 +67,16 @@ class Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
-    parser.add_argument("--layers", type=int, default=22, help="22 layers are 1.1 B parameters")
+    parser.add_argument("--folder", type=Path, help="working directory [default: a temporary directory]")
+    parser.add_argument("--layers", type=int, default=22, help="number of layers; 22 have 1.1 billion parameters")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers + bitsandbytes out")
-    parser.add_argument("--one-tensor-gb", type=float, default=0, help="a model of one such tensor instead")
+    parser.add_argument("--no-peer", action="store_true", help="skip transformers + bitsandbytes")
+    parser.add_argument("--one-tensor-gb", type=float, default=0, help="use a model of one tensor of this size in GB")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qformat-bench-", dir=arguments.folder) as name:
         folder = Path(name)
         tensors = one_tensor(arguments.one_tensor_gb) if arguments.one_tensor_gb else llama(arguments.layers)
-        # In a process of its own: what it allocated would count as the peak memory of every command started here.
+        # Write in a separate process: otherwise its memory would count in the peak of every command started here.
         writer = multiprocessing.Process(target=write_checkpoint, args=(folder / "source", tensors, arguments.layers))
         writer.start()
         writer.join()
@@ -114,7 +114,7 @@ def measure_all(folder: Path, *, runs: int, peer: bool) -> None:
 
 
 def measure(command: list[str], *, runs: int, remove: Path | None = None) -> Measured:
-    """Run a command once to warm caches and then `runs` times; the folder it makes is removed before each run."""
+    """Run a command once to warm caches and then `runs` times. Remove its output directory before each run."""
     seconds, rss = [], []
     for _ in range(runs + 1):
         if remove is not None and remove.exists():
@@ -161,7 +161,7 @@ def one_tensor(gigabytes: float) -> list[TensorSpec]:
 
 
 def write_checkpoint(folder: Path, tensors: list[TensorSpec], n_layers: int) -> None:
-    """Write random weights; one random stretch is cut to size again and again, which is quick and as hard to encode."""
+    """Write random weights. One random array fills all tensors, which is fast to write and just as hard to encode."""
     folder.mkdir()
     stretch = np.random.default_rng(0).standard_normal(2**24, dtype=np.float32) * np.float32(0.02)
     bits = (stretch.view(np.uint32) >> 16).astype(np.uint16)

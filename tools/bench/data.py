@@ -1,8 +1,8 @@
-"""Preparing training data against `datasets` and trl's SFTTrainer, in one process.
+"""Compares the preparation of training data with `datasets` and trl's SFTTrainer, in one process.
 
-Cold is everything from the JSON lines to tokens and labels. Warm is the same call again, up to the first batch of a
-training in random order, which is how long a second run waits. Both sides start from the same file and the same
-tokenizer, and give the same tokens.
+"Cold" is the complete way from JSON lines to tokens and labels. "Warm" is the same call again, up to the first batch in
+random order, which is the delay at the start of a second run. Both sides start from the same file and tokenizer, and
+give the same tokens.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ PEER_SETTINGS: dict[str, dict[str, Any]] = {"text": {}, "completion": {}, "messa
 
 
 @click.command(help=__doc__)
-@click.option("--rows", default=100_000, show_default=True)
-@click.option("--peer-rows", default=20_000, show_default=True, help="Rows for the peer, whose rates are compared.")
-@click.option("--kind", type=click.Choice(list(PEER_SETTINGS)), multiple=True, help="All, if not given.")
-@click.option("--no-markers", is_flag=True, help="Take the markers out of the chat template for our side.")
+@click.option("--rows", default=100_000, show_default=True, help="Number of rows for qformat.")
+@click.option("--peer-rows", default=20_000, show_default=True, help="Number of rows for trl. Rates are compared.")
+@click.option("--kind", type=click.Choice(list(PEER_SETTINGS)), multiple=True, help="Kind of rows. Default: all.")
+@click.option("--no-markers", is_flag=True, help="Remove the markers from the chat template of qformat.")
 def main(rows: int, peer_rows: int, kind: tuple[str, ...], no_markers: bool) -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -92,7 +92,7 @@ def compare(
     cold_s, data = timed(ours)
     rate = n_rows / cold_s
     tokens = data.statistics.tokens
-    print(f"{kind}: {tokens / len(data):.0f} tokens a row; cold: {rate:,.0f} rows/s, {tokens / cold_s:,.0f} tokens/s")
+    print(f"{kind}: {tokens / len(data):.0f} tokens per row; cold: {rate:,.0f} rows/s, {tokens / cold_s:,.0f} tokens/s")
     peer_s, _ = timed(theirs)
     peer_rate = n_peer_rows / peer_s
     print(f"    trl, cold: {peer_rate:,.0f} rows/s; ratio {rate / peer_rate:.1f}")
@@ -103,7 +103,7 @@ def compare(
 
 
 def first_batch(rows: TokenRows, collator: Callable[[Any], Any]) -> Any:
-    """Return the first batch in random order, out of what SFTTrainer is given."""
+    """Return the first batch in random order, from the data set that SFTTrainer receives."""
     loader = torch.utils.data.DataLoader(
         for_trainer(rows),  # type: ignore[arg-type]
         batch_size=BATCH_SIZE,
@@ -128,7 +128,7 @@ def write_rows(path: Path, kind: str, n_rows: int) -> Path:
 
 
 def rows_of(kind: str, n_rows: int) -> Iterator[dict[str, Any]]:
-    """Yield rows of words of the README, two turns of either side in a conversation."""
+    """Yield rows with words from the README. A conversation has two turns of each side."""
     chosen = random.Random(0)
     words = (ROOT / "README.md").read_text(encoding="utf-8").split()
     for _ in range(n_rows):
@@ -144,7 +144,7 @@ def rows_of(kind: str, n_rows: int) -> Iterator[dict[str, Any]]:
 
 
 def make_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the texts of this repository."""
+    """Train a byte-level BPE tokenizer on the texts of this repository."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -1,10 +1,10 @@
-"""`qformat eval` against the bare forward passes of its two models, on the same windows.
+"""Compares `qformat eval` with the plain forward passes of its two models, on the same windows.
 
 Usage: python -m tools.bench.evaluate ARTIFACT SOURCE --data FILE [--windows 4] [--window-length 512] [--rounds 5]
 
-In each round, `evaluate` measures the windows, and then both models run over them without anything else; its time to
-map the models is not counted, nor is theirs. Medians over rounds; the ratio is of figures of the same round. The bar
-is 0.9 of the tokens a second. Peak memory is that of the whole process, mapped files included.
+In each round, `evaluate` scores the windows, and then both models run over them without any scoring. The time to map
+the models is not counted. Figures are medians over rounds, and the ratio compares values of the same round. The goal
+is 0.9 times the tokens per second of the plain passes. Peak memory includes mapped files.
 """
 
 from __future__ import annotations
@@ -62,12 +62,10 @@ def main() -> None:
     ours, bare = zip(*rounds, strict=True)
     ratio = interleaved.median_ratio(ours, bare)
     print(f"{options.artifact.name}: {len(windows)} windows of {windows.length} tokens, {options.rounds} rounds")
-    print(f"bare forward passes   {statistics.median(bare):8,.0f} tokens/s")
+    print(f"plain forward passes  {statistics.median(bare):8,.0f} tokens/s")
     print(f"qformat eval          {statistics.median(ours):8,.0f} tokens/s")
     verdict = "met" if ratio >= BAR else "MISSED"
-    print(
-        f"ratio {ratio:.3f}, the bar of {BAR} is {verdict}; peak memory {peak_nbytes(models[0].device) / 1e6:,.0f} MB"
-    )
+    print(f"ratio {ratio:.3f}, goal of {BAR} {verdict}; peak memory {peak_nbytes(models[0].device) / 1e6:,.0f} MB")
 
 
 if __name__ == "__main__":

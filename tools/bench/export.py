@@ -1,12 +1,12 @@
-"""`qformat export` against `cp -r` of its own result, whole processes in one run.
+"""Compares `qformat export` with `cp -r` of its result, as complete processes in one run.
 
 Usage: python -m tools.bench.export [--folder DIR] [--layers 22] [--runs 5] [--to bf16]
 
-The artifact is made from the random bf16 Llama of tools/bench/convert.py; 22 layers are 1.1 billion parameters. The
-peer copies the checkpoint that export wrote: it reads three times as many bytes, and decodes and hashes none. `cp`
-leaves its copy in the page cache; export waits until the disk has it (fsync). So a third row is `cp -r` and `sync -f`.
-Export and its peers take turns, since a disk is not as fast at all times. Page cache warm, medians, and ratios: the
-bar is half of the rate of `cp -r`.
+The artifact is converted from the random bf16 Llama of tools/bench/convert.py; 22 layers have 1.1 billion parameters.
+The peer copies the exported checkpoint: it reads three times as many bytes, but decodes and hashes none. `cp` leaves
+its copy in the page cache, while export waits until the data are on disk (fsync). A third row therefore measures
+`cp -r` followed by `sync -f`. Export and its peers take turns, because the speed of a disk varies over time. The page
+cache is warm, and figures are medians. The goal is half of the rate of `cp -r`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tools.bench.convert import Measured, llama, write_checkpoint
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
-    parser.add_argument("--layers", type=int, default=22, help="22 layers are 1.1 B parameters")
+    parser.add_argument("--folder", type=Path, help="working directory [default: a temporary directory]")
+    parser.add_argument("--layers", type=int, default=22, help="number of layers; 22 have 1.1 billion parameters")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--to", choices=["bf16", "fp16", "fp32"], default="bf16")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qformat-bench-", dir=arguments.folder) as name:
         folder = Path(name)
         source = folder / "source"
-        # In a process of its own: what it allocated would count as the peak memory of every command started here.
+        # Write in a separate process: otherwise its memory would count in the peak of every command started here.
         writer = multiprocessing.Process(
             target=write_checkpoint, args=(source, llama(arguments.layers), arguments.layers)
         )
@@ -58,7 +58,7 @@ def measure_all(folder: Path, qformat: str, *, runs: int, to: str) -> None:
     measured: dict[str, list[Measured]] = {label: [] for label in commands}
     for _ in range(runs):
         for label, command in commands.items():
-            os.sync()  # what one command left to be written must not slow down the next one
+            os.sync()  # unwritten data of one command must not slow down the next one
             measured[label].append(once(command))
             shutil.rmtree(copy)
     before, after = (sum(path.stat().st_size for path in Path(name).iterdir()) for name in (artifact, out))
@@ -68,14 +68,14 @@ def measure_all(folder: Path, qformat: str, *, runs: int, to: str) -> None:
     for label, times in measured.items():
         rate = after / seconds[label] / 1e6
         ratio = seconds[label] / seconds["qformat export"]
-        remark = "" if label == "qformat export" else f"  export has {ratio:.2f} of this rate"
+        remark = "" if label == "qformat export" else f"  export reaches {ratio:.2f} of this rate"
         print(
             f"{label:20}  {seconds[label]:8.2f}  {max(one.rss_mb for one in times):6.0f} MB  {rate:6,.0f} MB/s{remark}"
         )
 
 
 def once(command: list[str]) -> Measured:
-    """Run a command once and return its wall time and largest resident set."""
+    """Run a command once and return its wall-clock time and largest resident set."""
     started = monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

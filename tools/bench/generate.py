@@ -1,17 +1,18 @@
-"""First token and one-token decoding of an artifact against transformers + bitsandbytes, side by side.
+"""Compares the time to the first token and one-token decoding with transformers + bitsandbytes.
 
 Usage: python -m tools.bench.generate ARTIFACT... [--prompts 128 512] [--tokens 32] [--rounds 5] [--threads 2]
                                       [--only qformat exact]
 
-Each side is a process of its own that stays loaded and computes only when asked; they are asked in turn. Sides:
+Each side is a separate process that keeps its model loaded and computes on request. The sides take turns:
   qformat    load_model
-  inference  transformers + bitsandbytes as it comes: on CPUs with AVX512-BF16 its first forward pass without gradients
-             rewrites the weights, scales rounded to bf16, for a kernel of its own
-  exact      the same, kept from rewriting: the artifact's own numbers
-Everything runs without gradients, greedily, with a cache, and without the costs of `generate` itself. Time to the first
-token is that of the prompt; decoding starts after a prompt of 32 tokens. Ratios are medians over rounds of qformat's
-figure divided by the side's: below 1 is better for seconds, above 1 for tokens/s. Before anything is timed, each side
-tells its greedy tokens, and how many of them equal qformat's is printed: near-ties part them, sooner for "inference".
+  inference  transformers + bitsandbytes with its defaults: on CPUs with AVX512-BF16, its first forward pass without
+             gradients repacks the weights for a special kernel and rounds the scales to bf16
+  exact      the same without repacking, with the values of the artifact
+All sides decode greedily with a cache, without gradients and without the overhead of `generate`. The time to the first
+token is the time of the prompt; decoding starts after a prompt of 32 tokens. Ratios are medians over rounds of
+qformat's value divided by the side's: below 1 is better for seconds, above 1 for tokens/s. Before the measurement, the
+tool prints how many greedy tokens of each side equal those of qformat. Near-ties make them differ at some point, which
+comes earlier for "inference".
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ DECODING_PROMPT = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", nargs="+", type=Path, metavar="ARTIFACT")
-    parser.add_argument("--prompts", nargs="+", type=int, default=[128, 512], help="lengths, for the first token")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded")
+    parser.add_argument(
+        "--prompts", nargs="+", type=int, default=[128, 512], help="prompt lengths for the time to the first token"
+    )
+    parser.add_argument("--tokens", type=int, default=32, help="number of tokens to decode")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES)
@@ -61,7 +64,7 @@ def print_artifact(artifact: Path, options: argparse.Namespace) -> None:
         print("|---|" + "---:|" * len(columns))
         for n_prompt in options.prompts:
             rounds = ask_in_turn(sides, {"prompt": n_prompt, "decode": 0}, options.rounds)
-            print_figure(f"first token of a prompt of {n_prompt}, s", rounds)
+            print_figure(f"first token after a prompt of {n_prompt}, s", rounds)
         request = {"prompt": DECODING_PROMPT, "decode": options.tokens}
         seconds = ask_in_turn(sides, request, options.rounds)
         rates = {name: [options.tokens / each for each in taken] for name, taken in seconds.items()}
@@ -78,11 +81,11 @@ def print_agreement(sides: dict[str, Side], n_tokens: int) -> None:
     first = next(iter(answers))
     for name, tokens in answers.items():
         if name != first:
-            print(f"{name}: {n_equal_first(tokens, answers[first])} of {n_tokens} greedy tokens before one differs")
+            print(f"{name}: the first {n_equal_first(tokens, answers[first])} of {n_tokens} greedy tokens are equal")
 
 
 def n_equal_first(tokens: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many tokens are equal before the first that differs."""
+    """Return the number of equal tokens before the first difference."""
     differing = (number for number, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b)
     return next(differing, len(tokens))
 
@@ -92,7 +95,7 @@ def ask_in_turn(sides: dict[str, Side], request: dict[str, int], n_rounds: int) 
     for number in range(n_rounds + 1):
         for name, side in sides.items():
             taken = side.ask(request)["seconds"]
-            if number:  # the first round fills caches
+            if number:  # the first round warms the caches
                 seconds[name].append(taken)
     return seconds
 
@@ -105,7 +108,7 @@ def print_figure(title: str, rounds: dict[str, list[float]]) -> None:
 
 
 class Side:
-    """A process that holds one side's model and answers one request a line."""
+    """A process that holds one side's model and answers one request per line."""
 
     def __init__(self, name: str, artifact: Path, n_threads: int) -> None:
         command = [
@@ -129,7 +132,7 @@ class Side:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"a side ended with exit status {self._process.wait()}")
+            raise SystemExit(f"a side ended unexpectedly with exit status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -163,12 +166,12 @@ def load(side: str, artifact: Path) -> Any:
     if side == "exact":
         for module in model.modules():
             if isinstance(module, bitsandbytes.nn.Linear4bit):
-                module.support_avx512bf16_for_cpu = False  # what it asks before it rewrites the weight
+                module.support_avx512bf16_for_cpu = False  # the condition for repacking the weight
     return model
 
 
 def answer(model: Any, n_prompt: int, n_decode: int) -> dict[str, Any]:
-    """Return the seconds of the prompt, or of decoding after it, and the greedy tokens."""
+    """Return the greedy tokens, and the seconds of the prompt or, if tokens are decoded, of the decoding."""
     import torch
 
     ids = torch.arange(n_prompt)[None] * 37 % min(4000, model.config.vocab_size)

@@ -1,11 +1,11 @@
-"""Convert a repository of the Hub as a stream, against downloading it alone, from a stand-in on loopback.
+"""Compares converting a Hub repository as a stream with downloading it alone, from a stand-in on loopback.
 
 Usage: python -m tools.bench.hub [--folder DIR] [--layers 22] [--runs 3] [--source FOLDER]
 
-The model is that of bench_convert (22 layers are 1.1 billion parameters in five shards, 2.2 GB), or a folder. Whole
-processes, in turns: `snapshot_download` of huggingface_hub, and `qformat convert owner/model OUT`. The stand-in is a
-process of its own and takes part of the same cores. Medians of the runs and of the ratios within each turn; the disk
-is what OUT.partial, OUT and the Hub's cache take, looked at every 20 ms.
+The model is that of tools/bench/convert.py (22 layers: 1.1 billion parameters in five shards, 2.2 GB), or a folder. Two
+complete processes take turns: `snapshot_download` of huggingface_hub, and `qformat convert owner/model OUT`. The
+stand-in is a separate process that shares the same cores. Figures are medians of the runs, and of the ratios within
+each turn. Disk usage is the size of OUT.partial, OUT and the Hub cache, sampled every 20 ms.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DOWNLOAD = f"from huggingface_hub import snapshot_download; snapshot_download({N
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One process: wall time, largest resident set, and the most that its folders took on the disk."""
+    """Figures of one process: wall-clock time, largest resident set, and peak disk usage of its folders."""
 
     seconds: float
     rss_mb: float
@@ -44,9 +44,9 @@ class Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
-    parser.add_argument("--source", type=Path, help="a checkpoint to serve instead of the random model")
-    parser.add_argument("--layers", type=int, default=22, help="22 layers are 1.1 B parameters")
+    parser.add_argument("--folder", type=Path, help="working directory [default: a temporary directory]")
+    parser.add_argument("--source", type=Path, help="checkpoint to serve instead of the random model")
+    parser.add_argument("--layers", type=int, default=22, help="number of layers; 22 have 1.1 billion parameters")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qformat-bench-", dir=arguments.folder) as name:
@@ -54,7 +54,7 @@ def main() -> None:
         if source is None:
             source = folder / "source"
             tensors = bench_convert.llama(arguments.layers)
-            # In a process of its own: what it allocated would count as the peak memory of every command started here.
+            # Write in a separate process: otherwise its memory would count in the peak of every command started here.
             writer = multiprocessing.Process(
                 target=bench_convert.write_checkpoint, args=(source, tensors, arguments.layers)
             )
@@ -77,7 +77,7 @@ def measure_all(folder: Path, source: Path, endpoint: str, *, runs: int) -> None
     }
     convert = [sys.executable, "-c", "from qformat.cli.main import main; main()", "convert", NAME, str(out)]
     download = [sys.executable, "-c", DOWNLOAD]
-    measure([*convert, "--dry-run"], [], environment)  # compiles nothing, but reads every module once
+    measure([*convert, "--dry-run"], [], environment)  # compiles nothing but imports every module once
     downloads, conversions = [], []
     for turn in range(runs + 1):
         for path in (home, out):
@@ -85,7 +85,7 @@ def measure_all(folder: Path, source: Path, endpoint: str, *, runs: int) -> None
         downloaded = measure(download, [home], environment)
         shutil.rmtree(home)
         converted = measure(convert, [home, out, out.with_name("out.partial")], environment)
-        if turn:  # the first warms the page cache and compiles the kernels
+        if turn:  # the first turn warms the page cache and compiles the kernels
             downloads.append(downloaded)
             conversions.append(converted)
     before = sum(path.stat().st_size for path in source.iterdir())
@@ -102,7 +102,7 @@ def measure_all(folder: Path, source: Path, endpoint: str, *, runs: int) -> None
 
 
 def measure(command: list[str], folders: list[Path], environment: Mapping[str, str]) -> Measured:
-    """Run a command once."""
+    """Run a command once and return its figures."""
     largest, finished = 0, threading.Event()
 
     def watch() -> None:
@@ -128,7 +128,7 @@ def measure(command: list[str], folders: list[Path], environment: Mapping[str, s
 
 @contextmanager
 def serving(source: Path) -> Iterator[str]:
-    """Serve a folder as a repository, in another process; yields the endpoint."""
+    """Serve a folder as a repository in another process. Yields the endpoint."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.hub_stand_in", f"{NAME}={source}"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

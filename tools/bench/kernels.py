@@ -1,18 +1,19 @@
-"""Decoding and products of NF4 weights against bitsandbytes, in one run: the same weights, threads and rounds.
+"""Compares decoding and products of NF4 weights with bitsandbytes, in one run with the same weights and threads.
 
 Usage: python -m tools.bench.kernels [--threads 2] [--rounds 7] [--shapes 576x576 ...] [--dtypes bf16 fp16 fp32]
                                      [--rows 1 2 4 ...] [--crossover]
 
-Weights are double-quantized, block size 64; activations have the dtype of the row. Columns:
-  qformat      dequantize_nf4, dequantize_nf4_into; the layer's product without gradients
-  exact        bitsandbytes on the artifact's own bytes: dequantize_4bit, or its C kernel where the output is reused;
+Weights are double-quantized with block size 64. The dtype in a row is that of the activations. Columns:
+  qformat      dequantize_nf4, dequantize_nf4_into; the product of the layer without gradients
+  exact        bitsandbytes on the bytes of the artifact: dequantize_4bit, or its C kernel if the output is reused;
                matmul_4bit
-  repacked     matmul_4bit after it repacked the weight, with scales rounded to bf16: its inference on AVX512-BF16
-Ratios are medians over rounds of qformat's time divided by the peer's: below 1, qformat is faster. Before anything is
-timed, decoded weights are compared bit for bit and products within the rounding of bf16.
+  repacked     matmul_4bit on a repacked weight with scales rounded to bf16, which bitsandbytes uses for inference on
+               CPUs with AVX512-BF16
+Ratios are medians over rounds of qformat's time divided by the peer's: below 1, qformat is faster. Before the
+measurement, decoded weights are compared bit for bit, and products within the rounding error of bf16.
 
-`--crossover` compares two ways of qformat's own for M = 1 to 16: from the codes, and decoding before torch's product.
-A weight that fits the last-level cache stays there between calls, on every side.
+`--crossover` compares two implementations of qformat for M = 1 to 16: the product from the codes, and decoding followed
+by torch's product. A weight that fits in the last-level cache stays there between calls, on every side.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """One weight as each side holds it. `repacked` is None where bitsandbytes does not repack."""
+    """One weight in the form of each side. `repacked` is None if bitsandbytes does not repack it."""
 
     ours: PackedWeight
     packed: Tensor
@@ -75,8 +76,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--shapes", nargs="+", default=SHAPES)
-    made.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="of the products' activations")
-    made.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows M of x")
+    made.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="dtypes of the activations in products"
+    )
+    made.add_argument("--rows", nargs="+", type=int, default=ROWS, help="numbers of rows M of x")
     made.add_argument("--crossover", action="store_true")
     return made
 
@@ -104,7 +107,9 @@ def operations(sides: Sides, options: argparse.Namespace) -> Iterator[tuple[str,
 
 
 def print_crossovers(shapes: list[tuple[int, int]], options: argparse.Namespace) -> None:
-    """Print the time from the codes divided by that of decoding first; the last M below 1 is the threshold."""
+    """Print the time of the product from the codes divided by that of decoding first. The threshold is the last M below
+    1.
+    """
     print("| shape | dtype |" + "".join(f" M = {m} |" for m in CROSSOVER_ROWS) + " faster up to M = |")
     print("|---|---|" + "---:|" * (len(CROSSOVER_ROWS) + 1))
     for shape in shapes:
@@ -119,7 +124,7 @@ def crossover(weight: PackedWeight, dtype: torch.dtype, rounds: int) -> list[flo
     backend = implementation(CPU)
     reason = backend.product_unsupported(1, weight, dtype)
     if reason is not None:
-        raise SystemExit(f"there is no product from the codes here: {reason}")
+        raise SystemExit(f"this backend has no product from the codes: {reason}")
     held, ratios = HeldWeight(weight), []
     for m in CROSSOVER_ROWS:
         x = torch.randn(m, weight.shape[1]).to(dtype)
@@ -132,12 +137,12 @@ def crossover(weight: PackedWeight, dtype: torch.dtype, rounds: int) -> list[flo
 
 
 def last_faster(ratios: list[float]) -> int:
-    """Return the number of leading ratios below 1: the M up to which the first side is faster at every M."""
+    """Return the number of leading ratios below 1, which is the M up to which the first side is always faster."""
     return next((number for number, ratio in enumerate(ratios) if ratio >= 1), len(ratios))
 
 
 def make_sides(shape: tuple[int, int]) -> Sides:
-    """Quantize a random weight once, with bitsandbytes, and hand its components to both."""
+    """Quantize a random weight with bitsandbytes and give its components to both sides."""
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     packed, state = F.quantize_4bit(weight, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
     ours = PackedWeight(
@@ -177,7 +182,7 @@ def decodes_into(sides: Sides, dtype: torch.dtype) -> dict[str, Call]:
 
 
 def their_decode_into(packed: Tensor, state: F.QuantState, out: Tensor) -> None:
-    """Decode with bitsandbytes' C kernel: its Python functions take no output on CPUs."""
+    """Decode with bitsandbytes' C kernel, because its Python functions do not accept an output on CPUs."""
     scales = F.dequantize_blockwise(state.absmax, state.state2) + state.offset
     kernel = getattr(lib, f"cdequantize_blockwise_cpu_nf4_{C_KERNEL_NAMES[out.dtype]}")
     sizes = (ctypes.c_longlong(size) for size in (BLOCK_SIZE, *state.shape))
@@ -213,7 +218,7 @@ def components(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, Ten
 
 
 def with_dtype(state: F.QuantState, dtype: torch.dtype) -> F.QuantState:
-    """Return the state of the same weight with another dtype to decode to."""
+    """Return a copy of the state with another output dtype."""
     again = F.QuantState.from_dict(state.as_dict(packed=True), device=CPU)
     again.dtype = dtype
     return again

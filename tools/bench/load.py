@@ -1,10 +1,11 @@
-"""Load and run against transformers + bitsandbytes, in one run, on one artifact.
+"""Compares loading and running an artifact with transformers + bitsandbytes, in one run.
 
 Usage: python -m tools.bench.load [ARTIFACT] [--folder DIR] [--layers 22] [--runs 3] [--tokens 32]
 
-Without ARTIFACT, a random bf16 Llama is made and converted (22 layers: 1.1 billion parameters). Each side runs in a
-process of its own, the page cache warm and everything imported: the time to open the artifact, to load a model, its
-private memory, a forward pass of 256 tokens without gradients, one-token decoding. Medians, and ratios.
+Without ARTIFACT, a random bf16 Llama is written and converted (22 layers: 1.1 billion parameters). Each side runs in a
+separate process, with a warm page cache and all modules imported. Measures the time to open the artifact, the time to
+load the model, its private memory, a forward pass of 256 tokens without gradients, and one-token decoding. Prints
+medians and ratios.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def loader(side: str, artifact: Path) -> Callable[[], Any]:
 
 
 def decoder(model: Any, prompt: Any, n_tokens: int) -> Callable[[], None]:
-    """Return what feeds one token after another, with a cache, as `generate` does but without its own costs."""
+    """Return a function that decodes token by token with a cache, like `generate` but without its overhead."""
 
     def run() -> None:
         output = model(prompt, use_cache=True)
@@ -129,7 +130,7 @@ def median(call: Callable[[], Any], runs: int) -> float:
 
 
 def private_mb() -> float:
-    """Private memory of this process, without what it maps from files."""
+    """Return the private memory of this process in MB, without mapped files."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     fields = {line.split(":")[0]: line.split()[1] for line in lines[1:]}
     return (int(fields["Private_Dirty"]) + int(fields.get("Swap", 0))) / 1000

@@ -1,7 +1,7 @@
-"""Steps of PagedAdamW against torch's AdamW, interleaved in one process.
+"""Compares steps of PagedAdamW with torch's AdamW, interleaved in one process.
 
-Each row times one optimizer against the torch optimizer whose bits it gives, step by step in turn. The ratio is the
-median over pairs of steps; 8-bit states are set against torch's fused path.
+Each row compares an optimizer with the torch optimizer that gives the same bits, step by step in turn. 8-bit states are
+compared with torch's fused implementation. The ratio is the median over pairs of steps.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def contests(n_parameters: int) -> list[Contest]:
 
 
 @click.command(help=__doc__)
-@click.option("--repeats", default=7, show_default=True, help="Timed steps of each side.")
+@click.option("--repeats", default=7, show_default=True, help="Number of timed steps per side.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--size", type=click.Choice(list(SIZES)), multiple=True, help="All, if not given.")
-@click.option("--only", default="", help="Rows that have this in their title.")
+@click.option("--size", type=click.Choice(list(SIZES)), multiple=True, help="Size to measure. Default: all.")
+@click.option("--only", default="", help="Measure only rows with this text in their title.")
 def main(repeats: int, threads: int, device: str, size: tuple[str, ...], only: str) -> None:
     torch.set_num_threads(threads)
     print(f"torch {torch.__version__}, {device}, {threads} threads, medians of {repeats} interleaved steps")
@@ -68,7 +68,7 @@ def main(repeats: int, threads: int, device: str, size: tuple[str, ...], only: s
 
 
 def compete(contest: Contest, size: int, n_tensors: int, repeats: int, device: str) -> tuple[list[float], list[float]]:
-    """Return the milliseconds of each step of either side."""
+    """Return the milliseconds of each step of both sides."""
     sides = [factory(parameters(size, n_tensors, device)) for factory in (contest.ours, contest.peer)]
     for optimizer in sides:
         step(optimizer)
@@ -87,7 +87,7 @@ def parameters(size: int, n_tensors: int, device: str) -> list[Tensor]:
 
 
 def step(optimizer: torch.optim.Optimizer) -> float:
-    """Take a step; return its milliseconds."""
+    """Take a step and return its time in milliseconds."""
     synchronize()
     start = perf_counter()
     optimizer.step()

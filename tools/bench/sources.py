@@ -1,11 +1,11 @@
-"""Each kind of source against safetensors: `qformat convert` of the same tensors, whole processes, interleaved.
+"""Compares `qformat convert` of each source format with safetensors, as complete, interleaved processes.
 
 Usage: python -m tools.bench.sources [--folder DIR] [--layers 4] [--runs 3]
 
-The model is the random bf16 Llama of bench_convert. Every kind is compared with a safetensors checkpoint that holds
-the tensors that it decodes to (random bits of the same shapes: the time does not depend on the values). Medians of the
-runs of wall and CPU time, the ratio of each to safetensors', and the largest resident set. On a machine that others use
-as well, only the ratio of CPU times says something.
+The model is the random bf16 Llama of tools/bench/convert.py. Each format is compared with a safetensors checkpoint of
+the decoded tensors. The values are random, since they do not affect the time. Prints the medians of wall-clock and CPU
+time, their ratios to safetensors, and the largest resident set. On a shared machine, only the ratio of CPU times is
+meaningful.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from qformat.artifact.tensor_spec import TensorSpec
 from tools.bench import convert as bench_convert
 
 GGUF_TYPES = {"Q8_0": (32, 34, (0,)), "Q4_0": (32, 18, (0,)), "Q4_K": (256, 144, (0, 2)), "Q6_K": (256, 210, (208,))}
-"""Block size, bytes of a block, and where its float16 scales lie."""
+"""Elements per block, bytes per block, and byte offsets of its float16 scales."""
 
 EXPERTS = (16, 2880, 90)
-"""Of each of the MXFP4 tensors: experts, rows, blocks of 32 in a row (half a tensor of gpt-oss-20b)."""
+"""Shape of the MXFP4 tensors: experts, rows, blocks of 32 per row (half of a tensor of gpt-oss-20b)."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
+    parser.add_argument("--folder", type=Path, help="working directory [default: a temporary directory]")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
         writer.start()
         writer.join()
         if writer.exitcode:
-            sys.exit("the sources could not be written")
+            sys.exit("the source checkpoints could not be written")
         show(folder, runs=arguments.runs)
 
 
@@ -58,7 +58,7 @@ def show(folder: Path, *, runs: int) -> None:
     wall: dict[str, list[float]] = {source.name: [] for source in sources}
     cpu: dict[str, list[float]] = {source.name: [] for source in sources}
     rss = dict.fromkeys(wall, 0.0)
-    for run in range(runs + 1):  # the first warms the caches
+    for run in range(runs + 1):  # the first run warms the caches
         for source in sources:
             taken, spent, resident = convert(source, folder / "out")
             rss[source.name] = max(rss[source.name], resident)
@@ -78,7 +78,7 @@ def show(folder: Path, *, runs: int) -> None:
 
 
 def convert(source: Path, out: Path) -> tuple[float, float, float]:
-    """Return wall seconds, CPU seconds and peak resident megabytes of one conversion."""
+    """Return wall-clock seconds, CPU seconds and peak resident memory in MB of one conversion."""
     shutil.rmtree(out, ignore_errors=True)
     qformat = str(Path(sys.executable).with_name("qformat"))
     started = monotonic()
@@ -139,14 +139,14 @@ def write_experts(folder: Path) -> None:
 
 
 def write_random(out: Path, tensors: list[TensorSpec], config: Mapping[str, object]) -> None:
-    """Write a checkpoint of random numbers: small floats, codes below 120 where they are bytes."""
+    """Write a checkpoint of random values: small floats, and bytes below 120."""
     out.mkdir()
     rng = np.random.default_rng(0)
     makers: dict[str, Callable[[int], np.ndarray]] = {
         "BF16": lambda n: (rng.standard_normal(n, np.float32).view(np.uint32) >> 16).astype(np.uint16),
         "F32": lambda n: rng.uniform(1e-4, 1e-3, n).astype(np.float32),
     }
-    ordered = sorted(tensors, key=lambda tensor: tensor.dtype != "F32")  # aligned without holes
+    ordered = sorted(tensors, key=lambda tensor: tensor.dtype != "F32")  # keeps tensors aligned without padding
     with (out / "model.safetensors").open("wb") as file:
         file.write(build(ordered))
         for tensor in ordered:
@@ -195,7 +195,7 @@ def write_gguf(out: Path, tensors: list[TensorSpec], n_layers: int, kind: str) -
 
 
 def adopt(out: Path, source: Path) -> None:
-    """Convert, and throw the manifest away: what is left is a bitsandbytes checkpoint."""
+    """Convert a source and remove the manifest, which leaves a bitsandbytes checkpoint."""
     convert(source, out)
     qformat = str(Path(sys.executable).with_name("qformat"))
     subprocess.run([qformat, "convert", str(source), str(out)], check=True, stdout=subprocess.DEVNULL)

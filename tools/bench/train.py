@@ -1,16 +1,16 @@
-"""A training step against bitsandbytes + PEFT and against PEFT on the 16-bit model: time and peak memory, side by side.
+"""Compares a training step with bitsandbytes + PEFT and with PEFT on the 16-bit model: time and peak memory.
 
 Usage: python -m tools.bench.train [--sizes 100M 300M] [--shapes 1x256 4x256] [--rounds 5] [--threads 2]
                                    [--checkpointing]
 
-Random Llamas, LoRA of rank 16 on all linear layers, adapters in float32, no dropout, torch's AdamW. Each side is a
-process of its own that trains only when asked; sides are asked in turn, and ratios are medians over rounds. Sides:
+The models are random Llamas with LoRA of rank 16 on all linear layers, float32 adapters, no dropout and torch's AdamW.
+Each side is a separate process that takes a step on request. The sides take turns, and ratios are medians over rounds:
   bitsandbytes  the artifact in transformers + bitsandbytes, wrapped by PEFT
   bf16          the 16-bit model, wrapped by PEFT
-  qformat       load_model, base and adapter as one autograd node
+  qformat       load_model, with base layer and adapter as one autograd node
   unfused       load_model, wrapped by PEFT's own layer
-  node on bf16  qformat's node on the 16-bit weights: what is left between the two is the price of decoding
-Peak memory is that of the process, less what it had before it loaded its model.
+  node on bf16  qformat's node on the 16-bit weights; its difference to "qformat" is the cost of decoding
+Peak memory is that of the process, minus its memory before it loaded the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["1x256", "4x256"], help="rows x tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on every side")
+    parser.add_argument("--checkpointing", action="store_true", help="use gradient checkpointing on every side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -56,7 +56,7 @@ def main() -> None:
     print("|---|---|---:|---:|---|---:|---:|")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            # In a process of its own: the peak of memory of a process begins with that of the one that started it.
+            # Use a separate process, because a process inherits the peak memory of the one that started it.
             maker = multiprocessing.get_context("spawn").Process(target=make_models, args=(Path(folder), size))
             maker.start()
             maker.join()
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def make_models(folder: Path, size: str) -> None:
-    """Write a random Llama as bf16 checkpoint and as artifact."""
+    """Write a random Llama as a bf16 checkpoint and as an artifact."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,7 +78,7 @@ def make_models(folder: Path, size: str) -> None:
 
 
 def compete(folder: Path, shape: str, arguments: argparse.Namespace) -> dict[str, Figures]:
-    """Return the figures of every side."""
+    """Return the figures of all sides."""
     options = ["--threads", str(arguments.threads), "--shapes", shape, "--folder", str(folder)]
     options += ["--checkpointing"] if arguments.checkpointing else []
     processes = {
@@ -101,7 +101,7 @@ def print_rows(title: str, figures: dict[str, Figures], sides: Sequence[str]) ->
 
 
 def serve(side: str, folder: Path, shape: str, checkpointing: bool) -> None:
-    """Load a side's model, and take a step whenever asked."""
+    """Load a side's model and take steps on request."""
     import torch
 
     import_all()
@@ -125,7 +125,7 @@ def serve(side: str, folder: Path, shape: str, checkpointing: bool) -> None:
 
 
 def import_all() -> None:
-    """Import what any side needs, so that their peaks compare models and not libraries."""
+    """Import the libraries of all sides, so that the peaks compare models rather than libraries."""
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
 
@@ -158,7 +158,7 @@ def load(side: str, folder: Path) -> Any:
 
 
 def node_on_bf16() -> Any:
-    """Return a layer that runs qformat's node on a 16-bit weight."""
+    """Return a layer class that runs qformat's node on a 16-bit weight."""
     from peft.tuners import lora
     from torch import Tensor
 

@@ -1,13 +1,13 @@
-"""A tuning step against training the 16-bit model towards itself: time and peak memory, side by side.
+"""Compares a tuning step with training the 16-bit model on its own predictions: time and peak memory.
 
 Usage: python -m tools.bench.tune ART SRC [--shape 2x512] [--rounds 5] [--threads 2] [--checkpointing]
 
-Sides, each a process of its own that steps only when asked, in turn; ratios are medians over rounds:
-  16 bit        forward and backward of the 16-bit model, all its gradients, and a forward pass of it as the teacher,
-                with the same loss, in the same chunks
+Each side is a separate process that takes a step on request. The sides take turns, and ratios are medians over rounds:
+  16 bit        forward and backward pass of the 16-bit model with all gradients, and a forward pass as the teacher,
+                with the same loss in the same chunks
   tune          a step of `qformat tune`: 16-bit teacher, 4-bit student, scales and norms, Adam
-  tune, cached  the same with the teacher's predictions read from a cache
-Peak memory is that of the process, less what it had before it loaded its models.
+  tune, cached  the same, with the teacher's predictions read from a cache
+Peak memory is that of the process, minus its memory before it loaded its models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--shape", default="2x512", help="windows x tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, on every side")
+    parser.add_argument("--checkpointing", action="store_true", help="use gradient checkpointing on every side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--side", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -44,10 +44,8 @@ def main() -> None:
     processes = {side: start_side("tools.bench.tune", [*sys.argv[1:], "--side", side]) for side in arguments.sides}
     figures = step_in_turn(processes, rounds=arguments.rounds, warm_up=1)
     first = figures[arguments.sides[0]]
-    print(
-        f"{arguments.artifact.name}, {arguments.shape}, {arguments.threads} threads, {arguments.rounds} rounds in turn"
-    )
-    print(f"{'side':14s} {'s a step':>9s} {'ratio':>6s} {'range':>12s} {'peak MB':>8s} {'ratio':>6s}")
+    print(f"{arguments.artifact.name}, {arguments.shape}, {arguments.threads} threads, {arguments.rounds} rounds")
+    print(f"{'side':14s} {'s/step':>9s} {'ratio':>6s} {'range':>12s} {'peak MB':>8s} {'ratio':>6s}")
     for side, mine in figures.items():
         ratios = [a / b for a, b in zip(mine.seconds, first.seconds, strict=True)]
         print(
@@ -58,11 +56,11 @@ def main() -> None:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Load a side's models, and take a step whenever asked."""
+    """Load a side's models and take steps on request."""
     import numpy as np
     import torch
 
-    import qformat.quality.tuning.tune  # noqa: F401 - before memory is looked at
+    import qformat.quality.tuning.tune  # noqa: F401 - import before memory is measured
 
     torch.set_num_threads(arguments.threads)
     before = peak_nbytes()
@@ -74,7 +72,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def make_step(arguments: argparse.Namespace, ids: Any, numbers: Any, folder: Path) -> Any:
-    """Return what a side does in a step."""
+    """Return the function that takes a step of a side."""
     import torch
 
     from qformat.artifact.reading.reader import open_artifact
@@ -106,7 +104,7 @@ def make_step(arguments: argparse.Namespace, ids: Any, numbers: Any, folder: Pat
     else:
         source = TeacherCache(folder, {}, length=ids.shape[1], k=64)
         source.begin()
-        pid = os.fork()  # the 16-bit model's memory is not this process's
+        pid = os.fork()  # the memory of the 16-bit model must not count for this process
         if pid == 0:
             source.write(numbers, load_teacher().top_k(numbers, ids, 64))
             os._exit(0)

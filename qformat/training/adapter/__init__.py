@@ -1,1 +1,1 @@
-"""LoRA adapters: on a packed layer, on disk, and the record of the base that they belong to."""
+"""LoRA adapters: the layer, loading and saving, and the record of the base model."""

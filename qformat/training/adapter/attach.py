@@ -1,4 +1,15 @@
-"""LoRA adapters on a loaded model: made by PEFT for training, read from a folder to run with."""
+"""Attaches LoRA adapters to a loaded model: new ones for training, or saved ones for inference.
+
+    base model                            model with adapters
+
+    q_proj   NF4Linear  (frozen)   ──►    q_proj   NF4LoraLinear ─┬─ base_layer   the same NF4Linear, frozen
+                                                                  ├─ lora_A       r × in_features, random, trained
+                                                                  └─ lora_B       out_features × r, zeros, trained
+    norm     kept in 16 bit        ──►    norm     unchanged, frozen
+
+B starts at zero, so a new adapter does not change the output of the model. PEFT replaces the layers and defines the
+files: adapter_config.json and adapter_model.safetensors. A third file, qformat_base.json, identifies the base model.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +39,24 @@ if TYPE_CHECKING:
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _WRONG_CONFIG = (OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError)
-"""What PEFT raises for an adapter_config.json with values that it does not expect."""
+"""Exceptions that PEFT raises for unexpected values in adapter_config.json."""
 
 logger = logging.getLogger(__name__)
 
 
 def add_adapter(model: PreTrainedModel, settings: TrainingSettings, *, base_name: str) -> PeftModel:
-    """Put fresh adapters on a model; everything else is frozen. base_name: what the adapter says it belongs to.
+    """Attach new adapters to a model and freeze everything else. The initial weights depend only on the seed.
 
-    The random start depends on the seed alone. Raises UsageError for target modules that the model does not have.
+    Args:
+        model: Model to attach to, changed in place.
+        settings: Rank, target modules, seed and other settings of the adapters.
+        base_name: Name or path of the base model, recorded in the adapter's configuration.
+
+    Returns:
+        The model with adapters, ready to train.
+
+    Raises:
+        UsageError: The model does not have a target module or a module to save.
     """
     targets = settings.target_modules
     config = LoraConfig(
@@ -60,7 +80,7 @@ def add_adapter(model: PreTrainedModel, settings: TrainingSettings, *, base_name
         first = str(problem).partition("\n")[0]
         raise UsageError(Option("target_modules"), f" {', '.join(targets)}: {first}") from problem
     assert isinstance(peft_model, PeftModel)
-    # PEFT has its own idea of the dtype, which depends on the model and on who calls it.
+    # The dtype that PEFT chooses depends on the model and on the caller, so set it here.
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(_DTYPES[settings.adapter_dtype])
@@ -68,19 +88,29 @@ def add_adapter(model: PreTrainedModel, settings: TrainingSettings, *, base_name
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, force_adapter: bool = False) -> PeftModel:
-    """Put the adapter of a folder on a model, ready to run.
+    """Load a saved adapter onto a model for inference.
 
-    force_adapter: also if it was trained on other weights, as long as its shapes fit.
-    Raises AdapterError: damaged, trained on another artifact, or not made for this model; it names the difference.
+    Args:
+        model: Model to attach to, changed in place.
+        adapter: Directory of the adapter.
+        base: Identity of the model.
+        force_adapter: Whether to accept an adapter that was trained on other weights, as long as its shapes fit.
+
+    Returns:
+        The model with the adapter, in evaluation mode.
+
+    Raises:
+        AdapterError: The adapter is damaged, was trained on other weights, or does not fit the model.
     """
     config = _read_config(adapter)
     recorded = read_base_record(adapter)
     if recorded is None:
-        logger.warning("%s: does not say which weights it was trained on", adapter)
+        logger.warning("%s: does not record which weights it was trained on", adapter)
     elif recorded.digest != base.digest and not force_adapter:
         raise AdapterError(
-            f"{adapter}: was trained on {recorded.name} ({recorded.digest}), and this is {base.name} ({base.digest}). "
-            "Use the artifact that it was trained on, or, if you know that it fits, ",
+            f"{adapter}: was trained on other weights: {recorded.name} ({recorded.digest}), but this model is "
+            f"{base.name} ({base.digest}). Use the artifact that the adapter was trained on, or, if you know that it "
+            "fits, ",
             Option("force_adapter", True),
         )
     weights = _read_weights(adapter)
@@ -107,37 +137,39 @@ def _check_modules_to_save(model: nn.Module, settings: TrainingSettings) -> None
         if any(isinstance(inner, NF4Linear) for module in found for inner in module.modules()):
             raise UsageError(
                 Option("modules_to_save"),
-                f": {wanted!r} has 4-bit weights, which cannot be trained as a whole. Convert with ",
+                f": {wanted!r} has 4-bit weights, which cannot be trained directly. Keep them in 16 bit with ",
                 Option("skip"),
-                " for them, or give it an adapter",
+                " during conversion, or train an adapter for them",
             )
 
 
 def _read_config(adapter: Path) -> LoraConfig:
     path = adapter / ADAPTER_CONFIG_NAME
     if not path.is_file():
-        raise AdapterError(f"{adapter}: holds no {ADAPTER_CONFIG_NAME}, so it is no PEFT adapter. Check the path")
+        raise AdapterError(f"{adapter}: is not a PEFT adapter: {ADAPTER_CONFIG_NAME} does not exist. Check the path")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about fields of other versions and types
+            warnings.simplefilter("ignore")  # PEFT warns about fields of other versions and adapter types
             config = PeftConfig.from_pretrained(str(adapter))
     except _WRONG_CONFIG as problem:
         raise AdapterError(f"{path}: cannot be read: {str(problem).partition(chr(10))[0]}") from problem
     if not isinstance(config, LoraConfig):
-        raise AdapterError(f"{path}: peft_type is {config.peft_type}, expected LORA. Load it with PEFT itself")
+        raise AdapterError(
+            f"{path}: adapter type is not supported (found {config.peft_type}, expected LORA). Load it with PEFT"
+        )
     return config
 
 
 def _read_weights(adapter: Path) -> dict[str, torch.Tensor]:
     path = adapter / ADAPTER_WEIGHTS_NAME
     if not path.is_file():
-        raise AdapterError(f"{path}: is missing. An adapter in another format must be saved anew by PEFT")
+        raise AdapterError(f"{path}: does not exist. If the adapter has another format, save it again with PEFT")
     try:
         weights: dict[str, torch.Tensor] = load_peft_weights(str(adapter), device="cpu")
     except (SafetensorError, OSError, ValueError) as problem:
-        raise AdapterError(f"{path}: is damaged: {str(problem).partition(chr(10))[0]}. Fetch or train it again") from (
-            problem
-        )
+        raise AdapterError(
+            f"{path}: is damaged: {str(problem).partition(chr(10))[0]}. Download or train the adapter again"
+        ) from problem
     return weights
 
 
@@ -150,6 +182,6 @@ def _check_shapes(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapt
         want = list(expected[name].shape) if name in expected else "nothing"
         if have != want and not (name not in expected and "embed" in name):
             raise AdapterError(
-                f"{adapter / ADAPTER_WEIGHTS_NAME}: tensor {name!r}: the adapter has {have}, this model takes {want}. "
-                "It was made for another model"
+                f"{adapter / ADAPTER_WEIGHTS_NAME}: tensor {name!r}: the shape does not fit this model "
+                f"(found {have}, expected {want}). Use the model that the adapter was trained on"
             )

@@ -1,4 +1,4 @@
-"""Which bytes an adapter was trained on: `qformat_base.json` beside it, compared when it is loaded."""
+"""Records which weights an adapter was trained on, in `qformat_base.json`. Loading compares the record."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ _MAX_NBYTES = 2**16
 
 @dataclass(frozen=True, slots=True)
 class BaseRecord:
-    """The model under an adapter. digest: changes with any byte of its weights. name: of its folder, for people."""
+    """Identity of the base model of an adapter.
+
+    Attributes:
+        digest: Digest that changes with any byte of the weights.
+        name: Name of the model's directory, for people.
+    """
 
     digest: str
     name: str
 
     @classmethod
     def of(cls, layout: ShardLayout) -> BaseRecord:
-        """Identify a model: an artifact by the digests of its tensors, a folder without any by hashing its files.
+        """Return the identity of a model.
 
-        The manifest's own digest would do no longer once a model card is published with the artifact.
+        An artifact is identified by the digests of its tensors, and a folder without a manifest by hashing its files.
+        The digest of the manifest itself would not do, because it changes when a model card is published.
         """
         name = layout.path.resolve().name
         if isinstance(layout, Structure):
@@ -38,12 +44,16 @@ class BaseRecord:
         return cls(f"files-xxh3:{xxh3(strict_json.dumps(files).encode())}", name)
 
     def to_bytes(self) -> bytes:
-        """Return the file's content."""
+        """Return the content of the file."""
         return (strict_json.dumps(asdict(self), indent=2) + "\n").encode()
 
 
 def read_base_record(adapter: Path) -> BaseRecord | None:
-    """Read the record beside an adapter, None where there is none. Raises AdapterError for a damaged one."""
+    """Return the record beside an adapter, or None if there is none.
+
+    Raises:
+        AdapterError: The record is damaged.
+    """
     path = adapter / BASE_RECORD_NAME
     try:
         data = path.read_bytes()
@@ -63,7 +73,7 @@ def read_base_record(adapter: Path) -> BaseRecord | None:
 
 
 def _damaged(path: Path, problem: str) -> AdapterError:
-    return AdapterError(f"{path}: is damaged: {problem}. Remove it to use the adapter without the check")
+    return AdapterError(f"{path}: is damaged: {problem}. Remove the file to use the adapter without this check")
 
 
 def _digests_of(record: TensorRecord) -> list[str]:

@@ -1,11 +1,29 @@
-"""LoRA on a packed layer as one autograd node: y = x W^T + b + s (x' A^T) B^T, where x' is x, or x after dropout.
+"""Computes LoRA on a packed layer as a single autograd node.
 
-PEFT's own layer makes five nodes of it, computes the adapter in the adapter's dtype (float32 by default) and keeps x
-twice. Here W is decoded into a scratch buffer that the next layer reuses, once in forward and once more in backward;
-kept are x' and x' A^T. W has no gradient, so x itself is not needed.
+                    x [M, K]
+              ┌────────┴───────────┐
+              │                    │ dropout
+              │                    x' [M, K]                saved for backward
+     ┌────────▼─────────┐          │
+     │ W [N, K] frozen  │     ┌────▼──────────┐
+     │ NF4 codes,       │     │ A [r, K]      │            trained
+     │ decoded into a   │     └────┬──────────┘
+     │ shared buffer    │          x' A^T [M, r]            saved for backward
+     └────────┬─────────┘     ┌────▼──────────┐
+              │               │ B [N, r]      │            trained, starts at zero
+              │               └────┬──────────┘
+              │                    × s = alpha / r
+              └────────►(+)◄───────┘
+                         │
+                         y [M, N]  =  x W^T + b + s (x' A^T) B^T
 
-The adapter is multiplied in the dtype of x, as the QLoRA paper's bf16 compute type has it (Dettmers et al. 2023,
-equation 5), whatever dtype its parameters have; their gradients have the parameters' dtype.
+The rank r (16) is far smaller than K and N (thousands), so A and B hold about one percent of the elements of W. W has
+no gradient, so backward does not need x: it decodes W again for the gradient of x. The next layer reuses the buffer.
+PEFT's own layer creates five autograd nodes, computes the adapter in the adapter's dtype (float32 by default) and saves
+the input twice.
+
+The adapter is multiplied in the dtype of x, whatever dtype its parameters have. This is the bf16 compute type of the
+QLoRA paper (Dettmers et al. 2023, equation 5). Gradients have the dtype of their parameters.
 """
 
 from __future__ import annotations
@@ -23,24 +41,29 @@ from qformat.model.nf4_linear import NF4Linear
 
 
 class FrozenProduct(Protocol):
-    """A weight without gradient, in whatever form it is kept."""
+    """Products with a frozen weight, in any storage format."""
 
     def linear(self, x: Tensor) -> Tensor:
-        """Return x [M, K] times the weight's transpose, plus bias: a new tensor [M, N]."""
+        """Return x [M, K] times the transposed weight, plus the bias, as a new tensor [M, N]."""
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        """Return grad [M, N] times the weight: a new tensor [M, K]."""
+        """Return grad [M, N] times the weight, as a new tensor [M, K]."""
 
 
 class NF4Product:
-    """The weight of an `NF4Linear`."""
+    """Products with the packed weight of an `NF4Linear`.
+
+    Args:
+        held: The packed weight.
+        bias: Bias of the layer, [N], or None.
+    """
 
     def __init__(self, held: HeldWeight, bias: Tensor | None) -> None:
         self._held = held
         self._bias = bias
 
     def linear(self, x: Tensor) -> Tensor:
-        """Return x [M, K] times the weight's transpose, plus bias, [M, N]."""
+        """Return x [M, K] times the transposed weight, plus the bias, [M, N]."""
         return ops.linear(x, self._held, self._bias)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
@@ -51,9 +74,18 @@ class NF4Product:
 def lora_linear(
     x: Tensor, dropped: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, base: FrozenProduct
 ) -> Tensor:
-    """Return base(x) + scaling * (x' A^T) B^T, [..., N] in x's dtype, differentiable in x, x', A and B.
+    """Return base(x) + scaling * (x' A^T) B^T, differentiable in x, x', A and B.
 
-    x: [..., K]. dropped: x', [..., K], None for x itself. lora_a: [r, K]. lora_b: [N, r].
+    Args:
+        x: Input, [..., K].
+        dropped: Input after dropout (x'), [..., K], or None for no dropout.
+        lora_a: Matrix A of the adapter, [r, K].
+        lora_b: Matrix B of the adapter, [N, r].
+        scaling: Scale of the adapter, alpha / r.
+        base: Products with the frozen weight [N, K].
+
+    Returns:
+        The output, [..., N], in the dtype of x.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -108,14 +140,20 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class NF4LoraLinear(lora.Linear):
-    """PEFT's LoRA layer around an `NF4Linear`, with the node above wherever LoRA is plain.
+    """PEFT's LoRA layer around an `NF4Linear`, which runs plain LoRA as the single node of this module.
 
-    Plain: one active adapter without DoRA or another variant, no bias of its own, a base bias that is frozen. In all
-    other cases, and under torch.compile, PEFT's own code runs on the differentiable layer.
+    LoRA is plain if there is one active adapter without DoRA or another variant, the adapter has no bias, and the bias
+    of the base layer is frozen. In all other cases, and under torch.compile, PEFT's own code runs on the `NF4Linear`.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return [..., out_features] in x's dtype for x [..., in_features]."""
+        """Return the output [..., out_features] in the dtype of x.
+
+        Args:
+            x: Input, [..., in_features].
+            *args: Other arguments of PEFT's layer. With any, PEFT's own code runs.
+            **kwargs: Other keyword arguments of PEFT's layer. With any, PEFT's own code runs.
+        """
         adapter = None if args or kwargs or torch.compiler.is_compiling() else self._plain_adapter()
         if adapter is None:
             return super().forward(x, *args, **kwargs)
@@ -128,10 +166,18 @@ class NF4LoraLinear(lora.Linear):
         return lora_linear(x, dropped, lora_a, lora_b, self.scaling[adapter], base)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: 4-bit weights cannot take an adapter in without being quantized anew. Raises UsageError."""
+        """Raise an error, because a merged weight would have to be quantized again.
+
+        Args:
+            safe_merge: Ignored. Present because PEFT passes it.
+            adapter_names: Ignored. Present because PEFT passes it.
+
+        Raises:
+            UsageError: Always.
+        """
         raise UsageError(
             "an adapter cannot be merged into 4-bit weights. Export the artifact to 16 bit (qformat export), load the "
-            "adapter on that and merge there"
+            "adapter on the exported model and merge it there"
         )
 
     def _plain_adapter(self) -> str | None:

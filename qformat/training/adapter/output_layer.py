@@ -1,4 +1,4 @@
-"""A packed output layer as a plain one, for training: the loss multiplies by its weight piece by piece."""
+"""Decodes a packed output layer for training, because the loss of trl multiplies by its weight tile by tile."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def decode_output_layer(model: PreTrainedModel) -> bool:
-    """Decode a packed output layer to bf16, in place; return whether it was packed."""
+    """Decode a packed output layer to bf16 in place. Return whether it was packed."""
     output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(output, NF4Linear):
         return False

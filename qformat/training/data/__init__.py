@@ -1,1 +1,1 @@
-"""From files of text or conversations to the tokens that are trained on: read, rendered, tokenised once, packed."""
+"""Prepares training data: reads rows of text or conversations, renders, tokenises, caches and packs them."""

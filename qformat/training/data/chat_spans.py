@@ -1,15 +1,15 @@
-"""A conversation as text, and which of its characters the assistant wrote.
+"""Renders a conversation as text and locates the characters that the assistant wrote.
 
-A template with `{% generation %}` markers tells that itself. Without them, the conversation is rendered up to each
-turn of the assistant and again with it; what the second text has more is the turn:
+A template with `{% generation %}` markers marks them itself. Without markers, the conversation is rendered up to each
+assistant turn and once more with the turn. The turn is the difference between the two texts:
 
     render(messages[:2], add_generation_prompt)    <user>Hi</s><assistant>
     render(messages[:3])                           <user>Hi</s><assistant>Hello!</s>\\n
     the turn                                                             ^^^^^^^^^^
 
-This is exact only where each text begins with the one before it, which is checked. A template that shows a turn in
-another way once more turns follow it (as those do that drop earlier reasoning) is refused for such a conversation.
-A template that knows no generation prompt has the header of the turn trained with it.
+This is exact only if each text begins with the previous one, which is checked. Some templates render a turn differently
+once more turns follow, for example to drop earlier reasoning. Such a conversation is rejected. If a template does not
+support the generation prompt, the header of the turn is trained as well.
 """
 
 from __future__ import annotations
@@ -29,17 +29,23 @@ if TYPE_CHECKING:
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _WHAT_TO_DO = (
-    "Use a chat template with {% generation %} markers around the assistant's turns, or train on all tokens "
+    "Use a chat template with {% generation %} markers around the assistant turns, or train on all tokens "
     "with loss_on='all'"
 )
 
 Span = tuple[int, int]
-"""Characters [start, stop) of a text."""
+"""Range [start, stop) of characters in a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversations:
-    """How conversations become text: one tokenizer's chat template."""
+    """Renders conversations with the chat template of one tokenizer.
+
+    Attributes:
+        tokenizer: Tokenizer that applies the template.
+        template: The chat template.
+        has_markers: Whether the template has `{% generation %}` markers.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -47,28 +53,50 @@ class Conversations:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Conversations:
-        """Take the template of a tokenizer. Raises UsageError if it has none."""
+        """Return an instance for the chat template of a tokenizer.
+
+        Raises:
+            UsageError: The tokenizer has no chat template.
+        """
         try:
             template = tokenizer.get_chat_template()
         except ValueError as missing:
             raise UsageError(
-                f"{tokenizer.name_or_path or 'the tokenizer'}: has no chat template, which `messages` need. "
-                "Set tokenizer.chat_template, or give rows with 'text' or 'prompt' and 'completion'"
+                f"{tokenizer.name_or_path or 'the tokenizer'}: has no chat template, which rows with 'messages' need. "
+                "Set tokenizer.chat_template, or use rows with 'text' or with 'prompt' and 'completion'"
             ) from missing
         return cls(tokenizer, template, _MARKERS.search(template) is not None)
 
     def render(self, row: ChatRow, place: Place) -> str:
-        """Return the whole conversation as text. Raises DataError where the template refuses it."""
+        """Return the whole conversation as text.
+
+        Args:
+            row: Conversation to render.
+            place: Origin of the row, for messages.
+
+        Returns:
+            The text.
+
+        Raises:
+            DataError: The template fails for this conversation.
+        """
         try:
             return self._text(row, len(row.messages))
         except _TEMPLATE_FAILURES as problem:
-            place.refuse(BadRow.TEMPLATE_REFUSED, f"the chat template refuses it: {_first_line(problem)}")
+            place.refuse(BadRow.TEMPLATE_REFUSED, f"the chat template fails: {_first_line(problem)}")
 
     def render_with_spans(self, row: ChatRow, place: Place) -> tuple[str, list[Span]]:
-        """Return the whole conversation as text, and what the assistant wrote there: ascending, with the end of turn.
+        """Return the whole conversation as text, and the ranges that the assistant wrote.
 
-        Raises DataError as `render`, and where the template has no markers and a turn cannot be told from what
-        surrounds it.
+        Args:
+            row: Conversation to render.
+            place: Origin of the row, for messages.
+
+        Returns:
+            The text, and the assistant turns in ascending order, each with its end-of-turn token.
+
+        Raises:
+            DataError: The template fails, or it has no markers and the turns cannot be located.
         """
         if self.has_markers:
             return self._marked(row, place)
@@ -76,13 +104,25 @@ class Conversations:
         return text, self._added_spans(row, text, place)
 
     def completion_start(self, row: ChatRow, text: str, place: Place) -> int:
-        """Return where the completion of a conversational prompt begins in `text`. Raises DataError as above."""
+        """Return the index in `text` at which the completion of a conversational prompt begins.
+
+        Args:
+            row: Conversation with a prompt.
+            text: The whole conversation as text.
+            place: Origin of the row, for messages.
+
+        Returns:
+            The number of characters in the prompt.
+
+        Raises:
+            DataError: The template fails for the prompt, or renders it differently when the completion follows.
+        """
         assert row.n_prompt is not None
         before = self._prefix(row, row.n_prompt, place, ask=True)
         if not text.startswith(before):
             place.refuse(
                 BadRow.UNSTABLE_TEMPLATE,
-                "the chat template shows the prompt in another way when the completion follows",
+                "the chat template renders the prompt differently when the completion follows",
                 next_step=_WHAT_TO_DO,
             )
         return len(before)
@@ -90,8 +130,8 @@ class Conversations:
     def _marked(self, row: ChatRow, place: Place) -> tuple[str, list[Span]]:
         from transformers.utils import chat_template_utils
 
-        # What apply_chat_template calls; that one keeps only the tokens of the spans. Annotated to return one string,
-        # but it returns the texts and, for each, where its markers lay.
+        # apply_chat_template calls this function, but turns the spans into a mask of tokens. The function is annotated
+        # to return one string; it returns the texts and the spans that the markers of each text enclose.
         render: Any = chat_template_utils.render_jinja_template
         try:
             texts, spans_by_text = render(
@@ -102,7 +142,7 @@ class Conversations:
                 **self.tokenizer.special_tokens_map,
             )
         except _TEMPLATE_FAILURES as problem:
-            place.refuse(BadRow.TEMPLATE_REFUSED, f"the chat template refuses it: {_first_line(problem)}")
+            place.refuse(BadRow.TEMPLATE_REFUSED, f"the chat template fails: {_first_line(problem)}")
         return texts[0], [(start, stop) for start, stop in spans_by_text[0] if start < stop]
 
     def _added_spans(self, row: ChatRow, text: str, place: Place) -> list[Span]:
@@ -116,15 +156,15 @@ class Conversations:
             if not after.startswith(before) or not text.startswith(after):
                 place.refuse(
                     BadRow.UNSTABLE_TEMPLATE,
-                    f"the chat template shows messages[{index}] in another way when more messages follow, "
-                    "so that the assistant's tokens cannot be told apart",
+                    f"the chat template renders messages[{index}] differently when more messages follow, "
+                    "so the tokens of the assistant cannot be located",
                     next_step=_WHAT_TO_DO,
                 )
             spans.append((len(before), self._end_of_turn(after, len(before))))
         return [(start, stop) for start, stop in spans if start < stop]
 
     def _end_of_turn(self, text: str, start: int) -> int:
-        """Leave out white space behind the end-of-turn token: generation has stopped by then."""
+        """Return the end of the turn without the whitespace after the end-of-turn token, which is never generated."""
         written = text.rstrip()
         eos = self.tokenizer.eos_token
         return len(written) if isinstance(eos, str) and len(written) > start and written.endswith(eos) else len(text)
@@ -135,8 +175,8 @@ class Conversations:
         except _TEMPLATE_FAILURES as problem:
             place.refuse(
                 BadRow.UNSTABLE_TEMPLATE,
-                f"the chat template refuses its first {n_messages} messages, which is how the assistant's tokens are "
-                f"found: {_first_line(problem)}",
+                f"the chat template fails for the first {n_messages} messages, which are needed to locate the tokens "
+                f"of the assistant: {_first_line(problem)}",
                 next_step=_WHAT_TO_DO,
             )
 
@@ -153,7 +193,7 @@ class Conversations:
         return text
 
 
-# Templates are programs: besides raise_exception(), they fail as Python does, on a missing key or a wrong type.
+# Templates are programs: besides raise_exception(), they raise Python's errors for a missing key or a wrong type.
 _TEMPLATE_FAILURES = (
     TemplateError,
     TypeError,

@@ -1,7 +1,7 @@
-"""Rows as a batch: padded to the longest, or one after the other without padding.
+"""Collates rows into a batch: padded to the longest row, or concatenated without padding.
 
-The first token of an example has no label in either (`tokenise`), so that no prediction crosses the boundary of
-neighbours, and a batch has as many labels as it has predictions.
+In both forms the first token of an example has no label (`tokenise`). No prediction therefore crosses the boundary
+between neighbouring examples, and a batch has as many labels as predictions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ Batch = dict[str, torch.Tensor | int]
 
 @dataclass(frozen=True, slots=True)
 class PaddedCollator:
-    """Pads on the right. pad_id: any token; it is neither attended to nor trained on."""
+    """Pads rows on the right.
+
+    Attributes:
+        pad_id: Token to pad with. It is neither attended to nor trained, so any token will do.
+    """
 
     pad_id: int
 
@@ -34,17 +38,19 @@ class PaddedCollator:
 
 @dataclass(frozen=True, slots=True)
 class PackedCollator:
-    """Lays all examples of all rows one after the other. Attention ends where position_ids start again.
+    """Concatenates all examples of all rows. Each example attends only to itself, since its position_ids restart at 0.
 
-    There is no attention_mask: transformers finds the boundaries in position_ids only where none is given. The other
-    entries say the same to the kernels of FlashAttention and of linear attention, as trl's collator does. use_cache is
-    off, since with a cache, which transformers makes unless told otherwise, it does not look at position_ids either.
+    transformers derives the boundaries from position_ids only without an attention_mask and without a cache. The batch
+    therefore has no attention_mask, and use_cache is False, because transformers makes a cache by default. The other
+    entries give the boundaries to FlashAttention and linear attention kernels, as trl's collator does.
     """
 
     def __call__(self, rows: list[Example]) -> Batch:
-        """Return what `model(**batch)` takes, for n tokens.
+        """Return the arguments of `model(**batch)` for n tokens.
 
-        input_ids, labels, position_ids: int64 (1, n). seq_idx: int32 (1, n). cu_seq_lens_q and _k: int32.
+        Returns:
+            input_ids, labels and position_ids, int64 (1, n); seq_idx, int32 (1, n); cu_seq_lens_q and cu_seq_lens_k,
+            int32 (n_examples + 1,); max_length_q and max_length_k, the length of the longest example; use_cache.
         """
         lengths = torch.tensor([length for row in rows for length in row["seq_lengths"]])
         ends = torch.cumsum(lengths, 0)

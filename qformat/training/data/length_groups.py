@@ -1,4 +1,4 @@
-"""The order of examples in batches of similar lengths: it depends on the seed and the epoch alone, so it resumes."""
+"""Groups examples of similar length. The order depends only on the seed and the epoch, so a training can resume it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 
 
 class SeededLengthGroups(LengthGroupedSampler):
-    """transformers' LengthGroupedSampler, which draws from the global generator, and so ends elsewhere when resumed."""
+    """A LengthGroupedSampler of transformers with a seed of its own.
+
+    The original draws from the global random generator, so a resumed training would get another order.
+
+    Args:
+        batch_size: Number of examples that are processed together.
+        lengths: Number of tokens in each example, int64 (n,).
+        seed: Seed of the order.
+    """
 
     def __init__(self, batch_size: int, lengths: NDArray[np.int64], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths.tolist())
@@ -19,7 +27,7 @@ class SeededLengthGroups(LengthGroupedSampler):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is for; accelerate's loader does."""
+        """Set the epoch of the next iteration. accelerate's data loader calls this."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

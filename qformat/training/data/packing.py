@@ -1,7 +1,7 @@
-"""Which examples share a row: best fit, longest first.
+"""Packs examples into rows by best-fit decreasing.
 
-Each example goes, longest first, into the row with the least room that still takes it. Rows are never longer than the
-limit and examples are never cut.
+Examples are placed in order of decreasing length, each into the row with the least free space that still holds it.
+Rows never exceed the limit, and examples are never cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from qformat.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Bins:
-    """Examples by row: row r holds examples members[starts[r]:starts[r + 1]]. Both int64."""
+    """The examples in each row: row r holds examples members[starts[r]:starts[r + 1]].
+
+    Attributes:
+        members: Numbers of the examples, row by row, int64 (n_examples,).
+        starts: Start of each row in `members`, int64 (n_rows + 1,).
+    """
 
     members: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -30,19 +35,27 @@ class Bins:
 
 
 def pack(lengths: NDArray[np.int64], limit: int) -> Bins:
-    """Put examples of 1 to `limit` tokens into rows of at most `limit`. Same lengths, same rows.
+    """Pack examples into rows of at most `limit` tokens. The result depends only on the lengths.
 
-    lengths: int64 (n,). Raises UsageError where one is longer than the limit.
+    Args:
+        lengths: Number of tokens in each example, from 1 to `limit`, int64 (n,).
+        limit: Largest number of tokens in a row.
+
+    Returns:
+        The examples in each row.
+
+    Raises:
+        UsageError: An example is longer than the limit.
     """
     if len(lengths) and int(lengths.max()) > limit:
         raise UsageError(
-            f"an example has {int(lengths.max())} tokens and a packed row takes {limit}. "
-            "Tokenise with a max_length of at most that"
+            f"an example has {int(lengths.max())} tokens, more than the {limit} that a packed row holds. "
+            f"Tokenise with a max_length of at most {limit}"
         )
     order = np.argsort(-lengths, kind="stable")
     rows: list[list[int]] = []
     rows_by_room: dict[int, list[int]] = {}
-    rooms: list[int] = []  # ascending: the rooms that some row has
+    rooms: list[int] = []  # numbers of free tokens that at least one row has, ascending
     for example, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         position = bisect_left(rooms, length)
         if position == len(rooms):

@@ -1,4 +1,4 @@
-"""`prepare_data`: from a source and a tokenizer to tokenised examples, through the cache."""
+"""Tokenises training data through a cache: the entry point `prepare_data`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _BATCH_CHARACTERS = 4 * 2**20
 
 
 class TooLong(StrEnum):
-    """What becomes of an example of more than max_length tokens."""
+    """How to treat an example of more than max_length tokens."""
 
     TRUNCATE = "truncate"
     DROP = "drop"
@@ -54,12 +54,14 @@ class TooLong(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DataSettings:
-    """Everything besides data and tokenizer that the tokens depend on.
+    """All settings that the tokens depend on.
 
-    max_length: tokens of an example. too_long: "truncate" keeps the first max_length, "drop" drops the example.
-    loss_on: "completions" trains on completions and on the turns of the assistant, "all" on every token.
-    skip_bad_lines: count rows that cannot be used instead of stopping at the first one.
-    max_line_nbytes: of a JSON line.
+    Attributes:
+        max_length: Largest number of tokens in an example.
+        too_long: "truncate" keeps the first max_length tokens of a longer example, "drop" drops the example.
+        loss_on: "completions" trains on completions and assistant turns, "all" on every token.
+        skip_bad_lines: Whether to skip and count unusable rows instead of stopping at the first one.
+        max_line_nbytes: Largest size of a JSON line in bytes.
     """
 
     max_length: int
@@ -71,13 +73,13 @@ class DataSettings:
     def __post_init__(self) -> None:
         for name, choices in (("too_long", TooLong), ("loss_on", LossOn)):
             if getattr(self, name) not in list(choices):
-                raise UsageError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(choices)}")
+                raise UsageError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}")
         if self.max_length < 2:
             raise UsageError(
-                f"max_length={self.max_length}: must be at least 2, since the first token predicts nothing"
+                f"max_length={self.max_length}: expected at least 2, because nothing predicts the first token"
             )
         if self.max_line_nbytes < 1:
-            raise UsageError(f"max_line_nbytes={self.max_line_nbytes}: must be at least 1")
+            raise UsageError(f"max_line_nbytes={self.max_line_nbytes}: expected at least 1")
 
     def to_json(self) -> dict[str, Json]:
         """Return the settings as JSON."""
@@ -99,17 +101,26 @@ def prepare_data(
     split: str = "train",
     on_rows: Callable[[int], None] | None = None,
 ) -> TokenisedData:
-    """Return the tokenised examples of a source, out of the cache or into it.
+    """Return the tokenised examples of a source, from the cache if it has them.
 
-    source, split: see `find_files`. cache: its folder, by default `default_folder()`.
-    on_rows: called with the number of rows read so far, while the cache is built.
+    An existing cache is verified byte by byte, at several GB/s, and rebuilt if it is damaged. If a template prints the
+    date, the examples show the day on which the cache was built.
 
-    A cache that is there is checked byte by byte, at several GB/s, and built again where it is damaged.
-    A template that prints the date is rendered with the day on which the cache was built.
+    Args:
+        source: Files, folders or Hub datasets (see `find_files`).
+        tokenizer: Fast tokenizer of the model.
+        settings: Settings that the tokens depend on.
+        cache: Directory of the cache. Defaults to `default_folder()`.
+        split: Split to read from Hub datasets.
+        on_rows: Receives the number of rows read so far while the cache is built.
 
-    Raises: DataError for a row that cannot be used, data without a single example, or a file that is written to
-    meanwhile; UsageError for a source that is not there or a tokenizer that cannot do it; TargetError for a cache
-    folder that cannot be written.
+    Returns:
+        The tokenised examples.
+
+    Raises:
+        DataError: A row cannot be used, no example is left, or a file changed while it was read.
+        UsageError: The source does not exist, or the tokenizer cannot be used.
+        TargetError: The cache cannot be written.
     """
     files = find_files(source, split=split)
     states = [read_state(file) for file in files]
@@ -136,7 +147,7 @@ def _build(
 ) -> CachedTokens:
     disk = Disk()
     with locked(folder, key, disk):
-        # Another process may have finished it while this one waited.
+        # Another process may have built the cache while this one waited for the lock.
         cached = open_cache(folder, key, every_byte=True)
         if cached is not None:
             return cached
@@ -159,7 +170,7 @@ def _build(
 
 
 class _Build:
-    """Tokenises rows, batch by batch, and counts."""
+    """Tokenises rows batch by batch and counts the outcomes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, settings: DataSettings) -> None:
         self._renderer = Renderer(tokenizer, LossOn(settings.loss_on))
@@ -217,7 +228,7 @@ class _Build:
             yield batch
 
     def _fit(self, tokens: Tokens) -> Tokens | None:
-        """Return an example that fits the limit and has something to train on, or count why there is none."""
+        """Return an example within the limit that has trained tokens. Otherwise count the reason and return None."""
         limit = self._settings.max_length
         if not tokens.trained.any():
             self._dropped[Dropped.NOTHING_TO_TRAIN] += 1
@@ -236,13 +247,13 @@ class _Build:
 
 
 def _content_digest(files: list[DataFile], states: list[FileState]) -> str:
-    """Digest the data: kinds, sizes and bytes in reading order. Names are left out: a file may move."""
+    """Return a digest of the formats, sizes and bytes of the files in reading order, but not of their names."""
     record = [[file.kind.value, state.nbytes, state.digest] for file, state in zip(files, states, strict=True)]
     return xxh3(strict_json.dumps(record).encode("utf-8"))
 
 
 def _key(content_digest: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, settings: DataSettings) -> str:
-    """Digest everything that the tokens depend on, the libraries that make them included."""
+    """Return a digest of everything that the tokens depend on, including the versions of the libraries."""
     import tokenizers
     import transformers
 
@@ -260,11 +271,11 @@ def _key(content_digest: str, tokenizer: PreTrainedTokenizerBase, backend: Token
 
 def _nothing_left(files: list[DataFile], statistics: DataStatistics) -> DataError:
     reasons = chain(statistics.bad.items(), statistics.dropped.items())
-    counted = ", ".join(f"{reason}: {count}" for reason, count in reasons) or "no rows at all"
+    counted = ", ".join(f"{reason}: {count}" for reason, count in reasons) or "the data have no rows"
     return DataError(
         "no_example",
         ", ".join(str(file.path) for file in files[:3]) + (", ..." if len(files) > 3 else ""),
-        f"no example is left to train on ({counted})",
+        f"no examples are left to train on ({counted})",
         place=None,
         next_step="Check the data, max_length and too_long",
     )

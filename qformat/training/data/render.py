@@ -1,8 +1,8 @@
-"""A row as the text that is tokenised, and which of its characters are trained on.
+"""Renders a row as text and marks the characters that are trained.
 
-What trl's SFTTrainer does, in its words: `text` and a plain `completion` get the EOS token unless they end with it,
-and the tokenizer adds its special tokens (BOS); a conversation is what the chat template makes of it, with nothing
-added. One thing differs: a text that brings its own BOS does not get a second one.
+The result is the same as that of trl's SFTTrainer. A `text` or a plain `completion` gets an EOS token unless it ends
+with one, and the tokenizer adds its special tokens (BOS). A conversation is rendered by the chat template, and nothing
+is added. There is one difference: a text that starts with a BOS token does not get a second one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LossOn(StrEnum):
-    """Which tokens are trained on. A plain `text` is trained on as a whole either way."""
+    """Which tokens are trained: those of completions and assistant turns, or all. A plain `text` is trained in full."""
 
     COMPLETIONS = "completions"
     ALL = "all"
@@ -30,8 +30,10 @@ class LossOn(StrEnum):
 class Rendered:
     """A text to tokenise.
 
-    spans: the characters that are trained on, ascending; None for all tokens.
-    adds_special_tokens: whether the tokenizer adds its BOS, as it does to plain text.
+    Attributes:
+        text: The text.
+        spans: Ranges of characters that are trained, in ascending order. None to train all tokens.
+        adds_special_tokens: Whether the tokenizer adds its special tokens, as it does for plain text.
     """
 
     text: str
@@ -40,7 +42,12 @@ class Rendered:
 
 
 class Renderer:
-    """Renders rows for one tokenizer."""
+    """Renders rows for one tokenizer.
+
+    Args:
+        tokenizer: Tokenizer with its chat template.
+        loss_on: Which tokens are trained.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
         self._tokenizer = tokenizer
@@ -50,15 +57,16 @@ class Renderer:
     def render(self, row: Row) -> Rendered:
         """Render one row.
 
-        Raises DataError where the chat template refuses it or cannot tell who wrote what, UsageError where the
-        tokenizer has no EOS token or no chat template and the row needs one.
+        Raises:
+            DataError: The chat template fails, or the turns of the assistant cannot be located in its output.
+            UsageError: The row needs an EOS token or a chat template, and the tokenizer has none.
         """
         content = row.content
         if isinstance(content, TextRow):
             return Rendered(self._ended(content.text), None, True)
         if isinstance(content, CompletionRow):
             text = content.prompt + self._ended(content.completion)
-            # One past the end: an EOS that the tokenizer itself adds lies behind the last character.
+            # The span ends one past the text, because an EOS that the tokenizer adds follows the last character.
             spans = [(len(content.prompt), len(text) + 1)] if self._loss_on is LossOn.COMPLETIONS else None
             return Rendered(text, spans, True)
         return self._render_chat(content, row)
@@ -78,7 +86,7 @@ class Renderer:
         eos = self._tokenizer.eos_token
         if not isinstance(eos, str):
             raise UsageError(
-                f"{self._tokenizer.name_or_path or 'the tokenizer'}: has no EOS token, with which every plain text "
-                "ends. Set tokenizer.eos_token"
+                f"{self._tokenizer.name_or_path or 'the tokenizer'}: has no EOS token, which must end every plain "
+                "text. Set tokenizer.eos_token"
             )
         return text if text.endswith(eos) else text + eos

@@ -1,4 +1,4 @@
-"""One example in words, with the trained tokens marked: the quickest way to see that the right ones are."""
+"""Shows an example as text with its trained tokens marked, so that a user can check what is trained."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from qformat.training.data.tokenised_data import IGNORED, Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What the data says must not steer the terminal: an escape sequence in it would.
+# Escape control characters: the data must not control the terminal.
 _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in {9, 10}}
 
 
 def show_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    """Return an example as text, its trained tokens between « and ».
+    """Return an example as text, with its trained tokens between « and ».
 
-    A character that is cut by the boundary of marked tokens shows as �.
+    A character that straddles the boundary of marked tokens shows as �.
+
+    Args:
+        tokenizer: Tokenizer that decodes the tokens.
+        example: Example to show.
+
+    Returns:
+        The marked text, with control characters escaped.
     """
     pairs = zip(example["input_ids"].tolist(), example["labels"].tolist(), strict=True)
     parts = []

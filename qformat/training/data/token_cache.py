@@ -1,14 +1,15 @@
-"""Tokenised examples on the disk, so that a second run starts at once: three flat files and a header.
+"""Caches tokenised examples on disk, so that a second run starts immediately.
 
-`FOLDER/KEY/` holds, little-endian,
+`FOLDER/KEY/` holds three flat little-endian files and a header:
 
-    tokens         int32   the ids of all examples, one after the other
-    trained        uint8   1 where that token is trained on
-    starts         int64   where each example starts in the two, and where the last one ends
-    header.json            statistics, sizes and XXH3-128 digests of the three, and a digest of the header itself
+    tokens         int32   token ids of all examples, concatenated
+    trained        uint8   1 for each token that is trained, else 0
+    starts         int64   start of each example in the two files above, and the end of the last example
+    header.json            statistics, sizes and XXH3-128 digests of the three files, and a digest of the header itself
 
-KEY names everything that the tokens depend on, so that a cache is never out of date, only absent. It is written as
-`KEY.partial/` and renamed; `KEY.lock` is held meanwhile, so that a second process waits and then finds it done.
+KEY is a digest of everything that the tokens depend on, so a cache is never out of date. A cache is written as
+`KEY.partial/` and renamed when it is complete. The writer holds `KEY.lock`, so that a second process waits and then
+uses the finished cache.
 """
 
 from __future__ import annotations
@@ -42,9 +43,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {"tokens": np.dtype("<i4"), "trained": np.dt
 
 @dataclass(frozen=True, slots=True)
 class CachedTokens:
-    """An open cache: read-only maps.
+    """An open cache, with its files mapped read-only.
 
-    tokens: int32 (n_tokens,). trained: uint8 (n_tokens,). starts: int64 (n_examples + 1,).
+    Attributes:
+        folder: Directory of the cache.
+        content_digest: Digest of the data files.
+        statistics: Counts of the tokenised data.
+        tokens: Token ids of all examples, int32 (n_tokens,).
+        trained: 1 for each token that is trained, else 0, uint8 (n_tokens,).
+        starts: Start of each example and the end of the last one, int64 (n_examples + 1,).
     """
 
     folder: Path
@@ -56,20 +63,28 @@ class CachedTokens:
 
 
 class _Damaged(Exception):
-    """A cache that does not hold what its header says; it is built again."""
+    """The content of a cache does not match its header. The cache is rebuilt."""
 
 
 def default_folder() -> Path:
-    """Return `$XDG_CACHE_HOME/qformat/tokenised`, by default below `~/.cache`."""
+    """Return the default directory of the cache: `$XDG_CACHE_HOME/qformat/tokenised`, or the same in `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "qformat" / "tokenised"
 
 
 def open_cache(folder: Path, key: str, *, every_byte: bool = False) -> CachedTokens | None:
-    """Map a cache, or return None where there is none or it is damaged.
+    """Map a cache into memory, or return None if it is absent or damaged.
 
-    Checked are the header's digest, the sizes of all files and the digest of `starts`, by which the others are cut;
-    with every_byte also the digests of the others.
+    Checks the digest of the header, the sizes of all files, and the digest of `starts`, which gives the boundaries of
+    the examples.
+
+    Args:
+        folder: Directory of all caches.
+        key: Key of this cache.
+        every_byte: Whether to check the digests of the other files as well.
+
+    Returns:
+        The open cache, or None.
     """
     try:
         return _open(folder / key, key, every_byte=every_byte)
@@ -79,7 +94,16 @@ def open_cache(folder: Path, key: str, *, every_byte: bool = False) -> CachedTok
 
 @contextmanager
 def locked(folder: Path, key: str, disk: Disk) -> Iterator[None]:
-    """Hold the lock of a cache; wait while another process builds it. Raises TargetError: cannot be written."""
+    """Hold the lock of a cache. Waits while another process builds the cache.
+
+    Args:
+        folder: Directory of all caches. Created if it does not exist.
+        key: Key of this cache.
+        disk: Performs the file operations.
+
+    Raises:
+        TargetError: The directory cannot be written.
+    """
     disk.make_folders(folder)
     descriptor = disk.open_for_writing(folder / f"{key}.lock")
     try:
@@ -90,21 +114,29 @@ def locked(folder: Path, key: str, disk: Disk) -> Iterator[None]:
 
 
 class CacheWriter:
-    """Writes a cache, example by example. The lock must be held; nothing has the final name until `finish`."""
+    """Writes a cache example by example. The cache gets its final name in `finish`.
+
+    The caller must hold the lock.
+
+    Args:
+        folder: Directory of all caches.
+        key: Key of this cache.
+        disk: Performs the file operations.
+    """
 
     def __init__(self, folder: Path, key: str, disk: Disk) -> None:
         self._target = folder / key
         self._partial = folder / f"{key}{PARTIAL_SUFFIX}"
         self._key = key
         self._disk = disk
-        disk.remove_folder(self._partial)  # of a run that was killed
+        disk.remove_folder(self._partial)  # left by a process that was killed
         disk.make_folder(self._partial)
         self._pieces = {name: _Piece(self._partial / name, disk) for name in _DTYPES}
         self._n_tokens = 0
         self._pieces["starts"].append(np.zeros(1, np.int64))
 
     def append(self, examples: Iterable[Tokens]) -> None:
-        """Add examples."""
+        """Append examples."""
         batch = list(examples)
         if not batch:
             return
@@ -115,7 +147,12 @@ class CacheWriter:
         self._n_tokens = int(ends[-1])
 
     def finish(self, statistics: DataStatistics, content_digest: str) -> None:
-        """Bring everything to the disk and give it its name."""
+        """Write the header, sync all files to disk and rename the cache to its final name.
+
+        Args:
+            statistics: Counts of the tokenised data.
+            content_digest: Digest of the data files.
+        """
         files: dict[str, Json] = {name: piece.finish() for name, piece in self._pieces.items()}
         header: dict[str, Json] = {
             "version": CACHE_VERSION,
@@ -127,18 +164,18 @@ class CacheWriter:
         record: dict[str, Json] = {"header": header, "digest": _digest(header)}
         self._disk.write_file(self._partial / _HEADER, strict_json.dumps(record, indent=1).encode("utf-8"))
         self._disk.sync_folder(self._partial)
-        # A damaged one is replaced; whoever has it mapped keeps what is mapped.
+        # This may replace a damaged cache. A process that has mapped the old files keeps its mapping.
         self._disk.replace_folder(self._partial, self._target)
 
     def close(self) -> None:
-        """Let go of the files and remove what is unfinished."""
+        """Close the files and remove an unfinished cache."""
         for piece in self._pieces.values():
             piece.close()
         self._disk.remove_folder(self._partial)
 
 
 class _Piece:
-    """One file of a cache in the making, hashed while it is written."""
+    """One file of a cache, hashed while it is written."""
 
     def __init__(self, path: Path, disk: Disk) -> None:
         self._path = path
@@ -202,7 +239,7 @@ def _read_header(path: Path) -> dict[str, Json]:
 
 
 def _header_fields(header: dict[str, Json], key: str) -> tuple[DataStatistics, str, dict[str, tuple[int, str]]]:
-    """Take apart a header whose digest is right, which therefore was written above, perhaps by another version."""
+    """Return the fields of a header with a valid digest, which may come from another version of this module."""
     if header.get("version") != CACHE_VERSION or header.get("key") != key:
         raise _Damaged
     content_digest, files = header.get("content_digest"), header.get("files")

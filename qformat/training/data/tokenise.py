@@ -1,8 +1,8 @@
-"""Rendered texts as token ids, and which tokens are trained on.
+"""Tokenises rendered texts and marks the tokens that are trained.
 
-The text is tokenised as a whole and the trained characters are found again by the offsets of the tokens, so that what
-is trained on never changes how the text is cut into tokens. A token that lies across the start of a span belongs to
-it: its last characters were written there.
+Each text is tokenised as a whole. The trained characters are then located by the offsets of the tokens, so that the
+choice of trained characters never changes the tokens. A token that straddles the start of a span is trained, since its
+last characters belong to the span.
 """
 
 from __future__ import annotations
@@ -25,21 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One example. ids: int32 (n,). trained: bool (n,); never the first token, which nothing predicts."""
+    """The tokens of one example.
+
+    Attributes:
+        ids: Token ids, int32 (n,).
+        trained: Whether each token is trained, bool (n,). False for the first token, because nothing predicts it.
+    """
 
     ids: NDArray[np.int32]
     trained: NDArray[np.bool_]
 
 
 def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return a copy of the fast tokenizer below, without the truncation and padding that other callers set on it.
+    """Return a copy of the underlying fast tokenizer, without the truncation and padding that other callers set on it.
 
-    Raises UsageError where there is none: only fast tokenizers know where in the text a token comes from.
+    Raises:
+        UsageError: The tokenizer is not a fast one. Only fast tokenizers report the offsets of tokens in the text.
     """
     if not tokenizer.is_fast:
         raise UsageError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: is not a fast tokenizer. "
-            f"Convert it: the folder needs a {TOKENIZER_NAME}"
+            f"Convert it, so that the folder has a {TOKENIZER_NAME}"
         )
     copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.no_truncation()
@@ -48,7 +54,16 @@ def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def tokenise(tokenizer: Tokenizer, batch: list[Rendered], *, bos_id: int | None) -> list[Tokens]:
-    """Tokenise a batch, on all cores. bos_id: the token that a text must not begin with twice."""
+    """Tokenise a batch of texts on all cores.
+
+    Args:
+        tokenizer: Tokenizer without truncation and padding (`own_tokenizer`).
+        batch: Texts to tokenise.
+        bos_id: Id of the BOS token, with which a text must not begin twice. None if there is none.
+
+    Returns:
+        The tokens of each text.
+    """
     done: list[Tokens | None] = [None] * len(batch)
     for adds_special_tokens in (False, True):
         for needs_offsets in (False, True):
@@ -57,7 +72,7 @@ def tokenise(tokenizer: Tokenizer, batch: list[Rendered], *, bos_id: int | None)
                 for index, rendered in enumerate(batch)
                 if (rendered.adds_special_tokens, rendered.spans is not None) == (adds_special_tokens, needs_offsets)
             ]
-            # The fast variant skips the offsets.
+            # The fast variant does not compute offsets.
             encode = tokenizer.encode_batch if needs_offsets else tokenizer.encode_batch_fast
             encodings = encode([batch[index].text for index in chosen], add_special_tokens=adds_special_tokens)
             for index, encoding in zip(chosen, encodings, strict=True):
@@ -75,14 +90,22 @@ def _tokens(encoding: Encoding, rendered: Rendered, bos_id: int | None) -> Token
 
 
 def trained_tokens(encoding: Encoding, spans: list[Span]) -> NDArray[np.bool_]:
-    """Return bool (n,): which tokens hold characters of the spans."""
+    """Return which tokens hold characters of the spans.
+
+    Args:
+        encoding: Tokens of one text, with their offsets.
+        spans: Ranges of characters, in ascending order.
+
+    Returns:
+        True for each token that overlaps a span, bool (n,).
+    """
     trained = np.zeros(len(encoding.ids), np.bool_)
     if not spans or not len(trained):
         return trained
     offsets = np.array(encoding.offsets, np.int64)  # (n, 2), in characters
-    # Tokens that the tokenizer adds around the text have the offsets (0, 0): they end where their neighbour does.
+    # Tokens that the tokenizer adds around the text have the offsets (0, 0). Let them end where their neighbour ends.
     ends = np.maximum.accumulate(offsets[:, 1])
-    # Some tokenizers leave leading spaces out of a token's offsets: it starts where the one before it ends.
+    # Some tokenizers exclude leading spaces from the offsets. Let each token start where the previous one ends.
     starts = np.where(np.array(encoding.special_tokens_mask, np.bool_), ends, offsets[:, 0])
     starts[1:] = np.minimum(starts[1:], ends[:-1])
     starts = np.maximum.accumulate(starts)

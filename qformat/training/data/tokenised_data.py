@@ -1,7 +1,7 @@
-"""Tokenised examples as data sets of torch, alone or packed, and as the data set that SFTTrainer takes.
+"""Data sets over tokenised examples: for torch, single or packed, and for SFTTrainer.
 
-All read from the maps of the cache when asked for an example; none has a copy of its own. They travel to a worker
-process as the name of the cache, not as its content.
+All data sets read examples from the mapped cache on demand, without a copy. Pickling for a worker process transfers the
+path of the cache, not its content.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     import datasets
 
 IGNORED = -100
-"""The label of a token that is not trained on."""
+"""Label of a token that is not trained."""
 
 
 class Example(TypedDict):
     """One row of a data set.
 
-    input_ids, labels: int64 (n,); labels are IGNORED where a token is not trained on.
-    seq_lengths: the examples of the row, one after the other; they add up to n.
+    Attributes:
+        input_ids: Token ids, int64 (n,).
+        labels: Token ids, or IGNORED for each token that is not trained, int64 (n,).
+        seq_lengths: Length of each example in the row; the sum is n.
     """
 
     input_ids: torch.Tensor
@@ -39,7 +41,7 @@ class Example(TypedDict):
 
 
 class TokenRows(Protocol):
-    """What the two data sets below have in common."""
+    """The interface that the data sets share."""
 
     def __len__(self) -> int: ...
 
@@ -47,11 +49,15 @@ class TokenRows(Protocol):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row: int64 (n,)."""
+        """Number of tokens in each row, int64 (n_rows,)."""
 
 
 class TokenisedData(torch.utils.data.Dataset[Example]):
-    """One example a row."""
+    """A data set with one example per row.
+
+    Args:
+        cached: Cache that holds the examples.
+    """
 
     def __init__(self, cached: CachedTokens) -> None:
         self._cached = cached
@@ -69,26 +75,30 @@ class TokenisedData(torch.utils.data.Dataset[Example]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example: int64 (n_examples,)."""
+        """Number of tokens in each example, int64 (n_examples,)."""
         return np.diff(self._cached.starts)
 
     @property
     def statistics(self) -> DataStatistics:
-        """What became of the rows."""
+        """Counts of the tokenised data."""
         return self._cached.statistics
 
     @property
     def key(self) -> str:
-        """The digest of everything that these tokens depend on: data, tokenizer, template, settings."""
+        """Digest of everything that the tokens depend on: data, tokenizer, template and settings."""
         return self._cached.folder.name
 
     @property
     def content_digest(self) -> str:
-        """The digest of the data files alone. A checkpoint records it to notice that they changed."""
+        """Digest of the data files alone. A checkpoint records it to detect changed data."""
         return self._cached.content_digest
 
     def packed(self, limit: int) -> PackedData:
-        """Return the examples packed into rows of at most `limit` tokens. Raises UsageError if one is longer."""
+        """Return the examples packed into rows of at most `limit` tokens.
+
+        Raises:
+            UsageError: An example is longer than the limit.
+        """
         return PackedData(self, pack(self.lengths, limit))
 
     def __reduce__(self) -> tuple[Callable[[Path], TokenisedData], tuple[Path]]:
@@ -96,7 +106,12 @@ class TokenisedData(torch.utils.data.Dataset[Example]):
 
 
 class PackedData(torch.utils.data.Dataset[Example]):
-    """Several examples a row."""
+    """A data set with several examples per row.
+
+    Args:
+        data: The examples.
+        bins: The examples in each row.
+    """
 
     def __init__(self, data: TokenisedData, bins: Bins) -> None:
         self.data = data
@@ -117,17 +132,17 @@ class PackedData(torch.utils.data.Dataset[Example]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row: int64 (n_rows,)."""
+        """Number of tokens in each row, int64 (n_rows,)."""
         by_member = self.data.lengths[self.bins.members]
         return np.add.reduceat(by_member, self.bins.starts[:-1]) if len(self) else by_member
 
 
 def for_trainer(rows: TokenRows) -> datasets.Dataset:
-    """Return rows as the `datasets.Dataset` that SFTTrainer insists on, with the columns of `Example` and `length`.
+    """Return rows as the `datasets.Dataset` that SFTTrainer requires, with the columns of `Example` and `length`.
 
-    The table behind it holds only the lengths; a transform reads the tokens from the maps when a row is asked for.
-    SFTConfig must have dataset_kwargs={"skip_prepare_dataset": True} and remove_unused_columns=False, since the columns
-    that are there are not the ones that a row has.
+    The table holds only the lengths. A transform reads the tokens of a row from the mapped cache on demand. SFTConfig
+    must have dataset_kwargs={"skip_prepare_dataset": True} and remove_unused_columns=False, because the columns of the
+    table differ from those of a transformed row.
     """
     import datasets
 
@@ -136,13 +151,13 @@ def for_trainer(rows: TokenRows) -> datasets.Dataset:
 
 
 class _ReadRows:
-    """The transform: from row numbers to examples. `datasets` hashes it by pickling it."""
+    """A transform from row numbers to examples. `datasets` pickles it to hash it."""
 
     def __init__(self, rows: TokenRows) -> None:
         self._rows = rows
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        if "row" not in batch:  # samplers that group by length ask for that column alone
+        if "row" not in batch:  # samplers that group by length read only that column
             return batch
         examples = [self._rows[row] for row in batch["row"]]
         return {name: [example[name] for example in examples] for name in ("input_ids", "labels", "seq_lengths")}
@@ -151,5 +166,5 @@ class _ReadRows:
 def _reopen(folder: Path) -> TokenisedData:
     cached = open_cache(folder.parent, folder.name)
     if cached is None:
-        raise UsageError(f"{folder}: the tokenised data is gone or damaged. Prepare the data again")
+        raise UsageError(f"{folder}: the tokenised data is missing or damaged. Prepare the data again")
     return TokenisedData(cached)

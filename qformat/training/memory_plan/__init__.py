@@ -1,1 +1,1 @@
-"""The memory of a training, worked out before anything is loaded."""
+"""Plans the device memory of a training before anything is loaded."""

@@ -1,4 +1,4 @@
-"""The loss of a training on tensors without memory: that of trl, stood in for, or that of transformers, as it is."""
+"""Runs the loss of a training on fake tensors: a stand-in for trl's loss, or transformers' own loss."""
 
 from __future__ import annotations
 
@@ -13,14 +13,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Loss = Literal["tiled", "logits"]
-"""trl's, which multiplies by the output layer piece by piece, or transformers' own, which makes all logits."""
+"""Implementation of the loss. "tiled" is that of trl, which multiplies by the output layer tile by tile; "logits" is
+that of transformers, which computes all logits at once."""
 
 _LOSS_TOKENS, _LOSS_COLUMNS = 4096, 32768
-"""The tile of trl's loss (trl/kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE; trl/trainer/utils.py, chunk size)."""
+"""Tile size of trl's loss (trl/kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE; trl/trainer/utils.py, chunk size)."""
 
 
 def tiled_loss(base: PreTrainedModel, inputs: dict[str, Any], meter: Meter) -> Tensor:
-    """Run the model and the stand-in of trl's loss; the loss's segment begins with it."""
+    """Run the model and the stand-in for trl's loss.
+
+    Args:
+        base: Model without PEFT's wrapper, on fake tensors.
+        inputs: Arguments of the model.
+        meter: Meter that gets a new segment when the loss begins.
+
+    Returns:
+        The loss, a scalar.
+    """
     hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
     meter.mark("loss", None)
     output = base.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -30,7 +40,16 @@ def tiled_loss(base: PreTrainedModel, inputs: dict[str, Any], meter: Meter) -> T
 
 
 def full_loss(base: PreTrainedModel, inputs: dict[str, Any], meter: Meter) -> Tensor:
-    """Run the model with transformers' own loss; its segment begins with the logits."""
+    """Run the model with transformers' own loss.
+
+    Args:
+        base: Model without PEFT's wrapper, on fake tensors.
+        inputs: Arguments of the model.
+        meter: Meter that gets a new segment when the logits begin.
+
+    Returns:
+        The loss, a scalar.
+    """
     output = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     handle = output.register_forward_pre_hook(lambda _module, _args: meter.mark("loss", None))
     try:
@@ -40,7 +59,7 @@ def full_loss(base: PreTrainedModel, inputs: dict[str, Any], meter: Meter) -> Te
 
 
 class _TiledLoss(torch.autograd.Function):
-    """The memory of trl's ChunkedLogProbFunction on a GPU."""
+    """Allocates the same memory as trl's ChunkedLogProbFunction on a GPU."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

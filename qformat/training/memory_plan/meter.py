@@ -1,7 +1,7 @@
-"""Bytes of all tensors that are made, over time, in segments: who is alive, and how much at most.
+"""Measures the bytes of all live tensors over time, in segments.
 
-Storages are counted when they are made and when the last reference to them is gone, so that it works for tensors
-without memory (torch's FakeTensorMode) as it does for others.
+A storage counts from its creation until its last reference is gone. This also works for tensors without memory, those
+of torch's FakeTensorMode.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Phase = Literal["embedding", "forward", "after", "loss", "backward"]
-"""after: between the forward of a layer and that of the next one, or the loss."""
+"""Part of a micro-batch. "after" is the time between the forward pass of a layer and that of the next layer, or the
+loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of time: bytes that live longer than it (negative: freed), and the most beyond its start."""
+    """Memory use during one phase.
+
+    Attributes:
+        phase: Part of the micro-batch.
+        delta: Bytes at the end minus bytes at the start. Negative if the phase frees more than it allocates.
+        peak: Largest number of bytes during the phase, minus those at the start.
+    """
 
     phase: Phase
     delta: int
@@ -29,7 +36,7 @@ class Segment:
 
 
 class Meter(TorchDispatchMode):
-    """Bytes of all storages that were made since, by the weak references to them."""
+    """Counts the bytes of all live storages that were created while the meter was active, by weak references."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -48,7 +55,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def _add(self, storage: Any) -> None:
-        nbytes = -(-storage.nbytes() // 512) * 512  # as CUDA's allocator rounds
+        nbytes = -(-storage.nbytes() // 512) * 512  # torch's CUDA allocator rounds up to 512 bytes
         self._known.add(storage)
         self._live += nbytes
         self._peak = max(self._peak, self._live)
@@ -58,11 +65,16 @@ class Meter(TorchDispatchMode):
         self._live -= nbytes
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these, which were there before."""
+        """Exclude tensors that existed before."""
         self._known.update(tensor.untyped_storage() for tensor in tensors)
 
     def mark(self, phase: str, number: int | None) -> None:
-        """End the segment before, and begin one of a phase and, in forward and backward, a layer."""
+        """End the current segment and begin a new one.
+
+        Args:
+            phase: Part of the micro-batch (`Phase`).
+            number: Number of the decoder layer, or None outside of layers.
+        """
         if self._current is not None:
             old, old_number = self._current
             segment = Segment(cast(Any, old), self._live - self._start, self._peak - self._start)

@@ -1,6 +1,7 @@
-"""The model that `train` builds, PEFT's adapters included, without memory: from headers and config.json.
+"""Builds the model of `train` on fake tensors, including PEFT's adapters, from headers and config.json.
 
-What would differ on a GPU is stood in for: products that decode a weight, and masks that depend on what tensors hold.
+Two parts behave differently on a GPU and have stand-ins: products that decode a weight, and masks that depend on the
+values of tensors.
 """
 
 from __future__ import annotations
@@ -38,15 +39,19 @@ from qformat.training.memory_plan.tensors import ModelTensors
 from qformat.training.settings import TrainingSettings
 
 _OF_ITS_PLACE = re.compile(r"idx|index|number|_id$|^_|^training$|^gradient_checkpointing$")
-"""Attributes in which layers that are alike may differ."""
+"""Attributes in which identical layers may differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class FakeModel:
-    """A model with adapters under a mode without memory.
+    """A model with adapters on fake tensors.
 
-    decodes_output: whether its output layer was packed. layers: its decoder layers; none where they are not known, and
-    the model is run as a whole. kinds: of each layer; layers of the same kind take the same memory.
+    Attributes:
+        mode: Mode in which the model runs.
+        model: Model with adapters.
+        decodes_output: Whether the output layer was packed, so that training decodes it.
+        layers: Decoder layers. Empty if they cannot be found; then the whole model runs.
+        kinds: Kind of each layer. Layers of the same kind need the same memory.
     """
 
     mode: FakeTensorMode
@@ -57,13 +62,26 @@ class FakeModel:
 
     @classmethod
     def build(cls, tensors: ModelTensors, settings: TrainingSettings, *, trust_remote_code: bool) -> FakeModel:
-        """Build it. Raises ArtifactError where tensors and config.json do not fit, UsageError as `train`."""
-        mode = FakeTensorMode(allow_non_fake_inputs=True)  # some models make constants of their own
+        """Build the model.
+
+        Args:
+            tensors: Tensors of the model.
+            settings: Settings of the training.
+            trust_remote_code: Whether to run model code that comes with the model.
+
+        Returns:
+            The model with adapters.
+
+        Raises:
+            ArtifactError: The tensors and config.json do not fit together.
+            UsageError: The settings do not fit the model.
+        """
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # some models create constants
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             base, decodes_output = _base(tensors, mode, trust_remote_code)
             with mode:
-                with torch.device("meta"):  # where PEFT does not try to move them
+                with torch.device("meta"):  # PEFT does not try to move tensors on this device
                     model = add_adapter(base, settings, base_name=str(tensors.folder))
                 _leave_meta(model)
         for module in model.modules():
@@ -74,7 +92,7 @@ class FakeModel:
 
 
 def _base(tensors: ModelTensors, mode: FakeTensorMode, trust_remote_code: bool) -> tuple[PreTrainedModel, bool]:
-    """Return the model under the adapters, and whether its output layer was packed."""
+    """Return the model without adapters, and whether its output layer was packed."""
     config = read_config(tensors.folder, trust_remote_code=trust_remote_code)
     with mode:
         model = build_on_meta(
@@ -92,7 +110,7 @@ def _base(tensors: ModelTensors, mode: FakeTensorMode, trust_remote_code: bool) 
 
 
 class _DecodingLoraLinear(NF4LoraLinear):
-    """The same autograd node over a product whose decoded weight has no memory, either."""
+    """The same autograd node, with a product whose decoded weight is also a fake tensor."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = None if args or kwargs else self._plain_adapter()
@@ -122,14 +140,14 @@ class _DecodedProduct:
 
 
 def _attention() -> str:
-    """Register and name transformers' sdpa attention with masks made as for unpadded rows without looking at them.
+    """Register transformers' sdpa attention with masks that do not depend on the values of tensors. Return its name.
 
-    Where rows are padded or packed, the mask is given (`_inputs`) and none is made.
+    The masks are those of unpadded rows. For padded or packed rows, `_inputs` gives the mask.
     """
 
     def mask(*_: Any, batch_size: int, q_length: int, kv_length: int, local_size: int | None = None, **__: Any) -> Any:
         if local_size is None or kv_length < local_size:
-            return None  # is_causal says it all
+            return None  # is_causal is enough
         return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool)
 
     AttentionInterface.register("qformat_plan", sdpa_attention_forward)
@@ -158,7 +176,7 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _kind(model: PreTrainedModel, layer: nn.Module, number: int) -> object:
-    """Return what layers of the same memory have in common: shapes, settings, kind of attention."""
+    """Return a key that is equal for layers that need the same memory: shapes, settings, kind of attention."""
     types = getattr(model.config.get_text_config(), "layer_types", None)
     shapes = tuple(
         (name, tuple(t.shape), t.dtype, t.requires_grad)
@@ -187,7 +205,7 @@ def _packed(
         raise ArtifactError(
             Reason.COMPONENT_SHAPE,
             tensors.folder / CONFIG_NAME,
-            f"{codes.nbytes} bytes of codes in {n_blocks} blocks, but the model has {list(shape)}",
+            f"{codes.nbytes} bytes of packed codes and {n_blocks} blocks do not fit the model's shape {list(shape)}",
             tensor=name,
         )
     components = {part: _empty(new) for part, new in parts.items()}

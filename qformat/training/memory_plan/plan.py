@@ -1,10 +1,10 @@
-"""The memory of a training before anything is loaded: from headers, config.json and settings.
+"""Plans the device memory of a training from headers, config.json and settings, before anything is loaded.
 
-    static     weights, adapters, optimizer states that stay on the device
-    moving     activations kept for backward, what the loss and a layer need while they run, gradients
+    static       weights, adapters, optimizer states that stay on the device
+    changing     activations saved for backward, temporary memory of the loss and of a layer, gradients
 
-What moves is measured on the model itself, run without memory (`trace`); optimizer states are laid out in
-pages as `PagedAdamW` does it. Not planned: fragmentation and what CUDA itself takes, for which a reserve is left free.
+The changing part is measured by running the model on fake tensors (`trace`). Optimizer states are laid out in pages as
+in `PagedAdamW`. Fragmentation and the memory of CUDA itself are not planned; a reserve is left free for them.
 """
 
 from __future__ import annotations
@@ -35,15 +35,21 @@ from qformat.training.settings import TrainingSettings, page_budget_nbytes
 MAX_BATCH_SIZE = 4096
 MAX_SEQ_LEN = 2**20
 SEQ_LEN_STEP = 64
-"""What `largest_batch` and `largest_sequence` look among."""
+"""Search limits of `largest_batch` and `largest_sequence`, and the step of the latter."""
 
 _LINEAR_FROM = 8192
-"""Tokens from which on memory grows linearly, but for masks: the loss has reached its largest tile."""
+"""Number of tokens beyond which memory grows linearly, except for masks, because the loss has its largest tile."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatesPlan:
-    """Bytes of optimizer states. on_device: between steps. step: what a step needs besides."""
+    """Bytes of the optimizer states.
+
+    Attributes:
+        total: Bytes of all states.
+        on_device: Bytes that stay on the device between steps.
+        step: Additional bytes on the device during a step.
+    """
 
     total: int
     on_device: int
@@ -51,20 +57,32 @@ class StatesPlan:
 
     @property
     def saved(self) -> int:
-        """What paging keeps off the device."""
+        """Bytes that paging keeps off the device."""
         return self.total - self.on_device
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of device memory that a training needs.
+    """Device memory that a training needs, in bytes.
 
-    packed, constants, kept: codes, scales and tables of the 4-bit weights, and all other weights.
-    activations: kept for backward, at the end of forward. loss: most that the loss needs beside them. layer: most that
-    a layer's backward needs beside what is kept: activations computed again, gradients, decoded weights. decoded: the
-    largest weight in bf16, within `layer`.
-    forward, loss_peak, backward, step_peak: the most that is alive in each phase, everything counted.
-    device: size of the device, if it was given.
+    Attributes:
+        batch_size: Rows of a micro-batch.
+        seq_len: Tokens of a row.
+        packed: Packed codes of the 4-bit weights.
+        constants: Scales and codebooks of the 4-bit weights.
+        kept: All other weights.
+        adapters: Weights of the adapters.
+        gradients: Gradients of the adapters.
+        states: Optimizer states.
+        activations: Activations saved for backward, at the end of the forward pass.
+        loss: Largest temporary memory of the loss.
+        layer: Largest temporary memory of a layer in backward: recomputed activations, gradients, decoded weights.
+        decoded: The largest weight decoded to bf16, included in `layer`.
+        forward: Peak of the forward pass, everything included.
+        loss_peak: Peak of the loss, everything included.
+        backward: Peak of the backward pass, everything included.
+        step_peak: Peak of the optimizer step, everything included.
+        device: Memory of the device, or None if unknown.
     """
 
     batch_size: int
@@ -92,17 +110,17 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most that is alive at any time."""
+        """Peak of the whole training in bytes."""
         return max(self.forward, self.loss_peak, self.backward, self.step_peak)
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device is large enough, with `CUDA_RESERVE_NBYTES` to spare; None without a device."""
+        """Whether the device is large enough, with `CUDA_RESERVE_NBYTES` left free. None if its size is unknown."""
         return None if self.device is None else self.peak + CUDA_RESERVE_NBYTES <= self.device
 
 
 class MemoryPlanner:
-    """Plans of one model under one set of settings, for any batch size and sequence length."""
+    """Plans the memory of one model under one set of settings, for any batch size and sequence length."""
 
     def __init__(
         self,
@@ -112,7 +130,18 @@ class MemoryPlanner:
         loss: Loss = "tiled",
         trust_remote_code: bool = False,
     ) -> None:
-        """Build the model. Raises: ArtifactError where tensors and config.json do not fit, UsageError."""
+        """Build the model on fake tensors.
+
+        Args:
+            tensors: Tensors of the model.
+            settings: Settings of the training.
+            loss: "tiled" for the loss that `train` uses, "logits" for that of transformers.
+            trust_remote_code: Whether to run model code that comes with the artifact.
+
+        Raises:
+            ArtifactError: The tensors and config.json do not fit together.
+            UsageError: The settings do not fit the model.
+        """
         self._settings = settings
         self._loss: Loss = loss
         self._training = FakeTraining(tensors, settings, trust_remote_code=trust_remote_code)
@@ -128,7 +157,19 @@ class MemoryPlanner:
     def plan(
         self, *, batch_size: int | None = None, seq_len: int | None = None, device_nbytes: int | None = None
     ) -> MemoryPlan:
-        """Return the plan, by default for the settings' batch size and sequence length. Raises UsageError."""
+        """Return the plan for a batch size and a sequence length.
+
+        Args:
+            batch_size: Rows of a micro-batch. Defaults to the settings.
+            seq_len: Tokens of a row. Defaults to the settings.
+            device_nbytes: Memory of the device in bytes, or None if unknown.
+
+        Returns:
+            The plan.
+
+        Raises:
+            UsageError: The sizes are too small, or the model cannot be run on fake tensors.
+        """
         batch_size, seq_len = batch_size or self._settings.batch_size, seq_len or self._settings.seq_len
         segments = self._run(batch_size, seq_len)
         gradients = sum(p.nbytes for p in self._trained)
@@ -166,7 +207,15 @@ class MemoryPlanner:
         )
 
     def largest_batch(self, device_nbytes: int, *, seq_len: int | None = None) -> int:
-        """Return the most rows of a micro-batch that fit, 0 if none does. Raises UsageError."""
+        """Return the largest number of rows in a micro-batch that fits, or 0 if none does.
+
+        Args:
+            device_nbytes: Memory of the device in bytes.
+            seq_len: Tokens of a row. Defaults to the settings.
+
+        Raises:
+            UsageError: The model cannot be run on fake tensors.
+        """
 
         def room(rows: int) -> int:
             return self._room(self.plan(batch_size=rows, seq_len=seq_len, device_nbytes=device_nbytes))
@@ -174,7 +223,15 @@ class MemoryPlanner:
         return largest(room, MAX_BATCH_SIZE, start=-(-_LINEAR_FROM // (seq_len or self._settings.seq_len)))
 
     def largest_sequence(self, device_nbytes: int, *, batch_size: int | None = None) -> int:
-        """Return the longest sequence that fits, a multiple of 64, 0 if none does. Raises UsageError."""
+        """Return the largest number of tokens in a row that fits, a multiple of 64, or 0 if none does.
+
+        Args:
+            device_nbytes: Memory of the device in bytes.
+            batch_size: Rows of a micro-batch. Defaults to the settings.
+
+        Raises:
+            UsageError: The model cannot be run on fake tensors.
+        """
 
         def room(steps: int) -> int:
             plan = self.plan(batch_size=batch_size, seq_len=steps * SEQ_LEN_STEP, device_nbytes=device_nbytes)
@@ -184,7 +241,7 @@ class MemoryPlanner:
         return SEQ_LEN_STEP * largest(room, MAX_SEQ_LEN // SEQ_LEN_STEP, start=start)
 
     def _room(self, plan: MemoryPlan) -> int:
-        """Return what is left free, where states are paged out as far as they can be; negative if it does not fit."""
+        """Return the bytes left free when the states are paged out as far as possible. Negative if it does not fit."""
         assert plan.device is not None
         movable = plan.states.on_device if self._settings.page_budget == "auto" and self._is_paged else 0
         room = plan.device - CUDA_RESERVE_NBYTES - (plan.peak - movable)
@@ -196,7 +253,7 @@ class MemoryPlanner:
 
     def _run(self, batch_size: int, seq_len: int) -> list[Segment]:
         if batch_size < 1 or seq_len < 2:
-            raise UsageError(f"{batch_size} rows of {seq_len} tokens: at least 1 row of 2 tokens is needed")
+            raise UsageError(f"batch size {batch_size}, sequence length {seq_len}: expected at least 1 row of 2 tokens")
         key = (batch_size, seq_len)
         if key not in self._segments:
             self._segments[key] = self._training.micro_batch(
@@ -208,7 +265,10 @@ class MemoryPlanner:
         return [module for module in self._training.model.modules() if isinstance(module, NF4Linear)]
 
     def _kept_nbytes(self, tensors: ModelTensors) -> int:
-        """Loading reads whole shards, and copies what is kept in another dtype than bf16."""
+        """Return the bytes of all weights and buffers besides the packed ones.
+
+        Loading keeps the shards in memory and adds a bf16 copy of each kept tensor that has another dtype.
+        """
         kept = tensors.kept.values()
         nbytes: int = sum(new.nbytes for new in kept)
         nbytes += sum(2 * math.prod(new.shape) for new in kept if new.dtype in {"F16", "F32"})
@@ -227,7 +287,7 @@ class MemoryPlanner:
         return nbytes
 
     def _states(self, moving_peak: int, at_step: int, device_nbytes: int | None) -> StatesPlan:
-        """moving_peak, at_step: what is alive without states, at most and during a step."""
+        """Return the plan of the states, given the bytes of everything else at the peak and during a step."""
         if not self._is_paged:
             total = sum(2 * p.nbytes for p in self._trained)
             return StatesPlan(total, total, 0)
@@ -256,10 +316,24 @@ def plan_memory(
     loss: Loss = "tiled",
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
-    """Plan the memory of training `source`: a folder or the id of a repository on the Hub (see `read_model_tensors`).
+    """Plan the memory of a training.
 
-    loss: "tiled" is that of `train`, "logits" that of transformers.
-    Raises: ArtifactError, SourceError, UsageError.
+    Args:
+        source: Folder, or id of a repository on the Hub (see `read_model_tensors`).
+        settings: Settings of the training.
+        device_nbytes: Memory of the device in bytes, or None if unknown.
+        conversion: Decides which weights of a 16-bit checkpoint a conversion would pack.
+        revision: Revision of the repository, or None for the default.
+        loss: "tiled" for the loss that `train` uses, "logits" for that of transformers.
+        trust_remote_code: Whether to run model code that comes with the model.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ArtifactError: A file of the artifact is damaged, or the tensors and config.json do not fit together.
+        SourceError: A file of the checkpoint is damaged or not supported.
+        UsageError: The source does not exist, or the settings do not fit the model.
     """
     tensors = read_model_tensors(source, conversion=conversion, revision=revision)
     planner = MemoryPlanner(tensors, settings, loss=loss, trust_remote_code=trust_remote_code)
@@ -267,7 +341,7 @@ def plan_memory(
 
 
 def _state_format(param: Tensor, eight_bit: bool) -> FloatStates | BlockStates:
-    """As `PagedAdamW` chooses."""
+    """Return the format that `PagedAdamW` chooses for a parameter."""
     if not eight_bit:
         return FloatStates(param.dtype)
     return BlockStates() if param.numel() >= MIN_BLOCK_STATES_SIZE else FloatStates(torch.float32)

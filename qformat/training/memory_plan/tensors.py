@@ -1,7 +1,7 @@
-"""The tensors of a model as headers name them, for the memory plan: of a folder or of the Hub, without any weight.
+"""Reads the names, dtypes and shapes of a model's tensors for the memory plan, without reading any weight.
 
-An artifact's manifest, or the headers of a bitsandbytes folder, say what is packed. What a 16-bit checkpoint would
-become is decided by the converter's rules, which the caller brings along: `qformat.converters` is an edge.
+The manifest of an artifact, or the headers of a bitsandbytes folder, show which weights are packed. For a 16-bit
+checkpoint, the caller passes the rules of the converter, because this package must not import `qformat.converters`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from qformat.errors import ArtifactError, Reason, SourceError, UsageError
 from qformat.names import CONFIG_NAME, MANIFEST_NAME, is_repository_name
 
 Conversion = Callable[[list[TensorSpec], JsonObject], Mapping[str, PackedShape]]
-"""From the tensors of a 16-bit checkpoint and its config.json to the layouts of those that a conversion would pack."""
+"""Maps the tensors of a 16-bit checkpoint and its config.json to the layouts of the tensors that a conversion packs."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTensors:
-    """What a model would be loaded from.
+    """The tensors of a model.
 
-    folder: holds config.json. packed: the components of each packed weight. kept: every other tensor.
+    Attributes:
+        folder: Directory that holds config.json.
+        packed: Components of each packed weight. The key is the name of the weight.
+        kept: All other tensors. The key is their name.
     """
 
     folder: Path
@@ -42,17 +45,26 @@ class ModelTensors:
 def read_model_tensors(
     source: Path | str, *, conversion: Conversion | None = None, revision: str | None = None
 ) -> ModelTensors:
-    """Read manifest or headers, and config.json, of an artifact, a bitsandbytes folder or a 16-bit checkpoint.
+    """Read the manifest or headers of an artifact, a bitsandbytes folder or a 16-bit checkpoint.
 
-    source: a folder, or the id of a repository on the Hub, of which only headers and config.json are fetched.
-    conversion: what is packed of a 16-bit checkpoint.
-    Raises: ArtifactError and SourceError for damaged files; UsageError where nothing can be read.
+    Args:
+        source: Folder, or id of a repository on the Hub. Only headers and config.json of a repository are downloaded.
+        conversion: Decides which weights of a 16-bit checkpoint a conversion would pack.
+        revision: Revision of the repository, or None for the default.
+
+    Returns:
+        The tensors of the model.
+
+    Raises:
+        ArtifactError: A file of the artifact is damaged.
+        SourceError: A file of the checkpoint is damaged or not supported.
+        UsageError: The source does not exist or cannot be used for training.
     """
     folder = Path(source)
     if not os.path.lexists(folder) and isinstance(source, str) and _is_on_the_hub(source):
         folder, tensors = _hub_headers(source, revision)
     elif revision is not None:
-        raise UsageError(f"{source}: is a folder, and only repositories on the Hub have revisions")
+        raise UsageError(f"{source}: is a folder; only repositories on the Hub have revisions")
     elif os.path.lexists(folder / MANIFEST_NAME):
         return _of_artifact(folder)
     else:
@@ -60,12 +72,12 @@ def read_model_tensors(
     if any(tensor.name.endswith(Component.QUANT_STATE) for tensor in tensors):
         return _of_components(folder, tensors)
     if conversion is None:
-        raise UsageError(f"{source}: is not quantized, and only 4-bit weights are trained on. Convert it first")
+        raise UsageError(f"{source}: is not quantized, but training needs 4-bit weights. Convert it first")
     return _as_converted(folder, tensors, conversion)
 
 
 def _is_on_the_hub(source: str) -> bool:
-    """Whether a text names a repository: owner/name, or the name alone that the Hub's oldest repositories have."""
+    """Return whether a text is the id of a repository: owner/name, or name alone for the Hub's oldest repositories."""
     return is_repository_name(source if "/" in source else f"owner/{source}")
 
 
@@ -98,8 +110,8 @@ def _as_converted(folder: Path, tensors: list[TensorSpec], conversion: Conversio
         raise SourceError(Reason.CONFIG_FIELD, path, "not a JSON object")
     if config.get("quantization_config") is not None:
         raise SourceError(
-            Reason.ALREADY_QUANTIZED, path, "is quantized already, and not as bitsandbytes' NF4",
-            field="quantization_config", next_step="Take the 16-bit checkpoint that it was made from",
+            Reason.ALREADY_QUANTIZED, path, "is already quantized in a format other than bitsandbytes NF4",
+            field="quantization_config", next_step="Use the original 16-bit checkpoint",
         )  # fmt: skip
     layouts = conversion(tensors, config)
     return ModelTensors(
@@ -111,21 +123,23 @@ def _as_converted(folder: Path, tensors: list[TensorSpec], conversion: Conversio
 
 def _folder_headers(folder: Path) -> list[TensorSpec]:
     if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder. Give a folder, or the id of a repository on the Hub")
+        raise UsageError(f"{folder}: directory does not exist. Give a folder, or the id of a repository on the Hub")
     located = read_headers(folder, error=SourceError).located.values()
     found = [TensorSpec(place.entry.name, place.entry.dtype, place.entry.shape) for place in located]
     if any(tensor.name.endswith(Component.QUANT_STATE) for tensor in found):
-        read_bitsandbytes_folder(folder)  # refuses what cannot be trained on
+        read_bitsandbytes_folder(folder)  # raises for weights that cannot be used for training
     return found
 
 
 def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[TensorSpec]]:
-    """Fetch config.json into the cache of the Hub's client, and read the headers without the rest of their files."""
+    """Download config.json into the cache of the Hub client, and read only the headers of the shards."""
     try:
         from huggingface_hub import errors as hub_errors
         from huggingface_hub import get_safetensors_metadata, hf_hub_download
     except ImportError as problem:
-        raise UsageError(f"this needs huggingface_hub: pip install 'qformat[models]' ({problem})") from problem
+        raise UsageError(
+            f"reading a repository needs huggingface_hub ({problem}). Install it: pip install 'qformat[models]'"
+        ) from problem
     try:
         config = Path(hf_hub_download(repository, CONFIG_NAME, revision=revision))
         metadata = get_safetensors_metadata(repository, revision=revision)
@@ -133,8 +147,8 @@ def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[Tens
         raise SourceError(Reason.UNSUPPORTED_SOURCE, repository, _first_line(problem)) from problem
     except (OSError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError, ValueError) as problem:
         raise UsageError(
-            f"{repository}: is no folder here, and cannot be read from the Hub: {_first_line(problem)}. "
-            "Check the name and the connection, or log in"
+            f"{repository}: does not exist as a local folder, and cannot be read from the Hub: {_first_line(problem)}. "
+            "Check the name and the network connection, or log in"
         ) from problem
     return config.parent, [
         _checked(name, entry.dtype, entry.shape, f"{repository}/{file}")
@@ -145,16 +159,22 @@ def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[Tens
 
 def _checked(name: str, dtype: object, shape: object, path: str) -> TensorSpec:
     if not isinstance(dtype, str) or dtype not in ELEMENT_NBYTES:
-        raise SourceError(Reason.UNSUPPORTED_DTYPE, path, f"{dtype!r} is not read", tensor=name, field="dtype")
+        raise SourceError(Reason.UNSUPPORTED_DTYPE, path, f"{dtype!r} is not supported", tensor=name, field="dtype")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in shape):
         raise SourceError(
-            Reason.HEADER_FIELD, path, f"not a list of sizes up to {MAX_SIZE}", tensor=name, field="shape"
+            Reason.HEADER_FIELD, path, f"expected a list of sizes up to {MAX_SIZE}", tensor=name, field="shape"
         )
     new = TensorSpec(name, dtype, tuple(shape))
     if new.nbytes > MAX_SIZE:
-        raise SourceError(Reason.HEADER_FIELD, path, f"{new.nbytes} bytes", tensor=name, field="shape")
+        raise SourceError(
+            Reason.HEADER_FIELD,
+            path,
+            f"is too large (found {new.nbytes} bytes, expected at most {MAX_SIZE})",
+            tensor=name,
+            field="shape",
+        )
     return new
 
 
 def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")

@@ -1,7 +1,7 @@
-"""One micro-batch of a training on tensors without memory, watched: what lives when, in bytes, for any architecture.
+"""Runs one micro-batch on fake tensors and measures its memory over time, for any architecture.
 
-Decoder layers that are alike are run once (the first and the last one apart); the others are stepped over, and their
-bytes are those of the layer that they are like.
+The first and the last decoder layer run, and one layer of each kind. The other layers are skipped and get the
+measurements of the layer of their kind.
 """
 
 from __future__ import annotations
@@ -26,10 +26,20 @@ from qformat.training.settings import TrainingSettings
 
 
 class FakeTraining:
-    """A model with adapters, without memory, and micro-batches of it."""
+    """A model with adapters on fake tensors, which runs micro-batches without memory."""
 
     def __init__(self, tensors: ModelTensors, settings: TrainingSettings, *, trust_remote_code: bool = False) -> None:
-        """Build the model. Raises ArtifactError where tensors and config.json do not fit, UsageError as `train`."""
+        """Build the model.
+
+        Args:
+            tensors: Tensors of the model.
+            settings: Settings of the training.
+            trust_remote_code: Whether to run model code that comes with the model.
+
+        Raises:
+            ArtifactError: The tensors and config.json do not fit together.
+            UsageError: The settings do not fit the model.
+        """
         built = FakeModel.build(tensors, settings, trust_remote_code=trust_remote_code)
         self.model = built.model
         self.decodes_output = built.decodes_output
@@ -37,12 +47,12 @@ class FakeTraining:
 
     @property
     def base(self) -> PreTrainedModel:
-        """The model under the adapters."""
+        """The model without PEFT's wrapper."""
         return cast(PreTrainedModel, self.model.get_base_model())
 
     @property
     def n_layers(self) -> int:
-        """Decoder layers; 0 where they are not known, and the model is run as a whole."""
+        """Number of decoder layers. 0 if they cannot be found; then the whole model runs."""
         return len(self._layers)
 
     def micro_batch(
@@ -54,10 +64,21 @@ class FakeTraining:
         loss: Loss = "tiled",
         every_layer: bool = False,
     ) -> list[Segment]:
-        """Run forward and backward and return what happened, layer by layer, for all layers.
+        """Run the forward and backward pass and return the memory use of all layers.
 
-        settings: those that need no other model: gradient_checkpointing, packing, autocast, grad_accum.
-        every_layer: step over none. Raises UsageError for a model that does not run so.
+        Args:
+            settings: Settings of the run. Only gradient_checkpointing, packing, autocast and grad_accum may differ
+                from those that the model was built with.
+            batch_size: Rows of the micro-batch.
+            seq_len: Tokens of a row.
+            loss: "tiled" for trl's loss, "logits" for that of transformers.
+            every_layer: Whether to run every layer instead of skipping identical ones.
+
+        Returns:
+            The segments in order of time.
+
+        Raises:
+            UsageError: The model cannot be run on fake tensors.
         """
         chosen = set(range(self.n_layers)) if every_layer else self._representatives()
         try:
@@ -72,15 +93,15 @@ class FakeTraining:
             AttributeError,
             NotImplementedError,
         ) as problem:
-            if len(chosen) < self.n_layers:  # layers that need one another
+            if len(chosen) < self.n_layers:  # some architectures fail if layers are skipped
                 return self.micro_batch(settings, batch_size=batch_size, seq_len=seq_len, loss=loss, every_layer=True)
             first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             raise UsageError(
-                f"the memory of this model cannot be planned, since it does not run unloaded: {first}"
+                f"the memory of this model cannot be planned, because the model does not run on fake tensors: {first}"
             ) from (problem)
 
     def _representatives(self) -> set[int]:
-        """The first layer (its input may need no gradient), one of each kind, the last (no layer uses its output)."""
+        """Return the layers to run: the first (its input may need no gradient), the last, and one of each kind."""
         firsts = {kind: number for number, kind in reversed(list(enumerate(self._kinds))) if number > 0}
         return {0, *firsts.values(), self.n_layers - 1} if self._layers else set()
 
@@ -102,7 +123,7 @@ class FakeTraining:
                 base.enable_input_require_grads()  # type: ignore[no-untyped-call]
             for parameter in self.model.parameters():
                 parameter.grad = None
-                if parameter.requires_grad and settings.grad_accum > 1:  # the first micro-batch left them
+                if parameter.requires_grad and settings.grad_accum > 1:  # left by an earlier micro-batch
                     parameter.grad = torch.zeros_like(parameter)
                     meter.leave_out([parameter.grad])
             meter.leave_out([*self.model.parameters(), *self.model.buffers()])
@@ -148,7 +169,7 @@ class FakeTraining:
 
 @contextmanager
 def _unreported() -> Iterator[None]:
-    """Torch reports each operation that fails without memory with a page of text; the caller tells it in a line."""
+    """Silence torch, which logs a page of text for each operation that fails on fake tensors."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
     try:
@@ -158,7 +179,7 @@ def _unreported() -> Iterator[None]:
 
 
 def _inputs(settings: TrainingSettings, batch_size: int, seq_len: int) -> dict[str, Any]:
-    """As the collators make them. Rows of different lengths, and packed ones, need a mask."""
+    """Return the same inputs as the collators. Packed rows, and rows of different lengths, need a mask."""
     rows, length = (1, batch_size * seq_len) if settings.packing else (batch_size, seq_len)
     needs_mask = settings.packing or batch_size > 1
     return {
@@ -171,7 +192,7 @@ def _inputs(settings: TrainingSettings, batch_size: int, seq_len: int) -> dict[s
 
 @contextmanager
 def _stepping_over(layers: Sequence[nn.Module], chosen: set[int]) -> Iterator[None]:
-    """Let all but the chosen layers return what they get, in the form in which the first one returns it."""
+    """Skip all but the chosen layers. A skipped layer returns its input in the form of the first layer's output."""
     is_tuple: list[bool] = []
     handles = (
         [layers[0].register_forward_hook(lambda _m, _a, out: is_tuple.append(isinstance(out, tuple)))] if layers else []
@@ -195,7 +216,7 @@ def _stepping_over(layers: Sequence[nn.Module], chosen: set[int]) -> Iterator[No
 
 @contextmanager
 def _marking(layers: Sequence[nn.Module], chosen: set[int], meter: Meter) -> Iterator[None]:
-    """Begin a segment where a layer's forward begins, and where the gradient of its output is complete."""
+    """Begin a segment when the forward pass of a layer begins, and when the gradient of its output is complete."""
 
     def before(number: int) -> Callable[..., None]:
         return lambda *_: meter.mark("forward", number)

@@ -1,1 +1,1 @@
-"""AdamW whose states live in pages: layouts, pages and their device, updates."""
+"""AdamW with paged states: the layout of pages, their movement between host and device, and the updates."""

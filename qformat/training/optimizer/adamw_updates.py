@@ -1,11 +1,11 @@
-"""AdamW on parts of parameters, with the bits that torch gives for whole ones.
+"""AdamW updates of parts of parameters, bit-identical to torch's updates of complete parameters.
 
     p <- p (1 - lr wd)
     m <- m + (g - m)(1 - beta1)
     v <- v beta2 + g g (1 - beta2)
     p <- p - lr / (1 - beta1^t)  m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-No update allocates memory once it has begun to write: what it needs is in the workspace that it was given.
+An update allocates no memory after its first write. Its temporary values go into the workspace that the caller passes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,21 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 2**18
-"""Elements that an update of several operations takes at a time, a multiple of 256: they stay in the cache between
-operations. 200 million float32 parameters on two cores: 0.3 times the time of whole tensors."""
+"""Number of elements that an update of several operations processes at a time, a multiple of 256. A chunk stays in the
+CPU cache between operations: 200 million float32 parameters on two cores take 0.3 times as long as whole tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdamSettings:
-    """The numbers of a parameter group."""
+    """Hyperparameters of a parameter group.
+
+    Attributes:
+        lr: Learning rate.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: Number added to the denominator.
+        weight_decay: Decoupled weight decay.
+    """
 
     lr: float
     beta1: float
@@ -34,47 +42,69 @@ class AdamSettings:
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> AdamSettings:
-        """Read them from a group of `param_groups`, as schedulers left it."""
+        """Return the current hyperparameters of a group of `param_groups`, which schedulers may have changed."""
         beta1, beta2 = group["betas"]
         return cls(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
 
 
 @dataclass(slots=True)
 class Piece:
-    """Neighbouring elements of one parameter, in the order of memory; either all, in the parameter's shape, or [n]."""
+    """Consecutive elements of one parameter in memory order: all of them in the parameter's shape, or a part as [n].
+
+    Attributes:
+        param: Elements of the parameter.
+        grad: Elements of the gradient.
+        exp_avg: First moment.
+        exp_avg_sq: Second moment.
+        step: Number of steps including this one, float32 [].
+    """
 
     param: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    """Steps including this one, float32 []."""
 
 
 class Update(Protocol):
-    """A way to compute AdamW."""
+    """An implementation of AdamW."""
 
     steps_on_device: bool
-    """Whether step counts are read on the parameters' device, or by Python."""
+    """Whether step counts must be on the parameters' device. Otherwise Python reads them."""
 
     def workspace_nbytes(self, dtypes: set[torch.dtype]) -> int:
-        """Return how much device memory `apply` needs for parameters of these dtypes."""
+        """Return the bytes of device memory that `apply` needs for parameters of these dtypes."""
 
     def apply(self, pieces: Sequence[Piece], settings: AdamSettings, workspace: Tensor | None) -> None:
-        """Update parameters and states of one dtype each; `workspace` is uint8 [workspace_nbytes]."""
+        """Update parameters and states in place.
+
+        Args:
+            pieces: Pieces to update. Their states have the same format.
+            settings: Hyperparameters of the group.
+            workspace: Temporary memory on the device, uint8 [workspace_nbytes], or None if none is needed.
+        """
 
 
 class FusedUpdate:
-    """torch's fused kernel: the bits of torch.optim.AdamW(fused=True), which is the default of transformers."""
+    """Updates with torch's fused kernel.
+
+    The result is bit-identical to torch.optim.AdamW(fused=True), the default of transformers.
+    """
 
     steps_on_device = True
 
     def workspace_nbytes(self, dtypes: set[torch.dtype]) -> int:
-        """Return 0: one kernel does it all."""
+        """Return 0, because the kernel needs no temporary memory."""
         return 0
 
     def apply(self, pieces: Sequence[Piece], settings: AdamSettings, workspace: Tensor | None) -> None:
-        """Update all pieces with one call."""
+        """Update all pieces with one call.
+
+        Args:
+            pieces: Pieces to update. All parameters have one dtype, and all states have one dtype.
+            settings: Hyperparameters of the group.
+            workspace: Ignored.
+        """
         torch._fused_adamw_(
             [piece.param for piece in pieces],
             [piece.grad for piece in pieces],
@@ -93,20 +123,26 @@ class FusedUpdate:
 
 
 class SingleUpdate:
-    """One operation after the other: the bits of torch.optim.AdamW(foreach=False).
+    """Updates with one torch operation after the other, bit-identical to torch.optim.AdamW(foreach=False).
 
-    The operations of `torch.optim.adam._single_tensor_adam`, in its order and rounding, but with the denominator in the
-    workspace: that function allocates between writing the first moment and the parameter.
+    The operations, their order and their rounding are those of `torch.optim.adam._single_tensor_adam`. That function
+    allocates memory after it has written the first moment; here the denominator goes into the workspace.
     """
 
     steps_on_device = False
 
     def workspace_nbytes(self, dtypes: set[torch.dtype]) -> int:
-        """Return the size of one chunk."""
+        """Return the size of one chunk in bytes."""
         return CHUNK_SIZE * max(dtype.itemsize for dtype in dtypes)
 
     def apply(self, pieces: Sequence[Piece], settings: AdamSettings, workspace: Tensor | None) -> None:
-        """Update piece by piece, chunk by chunk."""
+        """Update piece by piece and chunk by chunk.
+
+        Args:
+            pieces: Pieces to update. All parameters have one dtype, and all states have one dtype.
+            settings: Hyperparameters of the group.
+            workspace: Temporary memory on the device, uint8 [workspace_nbytes].
+        """
         assert workspace is not None
         for piece in pieces:
             t = piece.step.item()
@@ -125,14 +161,14 @@ class SingleUpdate:
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
-    """Return a dense tensor as [numel] in the order of its memory, sharing it."""
+    """Return a view [numel] of a dense tensor in memory order."""
     if tensor.is_contiguous():
         return tensor.view(-1)
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def chunks(piece: Piece) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Return parameter, gradient and float moments in chunks of at most `CHUNK_SIZE` elements, each [n]."""
+    """Return parameter, gradient and float moments in chunks of at most `CHUNK_SIZE` elements, as views [n]."""
     p, g, m, v = (in_memory_order(x) for x in (piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq))
     if p.numel() <= CHUNK_SIZE:
         return [(p, g, m, v)]

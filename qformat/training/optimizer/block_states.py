@@ -1,4 +1,11 @@
-"""Moments in blocks of 8-bit codes: decode to float32, encode back. Block: 256 codes, then absmax as float32."""
+"""Encodes and decodes moments in blocks of 8-bit codes.
+
+A block is 260 bytes, uint8 [n_blocks, 260] for a moment:
+
+    ┌──────────────────────────────────────────┬────────────┐
+    │ 256 codes, uint8, one for each element   │ absmax f32 │      value[i] = map[code[i]] * absmax
+    └──────────────────────────────────────────┴────────────┘
+"""
 
 from __future__ import annotations
 
@@ -11,31 +18,44 @@ from qformat.training.optimizer.dynamic_map import decoding_table, encoding_tabl
 from qformat.training.optimizer.page_layout import BLOCK_SIZE
 
 SMALLEST_ABSMAX = torch.finfo(torch.float32).tiny
-"""Blocks are divided by no less than this: a block of zeros stays one."""
+"""Smallest divisor of a block, so that a block of zeros stays a block of zeros."""
 
 
 def codes_of(blocks: Tensor) -> Tensor:
-    """Return the codes of blocks uint8 [n, 260] as uint8 [n, 256], in the same memory."""
+    """Return the codes of blocks, uint8 [n, 260], as a view uint8 [n, 256]."""
     return blocks[:, :BLOCK_SIZE]
 
 
 def absmax_of(blocks: Tensor) -> Tensor:
-    """Return the scales of blocks uint8 [n, 260] as float32 [n, 1], in the same memory."""
+    """Return the absmax values of blocks, uint8 [n, 260], as a view float32 [n, 1]."""
     return blocks[:, BLOCK_SIZE:].view(torch.float32)
 
 
 def decode_blocks(blocks: Tensor, out: Tensor, indices: Tensor, *, signed: bool) -> None:
-    """Decode uint8 [n, 260] to float32 `out` [n, 256]: map[code] * absmax. `indices`, int32 [n, 256], is scratch."""
+    """Decode blocks: map[code] * absmax.
+
+    Args:
+        blocks: Blocks to decode, uint8 [n, 260].
+        out: Receives the values, float32 [n, 256].
+        indices: Temporary memory, int32 [n, 256].
+        signed: Whether the blocks hold a first moment (signed map) or a second moment (unsigned map).
+    """
     indices.copy_(codes_of(blocks))
     torch.index_select(decoding_table(out.device, signed=signed), 0, indices.view(-1), out=out.view(-1))
     out.mul_(absmax_of(blocks))
 
 
 def encode_blocks(values: Tensor, blocks: Tensor, scratch: EncodingScratch, *, signed: bool) -> None:
-    """Encode float32 `values` [n, 256] into uint8 `blocks` [n, 260], which are written at the end.
+    """Encode blocks: the code is that of the map's value nearest to value / absmax.
 
-    The code is that of the value of the map nearest to value / absmax; a positive second moment never becomes zero.
-    A NaN makes the block NaN, and so does an infinity, as 32-bit states would carry them on.
+    A positive second moment never becomes zero. NaN or Inf makes the whole block NaN, because 32-bit states would keep
+    such values as well.
+
+    Args:
+        values: Values to encode, float32 [n, 256].
+        blocks: Receives the blocks, uint8 [n, 260]. Written after all other operations.
+        scratch: Temporary memory for at least n blocks.
+        signed: Whether the values are a first moment (signed map) or a second moment (unsigned map).
     """
     n = values.shape[0]
     ratios, borders = scratch.ratios[:n], scratch.borders[:n]
@@ -57,29 +77,40 @@ def encode_blocks(values: Tensor, blocks: Tensor, scratch: EncodingScratch, *, s
 
 @dataclass(frozen=True, slots=True)
 class EncodingScratch:
-    """Memory that encoding works in, for as many blocks as the arrays have rows."""
+    """Temporary memory to encode up to n blocks.
+
+    Attributes:
+        ratios: Values divided by the absmax of their block, float32 [n, 256].
+        borders: Upper border of the candidate code of each ratio, float32 [n, 256].
+        indices: Upper 16 bits of each ratio, then whether it is above its border, int32 [n, 256].
+        codes: Codes, int32 [n, 256].
+        absmax: Largest absolute value of each block, float32 [n, 1].
+        divisors: The same, at least `SMALLEST_ABSMAX`, float32 [n, 1].
+    """
 
     ratios: Tensor
-    """float32 [n, 256]"""
     borders: Tensor
-    """float32 [n, 256]"""
     indices: Tensor
-    """int32 [n, 256]"""
     codes: Tensor
-    """int32 [n, 256]"""
     absmax: Tensor
-    """float32 [n, 1]"""
     divisors: Tensor
-    """float32 [n, 1]"""
 
     @staticmethod
     def nbytes(n_blocks: int) -> int:
-        """Return how much memory `take` needs."""
+        """Return the bytes that `take` needs for a number of blocks."""
         return n_blocks * 4 * (4 * BLOCK_SIZE + 2)
 
     @classmethod
     def take(cls, memory: Tensor, n_blocks: int) -> EncodingScratch:
-        """Lay the arrays out in uint8 [at least nbytes(n_blocks)]."""
+        """Divide a piece of memory into the arrays.
+
+        Args:
+            memory: Memory to use, uint8 [at least nbytes(n_blocks)].
+            n_blocks: Largest number of blocks to encode at a time.
+
+        Returns:
+            The arrays, as views of the memory.
+        """
         sizes = [4 * BLOCK_SIZE * n_blocks] * 4 + [4 * n_blocks] * 2
         parts = torch.split(memory[: sum(sizes)], sizes)
         dtypes = [torch.float32, torch.float32, torch.int32, torch.int32, torch.float32, torch.float32]

@@ -1,7 +1,7 @@
-"""AdamW in float32 arithmetic whatever the parameter's dtype, on states of 8-bit blocks or float32.
+"""AdamW updates on 8-bit states, in float32 arithmetic for parameters of any dtype.
 
-A chunk's states are decoded into the workspace, the update is computed there, and only then are parameter and states
-written: a chunk is updated as a whole or not at all.
+The states of a chunk are decoded into the workspace, where the update is computed. The parameter and the states are
+written afterwards.
 """
 
 from __future__ import annotations
@@ -16,28 +16,35 @@ from qformat.training.optimizer.block_states import EncodingScratch, decode_bloc
 from qformat.training.optimizer.page_layout import BLOCK_SIZE
 
 MIN_BLOCK_STATES_SIZE = 4096
-"""Parameters of fewer elements keep float32 states, as in bitsandbytes: norms and biases are few and sensitive."""
+"""Parameters with fewer elements keep float32 states, as in bitsandbytes, because norms and biases are small and
+sensitive."""
 
 N_ROWS = 4
-"""Float32 values of a chunk: first moment, second moment, gradient and parameter."""
+"""Number of float32 rows in the workspace: first moment, second moment, gradient and parameter of a chunk."""
 
 
 class EightBitUpdate:
-    """8-bit states. The step itself is that of 32-bit states; between steps each moment is rounded to its blocks.
+    """Updates 8-bit states. A step is the same as with 32-bit states; between steps each moment is rounded to 8 bits.
 
-    One rounding moves an element by no more than `dynamic_map.HALF_STEP_SIGNED` (first moment) or `HALF_STEP_UNSIGNED`
-    (second) times the absmax of its block. The first moment forgets by beta1 a step, so that it is never further from
-    that of 32-bit states than this bound, at the largest absmax so far, times 1 / (1 - beta1).
+    One rounding changes an element by at most `dynamic_map.HALF_STEP_SIGNED` (first moment) or `HALF_STEP_UNSIGNED`
+    (second moment) times the absmax of its block. The first moment decays by beta1 per step. Its distance to that of
+    32-bit states therefore never exceeds this bound, at the largest absmax so far, times 1 / (1 - beta1).
     """
 
     steps_on_device = False
 
     def workspace_nbytes(self, dtypes: set[torch.dtype]) -> int:
-        """Return the size of one chunk's values and of the scratch to encode them."""
+        """Return the bytes for the values of one chunk and for the scratch memory to encode them."""
         return N_ROWS * 4 * CHUNK_SIZE + EncodingScratch.nbytes(CHUNK_SIZE // BLOCK_SIZE)
 
     def apply(self, pieces: Sequence[Piece], settings: AdamSettings, workspace: Tensor | None) -> None:
-        """Update piece by piece, chunk by chunk."""
+        """Update piece by piece and chunk by chunk.
+
+        Args:
+            pieces: Pieces to update. Their states are 8-bit blocks, or float32 for small parameters.
+            settings: Hyperparameters of the group.
+            workspace: Temporary memory on the device, uint8 [workspace_nbytes].
+        """
         assert workspace is not None
         rows = workspace[: N_ROWS * 4 * CHUNK_SIZE].view(torch.float32).view(N_ROWS, CHUNK_SIZE)
         scratch = EncodingScratch.take(workspace[N_ROWS * 4 * CHUNK_SIZE :], CHUNK_SIZE // BLOCK_SIZE)
@@ -55,7 +62,7 @@ class EightBitUpdate:
 
 
 def in_blocks(state: Tensor) -> bool:
-    """Return whether a state is uint8 [n_blocks, 260] rather than float32."""
+    """Return whether a state is in 8-bit blocks, uint8 [n_blocks, 260], rather than in float32."""
     return state.dtype == torch.uint8
 
 
@@ -68,7 +75,7 @@ def _update_chunk(
     rows: Tensor,
     scratch: EncodingScratch,
 ) -> None:
-    """Update `param` [n] and its states, float32 [n] or uint8 [n_blocks, 260]."""
+    """Update `param` [n] and its states, which are float32 [n] or uint8 [n_blocks, 260]."""
     n = param.numel()
     n_blocks = -(-n // BLOCK_SIZE)
     blocks = rows[:2, : n_blocks * BLOCK_SIZE].view(2, n_blocks, BLOCK_SIZE)
@@ -82,7 +89,7 @@ def _update_chunk(
     p.copy_(param)
     m.lerp_(g, 1 - settings.beta1)
     v.mul_(settings.beta2).addcmul_(g, g, value=1 - settings.beta2)
-    denominator = torch.sqrt(v, out=g)  # The gradient is spent.
+    denominator = torch.sqrt(v, out=g)  # the gradient is no longer needed
     denominator.div_((1 - settings.beta2**t) ** 0.5).add_(settings.eps)
     p.mul_(1 - settings.lr * settings.weight_decay)
     p.addcdiv_(m, denominator, value=-settings.lr / (1 - settings.beta1**t))

@@ -1,13 +1,19 @@
-"""Pages of optimizer states: at home in host memory, some resident on the device, the others streamed through a ring.
+"""Stores pages of optimizer states in host memory, keeps some resident on the device and streams the others.
 
-    home (host, pinned)     [ 0 ][ 1 ][ 2 ][ 3 ][ 4 ][ 5 ][ 6 ] ...
-    resident (device)       [ 0   1   2 ]                              the first pages, as many as the budget holds
-    ring (device)                          3 leaves, 4 is updated, 5 arrives
+    device   ┌─ resident set ────┐   ┌─ ring of three buffers ─────────────────────────┐
+             │ page 0   page 1   │   │   page 2          page 3           page 4       │
+             │ page budget       │   │   leaving         being updated    arriving     │
+             └───────────────────┘   └─────┼──────────────────────────────────▲────────┘
+                                           │ copy out                 copy in │
+    host                             ┌─────▼──────────────────────────────────┼────────┐
+    (pinned)                         │   page 2          page 3           page 4   ... │
+                                     └─────────────────────────────────────────────────┘
 
-A step is a cyclic sweep over all pages: a least-recently-used cache would evict each page just before its turn and
-never hit, so the resident set is fixed. Only what does not stay resident has a home, until everything is paged out.
+The resident set is the first pages, as many as the budget holds. It does not change between steps: every step sweeps
+over all pages in the same order, so a least-recently-used cache would evict each page just before its use and never
+hit. Resident pages need no host memory until they are paged out.
 
-All memory that a step needs is allocated before its first update: an allocation that fails changes nothing.
+All memory of a step is allocated before its first update, so a failed allocation changes no state.
 """
 
 from __future__ import annotations
@@ -22,35 +28,49 @@ from torch import Tensor
 from qformat.training.optimizer.page_device import Copy, PageDevice
 
 RING_PAGES = 3
-"""One page arrives and one leaves while a third is updated."""
+"""Number of streaming buffers: one page arrives and one leaves while a third is updated."""
 
 Budget = int | Literal["auto"]
-"""Bytes of the device that pages may hold between steps; "auto": what the device has to spare."""
+"""Bytes of device memory for resident pages. "auto": as much as was free at the peak of memory use."""
 
 
 @dataclass(frozen=True, slots=True)
 class PagingStatistics:
-    """What paging did since the optimizer was made. Saving and loading states is not counted."""
+    """Counts of paging since the optimizer was created. Saving and loading states does not count.
+
+    Attributes:
+        pages: Number of pages.
+        page_nbytes: Size of a page in bytes.
+        resident: Number of pages that are on the device now.
+        hits: Number of updates of a resident page.
+        misses: Number of updates of a streamed page, which was copied in and out.
+        nbytes_to_device: Bytes copied to the device.
+        nbytes_to_host: Bytes copied to host memory.
+        stalls: Number of updates that were queued while their page was still arriving.
+        evictions: Number of pages that left the resident set, by `page_out` or because an allocation failed.
+    """
 
     pages: int
     page_nbytes: int
     resident: int
-    """Pages that are on the device now."""
     hits: int
-    """Updates of a page that was resident."""
     misses: int
-    """Updates of a page that was copied in and out for it."""
     nbytes_to_device: int
     nbytes_to_host: int
     stalls: int
-    """Updates that were queued while the page they need was still arriving."""
     evictions: int
-    """Pages that left the resident set, by `page_out` or because an allocation failed."""
 
 
 @dataclass(eq=False)
 class Window:
-    """Bytes [start, stop) of the address space on the device: `memory` is uint8 [2, stop - start], one row a moment."""
+    """A range of the address space that is on the device.
+
+    Attributes:
+        start: First byte of the range.
+        stop: First byte after the range.
+        memory: Device memory of the range, uint8 [2, stop - start], one row per moment.
+        resident: Whether the window belongs to the resident set.
+    """
 
     start: int
     stop: int
@@ -60,14 +80,25 @@ class Window:
 
 @dataclass(slots=True)
 class Reservation:
-    """The memory of one step besides the resident pages."""
+    """Device memory of one step, apart from the resident pages.
+
+    Attributes:
+        ring: Buffers for streamed pages, uint8 [2, n] each.
+        workspace: Temporary memory of the update, uint8 [n], or None.
+    """
 
     ring: list[Tensor] = field(default_factory=list)
     workspace: Tensor | None = None
 
 
 class PageStore:
-    """Memory of all pages, and their movements. A page is either resident or valid in its home."""
+    """Memory of all pages, and their movement. The valid copy of a page is either resident or in host memory.
+
+    Args:
+        device: Allocates and copies pages.
+        page_nbytes: Size of a page in bytes.
+        budget: Bytes of device memory for resident pages, or "auto".
+    """
 
     def __init__(self, device: PageDevice, page_nbytes: int, budget: Budget) -> None:
         self._device = device
@@ -83,7 +114,7 @@ class PageStore:
         self._pages_in = self._pages_out = 0
 
     def grow(self, n_pages: int) -> None:
-        """Add pages of zeros up to a number of pages; their memory comes with the next step."""
+        """Add pages of zeros up to a total number of pages. The next step allocates their memory."""
         self._homes += [None] * (n_pages - len(self._homes))
 
     def statistics(self) -> PagingStatistics:
@@ -101,9 +132,17 @@ class PageStore:
         )
 
     def reserve(self, pages: Sequence[int], workspace_nbytes: int) -> Reservation:
-        """Allocate all that a sweep over some pages needs; fewer pages stay resident where memory is short.
+        """Allocate the memory for a sweep. If device memory is short, fewer pages stay resident.
 
-        Raises torch.OutOfMemoryError if not even one page fits beside the workspace; no state is lost then.
+        Args:
+            pages: Numbers of the pages to sweep over, ascending.
+            workspace_nbytes: Size of the workspace in bytes.
+
+        Returns:
+            The memory, to be passed to `sweep` and `release`.
+
+        Raises:
+            torch.OutOfMemoryError: Not even one page fits beside the workspace. No state is lost.
         """
         self._bring_in()
         reservation = Reservation()
@@ -117,7 +156,7 @@ class PageStore:
                 try:
                     reservation.ring.append(self._device.allocate(self._page_nbytes).view(2, -1))
                 except torch.OutOfMemoryError:
-                    break  # A shorter ring is slower, and correct.
+                    break  # a shorter ring is slower but correct
             for page in range(self._n_resident, len(self._homes)):
                 self._home(page)
         except BaseException:
@@ -126,7 +165,7 @@ class PageStore:
         return reservation
 
     def release(self, reservation: Reservation) -> None:
-        """Give the memory of a step back."""
+        """Release the memory of a step."""
         for page in reservation.ring:
             self._device.release(page)
         reservation.ring.clear()
@@ -135,9 +174,17 @@ class PageStore:
             reservation.workspace = None
 
     def sweep(self, pages: Sequence[int], reservation: Reservation) -> Iterator[Window]:
-        """Yield windows that cover some pages, given in order. What is written to one is kept once the next is taken.
+        """Yield the pages on the device for an update, with resident pages first and streamed pages after.
 
-        While a page is updated, the next ones arrive in the ring and the one before leaves it.
+        While one page is updated, the next ones arrive in the ring and the previous one leaves it. Changes to a window
+        are saved when the caller takes the next window.
+
+        Args:
+            pages: Numbers of the pages to update, ascending.
+            reservation: Memory from `reserve` for the same pages.
+
+        Yields:
+            Windows that cover all the pages. A resident window may cover more pages.
         """
         resident_pages = [page for page in pages if page < self._n_resident]
         ring, streamed = reservation.ring, pages[len(resident_pages) :]
@@ -170,13 +217,13 @@ class PageStore:
                 leaving[slot] = self._device.copy_out(ring[slot], self._home(page))
                 self._pages_out += 1
         finally:
-            # The ring is given back after this, and the next sweep reads the homes.
+            # Afterwards the caller releases the ring, and the next sweep reads the host pages.
             for copy in arriving + leaving:
                 if copy is not None:
                     self._device.wait(copy)
 
     def page_out(self) -> None:
-        """Move every resident page to its home; the next step brings them back, as many as fit by then."""
+        """Move all resident pages to host memory. The next step brings back as many as fit then."""
         while self._residents:
             self._evict_last()
         self._failed_pages = self._spare_pages = None
@@ -184,7 +231,7 @@ class PageStore:
             self._device.forget_peak()
 
     def discard(self) -> None:
-        """Give the resident pages back, and all states up."""
+        """Discard all states and release the resident pages."""
         self._device.drain()
         while self._residents:
             self._device.release(self._residents.pop().memory)
@@ -192,7 +239,13 @@ class PageStore:
         self._n_resident = 0
 
     def read(self, row: int, start: int, out: Tensor) -> None:
-        """Copy bytes from `start` of a moment's address space to uint8 `out` [n] in host memory."""
+        """Copy bytes of a moment's address space to host memory.
+
+        Args:
+            row: Row of the moment, 0 or 1.
+            start: First byte in the address space.
+            out: Receives the bytes, uint8 [n] in host memory.
+        """
         self._device.drain()
         for memory, offset, nbytes in self._stretches(row, start, out.numel()):
             target = out[offset : offset + nbytes]
@@ -202,7 +255,13 @@ class PageStore:
                 target.copy_(memory)
 
     def write(self, row: int, start: int, data: Tensor) -> None:
-        """Copy uint8 `data` [n] to bytes from `start` of a moment's address space. The pages must be at home."""
+        """Copy bytes from host memory into a moment's address space. The pages must not be resident.
+
+        Args:
+            row: Row of the moment, 0 or 1.
+            start: First byte in the address space.
+            data: Bytes to write, uint8 [n] in host memory.
+        """
         self._device.drain()
         for page in range(start // self._row_nbytes, -(-(start + data.numel()) // self._row_nbytes)):
             assert page >= self._n_resident
@@ -212,7 +271,7 @@ class PageStore:
             memory.copy_(data[offset : offset + nbytes])
 
     def _stretches(self, row: int, start: int, nbytes: int) -> Iterator[tuple[Tensor | None, int, int]]:
-        """Yield memory, one page or less at a time, with its offset from `start` and size; None: not yet allocated."""
+        """Yield memory of at most one page at a time (None if not allocated), its offset from `start`, and its size."""
         position = start
         while position < start + nbytes:
             page = position // self._row_nbytes
@@ -231,34 +290,34 @@ class PageStore:
             position = stop
 
     def _home(self, page: int) -> Tensor:
-        """Return the home of a page, uint8 [2, row], zeros if it had none."""
+        """Return the host memory of a page, uint8 [2, row]. Allocate zeros if it has none."""
         home = self._homes[page]
         if home is None:
             home = self._homes[page] = self._device.host_page(self._page_nbytes)
         return home
 
     def _target_pages(self) -> int:
-        """Return how many pages the budget, and what an earlier allocation ran into, let stay on the device."""
+        """Return how many pages may be resident, by the budget and by earlier failed allocations."""
         allowed = len(self._homes)
         if self._budget != "auto":
             allowed = min(allowed, self._budget // self._page_nbytes)
         elif self._spare_pages is not None:
             allowed = min(allowed, self._spare_pages)
         elif (spare := self._device.spare_nbytes()) is not None:
-            # Measured once, while no page is resident: later peaks would count the pages themselves.
+            # Measure once, while no page is resident. Later peaks would include the pages themselves.
             self._spare_pages = spare // self._page_nbytes
             allowed = min(allowed, self._spare_pages)
         return allowed if self._failed_pages is None else min(allowed, self._failed_pages)
 
     def _bring_in(self) -> None:
-        """Extend the resident set to its target, in one piece of memory: a parameter within it is one view."""
+        """Extend the resident set to its target, in one piece of memory, so that one view covers a parameter."""
         n_pages = missing = self._target_pages() - self._n_resident
         while n_pages > 0:
             try:
                 memory = self._device.allocate(n_pages * self._page_nbytes).view(2, -1)
                 break
             except torch.OutOfMemoryError:
-                # Half, and no more after that: who took the memory will need some of the rest.
+                # Try half, and do not extend further: other users of the memory need some of the rest.
                 n_pages //= 2
         if n_pages < missing:
             self._failed_pages = self._n_resident + max(0, n_pages)
@@ -280,7 +339,7 @@ class PageStore:
         self._n_resident += n_pages
 
     def _evict_last(self) -> None:
-        """Move the youngest piece of the resident set to its homes."""
+        """Move the most recently added piece of the resident set to host memory."""
         window = self._residents[-1]
         first = window.start // self._row_nbytes
         homes = [self._home(page) for page in range(first, self._n_resident)]
@@ -298,7 +357,7 @@ class PageStore:
         return window.memory[:, offset : offset + self._row_nbytes]
 
     def _allocate_or_evict(self, nbytes: int) -> Tensor:
-        """Return memory of the device, uint8 [nbytes], at the expense of resident pages if need be."""
+        """Return device memory, uint8 [nbytes]. Evict resident pages if necessary."""
         while True:
             try:
                 return self._device.allocate(nbytes)

@@ -1,4 +1,17 @@
-"""AdamW whose states live in pages (design section 6)."""
+"""AdamW with paged optimizer states.
+
+    step()
+      │  gather     parameters that have a gradient; new ones get zeros as states     placed_states, page_layout
+      │  reserve    workspace and ring of three buffers, before any update            page_store
+      ▼
+    sweep           resident pages │ streamed pages, three at a time                  page_store, page_device
+      │             ┌──────┬──────┐│┌──────┬──────┬──────┬──────┐
+      │             │  0   │  1   │││  2   │  3   │  4   │ ...  │
+      ▼             └──────┴──────┘│└──────┴──────┴──────┴──────┘
+    update          every piece of a parameter in the window                          adamw_updates, eight_bit_update
+
+`page_store` draws the pages, the resident set and the three streaming buffers.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +42,20 @@ from qformat.training.optimizer.state_formats import BlockStates, FloatStates, S
 UpdateName = Literal["fused", "single"]
 
 PAGE_NBYTES = 4 * 2**20
-"""Copies of this size reach the bandwidth of PCIe, and three of them are little beside any budget."""
+"""Default page size. Copies of this size reach the bandwidth of PCIe, and three buffers take little memory."""
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW with its states in host memory and a budget of device memory to use them in.
+    """torch.optim.AdamW with states in host memory and a budget of device memory.
 
-    With 32-bit states (in the parameter's dtype, as in torch), parameters and states are bit for bit those of
-    torch.optim.AdamW(fused=True) with `update="fused"`, of AdamW(foreach=False) with `update="single"`, whatever the
-    budget. With 8-bit states (`EightBitUpdate`) a state takes 1.016 bytes an element.
+    With 32-bit states (in the parameter's dtype, as in torch), parameters and states are bit-identical to those of
+    torch.optim.AdamW, for every budget: to AdamW(fused=True) with `update="fused"`, and to AdamW(foreach=False) with
+    `update="single"`. With 8-bit states (`EightBitUpdate`), a moment takes 1.016 bytes per element.
 
-    All parameters are dense floating-point tensors on one device. A parameter has states from its first gradient on.
+    All parameters must be dense floating-point tensors on one device. A parameter gets its states with its first
+    gradient.
     """
 
     def __init__(
@@ -58,12 +72,23 @@ class PagedAdamW(torch.optim.Optimizer):
         page_nbytes: int = PAGE_NBYTES,
         device: PageDevice | None = None,
     ) -> None:
-        """Take parameters or groups as torch.optim.AdamW does.
+        """Create the optimizer for parameters or parameter groups, as torch.optim.AdamW does.
 
-        `page_budget`: bytes of the device that pages may hold between steps; during a step the ring of three pages and
-        a workspace of a few MiB come on top. "auto": what the first step finds unused at the peak of memory so far.
-        `page_nbytes` is rounded down to a multiple of 8320 (`PAGE_GRAIN_NBYTES`). `update` is that of 32-bit states.
-        `device` replaces the way to the parameters' device. Raises UsageError.
+        Args:
+            params: Parameters or parameter groups to train.
+            lr: Learning rate.
+            betas: Decay rates of the two moments.
+            eps: Number added to the denominator.
+            weight_decay: Decoupled weight decay.
+            state_bits: 32 for states in the parameter's dtype, 8 for 8-bit blocks.
+            update: Implementation for 32-bit states, "fused" or "single". Ignored for 8-bit states.
+            page_budget: Bytes of device memory for pages between steps. A step needs three more pages and a workspace
+                of a few MiB. "auto": the memory that the first step finds unused at the peak so far.
+            page_nbytes: Size of a page in bytes, rounded down to a multiple of 8320 (`PAGE_GRAIN_NBYTES`).
+            device: Allocates and copies pages. Defaults to the implementation for the parameters' device.
+
+        Raises:
+            UsageError: An argument is out of range, or a parameter cannot be updated.
         """
         if state_bits not in (8, 32):
             raise UsageError(f"state_bits is {state_bits!r}, expected 8 or 32")
@@ -79,7 +104,7 @@ class PagedAdamW(torch.optim.Optimizer):
         if state_bits == 8:
             self._update = EightBitUpdate()
         self._param_device: torch.device | None = None
-        # The settings of torch.optim.AdamW that are not ours keep their names, so that each loads the other's groups.
+        # Include the other settings of torch.optim.AdamW, so that each optimizer can load the groups of the other.
         others = {"amsgrad": False, "maximize": False, "capturable": False, "differentiable": False}
         ours = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, ours | others | _path(update) | {"decoupled_weight_decay": True})
@@ -91,11 +116,15 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @property
     def page_device(self) -> PageDevice:
-        """The device that the pages are used on."""
+        """Device that allocates and copies the pages."""
         return self._pages
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does. Raises UsageError for what this optimizer cannot update."""
+        """Add a parameter group, as torch does.
+
+        Raises:
+            UsageError: The group has settings or parameters that this optimizer does not support.
+        """
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -110,10 +139,11 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient. Return the loss if a closure computes it.
 
-        Raises torch.OutOfMemoryError if one page does not fit on the device: then nothing was updated, and the step may
-        be taken again.
+        Raises:
+            torch.OutOfMemoryError: Not even one page fits on the device. Nothing was updated, so the step can be
+                repeated.
         """
         loss = None
         if closure is not None:
@@ -128,18 +158,19 @@ class PagedAdamW(torch.optim.Optimizer):
         return loss
 
     def page_out(self) -> None:
-        """Move all states to host memory now. The next step brings back what its budget holds."""
+        """Move all states to host memory. The next step brings back as many pages as the budget holds."""
         self._store.page_out()
 
     def paging_statistics(self) -> PagingStatistics:
-        """Return what was moved so far. Counts start anew when states are loaded."""
+        """Return the counts of paging so far. Loading states resets them."""
         return self._store.statistics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy in host memory: torch.optim.AdamW's own form for 32-bit states, which it loads.
+        """Return a copy of the states and groups in host memory.
 
-        8-bit states are `exp_avg_codes`, uint8 in the parameter's shape, `exp_avg_absmax`, float32 [n_blocks], and the
-        same of `exp_avg_sq`; blocks are 256 elements in the order of the parameter's memory.
+        32-bit states have the format of torch.optim.AdamW, which can load them. 8-bit states are `exp_avg_codes`, uint8
+        in the parameter's shape, and `exp_avg_absmax`, float32 [n_blocks], and the same for `exp_avg_sq`. A block is
+        256 elements in the memory order of the parameter.
         """
         saved = super().state_dict()
         saved["state"] = {
@@ -151,20 +182,21 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over states and groups saved by this optimizer or by torch.optim.AdamW; all states are paged out then.
+        """Load states and groups saved by this optimizer or by torch.optim.AdamW. All states are paged out afterwards.
 
-        Raises UsageError, before anything is changed, if states do not fit the parameters or `state_bits`.
+        Raises:
+            UsageError: The states do not fit the parameters or `state_bits`. Nothing was changed.
         """
         groups, states = state_dict["param_groups"], state_dict["state"]
         if any(group.get("amsgrad") or group.get("maximize") for group in groups):
-            raise UsageError("PagedAdamW has neither amsgrad nor maximize, and the saved groups ask for them")
+            raise UsageError("PagedAdamW does not support amsgrad and maximize, which the saved groups use")
         numbers = [number for group in groups for number in group["params"]]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-            raise UsageError("the saved parameter groups have other sizes than those of this optimizer")
+            raise UsageError("the saved parameter groups and those of this optimizer have different sizes")
         loaded = {param: states[n] for n, param in zip(numbers, self._parameters(), strict=True) if n in states}
         for number, (param, state) in enumerate(loaded.items()):
             check_saved(state, number, param, self._format_of(param))
-        # Without the moments: torch would move them all to the parameters' device.
+        # Leave out the moments, because torch would move all of them to the parameters' device.
         steps = {number: {"step": state["step"]} for number, state in states.items()}
         super().load_state_dict({"state": steps, "param_groups": groups})
         for group in self.param_groups:
@@ -178,11 +210,15 @@ class PagedAdamW(torch.optim.Optimizer):
             write_states(self._store, param, placed.format, placed.span, state)
 
     def __getstate__(self) -> NoReturn:
-        """Refuse to be pickled or copied: pages belong to a device. Raises UsageError."""
-        raise UsageError("PagedAdamW cannot be pickled or copied; save its state_dict()")
+        """Prevent pickling and copying, because pages belong to a device.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError("PagedAdamW cannot be pickled or copied. Save its state_dict() instead")
 
     def _parameters(self) -> list[Tensor]:
-        """Return all parameters in the order in which torch numbers them."""
+        """Return all parameters in torch's order of numbering."""
         return [param for group in self.param_groups for param in group["params"]]
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -194,20 +230,24 @@ class PagedAdamW(torch.optim.Optimizer):
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
             raise UsageError(f"betas are {group['betas']!r}, expected numbers in [0, 1)")
         if group.get("amsgrad") or group.get("maximize"):
-            raise UsageError("PagedAdamW has neither amsgrad nor maximize")
+            raise UsageError("PagedAdamW does not support amsgrad and maximize")
         dtypes = FLOAT_DTYPES if self._state_bits == 8 else (*FLOAT_DTYPES, torch.float64)
         for number, param in enumerate(group["params"]):
-            title = f"parameter {number} of a group, of shape {tuple(param.shape)},"
+            title = f"parameter {number} of a group, shape {tuple(param.shape)}:"
             if self._param_device is None:
                 self._param_device = param.device
             if param.device != self._param_device:
                 raise UsageError(
-                    f"{title} is on {param.device}, and others on {self._param_device}: one optimizer each"
+                    f"{title} is on {param.device}, but other parameters are on {self._param_device}. "
+                    "Use one optimizer per device"
                 )
             if param.dtype not in dtypes:
-                raise UsageError(f"{title} is {param.dtype}, expected one of {', '.join(map(str, dtypes))}")
+                raise UsageError(
+                    f"{title} dtype is not supported (found {param.dtype}, expected one of "
+                    f"{', '.join(map(str, dtypes))})"
+                )
             if torch.empty_like(param, device="meta").stride() != param.stride():
-                raise UsageError(f"{title} has strides {param.stride()}, which leave gaps or overlap")
+                raise UsageError(f"{title} has gaps or overlaps in memory (strides {param.stride()})")
 
     def _format_of(self, param: Tensor) -> StateFormat:
         if self._state_bits == 32:
@@ -224,7 +264,7 @@ class PagedAdamW(torch.optim.Optimizer):
         return {"step": placed.step.clone()} | states
 
     def _place(self, params: list[Tensor]) -> None:
-        """Give parameters zeros as states."""
+        """Create states of zeros for parameters."""
         on_device = self._update.steps_on_device
         steps = [torch.zeros((), dtype=torch.float32, device=p.device if on_device else None) for p in params]
         self._placed.place(params, [self._format_of(param) for param in params], steps)
@@ -233,7 +273,7 @@ class PagedAdamW(torch.optim.Optimizer):
             self.state[param]["step"] = step
 
     def _gather_work(self) -> list[PlacedParameter]:
-        """Return the parameters that have gradients, with them; place those that come for the first time."""
+        """Return the parameters that have a gradient. Create states for those that had none before."""
         with_grad = [
             (param, number)
             for number, group in enumerate(self.param_groups)
@@ -255,7 +295,7 @@ class PagedAdamW(torch.optim.Optimizer):
         workspace_nbytes = self._update.workspace_nbytes({placed.param.dtype for placed in work})
         reservation = self._store.reserve(pages, workspace_nbytes)
         try:
-            # From here on nothing is allocated on the device.
+            # Nothing is allocated on the device from here on.
             torch._foreach_add_([placed.step for placed in work], 1)
             settings = [AdamSettings.of(group) for group in self.param_groups]
             for window in self._store.sweep(pages, reservation):
@@ -280,16 +320,16 @@ class PagedAdamW(torch.optim.Optimizer):
 
 
 def _path(update: UpdateName) -> dict[str, bool | None]:
-    """Return the settings with which torch.optim.AdamW takes the same path, for groups that it loads."""
+    """Return the settings with which torch.optim.AdamW uses the same implementation, for groups that it loads."""
     return {"foreach": None, "fused": True} if update == "fused" else {"foreach": False, "fused": None}
 
 
 def _matching_grad(param: Tensor) -> Tensor:
-    """Return the gradient, its elements in the same order of memory as the parameter's. Raises UsageError."""
+    """Return the gradient in the memory order of the parameter, copying it if necessary."""
     grad = param.grad
     assert grad is not None
     if grad.is_sparse:
-        raise UsageError("PagedAdamW takes no sparse gradients")
+        raise UsageError("PagedAdamW does not support sparse gradients")
     if grad.stride() == param.stride():
         return grad
     return torch.empty_like(param).copy_(grad)

@@ -1,4 +1,4 @@
-"""The states of all parameters in their pages: where each lies, and which parts of which a window shows."""
+"""Tracks the position of each parameter's states in the pages, and finds the states within a window."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from qformat.training.optimizer.state_formats import FloatStates, StateFormat
 
 @dataclass(eq=False, slots=True)
 class PlacedParameter:
-    """A parameter that has states, and, during a step, its gradient and group."""
+    """A parameter that has states.
+
+    Attributes:
+        param: The parameter.
+        format: Storage format of its moments.
+        span: Position of its moments in the address space.
+        step: Number of steps so far, float32 [].
+        grad: Gradient, set during a step only.
+        group: Number of its parameter group, set during a step.
+    """
 
     param: Tensor
     format: StateFormat
@@ -27,7 +36,15 @@ class PlacedParameter:
 
 @dataclass(frozen=True, slots=True)
 class StateViews:
-    """The states of elements [first, stop) of a parameter within a window."""
+    """States of elements [first, stop) of a parameter within a window.
+
+    Attributes:
+        placed: The parameter.
+        first: First element.
+        stop: First element after the range.
+        exp_avg: View of the first moment.
+        exp_avg_sq: View of the second moment.
+    """
 
     placed: PlacedParameter
     first: int
@@ -37,12 +54,16 @@ class StateViews:
 
     @property
     def whole(self) -> bool:
-        """Whether these are all elements of the parameter."""
+        """Whether the range covers all elements of the parameter."""
         return self.stop - self.first == self.placed.span.size
 
 
 class PlacedStates:
-    """Parameters that have states, by the pages that hold these. No memory is here: that is `PageStore`'s."""
+    """The parameters that have states, and the pages that hold them. `PageStore` owns the memory.
+
+    Args:
+        page_nbytes: Size of a page in bytes.
+    """
 
     def __init__(self, page_nbytes: int) -> None:
         self._layout = PageLayout(page_nbytes)
@@ -52,7 +73,7 @@ class PlacedStates:
 
     @property
     def n_pages(self) -> int:
-        """Pages that hold anything."""
+        """Number of pages in use."""
         return self._layout.n_pages
 
     def __contains__(self, param: Tensor) -> bool:
@@ -62,7 +83,13 @@ class PlacedStates:
         return self._placed[param]
 
     def place(self, params: Sequence[Tensor], formats: Sequence[StateFormat], steps: Sequence[Tensor]) -> None:
-        """Give parameters room in pages of their own. steps: float32 [], one each."""
+        """Assign positions in new pages to parameters.
+
+        Args:
+            params: Parameters without states so far.
+            formats: Storage format of each parameter's moments.
+            steps: Step count of each parameter, float32 [].
+        """
         spans = self._layout.place(
             [(p.numel(), f.unit_size, f.unit_nbytes) for p, f in zip(params, formats, strict=True)]
         )
@@ -73,16 +100,16 @@ class PlacedStates:
                 self._page_parameters[page].append(placed)
 
     def pages_of(self, work: Sequence[PlacedParameter]) -> list[int]:
-        """Return the numbers of the pages that hold any of these, ascending."""
+        """Return the numbers of the pages that hold states of these parameters, in ascending order."""
         return sorted({page for placed in work for page in self._layout.pages(placed.span)})
 
     def forget_gradients(self) -> None:
-        """Let go of what a step looked at."""
+        """Drop the references to gradients that a step used."""
         for placed in self._placed.values():
             placed.grad = None
 
     def views(self, window: Window) -> list[StateViews]:
-        """Return the states in a window, kept if it is resident: making views takes longer than small updates."""
+        """Return the states in a window. Views of resident windows are cached, since creating them is slow."""
         if not window.resident:
             return self._make_views(window)
         views = self._resident_views.get(window)
@@ -94,7 +121,7 @@ class PlacedStates:
         views = []
         row_nbytes = self._layout.row_nbytes
         pages = range(window.start // row_nbytes, window.stop // row_nbytes)
-        # A parameter over several pages comes once.
+        # List a parameter on several pages once.
         for placed in dict.fromkeys(placed for page in pages for placed in self._page_parameters[page]):
             part = placed.span.part(window.start, window.stop)
             assert part is not None

@@ -1,4 +1,4 @@
-"""States of one parameter to and from the tensors of a state_dict, page by page."""
+"""Converts the states of one parameter to and from the tensors of a state_dict, page by page."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from qformat.training.optimizer.page_store import PageStore
 from qformat.training.optimizer.state_formats import FloatStates, StateFormat
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of rows 0 and 1 of a page, those of torch."""
+"""Names of rows 0 and 1 of a page, the same as in torch."""
 
 
 def read_states(store: PageStore, param: Tensor, state_format: StateFormat, span: Span) -> dict[str, Tensor]:
-    """Return a parameter's states by name, in host memory of their own."""
+    """Return a copy of a parameter's states in host memory.
+
+    Args:
+        store: Store that holds the pages.
+        param: The parameter.
+        state_format: Storage format of its moments.
+        span: Position of its moments in the address space.
+
+    Returns:
+        The tensors of the states by name.
+    """
     states = {}
     for row, name in enumerate(MOMENTS):
         if isinstance(state_format, FloatStates):
@@ -39,7 +49,15 @@ def read_states(store: PageStore, param: Tensor, state_format: StateFormat, span
 def write_states(
     store: PageStore, param: Tensor, state_format: StateFormat, span: Span, states: dict[str, Tensor]
 ) -> None:
-    """Write a parameter's states, `check_saved`, to pages that are at home."""
+    """Write a parameter's states to pages that are not resident.
+
+    Args:
+        store: Store that holds the pages.
+        param: The parameter.
+        state_format: Storage format of its moments.
+        span: Position of its moments in the address space.
+        states: Tensors of the states by name, which passed `check_saved`.
+    """
     for row, name in enumerate(MOMENTS):
         if isinstance(state_format, FloatStates):
             values = torch.empty_like(param, device="cpu", dtype=state_format.dtype, requires_grad=False)
@@ -58,7 +76,17 @@ def write_states(
 
 
 def check_saved(states: dict[str, Any], number: int, param: Tensor, state_format: StateFormat) -> None:
-    """Check that saved states of a parameter can be written. Raises UsageError."""
+    """Check that saved states fit a parameter.
+
+    Args:
+        states: Saved tensors by name.
+        number: Number of the parameter, for messages.
+        param: The parameter.
+        state_format: Storage format of its moments.
+
+    Raises:
+        UsageError: The names, shapes or dtypes do not fit.
+    """
     shape = tuple(param.shape)
     if isinstance(state_format, FloatStates):
         expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = dict.fromkeys(MOMENTS, (shape, None))
@@ -69,13 +97,14 @@ def check_saved(states: dict[str, Any], number: int, param: Tensor, state_format
     names = {"step", *expected}
     if set(states) != names:
         raise UsageError(
-            f"saved states of parameter {number}, of shape {shape}, are {sorted(states)}, expected {sorted(names)}: "
-            "load 8-bit states into an optimizer with state_bits=8, 32-bit states into one with 32"
+            f"parameter {number}, shape {shape}: the saved states do not fit (found {', '.join(sorted(states))}, "
+            f"expected {', '.join(sorted(names))}). Load 8-bit states into an optimizer with state_bits=8, and 32-bit "
+            "states into one with state_bits=32"
         )
     for name, (expected_shape, dtype) in expected.items():
         found = states[name]
         if tuple(found.shape) != expected_shape or dtype not in (None, found.dtype):
             raise UsageError(
-                f"saved state {name} of parameter {number} is {found.dtype} {tuple(found.shape)}, "
-                f"expected {dtype or 'floats'} {expected_shape}"
+                f"parameter {number}: the saved state {name} does not fit (found {found.dtype} {tuple(found.shape)}, "
+                f"expected {dtype or 'floats'} {expected_shape})"
             )

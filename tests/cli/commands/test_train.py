@@ -76,12 +76,12 @@ def test_the_command_line_wins_over_the_file(artifact: Path, examples: Path, tmp
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (["--data", "no.jsonl"], 2, "there is no such file"),
+        (["--data", "no.jsonl"], 2, "no.jsonl: does not exist"),
         (["--rank", "0"], 2, "rank: 0"),
         (["--epochs", "1"], 2, "exclude each other"),
         (["--target-modules", "nowhere"], 2, "nowhere"),
         (["--report-to", "nothing"], 2, "nothing"),
-        (["--resume"], 2, "holds no checkpoint"),
+        (["--resume"], 2, "has no checkpoint to resume from"),
         (["--eval-every", "1"], 2, "--eval-data"),
         (["--modules-to-save", "q_proj"], 2, "4-bit"),
     ],

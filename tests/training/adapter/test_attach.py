@@ -1,4 +1,4 @@
-"""Adapters on the weights they were trained on, and the difference in words where they were not."""
+"""Loading adapters: on the weights they were trained on, on others, and damaged ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def base_of(artifact: Path) -> BaseRecord:
 
 @pytest.fixture
 def adapter(undisturbed: TrainingResult, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy of the adapter that a test may damage."""
     folder = tmp_path / "adapter"
     shutil.copytree(undisturbed.output, folder)
     return folder
@@ -46,7 +46,7 @@ def load(artifact: Path, adapter: Path, *, force: bool = False) -> PeftModel:
     return load_adapter(load_model(artifact, device="cpu"), adapter, base_of(artifact), force_adapter=force)
 
 
-def test_its_logits_are_those_of_plain_peft(artifact: Path, adapter: Path) -> None:
+def test_logits_equal_those_of_plain_peft(artifact: Path, adapter: Path) -> None:
     plain = PeftModel.from_pretrained(load_model(artifact, device="cpu"), str(adapter)).eval()
     with torch.no_grad():
         ours, theirs = load(artifact, adapter)(TOKENS).logits, plain(TOKENS).logits
@@ -56,7 +56,7 @@ def test_its_logits_are_those_of_plain_peft(artifact: Path, adapter: Path) -> No
     assert not torch.equal(ours, bare)
 
 
-def test_on_other_weights_it_is_refused_with_both_digests(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_other_weights_is_rejected_with_both_digests(adapter: Path, tmp_path: Path) -> None:
     other = runs.make_artifact(tmp_path, seed=1)
     recorded = read_base_record(adapter)
     assert recorded is not None
@@ -65,25 +65,25 @@ def test_on_other_weights_it_is_refused_with_both_digests(adapter: Path, tmp_pat
     load(other, adapter, force=True)
 
 
-def test_on_another_model_the_tensor_is_named(adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_rejected_with_the_tensor(adapter: Path, tmp_path: Path) -> None:
     other = runs.make_artifact(tmp_path, layers=1)
-    with pytest.raises(AdapterError, match=r"layers\.1\..*the adapter has \[.*this model takes nothing"):
+    with pytest.raises(AdapterError, match=r"layers\.1\..*does not fit this model \(found \[.*expected nothing\)"):
         load(other, adapter, force=True)
 
 
-def test_an_adapter_of_another_rank_than_its_config_says_is_refused(artifact: Path, adapter: Path) -> None:
+def test_an_adapter_whose_rank_differs_from_its_config_is_rejected(artifact: Path, adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
-    with pytest.raises(AdapterError, match=r"the adapter has \[4, \d+\], this model takes \[8, "):
+    with pytest.raises(AdapterError, match=r"\(found \[4, \d+\], expected \[8, "):
         load(artifact, adapter)
 
 
-def test_a_missing_tensor_is_named(artifact: Path, adapter: Path) -> None:
+def test_a_missing_tensor_is_reported(artifact: Path, adapter: Path) -> None:
     path = adapter / "adapter_model.safetensors"
     weights = load_file(path)
     weights.pop(gone := sorted(weights)[3])
     save_file(weights, path)
-    with pytest.raises(AdapterError, match=f"{gone}.*the adapter has nothing"):
+    with pytest.raises(AdapterError, match=rf"{gone}.*\(found nothing, expected"):
         load(artifact, adapter)
 
 
@@ -101,16 +101,16 @@ def _list(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", BASE_RECORD_NAME])
 @pytest.mark.parametrize("damage", [_cut, _empty, _list, Path.unlink])
-def test_damage_is_told_in_words(
+def test_damage_is_reported(
     artifact: Path, adapter: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(adapter / name)
     if name == BASE_RECORD_NAME and damage is Path.unlink:
         with caplog.at_level(logging.WARNING):
             load(artifact, adapter)
-        assert "does not say which weights it was trained on" in caplog.text
+        assert "does not record which weights it was trained on" in caplog.text
     elif name == BASE_RECORD_NAME and damage is _cut:
-        load(artifact, adapter)  # what was cut is the line end
+        load(artifact, adapter)  # only the final newline was cut
     else:
         with pytest.raises(AdapterError, match=name.split(".", maxsplit=1)[0]):
             load(artifact, adapter)
@@ -129,9 +129,7 @@ def test_damage_is_told_in_words(
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_sense_is_refused_or_harmless(
-    artifact: Path, adapter: Path, change: dict[str, object]
-) -> None:
+def test_an_invalid_config_is_rejected_or_harmless(artifact: Path, adapter: Path, change: dict[str, object]) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | change))
     if "auto_mapping" in change:
@@ -141,7 +139,7 @@ def test_a_config_that_makes_no_sense_is_refused_or_harmless(
             load(artifact, adapter)
 
 
-def test_a_folder_that_bitsandbytes_wrote_has_a_digest_of_its_bytes(artifact: Path, tmp_path: Path) -> None:
+def test_a_bitsandbytes_folder_is_identified_by_its_bytes(artifact: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
     shutil.copytree(artifact, folder)
     (folder / "qformat.json").unlink()

@@ -1,4 +1,4 @@
-"""The fused node of base and adapter against its formula, and where PEFT's own code runs instead."""
+"""The fused node of base and adapter against its formula, and the cases in which PEFT's own code runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 
 @pytest.fixture(scope="module")
 def layer(artifact: Path) -> NF4Linear:
-    """A packed Linear of 64 to 128."""
+    """A packed Linear with 64 inputs and 128 outputs."""
     model = load_model(artifact, device="cpu")
     found = model.get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(found, NF4Linear)
@@ -50,7 +50,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (64,), (1, 1, 64), (40, 64)], ids=str)
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_output_and_gradients_are_those_of_the_formula(
+def test_output_and_gradients_match_the_formula(
     layer: NF4Linear, shape: tuple[int, ...], dropped: bool, with_bias: bool
 ) -> None:
     random = torch.Generator().manual_seed(3)
@@ -64,8 +64,8 @@ def test_output_and_gradients_are_those_of_the_formula(
     weight = layer.dequantize(torch.float32)
     tensors = (grad, weight, bias, x, other, a, b)
     exact, magnitudes = (by_formula(*tensors, of=of) for of in (torch.clone, torch.abs))
-    # Each is a sum of products, so that the same sum of their magnitudes bounds what rounding can do. No chain of sums
-    # is longer than all dimensions together. Seven terms are for the bias, the factor and the sum of the two paths.
+    # Each result is a sum of products, so the same sum of magnitudes bounds the rounding error. No chain of sums is
+    # longer than all dimensions together. Seven more terms cover the bias, the factor and the sum of the two paths.
     off = sum_error(sum(weight.shape) + len(a) + x.shape[:-1].numel() + 7)
     for mine, theirs, magnitude in zip(found, exact, magnitudes, strict=True):
         assert mine is not None
@@ -76,7 +76,10 @@ def by_formula(
     grad: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, other: Tensor | None, a: Tensor, b: Tensor,
     *, of: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:  # fmt: skip
-    """Return y = x Wᵀ + bias + 0.5 other Aᵀ Bᵀ and its gradients by x, other, A, B, in float64, `of` each tensor."""
+    """Return y = x Wᵀ + bias + 0.5 other Aᵀ Bᵀ and its gradients by x, other, A, B, in float64.
+
+    `of` is applied to each tensor first.
+    """
     fixed = [None if t is None else of(t.double()) for t in (grad, weight, bias)]
     leaves = [None if t is None else of(t.detach().double()).requires_grad_() for t in (x, other, a, b)]
     x2, other2, a2, b2 = leaves
@@ -85,7 +88,7 @@ def by_formula(
     return [y.detach(), *(t.grad for t in leaves if t is not None)]
 
 
-def test_gradients_have_the_dtypes_of_what_they_belong_to(layer: NF4Linear) -> None:
+def test_gradients_have_the_dtypes_of_their_tensors(layer: NF4Linear) -> None:
     x = inputs(6, 64, dtype=torch.bfloat16)
     a, b = adapter(layer)
     y = lora_linear(x, None, a, b, 2.0, product(layer))
@@ -104,7 +107,7 @@ def test_an_input_without_gradient_costs_no_product(layer: NF4Linear, monkeypatc
     assert a.grad is not None
 
 
-def test_no_rows_are_no_problem(layer: NF4Linear) -> None:
+def test_an_input_without_rows_works(layer: NF4Linear) -> None:
     a, b = adapter(layer)
     y = lora_linear(inputs(0, 64), None, a, b, 1.0, product(layer))
     y.sum().backward()
@@ -113,7 +116,7 @@ def test_no_rows_are_no_problem(layer: NF4Linear) -> None:
     assert not a.grad.any()
 
 
-def test_kept_for_backward_are_the_input_and_its_image_in_the_adapter(layer: NF4Linear) -> None:
+def test_only_the_input_and_its_product_with_a_are_saved_for_backward(layer: NF4Linear) -> None:
     saved: list[Tensor] = []
     x = inputs(6, 64, dtype=torch.bfloat16)
     a, b = adapter(layer)
@@ -155,7 +158,7 @@ def logits_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def in_float64(model: Any) -> Any:
-    """Turn a model with PEFT's own layers into one that computes in float64, from the same weights."""
+    """Convert a model with PEFT's own layers to one that computes in float64 with the same weights."""
     for layer in list(model.modules()):
         base = getattr(layer, "base_layer", None)
         if isinstance(base, NF4Linear):
@@ -176,7 +179,7 @@ def in_float64(model: Any) -> Any:
     ],
     ids=str,
 )
-def test_a_model_trains_as_with_pefts_own_layers(artifact: Path, options: dict[str, Any]) -> None:
+def test_a_model_trains_the_same_as_with_pefts_own_layers(artifact: Path, options: dict[str, Any]) -> None:
     models = [peft_model(artifact, fused=fused, **options).train() for fused in (True, False, False)]
     models[2] = in_float64(models[2])
     (logits, gradients), (peers_logits, peers), (exact_logits, exact) = map(logits_and_gradients, models)
@@ -186,7 +189,7 @@ def test_a_model_trains_as_with_pefts_own_layers(artifact: Path, options: dict[s
         assert rounds_like(gradient, peers[name], exact[name]), name
 
 
-def test_plain_adapters_and_no_others_take_the_fused_node(artifact: Path) -> None:
+def test_only_plain_adapters_use_the_fused_node(artifact: Path) -> None:
     chosen = {}
     for name, options in {"plain": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}.items():
         layers = [m for m in peft_model(artifact, **options).modules() if isinstance(m, NF4LoraLinear)]  # type: ignore[arg-type]
@@ -195,7 +198,7 @@ def test_plain_adapters_and_no_others_take_the_fused_node(artifact: Path) -> Non
     assert chosen == {"plain": {"default"}, "dora": {None}, "bias": {None}}
 
 
-def test_a_disabled_adapter_and_two_adapters_are_pefts_business(artifact: Path) -> None:
+def test_peft_handles_a_disabled_adapter_and_two_adapters(artifact: Path) -> None:
     model = peft_model(artifact).eval()
     tokens = torch.arange(10)[None]
     with torch.no_grad():
@@ -212,10 +215,10 @@ def test_a_disabled_adapter_and_two_adapters_are_pefts_business(artifact: Path) 
     assert all(m._plain_adapter() is None for m in model.modules() if isinstance(m, NF4LoraLinear))
     exact = in_float64(peft_model(artifact, fused=False).eval())
     with torch.no_grad():
-        assert rounds_like(model(tokens).logits, adapted, exact(tokens).logits)  # the second one starts as zero
+        assert rounds_like(model(tokens).logits, adapted, exact(tokens).logits)  # the second adapter is still zero
 
 
-def test_merging_into_four_bits_is_refused_with_a_way_out(artifact: Path) -> None:
+def test_merging_into_four_bits_is_rejected_with_an_alternative(artifact: Path) -> None:
     with pytest.raises(UsageError, match="qformat export"):
         peft_model(artifact).merge_and_unload()
 
@@ -244,8 +247,8 @@ def test_an_evaluation_between_two_steps_changes_no_gradient(artifact: Path) -> 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_weight_is_what_the_artifact_decodes_to(layer: NF4Linear) -> None:
-    """The node needs no other decoder: x = 1 gives the columns of the weight."""
+def test_the_product_uses_the_decoded_weight(layer: NF4Linear) -> None:
+    """The identity matrix as input gives the columns of the weight."""
     eye = torch.eye(64)
     a, b = adapter(layer)
     y = lora_linear(eye, None, a, torch.zeros_like(b), 1.0, product(layer))

@@ -1,4 +1,4 @@
-"""Data sets of the Hub through `datasets`, from a stand-in on loopback, and later without it out of the cache."""
+"""Hub datasets through `datasets`: first from a stand-in on loopback, later offline from the cache."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ for names, split in jobs:
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """One data set, `some/data`: its description, its list of files, and the files."""
+    """A stand-in for the Hub with one dataset, `some/data`: its metadata, its list of files, and the files."""
 
     folder: Path
 
@@ -92,7 +92,7 @@ def hub_of(folder: Path) -> Iterator[str]:
 
 
 def prepare(home: Path, *jobs: tuple[list[str], str], endpoint: str | None) -> list[Any]:
-    """Prepare data, by names and split, in a process of its own: `datasets` takes the Hub's address when imported."""
+    """Prepare data in a separate process, because `datasets` reads the address of the Hub when it is imported."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"HF_HUB_OFFLINE": "1"} if endpoint is None else {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
@@ -103,7 +103,7 @@ def prepare(home: Path, *jobs: tuple[list[str], str], endpoint: str | None) -> l
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_data_sets_of_the_hub_are_read_by_split_beside_local_files_and_later_without_the_hub(tmp_path: Path) -> None:
+def test_hub_datasets_are_read_by_split_with_local_files_and_later_offline(tmp_path: Path) -> None:
     hub_folder, home = tmp_path / "repository", tmp_path / "home"
     hub_folder.mkdir()
     train = runs.write_examples(hub_folder / "train.jsonl", 12)
@@ -120,10 +120,10 @@ def test_data_sets_of_the_hub_are_read_by_split_beside_local_files_and_later_wit
         found, told = prepare(home, *jobs, endpoint=endpoint)
     assert found == here[0]
     assert told.startswith(
-        "UsageError: some/data: no such path here, and `datasets` cannot load its split 'validation'"
+        "UsageError: some/data: does not exist as a local path, and `datasets` cannot load its split 'validation'"
     )
     assert "['train', 'test']" in told
     offline = [(["some/data:default", str(more)], "test"), (["some/other"], "train")]
     found, told = prepare(home, *offline, endpoint=None)
     assert found == here[1]
-    assert told.startswith("UsageError: some/other: no such path here")
+    assert told.startswith("UsageError: some/other: does not exist as a local path")

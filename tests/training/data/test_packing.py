@@ -1,4 +1,4 @@
-"""Packed rows: every example once, none too long, no more rows than trl's, and no token sees its neighbours."""
+"""Packed rows: each example once, no row too long, no more rows than trl, and no attention across examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.rounding import rounds_like
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=200))
-def test_every_example_is_in_one_row_that_it_fits(lengths: list[int]) -> None:
+def test_every_example_is_in_exactly_one_row_and_fits(lengths: list[int]) -> None:
     bins = pack(np.array(lengths, np.int64), 50)
     rows = [bins[row].tolist() for row in range(len(bins))]
     assert sorted(example for row in rows for example in row) == list(range(len(lengths)))
@@ -30,15 +30,15 @@ def test_every_example_is_in_one_row_that_it_fits(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rows_are_as_few_as_those_of_trl(seed: int) -> None:
+def test_there_are_no_more_rows_than_with_trl(seed: int) -> None:
     lengths = np.random.default_rng(seed).integers(1, 128, 300)
     rows = {"input_ids": [[1] * int(length) for length in lengths]}
     theirs = pack_dataset(datasets.Dataset.from_dict(rows), seq_length=128, strategy="bfd")
     assert len(pack(lengths, 128)) <= len(theirs)
 
 
-def test_an_example_beyond_the_row_is_refused() -> None:
-    with pytest.raises(UsageError, match="has 51 tokens and a packed row takes 50"):
+def test_an_example_longer_than_a_row_is_rejected() -> None:
+    with pytest.raises(UsageError, match="has 51 tokens, more than the 50 that a packed row holds"):
         pack(np.array([51]), 50)
 
 
@@ -54,7 +54,7 @@ def example(*lengths: int, seed: int = 0) -> Example:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_examples_give_the_logits_that_they_give_alone(attention: str) -> None:
+def test_packed_examples_give_the_same_logits_as_single_ones(attention: str) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
@@ -89,7 +89,7 @@ def test_no_label_crosses_a_boundary() -> None:
     assert positions[0].tolist() == [*range(5), *range(9), *range(7)]
 
 
-def test_padding_is_neither_seen_nor_trained() -> None:
+def test_padding_is_neither_attended_to_nor_trained() -> None:
     batch = PaddedCollator(pad_id=7)([example(5), example(3, seed=1)])
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]  # type: ignore[union-attr]
     assert batch["input_ids"][1, 3:].tolist() == [7, 7]  # type: ignore[index]

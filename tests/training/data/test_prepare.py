@@ -1,4 +1,4 @@
-"""Rows as tokens and labels, against what trl's SFTTrainer makes of the same rows."""
+"""Tokens and labels of rows, compared with those of trl's SFTTrainer."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def examples(data: TokenisedData) -> list[tuple[list[int], list[int]]]:
 
 
 def peers(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, folder: Path, **settings: Any) -> Any:
-    """Return what SFTTrainer makes of the rows. Its first label may be set: the model never predicts that token."""
+    """Return the examples of SFTTrainer. Its first label may be set, because the model never predicts that token."""
     model = LlamaForCausalLM(
         LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
     )
@@ -94,7 +94,7 @@ def peers(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, folder
     ],
     ids=["text", "completion", "completion_all", "chat", "chat_all", "chat_completion"],
 )
-def test_tokens_and_labels_are_those_of_trl(
+def test_tokens_and_labels_equal_those_of_trl(
     rows: list[dict[str, Any]],
     settings: dict[str, Any],
     peer: dict[str, Any],
@@ -112,7 +112,7 @@ def test_a_template_without_markers_trains_the_same_turns(tokenizer: PreTrainedT
     marked, found = examples(prepared(path, tokenizer)), examples(prepared(path, plain))
     for (ids, labels), (plain_ids, plain_labels) in zip(marked, found, strict=True):
         assert ids == plain_ids
-        # Without markers, the line end behind a turn in the middle cannot be told from the turn.
+        # Without markers, the newline after a turn in the middle cannot be separated from the turn.
         extra = [a for a, b in zip(plain_labels, labels, strict=True) if a != b]
         assert all(tokenizer.decode([token]) == "\n" for token in extra)
 
@@ -134,21 +134,21 @@ def test_parquet_and_json_lines_give_the_same_tokens(
 BAD: list[tuple[bytes, str, str]] = [
     (b"{", "not_json", "line 2"),
     (b'{"text": "\xff"}', "not_utf8", "line 2"),
-    (b"[1]", "not_an_object", "is a list, not an object"),
-    (b'{"body": "x"}', "no_known_field", "has 'body'"),
-    (b'{"text": 3}', "wrong_type", "'text' is a number, not a string"),
+    (b"[1]", "not_an_object", "expected an object, got a list"),
+    (b'{"body": "x"}', "no_known_field", r"\(found 'body'\)"),
+    (b'{"text": 3}', "wrong_type", "'text': expected a string, got a number"),
     (b'{"text": ""}', "empty", "'text' is empty"),
-    (b"", "empty", "empty line"),
-    (b'{"messages": []}', "empty", "has no message"),
-    (b'{"messages": [{"role": "user"}]}', "wrong_type", r"messages\[0\]: 'content' is missing"),
-    (b'{"prompt": "a", "completion": [1]}', "wrong_type", "both must be strings"),
+    (b"", "empty", "line 2: is empty"),
+    (b'{"messages": []}', "empty", "'messages' has no messages"),
+    (b'{"messages": [{"role": "user"}]}', "wrong_type", r"messages\[0\]: 'content': expected a string, got nothing"),
+    (b'{"prompt": "a", "completion": [1]}', "wrong_type", r"must both be strings.* \(got a string and a list\)"),
     (b'{"text": "a", "text": "b"}', "not_json", "line 2"),
     (b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}", "too_large", "line 2"),
 ]
 
 
 @pytest.mark.parametrize(("line", "reason", "says"), BAD, ids=[f"{b[1]}_{i}" for i, b in enumerate(BAD)])
-def test_a_bad_line_is_named_with_its_number_and_reason(
+def test_a_bad_line_is_reported_with_its_number_and_reason(
     line: bytes, reason: str, says: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -161,17 +161,17 @@ def test_a_bad_line_is_named_with_its_number_and_reason(
     assert data.statistics.bad == {reason: 1}
 
 
-def test_a_line_beyond_the_limit_is_refused_without_being_read(
+def test_a_line_beyond_the_limit_is_rejected_without_being_read(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "pages move"}) + "\n")
-    with pytest.raises(DataError, match="line 1: more than 1000 bytes"):
+    with pytest.raises(DataError, match="line 1: is longer than 1000 bytes"):
         prepared(path, tokenizer, max_line_nbytes=1000)
     assert len(prepared(path, tokenizer, max_line_nbytes=1000, skip_bad_lines=True)) == 1
 
 
-def test_an_example_beyond_the_limit_is_cut_or_dropped_and_counted(
+def test_an_example_beyond_the_limit_is_truncated_or_dropped_and_counted(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "every code counts " * 9}, {"text": "pages"}])
@@ -181,17 +181,19 @@ def test_an_example_beyond_the_limit_is_cut_or_dropped_and_counted(
     assert (len(dropped), dropped.statistics.dropped) == (1, {"too_long": 1})
 
 
-def test_data_without_an_example_is_refused_with_the_counts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_data_without_an_example_are_rejected_with_the_counts(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     path = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "the block"}]}])
     with pytest.raises(DataError, match="nothing_to_train: 1"):
         prepared(path, tokenizer)
     (tmp_path / "none.jsonl").touch()
-    with pytest.raises(DataError, match="no rows at all"):
+    with pytest.raises(DataError, match="the data have no rows"):
         prepared(tmp_path / "none.jsonl", tokenizer)
 
 
-def test_a_source_that_is_not_there_is_wrong_usage(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no such file"):
+def test_a_missing_source_is_a_usage_error(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no\.jsonl: does not exist"):
         prepared(tmp_path / "no.jsonl", tokenizer)
     (tmp_path / "rows.csv").touch()
     with pytest.raises(UsageError, match="must end in one of"):
@@ -221,9 +223,7 @@ def test_the_cache_is_keyed_by_content(
 
 @pytest.mark.parametrize("name", ["header.json", "tokens", "trained", "starts"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
-def test_a_damaged_cache_is_built_again(
-    name: str, damage: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_damaged_cache_is_rebuilt(name: str, damage: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", TEXTS)
     cache = tmp_path / "tokens_cache"
     settings = DataSettings(max_length=64)
@@ -241,7 +241,7 @@ def test_a_damaged_cache_is_built_again(
 
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "full from here on", "kill"])
-def test_a_disk_that_fails_at_any_call_leaves_no_cache_or_a_whole_one(
+def test_a_disk_that_fails_at_any_call_leaves_no_cache_or_a_complete_one(
     fault: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "rows.jsonl", TEXTS)
@@ -255,21 +255,21 @@ def test_a_disk_that_fails_at_any_call_leaves_no_cache_or_a_whole_one(
         cache = tmp_path / f"at_{number}"
         with monkeypatch.context() as patch:
             patch.setattr(prepare, "Disk", lambda number=number: FaultyDisk(number, fault))
-            # Removing what is unfinished fails where everything does, and says nothing then.
+            # If every call fails, removing the unfinished cache also fails, silently.
             with contextlib.suppress(TargetError, Killed):
                 prepare_data(path, tokenizer, settings, cache=cache)
         assert examples(prepare_data(path, tokenizer, settings, cache=cache)) == expected, number
         assert not list(cache.glob("*.partial"))
 
 
-def test_a_file_that_changes_while_it_is_read_is_noticed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read_is_detected(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", TEXTS)
 
     def append(_: int) -> None:
         with path.open("a") as file:
             file.write(json.dumps(TEXTS[0]) + "\n")
 
-    with pytest.raises(DataError, match="was written to while it was read"):
+    with pytest.raises(DataError, match="changed while it was read"):
         prepare_data(path, tokenizer, DataSettings(max_length=64), on_rows=append)
 
 
@@ -280,12 +280,12 @@ def test_the_trained_tokens_of_an_example_are_marked(tokenizer: PreTrainedTokeni
     assert shown.count("«") == 1
 
 
-def test_what_data_say_does_not_steer_the_terminal(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_data_cannot_control_the_terminal(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     data = prepared(write(tmp_path / "rows.jsonl", [{"text": "a\x1b[31mb"}]), tokenizer)
     assert "\x1b" not in show_example(tokenizer, data[0])
 
 
-def test_labels_leave_out_the_first_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_first_token_has_no_label(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     data = prepared(write(tmp_path / "rows.jsonl", TEXTS), tokenizer)
     for row in (data[0], data[1]):
         assert row["labels"][0] == IGNORED

@@ -1,4 +1,4 @@
-"""Configurations of known families, checkpoints without weights, and planners of them."""
+"""Configurations of known model families, checkpoints without weights, and planners for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qformat.training.settings import TrainingSettings
 from tests.small_models import header_bytes
 
 GIB = 2**30
-# What stays the same in every size of a family.
+# Settings that are the same in every size of a family.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"vocab_size": 32000}),
     "qwen3": ("Qwen3", {"vocab_size": 151936, "tie_word_embeddings": False}),
@@ -51,7 +51,7 @@ def state_of(config: Any) -> dict[str, Tensor]:
 
 
 def write_headers(folder: Path, config: Any) -> Path:
-    """Write a checkpoint whose weights are a hole in the file."""
+    """Write a checkpoint whose weights are a hole in a sparse file."""
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     record: dict[str, object] = {}

@@ -1,4 +1,4 @@
-"""The planned peak against whole models, other nodes and another meter, run on tensors without memory."""
+"""The planned peak against complete models with other autograd nodes and another meter, run on fake tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.memory_plan.plans import FAMILIES, GIB, make_config, planned
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that exist, and the most there ever were."""
+    """Counts the bytes of live storages and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ class OracleLinear(nn.Module):
 
 
 def measured_peak(config: Any, rank: int, batch: int, seq_len: int, *, checkpointing: bool) -> int:
-    """Run one step of AdamW of a whole model with transformers' own loss; return the most that was alive."""
+    """Run one step of AdamW on a complete model with transformers' own loss. Return the peak in bytes."""
     live = Live()
-    # transformers makes masks that it would not make for values that it can see.
+    # For fake tensors, transformers makes masks that it does not make if it can read the values.
     as_if_seen = [
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None),
         mock.patch("transformers.masking_utils.is_tracing", return_value=False),
@@ -120,7 +120,7 @@ def measured_peak(config: Any, rank: int, batch: int, seq_len: int, *, checkpoin
         for tensor in [*model.parameters(), *model.buffers(), ids, positions, *([] if mask is None else [mask])]:
             live.count(tensor)
         with live:
-            for _ in range(2):  # in the second one, the states are there
+            for _ in range(2):  # the optimizer states exist in the second step
                 loss = model(
                     input_ids=ids, attention_mask=mask, position_ids=positions, labels=ids, use_cache=False
                 ).loss
@@ -138,7 +138,7 @@ def check(config: Any, folder: Path, rank: int, batch: int, seq_len: int, *, che
         shape = f"{config.model_type} {config.hidden_size}x{config.num_hidden_layers} {batch}x{seq_len} r{rank}"
         sizes = f"{plan.peak / GIB:.3f} | {measured / GIB:.3f} | {plan.peak / measured - 1:+.2%}"
         print(f"| {shape} ckpt={checkpointing} | {sizes} |")
-    # docs/training.md promises 1%. Either side counts the bytes of tensors without memory: no machine changes them.
+    # docs/memory.md promises 1%. Both sides count the bytes of fake tensors, which do not depend on the machine.
     assert abs(plan.peak - measured) <= 0.01 * measured
 
 
@@ -152,7 +152,7 @@ def check(config: Any, folder: Path, rank: int, batch: int, seq_len: int, *, che
         ("gemma3", "1b", 7, 64, 1, 2048, False),
     ],
 )
-def test_the_peak_is_that_of_the_whole_model(
+def test_the_peak_matches_the_whole_model(
     tmp_path: Path, family: str, size: str, n_layers: int, rank: int, batch: int, seq_len: int, checkpointing: bool
 ) -> None:
     check(make_config(family, size, n_layers), tmp_path / "m", rank, batch, seq_len, checkpointing=checkpointing)
@@ -163,7 +163,7 @@ def test_the_peak_is_that_of_the_whole_model(
 @pytest.mark.parametrize(("rank", "batch", "seq_len"), [(8, 1, 512), (64, 4, 512), (64, 1, 2048), (8, 4, 2048)])
 @pytest.mark.parametrize(("size", "n_layers"), [("tiny", 6), ("1b", 22), ("7b", 32)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_peak_is_that_of_the_whole_model_everywhere(
+def test_the_peak_matches_the_whole_model_for_all_settings(
     tmp_path: Path, family: str, size: str, n_layers: int, rank: int, batch: int, seq_len: int, checkpointing: bool
 ) -> None:
     check(make_config(family, size, n_layers), tmp_path / "m", rank, batch, seq_len, checkpointing=checkpointing)

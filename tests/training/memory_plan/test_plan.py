@@ -1,4 +1,4 @@
-"""The plan against whole models that are run on tensors without memory, and where its numbers come from."""
+"""The plan against complete models that run on fake tensors, and the origin of its numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny_planner(tmp_path_factory: pytest.TempPathFactory) -> MemoryPlanner:
 @pytest.mark.parametrize(
     ("checkpointing", "batch", "packing"), [(True, 1, False), (False, 1, False), (False, 3, False), (True, 2, True)]
 )
-def test_layers_that_are_alike_are_run_once(tmp_path: Path, checkpointing: bool, batch: int, packing: bool) -> None:
+def test_identical_layers_run_once(tmp_path: Path, checkpointing: bool, batch: int, packing: bool) -> None:
     tensors = read_model_tensors(
         write_headers(tmp_path / "m", make_config("gemma3", "tiny", 9)), conversion=as_converted
     )
@@ -44,7 +44,7 @@ def test_layers_that_are_alike_are_run_once(tmp_path: Path, checkpointing: bool,
 
 
 def curve(segments: list[Segment]) -> list[int]:
-    """Return the most that was alive in each segment."""
+    """Return the peak of each segment."""
     live, most = 0, []
     for segment in segments:
         most.append(live + segment.peak)
@@ -59,27 +59,27 @@ def test_gradients_of_earlier_micro_batches_are_counted(tmp_path: Path) -> None:
     assert many.loss_peak - one.loss_peak == one.gradients == one.adapters
 
 
-def test_the_tiled_loss_makes_no_logits(tmp_path: Path) -> None:
+def test_the_tiled_loss_allocates_no_logits(tmp_path: Path) -> None:
     config = make_config("qwen3", "tiny", 2)
     tiled = planned(config, tmp_path / "a", 8, 4, 2048, checkpointing=True, loss="tiled")
     logits = planned(config, tmp_path / "b", 8, 4, 2048, checkpointing=True, loss="logits")
     n = 4 * 2047
-    # While the tile is there, so are the rows that are scored and their gradient in float32. All that there ever is
-    # besides: the gradient in bfloat16, and seven numbers a row; the allocator rounds each of these up to 512 bytes.
+    # The scored rows and their float32 gradient exist at the same time as the tile. The bfloat16 gradient and seven
+    # numbers per row come on top, each rounded up to 512 bytes by the allocator.
     tile, row = 4096 * 32768 * 2, 256
     assert tile + n * row * (2 + 4) <= tiled.loss <= tile + n * row * (2 + 4 + 2) + n * 7 * 4 + 512 * 11
     assert logits.loss > n * config.vocab_size * (2 + 4 + 4)
 
 
-def test_a_mask_of_packed_rows_covers_all_of_them(tmp_path: Path) -> None:
+def test_the_mask_of_packed_rows_covers_all_rows(tmp_path: Path) -> None:
     planner = planner_of(tmp_path, make_config("llama", "tiny", 2), packing=True)
     rows = 2 * 1024
     grown = planner.plan(batch_size=2, seq_len=1024).peak - planner.plan(batch_size=1, seq_len=1024).peak
-    assert grown > (rows**2 - 1024**2) * (1 + 2)  # booleans, and what is added to the scores in bf16
+    assert grown > (rows**2 - 1024**2) * (1 + 2)  # the boolean mask, and the bf16 mask that is added to the scores
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adapters_are_those_that_train_makes(tmp_path: Path, dtype: str) -> None:
+def test_planned_adapters_match_those_of_train(tmp_path: Path, dtype: str) -> None:
     config = make_config("llama", "tiny", 3)
     plan = planner_of(
         tmp_path,
@@ -93,14 +93,14 @@ def test_adapters_are_those_that_train_makes(tmp_path: Path, dtype: str) -> None
     assert plan.adapters == plan.gradients == n * (4 if dtype == "float32" else 2)
 
 
-def test_unknown_target_modules_are_refused(tmp_path: Path) -> None:
+def test_unknown_target_modules_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="target_modules nothing"):
         planner_of(tmp_path, make_config("llama", "tiny", 2), target_modules=("nothing",))
 
 
 @pytest.mark.parametrize("budget", ["auto", "0", "9MB"])
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
-def test_states_are_those_of_the_optimizer(tmp_path: Path, optim: Any, budget: str) -> None:
+def test_planned_states_match_those_of_the_optimizer(tmp_path: Path, optim: Any, budget: str) -> None:
     planner = planner_of(tmp_path, make_config("llama", "tiny", 4), optim=optim, page_budget=budget, rank=96)
     states = planner.plan().states
     trained = [nn.Parameter(torch.zeros(p.shape)) for p in planner._trained]
@@ -123,7 +123,7 @@ def test_unpaged_states_take_twice_the_adapters(tmp_path: Path) -> None:
     assert plan.states == StatesPlan(2 * plan.adapters, 2 * plan.adapters, 0)
 
 
-def test_pages_stay_on_the_device_as_far_as_it_has_room(tmp_path: Path) -> None:
+def test_as_many_pages_as_fit_stay_on_the_device(tmp_path: Path) -> None:
     planner = planner_of(tmp_path, make_config("llama", "tiny", 4), rank=256)
     bare = planner.plan(device_nbytes=0)
     assert (bare.states.on_device, bare.fits) == (0, False)
@@ -151,26 +151,26 @@ def test_nothing_fits_a_device_without_memory(tiny_planner: MemoryPlanner) -> No
 
 
 @pytest.mark.parametrize(("batch", "seq_len"), [(-1, 8), (1, 1)])
-def test_sizes_that_make_no_sense_are_refused(tiny_planner: MemoryPlanner, batch: int, seq_len: int) -> None:
+def test_invalid_sizes_are_rejected(tiny_planner: MemoryPlanner, batch: int, seq_len: int) -> None:
     with pytest.raises(UsageError, match="at least 1 row of 2 tokens"):
         tiny_planner.plan(batch_size=batch, seq_len=seq_len)
 
 
-def test_the_table_is_aligned_and_names_the_sizes(tiny_planner: MemoryPlanner) -> None:
+def test_the_table_is_aligned_and_lists_the_sizes(tiny_planner: MemoryPlanner) -> None:
     text = format_plan(tiny_planner.plan(device_nbytes=8 * GIB), largest_batch=7, largest_sequence=4096)
     lines = text.splitlines()
     sizes = [re.match(r"[a-z ]+  +[0-9.]+ ([KMG]?i?B)(  |$)", line) for line in lines[:10]]
     assert len({match.end(1) for match in sizes if match is not None}) == 1
     assert sum(match is not None for match in sizes) == 9
-    assert "fits, with 512 MiB kept free" in text
+    assert "fits, with 512 MiB reserved for CUDA" in text
     assert [line.split()[2] for line in lines[-2:]] == ["7", "4096"]
 
 
-def test_a_model_that_does_not_run_is_refused_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_does_not_run_is_rejected_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     planner = planner_of(tmp_path, make_config("llama", "tiny", 2))
     planner._training.base.config.num_attention_heads = 3
     for layer in planner._training._layers:
         layer.self_attn.head_dim = 7
-    with pytest.raises(UsageError, match="cannot be planned, since it does not run unloaded: "):
+    with pytest.raises(UsageError, match="cannot be planned, because the model does not run on fake tensors: "):
         planner.plan()
     assert "Traceback" not in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The search for the most that there is room for."""
+"""The search for the largest size that fits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qformat.training.memory_plan.search import largest
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 6, 7, 8, 500, 5000])
 @pytest.mark.parametrize("power", [0.5, 1, 2])
 @pytest.mark.parametrize("start", [1, 2, 300])
-def test_the_search_finds_where_the_room_ends(most: int, limit: int, power: float, start: int) -> None:
+def test_the_search_finds_the_largest_size_that_fits(most: int, limit: int, power: float, start: int) -> None:
     asked = []
 
     def room(n: int) -> int:

@@ -1,4 +1,4 @@
-"""Where a plan's tensors come from: manifests, checkpoints, other folders, and what is refused."""
+"""The tensors of a plan: from manifests, checkpoints and bitsandbytes folders, and the sources that are rejected."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_bitsandbytes_folder_is_planned_from_its_headers(artifact: Path, tmp_p
     assert plan_memory(folder, small_settings()) == plan_memory(artifact, small_settings())
 
 
-def test_weights_kept_in_float32_are_there_twice(tmp_path: Path) -> None:
+def test_weights_kept_in_float32_count_twice(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden": 64, "intermediate": 128, "vocabulary": 320, "n_layers": 2}
     plans = [
         plan_memory(
@@ -76,22 +76,22 @@ def test_a_16_bit_checkpoint_needs_a_conversion(artifact: Path) -> None:
         plan_memory(artifact.parent / "source", small_settings())
 
 
-def test_other_quantizations_are_refused(tmp_path: Path) -> None:
+def test_other_quantizations_are_rejected(tmp_path: Path) -> None:
     folder = write_checkpoint(
         tmp_path / "m", config={**llama_config(), "quantization_config": {"quant_method": "gptq"}}
     )
-    with pytest.raises(SourceError, match="is quantized already"):
+    with pytest.raises(SourceError, match="is already quantized in a format other than"):
         plan_memory(folder, small_settings(), conversion=as_converted)
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no such folder"):
+def test_a_missing_directory_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="directory does not exist"):
         plan_memory(tmp_path / "none", small_settings())
 
 
-def test_weights_that_do_not_fit_the_config_are_refused(artifact: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_config_are_rejected(artifact: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(artifact, tmp_path / "m"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 192}))
-    with pytest.raises(ArtifactError, match=r"bytes of codes in .* blocks, but the model has"):
+    with pytest.raises(ArtifactError, match=r"bytes of packed codes and .* blocks do not fit the model's shape"):
         plan_memory(folder, small_settings())

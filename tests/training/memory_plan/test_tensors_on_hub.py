@@ -1,4 +1,4 @@
-"""Plans of repositories on the Hub, of which only headers are read."""
+"""Plans of Hub repositories, from their headers alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from qformat.training.memory_plan.tensors import read_model_tensors
 from tests.training.memory_plan.plans import small_settings
 
 
-def test_without_network_a_repository_is_refused_in_words() -> None:
-    with pytest.raises(UsageError, match="nobody/nothing: is no folder here, and cannot be read from the Hub"):
+def test_without_a_network_the_error_explains_what_to_check() -> None:
+    with pytest.raises(UsageError, match="nobody/nothing: does not exist as a local folder, and cannot be read"):
         plan_memory("nobody/nothing", small_settings())
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """What a client needs of the Hub: `/REPOSITORY/resolve/REVISION/FILE`, with ranges."""
+    """A stand-in for the part of the Hub that a client needs: `/REPOSITORY/resolve/REVISION/FILE`, with ranges."""
 
     folder: Path
     ranges: list[str]
@@ -79,7 +79,7 @@ def hub_of(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def read_from_hub(endpoint: str, home: Path, repository: str) -> str:
-    """Print what is read in a process of its own: the Hub's client takes its address when it is imported."""
+    """Read a repository in a separate process, because the Hub client reads its address when it is imported."""
     script = (
         "import sys; from qformat.training.memory_plan.tensors import read_model_tensors as read\n"
         "from qformat.errors import QformatError\n"
@@ -96,7 +96,7 @@ def read_from_hub(endpoint: str, home: Path, repository: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "source"])
-def test_of_a_repository_on_the_hub_only_headers_are_read(artifact: Path, tmp_path: Path, kind: str) -> None:
+def test_only_the_headers_of_a_hub_repository_are_read(artifact: Path, tmp_path: Path, kind: str) -> None:
     folder = artifact.parent / kind
     here = read_model_tensors(folder, conversion=lambda tensors, config: {})
     with hub_of(folder) as (endpoint, ranges):
@@ -107,9 +107,11 @@ def test_of_a_repository_on_the_hub_only_headers_are_read(artifact: Path, tmp_pa
         assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-def test_a_repository_without_safetensors_is_refused(tmp_path: Path) -> None:
+def test_a_repository_without_safetensors_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "config.json").write_text("{}")
     with hub_of(tmp_path / "files") as (endpoint, _):
         assert "is not a safetensors repo" in read_from_hub(endpoint, tmp_path / "home", "some/model")
-        assert "UsageError some/other: is no folder here" in read_from_hub(endpoint, tmp_path / "home", "some/other")
+        assert "UsageError some/other: does not exist as a local folder" in read_from_hub(
+            endpoint, tmp_path / "home", "some/other"
+        )

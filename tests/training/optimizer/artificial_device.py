@@ -1,7 +1,7 @@
-"""A device for optimizer pages with a byte budget, copies that wait in queues, and allocations that fail on demand.
+"""An artificial device for optimizer pages, with a byte budget, queued copies, and allocations that fail on demand.
 
-A copy is done only when somebody waits for it, or for a later one in the same direction: code that forgets to wait
-computes with old bytes. Fresh memory holds 0xAB, and memory that is given back is overwritten with it.
+A copy takes place only when the caller waits for it, or for a later copy in the same direction. Code that forgets to
+wait therefore computes with old bytes. New memory is filled with 0xAB, and released memory is overwritten with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ class _QueuedCopy:
 
 @dataclass
 class ArtificialDevice:
-    """budget_nbytes: what fits. failing: numbers of the allocations, counted from 0, that find no memory."""
+    """A device with a budget.
+
+    Args:
+        budget_nbytes: Bytes that fit on the device.
+        failing: Numbers of the allocations, counted from 0, that fail.
+    """
 
     budget_nbytes: int = 2**40
     failing: set[int] = field(default_factory=set)
@@ -69,7 +74,7 @@ class ArtificialDevice:
         return self._start(self._inward, run)
 
     def copy_out(self, page: Tensor, host: Tensor) -> Copy:
-        # What was computed so far is in the page already, and what comes later must not be seen: it is taken now.
+        # Take the content now: the page holds all results so far, and the copy must not see later ones.
         taken = page.clone()
 
         def run() -> None:

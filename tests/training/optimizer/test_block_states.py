@@ -13,7 +13,7 @@ from qformat.training.optimizer.dynamic_map import HALF_STEP_SIGNED, HALF_STEP_U
 
 
 def round_trip(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return blocks uint8 [n, 260] of float32 [n, 256], and what they decode to."""
+    """Return the blocks, uint8 [n, 260], of values, float32 [n, 256], and the decoded blocks."""
     n = values.shape[0]
     blocks = torch.zeros(n, 260, dtype=torch.uint8)
     scratch = EncodingScratch.take(torch.empty(EncodingScratch.nbytes(n), dtype=torch.uint8), n)
@@ -24,12 +24,12 @@ def round_trip(values: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, tor
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_map_is_bitsandbytes(signed: bool) -> None:
+def test_the_map_equals_that_of_bitsandbytes(signed: bool) -> None:
     assert torch.equal(dynamic_values(signed=signed), peer.create_dynamic_map(signed=signed).float())
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_codes_and_scales_are_bitsandbytes(signed: bool) -> None:
+def test_codes_and_scales_equal_those_of_bitsandbytes(signed: bool) -> None:
     values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 64)[:, None]
     values = values if signed else values.square()
     code = peer.create_dynamic_map(signed=signed)
@@ -38,8 +38,8 @@ def test_codes_and_scales_are_bitsandbytes(signed: bool) -> None:
     assert torch.equal(blocks[:, 256:].view(torch.float32).flatten(), state.absmax)
     same = blocks[:, :256] == expected.view(64, 256)
     theirs = peer.dequantize_blockwise(expected, state)
-    # Elsewhere one of the two took the other neighbour; ours is never the farther one. Except for one rule of ours:
-    # a positive second moment never becomes zero.
+    # If the codes differ, the two chose different neighbours, and ours is never the farther one. The exception is our
+    # rule that a positive second moment never becomes zero.
     apart = ~same & ~((theirs == 0) & (values > 0) & ~torch.tensor(signed))
     ours_off, theirs_off = (decoded - values).abs(), (theirs - values).abs()
     assert bool((ours_off <= theirs_off * (1 + 1e-5))[apart].all())
@@ -66,7 +66,7 @@ def test_zeros_stay_zeros_and_positive_second_moments_stay_positive() -> None:
     assert bool((decoded[1] > 0).all())
 
 
-def test_a_nan_spoils_its_block_only() -> None:
+def test_a_nan_affects_only_its_block() -> None:
     values = torch.ones(2, 256)
     values[0, 17] = torch.nan
     _, decoded = round_trip(values, signed=True)

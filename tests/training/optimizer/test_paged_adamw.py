@@ -1,4 +1,4 @@
-"""PagedAdamW against torch.optim.AdamW, byte for byte, on an artificial device with queues and a budget."""
+"""PagedAdamW against torch.optim.AdamW, byte for byte, on an artificial device with queued copies and a budget."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def parameters(dtype: torch.dtype = torch.float32, shapes: Sequence[tuple[int, .
 def set_gradients(params: Sequence[Tensor], step: int) -> None:
     random = torch.Generator().manual_seed(100 + step)
     for number, param in enumerate(params):
-        # In the parameter's order of memory, as autograd makes them: torch's fused update takes no note of strides.
+        # Use the memory order of the parameter, as autograd does: torch's fused update ignores strides.
         gradient = torch.empty_like(param).copy_(torch.randn(param.shape, generator=random))
-        # One parameter gets its first gradient late, and one is left out of a step.
+        # One parameter gets its first gradient late, and one has no gradient in a later step.
         param.grad = None if (number, step) in {(2, 0), (4, 2)} else gradient
 
 
@@ -78,7 +78,7 @@ def as_bytes(tensor: Tensor) -> bytes:
 def assert_same(
     ours: PagedAdamW, our_params: list[nn.Parameter], peer: torch.optim.Optimizer, params: list[nn.Parameter]
 ) -> None:
-    """Compare bytes: NaN differs from itself, and float16 has some, in torch as well."""
+    """Compare bytes, because NaN differs from itself. With float16, torch also produces NaN."""
     for mine, theirs in zip(our_params, params, strict=True):
         assert as_bytes(mine) == as_bytes(theirs)
     states = ours.state_dict()["state"]
@@ -93,7 +93,7 @@ def assert_same(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("budget", [0, 3 * PAGE, "auto"])
 @pytest.mark.parametrize("page_nbytes", [PAGE, 5 * PAGE, 2**22])
-def test_the_bytes_are_those_of_torch(update: Any, dtype: torch.dtype, budget: Any, page_nbytes: int) -> None:
+def test_the_result_is_byte_identical_to_torch(update: Any, dtype: torch.dtype, budget: Any, page_nbytes: int) -> None:
     params, our_params = parameters(dtype), parameters(dtype)
     peer, ours = torch_adamw(params, update), paged(our_params, update, page_budget=budget, page_nbytes=page_nbytes)
     train(peer, params)
@@ -101,7 +101,7 @@ def test_the_bytes_are_those_of_torch(update: Any, dtype: torch.dtype, budget: A
     assert_same(ours, our_params, peer, params)
 
 
-def test_a_gradient_in_another_order_of_memory_is_brought_into_the_parameters() -> None:
+def test_a_gradient_is_converted_to_the_memory_order_of_the_parameter() -> None:
     params, our_params = parameters(), parameters()
     peer, ours = torch_adamw(params, "single"), paged(our_params, "single")
     for chosen in (params, our_params):
@@ -128,7 +128,7 @@ def test_paging_out_between_steps_changes_nothing(update: Any) -> None:
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("budget", [0, 4 * PAGE, "auto"])
-def test_a_state_dict_goes_on_in_torch_and_comes_back(update: Any, budget: Any) -> None:
+def test_a_state_dict_continues_in_torch_and_comes_back(update: Any, budget: Any) -> None:
     params, our_params = parameters(), parameters()
     peer, ours = torch_adamw(params, update), paged(our_params, update, page_budget=budget)
     train(peer, params, range(2))
@@ -154,7 +154,7 @@ def test_loading_a_state_dict_takes_no_device_memory() -> None:
 
 
 @pytest.mark.parametrize("budget_pages", [0, 1, 7, 1000])
-def test_the_bytes_moved_are_those_of_a_fixed_resident_set(budget_pages: int) -> None:
+def test_the_bytes_moved_match_a_fixed_resident_set(budget_pages: int) -> None:
     params = [nn.Parameter(torch.zeros(PAGE // 8 * 20))]  # two float32 moments: 20 pages
     optimizer = PagedAdamW(params, page_budget=budget_pages * PAGE, page_nbytes=PAGE, device=ArtificialDevice())
     n_resident = min(budget_pages, 20)
@@ -177,7 +177,7 @@ def test_small_parameters_share_a_page() -> None:
     assert optimizer.paging_statistics().pages == 1
 
 
-def test_a_step_needs_no_more_than_budget_ring_and_workspace() -> None:
+def test_a_step_needs_at_most_budget_ring_and_workspace() -> None:
     device = ArtificialDevice()
     params = [nn.Parameter(torch.zeros(PAGE // 8 * 20))]
     optimizer = PagedAdamW(params, page_budget=4 * PAGE, page_nbytes=PAGE, device=device)
@@ -190,8 +190,8 @@ def test_a_step_needs_no_more_than_budget_ring_and_workspace() -> None:
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("state_bits", [32, 8])
-def test_whichever_allocation_fails_the_bytes_are_the_same(update: Any, state_bits: Any) -> None:
-    """A step that raises has changed nothing, and goes through when it is taken again."""
+def test_the_bytes_are_the_same_whichever_allocation_fails(update: Any, state_bits: Any) -> None:
+    """A step that raises has changed nothing, and succeeds when it is repeated."""
     expected_params = parameters()
     expected = paged(expected_params, update, state_bits=state_bits)
     train(expected, expected_params)
@@ -217,7 +217,7 @@ def test_whichever_allocation_fails_the_bytes_are_the_same(update: Any, state_bi
         assert [as_bytes(param) for param in params] == [as_bytes(param) for param in expected_params]
 
 
-def test_a_device_without_room_for_a_page_is_an_error_and_nothing_changes() -> None:
+def test_a_device_too_small_for_a_page_raises_and_changes_nothing() -> None:
     params = parameters()
     optimizer = paged(params, "fused", device=ArtificialDevice(budget_nbytes=PAGE - 1))
     before = [as_bytes(param) for param in params]
@@ -237,7 +237,7 @@ def test_a_budget_that_turns_out_too_large_shrinks() -> None:
     assert 0 < optimizer.paging_statistics().resident < optimizer.paging_statistics().pages
 
 
-def test_an_automatic_budget_is_what_the_device_has_to_spare() -> None:
+def test_an_automatic_budget_uses_the_unused_memory_of_the_device() -> None:
     params = parameters()
     optimizer = paged(params, "fused", page_budget="auto", device=ArtificialDevice(spare=5 * PAGE + 17))
     train(optimizer, params)
@@ -252,7 +252,7 @@ def test_8_bit_states_give_the_same_bytes_at_any_budget(budget: Any) -> None:
     assert [as_bytes(param) for param in params] == [as_bytes(param) for param in expected]
 
 
-def test_8_bit_states_go_through_a_state_dict() -> None:
+def test_8_bit_states_survive_a_state_dict() -> None:
     expected, params = parameters(), parameters()
     whole = paged(expected, "fused", state_bits=8)
     train(whole, expected, range(2))
@@ -273,11 +273,11 @@ def test_8_bit_states_take_a_quarter_of_the_bytes() -> None:
         optimizer = PagedAdamW([param], state_bits=bits, page_nbytes=PAGE, device=ArtificialDevice())  # type: ignore[arg-type]
         optimizer.step()
         pages[bits] = optimizer.paging_statistics().pages
-    # A page holds half of its bytes of either moment, and a block of 256 elements takes 260 bytes or 1024.
+    # Each moment has half of the bytes of a page. A block of 256 elements takes 260 bytes in 8 bit, or 1024 in 32 bit.
     assert pages == {bits: math.ceil(2**12 * nbytes / (PAGE // 2)) for bits, nbytes in ((8, 260), (32, 1024))}
 
 
-def test_8_bit_states_train_as_near_to_32_bit_ones_as_those_of_bitsandbytes() -> None:
+def test_8_bit_states_train_as_close_to_32_bit_as_bitsandbytes() -> None:
     def eight_of_bitsandbytes(params: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(params, lr=3e-3)
         return optimizer
@@ -290,13 +290,13 @@ def test_8_bit_states_train_as_near_to_32_bit_ones_as_those_of_bitsandbytes() ->
             lambda params: PagedAdamW(params, lr=3e-3, state_bits=32, page_nbytes=PAGE),
         )
     )
-    # The states are rounded as often, to as many bits: the losses of all steps are led away by errors of one size.
+    # Both round the states equally often and to the same number of bits, so the losses deviate by similar errors.
     assert rounds_like(ours, peers, exact)
     assert exact[-1] < exact[0]
 
 
 def losses_of(make: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]) -> Tensor:
-    """Train a small network to do what another one does, and return the losses of the steps."""
+    """Train a small network to imitate another one, and return the losses of the steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 8))
     target = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8))
@@ -317,22 +317,22 @@ def losses_of(make: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]) -
 @pytest.mark.parametrize(
     "wrong", [{"state_bits": 16}, {"update": "foreach"}, {"page_budget": -1}, {"lr": -1.0}], ids=str
 )
-def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         PagedAdamW([nn.Parameter(torch.zeros(3))], **wrong)
 
 
-def test_states_of_another_kind_or_shape_are_refused_before_anything_changes() -> None:
+def test_states_of_another_kind_or_shape_are_rejected_before_any_change() -> None:
     params = parameters()
     optimizer = paged(params, "fused")
     train(optimizer, params)
     before = optimizer.state_dict()
     wrong = copy.deepcopy(before)
     wrong["state"][1]["exp_avg"] = torch.zeros(3)
-    with pytest.raises(UsageError, match="exp_avg of parameter 1"):
+    with pytest.raises(UsageError, match="parameter 1: the saved state exp_avg does not fit"):
         optimizer.load_state_dict(wrong)
     eight = paged(params, "fused", state_bits=8)
-    with pytest.raises(UsageError, match="32-bit states into one with 32"):
+    with pytest.raises(UsageError, match="32-bit states into one with state_bits=32"):
         eight.load_state_dict(before)
     after = optimizer.state_dict()
     for number, state in before["state"].items():

@@ -1,4 +1,4 @@
-"""PagedAdamW in transformers' own Trainer, beside torch's fused AdamW, which the Trainer takes by default."""
+"""PagedAdamW in transformers' Trainer, compared with torch's fused AdamW, the default of the Trainer."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def default(tmp_path: Path) -> Trainer:
     return trainer
 
 
-def test_it_ends_in_the_bytes_of_the_trainers_default(default: Trainer, tmp_path: Path) -> None:
+def test_the_result_is_byte_identical_to_the_trainers_default(default: Trainer, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path / "paged", paged)
     trainer.train()
     assert weights(trainer) == weights(default)
@@ -93,7 +93,7 @@ def test_it_ends_in_the_bytes_of_the_trainers_default(default: Trainer, tmp_path
     [(paged, paged), (paged, None), (None, paged)],
     ids=["paged-paged", "paged-torch", "torch-paged"],
 )
-def test_a_checkpoint_of_either_optimizer_goes_on_in_the_other(
+def test_a_checkpoint_of_either_optimizer_continues_in_the_other(
     default: Trainer, tmp_path: Path, first: Any, second: Any
 ) -> None:
     trainer_of(tmp_path / "out", first).train()

@@ -1,4 +1,4 @@
-"""Sides that are processes of their own and take a step only when asked, in turn: their times and peaks of memory."""
+"""Runs each side as a separate process that takes steps on request, in turn, and measures time and peak memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from time import perf_counter
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Seconds of each round, and the peak of memory in bytes."""
+    """Seconds of each round, and peak memory in bytes."""
 
     seconds: list[float]
     peak_nbytes: int
 
 
 def start_side(module: str, arguments: list[str], *, quiet: bool = False) -> subprocess.Popen[str]:
-    """Start a module as a side; it is to call `serve_steps`. quiet: what it says on standard error is not shown."""
+    """Start a module as a side, which must call `serve_steps`. `quiet` hides its standard error."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
@@ -30,7 +30,7 @@ def start_side(module: str, arguments: list[str], *, quiet: bool = False) -> sub
 
 
 def step_in_turn(processes: Mapping[str, subprocess.Popen[str]], *, rounds: int, warm_up: int) -> dict[str, Figures]:
-    """Let every side take its steps, and end it. The first `warm_up` steps, which fill caches, do not count."""
+    """Let all sides take their steps in turn, then end them. The first `warm_up` steps fill caches and do not count."""
     seconds: dict[str, list[float]] = {side: [] for side in processes}
     for number in range(rounds + warm_up):
         for side, process in processes.items():
@@ -45,7 +45,7 @@ def step_in_turn(processes: Mapping[str, subprocess.Popen[str]], *, rounds: int,
 
 
 def serve_steps(step: Callable[[], object], *, nbytes_before: int) -> None:
-    """Take a step whenever asked; at the end tell the peak of memory, less what there was before."""
+    """Take steps on request, and at the end report the peak memory minus `nbytes_before`."""
     for line in sys.stdin:
         if line.strip() == "peak":
             print(peak_nbytes() - nbytes_before, flush=True)
@@ -67,5 +67,5 @@ def _ask(process: subprocess.Popen[str], what: str) -> str:
     process.stdin.flush()
     answer = process.stdout.readline()
     if not answer:
-        sys.exit(f"{process.args}: died")
+        sys.exit(f"{process.args}: ended unexpectedly")
     return answer

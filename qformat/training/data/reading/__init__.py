@@ -1,1 +1,1 @@
-"""Rows of training data out of files, one at a time."""
+"""Reads rows of training data from files, one at a time."""

@@ -1,4 +1,4 @@
-"""Rows out of data files, as a stream: memory does not grow with the file."""
+"""Streams rows from data files. Memory use does not grow with the size of a file."""
 
 from __future__ import annotations
 
@@ -17,28 +17,45 @@ if TYPE_CHECKING:
     import pyarrow
 
 MAX_LINE_NBYTES = 16 * 2**20
-"""Of one line: eight million words. A file without line ends must not be read into memory as one."""
+"""Largest size of one line: room for several million words. Without a limit, a file that has no line breaks would be
+read into memory as a single line."""
 
 _ROWS_AT_A_TIME = 1024
 _SKIP_NBYTES = 2**20
 
 
 class BadRows:
-    """What happens with a row that cannot be used: it ends everything, or it is counted by its reason."""
+    """Decides what happens with an unusable row: it raises an error, or is skipped and counted.
+
+    Args:
+        skip: Whether to skip unusable rows.
+    """
 
     def __init__(self, *, skip: bool) -> None:
         self.counts: Counter[str] = Counter()
         self._skip = skip
 
     def refuse(self, error: DataError) -> None:
-        """Raise `error`, or count it."""
+        """Raise `error`, or count it under its reason."""
         if not self._skip:
             raise error
         self.counts[error.reason] += 1
 
 
 def read_rows(files: list[DataFile], bad: BadRows, *, max_line_nbytes: int = MAX_LINE_NBYTES) -> Iterator[Row]:
-    """Yield the rows of all files, in order. Raises DataError, unless `bad` skips; also for a damaged file."""
+    """Yield the rows of all files in order.
+
+    Args:
+        files: Files to read.
+        bad: Decides what happens with unusable rows.
+        max_line_nbytes: Largest size of a JSON line in bytes.
+
+    Yields:
+        The rows that can be used.
+
+    Raises:
+        DataError: A row cannot be used and `bad` does not skip it, or a file is damaged.
+    """
     for file in files:
         if file.kind is FileKind.JSON_LINES:
             yield from _json_lines(file.path, bad, max_line_nbytes)
@@ -56,7 +73,7 @@ def _json_lines(path: Path, bad: BadRows, max_line_nbytes: int) -> Iterator[Row]
                 if len(line.rstrip(b"\r\n")) > max_line_nbytes or (len(line) > max_line_nbytes and line[-1:] != b"\n"):
                     while line and line[-1:] != b"\n":
                         line = lines.readline(_SKIP_NBYTES)
-                    place.refuse(BadRow.TOO_LARGE, f"more than {max_line_nbytes} bytes, the limit for one line")
+                    place.refuse(BadRow.TOO_LARGE, f"is longer than {max_line_nbytes} bytes, the limit of a line")
                 row = parse_line(line.removeprefix(BOM_UTF8) if number == 1 else line, place)
             except DataError as error:
                 bad.refuse(error)
@@ -72,7 +89,8 @@ def _columns(file: DataFile, bad: BadRows) -> Iterator[Row]:
             raise DataError(
                 BadRow.NO_KNOWN_FIELD,
                 file.path,
-                f"has no column 'messages', 'prompt' and 'completion', or 'text', but {batch.schema.names[:8]}",
+                "has no column 'messages', 'prompt' and 'completion', or 'text' "
+                f"(found {', '.join(map(repr, batch.schema.names[:8]))})",
                 place=None,
                 next_step="Rename its columns",
             )
@@ -101,9 +119,9 @@ def _fields(batch: pyarrow.RecordBatch, index: int, place: Place) -> dict[str, J
     try:
         return {name: batch.column(position)[index].as_py() for position, name in enumerate(batch.schema.names)}
     except UnicodeDecodeError as broken:
-        place.refuse(BadRow.NOT_UTF8, f"a string that is not UTF-8 at byte {broken.start}")
-    except (ValueError, OverflowError) as problem:  # such as a date that Python has no year for
-        place.refuse(BadRow.WRONG_TYPE, f"a value that Python cannot hold: {problem}")
+        place.refuse(BadRow.NOT_UTF8, f"has a string that is not valid UTF-8 (byte {broken.start})")
+    except (ValueError, OverflowError) as problem:  # for example a date beyond the years that Python supports
+        place.refuse(BadRow.WRONG_TYPE, f"has a value that Python cannot represent: {problem}")
 
 
 def _record_batches(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
@@ -113,13 +131,13 @@ def _record_batches(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
     try:
         if file.kind is FileKind.PARQUET:
             with pyarrow.parquet.ParquetFile(file.path) as parquet:
-                # Without the projection, a column of images would be read as well.
+                # Select the columns: otherwise a column of images would be read as well.
                 wanted = [name for name in parquet.schema_arrow.names if name in FIELDS]
                 yield from parquet.iter_batches(_ROWS_AT_A_TIME, columns=wanted or None)
         else:
             with pyarrow.memory_map(str(file.path)) as mapped, pyarrow.ipc.open_stream(mapped) as batches:
                 for batch in batches:
-                    # Arrow trusts the offsets of its files: a damaged one would end the process.
+                    # Arrow does not check the offsets in its files: a damaged one would crash the process.
                     batch.validate(full=True)
                     for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
                         yield batch.slice(start, _ROWS_AT_A_TIME)
@@ -130,5 +148,5 @@ def _record_batches(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
             file.path,
             f"cannot be read as {file.kind.value}: {first}",
             place=None,
-            next_step="Fetch or write the file again",
+            next_step="Download or write the file again",
         ) from problem

@@ -1,14 +1,14 @@
-"""One row of training data: which fields it has, and what makes it unusable.
+"""Parses rows of training data and rejects rows that cannot be used.
 
-The format of each row is judged by itself, so that a file may mix them. Where a row has the fields of several, the
-first of this list is taken (UltraChat, for one, carries `prompt` beside `messages`):
+The format is decided for each row, so one file may mix formats. If a row has the fields of several formats, the first
+one in this list applies (UltraChat, for example, has `prompt` beside `messages`):
 
-    messages               a conversation; with `tools`, what the assistant may call
-    prompt, completion     two strings, or two lists of messages (and `tools`)
+    messages               a conversation; `tools` lists what the assistant may call
+    prompt, completion     two strings, or two lists of messages (with `tools`)
     text                   one string
 
-Fields of other names are ignored, and a field that is null counts as absent, as Parquet fills the columns of the
-other rows of a mixed file with nulls.
+Other fields are ignored. A null field counts as absent, because Parquet fills missing columns of a mixed file with
+nulls.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FIELDS = ("messages", "prompt", "completion", "text", "tools")
 
 Message = dict[str, Json]
 
-CORRECT_OR_SKIP = "Correct it, or skip rows like it with skip_bad_lines"
+CORRECT_OR_SKIP = "Correct it, or skip unusable rows with skip_bad_lines"
 
 
 class BadRow(StrEnum):
-    """Why a row cannot be used. The values are stable: statistics count by them."""
+    """Reason why a row cannot be used. The values are stable, because statistics count by them."""
 
     NOT_UTF8 = "not_utf8"
     NOT_JSON = "not_json"
@@ -41,32 +41,47 @@ class BadRow(StrEnum):
     TOO_LARGE = "too_large"
     TEMPLATE_REFUSED = "template_refused"
     UNSTABLE_TEMPLATE = "unstable_template"
-    DAMAGED_FILE = "damaged_file"  # of a whole file: never skipped
+    DAMAGED_FILE = "damaged_file"  # concerns the whole file and is never skipped
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row comes from: `train.jsonl`, `line`, 17. Counted from 1."""
+    """Origin of a row, such as line 17 of train.jsonl.
+
+    Attributes:
+        path: File that holds the row.
+        unit: "line" or "row".
+        number: Number of the line or row, counted from 1.
+    """
 
     path: Path
     unit: str
     number: int
 
     def refuse(self, reason: BadRow, problem: str, *, next_step: str = CORRECT_OR_SKIP) -> NoReturn:
-        """Raise the DataError of this row."""
+        """Raise a DataError for this row.
+
+        Args:
+            reason: Why the row cannot be used.
+            problem: What is wrong, in words.
+            next_step: What the user can do about it.
+
+        Raises:
+            DataError: Always.
+        """
         raise DataError(reason, self.path, problem, place=f"{self.unit} {self.number}", next_step=next_step) from None
 
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
-    """A plain text."""
+    """A plain text without a prompt."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
-    """A plain prompt and what follows it."""
+    """A plain prompt and its completion."""
 
     prompt: str
     completion: str
@@ -74,7 +89,13 @@ class CompletionRow:
 
 @dataclass(frozen=True, slots=True)
 class ChatRow:
-    """A conversation of one message or more. n_prompt: the messages of the prompt, None where the row has no prompt."""
+    """A conversation of at least one message.
+
+    Attributes:
+        messages: Messages in order, those of the prompt included.
+        tools: Tools that the assistant may call, or None.
+        n_prompt: Number of messages that form the prompt, or None if the row has no prompt.
+    """
 
     messages: list[Message]
     tools: list[Json] | None
@@ -86,33 +107,55 @@ Content = TextRow | CompletionRow | ChatRow
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row's content and where it comes from."""
+    """Content and origin of a row."""
 
     place: Place
     content: Content
 
 
 def parse_line(line: bytes, place: Place) -> Row:
-    """Parse one line of a JSON lines file; its length was checked. Raises DataError."""
+    """Parse one line of a JSON Lines file.
+
+    Args:
+        line: The line, of checked length.
+        place: Origin of the line.
+
+    Returns:
+        The parsed row.
+
+    Raises:
+        DataError: The line cannot be used.
+    """
     if not line.strip():
-        place.refuse(BadRow.EMPTY, "is an empty line")
+        place.refuse(BadRow.EMPTY, "is empty")
     try:
         value = strict_json.loads(line, path="", max_nbytes=_limit(line), error=SourceError)
     except InvalidFileError as refused:
         if refused.reason is Reason.JSON_LIMIT:
             place.refuse(BadRow.TOO_LARGE, refused.problem)
-        place.refuse(BadRow.NOT_UTF8 if "not UTF-8" in refused.problem else BadRow.NOT_JSON, refused.problem)
+        place.refuse(BadRow.NOT_UTF8 if "UTF-8 at byte" in refused.problem else BadRow.NOT_JSON, refused.problem)
     if not isinstance(value, dict):
         place.refuse(
             BadRow.NOT_AN_OBJECT,
-            f"is {_kind(value)}, not an object",
-            next_step="JSON lines are one object on each line, with no list around them. " + CORRECT_OR_SKIP,
+            f"expected an object, got {_kind(value)}",
+            next_step="A JSON Lines file has one object per line, without a list around them. " + CORRECT_OR_SKIP,
         )
     return parse_fields(value, place)
 
 
 def parse_fields(fields: dict[str, Json], place: Place) -> Row:
-    """Judge the fields of one row. Raises DataError."""
+    """Parse the fields of one row.
+
+    Args:
+        fields: Fields of the row by name.
+        place: Origin of the row.
+
+    Returns:
+        The parsed row.
+
+    Raises:
+        DataError: The row cannot be used.
+    """
     present = {name: fields[name] for name in FIELDS if fields.get(name) is not None}
     if "messages" in present:
         messages = _messages(present["messages"], "messages", place)
@@ -122,7 +165,7 @@ def parse_fields(fields: dict[str, Json], place: Place) -> Row:
     if "text" in present:
         return Row(place, TextRow(_text(present["text"], "text", place)))
     names = ", ".join(f"{name!r} (null)" if value is None else repr(name) for name, value in list(fields.items())[:8])
-    problem = f"has {names or 'no field at all'}, but neither 'messages' nor 'prompt' and 'completion' nor 'text'"
+    problem = f"has no 'messages', 'prompt' and 'completion', or 'text' (found {names or 'no fields'})"
     return place.refuse(BadRow.NO_KNOWN_FIELD, problem)
 
 
@@ -136,14 +179,14 @@ def _prompt_and_completion(present: dict[str, Json], place: Place) -> Content:
         return CompletionRow(prompt, _text(completion, "completion", place))
     return place.refuse(
         BadRow.WRONG_TYPE,
-        f"'prompt' is {_kind(prompt)} and 'completion' is {_kind(completion)}: "
-        "both must be strings, or both lists of messages",
+        "'prompt' and 'completion' must both be strings or both be lists of messages "
+        f"(got {_kind(prompt)} and {_kind(completion)})",
     )
 
 
 def _text(value: Json, name: str, place: Place) -> str:
     if not isinstance(value, str):
-        place.refuse(BadRow.WRONG_TYPE, f"{name!r} is {_kind(value)}, not a string")
+        place.refuse(BadRow.WRONG_TYPE, f"{name!r}: expected a string, got {_kind(value)}")
     if not value:
         place.refuse(BadRow.EMPTY, f"{name!r} is empty")
     return value
@@ -151,28 +194,28 @@ def _text(value: Json, name: str, place: Place) -> str:
 
 def _messages(value: Json, name: str, place: Place) -> list[Message]:
     if not isinstance(value, list):
-        place.refuse(BadRow.WRONG_TYPE, f"{name!r} is {_kind(value)}, not a list of messages")
+        place.refuse(BadRow.WRONG_TYPE, f"{name!r}: expected a list of messages, got {_kind(value)}")
     if not value:
-        place.refuse(BadRow.EMPTY, f"{name!r} has no message")
+        place.refuse(BadRow.EMPTY, f"{name!r} has no messages")
     return [_message(entry, f"{name}[{index}]", place) for index, entry in enumerate(value)]
 
 
 def _message(value: Json, name: str, place: Place) -> Message:
     if not isinstance(value, dict):
-        place.refuse(BadRow.WRONG_TYPE, f"{name} is {_kind(value)}, not an object with 'role' and 'content'")
-    # As transformers does: templates print a null as "None", but know what to do with an absent key.
+        place.refuse(BadRow.WRONG_TYPE, f"{name}: expected an object with 'role' and 'content', got {_kind(value)}")
+    # Drop nulls as transformers does: templates print a null as "None" but handle an absent key.
     message: Message = {key: entry for key, entry in value.items() if entry is not None}
     if not isinstance(message.get("role"), str):
-        place.refuse(BadRow.WRONG_TYPE, f"{name}: 'role' is {_kind(value.get('role'))}, not a string")
+        place.refuse(BadRow.WRONG_TYPE, f"{name}: 'role': expected a string, got {_kind(value.get('role'))}")
     if not isinstance(message.get("content"), str) and not (
         "content" not in message and isinstance(message.get("tool_calls"), list)
     ):
-        place.refuse(BadRow.WRONG_TYPE, f"{name}: 'content' is {_kind(value.get('content'))}, not a string")
+        place.refuse(BadRow.WRONG_TYPE, f"{name}: 'content': expected a string, got {_kind(value.get('content'))}")
     return message
 
 
 def _tools(value: Json, place: Place) -> list[Json] | None:
-    """Return the tools of a row. Hub datasets often keep them as JSON inside of a string, whose types vary by row."""
+    """Return the tools of a row. Hub datasets often store them as a JSON string, because their types vary by row."""
     if isinstance(value, str):
         data = value.encode("utf-8")
         try:
@@ -182,21 +225,23 @@ def _tools(value: Json, place: Place) -> list[Json] | None:
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        place.refuse(BadRow.WRONG_TYPE, f"'tools' is {_kind(value)}, not a list of objects")
+        place.refuse(BadRow.WRONG_TYPE, f"'tools': expected a list of objects, got {_kind(value)}")
     return value
 
 
 def _limit(data: bytes) -> int:
-    """The size of what is parsed, as the loader also bounds the number of values by it: a short line may be dense."""
+    """Return the size limit for the JSON loader, which also limits the number of values by it. A short line may have
+    many values for its size, so the limit has a lower bound.
+    """
     return max(len(data), 2**16)
 
 
 def _kind(value: Json) -> str:
     if value is None:
-        return "missing"
+        return "nothing"
     if isinstance(value, bool):
         return "a boolean"
     if isinstance(value, (int, float)):
         return "a number"
-    # Parquet has more types than JSON: dates, bytes.
+    # Parquet has more types than JSON, such as dates and bytes.
     return {str: "a string", list: "a list", dict: "an object"}.get(type(value), type(value).__name__)

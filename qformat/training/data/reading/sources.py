@@ -1,4 +1,4 @@
-"""Which files training data consists of: one, several, a folder of them, or a dataset of the Hub."""
+"""Finds the files of training data: single files, folders or Hub datasets. Detects changes while they are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Source = Path | str | Sequence[Path | str]
 
 
 class FileKind(Enum):
-    """How rows lie in a file."""
+    """Format of a data file."""
 
     JSON_LINES = "json_lines"
     PARQUET = "parquet"
@@ -31,7 +31,7 @@ _KINDS = {
     ".parquet": FileKind.PARQUET,
 }
 
-# `.json` inside of a folder is as often its description (dataset_info.json) as it is data.
+# Without `.json`: inside a folder, such a file is often metadata (dataset_info.json) rather than data.
 _IN_FOLDERS = (".jsonl", ".ndjson", ".parquet")
 
 _DATASET = re.compile(rf"(?P<name>{REPOSITORY_PATTERN})(:(?P<configuration>[\w.-]+))?(@(?P<revision>\S+))?")
@@ -39,7 +39,7 @@ _DATASET = re.compile(rf"(?P<name>{REPOSITORY_PATTERN})(:(?P<configuration>[\w.-
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A file with rows."""
+    """A file of training data."""
 
     path: Path
     kind: FileKind
@@ -47,7 +47,13 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What a file held when it was hashed. modified_ns tells whether it was written to since."""
+    """State of a file when it was hashed.
+
+    Attributes:
+        digest: XXH3-128 digest of the content.
+        nbytes: Size in bytes.
+        modified_ns: Modification time in nanoseconds, which shows whether the file was written to since.
+    """
 
     digest: str
     nbytes: int
@@ -55,44 +61,68 @@ class FileState:
 
 
 def find_files(source: Source, *, split: str = "train") -> list[DataFile]:
-    """Return the files of a source, in the order in which they are read.
+    """Return the files of a source, in reading order.
 
-    source: a file; a folder (its .jsonl, .ndjson and .parquet files at any depth, sorted by path); a dataset of the Hub
-        as `owner/name`, `owner/name:configuration` or with `@revision` at its end, of which `datasets` keeps a local
-        copy; or several of these.
-    split: of datasets of the Hub.
-    Raises UsageError: nothing is there, or it is of no kind that can be read.
+    Args:
+        source: A file, a folder, a Hub dataset, or a sequence of these. A folder stands for its .jsonl, .ndjson and
+            .parquet files at any depth, sorted by path. A Hub dataset is `owner/name` or `owner/name:configuration`,
+            optionally followed by `@revision`; `datasets` downloads it and keeps a local copy.
+        split: Split to read from Hub datasets.
+
+    Returns:
+        The files with their formats.
+
+    Raises:
+        UsageError: The source does not exist, or its format is not supported.
     """
     parts = [source] if isinstance(source, (str, Path)) else list(source)
     if not parts:
-        raise UsageError("no data file was given. Name at least one file or folder")
+        raise UsageError("no training data was given. Give at least one file, folder or Hub dataset")
     return [file for part in parts for file in _files_of(part, split)]
 
 
 def hub_files(
     name: str, *, split: str, configuration: str | None = None, revision: str | None = None
 ) -> list[DataFile]:
-    """Fetch one split of a dataset with `datasets` and return the Arrow files that it keeps in its cache.
+    """Download one split of a dataset with `datasets` and return the Arrow files in its cache.
 
-    name: `owner/dataset`, or a local folder in the same layout. Raises UsageError where `datasets` cannot get it.
+    Args:
+        name: `owner/dataset`, or a local folder in the same layout.
+        split: Name of the split.
+        configuration: Configuration of the dataset, or None for the default.
+        revision: Revision on the Hub, or None for the default.
+
+    Returns:
+        The Arrow files of the split.
+
+    Raises:
+        UsageError: `datasets` cannot load the split, or `split` selects only a part of it.
     """
     import datasets
 
-    if "[" in split:  # the files hold the whole split
-        raise UsageError(f"{name}: split={split!r} is a part of a split. Name a whole one, or write the part to a file")
+    if "[" in split:  # the cached files always hold the complete split
+        raise UsageError(
+            f"{name}: split={split!r} selects a part of a split, which is not supported. Use a complete split, or "
+            "write the part to a file"
+        )
     try:
         rows = datasets.load_dataset(name, configuration, split=split, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
-        first = " ".join(str(problem).split())
+        first = " ".join(str(problem).split()).rstrip(".")
         raise UsageError(
-            f"{name}: no such path here, and `datasets` cannot load its split {split!r}: {first}. "
-            "Check the name (owner/name:configuration@revision), the split and the connection"
+            f"{name}: does not exist as a local path, and `datasets` cannot load its split {split!r}: {first}. "
+            "Check the name (owner/name:configuration@revision), the split and the network connection"
         ) from problem
     return [DataFile(Path(entry["filename"]), FileKind.ARROW_STREAM) for entry in rows.cache_files]
 
 
 def read_state(file: DataFile) -> FileState:
-    """Hash a file (several GB/s where it is cached). Raises UsageError, or DataError where it shrinks meanwhile."""
+    """Hash a file and return its state. A cached file is hashed at several GB/s.
+
+    Raises:
+        UsageError: The file cannot be opened.
+        DataError: The file shrank while it was read.
+    """
     descriptor = _open(file.path)
     try:
         before = os.fstat(descriptor)
@@ -105,7 +135,15 @@ def read_state(file: DataFile) -> FileState:
 
 
 def check_unchanged(file: DataFile, state: FileState) -> None:
-    """Raise DataError for a file that is gone or has another size or time than when it was hashed."""
+    """Check that a file has not changed since it was hashed.
+
+    Args:
+        file: File to check.
+        state: State of the file when it was hashed.
+
+    Raises:
+        DataError: The file is gone, or its size or modification time changed.
+    """
     try:
         now = file.path.stat()
     except OSError:
@@ -118,9 +156,9 @@ def _changed(file: DataFile) -> DataError:
     return DataError(
         "file_changed",
         file.path,
-        "was written to while it was read",
+        "changed while it was read",
         place=None,
-        next_step="Start again when it is complete",
+        next_step="Run the command again when the file is complete",
     )
 
 
@@ -137,12 +175,12 @@ def _local_files(path: Path) -> list[DataFile]:
         inside = [entry for entry in path.rglob("*") if entry.suffix in _IN_FOLDERS and entry.is_file()]
         visible = [entry for entry in inside if not any(part.startswith(".") for part in entry.relative_to(path).parts)]
         if not visible:
-            raise UsageError(f"{path}: the folder holds no {', '.join(_IN_FOLDERS)} file. Name the files one by one")
+            raise UsageError(f"{path}: the folder has no {', '.join(_IN_FOLDERS)} file. Give the files one by one")
         return [DataFile(entry, _KINDS[entry.suffix]) for entry in sorted(visible)]
     if not path.exists():
-        raise UsageError(f"{path}: there is no such file or folder. Check the path; a Hub dataset is owner/name")
+        raise UsageError(f"{path}: does not exist. Check the path; a Hub dataset is given as owner/name")
     if not path.is_file():
-        raise UsageError(f"{path}: is no regular file. Copy the data to a file first")
+        raise UsageError(f"{path}: is not a regular file. Copy the data to a file first")
     if path.suffix not in _KINDS:
         raise UsageError(f"{path}: the name must end in one of {', '.join(_KINDS)}. Convert or rename the file")
     return [DataFile(path, _KINDS[path.suffix])]
