@@ -118,6 +118,27 @@ class Bar:
             elif now - self._drawn_at >= _SECONDS_BETWEEN_DRAWINGS:
                 self._draw()
 
+    def steps(self, label: str, unit: str) -> Callable[[int, int], None]:
+        """Return a function that begins a phase at its first call and shows the steps that are done.
+
+        Args:
+            label: Short name of the phase.
+            unit: Name of one step, such as "layer".
+
+        Returns:
+            A function of the number of steps that are done and the number of all steps.
+        """
+        begun = False
+
+        def show(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                self.start_steps(total, label, unit)
+                begun = True
+            self.reach(done)
+
+        return show
+
     def compiling(self) -> None:
         """Show that kernels are being compiled, until the next report. Does nothing if the line has been cleared."""
         with self._lock:

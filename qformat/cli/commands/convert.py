@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,7 +118,7 @@ def command(options: ConvertArguments) -> None:
             on_plan=lambda plan: bar.start(plan.source_nbytes, _label(plan)),
             on_progress=bar.advance,
             on_compile=bar.compiling,
-            on_layer=_layers(bar),
+            on_layer=bar.steps("Calibrating", "layer"),
         )
     _show_summary(summary, as_json=options.as_json)
 
@@ -143,20 +142,6 @@ def _conversion_options(options: ConvertArguments) -> ConversionOptions:
 
 def _label(plan: Plan) -> str:
     return "Downloading, converting" if "repository" in plan.source else "Converting"
-
-
-def _layers(bar: Bar) -> Callable[[int, int], None]:
-    """Return a function that shows the layers that are calibrated, as a phase after the bytes."""
-    begun = False
-
-    def show(done: int, total: int) -> None:
-        nonlocal begun
-        if not begun:
-            bar.start_steps(total, "Calibrating", "layer")
-            begun = True
-        bar.reach(done)
-
-    return show
 
 
 def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSettings | None:
