@@ -23,7 +23,12 @@ class SectionedCommand(click.Command):
         self.sections = sections
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one list of options per heading, with `--help` at the end of the last one."""
+        """Write one list of options per heading, with `--help` at the end of the last one.
+
+        Args:
+            ctx: Context of the command.
+            formatter: Formatter to write to.
+        """
         records = {parameter.name: parameter.get_help_record(ctx) for parameter in self.params}
         lists = {heading: [records[name] for name in names] for heading, names in self.sections.items()}
         if (help_option := self.get_help_option(ctx)) is not None:

@@ -119,7 +119,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort, Interrupted) as stopped:
         continues = "Run the same command again to continue." if {*given[:1]} & {*RESUMED} else ""
-        echo(f"\nInterrupted. {str(stopped) or continues}".rstrip(), err=True)
+        # click has ended the line of the terminal's ^C, except for errors of qformat.
+        start = "\n" if isinstance(stopped, Interrupted) else ""
+        echo(f"{start}Interrupted. {str(stopped) or continues}".rstrip(), err=True)
         return EXIT_INTERRUPTED
     except QformatError as failed:
         echo(f"Error: {spelled(failed.words, as_flag)}", err=True)

@@ -42,7 +42,7 @@ def test_a_file_sets_what_the_command_line_can(tmp_path: Path) -> None:
         ('rank = "8"', "rank: found '8', expected a whole number"),
         ("rank = true", "expected a whole number"),
         ("packing = 1", "expected true or false"),
-        ("schedule = 3", "expected a text"),
+        ("schedule = 3", "expected a string"),
         ("target_modules = [1]", "expected a list of names"),
         ("learning-rate = 1.0\nlearning_rate = 2.0", "is set twice"),
         ("rank = ", "is not valid TOML"),

@@ -5,16 +5,25 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from qformat.cli.display import echo, echo_json, format_table, terminal_width
-from qformat.cli.options import backend_option, json_option
+from qformat.cli.options import backend_option, json_option, options_record
 from qformat.sizes import format_nbytes
 from qformat.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "bitsandbytes")
+
+
+@dataclass(frozen=True, slots=True)
+class InfoArguments:
+    """Arguments of `qformat info`, under the names of the options."""
+
+    backend: str | None
+    as_json: bool
 
 
 @click.command(
@@ -24,17 +33,18 @@ Example:
 )
 @backend_option
 @json_option()
-def command(backend: str | None, as_json: bool) -> None:
+@options_record(InfoArguments)
+def command(options: InfoArguments) -> None:
     """Show versions, devices, the backend of each operation with the reason, and the formats `convert` reads."""
     from qformat.cli.models import quiet_transformers
 
     quiet_transformers()
     from qformat.kernels.backends import force_backend
 
-    if backend is not None:
-        force_backend(backend)
+    if options.backend is not None:
+        force_backend(options.backend)
     versions, devices, operations, sources = _versions(), _devices(), _operations(), _sources()
-    if as_json:
+    if options.as_json:
         facts = {"versions": versions, "devices": devices, "operations": operations, "sources": sources}
         echo_json(facts)
         return

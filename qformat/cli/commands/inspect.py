@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import click
 
 from qformat import strict_json
 from qformat.cli.display import echo, echo_json, format_table
-from qformat.cli.options import json_option
+from qformat.cli.options import json_option, options_record
 from qformat.errors import UsageError
 from qformat.sizes import format_nbytes
 
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 
 N_SHOWN_VALUES = 8
 N_COLUMNS_OF_BARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class InspectArguments:
+    """Arguments of `qformat inspect`, under the names of the options."""
+
+    path: Path
+    tensor: str | None
+    as_json: bool
 
 
 @click.command(
@@ -33,13 +43,15 @@ Examples:
     "--tensor", metavar="NAME", help="Show one tensor: components, digests, distribution of codes and first values."
 )
 @json_option()
-def command(path: Path, tensor: str | None, as_json: bool) -> None:
+@options_record(InspectArguments)
+def command(options: InspectArguments) -> None:
     """Show the tensors of the artifact or checkpoint in folder PATH.
 
     Without --tensor, only headers are read.
     """
     from qformat.names import MANIFEST_NAME
 
+    path, tensor = options.path, options.tensor
     if (path / MANIFEST_NAME).exists():
         from qformat.artifact.reading.reader import open_artifact
 
@@ -49,7 +61,7 @@ def command(path: Path, tensor: str | None, as_json: bool) -> None:
     else:
         facts = _checkpoint_facts(path, tensor)
         show = _show_checkpoint
-    if as_json:
+    if options.as_json:
         echo_json(facts)
     else:
         show(facts)

@@ -155,13 +155,15 @@ def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
         click.echo()
     n_encoded, n_kept = comparison["n_packed"] - comparison["n_chosen"], comparison["n_kept"]
     change, n_tuned = comparison["scale_change"], comparison["n_tuned"]
-    scales = "codes and scales" if change is None else f"codes, and scales within {change:.0%},"
+    scales = "codes and scales match the recipe"
+    if change is not None:
+        scales = f"codes match the recipe, scales within {change:.0%}"
     for meaning, n_passed, n_all in (
-        (f"{scales} equal to those of the recipe", comparison["n_exact"], n_encoded),
+        (scales, comparison["n_exact"], n_encoded),
         ("calibrated codes and scales close to the source", comparison["n_near"], comparison["n_chosen"]),
         ("kept tensors identical", comparison["n_identical"], n_kept),
         (
-            "source tensors with the digests in the manifest",
+            "source tensors match the manifest's digests",
             comparison["n_source_named"],
             comparison["n_source_digests"],
         ),

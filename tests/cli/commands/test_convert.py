@@ -23,7 +23,7 @@ def test_it_ends_with_sizes_bits_time_and_rate(
 ) -> None:
     assert run(["convert", str(source), str(tmp_path / "out")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "bits a packed weight" in last
+    assert "bits per packed weight" in last
     assert "->" in last
     assert last.endswith("B/s")
 
@@ -132,7 +132,7 @@ def test_a_calibrated_conversion_tells_what_was_calibrated(tmp_path: Path, capsy
     source, text = quality_models.write_source(tmp_path / "source"), quality_models.write_text(tmp_path / "words.txt")
     options = ["--calibrate", str(text), "--calibration-tokens", "600"]
     assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 0
-    assert "Calibrated on 512 tokens in 4 windows: 14 of 14 weights" in capsys.readouterr().out
+    assert "Calibrated 14 of 14 weights on 512 tokens in 4 windows" in capsys.readouterr().out
     assert run(["inspect", str(tmp_path / "out")]) == 0
     assert "error_feedback" in capsys.readouterr().out
 

@@ -171,7 +171,7 @@ def test_ctrl_c_stops_while_the_hub_is_silent_and_says_that_the_same_command_con
     process.send_signal(signal.SIGINT)
     code, _, errors = finish(process)  # while no answer comes
     assert code == 130
-    assert "the same command continues" in errors
+    assert "Run the same command again to continue" in errors
     gate.open()
     hub.faults.clear()
 

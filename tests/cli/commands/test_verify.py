@@ -75,9 +75,9 @@ def test_a_good_comparison_shows_kinds_and_counts(artifact: Path, source: Path) 
     lines = result.stdout.splitlines()
     rows = [line.split()[0] for line in lines if line.strip().endswith(tuple("0123456789")) and "%" in line]
     assert rows == ["down_proj", "gate_proj", "up_proj", "k_proj", "o_proj", "q_proj", "v_proj", "all"]
-    assert "codes and scales as the recipe gives: 14 of 14" in lines
+    assert "codes and scales match the recipe: 14 of 14" in lines
     assert "kept tensors identical: 7 of 7" in lines
-    assert "source tensors as the manifest names: 21 of 21" in lines
+    assert "source tensors match the manifest's digests: 21 of 21" in lines
     assert lines[-1] == "passed"
 
 
@@ -159,7 +159,7 @@ def test_an_artifact_that_cannot_be_opened_is_a_finding_not_a_crash(artifact: Pa
     assert facts["comparison"] is None
     result = verify(artifact, "--source", source)
     assert result.exit_code == 1
-    assert "not compared: the artifact cannot be opened" in result.stdout
+    assert "not compared, because the artifact cannot be opened" in result.stdout
 
 
 def test_the_report_is_written_good_or_not(artifact: Path, source: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_report_that_cannot_be_written_fails_before_any_work(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(artifact), "--report", str(tmp_path / "no folder" / "report.html")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert run(["verify", str(artifact), "--report", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
 
