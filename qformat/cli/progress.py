@@ -208,6 +208,7 @@ class StepLines:
     def __init__(self) -> None:
         self._line = StatusLine()
         self._in_place = sys.stderr.isatty()
+        self._note = ""
         self._started: tuple[float, int] | None = None
         self._last_line_at = 0.0
 
@@ -220,13 +221,16 @@ class StepLines:
         self.finish()
 
     def note(self, text: str) -> None:
-        """Show what happens before the first line, such as "Loading". Only on a terminal."""
-        self._line.show(f"{text} ...")
+        """Show what happens until the first step, such as "Preparing". Only on a terminal."""
+        self._note = f"{text} ..."
+        self._line.show(self._note)
 
     def say(self, text: str) -> None:
         """Print a line of its own. A step that is shown in place stays above it."""
         self.finish()
         echo(text, err=True)
+        if self._note:
+            self._line.show(self._note)
 
     def step(self, step: int, n_steps: int, text: Callable[[], str]) -> None:
         """Show that a step is done, with the time left.
@@ -240,6 +244,7 @@ class StepLines:
         first = self._started is None
         if self._started is None:
             self._started = (now, step)
+            self._note = ""
         if not (self._in_place or first or step == n_steps or now - self._last_line_at >= _SECONDS_BETWEEN_LINES):
             return
         self._last_line_at = now

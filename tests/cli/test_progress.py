@@ -176,7 +176,6 @@ def test_a_note_before_the_first_step_is_erased_and_a_step_is_kept(monkeypatch: 
     with StepLines() as lines:
         lines.note("Loading")
         lines.say("8 examples")
-        lines.note("Loading")
     assert terminal.getvalue().endswith("\rLoading ...\x1b[K\r\x1b[K")
     assert "\x1b[K8 examples\n" in terminal.getvalue()
     with StepLines() as lines:

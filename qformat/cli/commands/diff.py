@@ -156,23 +156,25 @@ def _tensors_table(found: Difference, *, show_all: bool) -> str:
     values = {} if found.values is None else {value.name: value for value in found.values}
     tensors = found.manifests.tensors
     shown = tensors if show_all else tensors[:_SHOWN]
-    rows: list[tuple[str, ...]] = [("tensor", "differs in", "codes", "scales", "values")]
-    for tensor in shown:
-        value = values.get(tensor.name)
-        rows.append(
-            (
-                tensor.name,
-                ", ".join(aspect.value for aspect in tensor.aspects),
-                "" if value is None else _part(value.n_codes, value.n_elements),
-                "" if value is None else _part(value.n_scales, value.n_blocks),
-                "" if value is None else _part(value.n_values, value.n_elements),
-            )
-        )
-    empty = {column for column in range(1, len(rows[0])) if not any(row[column] for row in rows[1:])}
-    kept = [tuple(cell for column, cell in enumerate(row) if column not in empty) for row in rows]
-    table = format_table(kept, right=range(2, len(kept[0])))
-    hidden = len(tensors) - len(shown)
-    return table + (f"\n... and {hidden} more tensors; --all lists them" if hidden else "")
+    rows = [(tensor.name, ", ".join(aspect.value for aspect in tensor.aspects)) for tensor in shown]
+    header, *lines = format_table([("tensor", "differs in"), *rows]).splitlines()
+    stacked = [header]
+    for tensor, line in zip(shown, lines, strict=True):
+        stacked.append(line)
+        if (value := values.get(tensor.name)) is not None and (counts := _counts_in_words(value)):
+            stacked.append(f"    {counts}")
+    if hidden := len(tensors) - len(shown):
+        stacked.append(f"... and {hidden} more tensors; --all lists them")
+    return "\n".join(stacked)
+
+
+def _counts_in_words(value: ValueDifference) -> str:
+    parts = {
+        "codes": _part(value.n_codes, value.n_elements),
+        "scales": _part(value.n_scales, value.n_blocks),
+        "values": _part(value.n_values, value.n_elements),
+    }
+    return ", ".join(f"{name}: {part}" for name, part in parts.items() if part)
 
 
 def _part(count: int | None, total: int | None) -> str:

@@ -145,7 +145,7 @@ def command(options: TrainArguments) -> None:
     from qformat.cli.models import quiet_transformers
 
     lines = StepLines()
-    lines.note("Loading")
+    lines.note("Preparing")
     with lines:
         quiet_transformers()
         if options.dry_run:

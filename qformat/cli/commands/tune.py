@@ -114,7 +114,7 @@ def command(options: TuneArguments) -> None:
     from qformat.cli.models import quiet_transformers
 
     lines = StepLines()
-    lines.note("Loading")
+    lines.note("Preparing")
     with lines:
         quiet_transformers()
         _tune(options, lines)

@@ -186,7 +186,7 @@ def test_a_report_that_cannot_be_written_fails_before_any_work(
     assert run(["verify", str(artifact), "--report", str(tmp_path / "no folder" / "report.html")]) == 2
     assert "does not exist" in capsys.readouterr().err
     assert run(["verify", str(artifact), "--report", str(tmp_path)]) == 2
-    assert "is a folder" in capsys.readouterr().err
+    assert "is a directory" in capsys.readouterr().err
 
 
 def test_a_report_never_lands_in_what_is_verified(
