@@ -61,6 +61,8 @@ class Bar:
     def __init__(self) -> None:
         self._line = StatusLine()
         self._lock = threading.Lock()
+        self._first: tuple[float, int] | None = None
+        self._drawn_at = 0.0
         self._begin(0, "", "")
 
     def __enter__(self) -> Bar:
@@ -101,22 +103,13 @@ class Bar:
 
     def advance(self, n: int) -> None:
         """Report that `n` more bytes or steps are done."""
-        self.reach(self._done + n)
+        with self._lock:
+            self._reach(self._done + n)
 
     def reach(self, done: int) -> None:
         """Report how many bytes or steps of the phase are done."""
         with self._lock:
-            if self._total == 0:
-                return
-            now = time.monotonic()
-            self._done = done
-            if self._first is None:
-                self._first = (now, done)
-            self._compiling = False
-            if done >= self._total:
-                self._line.clear()
-            elif now - self._drawn_at >= _SECONDS_BETWEEN_DRAWINGS:
-                self._draw()
+            self._reach(done)
 
     def steps(self, label: str, unit: str) -> Callable[[int, int], None]:
         """Return a function that begins a phase at its first call and shows the steps that are done.
@@ -161,7 +154,7 @@ class Bar:
 
         bar = self
 
-        class Compilation(Listener):  # type: ignore[misc]
+        class Compilation(Listener):
             def on_start(self, event: Event) -> None:
                 bar.compiling()
 
@@ -173,9 +166,21 @@ class Bar:
     def _begin(self, total: int, label: str, unit: str) -> None:
         self._total, self._label, self._unit = total, label, unit
         self._done = 0
-        self._first: tuple[float, int] | None = None
+        self._first = None
         self._compiling = False
-        self._drawn_at = 0.0
+
+    def _reach(self, done: int) -> None:
+        if self._total == 0:
+            return
+        now = time.monotonic()
+        self._done = done
+        if self._first is None:
+            self._first = (now, done)
+        self._compiling = False
+        if done >= self._total:
+            self._line.clear()
+        elif now - self._drawn_at >= _SECONDS_BETWEEN_DRAWINGS:
+            self._draw()
 
     def _draw(self) -> None:
         self._drawn_at = time.monotonic()

@@ -45,7 +45,9 @@ def test_the_table_has_every_command_once() -> None:
 def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert f"qformat {name} " in shown.split("Example")[1]
+    examples = shown.split("Example")[1]
+    assert f"qformat {name} " in examples
+    assert max(map(len, examples.splitlines())) <= 80
     assert "--json" in shown
 
 

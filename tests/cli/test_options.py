@@ -15,6 +15,9 @@ from qformat.cli.options import options_record, refuse_report_in
 from qformat.errors import UsageError
 
 
+MAX_OPTIONS_WITHOUT_HEADINGS = 10
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     name: str
@@ -80,7 +83,7 @@ def test_every_option_is_under_one_heading_of_the_help(
     assert command is not None
     options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
     if not isinstance(command, SectionedCommand):
-        assert len(options) <= 12
+        assert len(options) <= MAX_OPTIONS_WITHOUT_HEADINGS
         return
     assert sorted(name for names in command.sections.values() for name in names) == sorted(
         str(option.name) for option in options

@@ -38,7 +38,7 @@ class DiffArguments:
     epilog="""\b
 Examples:
   qformat diff SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-nf4-b128
-  qformat diff SmolLM2-135M-Instruct-nf4 owner/SmolLM2-135M-Instruct-nf4 --weights"""
+  qformat diff SmolLM2-135M-Instruct-nf4 owner/model-nf4 --weights"""
 )
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")

@@ -96,7 +96,7 @@ def command(options: EvalArguments) -> None:
         result = _evaluate(options, bar)
     from qformat.quality.evaluation.facts import facts
 
-    found = facts(result)
+    found: dict[str, Any] = facts(result)
     if options.report is not None:
         _write_report(result, found, options.report, trust_remote_code=options.trust_remote_code)
     if options.record:

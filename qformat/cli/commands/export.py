@@ -43,7 +43,7 @@ class ExportArguments:
     epilog="""\b
 Examples:
   qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-bf16 --to bf16
-  qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-fp16 --to fp16 --dry-run"""
+  qformat export SmolLM2-135M-Instruct-nf4 out --to fp16 --dry-run"""
 )
 @artifact_argument
 @out_argument()

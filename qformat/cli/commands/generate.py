@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat.cli.display import echo, echo_json
+from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
     artifact_argument,
     backend_option,
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 
     from qformat.artifact.reading.reader import MappedShards
     from qformat.model.generation import Generation
+
+
+SECTIONS = {
+    "Prompt": ("prompt", "chat"),
+    "Adapter": ("adapter", "force_adapter"),
+    "Sampling": ("max_new_tokens", "temperature", "seed"),
+    "Loading": ("device", "backend", "verify", "trust_remote_code"),
+    "Output": ("as_json",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +58,13 @@ class GenerateArguments:
 
 
 @click.command(
+    cls=SectionedCommand,
+    sections=SECTIONS,
     epilog="""\b
 Examples:
-  qformat generate SmolLM2-135M-Instruct-nf4 --chat --prompt "Why is the sky blue?"
+  qformat generate SmolLM2-135M-Instruct-nf4 --chat --prompt "What is a token?"
   qformat generate ART --adapter adapter --chat --prompt "What is a coroutine?"
-  qformat generate ART --prompt "Once upon a time" --temperature 0.8 --seed 7"""
+  qformat generate ART --prompt "Once upon a time" --temperature 0.8 --seed 7""",
 )
 @artifact_argument
 @click.option("--adapter", metavar="DIR", type=click.Path(path_type=Path), help="LoRA adapter trained on ART.")

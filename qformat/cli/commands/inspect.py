@@ -36,7 +36,8 @@ class InspectArguments:
     epilog="""\b
 Examples:
   qformat inspect SmolLM2-135M-Instruct-nf4
-  qformat inspect SmolLM2-135M-Instruct-nf4 --tensor model.layers.0.mlp.up_proj.weight"""
+  qformat inspect SmolLM2-135M-Instruct-nf4 \\
+      --tensor model.layers.0.mlp.up_proj.weight"""
 )
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
 @click.option(

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 SECTIONS = {
     "Model card": ("source", "figures", "base_model", "license_id", "license_name", "license_link", "confirm_license",
                    "card"),
-    "Repository": ("private", "revision", "create_pr"),
-    "Output": ("sign_key", "dry_run", "workers", "as_json"),
+    "Repository": ("private", "revision", "create_pr", "sign_key"),
+    "Output": ("dry_run", "workers", "as_json"),
 }  # fmt: skip
 
 

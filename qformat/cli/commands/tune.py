@@ -37,7 +37,8 @@ SECTIONS = {
     "Data": ("source", "data", "seq_len", "held_out", "teacher_cache", "top_k"),
     "Schedule": ("steps", "batch_size", "learning_rate", "warmup_steps", "seed"),
     "Memory and checkpoints": ("device", "gradient_checkpointing", "save_every"),
-    "Output": ("force", "restart", "accept_worse", "use_best", "trust_source", "trust_remote_code", "as_json"),
+    "Trust": ("trust_source", "trust_remote_code"),
+    "Output": ("force", "restart", "accept_worse", "use_best", "as_json"),
 }
 
 
@@ -66,7 +67,7 @@ class TuneArguments:
 Examples:
   qformat tune SmolLM2-135M-Instruct-nf4 tuned --source SmolLM2-135M-Instruct \\
       --data texts.txt
-  qformat tune ART OUT --source SRC --data chats.jsonl --data prose.txt --steps 400
+  qformat tune ART OUT --source SRC --data chats.jsonl --data prose.txt
   qformat tune ART OUT --source SRC --data texts.txt --teacher-cache cache""",
 )
 @artifact_argument

@@ -48,8 +48,9 @@ class VerifyArguments:
     epilog="""\b
 Examples:
   qformat verify SmolLM2-135M-Instruct-nf4
-  qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --report quality.html
-  qformat verify owner/SmolLM2-135M-Instruct-nf4 --signature --public-key owner.pub"""
+  qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct \\
+      --report quality.html
+  qformat verify owner/model-nf4 --signature --public-key owner.pub"""
 )
 @click.argument("location", metavar="ART")
 @click.option("--source", metavar="SRC", help="Compare with the source checkpoint of ART, a folder or owner/name.")
