@@ -14,7 +14,6 @@ from qformat.cli.main import COMMANDS, cli, run
 from qformat.cli.options import options_record, refuse_report_in
 from qformat.errors import UsageError
 
-
 MAX_OPTIONS_WITHOUT_HEADINGS = 10
 
 

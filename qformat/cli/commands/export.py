@@ -42,7 +42,7 @@ class ExportArguments:
 @click.command(
     epilog="""\b
 Examples:
-  qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-bf16 --to bf16
+  qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-bf16 --to bf16
   qformat export SmolLM2-135M-Instruct-nf4 out --to fp16 --dry-run"""
 )
 @artifact_argument

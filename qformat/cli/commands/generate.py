@@ -62,7 +62,7 @@ class GenerateArguments:
     sections=SECTIONS,
     epilog="""\b
 Examples:
-  qformat generate SmolLM2-135M-Instruct-nf4 --chat --prompt "What is a token?"
+  qformat generate SmolLM2-135M-Instruct-nf4 --prompt "Once upon a time"
   qformat generate ART --adapter adapter --chat --prompt "What is a coroutine?"
   qformat generate ART --prompt "Once upon a time" --temperature 0.8 --seed 7""",
 )

@@ -65,8 +65,8 @@ class TuneArguments:
     sections=SECTIONS,
     epilog="""\b
 Examples:
-  qformat tune SmolLM2-135M-Instruct-nf4 tuned --source SmolLM2-135M-Instruct \\
-      --data texts.txt
+  qformat tune SmolLM2-135M-Instruct-nf4 tuned \\
+      --source SmolLM2-135M-Instruct --data texts.txt
   qformat tune ART OUT --source SRC --data chats.jsonl --data prose.txt
   qformat tune ART OUT --source SRC --data texts.txt --teacher-cache cache""",
 )
