@@ -63,8 +63,8 @@ class GenerateArguments:
     epilog="""\b
 Examples:
   qformat generate SmolLM2-135M-Instruct-nf4 --prompt "Once upon a time"
-  qformat generate ART --adapter adapter --chat --prompt "What is a coroutine?"
-  qformat generate ART --prompt "Once upon a time" --temperature 0.8 --seed 7""",
+  qformat generate ART --adapter adapter --chat --prompt "What is Python?"
+  qformat generate ART --prompt "A recipe:" --temperature 0.8 --seed 7""",
 )
 @artifact_argument
 @click.option("--adapter", metavar="DIR", type=click.Path(path_type=Path), help="LoRA adapter trained on ART.")
