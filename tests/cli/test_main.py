@@ -65,7 +65,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_bad_file_exits_with_1_and_is_named_without_a_traceback(
+def test_an_invalid_file_exits_with_1_and_is_named_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_llama(tmp_path / "source")
@@ -82,7 +82,7 @@ def test_no_progress_is_shown_if_stderr_is_not_a_terminal(tmp_path: Path, capsys
     assert capsys.readouterr().err == ""
 
 
-def test_a_reader_that_goes_away_gets_no_traceback(tmp_path: Path) -> None:
+def test_a_closed_pipe_gets_no_traceback(tmp_path: Path) -> None:
     source = write_llama(tmp_path / "source", n_layers=20)
     process = qformat_process("inspect", source, "--json")
     assert process.stdout is not None

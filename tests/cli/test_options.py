@@ -40,7 +40,7 @@ def test_a_command_gets_its_options_as_one_record() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_record_of_a_command_has_just_its_options(name: str) -> None:
+def test_the_record_of_a_command_has_exactly_its_options(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
     module = __import__(f"qformat.cli.commands.{name}", fromlist=["command"])

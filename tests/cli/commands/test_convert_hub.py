@@ -1,4 +1,4 @@
-"""`qformat convert owner/name` as a process: killed, in two at once, offline, refused; the token is never shown."""
+"""`qformat convert owner/name` as a process: killed, run twice at once, offline, rejected; the token is never shown."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Gate:
         self._open.set()
 
 
-def test_a_dry_run_fetches_headers_and_shows_the_exact_size(
+def test_a_dry_run_downloads_headers_and_shows_the_exact_size(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     code, output, errors = finish(start(hub, tmp_path / "home", NAME, tmp_path / "out", "--dry-run", "--json"))
@@ -139,7 +139,7 @@ def test_a_dry_run_fetches_headers_and_shows_the_exact_size(
     assert without_source(tmp_path / "out") == expected
 
 
-def test_after_kill_9_the_same_command_fetches_nothing_that_is_encoded(
+def test_after_kill_9_the_same_command_downloads_nothing_that_is_encoded(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     process = start(hub, tmp_path / "home", NAME, tmp_path / "out", "--workers", "2", hold_after=20)

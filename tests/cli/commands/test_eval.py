@@ -79,7 +79,7 @@ def test_the_report_names_the_worst_tokens(
     assert str(report) in capsys.readouterr().out
 
 
-def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
+def test_a_record_is_in_the_manifest_and_the_artifact_stays_intact(
     source: Path, artifact: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
@@ -110,7 +110,7 @@ def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
         (["--seq-len", "129"], "at most 128 tokens"),
     ],
 )
-def test_wrong_usage_is_said_and_ends_with_2(
+def test_wrong_usage_is_reported_and_exits_with_2(
     arguments: list[str], says: str, artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["eval", str(artifact), "--data", str(text), *FEW, *arguments]) == 2
@@ -126,7 +126,7 @@ def test_a_record_needs_a_manifest_and_a_report_another_folder(
     assert "must stay unmodified" in capsys.readouterr().err
 
 
-def test_data_that_is_too_short_and_another_source_end_with_1(
+def test_data_that_is_too_short_and_another_source_exit_with_1(
     artifact: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = models.write_text(tmp_path / "short.txt", n_words=2)

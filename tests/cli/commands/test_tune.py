@@ -47,7 +47,7 @@ def arguments(made: Path, out: Path) -> list[str]:
     ]
 
 
-def test_it_prints_what_was_gained(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_the_improvement(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments(made, tmp_path / "out")) == 0
     told = capsys.readouterr()
     lines = told.out.splitlines()

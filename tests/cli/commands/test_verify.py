@@ -61,7 +61,7 @@ def damage(artifact: Path) -> None:
     (artifact / SHARD).write_bytes(data)
 
 
-def test_a_whole_artifact_is_good(artifact: Path) -> None:
+def test_an_intact_artifact_passes(artifact: Path) -> None:
     result = verify(artifact)
     assert result.exit_code == 0
     assert "intact" in result.stdout
@@ -69,7 +69,7 @@ def test_a_whole_artifact_is_good(artifact: Path) -> None:
     assert result.stderr == ""  # no progress without a terminal
 
 
-def test_a_good_comparison_shows_kinds_and_counts(artifact: Path, source: Path) -> None:
+def test_a_passed_comparison_shows_kinds_and_counts(artifact: Path, source: Path) -> None:
     result = verify(artifact, "--source", source)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
@@ -162,7 +162,7 @@ def test_an_artifact_that_cannot_be_opened_is_a_finding_not_a_crash(artifact: Pa
     assert "not compared, because the artifact cannot be opened" in result.stdout
 
 
-def test_the_report_is_written_good_or_not(artifact: Path, source: Path, tmp_path: Path) -> None:
+def test_the_report_is_written_whether_the_check_passes_or_not(artifact: Path, source: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     result = verify(artifact, "--source", source, "--report", report)
     assert result.exit_code == 0
@@ -189,7 +189,7 @@ def test_a_report_that_cannot_be_written_fails_before_any_work(
     assert "is a directory" in capsys.readouterr().err
 
 
-def test_a_report_never_lands_in_what_is_verified(
+def test_a_report_is_never_written_into_an_artifact_or_its_source(
     artifact: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (artifact, source):
@@ -206,14 +206,14 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert verify(*arguments).exit_code == 2
 
 
-def test_a_source_that_is_none_exits_with_1_and_says_why(
+def test_a_source_that_is_not_a_checkpoint_exits_with_1_and_says_why(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(artifact), "--source", str(tmp_path / "nothing")]) == 1
     assert "there is no such folder" in capsys.readouterr().err
 
 
-def test_an_artifact_given_as_its_own_source_is_refused(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_artifact_given_as_its_own_source_is_rejected(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(artifact), "--source", str(artifact)]) == 1
     assert "is a qformat artifact already" in capsys.readouterr().err
 
