@@ -108,6 +108,7 @@ def command(options: ConvertArguments) -> None:
         _show_plan(plan(options.source, chosen), options.out, as_json=options.as_json)
         return
     with Bar() as bar:
+        bar.note("Preparing")
         summary = convert(
             options.source,
             options.out,

@@ -55,6 +55,7 @@ def command(options: FetchArguments) -> None:
     from qformat.hub.reading.transfer import Transfer
 
     with Bar() as bar:
+        bar.note("Contacting the Hub")
         summary = fetch(
             options.repository,
             options.out,
