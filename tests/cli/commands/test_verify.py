@@ -235,4 +235,4 @@ def test_help_has_an_example_and_imports_nothing_heavy() -> None:
         "assert not {'numpy', 'numba', 'torch', 'tqdm', 'xxhash'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert "qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --report" in shown
+    assert "qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct" in shown
