@@ -128,7 +128,9 @@ def test_invalid_options_are_wrong_usage(source: Path, tmp_path: Path, options: 
     assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 2
 
 
-def test_a_calibrated_conversion_reports_what_was_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_calibrated_conversion_reports_what_was_calibrated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, text = quality_models.write_source(tmp_path / "source"), quality_models.write_text(tmp_path / "words.txt")
     options = ["--calibrate", str(text), "--calibration-tokens", "600"]
     assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 0
