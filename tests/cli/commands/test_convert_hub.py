@@ -221,4 +221,4 @@ def test_offline_makes_no_request_and_reads_what_keep_source_stored(
 def test_a_revision_of_a_folder_is_wrong_usage(hub: Hub, source: Path, tmp_path: Path) -> None:
     code, _, errors = finish(start(hub, tmp_path / "home", source, tmp_path / "out", "--revision", "main"))
     assert code == 2
-    assert "is no repository of the Hub" in errors
+    assert "is not a Hub repository" in errors
