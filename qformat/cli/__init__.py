@@ -1,1 +1,1 @@
-"""The command line: one file a command, a table of them in `main`, the only place that prints."""
+"""The command line: one file per command and a table of them in `main`. Only this package prints."""

@@ -1,4 +1,4 @@
-"""What the default recipe packs of a 16-bit checkpoint, from its headers: for plans of what is not converted yet."""
+"""Weights of a 16-bit checkpoint that the default recipe packs, for memory plans before the conversion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from qformat.converters.rules import recipe
 
 
 def as_converted(tensors: list[TensorSpec], config: Mapping[str, object]) -> dict[str, PackedShape]:
-    """Return the layouts of the weights that `qformat convert` packs without options, by name."""
+    """Return the layouts of the weights that `qformat convert` packs by default, by tensor name.
+
+    Args:
+        tensors: Tensors of the checkpoint, from its headers.
+        config: The checkpoint's `config.json`.
+
+    Returns:
+        One layout per packed weight.
+    """
     choices = recipe.apply(recipe.load_recipe(None), tensors, config)
     return {
         tensor.name: PackedShape(tensor.shape, FloatFormat(tensor.dtype), options.block_size, options.double_quant)

@@ -1,30 +1,69 @@
-"""How commands show tables, times and progress."""
+"""Tables, times, names and sentences as commands print them."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import click
 
 from qformat import strict_json
 
 N_NAMED = 5
-"""A line names so many of a list, and tells how many more there are."""
+"""Largest number of names that a line lists before it only counts the others."""
 
 
-def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Return rows as aligned columns; the columns in `right` are aligned to the right."""
+def terminal_width(stream: TextIO) -> int:
+    """Return the number of columns of the terminal that a stream writes to, 80 if it is not known."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # not a terminal, or a stream without a file
+        columns = 0
+    return columns or shutil.get_terminal_size().columns
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print sentences, wrapped between words on a terminal. Paths and other long words stay in one piece.
+
+    Args:
+        text: Lines to print. Each one is wrapped by itself.
+        err: Print to stderr instead of stdout.
+    """
+    stream = sys.stderr if err else sys.stdout
+    if stream.isatty():
+        wrapped = (_wrapped(line, terminal_width(stream)) for line in text.split("\n"))
+        text = "\n".join(line for lines in wrapped for line in lines)
+    click.echo(text, err=err)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(line) or [""]
+
+
+def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), width: int | None = None) -> str:
+    """Return rows as aligned columns.
+
+    Args:
+        rows: Cells of each row; the first row is the header.
+        right: Indices of the columns to align to the right.
+        width: Width at which the texts of the last column are wrapped. Not wrapped if omitted.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    lines = []
+    for row in rows:
+        last = [row[-1]] if width is None else _wrapped(row[-1], max(width - indent, 20))
+        cells = [
+            cell.rjust(size) if column in right else cell.ljust(size)
+            for column, (cell, size) in enumerate(zip((*row[:-1], last[0]), widths, strict=True))
+        ]
+        lines += ["  ".join(cells).rstrip(), *(" " * indent + more for more in last[1:])]
     return "\n".join(lines)
 
 
@@ -35,48 +74,13 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-@contextmanager
-def progress_bar(total: int, description: str, *, unit: str = "B") -> Iterator[Callable[[int], None]]:
-    """Show bytes, rate and time left on stderr, nothing if that is no terminal; yields `update(nbytes)`."""
-    if not sys.stderr.isatty():
-        yield lambda nbytes: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", leave=False) as bar:
-
-        def update(nbytes: int) -> None:
-            bar.update(nbytes)
-
-        yield update
-
-
-@contextmanager
-def step_bar(total: int, description: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show steps and time left on stderr, nothing if that is no terminal; yields `show(steps done)`.
-
-    The time left follows from the steps since the first call: those that an earlier run did took no time.
-    """
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from tqdm import tqdm
-
-    started: list[int] = []
-    with tqdm(total=total, desc=description, unit=f" {unit}", leave=False) as bar:
-
-        def show(done: int) -> None:
-            if first := not started:
-                started.append(done)
-                bar.n = bar.initial = done
-            bar.update(0 if first else done - bar.n)
-            bar.refresh()
-
-        yield show
-
-
 def some(names: Sequence[str], *, of: str = "") -> str:
-    """Return the first of some names, and how many more there are. of: what they are, such as " tensors"."""
+    """Return the first of some names, and how many more there are.
+
+    Args:
+        names: All names.
+        of: Kind of the names, with a space in front, such as " tensors".
+    """
     hidden = len(names) - N_NAMED
     return ", ".join(names[:N_NAMED]) + (f" and {hidden}{of} more" if hidden > 0 else "")
 
@@ -86,14 +90,9 @@ def echo_json(record: object) -> None:
     click.echo(strict_json.dumps(record, indent=2))
 
 
-def say_compiling() -> None:
-    """Tell on stderr why the first run on a machine takes longer."""
-    click.echo("Compiling kernels, once on this machine ...", err=True)
-
-
-def say_complete(out: Path) -> None:
-    """Tell that an earlier run had made this very output."""
-    click.echo(f"{out}: was complete already; cleaned up after the earlier run")
+def echo_complete(out: Path) -> None:
+    """Print that an earlier run had completed this output."""
+    echo(f"{out}: an earlier run had completed it; removed what that run left beside it")
 
 
 def verdict(n_findings: int) -> str:

@@ -1,4 +1,4 @@
-"""How commands spell the options of the library."""
+"""Spells the options of the library as flags of the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qformat.errors import Option
 
 
 def as_flag(option: Option) -> str:
-    """Return an option as the command line spells it: `--keep-source` for `keep_source=True`."""
+    """Return an option as a flag: `--keep-source` for `keep_source=True`."""
     flag = "--" + option.name.replace("_", "-")
     if not isinstance(option.value, (str, tuple)):
         return flag

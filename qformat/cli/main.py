@@ -1,4 +1,4 @@
-"""`qformat`: the table of commands. A command's module is imported when it is called, so that `--help` is instant."""
+"""The command `qformat`: a table of its subcommands, each imported only when it is called, so that help is instant."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from qformat.cli.display import echo
 from qformat.cli.flags import as_flag
 from qformat.cli.waiting import choose_how_to_wait
 from qformat.errors import Interrupted, QformatError, UsageError, spelled
@@ -20,20 +21,36 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-COMMANDS = {
-    "convert": "Convert a 16-bit checkpoint into a 4-bit artifact.",
-    "export": "Write an artifact as a plain 16- or 32-bit checkpoint.",
-    "inspect": "Show what an artifact or a checkpoint holds.",
-    "verify": "Prove that an artifact is whole, and how far it is from its source.",
-    "publish": "Publish an artifact on the Hub, with a model card.",
-    "fetch": "Download an artifact from the Hub, every byte checked.",
-    "diff": "Tell what differs between two artifacts.",
-    "eval": "Measure on texts how close an artifact is to its 16-bit model.",
-    "generate": "Generate text with an artifact.",
-    "tune": "Bring an artifact closer to its 16-bit source, with the same codes and size.",
-    "train": "Train a LoRA adapter on an artifact.",
-    "info": "Show devices, backends and versions.",
+GROUPS = {
+    "Make": {
+        "convert": "Convert a checkpoint into a 4-bit artifact.",
+        "tune": "Tune an artifact's scales and norms to its 16-bit source.",
+        "export": "Write an artifact as a plain 16- or 32-bit checkpoint.",
+    },
+    "Check": {
+        "verify": "Check an artifact's integrity and its error against the source.",
+        "eval": "Compare an artifact's predictions with its 16-bit source.",
+        "inspect": "Show the tensors of an artifact or a checkpoint.",
+        "diff": "Show how two artifacts differ.",
+    },
+    "Run": {
+        "generate": "Generate text with an artifact.",
+        "info": "Show devices, backends, versions and readable formats.",
+    },
+    "Train": {
+        "train": "Train a LoRA adapter on an artifact.",
+    },
+    "Share": {
+        "publish": "Publish an artifact on the Hub, with a model card.",
+        "fetch": "Download an artifact from the Hub and check every byte.",
+    },
 }
+"""Commands under the headings of the help, with their one-line summaries."""
+
+COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
+
+RESUMED = ("convert", "tune", "export", "publish", "fetch")
+"""Commands that continue an interrupted run when they are called again."""
 
 
 class _LazyGroup(click.Group):
@@ -50,9 +67,11 @@ class _LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands from the table: importing them all would take longer than the answer is worth."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        """List the commands from the table, because importing them all takes seconds."""
+        width = max(map(len, COMMANDS))
+        for heading, commands in GROUPS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name.ljust(width), summary) for name, summary in commands.items()])
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -64,11 +83,17 @@ def cli() -> None:
     Example:
       qformat convert SmolLM2-135M-Instruct SmolLM2-135M-Instruct-nf4
       qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct
+
+    `qformat COMMAND --help` describes a command and its options.
     """
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 good, 1 a failed check or a bad file, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit.
+
+    The exit code is 0 for success, 1 for a failed check or an invalid file, 2 for wrong usage and 130 after an
+    interruption.
+    """
     choose_how_to_wait()
     sys.exit(run(arguments))
 
@@ -76,13 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. Errors of qformat are printed without a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
-    # Importing and planning make many objects that live to the end: looking for cycles among them every few hundred
-    # costs 0.3 s of a conversion.
+    # Imports and plans make many objects that live to the end. Searching them for cycles at the default rate costs
+    # 0.3 s of a conversion.
     gc.set_threshold(50_000, 20, 20)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        result = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="qformat", standalone_mode=False
-        )
+        result = cli.main(args=given, prog_name="qformat", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as shown:
         click.echo(shown.format_message(), err=True)
@@ -91,14 +115,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         wrong.show()
         return EXIT_USAGE
     except UsageError as wrong:
-        click.echo(f"Error: {spelled(wrong.words, as_flag)}", err=True)
+        echo(f"Error: {spelled(wrong.words, as_flag)}", err=True)
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort, Interrupted) as stopped:
-        what_to_do = str(stopped) or "Nothing is lost: the same command continues."
-        click.echo(f"\nInterrupted. {what_to_do}", err=True)
+        continues = "Run the same command again to continue." if {*given[:1]} & {*RESUMED} else ""
+        # click has ended the line of the terminal's ^C, except for errors of qformat.
+        start = "\n" if isinstance(stopped, Interrupted) else ""
+        echo(f"{start}Interrupted. {str(stopped) or continues}".rstrip(), err=True)
         return EXIT_INTERRUPTED
     except QformatError as failed:
-        click.echo(f"Error: {spelled(failed.words, as_flag)}", err=True)
+        echo(f"Error: {spelled(failed.words, as_flag)}", err=True)
         return EXIT_FAILED
 
 

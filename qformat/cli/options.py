@@ -1,4 +1,4 @@
-"""Options that several commands have, and how a command gets its options: as one record."""
+"""Options that several commands have, and the record in which a command gets its options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,15 @@ def options_record(record: type[Record]) -> Callable[[Callable[[Record], None]],
 
 
 def settings_of(names: Collection[str], make: Callable[..., object]) -> Decorator:
-    """Give a command the options of these names as one value, `settings`. make: is called with them by name."""
+    """Give a command several of its options as one value, `settings`.
+
+    Args:
+        names: Names of the options to collect.
+        make: Makes the value from these options, given by name.
+
+    Returns:
+        A decorator for the function of a command.
+    """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
@@ -44,35 +52,40 @@ def settings_of(names: Collection[str], make: Callable[..., object]) -> Decorato
 
 
 def artifact_argument(function: Function) -> Function:
-    """ART, the folder of an artifact."""
+    """Add the argument ART, the folder of an artifact."""
     return click.argument("artifact", metavar="ART", type=click.Path(path_type=Path))(function)
 
 
 def out_argument(*, required: bool = True) -> Decorator:
-    """OUT, what the command makes."""
+    """Return the argument OUT, the output of the command."""
     metavar = "OUT" if required else "[OUT]"
     return click.argument("out", metavar=metavar, type=click.Path(path_type=Path), required=required)
 
 
-def json_option(help: str = "Print one JSON object.") -> Decorator:
-    """Return the option for machines."""
+def json_option(help: str = "Print the result as one JSON object.") -> Decorator:
+    """Return the option for output that programs read."""
     return click.option("--json", "as_json", is_flag=True, help=help)
 
 
-def workers_option(help: str = "Threads.  [default: one a core]") -> Decorator:
+def workers_option(help: str = "Number of threads.  [default: one per core]") -> Decorator:
     """Return the option for the number of threads."""
-    return click.option("--workers", type=click.IntRange(min=1), help=help)
+    return click.option("--workers", metavar="N", type=click.IntRange(min=1), help=help)
 
 
 def output_options(made: str) -> Decorator:
-    """Return the options for what stands under OUT, or was begun for it. made: what the command makes."""
+    """Return the options for an OUT that exists already, or that an interrupted run has begun.
+
+    Args:
+        made: Kind of output, such as "artifact".
+
+    Returns:
+        A decorator for the function of a command.
+    """
 
     def decorate(function: Function) -> Function:
-        restart = click.option(
-            "--restart", is_flag=True, help="Drop what an interrupted run left instead of continuing it."
-        )
+        restart = click.option("--restart", is_flag=True, help="Start again instead of resuming an interrupted run.")
         force = click.option(
-            "--force", is_flag=True, help=f"Replace the {made} OUT, in one step once the new one is whole."
+            "--force", is_flag=True, help=f"Replace the {made} OUT, atomically, once the new one is complete."
         )
         return force(restart(function))
 
@@ -80,51 +93,76 @@ def output_options(made: str) -> Decorator:
 
 
 def written_shards_options(made: str) -> Decorator:
-    """Return the options of a command that writes shards. made: what the command makes."""
+    """Return the options of a command that writes shards.
+
+    Args:
+        made: Kind of output, such as "artifact".
+
+    Returns:
+        A decorator for the function of a command.
+    """
 
     def decorate(function: Function) -> Function:
-        shards = click.option("--max-shard-size", default="5GB", show_default=True, help="Largest size of a shard.")
-        workers = workers_option("Threads; any number gives the same bytes.  [default: one a core]")
+        shards = click.option(
+            "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest size of a shard."
+        )
+        workers = workers_option("Number of threads. It does not change the output.  [default: one per core]")
         return workers(shards(output_options(made)(dry_run_option()(json_option()(function)))))
 
     return decorate
 
 
-def dry_run_option(help: str = "Show what would be written; write nothing.") -> Decorator:
-    """Return the option for a plan only."""
+def dry_run_option(help: str = "Show what would be written, and write nothing.") -> Decorator:
+    """Return the option that only shows a plan."""
     return click.option("--dry-run", is_flag=True, help=help)
 
 
+def revision_option(help: str) -> Decorator:
+    """Return the option for a revision of a repository on the Hub."""
+    return click.option("--revision", metavar="REV", help=help)
+
+
 def device_option(function: Function) -> Function:
-    """Add the option for where a model runs."""
-    text = "cpu, cuda, cuda:1, ...; by default the GPU if there is one."
+    """Add the option for the device that runs a model."""
+    text = "Device: cpu, cuda, cuda:1, ...  [default: the GPU if there is one]"
     return click.option("--device", metavar="DEVICE", help=text)(function)
 
 
 def backend_option(function: Function) -> Function:
     """Add the option that forces a backend."""
-    text = "Force a backend, as QFORMAT_BACKEND does: numba, triton, torch."
+    text = "Backend to use instead of the fastest: numba, triton or torch. Also set by QFORMAT_BACKEND."
     return click.option("--backend", metavar="NAME", help=text)(function)
 
 
 def trust_remote_code_option(comes_with: str = "the artifact") -> Decorator:
-    """Return the option for code that comes with a model."""
+    """Return the option that allows code that comes with a model to run."""
     return click.option("--trust-remote-code", is_flag=True, help=f"Run model code that comes with {comes_with}.")
 
 
 def report_option(function: Function) -> Function:
-    """Add the option for a page; see `refuse_report_in`."""
+    """Add the option for an HTML report; see `refuse_report_in`."""
     path = click.Path(path_type=Path)
-    return click.option("--report", metavar="FILE.html", type=path, help="Write a page that opens offline.")(function)
+    text = "Write a report as one HTML page that works offline."
+    return click.option("--report", metavar="FILE.html", type=path, help=text)(function)
 
 
 def refuse_report_in(report: Path, *models: Path | str) -> None:
-    """Refuse a page that could not be written after minutes of work, or would lie inside one of the models."""
+    """Reject a path for a report that could not be written after minutes of work, or that lies inside a model.
+
+    Args:
+        report: Path that was given for the report.
+        *models: Artifacts and checkpoints that must stay unmodified.
+
+    Raises:
+        UsageError: The path is a directory, its directory does not exist, or it lies inside one of the models.
+    """
     folder = report.absolute().parent
     if report.is_dir():
-        raise UsageError(f"--report {report}: is a folder, expected the name of a file")
+        raise UsageError(f"--report {report}: is a directory. Give the name of a file")
     if not folder.is_dir():
-        raise UsageError(f"--report {report}: there is no folder {folder}")
+        raise UsageError(f"--report {report}: the directory {folder} does not exist")
     for model in models:
         if folder.resolve().is_relative_to(Path(model).resolve()):
-            raise UsageError(f"--report {report}: lies inside {model}, which must stay as it is. Choose another folder")
+            raise UsageError(
+                f"--report {report}: lies inside {model}, which must stay unmodified. Choose another directory"
+            )

@@ -1,17 +1,16 @@
-"""A verification with its progress on stderr, as the commands that verify a folder show it."""
+"""Verification of a folder with its progress on stderr."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qformat.cli.display import say_compiling
 from qformat.cli.progress import Bar
 
 if TYPE_CHECKING:
     from qformat.converters.compare.verification import Stage, Verification
 
-_STAGES: dict[Stage, str] = {"digests": "Checking digests", "comparison": "Comparing with the source"}
+_STAGES: dict[Stage, str] = {"digests": "Checking digests", "comparison": "Comparing with source"}
 
 
 def verified(
@@ -22,7 +21,18 @@ def verified(
     sha256: bool = False,
     public_key: Path | None = None,
 ) -> Verification:
-    """Verify an artifact and compare it with its source. Raises what `verify_against_source` raises."""
+    """Verify an artifact and compare it with its source. Raises what `verify_against_source` raises.
+
+    Args:
+        artifact: Directory of the artifact.
+        source: Source checkpoint, a folder or a repository of the Hub. Not compared if None.
+        workers: Number of threads, one per core if None.
+        sha256: Also compute the SHA-256 of every shard.
+        public_key: Key to check the signature with. Not checked if None.
+
+    Returns:
+        The result of the verification.
+    """
     from qformat.converters.compare.verification import verify_against_source
 
     with Bar() as bar:
@@ -34,5 +44,5 @@ def verified(
             workers=workers,
             on_stage=lambda stage, nbytes: bar.start(nbytes, _STAGES[stage]),
             on_progress=bar.advance,
-            on_compile=say_compiling,
+            on_compile=bar.compiling,
         )

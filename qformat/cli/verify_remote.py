@@ -1,4 +1,4 @@
-"""`qformat verify OWNER/NAME`: how the check of an artifact on the Hub is shown."""
+"""`qformat verify OWNER/NAME`: checks an artifact on the Hub and prints the result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, verdict
+from qformat.cli.display import echo, echo_json, some, verdict
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
@@ -16,7 +16,17 @@ if TYPE_CHECKING:
 
 
 def verify_repository(repository: str, *, revision: str | None, public_key: Path | None, as_json: bool) -> bool:
-    """Check an artifact on the Hub, print what was found, and return whether it is good."""
+    """Check an artifact on the Hub and print the result.
+
+    Args:
+        repository: Name of the repository, `owner/name`.
+        revision: Branch, tag or commit, the main branch if None.
+        public_key: Key to check the signature with. Not checked if None.
+        as_json: Print one JSON object.
+
+    Returns:
+        Whether the check passed.
+    """
     from qformat.hub.remote_verify import verify_remote
 
     started = time.monotonic()
@@ -48,17 +58,17 @@ def _facts(report: RemoteReport) -> dict[str, object]:
 
 
 def _show(report: RemoteReport, seconds: float) -> None:
-    click.echo(
+    echo(
         f"{report.repository}@{report.commit[:12]}: {report.n_files} files, {format_nbytes(report.nbytes)}; manifest, "
-        f"sizes, listed SHA-256, headers and small files checked in {seconds:.1f} s, "
-        f"{format_nbytes(report.nbytes_read)} fetched"
+        f"file sizes, SHA-256 that the Hub lists, headers and small files checked in {seconds:.1f} s, "
+        f"{format_nbytes(report.nbytes_read)} downloaded"
     )
     if report.others:
-        click.echo(f"not in the manifest: {', '.join(report.others[:5])}")
+        echo(f"not in the manifest: {some(report.others)}")
     if report.signature_checked:
-        click.echo("signature: made with this key, of these files")
+        echo("signature: valid for this key and these files")
     elif report.signed:
-        click.echo("signature: there, not checked; give the publisher's key with --public-key")
+        echo("signature: present but not checked; give the publisher's key with --public-key")
     for finding in report.findings:
-        click.echo(f"{finding.reason}: {finding.message}")
+        echo(f"{finding.reason}: {finding.message}")
     click.echo(verdict(len(report.findings)))

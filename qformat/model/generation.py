@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with the figures that a user asks for."""
+"""Generates text with a model, token by token, and measures speed and memory."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 from qformat.errors import Option, UsageError
 from qformat.model.memory import peak_nbytes
+from qformat.model.nf4_linear import NF4Linear
+
+_INCOMPLETE = "\ufffd"
+"""What tokenizers decode the first bytes of a character to while its other bytes are still missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. temperature 0 is greedy; seed makes sampling repeatable on one machine."""
+    """How to choose the next token.
+
+    Attributes:
+        max_new_tokens: Largest number of tokens to generate.
+        temperature: Temperature of sampling. 0 always takes the most likely token.
+        seed: Seed of the random numbers. The same seed gives the same text on the same machine.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -25,8 +36,16 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was generated. Seconds; tokens_per_s counts the tokens after the first; peak_nbytes is of the whole process
-    on a CPU and of torch's allocations on a GPU."""
+    """Generated text with its measurements.
+
+    Attributes:
+        text: Text without the prompt and without special tokens.
+        n_prompt_tokens: Number of tokens of the prompt.
+        n_new_tokens: Number of generated tokens.
+        first_token_s: Seconds until the first token.
+        tokens_per_s: Tokens per second after the first token.
+        peak_nbytes: Peak memory in bytes, of the whole process on a CPU and of torch's allocations on a GPU.
+    """
 
     text: str
     n_prompt_tokens: int
@@ -36,23 +55,48 @@ class Generation:
     peak_nbytes: int
 
 
-class _Clock(TextStreamer):
-    """Passes text on as it is finished and notes when each token came."""
+class _Stream(BaseStreamer):
+    """Passes text on as soon as its characters are complete, and records when each token arrived.
+
+    Every token is decoded together with those of the piece before it, because a tokenizer may drop the space in front
+    of the first token that it decodes.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._tokenizer = tokenizer
         self._on_text = on_text
+        self._prompt_is_next = True
+        self._tokens: list[int] = []
+        self._context = 0  # tokens before this one are not decoded any more
+        self._n_passed_on = 0
         self.times: list[float] = []
         self.text = ""
 
     def put(self, value: Any) -> None:
-        if not self.next_tokens_are_prompt:
-            self.times.append(time.monotonic())
-        super().put(value)  # type: ignore[no-untyped-call]
+        """Take the prompt at the first call, and one token at each later call."""
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        self.times.append(time.monotonic())
+        self._tokens += value.reshape(-1).tolist()
+        self._pass_on(at_end=False)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        self._on_text(text)
+    def end(self) -> None:
+        """Pass on the rest of the text."""
+        self._pass_on(at_end=True)
+
+    def _pass_on(self, *, at_end: bool) -> None:
+        before = self._decode(self._tokens[self._context : self._n_passed_on])
+        text = self._decode(self._tokens[self._context :])
+        piece = text[len(before) :]
+        if not piece or (piece.endswith(_INCOMPLETE) and not at_end):
+            return
+        self._context, self._n_passed_on = self._n_passed_on, len(self._tokens)
+        self.text += piece
+        self._on_text(piece)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def generate(
@@ -64,9 +108,21 @@ def generate(
     sampling: Sampling | None = None,
     on_text: Callable[[str], None] = lambda _: None,
 ) -> Generation:
-    """Continue a prompt, or answer it as a chat message; `on_text` gets the text piece by piece.
+    """Continue a prompt, or answer it as a chat message.
 
-    Raises UsageError for an empty prompt, and for a chat with a tokenizer that has no chat template.
+    Args:
+        model: Model that generates.
+        tokenizer: Tokenizer of the model.
+        prompt: Text to continue, or the user's message.
+        chat: Put the prompt into the tokenizer's chat template.
+        sampling: How to choose tokens, `Sampling()` if omitted.
+        on_text: Called with each piece of the text as soon as it is generated.
+
+    Returns:
+        The text with its measurements.
+
+    Raises:
+        UsageError: The prompt has no tokens, or the tokenizer has no chat template.
     """
     sampling = sampling or Sampling()
     inputs = _inputs(tokenizer, prompt, chat=chat).to(model.device)
@@ -77,20 +133,29 @@ def generate(
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature}
         set_seed(sampling.seed)
-    clock = _Clock(tokenizer, on_text)
+    _run_one_row(model)
+    stream = _Stream(tokenizer, on_text)
     started = time.monotonic()
     with torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=sampling.max_new_tokens, streamer=clock, **choice)  # type: ignore[operator]
-    n_new = len(clock.times)
-    after_first = clock.times[-1] - clock.times[0]
+        model.generate(**inputs, max_new_tokens=sampling.max_new_tokens, streamer=stream, **choice)  # type: ignore[operator]
+    n_new = len(stream.times)
+    after_first = stream.times[-1] - stream.times[0]
     return Generation(
-        text=clock.text,
+        text=stream.text,
         n_prompt_tokens=n_prompt,
         n_new_tokens=n_new,
-        first_token_s=clock.times[0] - started,
+        first_token_s=stream.times[0] - started,
         tokens_per_s=(n_new - 1) / after_first if after_first > 0 else 0.0,
         peak_nbytes=peak_nbytes(model.device),
     )
+
+
+@torch.inference_mode()
+def _run_one_row(model: PreTrainedModel) -> None:
+    """Run a packed layer on one row, so that on a CPU its kernel is compiled before the text begins."""
+    layer = next((layer for layer in model.modules() if isinstance(layer, NF4Linear)), None)
+    if layer is not None and layer.weight.device.type == "cpu":
+        layer(torch.zeros(1, layer.in_features, dtype=model.dtype))
 
 
 def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> Any:
@@ -98,7 +163,7 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
         return tokenizer(prompt, return_tensors="pt")
     if tokenizer.chat_template is None:
         raise UsageError(
-            "this tokenizer has no chat template. Leave out ", Option("chat"), ", and write the whole prompt yourself"
+            "this tokenizer has no chat template. Remove ", Option("chat"), " and write the whole prompt yourself"
         )
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -1,6 +1,6 @@
-"""Everything that a user can set about a training: one data class, read by the command line and by TOML files.
+"""Settings of a training: one data class for the command line, TOML files and Python.
 
-What each field means stands in its metadata, so that the help, the TOML reader and the checks cannot differ.
+The metadata of each field holds its help text and its limits, so that the help, the TOML reader and the checks agree.
 """
 
 from __future__ import annotations
@@ -29,59 +29,78 @@ def _setting(
     most: float | None = None,
     free: bool = False,
 ) -> Any:
-    """Describe a field. `free`: may differ when a training is resumed, since no weight depends on it."""
+    """Return a field with its help text and limits. A `free` setting may change when a training is resumed."""
     metadata = {"help": text, "choices": choices, "least": least, "above": above, "most": most, "free": free}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How to train. Raises UsageError for a value that makes no sense."""
+    """Settings of a training. The metadata of each field describes it.
 
-    max_steps: int | None = _setting(None, "Optimizer steps; instead of epochs.", least=1)
-    epochs: float = _setting(1.0, "Times that every example is seen.", above=0)
-    batch_size: int = _setting(1, "Rows of a micro-batch.", least=1)
-    grad_accum: int = _setting(8, "Micro-batches of a step.", least=1)
-    seq_len: int = _setting(1024, "Tokens of a row; the limit of an example.", least=2)
-    learning_rate: float = _setting(2e-4, "At the end of the warm-up.", above=0)
-    schedule: str = _setting("cosine", "Learning rate over the steps.", choices=("cosine", "linear", "constant"))
-    warmup: float = _setting(0.03, "Share of the steps, or, from 1 on, their number.", least=0)
-    weight_decay: float = _setting(0.0, "Of AdamW, on all trained weights.", least=0)
-    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.", above=0)
-    rank: int = _setting(16, "Rank of the adapter.", least=1)
-    alpha: float | None = _setting(None, "The adapter counts alpha/rank times.  [default: twice the rank]", above=0)
-    dropout: float = _setting(0.0, "Of what goes into the adapter.", least=0, most=0.99)
-    target_modules: tuple[str, ...] = _setting(
-        (ALL_LINEAR,), "Layers with an adapter, by the end of their names; may be repeated. all-linear: every Linear."
+    Raises:
+        UsageError: A value is outside its limits, or two settings exclude each other.
+    """
+
+    max_steps: int | None = _setting(None, "Number of optimizer steps, instead of epochs.", least=1)
+    epochs: float = _setting(1.0, "Number of passes over the data.", above=0)
+    batch_size: int = _setting(1, "Number of rows in a micro-batch.", least=1)
+    grad_accum: int = _setting(8, "Number of micro-batches per optimizer step.", least=1)
+    seq_len: int = _setting(1024, "Number of tokens in a row, and in the longest example.", least=2)
+    learning_rate: float = _setting(2e-4, "Learning rate at the end of the warm-up.", above=0)
+    schedule: str = _setting(
+        "cosine", "Schedule of the learning rate after the warm-up.", choices=("cosine", "linear", "constant")
     )
-    rslora: bool = _setting(False, "Count the adapter alpha/sqrt(rank) times (rank-stabilized LoRA).")
-    dora: bool = _setting(False, "Train magnitudes besides directions (DoRA).")
-    bias: str = _setting("none", "Biases that are trained, too.", choices=("none", "all", "lora_only"))
-    modules_to_save: tuple[str, ...] = _setting((), "Layers that are trained as a whole; may be repeated.")
-    adapter_dtype: str = _setting("float32", "Of the adapter's weights.", choices=("float32", "bfloat16"))
+    warmup: float = _setting(
+        0.03, "Length of the warm-up: below 1 a fraction of all steps, otherwise a number of steps.", least=0
+    )
+    weight_decay: float = _setting(0.0, "Weight decay of AdamW for all trained weights.", least=0)
+    max_grad_norm: float = _setting(1.0, "Largest norm of the gradients; larger gradients are clipped.", above=0)
+    rank: int = _setting(16, "Rank of the adapter.", least=1)
+    alpha: float | None = _setting(None, "Scale of the adapter: alpha / rank.  [default: twice the rank]", above=0)
+    dropout: float = _setting(0.0, "Dropout probability of the adapter's input.", least=0, most=0.99)
+    target_modules: tuple[str, ...] = _setting(
+        (ALL_LINEAR,),
+        "Layers with an adapter, by the end of their names, or all-linear for every Linear layer. May be repeated.",
+    )
+    rslora: bool = _setting(False, "Scale the adapter by alpha / sqrt(rank) (rank-stabilized LoRA).")
+    dora: bool = _setting(False, "Train magnitudes separately from directions (DoRA).")
+    bias: str = _setting("none", "Biases to train along with the adapter.", choices=("none", "all", "lora_only"))
+    modules_to_save: tuple[str, ...] = _setting(
+        (), "16-bit layers to train in full and to save with the adapter. May be repeated."
+    )
+    adapter_dtype: str = _setting("float32", "Dtype of the adapter's weights.", choices=("float32", "bfloat16"))
     optim: str = _setting("paged_adamw_32bit", "Optimizer.", choices=("paged_adamw_32bit", "paged_adamw_8bit", "adamw"))
     page_budget: str = _setting(
-        "auto", "Device memory for optimizer states: 512MiB, 2GB, 0; auto: what is left over.", free=True
+        "auto",
+        "Device memory for optimizer states, such as 512MiB, 2GB or 0; auto uses the memory that is left.",
+        free=True,
     )
-    seed: int = _setting(0, "Of adapters, data order and dropout.", least=0)
-    device: str | None = _setting(None, "cpu or cuda; by default the GPU if there is one.", free=True)
+    seed: int = _setting(0, "Seed of the adapter's weights, the order of the data and dropout.", least=0)
+    device: str | None = _setting(None, "Device: cpu or cuda.  [default: the GPU if there is one]", free=True)
     gradient_checkpointing: bool = _setting(
-        True, "Compute activations again in backward: slower, in much less memory.", free=True
+        True, "Recompute activations in the backward pass: slower, but much less memory.", free=True
     )
-    autocast: bool = _setting(False, "Run under torch's bf16 autocast.")
-    packing: bool = _setting(False, "Put several examples in a row, each seeing only itself.")
-    group_by_length: bool = _setting(False, "Batches of examples of similar length.")
-    too_long: str = _setting("truncate", "What becomes of longer examples.", choices=("truncate", "drop"))
+    autocast: bool = _setting(False, "Run the model under torch's bf16 autocast.")
+    packing: bool = _setting(False, "Pack several examples into a row, each attending only to itself.")
+    group_by_length: bool = _setting(False, "Form batches of examples of similar length.")
+    too_long: str = _setting("truncate", "Handling of examples longer than a row.", choices=("truncate", "drop"))
     loss_on: str = _setting(
-        "completions", "Train on completions and assistant turns, or on all.", choices=("completions", "all")
+        "completions",
+        "Tokens that count for the loss: completions and assistant turns, or all.",
+        choices=("completions", "all"),
     )
-    skip_bad_lines: bool = _setting(False, "Count rows that cannot be used instead of stopping at the first.")
-    save_every: int = _setting(100, "Steps between checkpoints; one is always written at the end.", least=1, free=True)
-    keep_checkpoints: int = _setting(2, "Checkpoints that stay; older ones are removed.", least=1, free=True)
-    eval_every: int | None = _setting(None, "Steps between evaluations, besides before and after.", least=1, free=True)
-    log_every: int = _setting(1, "Steps between lines of metrics.jsonl.", least=1, free=True)
+    skip_bad_lines: bool = _setting(False, "Skip and count invalid examples instead of stopping at the first.")
+    save_every: int = _setting(
+        100, "Number of steps between checkpoints. The last step always writes one.", least=1, free=True
+    )
+    keep_checkpoints: int = _setting(2, "Number of checkpoints to keep. Older ones are deleted.", least=1, free=True)
+    eval_every: int | None = _setting(
+        None, "Number of steps between evaluations, besides those before and after training.", least=1, free=True
+    )
+    log_every: int = _setting(1, "Number of steps between lines of metrics.jsonl.", least=1, free=True)
     report_to: tuple[str, ...] = _setting(
-        (), "Trackers of transformers (tensorboard, wandb, ...); may be repeated.", free=True
+        (), "Experiment tracker of transformers, such as tensorboard or wandb. May be repeated.", free=True
     )
     trust_remote_code: bool = _setting(False, "Run model code that comes with the artifact.")
 
@@ -91,7 +110,7 @@ class TrainingSettings:
         if self.adapter_dtype == "bfloat16" and self.dora:
             raise UsageError(
                 Option("dora"),
-                ": its magnitudes change by less than bfloat16 can tell. Use ",
+                ": bfloat16 is too coarse for the changes of its magnitudes. Use ",
                 Option("adapter_dtype", "float32"),
             )
         if self.packing and self.group_by_length:
@@ -99,7 +118,7 @@ class TrainingSettings:
                 Option("group_by_length"),
                 " and ",
                 Option("packing"),
-                ": packed rows all have nearly the same length. Leave one of the two out",
+                ": packed rows already have nearly the same length. Remove one of the two",
             )
         page_budget_nbytes(self.page_budget)
 
@@ -108,19 +127,23 @@ class TrainingSettings:
         return {item.name: _as_json(getattr(self, item.name)) for item in fields(self)}
 
     def binding(self) -> dict[str, Json]:
-        """Return the settings that must be the same when a training is resumed."""
+        """Return the settings that must not change when a training is resumed."""
         return {item.name: _as_json(getattr(self, item.name)) for item in fields(self) if not item.metadata["free"]}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read settings by name; names may have hyphens, as on the command line. Raises UsageError."""
+    """Read settings by name from a TOML file. Names may have hyphens, as on the command line.
+
+    Raises:
+        UsageError: The file cannot be read, or holds an unknown setting or a value of the wrong type.
+    """
     try:
         with path.open("rb") as file:
             table = tomllib.load(file)
     except OSError as problem:
         raise UsageError(f"{path}: cannot be read: {problem.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise UsageError(f"{path}: is no TOML: {problem}") from None
+        raise UsageError(f"{path}: is not valid TOML: {problem}") from None
     known = {item.name: item for item in fields(TrainingSettings)}
     found = {}
     for key, value in table.items():
@@ -128,7 +151,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise UsageError(
-                f"{path}: {key}: there is no such setting" + (f". Did you mean {near[0]}?" if near else "")
+                f"{path}: {key}: this setting does not exist" + (f". Did you mean {near[0]}?" if near else "")
             )
         if name in found:
             raise UsageError(f"{path}: {key}: is set twice")
@@ -137,7 +160,11 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def page_budget_nbytes(text: str) -> int | None:
-    """Return the bytes that a budget names, None for "auto". Raises UsageError."""
+    """Return a page budget in bytes, None for "auto".
+
+    Raises:
+        UsageError: The text is not a size.
+    """
     return None if text == "auto" else parse_nbytes(Option("page_budget"), text, or_else="auto, or ")
 
 
@@ -154,17 +181,17 @@ def _from_toml(item: Field[Any], value: object, where: str) -> Any:
             return (value,)
         if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
             return tuple(value)
-        raise UsageError(f"{where}: {value!r}, expected a list of names")
+        raise UsageError(f"{where}: found {value!r}, expected a list of names")
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if item.name == "page_budget" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if type(value) is not expected:
-        raise UsageError(f"{where}: {value!r}, expected {_IN_WORDS[expected]}")
+        raise UsageError(f"{where}: found {value!r}, expected {_IN_WORDS[expected]}")
     return value
 
 
-_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 def _check(item: Field[Any], value: Any) -> None:

@@ -1,4 +1,4 @@
-"""How commands spell the options of the library."""
+"""How the command line spells the options of the library."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qformat.errors import Option
 from tests.repository import ROOT
 
 COMMANDS = ("qformat ", "llama-gguf-split ")
-"""A string that holds one of these gives a whole command to run, whoever reads it."""
+"""A string that holds one of these shows a complete command, and may contain flags."""
 
 OTHER_LANGUAGES = ("qformat/cli", "qformat/report", "qformat/hub/card/page.py")
-"""Commands; style sheets; a card's lines for the shell."""
+"""Places where flags are fine: commands, style sheets, and the shell commands of a model card."""
 
 
 @pytest.mark.parametrize(
@@ -31,8 +31,8 @@ def test_an_option_is_spelled_as_a_flag(option: Option, flag: str) -> None:
     assert as_flag(option) == flag
 
 
-def test_the_library_names_no_flag() -> None:
-    """Only commands speak of flags; docstrings may tell what a command does."""
+def test_the_library_mentions_no_flags() -> None:
+    """Only commands mention flags; docstrings may describe what a command does."""
     flag = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
     found = []
     for folder in (ROOT / "qformat", ROOT / "converters"):

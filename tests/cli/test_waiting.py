@@ -1,4 +1,4 @@
-"""How threads wait: asleep beside other programs, as usual on a quiet machine, and as the user says if he does."""
+"""How threads wait: asleep beside other programs, spinning on an idle machine, or as the user chose."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qformat.cli import waiting
         (None, False),
     ],
 )
-def test_threads_sleep_where_others_run(
+def test_threads_sleep_if_other_programs_run(
     load: str | None, loaded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "loadavg"

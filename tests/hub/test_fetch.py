@@ -335,9 +335,9 @@ def test_the_command_line_fetches_and_prints_a_summary(
     assert run(["fetch", NAME, str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     assert "9 files, " in shown.out
-    assert "every digest checked" in shown.out
-    assert "signed; check it with" in shown.out
-    assert "notes.txt: not in the manifest, left there" in shown.err
+    assert "all digests checked" in shown.out
+    assert "signed; check the signature: qformat verify" in shown.out
+    assert "also holds files that are not in the manifest: notes.txt" in shown.err
     assert (tmp_path / "out" / "model.sig").read_bytes() == b"{}"
     assert run(["fetch", NAME, str(tmp_path / "out")]) == 1
     assert run(["fetch", NAME, str(tmp_path / "out"), "--force", "--json"]) == 0

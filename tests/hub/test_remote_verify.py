@@ -132,9 +132,9 @@ def test_a_signature_is_checked_with_the_publishers_key_here_and_after_fetching(
     out = str(tmp_path / "out")
 
     assert run(["verify", NAME]) == 0
-    assert "signature: there, not checked" in capsys.readouterr().out
+    assert "signature: present but not checked" in capsys.readouterr().out
     assert run(["verify", NAME, "--signature", *with_key]) == 0
-    assert "signature: made with this key" in capsys.readouterr().out
+    assert "signature: valid for this key" in capsys.readouterr().out
     assert run(["verify", NAME, *with_other]) == 1
     assert "signature: me/small-nf4@" in capsys.readouterr().out
     assert run(["fetch", NAME, out]) == 0

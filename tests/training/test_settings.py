@@ -37,15 +37,15 @@ def test_a_file_sets_what_the_command_line_can(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("rnak = 8", "there is no such setting. Did you mean rank"),
-        ("rank = 8\nr = 3", "r: there is no such setting"),
-        ('rank = "8"', "rank: '8', expected a whole number"),
+        ("rnak = 8", "this setting does not exist. Did you mean rank"),
+        ("rank = 8\nr = 3", "r: this setting does not exist"),
+        ('rank = "8"', "rank: found '8', expected a whole number"),
         ("rank = true", "expected a whole number"),
         ("packing = 1", "expected true or false"),
-        ("schedule = 3", "expected a text"),
+        ("schedule = 3", "expected a string"),
         ("target_modules = [1]", "expected a list of names"),
         ("learning-rate = 1.0\nlearning_rate = 2.0", "is set twice"),
-        ("rank = ", "is no TOML"),
+        ("rank = ", "is not valid TOML"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused_by_line(tmp_path: Path, text: str, says: str) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_table, say_compiling, say_complete, some
-from qformat.cli.options import options_record, out_argument, written_shards_options
+from qformat.cli.display import echo, echo_complete, echo_json, format_table, some
+from qformat.cli.help_sections import SectionedCommand
+from qformat.cli.options import options_record, out_argument, revision_option, written_shards_options
 from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
 from qformat.cli.progress import Bar
 from qformat.errors import Option, UsageError
@@ -24,9 +24,17 @@ if TYPE_CHECKING:
     from qformat.quality.calibration.settings import CalibrationSettings
 
 
+SECTIONS = {
+    "What to quantize, and how": ("recipe", "skip", "block_size", "no_double_quant", "keep_nonfinite"),
+    "Calibration": ("calibrate", "calibration_tokens"),
+    "Source on the Hub": ("revision", "offline", "keep_source"),
+    "Output": ("max_shard_size", "force", "restart", "dry_run", "workers", "as_json"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ConvertArguments:
-    """What is given to `qformat convert`."""
+    """Arguments of `qformat convert`, under the names of the options."""
 
     source: str
     out: Path
@@ -49,43 +57,49 @@ class ConvertArguments:
 
 
 @click.command(
+    cls=SectionedCommand,
+    sections=SECTIONS,
     epilog="""\b
 Examples:
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4
-  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*' --block-size 128
+  qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --skip 'model.layers.0.*'
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --calibrate text.txt
   qformat convert Llama-3.2-1B Llama-3.2-1B-nf4 --dry-run
   qformat convert Qwen3-8B-Q6_K.gguf Qwen3-8B-nf4
-  qformat convert meta-llama/Llama-3.2-1B Llama-3.2-1B-nf4 --revision main"""
+  qformat convert meta-llama/Llama-3.2-1B Llama-3.2-1B-nf4 --revision main""",
 )
 @click.argument("source", metavar="SRC")
 @out_argument()
-@click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of ordered pattern -> action rules.")
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Keep what matches in 16 bit. May be repeated.")
-@click.option("--block-size", type=int, default=64, show_default=True, help="Weights that share a scale.")
-@click.option("--no-double-quant", is_flag=True, help="Store float32 scales (0.37 bits a weight more).")
-@click.option(
-    "--calibrate",
-    multiple=True,
-    metavar="FILE",
-    help="Choose codes and scales on this text, layer by layer (text, JSON lines, Parquet; may be repeated).",
-)
-@click.option("--calibration-tokens", type=int, metavar="N", help="Tokens of it to take.  [default: 16384]")
-@click.option("--keep-nonfinite", is_flag=True, help="Keep weights with Inf or NaN in 16 bit. Reads SRC twice.")
-@click.option("--revision", help="Branch, tag or commit of a repository of the Hub.  [default: main]")
-@click.option("--offline", is_flag=True, help="Make no request: read the local cache of the Hub.")
-@click.option("--keep-source", is_flag=True, help="Store the source in the local cache of the Hub and convert that.")
+@click.option("--recipe", metavar="FILE", type=click.Path(path_type=Path),
+              help="TOML file with rules: the layers to pack, and how.")  # fmt: skip
+@click.option("--skip", multiple=True, metavar="PATTERN", help="Keep matching weights in 16 bit. May be repeated.")
+@click.option("--block-size", type=int, metavar="N", default=64, show_default=True,
+              help="Number of weights that share a scale: 32, 64, 128 or 256.")  # fmt: skip
+@click.option("--no-double-quant", is_flag=True, help="Store the scales in float32: 0.37 bits more per weight.")
+@click.option("--calibrate", multiple=True, metavar="FILE",
+              help="Choose codes and scales with this text, one layer after the other: plain text, JSON Lines or "
+                   "Parquet. May be repeated.")  # fmt: skip
+@click.option("--calibration-tokens", type=int, metavar="N",
+              help="Number of tokens to take from these texts.  [default: 16384]")  # fmt: skip
+@click.option("--keep-nonfinite", is_flag=True, help="Keep weights with NaN or Inf in 16 bit. Reads SRC twice.")
+@revision_option("Branch, tag or commit.  [default: main]")
+@click.option("--offline", is_flag=True, help="Read the local Hub cache and make no requests.")
+@click.option("--keep-source", is_flag=True, help="Download SRC into the local Hub cache and convert that copy.")
 @written_shards_options("artifact")
 @options_record(ConvertArguments)
 def command(options: ConvertArguments) -> None:
     """Convert the checkpoint SRC into the 4-bit artifact OUT.
 
-    SRC is a folder of safetensors or PyTorch files in 16 or 32 bit, fp8, MXFP4 or bitsandbytes' NF4, or a GGUF file:
-    `qformat info` lists the kinds. Or it is a repository of the Hub (owner/name) with safetensors in 16 or 32 bit: it
-    is fetched once, in ranges, checked and encoded on the way, and not stored.
+    SRC is a folder of safetensors or PyTorch files in 16 or 32 bit, fp8, MXFP4 or bitsandbytes' NF4, or a GGUF file;
+    `qformat info` lists all formats. SRC may also be a Hub repository (owner/name) with safetensors in 16 or 32 bit,
+    which is checked and encoded while it downloads and is not stored.
 
-    transformers + bitsandbytes, PEFT and vLLM load OUT as it is. Memory stays flat whatever the model's size. An
-    interrupted conversion is continued by the same command; nothing stands under OUT before it is whole.
+    transformers with bitsandbytes and PEFT load OUT without changes. vLLM from 0.28 on needs `pip install
+    vllm-bnb-plugin` and loads OUT on one rank only; the plugin rounds the offset of double-quantized scales to the
+    model's dtype (bf16), so that its weights differ slightly.
+
+    Memory use does not grow with the size of the model. OUT appears only when it is complete; the same command
+    resumes an interrupted conversion.
     """
     from qformat.converters.convert import convert, plan
 
@@ -94,6 +108,7 @@ def command(options: ConvertArguments) -> None:
         _show_plan(plan(options.source, chosen), options.out, as_json=options.as_json)
         return
     with Bar() as bar:
+        bar.note("Preparing")
         summary = convert(
             options.source,
             options.out,
@@ -101,10 +116,10 @@ def command(options: ConvertArguments) -> None:
             workers=options.workers,
             force=options.force,
             restart=options.restart,
-            on_plan=lambda plan: bar.start(plan.source_nbytes, _what(plan)),
+            on_plan=lambda plan: bar.start(plan.source_nbytes, _label(plan)),
             on_progress=bar.advance,
-            on_compile=say_compiling,
-            on_layer=_layers(bar),
+            on_compile=bar.compiling,
+            on_layer=bar.steps("Calibrating", "layer"),
         )
     _show_summary(summary, as_json=options.as_json)
 
@@ -126,22 +141,8 @@ def _conversion_options(options: ConvertArguments) -> ConversionOptions:
     )
 
 
-def _what(plan: Plan) -> str:
-    return "Fetching and converting" if "repository" in plan.source else "Converting"
-
-
-def _layers(bar: Bar) -> Callable[[int, int], None]:
-    """Return what shows layers that are calibrated, once the bytes are done."""
-    begun = False
-
-    def show(done: int, total: int) -> None:
-        nonlocal begun
-        if not begun:
-            bar.start_steps(total, "Calibrating", "layer")
-            begun = True
-        bar.advance(done)
-
-    return show
+def _label(plan: Plan) -> str:
+    return "Downloading, converting" if "repository" in plan.source else "Converting"
 
 
 def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSettings | None:
@@ -149,7 +150,7 @@ def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSett
 
     if not data:
         if n_tokens is not None:
-            raise UsageError("--calibration-tokens: there is no text to take them from. Give one with --calibrate FILE")
+            raise UsageError("--calibration-tokens: no calibration text was given. Give one with --calibrate FILE")
         return None
     return CalibrationSettings(data, DEFAULT_TOKENS if n_tokens is None else n_tokens)
 
@@ -164,9 +165,9 @@ def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
     click.echo()
     show_shards(out, plan.shards)
     _show_notes(plan)
-    click.echo(
+    echo(
         f"{format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes), "
-        f"{plan.bits_per_weight:.3f} bits a packed weight; {free_in_words(plan.nbytes, free)}"
+        f"{plan.bits_per_weight:.3f} bits per packed weight; {free_in_words(plan.nbytes, free)}"
     )
 
 
@@ -176,14 +177,14 @@ def _show_summary(summary: ConversionSummary, *, as_json: bool) -> None:
         echo_json(summary_json(summary, _facts(plan)))
         return
     if summary.already_complete:
-        say_complete(summary.out)
+        echo_complete(summary.out)
         return
     click.echo(format_table([("action", "tensors", "source", "artifact", "why"), *_rows(plan)], right=(1, 2, 3)))
     _show_notes(plan)
     rate = plan.source_nbytes / summary.seconds
-    click.echo(
+    echo(
         f"{summary.out}: {format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} "
-        f"({plan.nbytes / plan.source_nbytes:.1%}), {plan.bits_per_weight:.3f} bits a packed weight, "
+        f"({plan.nbytes / plan.source_nbytes:.1%}), {plan.bits_per_weight:.3f} bits per packed weight, "
         f"{summary.seconds:.1f} s, {format_nbytes(rate)}/s"
     )
 
@@ -219,15 +220,13 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
 
 def _show_notes(plan: Plan) -> None:
     if unknown := _unknown(plan):
-        click.echo(
-            f"Kept, since it is not certain that they are Linear: {some(unknown)}. A recipe can say that they are"
-        )
+        echo(f"Kept, because it is not certain that they belong to Linear layers: {some(unknown)}. A recipe can say so")
     if vouched := [task.source.name for task in plan.packed if task.vouched]:
-        click.echo(f"Packed because the recipe says that they are Linear: {', '.join(vouched)}")
+        echo(f"Packed, because the recipe says that they belong to Linear layers: {', '.join(vouched)}")
     if crossing := _blocks_across_rows(plan):
-        click.echo(
-            f"In {len(crossing)} weights (such as {crossing[0]}) blocks run across rows: bitsandbytes 0.50 decodes "
-            "some such weights wrongly on CPUs with AVX-512. A smaller block size, or --skip, avoids it"
+        echo(
+            f"In {len(crossing)} weights (such as {crossing[0]}), blocks run across rows. bitsandbytes 0.50 decodes "
+            "some such weights incorrectly on CPUs with AVX-512. Use a smaller --block-size, or --skip these weights"
         )
     _show_calibration(plan)
 
@@ -238,17 +237,17 @@ def _show_calibration(plan: Plan) -> None:
         return
     plain = record["plain"]
     assert isinstance(plain, dict)
-    click.echo(
-        f"Calibrated on {record['tokens']:,} tokens in {record['windows']} windows: "
-        f"{len(plan.packed) - len(plain)} of {len(plan.packed)} weights"
+    echo(
+        f"Calibrated {len(plan.packed) - len(plain)} of {len(plan.packed)} weights on {record['tokens']:,} tokens in "
+        f"{record['windows']} windows"
     )
     for why in sorted({str(why) for why in plain.values()}):
         names = [name for name in plain if plain[name] == why]
-        click.echo(f"Not calibrated, {why}: {some(names)}")
+        echo(f"Not calibrated, {why}: {some(names)}")
 
 
 def _blocks_across_rows(plan: Plan) -> list[str]:
-    """Weights whose rows are no multiple of their block: legal, but see docs/bitsandbytes.md."""
+    """Return the weights whose rows are not a multiple of their block. They are valid; see docs/bitsandbytes.md."""
     weights: list[PackedTask | AdoptedTask] = [*plan.packed, *plan.adopted]
     return [task.source.name for task in weights if task.layout.shape[-1] % task.layout.block_size]
 

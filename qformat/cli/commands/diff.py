@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import echo_json, format_table
+from qformat.cli.display import echo, echo_json, format_table
 from qformat.cli.options import json_option, options_record
 from qformat.cli.progress import Bar
 
@@ -23,7 +23,7 @@ _SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class DiffArguments:
-    """What is given to `qformat diff`."""
+    """Arguments of `qformat diff`, under the names of the options."""
 
     a: str
     b: str
@@ -38,21 +38,21 @@ class DiffArguments:
     epilog="""\b
 Examples:
   qformat diff SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-nf4-b128
-  qformat diff SmolLM2-135M-Instruct-nf4 owner/SmolLM2-135M-Instruct-nf4 --weights"""
+  qformat diff SmolLM2-135M-Instruct-nf4 owner/model-nf4 --weights"""
 )
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--revision-a", help="Branch, tag or commit, if A is a repository of the Hub.")
-@click.option("--revision-b", help="The same for B.")
-@click.option("--weights", is_flag=True, help="Only tensors count: not recipe, generator, card and other files.")
+@click.option("--revision-a", metavar="REV", help="Branch, tag or commit if A is a Hub repository.")
+@click.option("--revision-b", metavar="REV", help="Branch, tag or commit if B is a Hub repository.")
+@click.option("--weights", is_flag=True, help="Compare tensors only: ignore recipe, generator, card and other files.")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor that differs.")
 @json_option()
 @options_record(DiffArguments)
 def command(options: DiffArguments) -> None:
-    """Tell what differs between the artifacts A and B, folders or repositories of the Hub (owner/name).
+    """Show how the artifacts A and B differ. Both are folders or Hub repositories (owner/name).
 
-    Manifests are compared, and between two folders codes and scales are counted. Exits with 0 if they are the same
-    and with 1 if not.
+    The manifests are compared. If both are folders, the codes, scales and values that differ are counted. The exit
+    code is 0 if the artifacts are the same, and 1 if they differ.
     """
     from qformat.hub.diff import diff
 
@@ -121,58 +121,60 @@ def _counts(value: ValueDifference) -> dict[str, int]:
 def _show(found: Difference, *, show_all: bool) -> None:
     manifests = found.manifests
     click.echo(f"A: {found.a}\nB: {found.b}")
-    click.echo(_model_line(manifests))
+    echo(_model_line(manifests))
     for where, names in (("A", manifests.only_in_a), ("B", manifests.only_in_b)):
         if names:
-            click.echo(f"only in {where}: {_some(names, show_all=show_all)}")
+            echo(f"only in {where}: {_some(names, show_all=show_all)}")
     if manifests.tensors:
         click.echo(_tensors_table(found, show_all=show_all))
     elif manifests.same_model:
-        click.echo("every tensor has the same bytes")
+        click.echo("all tensors are byte-identical")
     for name, (one, other) in manifests.members.items():
-        click.echo(f"{name}: {_short(one)} -> {_short(other)}")
+        echo(f"{name}: {_short(one)} -> {_short(other)}")
     for what, files in (
         ("files only in A", manifests.files_only_in_a),
         ("files only in B", manifests.files_only_in_b),
         ("files that differ", manifests.changed_files),
     ):
         if files:
-            click.echo(f"{what}: {', '.join(files)}")
+            echo(f"{what}: {', '.join(files)}")
     if manifests.same_weights and not manifests.same_shards:
-        click.echo("the same tensors lie in other shards")
+        click.echo("the same tensors are divided into different shards")
 
 
 def _model_line(manifests: ManifestDifference) -> str:
     if not manifests.same_model:
-        return "another model: names or shapes of tensors differ"
+        return "a different model: names or shapes of tensors differ"
     if manifests.same_source is None:
-        return "the same tensors, by name and shape; the manifests do not tell whether they had the same source"
+        return "the same tensor names and shapes; the manifests do not record whether the source was the same"
     n_other = manifests.n_sources - manifests.n_same_sources
-    source = "from the same source" if manifests.same_source else f"from another source in {n_other} tensors"
-    return f"the same model: {manifests.n_tensors} tensors of the same names and shapes, {source}"
+    source = "from the same source" if manifests.same_source else f"{n_other} of them from a different source"
+    return f"the same model: {manifests.n_tensors} tensors with the same names and shapes, {source}"
 
 
 def _tensors_table(found: Difference, *, show_all: bool) -> str:
     values = {} if found.values is None else {value.name: value for value in found.values}
     tensors = found.manifests.tensors
     shown = tensors if show_all else tensors[:_SHOWN]
-    rows: list[tuple[str, ...]] = [("tensor", "differs in", "codes", "scales", "values")]
-    for tensor in shown:
-        value = values.get(tensor.name)
-        rows.append(
-            (
-                tensor.name,
-                ", ".join(aspect.value for aspect in tensor.aspects),
-                "" if value is None else _part(value.n_codes, value.n_elements),
-                "" if value is None else _part(value.n_scales, value.n_blocks),
-                "" if value is None else _part(value.n_values, value.n_elements),
-            )
-        )
-    empty = {column for column in range(1, len(rows[0])) if not any(row[column] for row in rows[1:])}
-    kept = [tuple(cell for column, cell in enumerate(row) if column not in empty) for row in rows]
-    table = format_table(kept, right=range(2, len(kept[0])))
-    hidden = len(tensors) - len(shown)
-    return table + (f"\n... and {hidden} more tensors; --all lists them" if hidden else "")
+    rows = [(tensor.name, ", ".join(aspect.value for aspect in tensor.aspects)) for tensor in shown]
+    header, *lines = format_table([("tensor", "differs in"), *rows]).splitlines()
+    stacked = [header]
+    for tensor, line in zip(shown, lines, strict=True):
+        stacked.append(line)
+        if (value := values.get(tensor.name)) is not None and (counts := _counts_in_words(value)):
+            stacked.append(f"    {counts}")
+    if hidden := len(tensors) - len(shown):
+        stacked.append(f"... and {hidden} more tensors; --all lists them")
+    return "\n".join(stacked)
+
+
+def _counts_in_words(value: ValueDifference) -> str:
+    parts = {
+        "codes": _part(value.n_codes, value.n_elements),
+        "scales": _part(value.n_scales, value.n_blocks),
+        "values": _part(value.n_values, value.n_elements),
+    }
+    return ", ".join(f"{name}: {part}" for name, part in parts.items() if part)
 
 
 def _part(count: int | None, total: int | None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_table, say_compiling, say_complete, some
+from qformat.cli.display import echo, echo_complete, echo_json, format_table, some
 from qformat.cli.options import artifact_argument, options_record, out_argument, written_shards_options
 from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
 from qformat.cli.progress import Bar
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ExportArguments:
-    """What is given to `qformat export`."""
+    """Arguments of `qformat export`, under the names of the options."""
 
     artifact: Path
     out: Path
@@ -42,20 +42,19 @@ class ExportArguments:
 @click.command(
     epilog="""\b
 Examples:
-  qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-bf16 --to bf16
-  qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-135M-Instruct-fp16 --to fp16 --dry-run"""
+  qformat export SmolLM2-135M-Instruct-nf4 SmolLM2-bf16 --to bf16
+  qformat export SmolLM2-135M-Instruct-nf4 out --to fp16 --dry-run"""
 )
 @artifact_argument
 @out_argument()
-@click.option("--to", required=True, type=click.Choice(["bf16", "fp16", "fp32"]), help="Format of the weights.")
+@click.option("--to", required=True, type=click.Choice(["bf16", "fp16", "fp32"]), help="Dtype of the weights.")
 @written_shards_options("checkpoint")
 @options_record(ExportArguments)
 def command(options: ExportArguments) -> None:
     """Write the 4-bit artifact in folder ART as OUT, a plain safetensors checkpoint in 16 or 32 bit.
 
-    Everything that loads safetensors loads OUT, without bitsandbytes; what quantization has cost stays lost. Every
-    digest is checked on the way. An interrupted export is continued by the same command; nothing stands under OUT
-    before it is whole.
+    Any program that loads safetensors can load OUT, without bitsandbytes. The quantization error remains. Every digest
+    is checked during the export. OUT appears only when it is complete; the same command resumes an interrupted export.
     """
     from qformat.converters.export import export, plan_export
 
@@ -76,16 +75,16 @@ def command(options: ExportArguments) -> None:
             restart=options.restart,
             on_plan=lambda plan: bar.start(plan.tensor_nbytes, "Exporting"),
             on_progress=bar.advance,
-            on_compile=say_compiling,
+            on_compile=bar.compiling,
         )
     _show_summary(summary, as_json=options.as_json)
     _warn_of_overflow(summary.overflowed, options.to)
 
 
 def _leave_quickly() -> None:
-    """Keep the interpreter from searching all of numba's objects for cycles before it ends: 0.2 s for nothing.
+    """Keep the interpreter from searching numba's objects for cycles before it exits, which takes 0.2 s.
 
-    Where torch is loaded, this is no command's process, and triton would report what was not collected.
+    If torch is loaded, the process is not that of this command, and triton would report objects not collected.
     """
     if "torch" not in sys.modules:
         gc.freeze()
@@ -99,7 +98,7 @@ def _show_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
     click.echo(_table(plan))
     click.echo()
     show_shards(out, plan.shards)
-    click.echo(
+    echo(
         f"{format_nbytes(plan.artifact_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes); "
         f"{free_in_words(plan.nbytes, free)}"
     )
@@ -111,10 +110,10 @@ def _show_summary(summary: ExportSummary, *, as_json: bool) -> None:
         echo_json(summary_json(summary, {**_facts(plan), "overflowed": dict(summary.overflowed)}))
         return
     if summary.already_complete:
-        say_complete(summary.out)
+        echo_complete(summary.out)
         return
     click.echo(_table(plan))
-    click.echo(
+    echo(
         f"{summary.out}: {format_nbytes(plan.artifact_nbytes)} -> {format_nbytes(plan.nbytes)}, "
         f"{summary.seconds:.1f} s, {format_nbytes(plan.nbytes / summary.seconds)}/s written"
     )
@@ -124,10 +123,9 @@ def _warn_of_overflow(overflowed: Mapping[str, int], to: str) -> None:
     if not overflowed:
         return
     named = [f"{name} ({count:,})" for name, count in overflowed.items()]
-    click.echo(
+    echo(
         f"Warning: {sum(overflowed.values()):,} values are too large for {to} and became infinite, in "
-        f"{some(named, of=' tensors')}. "
-        "The model will not compute well: export it with --to bf16 or fp32",
+        f"{some(named, of=' tensors')}. The model will give wrong results. Export it with --to bf16 or --to fp32",
         err=True,
     )
 
@@ -142,7 +140,7 @@ def _facts(plan: ExportPlan) -> dict[str, object]:
 
 
 def _by_action(plan: ExportPlan) -> dict[str, list[ExportTask]]:
-    """Return the tasks by what happens to them: decode, cast, copy."""
+    """Return the tasks by action: decode, cast or copy."""
     actions: dict[str, list[ExportTask]] = {"decode": [], "cast": [], "copy": []}
     for task in plan.tasks:
         actions[task.action].append(task)
@@ -150,7 +148,7 @@ def _by_action(plan: ExportPlan) -> dict[str, list[ExportTask]]:
 
 
 def _table(plan: ExportPlan) -> str:
-    meanings = {"decode": "NF4 weights", "cast": "kept in another float format", "copy": "as they are"}
+    meanings = {"decode": "NF4 weights", "cast": "kept tensors of another dtype", "copy": "unmodified kept tensors"}
     rows: list[tuple[str, ...]] = [("action", "tensors", "written", "which")]
     for action, tasks in _by_action(plan).items():
         if tasks:

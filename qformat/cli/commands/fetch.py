@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, say_complete
-from qformat.cli.options import json_option, options_record, out_argument, output_options
+from qformat.cli.display import echo, echo_complete, echo_json, some
+from qformat.cli.options import json_option, options_record, out_argument, output_options, revision_option
 from qformat.cli.outputs import summary_json
 from qformat.cli.progress import Bar
 from qformat.sizes import format_nbytes
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FetchArguments:
-    """What is given to `qformat fetch`."""
+    """Arguments of `qformat fetch`, under the names of the options."""
 
     repository: str
     out: Path
@@ -39,21 +39,23 @@ Examples:
 )
 @click.argument("repository", metavar="OWNER/NAME")
 @out_argument()
-@click.option("--revision", help="Branch, tag or commit.  [default: main]")
-@click.option("--connections", type=click.IntRange(1, 64), default=8, show_default=True, help="Requests at a time.")
+@revision_option("Branch, tag or commit.  [default: main]")
+@click.option("--connections", metavar="N", type=click.IntRange(1, 64), default=8, show_default=True,
+              help="Number of concurrent requests.")  # fmt: skip
 @output_options("artifact")
 @json_option()
 @options_record(FetchArguments)
 def command(options: FetchArguments) -> None:
-    """Download the artifact in a repository of the Hub into the folder OUT, and check every byte on the way.
+    """Download an artifact from a Hub repository into the folder OUT, and check every byte while it arrives.
 
-    An interrupted download is continued by the same command, with the commit that it began with; nothing stands under
-    OUT before it is whole. Only what the manifest lists is fetched.
+    Only files that the manifest lists are downloaded. OUT appears only when it is complete. The same command resumes
+    an interrupted download, at the commit that it started with.
     """
     from qformat.hub.fetch import fetch
     from qformat.hub.reading.transfer import Transfer
 
     with Bar() as bar:
+        bar.note("Contacting the Hub")
         summary = fetch(
             options.repository,
             options.out,
@@ -61,7 +63,7 @@ def command(options: FetchArguments) -> None:
             transfer=Transfer(connections=options.connections),
             force=options.force,
             restart=options.restart,
-            on_plan=lambda nbytes: bar.start(nbytes, "Fetching"),
+            on_plan=lambda nbytes: bar.start(nbytes, "Downloading"),
             on_progress=bar.advance,
         )
     if options.as_json:
@@ -85,15 +87,14 @@ def _facts(summary: FetchSummary) -> dict[str, object]:
 def _show(summary: FetchSummary) -> None:
     where = f"{summary.repository}@{summary.commit[:12]}"
     if summary.others:
-        shown = ", ".join(summary.others[:5])
-        click.echo(f"Note: {where} also holds {shown}: not in the manifest, left there", err=True)
+        echo(f"Note: {where} also holds files that are not in the manifest: {some(summary.others)}", err=True)
     if summary.already_complete:
-        say_complete(summary.out)
+        echo_complete(summary.out)
         return
     rate = format_nbytes(summary.nbytes_fetched / max(summary.seconds, 1e-9))
-    click.echo(
-        f"{where} -> {summary.out}: {summary.n_files} files, {format_nbytes(summary.nbytes)}, every digest checked, "
+    echo(
+        f"{where} -> {summary.out}: {summary.n_files} files, {format_nbytes(summary.nbytes)}, all digests checked, "
         f"{summary.seconds:.1f} s ({rate}/s)"
     )
     if summary.signed:
-        click.echo(f"signed; check it with: qformat verify {summary.out} --signature --public-key KEY.pub")
+        echo(f"signed; check the signature: qformat verify {summary.out} --signature --public-key KEY.pub")

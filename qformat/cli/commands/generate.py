@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json
+from qformat.cli.display import echo, echo_json
+from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
     artifact_argument,
     backend_option,
@@ -18,17 +19,28 @@ from qformat.cli.options import (
     options_record,
     trust_remote_code_option,
 )
+from qformat.cli.progress import Bar
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qformat.artifact.reading.reader import MappedShards
+    from qformat.model.generation import Generation
+
+
+SECTIONS = {
+    "Prompt": ("prompt", "chat"),
+    "Adapter": ("adapter", "force_adapter"),
+    "Sampling": ("max_new_tokens", "temperature", "seed"),
+    "Loading": ("device", "backend", "verify", "trust_remote_code"),
+    "Output": ("as_json",),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateArguments:
-    """What is given to `qformat generate`."""
+    """Arguments of `qformat generate`, under the names of the options."""
 
     artifact: Path
     adapter: Path | None
@@ -46,29 +58,54 @@ class GenerateArguments:
 
 
 @click.command(
+    cls=SectionedCommand,
+    sections=SECTIONS,
     epilog="""\b
 Examples:
-  qformat generate SmolLM2-135M-Instruct-nf4 --chat --prompt "What are the primary colours?"
-  qformat generate SmolLM2-135M-Instruct-nf4 --adapter adapter --chat --prompt "What is a coroutine?"
-  qformat generate SmolLM2-135M-Instruct-nf4 --prompt "Once upon a time" --temperature 0.8 --seed 7"""
+  qformat generate SmolLM2-135M-Instruct-nf4 --prompt "Once upon a time"
+  qformat generate ART --adapter adapter --chat --prompt "What is Python?"
+  qformat generate ART --prompt "A recipe:" --temperature 0.8 --seed 7""",
 )
 @artifact_argument
-@click.option("--adapter", metavar="DIR", type=click.Path(path_type=Path), help="A LoRA adapter trained on ART.")
-@click.option("--force-adapter", is_flag=True, help="Use the adapter although it was trained on other weights.")
-@click.option("--prompt", metavar="TEXT", required=True, help="What to continue, or with --chat the user's message.")
-@click.option("--chat", is_flag=True, help="Wrap the prompt in the tokenizer's chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="For a temperature above 0.")
+@click.option("--adapter", metavar="DIR", type=click.Path(path_type=Path), help="LoRA adapter trained on ART.")
+@click.option("--force-adapter", is_flag=True, help="Use the adapter even if it was trained on other weights.")
+@click.option("--prompt", metavar="TEXT", required=True, help="Text to continue or, with --chat, the user's message.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the tokenizer's chat template.")
+@click.option("--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=256, show_default=True,
+              help="Largest number of tokens to generate.")  # fmt: skip
+@click.option("--temperature", metavar="X", type=click.FloatRange(min=0), default=0.0, show_default=True,
+              help="Temperature of sampling; 0 always takes the most likely token.")  # fmt: skip
+@click.option("--seed", metavar="N", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Seed for a temperature above 0.")  # fmt: skip
 @device_option
 @backend_option
 @click.option("--verify", type=click.Choice(["structure", "full"]), default="structure", show_default=True,
-              help="full: read every byte first and compare its digest.")  # fmt: skip
+              help="What to check before loading: the structure only, or also the digest of every byte.")  # fmt: skip
 @trust_remote_code_option()
-@json_option("Print one JSON object at the end, and no text before.")
+@json_option("Print one JSON object at the end, without streaming the text.")
 @options_record(GenerateArguments)
 def command(options: GenerateArguments) -> None:
-    """Generate text with the artifact in folder ART, mapped as it is."""
+    """Generate text with the artifact in folder ART, whose weights are mapped from disk.
+
+    The text appears token by token. Speed and memory follow on stderr.
+    """
+    with Bar() as bar:
+        bar.note("Loading")
+        result, times = _generate(options, bar)
+    if options.as_json:
+        echo_json({**asdict(result), **times})
+        return
+    click.echo()
+    echo(
+        f"loaded in {times['load_s']:.2f} s (imports {times['import_s']:.2f} s), "
+        f"first token after {result.first_token_s:.2f} s, {result.n_new_tokens} tokens, "
+        f"{result.tokens_per_s:.1f} tokens/s, peak memory {format_nbytes(result.peak_nbytes)}",
+        err=True,
+    )
+
+
+def _generate(options: GenerateArguments, bar: Bar) -> tuple[Generation, dict[str, float]]:
+    """Load the model and stream its text to stdout. Returns also how long imports and loading took."""
     started = time.monotonic()
     from qformat.cli.models import quiet_transformers
 
@@ -87,29 +124,27 @@ def command(options: GenerateArguments) -> None:
         model = _with_adapter(model, shards, options.adapter, force=options.force_adapter)
     tokenizer = load_tokenizer(options.artifact, trust_remote_code=trust)
     loaded = time.monotonic()
-    result = generate(
-        model,
-        tokenizer,
-        options.prompt,
-        chat=options.chat,
-        sampling=Sampling(options.max_new_tokens, options.temperature, options.seed),
-        on_text=(lambda _: None) if options.as_json else (lambda text: click.echo(text, nl=False)),
-    )
-    if options.as_json:
-        facts = {**asdict(result), "import_s": imported - started, "load_s": loaded - imported}
-        echo_json(facts)
-        return
-    click.echo()
-    click.echo(
-        f"loaded in {loaded - imported:.2f} s (imports {imported - started:.2f} s), "
-        f"first token after {result.first_token_s:.2f} s, {result.n_new_tokens} tokens, "
-        f"{result.tokens_per_s:.1f} tokens/s, peak memory {format_nbytes(result.peak_nbytes)}",
-        err=True,
-    )
+    bar.note("Generating")
+
+    def on_text(text: str) -> None:
+        if not options.as_json:
+            bar.clear()
+            click.echo(text, nl=False)
+
+    with bar.while_compiling():
+        result = generate(
+            model,
+            tokenizer,
+            options.prompt,
+            chat=options.chat,
+            sampling=Sampling(options.max_new_tokens, options.temperature, options.seed),
+            on_text=on_text,
+        )
+    return result, {"import_s": imported - started, "load_s": loaded - imported}
 
 
 def _with_adapter(model: PreTrainedModel, shards: MappedShards, adapter: Path, *, force: bool) -> PreTrainedModel:
-    """Put the adapter on the model, after a look at what it was trained on."""
+    """Put the adapter on the model, after a check of the weights that it was trained on."""
     from qformat.training.adapter.attach import load_adapter
     from qformat.training.adapter.base_record import BaseRecord
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from qformat.cli.display import echo_json, format_table
-from qformat.cli.options import backend_option, json_option
+from qformat.cli.display import echo, echo_json, format_table, terminal_width
+from qformat.cli.options import backend_option, json_option, options_record
 from qformat.sizes import format_nbytes
 from qformat.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numba", "numpy", "bitsandbytes")
+
+
+@dataclass(frozen=True, slots=True)
+class InfoArguments:
+    """Arguments of `qformat info`, under the names of the options."""
+
+    backend: str | None
+    as_json: bool
 
 
 @click.command(
@@ -23,26 +33,29 @@ Example:
 )
 @backend_option
 @json_option()
-def command(backend: str | None, as_json: bool) -> None:
-    """Show devices, which backend runs each operation on them and why, and versions."""
+@options_record(InfoArguments)
+def command(options: InfoArguments) -> None:
+    """Show versions, devices, the backend of each operation with the reason, and the formats `convert` reads."""
     from qformat.cli.models import quiet_transformers
 
     quiet_transformers()
     from qformat.kernels.backends import force_backend
 
-    if backend is not None:
-        force_backend(backend)
+    if options.backend is not None:
+        force_backend(options.backend)
     versions, devices, operations, sources = _versions(), _devices(), _operations(), _sources()
-    if as_json:
+    if options.as_json:
         facts = {"versions": versions, "devices": devices, "operations": operations, "sources": sources}
         echo_json(facts)
         return
-    click.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
-    click.echo("\n".join(f"{device['name']}: {device['description']}" for device in devices))
+    width = terminal_width(sys.stdout) if sys.stdout.isatty() else None
+    echo(", ".join(f"{name} {version}" for name, version in versions.items()))
+    echo("\n".join(f"{device['name']}: {device['description']}" for device in devices))
     rows = [["device", "operation", "backend", "why"]]
     rows += [[row["device"], row["operation"], row["backend"], row["why"]] for row in operations]
-    click.echo("\n" + format_table(rows))
-    click.echo("\n" + format_table([["source", "what `qformat convert` reads"], *map(list, sources.items())]))
+    click.echo("\n" + format_table(rows, width=width))
+    formats = [["source", "formats that `qformat convert` reads"], *map(list, sources.items())]
+    click.echo("\n" + format_table(formats, width=width))
 
 
 def _versions() -> dict[str, str]:

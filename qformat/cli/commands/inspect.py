@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from qformat import strict_json
-from qformat.cli.display import echo_json, format_table
-from qformat.cli.options import json_option
+from qformat.cli.display import echo, echo_json, format_table
+from qformat.cli.options import json_option, options_record
 from qformat.errors import UsageError
 from qformat.sizes import format_nbytes
 
@@ -19,21 +20,39 @@ if TYPE_CHECKING:
     from qformat.artifact.reading.reader import Artifact, PackedTensor
 
 N_SHOWN_VALUES = 8
+N_COLUMNS_OF_BARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class InspectArguments:
+    """Arguments of `qformat inspect`, under the names of the options."""
+
+    path: Path
+    tensor: str | None
+    as_json: bool
 
 
 @click.command(
     epilog="""\b
 Examples:
   qformat inspect SmolLM2-135M-Instruct-nf4
-  qformat inspect SmolLM2-135M-Instruct-nf4 --tensor model.layers.0.mlp.up_proj.weight"""
+  qformat inspect SmolLM2-135M-Instruct-nf4 \\
+      --tensor model.layers.0.mlp.up_proj.weight"""
 )
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
-@click.option("--tensor", metavar="NAME", help="Show one tensor: components, digests, codes, decoded values.")
+@click.option(
+    "--tensor", metavar="NAME", help="Show one tensor: components, digests, distribution of codes and first values."
+)
 @json_option()
-def command(path: Path, tensor: str | None, as_json: bool) -> None:
-    """Show what the artifact (or plain safetensors checkpoint) in folder PATH holds. Reads headers, no weights."""
+@options_record(InspectArguments)
+def command(options: InspectArguments) -> None:
+    """Show the tensors of the artifact or checkpoint in folder PATH.
+
+    Without --tensor, only headers are read.
+    """
     from qformat.names import MANIFEST_NAME
 
+    path, tensor = options.path, options.tensor
     if (path / MANIFEST_NAME).exists():
         from qformat.artifact.reading.reader import open_artifact
 
@@ -43,7 +62,7 @@ def command(path: Path, tensor: str | None, as_json: bool) -> None:
     else:
         facts = _checkpoint_facts(path, tensor)
         show = _show_checkpoint
-    if as_json:
+    if options.as_json:
         echo_json(facts)
     else:
         show(facts)
@@ -88,10 +107,10 @@ def _show_artifact(facts: Mapping[str, Any]) -> None:
     click.echo(f"{facts['path']}: qformat artifact, format {facts['format_version']}, by {facts['generator']}")
     source = facts["source"]
     where = f", {source['repository']} at commit {source.get('commit')}" if "repository" in source else ""
-    click.echo(f"source: {source.get('kind')}, {len(source.get('files', {}))} files{where}")
-    click.echo(f"recipe: {strict_json.dumps(recipe)}")
+    echo(f"source: {source.get('kind')}, {len(source.get('files', {}))} files{where}")
+    echo(f"recipe: {strict_json.dumps(recipe)}")
     if facts["evaluation"] is not None:
-        click.echo(f"evaluation: {strict_json.dumps(facts['evaluation'])}")
+        echo(f"evaluation: {strict_json.dumps(facts['evaluation'])}")
     _show_tensor_table(facts["tensors"])
     counts = Counter(entry["encoding"] for entry in facts["tensors"])
     click.echo(
@@ -101,19 +120,18 @@ def _show_artifact(facts: Mapping[str, Any]) -> None:
 
 
 def _show_tensor_table(tensors: list[dict[str, Any]]) -> None:
-    rows = [("tensor", "encoding", "dtype", "shape", "bytes", "how")]
-    rows += [
-        (
-            click.unstyle(entry["name"]),
-            entry["encoding"],
-            entry["dtype"],
-            "x".join(map(str, entry["shape"])),
-            f"{entry['nbytes']:,}",
-            entry["how"],
-        )
-        for entry in tensors
-    ]
-    click.echo(format_table(rows, right=(4,)))
+    """Print one table per way of storing tensors, which keeps the tables narrow."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in tensors:
+        groups.setdefault(f"{entry['encoding']}, {entry['dtype']}, {entry['how']}", []).append(entry)
+    for heading, entries in groups.items():
+        rows = [("tensor", "shape", "bytes")]
+        rows += [
+            (click.unstyle(entry["name"]), "x".join(map(str, entry["shape"])), f"{entry['nbytes']:,}")
+            for entry in entries
+        ]
+        click.echo(f"\n{click.unstyle(heading)}\n{format_table(rows, right=(1, 2))}")
+    click.echo()
 
 
 def _tensor_facts(artifact: Artifact, name: str) -> dict[str, Any]:
@@ -175,33 +193,29 @@ def _component_facts(artifact: Artifact, name: str, label: str, digest: str) -> 
 
 
 def _plain(value: Any) -> float | str:
-    """Return a value for JSON, which has no infinities."""
+    """Return a value for JSON, in which infinities and NaN are strings."""
     number = float(value)
     return number if abs(number) < float("inf") else str(number)
 
 
 def _show_tensor(facts: Mapping[str, Any]) -> None:
     click.echo(f"{facts['name']}: {facts['encoding']}, {facts['dtype']} {list(facts['shape'])}")
-    rows = [("component", "dtype", "shape", "shard", "start", "bytes", "XXH3-128")]
-    rows += [
-        (
-            part["component"],
-            part["dtype"],
-            "x".join(map(str, part["shape"])) or "scalar",
-            part["shard"],
-            f"{part['start']:,}",
-            f"{part['nbytes']:,}",
-            part["xxh3"],
-        )
-        for part in facts["components"]
-    ]
-    click.echo(format_table(rows, right=(4, 5)))
+    parts = facts["components"]
+    rows = [("component", "dtype", "shape", "bytes", "XXH3-128")]
+    for part in parts:
+        shape = "x".join(map(str, part["shape"])) or "scalar"
+        rows.append((part["component"], part["dtype"], shape, f"{part['nbytes']:,}", part["xxh3"]))
+    click.echo(format_table(rows, right=(2, 3)))
+    click.echo()
+    places = [(part["component"], part["shard"], f"{part['start']:,}") for part in parts]
+    click.echo(format_table([("component", "shard", "start"), *places], right=(2,)))
+    click.echo()
     if "code_counts" in facts:
-        total = max(sum(facts["code_counts"]), 1)
+        total, largest = max(sum(facts["code_counts"]), 1), max(*facts["code_counts"], 1)
         click.echo("codes:")
         for code, count in enumerate(facts["code_counts"]):
-            click.echo(f"  {code:2d}  {count / total:6.2%}  {'#' * round(200 * count / total)}")
-    click.echo(f"first values: {', '.join(f'{value:.6g}' for value in facts['values'])}")
+            click.echo(f"  {code:2d}  {count / total:7.2%}  {'#' * round(N_COLUMNS_OF_BARS * count / largest)}")
+    echo(f"first values: {', '.join(f'{value:.6g}' for value in facts['values'])}")
 
 
 def _checkpoint_facts(path: Path, tensor: str | None) -> dict[str, Any]:
@@ -240,4 +254,4 @@ def _no_such_tensor(name: str, names: list[str]) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, names, n=3, cutoff=0)
-    return f"there is no tensor {name!r}; the nearest names are {', '.join(near)}"
+    return f"tensor {name!r} does not exist. Similar names: {', '.join(near)}"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_table
+from qformat.cli.display import echo, echo_json, format_table, some
 from qformat.cli.flags import as_flag
+from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import artifact_argument, dry_run_option, json_option, options_record, workers_option
 from qformat.cli.progress import Bar
 from qformat.cli.verified import verified
@@ -23,9 +24,17 @@ if TYPE_CHECKING:
     from qformat.hub.publishing.publish import Published, PublishOptions
 
 
+SECTIONS = {
+    "Model card": ("source", "figures", "base_model", "license_id", "license_name", "license_link", "confirm_license",
+                   "card"),
+    "Repository": ("private", "revision", "create_pr", "sign_key"),
+    "Output": ("dry_run", "workers", "as_json"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class PublishArguments:
-    """What is given to `qformat publish`."""
+    """Arguments of `qformat publish`, under the names of the options."""
 
     artifact: Path
     repository: str
@@ -47,55 +56,48 @@ class PublishArguments:
 
 
 @click.command(
+    cls=SectionedCommand,
+    sections=SECTIONS,
     epilog="""\b
 Examples:
-  qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --dry-run
-  qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 --license apache-2.0 \\
-      --base-model HuggingFaceTB/SmolLM2-135M-Instruct --sign-key key.pem"""
+  qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 \\
+      --source SmolLM2-135M-Instruct --dry-run
+  qformat publish SmolLM2-135M-Instruct-nf4 me/SmolLM2-135M-Instruct-nf4 \\
+      --base-model HuggingFaceTB/SmolLM2-135M-Instruct --license apache-2.0""",
 )
 @artifact_argument
 @click.argument("repository", metavar="OWNER/NAME")
-@click.option(
-    "--source",
-    metavar="SRC",
-    help="Compare with this checkpoint, a folder or owner/name; its figures and its card's licence go into the card.",
-)
-@click.option(
-    "--figures",
-    metavar="FILE.json",
-    type=click.Path(path_type=Path),
-    help="What `qformat verify --source --json` printed, instead of comparing again.",
-)
-@click.option(
-    "--base-model", metavar="OWNER/NAME", help="The model that ART was made from, where the manifest does not tell."
-)
-@click.option(
-    "--license", "license_id", metavar="ID", help="Its licence, as the Hub spells it, such as apache-2.0 or other."
-)
-@click.option("--license-name", help="The name of a licence that is 'other'.")
-@click.option("--license-link", help="Where the text of a licence that is 'other' can be read.")
-@click.option("--confirm-license", is_flag=True, help="Publish although the licence is missing or forbids derivatives.")
-@click.option(
-    "--card", metavar="FILE", type=click.Path(path_type=Path), help="Publish this README.md instead of writing one."
-)
-@click.option("--private", is_flag=True, help="Make the repository a private one.")
-@click.option("--revision", metavar="BRANCH", help="Publish to this branch, made if it is not there.  [default: main]")
+@click.option("--source", metavar="SRC",
+              help="Compare with this source checkpoint, a folder or owner/name. The card shows the errors and takes "
+                   "over the licence.")  # fmt: skip
+@click.option("--figures", metavar="FILE.json", type=click.Path(path_type=Path),
+              help="Output of `qformat verify --source --json`, to avoid comparing again.")  # fmt: skip
+@click.option("--base-model", metavar="OWNER/NAME",
+              help="Hub repository of the source model, if the manifest does not name it.")  # fmt: skip
+@click.option("--license", "license_id", metavar="ID",
+              help="Licence of the source model by its Hub identifier, such as apache-2.0 or other.")  # fmt: skip
+@click.option("--license-name", metavar="NAME", help="Name of the licence if its identifier is 'other'.")
+@click.option("--license-link", metavar="URL", help="Address of the licence text if its identifier is 'other'.")
+@click.option("--confirm-license", is_flag=True,
+              help="Publish even if the licence is missing or forbids derivatives.")  # fmt: skip
+@click.option("--card", metavar="FILE", type=click.Path(path_type=Path),
+              help="Publish this README.md instead of a generated card.")  # fmt: skip
+@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--revision", metavar="BRANCH",
+              help="Branch to publish to, created if it does not exist.  [default: main]")  # fmt: skip
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of changing the branch.")
-@click.option(
-    "--sign-key",
-    metavar="KEY.pem",
-    type=click.Path(path_type=Path),
-    help="Sign with this elliptic-curve key (OpenSSF model-signing).",
-)
-@dry_run_option("Show what would be sent, and the card; send nothing.")
+@click.option("--sign-key", metavar="KEY.pem", type=click.Path(path_type=Path),
+              help="Sign with this elliptic-curve key (OpenSSF model signing).")  # fmt: skip
+@dry_run_option("Show the files and the card that would be uploaded, and upload nothing.")
 @workers_option()
 @json_option()
 @options_record(PublishArguments)
 def command(options: PublishArguments) -> None:
-    """Publish the artifact in folder ART as a repository of the Hub, with a model card.
+    """Publish the artifact in folder ART as a Hub repository with a model card.
 
-    Every byte is verified first, and a damaged artifact is refused. What the repository has already is not sent again;
-    publishing the same twice changes nothing. The token is the ordinary one (HF_TOKEN or `hf auth login`).
+    Every byte is verified first, and a damaged artifact is rejected. Files that the repository already has are not
+    uploaded again; publishing the same artifact twice changes nothing. The token comes from HF_TOKEN or `hf auth
+    login`.
     """
     from qformat.hub.names import check_repository_name
     from qformat.hub.publishing.publish import publish
@@ -125,13 +127,15 @@ def command(options: PublishArguments) -> None:
 
 
 def _check_usage(options: PublishArguments) -> None:
-    """Refuse options that do not fit together."""
+    """Reject options that exclude each other."""
     if options.license_id is None and (options.license_name or options.license_link):
-        raise UsageError("--license-name and --license-link say more about a --license: give that, too")
+        raise UsageError(
+            "--license-name and --license-link describe a licence. Give its identifier with --license, too"
+        )
     if options.card is not None and (options.source or options.figures or options.base_model or options.license_id):
-        raise UsageError("--card is published as it is: leave out --source, --figures, --base-model and --license")
+        raise UsageError("--card is published unmodified. Remove --source, --figures, --base-model and --license")
     if options.source is not None and options.figures is not None:
-        raise UsageError("--source compares now, --figures takes what was found before: give one of them")
+        raise UsageError("--source compares again and --figures reads an earlier comparison. Give only one of them")
 
 
 def _publish_options(options: PublishArguments) -> PublishOptions:
@@ -163,7 +167,7 @@ def _card_options(options: PublishArguments) -> CardOptions:
 
 
 def _figures(options: PublishArguments) -> ErrorFigures | None:
-    """Compare with the source, or read what a comparison has found."""
+    """Compare with the source, or read the result of an earlier comparison."""
     from qformat.artifact.reading.structure import read_manifest
     from qformat.hub.card.error_figures import ErrorFigures, read_error_figures
 
@@ -175,7 +179,7 @@ def _figures(options: PublishArguments) -> ErrorFigures | None:
     found = verified(artifact, source, workers=options.workers)
     if not found.passed or found.integrity.manifest is None:
         shown = "\n".join(finding.message for finding in found.findings[:3])
-        raise VerificationError(f"{artifact}: is not what {source} gives, and is not published:\n{shown}")
+        raise VerificationError(f"{artifact}: does not match its source {source}, and was not published:\n{shown}")
     return ErrorFigures.parse(found.to_json(), found.integrity.manifest, source)
 
 
@@ -201,22 +205,21 @@ def _facts(published: Published) -> dict[str, object]:
 
 def _show(published: Published) -> None:
     if published.card.note is not None:
-        click.echo(f"Note: {spelled(published.card.note, as_flag)}", err=True)
+        echo(f"Note: {spelled(published.card.note, as_flag)}", err=True)
     if published.card.concern is not None:
-        click.echo(f"Warning: {published.card.concern}", err=True)
+        echo(f"Warning: {published.card.concern}", err=True)
     where = published.repository + ("" if published.revision == "main" else f" ({published.revision})")
     if published.commit is None:
         _show_plan(published)
-        click.echo(f"{where}: {format_nbytes(published.nbytes_to_send)} would be sent")
+        click.echo(f"{where}: {format_nbytes(published.nbytes_to_send)} would be uploaded")
         return
     if published.changes.others:
-        others = ", ".join(published.changes.others[:5])
-        click.echo(f"Note: {where} also holds {others}: no part of the artifact", err=True)
+        echo(f"Note: {where} also holds files that are not in the artifact: {some(published.changes.others)}", err=True)
     if published.already_there:
-        click.echo(f"{where}: holds these very bytes already; nothing was sent")
+        click.echo(f"{where}: already holds the same bytes; nothing was uploaded")
     else:
         sent = len(published.changes.sent)
-        click.echo(f"{where}: {sent} files, {format_nbytes(published.nbytes_to_send)} sent")
+        click.echo(f"{where}: {sent} files, {format_nbytes(published.nbytes_to_send)} uploaded")
     click.echo(f"commit {published.commit}" + (f", {published.pull_request}" if published.pull_request else ""))
 
 
@@ -226,7 +229,7 @@ def _show_plan(published: Published) -> None:
     for action, names in (
         ("add", published.changes.new),
         ("replace", published.changes.changed),
-        ("leave", published.changes.unchanged),
+        ("keep", published.changes.unchanged),
     ):
         rows += [(action, name, f"{files[name].nbytes:,}") for name in names]
     rows += [("remove", name, "") for name in published.changes.removed]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat.artifact.manifest import JsonObject
-from qformat.cli.display import echo_json
+from qformat.cli.display import echo, echo_json
+from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
     Decorator,
     Function,
@@ -28,9 +29,26 @@ if TYPE_CHECKING:
     from qformat.training.result import TrainingResult
 
 
+SECTIONS = {
+    "Data": ("data", "eval_data", "split", "eval_split", "seq_len", "too_long", "packing", "group_by_length", "loss_on",
+             "skip_bad_lines"),
+    "Schedule": ("max_steps", "epochs", "batch_size", "grad_accum", "learning_rate", "schedule", "warmup", "seed"),
+    "Adapter": ("rank", "alpha", "dropout", "target_modules", "rslora", "dora", "bias", "modules_to_save",
+                "adapter_dtype"),
+    "Optimizer and memory": ("optim", "weight_decay", "max_grad_norm", "page_budget", "gradient_checkpointing",
+                             "autocast", "device", "dry_run", "device_memory"),
+    "Checkpoints and logs": ("save_every", "keep_checkpoints", "resume", "eval_every", "log_every", "report_to"),
+    "Other": ("config", "trust_remote_code", "as_json"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class TrainArguments:
-    """What is given to `qformat train`. settings: those of `TrainingSettings` by name, None where one is not given."""
+    """Arguments of `qformat train`, under the names of the options.
+
+    Attributes:
+        settings: Settings of `TrainingSettings` by name, None if an option was not given.
+    """
 
     artifact: str
     out: Path | None
@@ -49,13 +67,17 @@ class TrainArguments:
 def _setting_options(command: Function) -> Function:
     """Add an option for every field of `TrainingSettings`; the command gets them all as `settings`.
 
-    None stands for "not given": a TOML file may say it.
+    An option that is not given is None, so that the value in a TOML file applies.
     """
     items = fields(TrainingSettings)
     command = settings_of([item.name for item in items], dict)(command)
     for item in reversed(items):
         command = _option(item)(command)
     return command
+
+
+_METAVARS = {"page_budget": "SIZE", "device": "DEVICE"}
+"""Placeholders of the settings that are not numbers."""
 
 
 def _option(item: Field[Any]) -> Decorator:
@@ -70,37 +92,51 @@ def _option(item: Field[Any]) -> Decorator:
     if kind is tuple:
         return click.option(name, multiple=True, metavar="NAME", help=text)
     choices = item.metadata["choices"]
-    return click.option(name, type=click.Choice(choices) if choices else kind, default=None, help=text)
+    if choices:
+        return click.option(name, type=click.Choice(choices), default=None, help=text)
+    return click.option(name, metavar=_METAVARS.get(item.name, "N"), type=kind, default=None, help=text)
 
 
 @click.command(
+    cls=SectionedCommand,
+    sections=SECTIONS,
     epilog="""\b
 Examples:
   qformat train SmolLM2-135M-Instruct-nf4 adapter --data chats.jsonl
-  qformat train ART adapter --data train.jsonl --eval-data test.jsonl --rank 32 --packing
+  qformat train ART adapter --data train.jsonl --eval-data test.jsonl
   qformat train ART adapter --data train.jsonl --resume
-  qformat train owner/model --dry-run --seq-len 4096 --device-memory 24GiB"""
+  qformat train owner/model --dry-run --seq-len 4096 --device-memory 24GiB""",
 )
 @click.argument("artifact", metavar="ART")
 @out_argument(required=False)
-@click.option("--data", metavar="FILE", multiple=True,
-              help="JSON lines or Parquet with text, messages, or prompt and completion; a folder of them; a dataset "
-                   "of the Hub: owner/name[:configuration][@revision]. May be repeated.")  # fmt: skip
-@click.option("--eval-data", metavar="FILE", multiple=True, help="Held-out data: its loss is told before and after.")
-@click.option("--split", default="train", show_default=True, help="Of --data, where it is a dataset of the Hub.")
-@click.option("--eval-split", default="test", show_default=True, help="Of --eval-data, likewise.")
+@click.option("--data", metavar="DATA", multiple=True,
+              help="JSON Lines or Parquet file with text, messages, or prompt and completion; a folder of such files; "
+                   "or a Hub dataset: owner/name[:configuration][@revision]. May be repeated.")  # fmt: skip
+@click.option("--eval-data", metavar="DATA", multiple=True,
+              help="Held-out data to measure the loss on before and after training.")  # fmt: skip
+@click.option("--split", metavar="NAME", default="train", show_default=True,
+              help="Split of --data if it is a Hub dataset.")  # fmt: skip
+@click.option("--eval-split", metavar="NAME", default="test", show_default=True,
+              help="Split of --eval-data if it is a Hub dataset.")  # fmt: skip
 @click.option("--config", metavar="FILE", type=click.Path(path_type=Path),
-              help="TOML with the settings below; what the command line says wins.")  # fmt: skip
+              help="TOML file with settings, named like these options. Options on the command line take "
+                   "precedence.")  # fmt: skip
 @click.option("--resume", metavar="CHECKPOINT", is_flag=False, flag_value="latest",
-              help="Continue from the last checkpoint in OUT, or from --resume=checkpoint-N, bit for bit.")  # fmt: skip
-@dry_run_option("Only tell how much device memory it takes, and the largest batch and sequence that fit. ART may then "
-                "also be a 16-bit folder or a repository of the Hub; no weight is fetched.")  # fmt: skip
-@click.option("--device-memory", metavar="SIZE", help="For --dry-run: of the device, such as 24GiB, if not this one.")
+              help="Resume from the latest checkpoint in OUT, or from an earlier one with --resume=checkpoint-N. The "
+                   "result is bit-identical to that of an uninterrupted run.")  # fmt: skip
+@dry_run_option("Only show how much device memory a training needs, and the largest batch and sequence that fit. ART "
+                "may also be a 16-bit folder or a Hub repository; no weights are downloaded.")  # fmt: skip
+@click.option("--device-memory", metavar="SIZE",
+              help="Memory of the device for --dry-run, such as 24GiB.  [default: this machine's GPU]")  # fmt: skip
 @json_option("Print one JSON object at the end.")
 @_setting_options
 @options_record(TrainArguments)
 def command(options: TrainArguments) -> None:
-    """Train a LoRA adapter OUT on the packed weights of artifact ART, on one GPU or (slowly) the CPU."""
+    """Train the LoRA adapter OUT on artifact ART, whose packed weights stay unmodified.
+
+    Training runs on one GPU or, slowly, on the CPU. OUT holds the adapter, checkpoints, metrics.jsonl and report.html,
+    a page with the curves.
+    """
     settings = _settings(options)
     if not options.dry_run and options.out is None:
         raise click.UsageError("Missing argument 'OUT'.")
@@ -108,21 +144,23 @@ def command(options: TrainArguments) -> None:
         raise click.UsageError("Missing option '--data'.")
     from qformat.cli.models import quiet_transformers
 
-    quiet_transformers()
-    if options.dry_run:
-        _print_plan(options, settings)
-    else:
-        _train(options, settings)
+    lines = StepLines()
+    lines.note("Preparing")
+    with lines:
+        quiet_transformers()
+        if options.dry_run:
+            _print_plan(options, settings, lines)
+        else:
+            _train(options, settings, lines)
 
 
-def _train(options: TrainArguments, settings: TrainingSettings) -> None:
+def _train(options: TrainArguments, settings: TrainingSettings, lines: StepLines) -> None:
     from qformat.report.training_page import write_training_page
     from qformat.training.run import TrainingJob, train
 
     out = options.out
     assert out is not None
     job = TrainingJob(Path(options.artifact), options.data, out, options.eval_data, options.split, options.eval_split)
-    lines = StepLines()
     try:
         result = train(
             job,
@@ -132,7 +170,8 @@ def _train(options: TrainArguments, settings: TrainingSettings) -> None:
             on_metrics=lambda line, n_steps: _show_metrics(lines, line, n_steps),
         )
     except KeyboardInterrupt:
-        raise Interrupted("Add --resume to the same command to continue from the last checkpoint.") from None
+        raise Interrupted("Add --resume to the same command to continue from the latest checkpoint.") from None
+    lines.finish()
     page = out / "report.html"
     write_training_page(out.name, result.metrics, result.facts, page)
     if options.as_json:
@@ -140,7 +179,7 @@ def _train(options: TrainArguments, settings: TrainingSettings) -> None:
         return
     if result.loss_before is not None and result.loss_after is not None:
         click.echo(f"loss on held-out data: {result.loss_before:.4f} before, {result.loss_after:.4f} after")
-    click.echo(f"{out}: adapter after {result.steps} steps; {page} shows the curves")
+    echo(f"{out}: adapter after {result.steps} steps; report: {page}")
 
 
 def _as_record(result: TrainingResult, page: Path) -> JsonObject:
@@ -156,7 +195,7 @@ def _as_record(result: TrainingResult, page: Path) -> JsonObject:
     }
 
 
-def _print_plan(options: TrainArguments, settings: TrainingSettings) -> None:
+def _print_plan(options: TrainArguments, settings: TrainingSettings, lines: StepLines) -> None:
     import torch
 
     from qformat.cli.default_conversion import as_converted
@@ -175,6 +214,7 @@ def _print_plan(options: TrainArguments, settings: TrainingSettings) -> None:
     largest: dict[str, int] = {}
     if size is not None:
         largest = {"largest_batch": planner.largest_batch(size), "largest_sequence": planner.largest_sequence(size)}
+    lines.finish()
     if options.as_json:
         echo_json({**asdict(plan), "peak": plan.peak, "fits": plan.fits, **largest})
         return

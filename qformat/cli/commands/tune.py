@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import format_table
+from qformat.cli.display import echo, format_table
+from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
     artifact_argument,
     device_option,
@@ -32,9 +33,18 @@ if TYPE_CHECKING:
     from qformat.quality.tuning.tune import TuningResult
 
 
+SECTIONS = {
+    "Data": ("source", "data", "seq_len", "held_out", "teacher_cache", "top_k"),
+    "Schedule": ("steps", "batch_size", "learning_rate", "warmup_steps", "seed"),
+    "Memory and checkpoints": ("device", "gradient_checkpointing", "save_every"),
+    "Trust": ("trust_source", "trust_remote_code"),
+    "Output": ("force", "restart", "accept_worse", "use_best", "as_json"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TuneArguments:
-    """What is given to `qformat tune`."""
+    """Arguments of `qformat tune`, under the names of the options."""
 
     artifact: Path
     out: Path
@@ -51,36 +61,48 @@ class TuneArguments:
 
 
 @click.command(
+    cls=SectionedCommand,
+    sections=SECTIONS,
     epilog="""\b
 Examples:
-  qformat tune SmolLM2-135M-Instruct-nf4 tuned --source SmolLM2-135M-Instruct --data texts.txt
-  qformat tune ART OUT --source SRC --data chats.jsonl --data prose.txt --steps 400
-  qformat tune ART OUT --source SRC --data texts.txt --teacher-cache cache"""
+  qformat tune SmolLM2-135M-Instruct-nf4 tuned \\
+      --source SmolLM2-135M-Instruct --data texts.txt
+  qformat tune ART OUT --source SRC --data chats.jsonl --data prose.txt
+  qformat tune ART OUT --source SRC --data texts.txt --teacher-cache cache""",
 )
 @artifact_argument
 @out_argument()
-@click.option("--source", metavar="SRC", required=True, help="The 16-bit checkpoint that ART was made from.")
+@click.option("--source", metavar="SRC", required=True, help="Source checkpoint of ART, in 16 bit.")
 @click.option("--data", metavar="FILE", required=True, multiple=True,
-              help="Plain text, or JSON lines or Parquet as train takes them. May be repeated.")  # fmt: skip
-@click.option("--steps", type=int, default=160, show_default=True, help="Optimizer steps.")
-@click.option("--learning-rate", type=float, default=2e-3, show_default=True, help="At the end of the warm-up.")
-@click.option("--warmup-steps", type=int, default=5, show_default=True)
-@click.option("--batch-size", type=int, default=2, show_default=True, help="Windows of a step.")
-@click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens of a window.")
-@click.option("--held-out", type=int, default=16, show_default=True,
-              help="Windows that are set aside, to tell whether it got better.")  # fmt: skip
+              help="Plain text, or JSON Lines or Parquet as for `qformat train`. May be repeated.")  # fmt: skip
+@click.option("--steps", metavar="N", type=int, default=160, show_default=True, help="Number of optimizer steps.")
+@click.option("--learning-rate", metavar="X", type=float, default=2e-3, show_default=True,
+              help="Learning rate at the end of the warm-up.")  # fmt: skip
+@click.option("--warmup-steps", metavar="N", type=int, default=5, show_default=True,
+              help="Number of warm-up steps.")  # fmt: skip
+@click.option("--batch-size", metavar="N", type=int, default=2, show_default=True,
+              help="Number of windows per step.")  # fmt: skip
+@click.option("--seq-len", metavar="N", type=int, default=512, show_default=True,
+              help="Number of tokens in a window.")  # fmt: skip
+@click.option("--held-out", metavar="N", type=int, default=16, show_default=True,
+              help="Number of windows to hold out, for measuring whether the artifact improved.")  # fmt: skip
 @click.option("--teacher-cache", metavar="DIR", type=click.Path(path_type=Path),
-              help="Compute the 16-bit model's predictions first, keep the most likely ones there, and tune without it "
-                   "in memory.")  # fmt: skip
-@click.option("--top-k", type=int, default=64, show_default=True, help="Predictions kept of a token in that cache.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of windows.")
+              help="Compute the predictions of the 16-bit model first, store the most likely ones in this directory, "
+                   "and tune without that model in memory.")  # fmt: skip
+@click.option("--top-k", metavar="N", type=int, default=64, show_default=True,
+              help="Number of predictions per token in the teacher cache.")  # fmt: skip
+@click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Seed of the order of windows.")
 @device_option
-@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations again in backward: less memory.")
-@click.option("--save-every", type=int, default=40, show_default=True, help="Steps between checkpoints.")
+@click.option("--gradient-checkpointing", is_flag=True,
+              help="Recompute activations in the backward pass: slower, but less memory.")  # fmt: skip
+@click.option("--save-every", metavar="N", type=int, default=40, show_default=True,
+              help="Number of steps between checkpoints.")  # fmt: skip
 @output_options("artifact")
-@click.option("--accept-worse", is_flag=True, help="Write OUT even if held-out text says that it did not get better.")
-@click.option("--use-best", is_flag=True, help="Train no further: write the best checkpoint of an interrupted run.")
-@click.option("--trust-source", is_flag=True, help="Take SRC on trust where ART does not know its source's digests.")
+@click.option("--accept-worse", is_flag=True, help="Write OUT even if it did not improve on the held-out text.")
+@click.option("--use-best", is_flag=True,
+              help="Stop tuning and write the best checkpoint of an interrupted run.")  # fmt: skip
+@click.option("--trust-source", is_flag=True,
+              help="Use SRC even if ART has no digests to recognize its source by.")  # fmt: skip
 @trust_remote_code_option()
 @json_option("Print the figures as one JSON object.")
 @settings_of([item.name for item in fields(TuningSettings)], TuningSettings)
@@ -88,16 +110,21 @@ Examples:
 def command(options: TuneArguments) -> None:
     """Tune the scales and norms of artifact ART to its 16-bit source, and write it to OUT.
 
-    Codes and size stay as they are. A tuning that was stopped goes on with the same command.
+    Codes and size do not change. The same command resumes an interrupted run.
     """
     from qformat.cli.models import quiet_transformers
 
-    quiet_transformers()
+    lines = StepLines()
+    lines.note("Preparing")
+    with lines:
+        quiet_transformers()
+        _tune(options, lines)
 
+
+def _tune(options: TuneArguments, lines: StepLines) -> None:
     from qformat.quality.tuning.tune import TuningJob, tune
 
     settings, out = options.settings, options.out
-    lines = StepLines()
     started = time.monotonic()
     result = tune(
         TuningJob(options.artifact, options.source, options.data, out, options.teacher_cache),
@@ -110,16 +137,17 @@ def command(options: TuneArguments) -> None:
         say=lines.say,
         on_step=lambda line: _show_step(lines, line, settings.steps),
     )
+    lines.finish()
     if result is None:
         complete = strict_json.dumps({"out": str(out), "already_complete": True})
-        click.echo(complete if options.as_json else f"{out}: complete")
+        click.echo(complete if options.as_json else f"{out}: already complete")
         return
     seconds = time.monotonic() - started
     if options.as_json:
         click.echo(strict_json.dumps(_facts(result, seconds)))
         return
     click.echo(_table(result))
-    click.echo(
+    echo(
         f"{out}: after {result.step} steps, {result.tokens:,} tokens, {seconds:,.0f} s, "
         f"peak memory {format_nbytes(result.memory_nbytes)}"
     )
@@ -135,7 +163,7 @@ def _show_step(lines: StepLines, line: StepLine, n_steps: int) -> None:
         ),
     )
     if line.step == n_steps:
-        lines.say("measuring, rounding and writing")
+        lines.say("measuring, rounding and writing the artifact")
 
 
 def _table(result: TuningResult) -> str:

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo_json, format_table, verdict
-from qformat.cli.options import json_option, options_record, refuse_report_in, report_option, workers_option
+from qformat.cli.display import echo, echo_json, format_table, verdict
+from qformat.cli.options import (
+    json_option,
+    options_record,
+    refuse_report_in,
+    report_option,
+    revision_option,
+    workers_option,
+)
 from qformat.cli.verified import verified
 from qformat.cli.verify_remote import verify_repository
 from qformat.errors import UsageError
@@ -24,7 +31,7 @@ EXIT_FINDING = 1
 
 @dataclass(frozen=True, slots=True)
 class VerifyArguments:
-    """What is given to `qformat verify`."""
+    """Arguments of `qformat verify`, under the names of the options."""
 
     location: str
     source: str | None
@@ -41,43 +48,50 @@ class VerifyArguments:
     epilog="""\b
 Examples:
   qformat verify SmolLM2-135M-Instruct-nf4
-  qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --report quality.html
-  qformat verify owner/SmolLM2-135M-Instruct-nf4 --signature --public-key owner.pub"""
+  qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct \\
+      --report quality.html
+  qformat verify owner/model-nf4 --signature --public-key owner.pub"""
 )
 @click.argument("location", metavar="ART")
-@click.option("--source", metavar="SRC", help="The checkpoint that ART was made from: a folder, or owner/name.")
+@click.option("--source", metavar="SRC", help="Compare with the source checkpoint of ART, a folder or owner/name.")
 @report_option
-@click.option("--sha256", is_flag=True, help="Also take the SHA-256 of every shard, as Hub and `sha256sum` do.")
-@click.option(
-    "--signature", is_flag=True, help="Check the signature, too; it must be there, and --public-key tells whose."
-)
-@click.option("--public-key", metavar="KEY.pub", type=click.Path(path_type=Path), help="The publisher's key (PEM).")
-@click.option("--revision", help="Branch, tag or commit, if ART is a repository of the Hub.  [default: main]")
+@click.option("--sha256", is_flag=True,
+              help="Also check the SHA-256 of every shard, the digest that the Hub and `sha256sum` use.")  # fmt: skip
+@click.option("--signature", is_flag=True,
+              help="Require a signature and check it. Needs --public-key.")  # fmt: skip
+@click.option("--public-key", metavar="KEY.pub", type=click.Path(path_type=Path),
+              help="Public key of the publisher (PEM).")  # fmt: skip
+@revision_option("Branch, tag or commit if ART is a Hub repository.  [default: main]")
 @workers_option()
 @json_option()
 @options_record(VerifyArguments)
 def command(options: VerifyArguments) -> None:
-    """Prove that the artifact in folder ART is whole: its structure and the digest of every byte.
+    """Check an artifact's integrity and measure its error against the source.
 
-    ART may be a repository of the Hub (owner/name), if no folder has that name: its manifest, the sizes and SHA-256
-    that the Hub lists, headers and small files are checked, and no weights are fetched.
+    ART is the folder of an artifact. Its structure and the digest of every byte are checked. With --source, every
+    weight is also encoded again and compared byte for byte, every kept tensor is compared bit for bit, and the error
+    of the decoded weights is measured.
 
-    With --source, also encode every weight again and compare the bytes, compare every kept tensor bit for bit, and
-    measure how far what a reader computes with is from SRC. Exits with 1 if anything is wrong.
+    ART may also be a Hub repository (owner/name) if no folder has that name. The check then covers the manifest, the
+    sizes and SHA-256 that the Hub lists, headers and small files, and downloads no weights.
+
+    The exit code is 1 if a check fails.
     """
     from qformat.converters.sources.open_source import is_repository
 
     if options.signature and options.public_key is None:
-        raise UsageError("--signature: give the publisher's key with --public-key KEY.pub")
-    good = _verify_repository(options) if is_repository(options.location) else _verify_folder(options)
-    if not good:
+        raise UsageError("--signature: no key to check it with. Give the publisher's key with --public-key KEY.pub")
+    passed = _verify_repository(options) if is_repository(options.location) else _verify_folder(options)
+    if not passed:
         click.get_current_context().exit(EXIT_FINDING)
 
 
 def _verify_repository(options: VerifyArguments) -> bool:
     location = options.location
     if options.source is not None or options.report is not None or options.sha256:
-        raise UsageError(f"{location}: --source, --report and --sha256 are for a folder: `qformat fetch` it first")
+        raise UsageError(
+            f"{location}: --source, --report and --sha256 need a folder. Download it with `qformat fetch` first"
+        )
     return verify_repository(
         location, revision=options.revision, public_key=options.public_key, as_json=options.as_json
     )
@@ -85,7 +99,7 @@ def _verify_repository(options: VerifyArguments) -> bool:
 
 def _verify_folder(options: VerifyArguments) -> bool:
     if options.revision is not None:
-        raise UsageError(f"{options.location}: is no repository of the Hub, and --revision is for those")
+        raise UsageError(f"{options.location}: is a folder. --revision needs a Hub repository")
     if options.report is not None:
         refuse_report_in(options.report, options.location, *([] if options.source is None else [options.source]))
     found = verified(
@@ -112,16 +126,16 @@ def _show(found: Verification, source: str | None, report: Path | None) -> None:
     checks = "structure and digests" + (", SHA-256 of every file" if integrity["sha256_checked"] else "")
     checks += ", signature" if integrity["signature_checked"] else ""
     rate = format_nbytes(integrity["nbytes"] / max(found.integrity_s, 1e-9))
-    click.echo(
+    echo(
         f"{facts['path']}: {integrity['n_files']} files, {format_nbytes(integrity['nbytes'])}, {checks} checked in "
         f"{found.integrity_s:.1f} s ({rate}/s): {'intact' if integrity['passed'] else 'DAMAGED'}"
     )
     if comparison is not None:
         _show_comparison(comparison, found.comparison_s)
     elif source is not None:
-        click.echo(f"{source}: not compared: the artifact cannot be opened")
+        echo(f"{source}: not compared, because the artifact cannot be opened")
     for finding in facts["findings"]:
-        click.echo(f"{finding['reason']}: {finding['message']}")
+        echo(f"{finding['reason']}: {finding['message']}")
     if report is not None:
         click.echo(f"report: {report}")
     click.echo(verdict(len(facts["findings"])))
@@ -129,7 +143,7 @@ def _show(found: Verification, source: str | None, report: Path | None) -> None:
 
 def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
     rate = comparison["overall"]["n_weights"] / max(seconds, 1e-9)
-    click.echo(
+    echo(
         f"{comparison['source']}: {format_nbytes(comparison['source_nbytes'])} compared in {seconds:.1f} s "
         f"({rate / 1e6:,.0f} M weights/s)"
     )
@@ -142,19 +156,25 @@ def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
         click.echo()
     n_encoded, n_kept = comparison["n_packed"] - comparison["n_chosen"], comparison["n_kept"]
     change, n_tuned = comparison["scale_change"], comparison["n_tuned"]
-    scales = "codes and scales" if change is None else f"codes, and scales within {change:.0%},"
-    for meaning, n_good, n_all in (
-        (f"{scales} as the recipe gives", comparison["n_exact"], n_encoded),
-        ("codes and scales chosen on a text, and near the source", comparison["n_near"], comparison["n_chosen"]),
+    scales = "codes and scales match the recipe"
+    if change is not None:
+        scales = f"codes match the recipe, scales within {change:.0%}"
+    for meaning, n_passed, n_all in (
+        (scales, comparison["n_exact"], n_encoded),
+        ("calibrated codes and scales close to the source", comparison["n_near"], comparison["n_chosen"]),
         ("kept tensors identical", comparison["n_identical"], n_kept),
-        ("source tensors as the manifest names", comparison["n_source_named"], comparison["n_source_digests"]),
+        (
+            "source tensors match the manifest's digests",
+            comparison["n_source_named"],
+            comparison["n_source_digests"],
+        ),
     ):
         if n_all:
-            click.echo(f"{meaning}: {n_good} of {n_all}")
+            click.echo(f"{meaning}: {n_passed} of {n_all}")
     if n_tuned:
         names = [tensor["name"] for tensor in comparison["kept"] if tensor["tuned"] and tensor["n_wrong_bytes"]]
-        more = f" and {n_tuned - 1} others" if n_tuned > 1 else ""
-        click.echo(f"kept tensors tuned, as the manifest says: {names[0]}{more}")
+        more = f" and {n_tuned - 1} more" if n_tuned > 1 else ""
+        click.echo(f"kept tensors tuned, according to the manifest: {names[0]}{more}")
 
 
 def _row(name: str, n_tensors: int, errors: ErrorFacts) -> tuple[str, ...]:

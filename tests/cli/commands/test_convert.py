@@ -1,4 +1,4 @@
-"""`qformat convert`: what it prints, its options, and that a dry run tells the truth."""
+"""`qformat convert`: what it prints, its options, and that a dry run shows exactly what a run writes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def test_it_ends_with_sizes_bits_time_and_rate(
 ) -> None:
     assert run(["convert", str(source), str(tmp_path / "out")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert "bits a packed weight" in last
+    assert "bits per packed weight" in last
     assert "->" in last
     assert last.endswith("B/s")
 
 
-def test_a_dry_run_tells_the_exact_size_and_writes_nothing(
+def test_a_dry_run_shows_the_exact_size_and_writes_nothing(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -104,7 +104,7 @@ def test_small_shards_split_the_model_and_load_the_same(source: Path, tmp_path: 
             assert first[name].decode().tobytes() == second[name].decode().tobytes()
 
 
-def test_what_is_not_known_to_be_linear_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_not_known_to_be_linear_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {**llama_tensors(), "model.layers.0.mystery.weight": weight((8, 8))}
     source = write_checkpoint(tmp_path / "source", tensors, config={"model_type": "llama"})
     assert run(["convert", str(source), str(tmp_path / "out")]) == 0
@@ -124,20 +124,22 @@ def test_blocks_that_run_across_rows_are_reported(
 @pytest.mark.parametrize(
     "options", [["--block-size", "48"], ["--workers", "0"], ["--max-shard-size", "0"], ["--max-shard-size", "5 apples"]]
 )
-def test_senseless_options_are_wrong_usage(source: Path, tmp_path: Path, options: list[str]) -> None:
+def test_invalid_options_are_wrong_usage(source: Path, tmp_path: Path, options: list[str]) -> None:
     assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 2
 
 
-def test_a_calibrated_conversion_tells_what_was_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_calibrated_conversion_reports_what_was_calibrated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, text = quality_models.write_source(tmp_path / "source"), quality_models.write_text(tmp_path / "words.txt")
     options = ["--calibrate", str(text), "--calibration-tokens", "600"]
     assert run(["convert", str(source), str(tmp_path / "out"), *options]) == 0
-    assert "Calibrated on 512 tokens in 4 windows: 14 of 14 weights" in capsys.readouterr().out
+    assert "Calibrated 14 of 14 weights on 512 tokens in 4 windows" in capsys.readouterr().out
     assert run(["inspect", str(tmp_path / "out")]) == 0
     assert "error_feedback" in capsys.readouterr().out
 
 
-def test_a_dry_run_names_what_would_not_be_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_lists_what_would_not_be_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, text = quality_models.write_source(tmp_path / "source"), quality_models.write_text(tmp_path / "words.txt")
     command = ["convert", str(source), str(tmp_path / "out"), "--calibrate", str(text), "--block-size", "128"]
     assert run([*command, "--dry-run"]) == 0
@@ -159,7 +161,7 @@ def test_calibration_tokens_without_a_text_are_wrong_usage(
     assert "--calibrate FILE" in capsys.readouterr().err
 
 
-def test_a_text_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
+def test_a_text_that_does_not_exist_is_wrong_usage(tmp_path: Path) -> None:
     source = quality_models.write_source(tmp_path / "source")
     assert run(["convert", str(source), str(tmp_path / "out"), "--calibrate", str(tmp_path / "none.txt")]) == 2
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""`qformat convert owner/name` as a process: killed, in two at once, offline, refused; the token is never shown."""
+"""`qformat convert owner/name` as a process: killed, run twice at once, offline, rejected; the token is never shown."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Gate:
         self._open.set()
 
 
-def test_a_dry_run_fetches_headers_and_shows_the_exact_size(
+def test_a_dry_run_downloads_headers_and_shows_the_exact_size(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     code, output, errors = finish(start(hub, tmp_path / "home", NAME, tmp_path / "out", "--dry-run", "--json"))
@@ -139,7 +139,7 @@ def test_a_dry_run_fetches_headers_and_shows_the_exact_size(
     assert without_source(tmp_path / "out") == expected
 
 
-def test_after_kill_9_the_same_command_fetches_nothing_that_is_encoded(
+def test_after_kill_9_the_same_command_downloads_nothing_that_is_encoded(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     process = start(hub, tmp_path / "home", NAME, tmp_path / "out", "--workers", "2", hold_after=20)
@@ -171,7 +171,7 @@ def test_ctrl_c_stops_while_the_hub_is_silent_and_says_that_the_same_command_con
     process.send_signal(signal.SIGINT)
     code, _, errors = finish(process)  # while no answer comes
     assert code == 130
-    assert "the same command continues" in errors
+    assert "Run the same command again to continue" in errors
     gate.open()
     hub.faults.clear()
 
@@ -221,4 +221,4 @@ def test_offline_makes_no_request_and_reads_what_keep_source_stored(
 def test_a_revision_of_a_folder_is_wrong_usage(hub: Hub, source: Path, tmp_path: Path) -> None:
     code, _, errors = finish(start(hub, tmp_path / "home", source, tmp_path / "out", "--revision", "main"))
     assert code == 2
-    assert "is no repository of the Hub" in errors
+    assert "is not a Hub repository" in errors

@@ -35,17 +35,21 @@ def text(source: Path) -> Path:
     return models.write_text(source.with_name("words.txt"))
 
 
-def test_every_model_has_a_line_for_every_text(
+def test_every_text_has_a_table_with_a_column_for_every_model(
     source: Path, artifact: Path, coarse: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = models.write_text(tmp_path / "other.txt", seed=1)
     data = ["--data", str(text), "--data", str(other)]
     assert run(["eval", str(artifact), "--source", str(source), "--against", str(coarse), *data, *FEW]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines if line[0] != " "][:3] == ["text", "words.txt", "other.txt"]
-    assert sum("source (16-bit)" in line for line in lines) == 2
-    assert sum("more than nf4" in line for line in lines) == 2
-    assert all(line.count("±") >= 2 for line in lines[1:-1])
+    *tables, note = capsys.readouterr().out.split("\n\n")
+    assert len(tables) == 2
+    for table, name in zip(tables, ("words.txt", "other.txt"), strict=True):
+        header, *rows = table.splitlines()
+        assert header.split("  ")[0] == name
+        assert header.split()[1:] == ["source", "(16-bit)", "nf4", "coarse", "difference"]
+        assert [row.split("  ")[0] for row in rows] == ["perplexity", "loss", "loss - 16-bit", "KL", "top-1"]
+        assert [row.count("±") for row in rows] == [3, 4, 2, 3, 3]
+    assert "difference: from the first artifact, paired" in note
 
 
 def test_json_has_the_figures_of_the_table(
@@ -75,7 +79,7 @@ def test_the_report_names_the_worst_tokens(
     assert str(report) in capsys.readouterr().out
 
 
-def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
+def test_a_record_is_in_the_manifest_and_the_artifact_stays_intact(
     source: Path, artifact: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
@@ -99,14 +103,14 @@ def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
     ("arguments", "says"),
     [
         (["--record", "--any-source"], "would mislead"),
-        (["--report", "/nowhere/page.html"], "there is no folder"),
+        (["--report", "/nowhere/page.html"], "does not exist"),
         (["--windows", "0"], "--windows"),
         (["--data", "missing.txt"], "missing.txt"),
         (["--source", "owner/unknown"], "hf download owner/unknown"),
         (["--seq-len", "129"], "has a context of 128 tokens"),
     ],
 )
-def test_wrong_usage_is_said_and_ends_with_2(
+def test_wrong_usage_is_reported_and_exits_with_2(
     arguments: list[str], says: str, artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["eval", str(artifact), "--data", str(text), *FEW, *arguments]) == 2
@@ -117,12 +121,12 @@ def test_a_record_needs_a_manifest_and_a_report_another_folder(
     source: Path, artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["eval", str(source), "--data", str(text), *FEW, "--record"]) == 2
-    assert "no folder with a manifest" in capsys.readouterr().err
+    assert "is not a folder with a manifest" in capsys.readouterr().err
     assert run(["eval", str(artifact), "--data", str(text), *FEW, "--report", str(artifact / "page.html")]) == 2
-    assert "must stay as it is" in capsys.readouterr().err
+    assert "must stay unmodified" in capsys.readouterr().err
 
 
-def test_data_that_is_too_short_and_another_source_end_with_1(
+def test_data_that_is_too_short_and_another_source_exit_with_1(
     artifact: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = models.write_text(tmp_path / "short.txt", n_words=2)

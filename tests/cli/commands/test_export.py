@@ -1,4 +1,4 @@
-"""`qformat export`: what it prints, its options and exit codes, and that a dry run tells the truth."""
+"""`qformat export`: what it prints, its options and exit codes, and that a dry run shows what a run writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_it_ends_with_sizes_time_and_rate(artifact: Path, tmp_path: Path, capsys
     assert "Warning" not in shown.err
 
 
-def test_a_dry_run_tells_the_exact_size_and_writes_nothing(
+def test_a_dry_run_shows_the_exact_size_and_writes_nothing(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -88,7 +88,7 @@ def test_a_damaged_artifact_exits_with_1_without_a_traceback(
     assert names_beside(tmp_path / "out") == before
 
 
-def test_a_folder_that_is_no_artifact_exits_with_1(artifact: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_artifact_exits_with_1(artifact: Path, tmp_path: Path) -> None:
     assert run(["export", str(tmp_path / "source"), str(tmp_path / "out"), "--to", "bf16"]) == 1
     assert run(["export", str(tmp_path / "nothing"), str(tmp_path / "out"), "--to", "bf16"]) == 1
 
@@ -103,7 +103,7 @@ def test_a_folder_that_is_no_artifact_exits_with_1(artifact: Path, tmp_path: Pat
         ["--to", "bf16", "--max-shard-size", "five"],
     ],
 )
-def test_senseless_options_are_wrong_usage(
+def test_invalid_options_are_wrong_usage(
     options: list[str], artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["export", str(artifact), str(tmp_path / "out"), *options]) == 2

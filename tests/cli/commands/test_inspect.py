@@ -88,6 +88,6 @@ def test_an_unknown_tensor_names_the_nearest_ones(artifact: Path, capsys: pytest
     assert NAME in capsys.readouterr().err
 
 
-def test_a_folder_that_is_neither_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_neither_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err

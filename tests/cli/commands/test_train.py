@@ -28,7 +28,7 @@ def train(artifact: Path, data: Path, output: Path, *options: str) -> int:
     return run(["train", str(artifact), str(output), "--data", str(data), *SHORT, *options])
 
 
-def test_a_training_tells_what_it_does_and_leaves_a_report(
+def test_a_training_reports_its_progress_and_writes_a_report(
     artifact: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(artifact, examples, tmp_path / "out", "--eval-data", str(examples)) == 0
@@ -65,7 +65,7 @@ def test_an_adapter_generates_on_its_own_artifact_only(
     assert run(["generate", str(other), *ask, "--force-adapter"]) == 0
 
 
-def test_the_command_line_wins_over_the_file(artifact: Path, examples: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_precedence_over_the_file(artifact: Path, examples: Path, tmp_path: Path) -> None:
     config = tmp_path / "train.toml"
     config.write_text("rank = 2\nalpha = 5.0\n")
     assert train(artifact, examples, tmp_path / "out", "--config", str(config)) == 0
@@ -87,7 +87,7 @@ def test_the_command_line_wins_over_the_file(artifact: Path, examples: Path, tmp
     ],
     ids=str,
 )
-def test_wrong_usage_is_told_in_a_sentence(
+def test_wrong_usage_is_explained(
     artifact: Path,
     examples: Path,
     tmp_path: Path,
@@ -100,7 +100,7 @@ def test_wrong_usage_is_told_in_a_sentence(
     assert says in capsys.readouterr().err
 
 
-def test_a_bad_line_is_named_and_can_be_skipped(
+def test_an_invalid_line_is_named_and_can_be_skipped(
     artifact: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with examples.open("a") as file:
@@ -111,14 +111,14 @@ def test_a_bad_line_is_named_and_can_be_skipped(
     assert "not_json: 1" in capsys.readouterr().err
 
 
-def test_a_damaged_artifact_is_refused(
+def test_a_damaged_artifact_is_rejected(
     artifact: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(tmp_path / "nothing", examples, tmp_path / "out") == 1
     assert "nothing" in capsys.readouterr().err
 
 
-def test_a_dry_run_tells_the_memory_and_reads_no_data(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_shows_the_memory_and_reads_no_data(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", str(artifact), "--dry-run", "--seq-len", "64", "--device-memory", "2GiB"]) == 0
     told = capsys.readouterr().out
     for row in ("weights", "adapters", "optimizer states", "activations", "peak", "largest batch", "longest sequence"):
@@ -135,7 +135,7 @@ def test_a_dry_run_tells_the_memory_and_reads_no_data(artifact: Path, capsys: py
     assert "--device-memory 'much'" in capsys.readouterr().err
 
 
-def test_who_stops_a_training_is_told_how_it_goes_on(
+def test_an_interrupted_training_explains_how_to_resume(
     artifact: Path,
     examples: Path,
     tmp_path: Path,

@@ -47,7 +47,7 @@ def arguments(made: Path, out: Path) -> list[str]:
     ]
 
 
-def test_it_prints_what_was_gained(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_the_improvement(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments(made, tmp_path / "out")) == 0
     told = capsys.readouterr()
     lines = told.out.splitlines()
@@ -57,8 +57,8 @@ def test_it_prints_what_was_gained(made: Path, tmp_path: Path, capsys: pytest.Ca
     assert "step 6/6  KL " in told.err
     assert run(["verify", str(tmp_path / "out"), "--source", str(made / "source")]) == 0
     told = capsys.readouterr()
-    assert "codes, and scales within 50%, as the recipe gives: 14 of 14" in told.out
-    assert "kept tensors tuned, as the manifest says: model.layers.0.input_layernorm.weight and 4 others" in told.out
+    assert "codes match the recipe, scales within 50%: 14 of 14" in told.out
+    assert "kept tensors tuned, according to the manifest: model.layers.0.input_layernorm.weight and 4 more" in told.out
 
 
 def test_json_has_the_figures_with_their_errors(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

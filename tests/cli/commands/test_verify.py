@@ -61,7 +61,7 @@ def damage(artifact: Path) -> None:
     (artifact / SHARD).write_bytes(data)
 
 
-def test_a_whole_artifact_is_good(artifact: Path) -> None:
+def test_an_intact_artifact_passes(artifact: Path) -> None:
     result = verify(artifact)
     assert result.exit_code == 0
     assert "intact" in result.stdout
@@ -69,15 +69,15 @@ def test_a_whole_artifact_is_good(artifact: Path) -> None:
     assert result.stderr == ""  # no progress without a terminal
 
 
-def test_a_good_comparison_shows_kinds_and_counts(artifact: Path, source: Path) -> None:
+def test_a_passed_comparison_shows_kinds_and_counts(artifact: Path, source: Path) -> None:
     result = verify(artifact, "--source", source)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     rows = [line.split()[0] for line in lines if line.strip().endswith(tuple("0123456789")) and "%" in line]
     assert rows == ["down_proj", "gate_proj", "up_proj", "k_proj", "o_proj", "q_proj", "v_proj", "all"]
-    assert "codes and scales as the recipe gives: 14 of 14" in lines
+    assert "codes and scales match the recipe: 14 of 14" in lines
     assert "kept tensors identical: 7 of 7" in lines
-    assert "source tensors as the manifest names: 21 of 21" in lines
+    assert "source tensors match the manifest's digests: 21 of 21" in lines
     assert lines[-1] == "passed"
 
 
@@ -159,10 +159,10 @@ def test_an_artifact_that_cannot_be_opened_is_a_finding_not_a_crash(artifact: Pa
     assert facts["comparison"] is None
     result = verify(artifact, "--source", source)
     assert result.exit_code == 1
-    assert "not compared: the artifact cannot be opened" in result.stdout
+    assert "not compared, because the artifact cannot be opened" in result.stdout
 
 
-def test_the_report_is_written_good_or_not(artifact: Path, source: Path, tmp_path: Path) -> None:
+def test_the_report_is_written_whether_the_check_passes_or_not(artifact: Path, source: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     result = verify(artifact, "--source", source, "--report", report)
     assert result.exit_code == 0
@@ -184,12 +184,12 @@ def test_a_report_that_cannot_be_written_fails_before_any_work(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(artifact), "--report", str(tmp_path / "no folder" / "report.html")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     assert run(["verify", str(artifact), "--report", str(tmp_path)]) == 2
-    assert "is a folder" in capsys.readouterr().err
+    assert "is a directory" in capsys.readouterr().err
 
 
-def test_a_report_never_lands_in_what_is_verified(
+def test_a_report_is_never_written_into_an_artifact_or_its_source(
     artifact: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (artifact, source):
@@ -206,14 +206,14 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert verify(*arguments).exit_code == 2
 
 
-def test_a_source_that_is_none_exits_with_1_and_says_why(
+def test_a_source_that_is_not_a_checkpoint_exits_with_1_and_says_why(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(artifact), "--source", str(tmp_path / "nothing")]) == 1
     assert "nothing: does not exist" in capsys.readouterr().err
 
 
-def test_an_artifact_given_as_its_own_source_is_refused(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_artifact_given_as_its_own_source_is_rejected(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(artifact), "--source", str(artifact)]) == 1
     assert "is already a qformat artifact" in capsys.readouterr().err
 
@@ -235,4 +235,4 @@ def test_help_has_an_example_and_imports_nothing_heavy() -> None:
         "assert not {'numpy', 'numba', 'torch', 'tqdm', 'xxhash'} & set(sys.modules)\n"
     )
     shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert "qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct --report" in shown
+    assert "qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct" in shown

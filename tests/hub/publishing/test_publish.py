@@ -116,7 +116,7 @@ def test_the_command_line_publishes_and_prints_the_commit(
     facts = json.loads(capsys.readouterr().out)
     assert facts["commit"] == stored(hub).head.oid
     assert run(arguments) == 0
-    assert "nothing was sent" in capsys.readouterr().out
+    assert "nothing was uploaded" in capsys.readouterr().out
     assert run([*arguments, "--card", "x.md"]) == 2
 
 

@@ -129,7 +129,7 @@ def test_an_artifact_of_another_source_is_not_published_with_its_figures(
 
     other = write_tiny(tmp_path / "other")
     assert run(["publish", str(artifact), NAME, "--source", str(other)]) == 1
-    assert "is not published" in capsys.readouterr().err
+    assert "was not published" in capsys.readouterr().err
     assert not hub.log
 
 

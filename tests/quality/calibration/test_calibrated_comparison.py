@@ -61,8 +61,8 @@ def test_the_summary_reports_that_codes_were_chosen(
     page = tmp_path / "report.html"
     assert run_command(["verify", str(calibrated), "--source", str(source), "--report", str(page)]) == 0
     shown = capsys.readouterr().out
-    assert "codes and scales chosen on a text, and near the source: 14 of 14" in shown
-    assert "as the recipe gives" not in shown
+    assert "calibrated codes and scales close to the source: 14 of 14" in shown
+    assert "match the recipe" not in shown
     assert "Calibrated codes and scales are close to the source: 14 of 14" in page.read_text()
 
 

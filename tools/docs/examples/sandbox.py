@@ -23,8 +23,6 @@ HUB_SHOWN = "https://huggingface.co"
 GUARD_S = 600
 """Ends what hangs; examples take seconds."""
 ENDS_IN_HEAD = re.compile(r"\|\s*head\b[^|;&]*$")
-COLD_CACHE_NOTE = "Compiling kernels, once on this machine"
-"""A line that a command prints only if no command ran on this machine before."""
 LEFT_OUT = (
     "HF_TOKEN",
     "HF_HUB_OFFLINE",
@@ -92,7 +90,7 @@ class Sandbox:
     def _lines(self, printed: str) -> tuple[str, ...]:
         for here, shown in self.replaced:
             printed = printed.replace(here, shown)
-        lines = [line.rstrip() for line in printed.split("\n") if not line.startswith(COLD_CACHE_NOTE)]
+        lines = [line.rstrip() for line in printed.split("\n")]
         while lines and not lines[-1]:
             lines.pop()
         return tuple(lines)

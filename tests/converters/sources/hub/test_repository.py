@@ -275,4 +275,4 @@ def test_an_artifact_is_compared_with_its_source_commit(
 
     assert run(["verify", str(tmp_path / "out"), "--source", NAME]) == 0
 
-    assert "codes and scales as the recipe gives: 21 of 21" in capsys.readouterr().out
+    assert "codes and scales match the recipe: 21 of 21" in capsys.readouterr().out

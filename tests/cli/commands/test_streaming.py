@@ -1,0 +1,51 @@
+"""`qformat generate` writes each piece of text as soon as it has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qformat.cli.main import run
+from qformat.model.generation import Generation
+from tests.training import runs
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_artifact(tmp_path_factory.mktemp("streaming"))
+
+
+def test_pieces_leave_the_process_before_the_next_one_is_generated(
+    artifact: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = []
+
+    def generate(*_: object, on_text: Any, **__: object) -> Generation:
+        for piece in ("The", " first", " piece"):
+            on_text(piece)
+            arrived.append(capfd.readouterr().out)
+        return Generation("The first piece", 1, 3, 0.1, 10.0, 1000)
+
+    monkeypatch.setattr("qformat.model.generation.generate", generate)
+    assert run(["generate", str(artifact), "--prompt", "text", "--device", "cpu"]) == 0
+    assert arrived == ["The", " first", " piece"]
+    shown = capfd.readouterr()
+    assert shown.out == "\n"
+    assert "10.0 tokens/s" in shown.err
+
+
+def test_the_lines_of_progress_are_gone_before_the_text_begins(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    monkeypatch.setattr("qformat.cli.progress.StatusLine.show", lambda self, text: events.append(text))
+    monkeypatch.setattr("qformat.cli.progress.StatusLine.clear", lambda self: events.append("cleared"))
+
+    def generate(*_: object, on_text: Any, **__: object) -> Generation:
+        on_text("Text")
+        events.append("text")
+        return Generation("Text", 1, 1, 0.1, 0.0, 1000)
+
+    monkeypatch.setattr("qformat.model.generation.generate", generate)
+    assert run(["generate", str(artifact), "--prompt", "text", "--device", "cpu"]) == 0
+    assert events == ["Loading ...", "Generating ...", "cleared", "text", "cleared"]
