@@ -37,7 +37,7 @@ def test_a_size_is_a_number_and_a_unit_in_any_case(text: str, nbytes: int) -> No
     ],
 )  # fmt: skip
 def test_anything_else_is_refused_under_the_name_of_its_option(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^--size '.*': expected auto, or bytes .* such as 0, 512MiB or 5GB$"):
+    with pytest.raises(UsageError, match=r"^--size '.*': expected auto, or a size such as 0, 512MiB or 5GB$"):
         parse_nbytes("--size", text, or_else="auto, or ")
 
 

@@ -146,7 +146,7 @@ def test_minus_zero_is_no_integer_as_other_parsers_have_it() -> None:
 
 
 def test_the_error_names_the_tensor_when_there_is_one() -> None:
-    with pytest.raises(SourceError, match=r"x.json: tensor 'w': .*not JSON") as refused:
+    with pytest.raises(SourceError, match=r"x.json: tensor 'w': .*not valid JSON") as refused:
         strict_json.loads(b"{", path=Path("x.json"), max_nbytes=100, error=SourceError, tensor="w")
     assert refused.value.tensor == "w"
 
