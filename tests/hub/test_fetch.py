@@ -121,7 +121,7 @@ def test_a_file_that_is_another_one_than_the_manifests_is_refused_before_it_is_f
         do_fetch(tmp_path / "out")
     assert not hub.requests(BODY)
     hub.repositories.commit(NAME, {SHARD: published[SHARD], "config.json": b"{}"})
-    with pytest.raises(ArtifactError, match=r"config\.json: 2 bytes, expected"):
+    with pytest.raises(ArtifactError, match=r"config\.json: the file has 2 bytes, expected"):
         do_fetch(tmp_path / "out")
 
 
@@ -222,7 +222,7 @@ def test_an_older_artifact_is_replaced_in_one_step_if_asked_to(
     assert contents(tmp_path / "out") == published
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
-    with pytest.raises(TargetError, match="is no artifact"):
+    with pytest.raises(TargetError, match="is not an artifact"):
         do_fetch(tmp_path / "mine", force=True)
 
 

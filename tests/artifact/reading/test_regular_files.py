@@ -48,7 +48,7 @@ def test_a_disk_that_gives_no_bytes_is_not_a_file_that_ends(tmp_path: Path, monk
         read(path, 100)
     assert refused.value.reason is Reason.UNREADABLE
     assert str(refused.value) == f"{path}: cannot be read at byte 60: {os.strerror(errno.EIO)}. " + (
-        "Check the disk that holds it"
+        "Check the disk"
     )
 
 
@@ -58,7 +58,7 @@ def test_a_file_that_ends_early_says_where(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError) as refused:
         read(path, 100)
     assert refused.value.reason is Reason.TRUNCATED
-    assert str(refused.value) == f"{path}: ends at byte 60, expected 40 bytes more. Fetch the file again"
+    assert str(refused.value) == f"{path}: ends at byte 60, expected 40 more bytes. Fetch the file again"
 
 
 def test_the_verifier_and_a_conversion_name_the_file_that_the_disk_does_not_give(

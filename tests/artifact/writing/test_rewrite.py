@@ -125,7 +125,7 @@ def test_a_changed_side_file_is_named(artifact: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "part", "nbytes", "message"),
     [
-        (NORM, Component.PACKED, 8, "16 bytes there"),
+        (NORM, Component.PACKED, 8, "has 8 bytes, but the artifact has 16 contiguous bytes"),
         (NORM, Component.ABSMAX, 8, "no such component"),
         ("x", Component.PACKED, 1, "no such component"),
     ],

@@ -32,7 +32,7 @@ def test_an_artifact_is_refused_and_with_force_replaced_whole(source: Path, pare
     convert(source, out, ConversionOptions(block_size=128))
     (out / "note.txt").write_text("mine")
     old = contents(out)
-    assert "exists already" in refusal(source, out)
+    assert "already exists" in refusal(source, out)
     assert contents(out) == old
     convert(source, out, force=True)
     assert verify_integrity(out, sha256=True).passed
@@ -44,7 +44,7 @@ def test_an_artifact_is_refused_and_with_force_replaced_whole(source: Path, pare
 
 def test_a_damaged_artifact_is_replaced_like_a_whole_one(source: Path, parent: Path) -> None:
     out = place(parent / "out", {"qformat.json": b"garbage", "model-00001-of-00009.safetensors": b"rest"})
-    assert "exists already" in refusal(source, out)
+    assert "already exists" in refusal(source, out)
     convert(source, out, force=True)
     assert verify_integrity(out).passed
 
@@ -52,13 +52,13 @@ def test_a_damaged_artifact_is_replaced_like_a_whole_one(source: Path, parent: P
 @pytest.mark.parametrize("force", [False, True])
 def test_a_folder_that_is_no_artifact_is_refused_even_with_force(force: bool, source: Path, parent: Path) -> None:
     out = place(parent / "out", {"thesis.txt": b"years of work"})
-    assert "is no artifact" in refusal(source, out, force=force)
+    assert "is not an artifact" in refusal(source, out, force=force)
     assert contents(out) == {"thesis.txt": b"years of work"}
 
 
 def test_a_folder_named_like_a_manifest_does_not_make_an_artifact(source: Path, parent: Path) -> None:
     (parent / "out" / "qformat.json").mkdir(parents=True)
-    assert "is no artifact" in refusal(source, parent / "out", force=True)
+    assert "is not an artifact" in refusal(source, parent / "out", force=True)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -78,14 +78,14 @@ def test_what_is_no_folder_is_refused_even_with_force(
     make: Callable[[Path], None], force: bool, source: Path, parent: Path
 ) -> None:
     make(parent / "out")
-    assert "is no folder" in refusal(source, parent / "out", force=force)
+    assert "is not a directory" in refusal(source, parent / "out", force=force)
 
 
 def test_a_link_to_an_artifact_is_not_followed(source: Path, parent: Path) -> None:
     convert(source, parent / "real")
     before = contents(parent / "real")
     (parent / "out").symlink_to("real")
-    assert "is no folder" in refusal(source, parent / "out", force=True)
+    assert "is not a directory" in refusal(source, parent / "out", force=True)
     assert contents(parent / "real") == before
 
 
@@ -96,18 +96,18 @@ def test_a_missing_parent_is_not_created(source: Path, parent: Path) -> None:
 
 def test_a_file_where_the_parent_should_be_is_refused(source: Path, parent: Path) -> None:
     as_file(parent / "file")
-    assert "no such folder" in refusal(source, parent / "file" / "out")
+    assert "does not exist or is not a directory" in refusal(source, parent / "file" / "out")
 
 
 @pytest.mark.parametrize("force", [False, True])
 def test_out_inside_the_source_and_the_source_inside_out_are_refused(force: bool, source: Path, parent: Path) -> None:
     for out in (source, source / "out", source / "deep" / "out", source / ".." / "source" / "out"):
-        assert "lies inside the source" in refusal(source, out, force=force)
-    assert "holds the source" in refusal(source, source.parent, force=force)
+        assert "is inside the source" in refusal(source, out, force=force)
+    assert "contains the source" in refusal(source, source.parent, force=force)
     (parent / "link").symlink_to(source)
-    assert "lies inside the source" in refusal(source, parent / "link" / "out", force=force)
+    assert "is inside the source" in refusal(source, parent / "link" / "out", force=force)
     (parent / "up").symlink_to(source.parent)
-    assert "holds the source" in refusal(source, parent / "up", force=force)
+    assert "contains the source" in refusal(source, parent / "up", force=force)
 
 
 @pytest.mark.parametrize("out", ["", ".", "/", "..", "../.."])
@@ -234,6 +234,6 @@ def test_what_appears_under_out_during_the_conversion_is_not_replaced(force: boo
         if not out.exists():
             place(out, {"thesis.txt": b"years of work"})
 
-    with pytest.raises(TargetError, match="is no artifact"):
+    with pytest.raises(TargetError, match="is not an artifact"):
         convert(source, out, workers=1, force=force, on_progress=appear)
     assert contents(out) == {"thesis.txt": b"years of work"}
