@@ -142,7 +142,12 @@ def test_all_instructions_agree_with_a_sum_in_float64(n: int, groups: int, m: in
 
 @pytest.mark.parametrize(
     ("columns", "block_size", "reason"),
-    [(576, 64, None), (96, 32, "no multiple of 64"), (192, 128, "no multiple of 128"), (0, 64, "no multiple of 64")],
+    [
+        (576, 64, None),
+        (96, 32, "not a multiple of 64"),
+        (192, 128, "not a multiple of 128"),
+        (0, 64, "not a multiple of 64"),
+    ],
 )
 def test_what_it_cannot_multiply_has_a_reason(
     columns: int, block_size: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
