@@ -121,7 +121,7 @@ def test_a_file_that_is_another_one_than_the_manifests_is_refused_before_it_is_f
         do_fetch(tmp_path / "out")
     assert not hub.requests(BODY)
     hub.repositories.commit(NAME, {SHARD: published[SHARD], "config.json": b"{}"})
-    with pytest.raises(ArtifactError, match=r"config\.json: the file has 2 bytes, expected"):
+    with pytest.raises(ArtifactError, match=r"config\.json: 2 bytes, expected"):
         do_fetch(tmp_path / "out")
 
 

@@ -46,7 +46,9 @@ def test_every_vector_names_a_rule() -> None:
 
 def reasons_in_the_text() -> tuple[list[str], list[str]]:
     """The codes of the table, and those that are not about artifacts."""
-    table, rest = section("9").split("Of the same list, but not about what an artifact says:")
+    table, rest = section("9").split(
+        "These codes belong to the same list, but do not describe the contents of an artifact:"
+    )
     return re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE), re.findall(r"`(\w+)`", rest)
 
 

@@ -324,7 +324,7 @@ def _require_nested(
 
 
 def _in_shares(decode_blocks: Callable[[int, int], None], n_blocks: int, *, n_shares: int, workers: int) -> None:
-    """Call decode_blocks(first, last) for each share of the blocks: the first in this thread, the others in the pool."""
+    """Call decode_blocks(first, last) for each share of the blocks, the first share in this thread."""
     bounds = [n_blocks * share // n_shares for share in range(n_shares + 1)]
     others = [_pool(workers).submit(decode_blocks, *share) for share in pairwise(bounds[1:])]
     decode_blocks(bounds[0], bounds[1])

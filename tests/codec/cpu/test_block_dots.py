@@ -39,9 +39,9 @@ def test_read_only_values_of_a_mapped_file_are_taken() -> None:
 @pytest.mark.parametrize(
     ("values", "packed", "out", "message"),
     [
-        (np.ones(64), np.zeros(32, np.uint8), np.zeros(1, np.float32), "values: float64"),
-        (np.ones(64, np.float32), np.zeros(31, np.uint8), np.zeros(1, np.float32), "packed: uint8"),
-        (np.ones(65, np.float32), np.zeros(33, np.uint8), np.zeros(1, np.float32), r"out: float32 .*\[2\]"),
+        (np.ones(64), np.zeros(32, np.uint8), np.zeros(1, np.float32), "values: found float64"),
+        (np.ones(64, np.float32), np.zeros(31, np.uint8), np.zeros(1, np.float32), "packed: found uint8"),
+        (np.ones(65, np.float32), np.zeros(33, np.uint8), np.zeros(1, np.float32), r"out: found float32 .*\[2\]"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(
