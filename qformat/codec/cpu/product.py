@@ -180,7 +180,9 @@ class Product:
         """Raise UsageError for arrays that the kernels would misread, because they do not check their arrays."""
         n, k = shape
         if block_size not in BLOCK_SIZES or k % GROUP or k % block_size or min(n, k) <= 0:
-            raise UsageError(f"weight of shape [{n}, {k}]: K must be a multiple of {block_size} (block) and of {GROUP}")
+            raise UsageError(
+                f"weight of shape [{n}, {k}]: K must be a multiple of the block size {block_size} and of {GROUP}"
+            )
         n_blocks = n * k // block_size
         expected: list[tuple[str, NDArray[Any], Any, int]] = [
             ("packed", packed, np.uint8, n * k // 2),

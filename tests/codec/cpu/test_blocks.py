@@ -1,4 +1,4 @@
-"""The codec's entrances on CPUs: arrays that do not fit are refused."""
+"""The codec's functions on CPUs reject arrays of the wrong size or dtype."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def decode_nested(*, first_block: int = 0, nested_quant_map: NDArray[np.float32]
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_arrays_that_do_not_fit_are_refused_by_name(case: str) -> None:
+def test_arrays_of_the_wrong_size_or_dtype_are_rejected(case: str) -> None:
     call, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
         call()
