@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # A bare "torch" may be a CUDA build of several gigabytes; this is the release that the tests were run with.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test test-slow test-everywhere lint bench clean
+.PHONY: demo test test-slow test-everywhere lint docs docs-check bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m tools.demo demo
@@ -28,6 +28,14 @@ lint: $(VENV)/ready
 	mkdir -p build/types/qformat
 	ln -sfn $(CURDIR)/qformat/* $(CURDIR)/converters build/types/qformat/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+# The documentation as a site, in build/site.
+docs: $(VENV)/ready
+	$(BIN)/python -m tools.docs.build
+
+# The commands that README.md and docs/*.md show, run; minutes. Some pages: `make docs-check PAGES=docs/hub.md`.
+docs-check: $(VENV)/ready
+	$(BIN)/python -m tools.docs.check $(PAGES)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m tools.bench.codec

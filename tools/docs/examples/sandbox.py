@@ -1,0 +1,161 @@
+"""The directory and the environment that a page's examples run in, and the running of one command."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.hub_stand_in import Hub, running
+
+ROOT = Path(__file__).resolve().parents[3]
+SOURCE_NAME = "SmolLM2-135M-Instruct"
+REPOSITORY = f"HuggingFaceTB/{SOURCE_NAME}"
+TOKEN = "hf_stand_in"
+HOME_SHOWN = "/home/me"
+HUB_SHOWN = "https://huggingface.co"
+GUARD_S = 600
+"""Ends what hangs; examples take seconds."""
+ENDS_IN_HEAD = re.compile(r"\|\s*head\b[^|;&]*$")
+COLD_CACHE_NOTE = "Compiling kernels, once on this machine"
+"""A line that a command prints only if no command ran on this machine before."""
+LEFT_OUT = (
+    "HF_TOKEN",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_CACHE",
+    "TRANSFORMERS_OFFLINE",
+    "PYTEST_CURRENT_TEST",
+    "QFORMAT_BACKEND",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a command printed, stdout and stderr together, and its exit code; None if it was ended after `GUARD_S`."""
+
+    output: tuple[str, ...]
+    exit_code: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """A working directory with the source checkpoint, and an environment with a Hub of its own."""
+
+    folder: Path
+    environment: Mapping[str, str]
+    replaced: tuple[tuple[str, str], ...]
+    """Texts of this machine, and what a reader's machine would print in their place."""
+
+    def shell(self, command: str) -> Ran:
+        """Run a command with bash. It fails if any part of a pipeline fails, except before `head`, which closes it."""
+        pipefail = [] if ENDS_IN_HEAD.search(command) else ["-o", "pipefail"]
+        return self._run(["bash", *pipefail, "-c", command])
+
+    def python(self, script: str) -> Ran:
+        """Run a script as a file, so that it may start processes."""
+        path = self.folder.parent / "example.py"
+        path.write_text(script, encoding="utf-8")
+        return self._run([sys.executable, str(path)])
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file that the page shows."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def _run(self, command: Sequence[str]) -> Ran:
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            printed, _ = process.communicate(timeout=GUARD_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, _ = process.communicate()
+            return Ran(self._lines(printed), None)
+        return Ran(self._lines(printed), process.returncode)
+
+    def _lines(self, printed: str) -> tuple[str, ...]:
+        for here, shown in self.replaced:
+            printed = printed.replace(here, shown)
+        lines = [line.rstrip() for line in printed.split("\n") if not line.startswith(COLD_CACHE_NOTE)]
+        while lines and not lines[-1]:
+            lines.pop()
+        return tuple(lines)
+
+
+@contextmanager
+def sandbox(source: Path) -> Iterator[Sandbox]:
+    """Make a working directory with the source checkpoint and a stand-in of the Hub; remove both at the end.
+
+    Raises:
+        RuntimeError: A command changed the source checkpoint, whose files the working directory shares.
+    """
+    before = _state(source)
+    # Hard links need the file system of the source.
+    scratch = ROOT / "build"
+    scratch.mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="docs-check-", dir=scratch) as name,
+        running(Hub(tokens={TOKEN: "me"})) as hub,
+    ):
+        home = Path(name)
+        folder = home / "models"
+        shutil.copytree(source, folder / SOURCE_NAME, copy_function=_link_or_copy)
+        hub.add_folder(REPOSITORY, source)
+        replaced = ((str(home), HOME_SHOWN), (hub.endpoint, HUB_SHOWN))
+        yield Sandbox(folder, _environment(home, hub), replaced)
+    if _state(source) != before:
+        raise RuntimeError(f"{source}: an example changed the source checkpoint; delete the directory to build it anew")
+
+
+def _environment(home: Path, hub: Hub) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+    return inherited | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": str(ROOT),
+        "QFORMAT_DEMO": str(ROOT / "demo"),  # for setups that need another file of the demo
+        "PYTHONUNBUFFERED": "1",  # stdout and stderr come in the order in which they were printed
+        "HOME": str(home),
+        "HF_HOME": str(home / ".cache" / "huggingface"),
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "COLUMNS": "110",
+        "LC_ALL": "C.UTF-8",
+        "NO_COLOR": "1",
+    }
+
+
+def _state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of every file."""
+    return {
+        path.name: (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
