@@ -1,11 +1,13 @@
 """Products of a few rows with a packed weight on the CPU: functions that check their arrays and call the kernels.
 
-    x [M, K]           W [N, K], packed                       out [M, N]
+    x [M, K]             W [N, K], packed                         out [M, N]
 
-    +----------+       +-----+-----+-----+-----+   row n      +---------+
-    | row m    |   *   | a0  | a1  | ..  |     | ---------->  | . m,n . |   out[m, n] = sum over k of
-    +----------+       +-----+-----+-----+-----+              +---------+   x[m, k] * codebook[code[n, k]] * scale
-                         blocks of a row, one scale each
+    +-----------+        +------+------+------+------+            +-----------+
+    | row m     |   x    | s0   | s1   | ...         |  row n  =  | [m, n]    |
+    +-----------+        +------+------+------+------+            +-----------+
+                           blocks of a row, one scale each
+
+    out[m, n] = sum over k of x[m, k] * codebook[code[n, k]] * scale of the block of [n, k]
 
 K is a multiple of the block size, so that no block extends over two rows. Threads share the rows of W. The arrays of W
 are described in `qformat.codec.cpu.blocks`, the order of the work inside a row in `product_rows`.
@@ -103,7 +105,8 @@ class Product:
         self._check_weight(packed, absmax, nested_absmax, nested_quant_map, shape, block_size)
         name = instructions or best_instructions(float_format)
         if name is None or (reason := _missing(name, float_format)) is not None:
-            raise UsageError(f"instructions {name!r}: {'this CPU has none' if name is None else reason}")
+            problem = "this CPU has neither AVX2 nor AVX-512" if name is None else f"instructions {name!r}: {reason}"
+            raise UsageError(problem)
         self.shape = shape
         self.float_format = float_format
         self.instructions = name
