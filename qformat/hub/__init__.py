@@ -1,1 +1,1 @@
-"""The Hub: artifacts fetched, published, verified and compared where they are."""
+"""Fetching, publishing, verifying and comparing artifacts on the Hugging Face Hub."""

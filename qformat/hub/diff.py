@@ -1,4 +1,4 @@
-"""The verb `diff`: two artifacts, in folders or on the Hub, compared by their manifests, and by their bytes if here."""
+"""`qformat diff`: compares two artifacts by their manifests, and by their bytes if both are local directories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ _COUNTED = {Aspect.CODES, Aspect.SCALES, Aspect.DATA}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The result of `diff`. a, b: what was compared. values: of folders only, None where a repository was compared."""
+    """Result of `diff`.
+
+    Attributes:
+        a: Directory, or repository and commit, of the first artifact.
+        b: Directory, or repository and commit, of the second artifact.
+        manifests: Differences between the manifests.
+        values: Differences between codes, scales and kept values, or None if one of the artifacts is on the Hub.
+    """
 
     a: str
     b: str
@@ -32,7 +39,7 @@ class Difference:
 
     @property
     def equal(self) -> bool:
-        """Whether the artifacts are the same, byte for byte."""
+        """Whether the artifacts are byte-identical."""
         return self.manifests.equal
 
 
@@ -47,11 +54,25 @@ def diff(
     on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Difference:
-    """Compare two artifacts: folders, or repositories of the Hub where no folder of that name is here.
+    """Compare two artifacts.
 
-    Manifests are taken at their word (`verify` proves them); between two folders, differing codes and scales are
-    counted. revision_a, revision_b: of repositories. on_plan, on_progress: bytes that are counted, in all and so far.
-    Raises: ArtifactError, HubError, UsageError.
+    The manifests are trusted; `verify` checks them. If both artifacts are directories, differing codes and scales are
+    counted.
+
+    Args:
+        a: Directory, or repository on the Hub if no such directory exists.
+        b: Directory, or repository on the Hub if no such directory exists.
+        revision_a: Branch, tag or commit of the first repository. The default is the main branch.
+        revision_b: Branch, tag or commit of the second repository. The default is the main branch.
+        token: Token for the Hub. None uses the stored token, False sends none.
+        transfer: Sizes and retries of requests.
+        on_plan: Called once with the number of bytes to compare.
+        on_progress: Called with the number of bytes compared since the last call.
+
+    Raises:
+        ArtifactError: An artifact cannot be read.
+        HubError: A repository cannot be read.
+        UsageError: A location is neither a directory nor the name of a repository.
     """
     manifest_a, name_a = _manifest(a, revision_a, token, transfer)
     manifest_b, name_b = _manifest(b, revision_b, token, transfer)
@@ -88,7 +109,7 @@ def _values(a: Path, b: Path, sizes: dict[str, int], on_progress: Callable[[int]
 
 
 def _nbytes(record: TensorRecord) -> int:
-    """Return how many bytes of a tensor are compared, scales left out."""
+    """Return the number of bytes of a tensor to compare, without scales."""
     if isinstance(record, KeptRecord):
         return record.nbytes
     return packed_nbytes(record.layout.n_elements)

@@ -1,4 +1,4 @@
-"""The verb `fetch`: an artifact from the Hub, whole or not at all: its manifest, its pieces, the seal."""
+"""`qformat fetch`: downloads an artifact from the Hub atomically and resumes an interrupted download."""
 
 from __future__ import annotations
 
@@ -22,7 +22,20 @@ from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 
 @dataclass(frozen=True, slots=True)
 class FetchSummary:
-    """What a fetch did. nbytes: of the artifact. nbytes_fetched: by this run. others: files that were left there."""
+    """Result of `fetch`.
+
+    Attributes:
+        out: Directory of the artifact.
+        repository: Repository that it was fetched from.
+        commit: Commit of that repository.
+        n_files: Number of files, including the manifest but not the signature.
+        nbytes: Size of these files in bytes.
+        nbytes_fetched: Bytes that this run downloaded.
+        seconds: Duration of this run.
+        signed: The artifact has a signature.
+        others: Files of the repository that do not belong to the artifact and were not fetched.
+        already_complete: An earlier run had fetched everything.
+    """
 
     out: Path
     repository: str
@@ -49,13 +62,29 @@ def fetch(
     on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> FetchSummary:
-    """Download the artifact in a repository of the Hub; every byte is checked, and `out` appears when it is whole.
+    """Download an artifact from the Hub and check every byte. `out` appears only when it is complete.
 
-    revision: branch, tag or commit; an interrupted fetch goes on with the commit that it began with. force: replace
-    an artifact of that name. restart: drop what an interrupted run left. on_plan: told of all bytes; on_progress: of
-    bytes that are there.
-    Raises: ArtifactError for a repository that holds no artifact, or not the one of its manifest; HubError;
-    TargetError; UsageError.
+    Args:
+        repository: Name of the repository, `owner/name`.
+        out: Directory to create.
+        revision: Branch, tag or commit. The default is the main branch. An interrupted fetch resumes with the commit
+            that it started with.
+        force: Replace an existing artifact.
+        restart: Discard what an interrupted run has downloaded.
+        token: Token for the Hub. None uses the stored token, False sends none.
+        transfer: Sizes and retries of requests.
+        disk: Access to the disk, for tests.
+        on_plan: Called once with the number of bytes of all files.
+        on_progress: Called with the number of bytes that arrived, or were already there, since the last call.
+
+    Returns:
+        What was fetched.
+
+    Raises:
+        ArtifactError: The repository has no artifact, or its files do not match its manifest.
+        HubError: The repository cannot be read.
+        TargetError: `out` cannot be written.
+        UsageError: The name of the repository or the revision is invalid.
     """
     started = time.monotonic()
     out, disk = Path(out), disk or Disk()
@@ -93,11 +122,11 @@ def fetch(
 
 
 def _find_artifact(repository: str, revision: str, token: str | bool | None, transfer: Transfer) -> PublishedArtifact:
-    """Read the manifest of a repository, and refuse a listing that is not the manifest's."""
+    """Read the manifest of a repository and check that the listing matches it."""
     opened = open_repository(repository, revision=revision, token=token, transfer=transfer, error=ArtifactError)
     published = read_published(opened)
     for finding in listing_findings(published):
-        if finding.reason is not Reason.EXTRA_FILE:  # what the manifest does not list is not fetched
+        if finding.reason is not Reason.EXTRA_FILE:  # files that the manifest does not list are not fetched
             raise finding.as_error(published.where)
     return published
 

@@ -1,12 +1,12 @@
-"""The second step of a fetch: every piece that is missing, by several connections, into a staged folder; then the seal.
+"""The download step of a fetch: missing pieces of files arrive over several connections in a staging directory.
 
-Every file is cut into pieces, and the SHA-256 of each file is taken behind those who write them, in order. The journal
-holds the XXH3-128 of every piece that is written:
+Every file is divided into pieces. One thread computes the SHA-256 of each file in order, behind the threads that write
+pieces. The journal records the XXH3-128 of every piece that was written, so a later run fetches only missing pieces:
 
     {"file": FILE, "start": BYTE, "stop": BYTE, "xxh3": DIGEST}
-    {"distrusted": FILE}                                         its SHA-256 came out wrong: fetch it anew
+    {"distrusted": FILE}                                         the SHA-256 of the file was wrong: fetch it again
 
-so that a later run fetches only what is missing. Before the seal the folder is verified like any artifact.
+The staging directory is verified like any artifact before it is renamed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Piece:
 
 
 class FetchRun:
-    """One run of a fetch: what its threads share."""
+    """One run of a fetch, and the state that its threads share."""
 
     def __init__(
         self, published: PublishedArtifact, staging: Staging, transfer: Transfer, on_progress: Callable[[int], None]
@@ -59,7 +59,7 @@ class FetchRun:
         self._n_fetched = 0
 
     def run(self) -> int:
-        """Fetch what is missing, check all of it and seal; return how many bytes were fetched."""
+        """Fetch missing pieces, check all files, finish the directory, and return the number of bytes fetched."""
         with ExitStack() as stack:
             for name, record in self._files.items():
                 path = self._staging.folder / name
@@ -69,14 +69,14 @@ class FetchRun:
             digests = self._fetch(stack)
             for name, record in self._files.items():
                 if digests[name] != record.sha256:
-                    self._mend(name, record)
+                    self._repair(name, record)
         self._write_small()
         self._refuse_damaged()
         self._staging.seal()
         return self._n_fetched
 
     def _fetch(self, stack: ExitStack) -> dict[str, str]:
-        """Fetch every piece that is not there and return the SHA-256 of each file."""
+        """Fetch every missing piece and return the SHA-256 of each file."""
         written = {
             name: WrittenFile(self._staging.folder / name, self._descriptors[name], record.nbytes)
             for name, record in self._files.items()
@@ -107,7 +107,7 @@ class FetchRun:
         return follower.sha256()
 
     def _resumed(self) -> set[_Piece]:
-        """Return the pieces that an interrupted run wrote and whose bytes are really there."""
+        """Return the pieces that an interrupted run wrote and that are intact on disk."""
         noted: dict[_Piece, str] = {}
         for entry in self._staging.entries:
             if "distrusted" in entry:
@@ -140,8 +140,8 @@ class FetchRun:
             self._n_fetched += nbytes
         self._on_progress(nbytes)
 
-    def _mend(self, name: str, record: FileRecord) -> None:
-        """Fetch once more what of a file is damaged. Raises ArtifactError if it is still not the manifest's."""
+    def _repair(self, name: str, record: FileRecord) -> None:
+        """Fetch the damaged pieces of a file again. Raise ArtifactError if the file still has another SHA-256."""
         for piece in self._damaged(name, record):
             self._fetch_piece(piece)
         path = self._staging.folder / name
@@ -151,12 +151,12 @@ class FetchRun:
             raise ArtifactError(
                 Reason.FILE_DIGEST,
                 self._published.where / name,
-                f"arrived twice with other bytes than the manifest's: SHA-256 {found}, expected {record.sha256}",
-                next_step="Run the same command again: it fetches this file anew and keeps the others",
+                f"does not match the manifest after two downloads: found SHA-256 {found}, expected {record.sha256}",
+                next_step="Run the same command again: it fetches this file from scratch and keeps the others",
             )
 
     def _damaged(self, name: str, record: FileRecord) -> list[_Piece]:
-        """Return the pieces with bytes that the manifest's XXH3-128 do not know; all of them where they do not tell."""
+        """Return the pieces with a mismatch against the manifest's XXH3-128, or all pieces if it does not show any."""
         pieces = self._pieces(name, record)
         if record.header_xxh3 is None:
             return pieces
@@ -175,7 +175,7 @@ class FetchRun:
             self._staging.disk.write_file(self._staging.folder / SIGNATURE_NAME, data)
 
     def _refuse_damaged(self) -> None:
-        """Verify the folder as a whole: that its parts fit each other is not told by their SHA-256."""
+        """Verify the staging directory: SHA-256 digests alone do not show that the files fit together."""
         report = verify_integrity(self._staging.folder, workers=usable_cores())
         if not report.passed:
             raise report.findings[0].as_error(self._staging.folder)

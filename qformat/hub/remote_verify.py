@@ -1,12 +1,12 @@
-"""Verify an artifact on the Hub without fetching its weights.
+"""Verification of an artifact on the Hub without downloading its weights.
 
-    manifest    fetched, its own digest checked
-    every file  is there, with the manifest's size; and its SHA-256, as the Hub lists it for large files
-    small files fetched and hashed
-    headers     fetched by range, hashed, and checked against manifest and index
-    signature   fetched and checked, if a public key is given
+    manifest     downloaded; its own digest is checked
+    every file   exists and has the size in the manifest; for large files, the SHA-256 that the Hub lists is compared
+    small files  downloaded and hashed
+    headers      downloaded by byte range, hashed, and compared with manifest and index
+    signature    downloaded and checked if a public key is given
 
-What stays to be believed is that the Hub stores the bytes whose SHA-256 it lists: `fetch` proves that.
+This trusts the Hub to store the bytes whose SHA-256 it lists. `fetch` checks the bytes themselves.
 """
 
 from __future__ import annotations
@@ -32,16 +32,23 @@ from qformat.hub.signature import check_published_signature
 from qformat.names import CONFIG_NAME, INDEX_NAME, SIGNATURE_NAME
 
 MAX_SMALL_NBYTES = 64 * 2**20
-"""A file outside of the shards that is fetched to be hashed; a larger one is in large-file storage, whose SHA-256 is
-listed."""
+"""Largest file outside the shards that is downloaded to be hashed. The Hub lists the SHA-256 of larger files."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteReport:
-    """The result of `verify_remote`: good if nothing was found.
+    """Result of `verify_remote`. The verification passed if it has no findings.
 
-    nbytes: of the artifact. nbytes_read: of what was fetched. signed: a signature lies beside the manifest.
-    signature_checked: a public key was given and the signature is this key's.
+    Attributes:
+        repository: Repository of the artifact.
+        commit: Commit of that repository.
+        findings: Every problem that was found.
+        n_files: Number of files, including the manifest but not the signature.
+        nbytes: Size of these files in bytes.
+        nbytes_read: Bytes that were downloaded.
+        signed: The repository has a signature.
+        signature_checked: A public key was given and the signature was made with it.
+        others: Files of the repository that do not belong to the artifact.
     """
 
     repository: str
@@ -56,7 +63,7 @@ class RemoteReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether the verification has no findings."""
         return not self.findings
 
 
@@ -69,10 +76,19 @@ def verify_remote(
     transfer: Transfer = DEFAULT_TRANSFER,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> RemoteReport:
-    """Check the artifact in a repository of the Hub without fetching its weights; every problem is a finding.
+    """Verify an artifact on the Hub without downloading its weights. Every problem becomes a finding.
 
-    public_key: of the publisher (PEM): the signature must be there and be made with it. on_progress: bytes read.
-    Raises: HubError where the repository cannot be read; UsageError for a public key that is none.
+    Args:
+        repository: Name of the repository, `owner/name`.
+        revision: Branch, tag or commit. The default is the main branch.
+        public_key: Public key of the publisher (PEM). If given, a signature by this key must exist.
+        token: Token for the Hub. None uses the stored token, False sends none.
+        transfer: Sizes and retries of requests.
+        on_progress: Called with the number of bytes downloaded since the last call.
+
+    Raises:
+        HubError: The repository cannot be read.
+        UsageError: The name of the repository, the revision or the public key is invalid.
     """
     opened = open_repository(repository, revision=revision, token=token, transfer=transfer, error=ArtifactError)
     try:
@@ -81,8 +97,8 @@ def verify_remote(
         return RemoteReport(repository, opened.commit, (finding_of(error),))
     check = _Check(published, transfer.connections, on_progress)
     findings = [*listing_findings(published)]
-    spoken_of = {finding.file for finding in findings}
-    findings += check.files(spoken_of)
+    reported = {finding.file for finding in findings}
+    findings += check.files(reported)
     if not findings:
         findings += check.structure()
     if public_key is not None:
@@ -111,13 +127,13 @@ class _Check:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def files(self, without: set[str]) -> list[Finding]:
-        """Fetch and check headers and small files, several at a time, but for those that are known to be wrong."""
+        """Fetch and check headers and small files in parallel, except for files with known findings."""
         tasks = {name: (name, record) for name, record in self.published.manifest.files.items() if name not in without}
         found = run_tasks(tasks, self._file, workers=self.connections, thread_name="qformat-verify")
         return [finding for finding in found.values() if finding is not None]
 
     def structure(self) -> list[Finding]:
-        """Check that headers, index and config are what the manifest implies."""
+        """Check that headers, index and config match the manifest."""
         where, manifest = self.published.where, self.published.manifest
         try:
             check_tensors(where, manifest, self.headers)
@@ -159,7 +175,9 @@ class _Check:
         found = xxh3(header.framed(text))
         if found != expected:
             raise ArtifactError(
-                Reason.FILE_DIGEST, path, f"the header was changed: XXH3-128 {found}, expected {expected}"
+                Reason.FILE_DIGEST,
+                path,
+                f"the header does not match the manifest: found XXH3-128 {found}, expected {expected}",
             )
         self.headers[name] = header.parse(text, file_nbytes=nbytes, path=path, error=ArtifactError)
 
@@ -169,7 +187,11 @@ class _Check:
         found = hashlib.sha256(data).hexdigest()
         if found != record.sha256:
             path = self.published.where / name
-            raise ArtifactError(Reason.FILE_DIGEST, path, f"is another file: SHA-256 {found}, expected {record.sha256}")
+            raise ArtifactError(
+                Reason.FILE_DIGEST,
+                path,
+                f"does not match the manifest: found SHA-256 {found}, expected {record.sha256}",
+            )
         if name in {INDEX_NAME, CONFIG_NAME}:
             self.small[name] = data
 

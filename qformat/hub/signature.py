@@ -1,8 +1,8 @@
-"""Signatures of artifacts: OpenSSF model-signing over the manifest and every file that it lists (spec section 7.5).
+"""OpenSSF Model Signing signatures over the manifest and every file that it lists (spec section 7.5).
 
-The digests that a signature covers are known (the manifest has them, or the Hub's listing), so that nothing is read
-again. The signature is the one that `model_signing sign key FOLDER --signature FOLDER/model.sig` makes of the folder,
-and `model_signing verify key` checks it.
+The manifest or the listing of the Hub has the digests that a signature covers, so no file is read again. A signature
+is the same as that of `model_signing sign key FOLDER --signature FOLDER/model.sig`, and `model_signing verify key`
+checks it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,22 @@ if TYPE_CHECKING:
 MAX_SIGNATURE_NBYTES = 4 * 2**20
 
 _IGNORED = (SIGNATURE_NAME, ".git", ".gitattributes", ".github", ".gitignore")
-"""What is no part of a signed folder: the same names that the tool of model-signing leaves out."""
+"""Names that a signature does not cover: the same as those that the command of model-signing ignores."""
 
 _DIGESTS = re.compile(r": Expected 'Digest\(.*?\)', Actual 'Digest\(.*?\)'")
-"""Two digests as Python prints them: forty lines of escapes."""
+"""Two digests in Python's notation, which would fill forty lines with escapes."""
 
 
 def sign(digests: Mapping[str, str], name: str, key: Path) -> bytes:
-    """Return the signature of files, given their SHA-256 by name, with an elliptic-curve private key (PEM).
+    """Return the signature of files.
 
-    name: of the model, informative. Raises: UsageError for a key that cannot be used, or without model-signing.
+    Args:
+        digests: SHA-256 per name of file.
+        name: Name of the model. It is informative.
+        key: Elliptic-curve private key (PEM).
+
+    Raises:
+        UsageError: The key cannot be used, or model-signing is not installed.
     """
     signing, _ = _model_signing()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +53,7 @@ def sign(digests: Mapping[str, str], name: str, key: Path) -> bytes:
             config = signing.Config().use_elliptic_key_signer(private_key=key)
         except (OSError, ValueError, TypeError, AttributeError) as problem:
             raise UsageError(
-                f"{key}: is no key to sign with: {_reason(problem)}. Make one with: "
+                f"{key}: is not a private key that can sign: {_reason(problem)}. Create one with: "
                 "openssl ecparam -genkey -name prime256v1 -noout -out KEY.pem"
             ) from None
         config.set_hashing_config(_known_digests(digests, name)).sign(Path(folder), written)
@@ -55,28 +61,40 @@ def sign(digests: Mapping[str, str], name: str, key: Path) -> bytes:
 
 
 def public_key_of(key: Path) -> bytes:
-    """Return the public key (PEM) that belongs to a private key. Raises UsageError."""
+    """Return the public key (PEM) of a private key.
+
+    Raises:
+        UsageError: The file is not a private key (PEM), or model-signing is not installed.
+    """
     _model_signing()
     from cryptography.hazmat.primitives import serialization
 
     try:
         private = serialization.load_pem_private_key(key.read_bytes(), None)
     except (OSError, ValueError, TypeError) as problem:
-        raise UsageError(f"{key}: is no private key: {_reason(problem)}") from None
+        raise UsageError(f"{key}: is not a private key (PEM): {_reason(problem)}") from None
     public = private.public_key()
     return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def check_signature(signature: bytes, digests: Mapping[str, str], public_key: Path, *, where: Path | str) -> None:
-    """Check that a signature is of exactly these files, given their SHA-256 by name, and made with this key.
+    """Check that a signature covers exactly the given files and was made with the given key.
 
-    Raises: ArtifactError (signature) naming what differs; UsageError for a public key that cannot be used.
+    Args:
+        signature: Content of the signature file.
+        digests: SHA-256 per name of file.
+        public_key: Public key of the publisher (PEM).
+        where: Path of the signature, for messages.
+
+    Raises:
+        ArtifactError: The signature is invalid (signature). The message lists what differs.
+        UsageError: The public key cannot be used, or model-signing is not installed.
     """
     _, verifying = _model_signing()
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, TypeError, AttributeError) as problem:
-        raise UsageError(f"{public_key}: is no public key (PEM): {_reason(problem)}") from None
+        raise UsageError(f"{public_key}: is not a public key (PEM): {_reason(problem)}") from None
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / SIGNATURE_NAME
         written.write_bytes(signature)
@@ -86,15 +104,21 @@ def check_signature(signature: bytes, digests: Mapping[str, str], public_key: Pa
             raise ArtifactError(
                 Reason.SIGNATURE,
                 where,
-                f"is no signature of these files with the key {public_key}: {_reason(problem)}",
-                next_step="Trust it only if the publisher can explain that",
+                f"is not a signature of these files by the key {public_key}: {_reason(problem)}",
+                next_step="Do not trust these files unless the publisher can explain the difference",
             ) from None
 
 
 def check_local_signature(artifact: Path, public_key: Path) -> None:
-    """Check the signature beside the manifest of a folder, whose files were compared with the manifest already.
+    """Check the signature in the directory of an artifact. The caller has compared the files with the manifest.
 
-    Raises: ArtifactError (missing_file, signature); UsageError for a public key that cannot be used.
+    Args:
+        artifact: Directory of the artifact.
+        public_key: Public key of the publisher (PEM).
+
+    Raises:
+        ArtifactError: The signature is missing (missing_file) or invalid (signature).
+        UsageError: The public key cannot be used, or model-signing is not installed.
     """
     data = read_small(artifact, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     signature = read_small(artifact, SIGNATURE_NAME, max_nbytes=MAX_SIGNATURE_NBYTES, error=ArtifactError)
@@ -103,9 +127,16 @@ def check_local_signature(artifact: Path, public_key: Path) -> None:
 
 
 def check_published_signature(published: PublishedArtifact, public_key: Path) -> None:
-    """Check the signature of an artifact on the Hub, whose files were compared with the manifest already.
+    """Check the signature of an artifact on the Hub. The caller has compared the files with the manifest.
 
-    Raises: ArtifactError (missing_file, signature); HubError; UsageError for a public key that cannot be used.
+    Args:
+        published: The artifact on the Hub.
+        public_key: Public key of the publisher (PEM).
+
+    Raises:
+        ArtifactError: The signature is missing (missing_file) or invalid (signature).
+        HubError: The signature cannot be downloaded.
+        UsageError: The public key cannot be used, or model-signing is not installed.
     """
     signature = published.repository.read_small(SIGNATURE_NAME, max_nbytes=MAX_SIGNATURE_NBYTES)
     digests = signed_digests(published.manifest, published.manifest_bytes)
@@ -113,7 +144,12 @@ def check_published_signature(published: PublishedArtifact, public_key: Path) ->
 
 
 def signed_digests(manifest: Manifest, data: bytes) -> dict[str, str]:
-    """Return the SHA-256 of every file that a signature covers, by name. data: the manifest's bytes."""
+    """Return the SHA-256 per name of every file that a signature covers.
+
+    Args:
+        manifest: Manifest of the artifact.
+        data: Content of the manifest file.
+    """
     digests = {name: record.sha256 for name, record in manifest.files.items()}
     return {**digests, MANIFEST_NAME: hashlib.sha256(data).hexdigest()}
 
@@ -122,12 +158,12 @@ def _model_signing() -> tuple[Any, Any]:
     try:
         from model_signing import signing, verifying
     except ImportError:
-        raise UsageError("signatures need model-signing: pip install 'qformat[sign]'") from None
+        raise UsageError("signatures need model-signing. Install it with: pip install 'qformat[sign]'") from None
     return signing, verifying
 
 
 def _raised_by_bad_signatures() -> tuple[type[Exception], ...]:
-    """Return what model-signing and its parsers of JSON, base64 and protobuf raise for a stranger's file."""
+    """Return the exceptions that model-signing and its parsers raise for an invalid signature."""
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from google.protobuf.json_format import ParseError
 
@@ -136,7 +172,7 @@ def _raised_by_bad_signatures() -> tuple[type[Exception], ...]:
 
 
 def _known_digests(digests: Mapping[str, str], name: str) -> model_signing.hashing.Config:
-    """Return a way of hashing for model-signing that hashes nothing: the digests are known."""
+    """Return a hashing configuration for model-signing that uses known digests instead of reading files."""
     from model_signing import hashing, manifest
     from model_signing._hashing.hashing import Digest
 
@@ -153,6 +189,6 @@ def _known_digests(digests: Mapping[str, str], name: str) -> model_signing.hashi
 
 
 def _reason(problem: Exception) -> str:
-    """Return what a library says, in one line of a readable length."""
+    """Return the message of a library in one line of at most 400 characters."""
     text = _DIGESTS.sub(" has another SHA-256", " ".join(str(problem).split())) or type(problem).__name__
     return text if len(text) <= 400 else text[:397] + "..."

@@ -1,1 +1,1 @@
-"""Codes to products: the operations on 4-bit weights and their implementations (torch)."""
+"""Operations on 4-bit weights as torch operations, with implementations in numba, Triton and plain torch."""

@@ -1,12 +1,12 @@
-"""Which implementation runs an operation, why, and how to force one.
+"""Choose the backend that runs an operation, report why, and let the user force one.
 
-    numba     CPU tensors: vector instructions over the mapped bytes
+    numba     CPU tensors: vector instructions on the mapped bytes
     triton    CUDA tensors
-    torch     every device: plain torch operations, slow, where neither of the others can run
+    torch     every device: plain torch operations, slow; used if neither of the others can run
 
-The choice is made per device. The environment variable `QFORMAT_BACKEND` names one for all devices, and one that cannot
-run is an error. `force_backend` sets that variable: there is one place that says what is forced, for every thread, the
-threads of autograd included, and anyone can print it.
+The choice is made per device type. The environment variable `QFORMAT_BACKEND` forces one backend for all devices; if
+that backend cannot run, an error is raised. `force_backend` sets this variable. The forced backend therefore has a
+single source that all threads see, autograd's included, and that anyone can print.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ VARIABLE = "QFORMAT_BACKEND"
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One implementation. `unavailable` gives the reason why it cannot run on a device type, or None if it can."""
+    """One backend.
+
+    Attributes:
+        name: Name of the backend.
+        unavailable: Returns why the backend cannot run on a device type, or None if it can.
+    """
 
     name: str
     unavailable: Callable[[str], str | None]
@@ -45,7 +50,7 @@ def _triton_unavailable(device_type: str) -> str | None:
         return None if torch.cuda.is_available() else "no CUDA device is available"
     if device_type == "cpu" and interpreting():
         return None
-    return f"triton runs on CUDA devices, not on {device_type} (TRITON_INTERPRET=1 runs it on the CPU, for tests)"
+    return f"triton runs on CUDA devices, not on {device_type} (for tests, TRITON_INTERPRET=1 runs it on the CPU)"
 
 
 BACKENDS = {
@@ -53,22 +58,29 @@ BACKENDS = {
     "triton": Backend("triton", _triton_unavailable),
     "torch": Backend("torch", lambda _: None),
 }
-"""In the order in which they are tried."""
+"""Backends by name, in the order in which they are tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend of a device type, and the reason in words."""
+    """The backend for a device type.
+
+    Attributes:
+        backend: Name of the backend.
+        reason: Why it was chosen, in words.
+    """
 
     backend: str
     reason: str
 
 
 def force_backend(name: str | None) -> None:
-    """Use a backend for everything from now on, or with None the best one again.
+    """Force a backend for all further operations, or return to the automatic choice with None.
 
-    Sets or unsets `QFORMAT_BACKEND` for this process and those that it starts. Raises BackendError for a name that is
-    none.
+    Sets or removes `QFORMAT_BACKEND` in the environment of this process and of the processes that it starts.
+
+    Raises:
+        BackendError: No backend has this name.
     """
     if name is None:
         os.environ.pop(VARIABLE, None)
@@ -77,9 +89,10 @@ def force_backend(name: str | None) -> None:
 
 
 def choose(device_type: str) -> Choice:
-    """Return the backend for tensors of a device type ("cpu", "cuda", ...).
+    """Return the backend for tensors on a device type ("cpu", "cuda", ...).
 
-    Raises BackendError if the forced one cannot run there.
+    Raises:
+        BackendError: The forced backend cannot run on the device type.
     """
     return _choose(device_type, os.environ.get(VARIABLE))
 
@@ -89,7 +102,7 @@ def _choose(device_type: str, forced: str | None) -> Choice:
     if forced:
         reason = _known(forced, VARIABLE).unavailable(device_type)
         if reason is not None:
-            raise BackendError(f"{VARIABLE} asks for the backend {forced!r}, which cannot run here: {reason}")
+            raise BackendError(f"{VARIABLE}: the forced backend {forced!r} cannot run here: {reason}")
         return Choice(forced, f"forced by {VARIABLE}")
     passed_over: list[str] = []
     for name, backend in BACKENDS.items():
@@ -102,5 +115,5 @@ def _choose(device_type: str, forced: str | None) -> Choice:
 
 def _known(name: str, by: str) -> Backend:
     if name not in BACKENDS:
-        raise BackendError(f"{by}: {name!r} is no backend: must be one of {', '.join(BACKENDS)}")
+        raise BackendError(f"{by}: unknown backend {name!r}: must be one of {', '.join(BACKENDS)}")
     return BACKENDS[name]

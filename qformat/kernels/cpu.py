@@ -1,4 +1,18 @@
-"""The operations on CPU tensors: numba decodes into a scratch buffer that is kept, torch multiplies."""
+"""The operations on CPU tensors: numba decodes into a scratch buffer, torch multiplies (spec sections 4 and 5).
+
+    packed   uint8     [ c0 c1 ][ c2 c3 ][ c4 c5 ] ...           two codes per byte, first element in the high nibble
+    absmax   uint8     [ block 0 ][ block 1 ] ...                one per block_size elements
+    nested   float32   [ blocks 0-255 ][ blocks 256-511 ] ...    one per 256 blocks
+
+    w[j] = codebook[code[j]] * absmax of block j // block_size,  in float32, rounded once
+
+Many rows of x (`DecodingProducts`): the weight [N, K] is decoded in bands of rows, and torch multiplies each band.
+
+    rows    0 .. r-1   ── numba threads ──► scratch buffer [r, K], at most 32 MiB ── torch ──► out[:, 0:r]
+    rows    r .. 2r-1  ── numba threads ──► the same buffer                       ── torch ──► out[:, r:2r]
+
+At most 16 rows (`product`): numba multiplies with the codes as they are; no decoded weight is written to memory.
+"""
 
 from __future__ import annotations
 
@@ -22,25 +36,36 @@ from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 
 SCRATCH_NBYTES = 32 << 20
-"""The most that one thread keeps to decode into; larger weights go through it in bands of rows. glibc maps larger
-buffers anew each time, and fresh pages cost five times what decoding costs (2,200 against 11,000 M weights/s)."""
+"""Largest scratch buffer of a thread, in bytes. Larger weights are decoded in bands of rows. glibc maps larger buffers
+anew each time, and fresh pages cost five times as much as decoding (2,200 instead of 11,000 M weights/s)."""
 
 FORMATS = {torch.bfloat16: FloatFormat.BF16, torch.float16: FloatFormat.F16, torch.float32: FloatFormat.F32}
+"""Output format by torch dtype."""
 
 
 def dequantize(weight: PackedWeight, out: Tensor) -> None:
-    """Decode a weight into `out` [N, K], contiguous, bf16, fp16 or fp32."""
+    """Decode a weight.
+
+    Args:
+        weight: Weight [N, K] to decode.
+        out: Array for the result, [N, K], contiguous, in bf16, fp16 or fp32.
+    """
     _decode_elements(weight, 0, weight.n_elements, out.view(-1))
 
 
 class Scratch(threading.local):
-    """A buffer to decode into for each thread, as large as the largest piece that the thread decoded so far."""
+    """A decoding buffer for each thread, as large as the largest piece that the thread has decoded so far."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def elements(self, n_elements: int, dtype: torch.dtype) -> Tensor:
-        """Return n elements of this thread's buffer, valid until the next call in the thread."""
+        """Return elements of this thread's buffer; they are valid until the thread's next call.
+
+        Args:
+            n_elements: Number of elements.
+            dtype: Dtype of the elements.
+        """
         nbytes = n_elements * dtype.itemsize
         if self._buffer.nbytes < nbytes:
             self._buffer = torch.empty(nbytes, dtype=torch.uint8)
@@ -48,14 +73,20 @@ class Scratch(threading.local):
 
 
 class DecodingProducts:
-    """Products by decoding the weight, in bands of rows that fit a scratch buffer, and torch's product with a band."""
+    """Products that decode the weight in bands of rows that fit a scratch buffer and let torch multiply each band."""
 
     def __init__(self, scratch_nbytes: int = SCRATCH_NBYTES) -> None:
         self._scratch_nbytes = scratch_nbytes
         self._scratch = Scratch()
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        """Return x [M, K] times the weight's transpose plus bias [N]: [M, N] of x's dtype, in which it is computed."""
+        """Return x times the transposed weight plus the bias: [M, N] in x's dtype, in which it is also computed.
+
+        Args:
+            x: Activations [M, K].
+            weight: Weight [N, K].
+            bias: Bias [N], or None.
+        """
         bands = self._bands(weight, x.dtype)
         if len(bands) == 1:
             return functional.linear(x, self._decoded_rows(weight, *bands[0], x.dtype), bias)
@@ -66,7 +97,12 @@ class DecodingProducts:
         return out
 
     def input_gradient(self, grad: Tensor, weight: PackedWeight) -> Tensor:
-        """Return grad [M, N] times the weight, [M, K] of grad's dtype, in which it is computed."""
+        """Return the gradient times the weight: [M, K] in the gradient's dtype, in which it is also computed.
+
+        Args:
+            grad: Gradient of the output [M, N].
+            weight: Weight [N, K].
+        """
         (first, last), *others = self._bands(weight, grad.dtype)
         out = torch.mm(grad[:, first:last], self._decoded_rows(weight, first, last, grad.dtype))
         for first, last in others:
@@ -74,7 +110,7 @@ class DecodingProducts:
         return out
 
     def _bands(self, weight: PackedWeight, dtype: torch.dtype) -> list[tuple[int, int]]:
-        """Return ranges of rows that fit the scratch buffer and, but for the last, end at the end of a block."""
+        """Return ranges of rows that fit the scratch buffer. All except the last end at the end of a block."""
         return weight.bands(self._scratch_nbytes // dtype.itemsize)
 
     def _decoded_rows(self, weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
@@ -85,16 +121,28 @@ class DecodingProducts:
 
 
 def block_dots(values: Tensor, packed: Tensor, block_size: int, out: Tensor) -> None:
-    """Fill out float32 [n_blocks] with the blocks' sums of values [n], bf16 or fp32, times what their codes mean."""
+    """Sum values times codebook entries over each block: out[b] = sum over block b of values[j] * codebook[code[j]].
+
+    Args:
+        values: Values [n] in bf16 or fp32.
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        block_size: Number of elements per block.
+        out: Array for the sums, float32 [n_blocks].
+    """
     block_dots_into(_raw(values), FORMATS[values.dtype], _array(packed), block_size=block_size, out=_array(out))
 
 
 def product(x: Tensor, held: HeldWeight) -> Tensor:
-    """Return x [M, K] times the weight's transpose, [M, N], without decoding the weight to memory."""
+    """Return x times the transposed weight, [M, N], without writing a decoded weight to memory.
+
+    Args:
+        x: Activations [M, K], M at most 16.
+        held: Weight [N, K].
+    """
     out = torch.empty((x.shape[0], held.weight.shape[0]), dtype=x.dtype)
     ready = held.prepared(x.dtype, _prepared)
     n_threads = torch.get_num_threads()
-    if ready.instructions == "bf16":  # a token asks for every weight: views for numpy would cost as much as a small one
+    if ready.instructions == "bf16":  # addresses instead of numpy views, which would cost as much as a small product
         ready.at(x.data_ptr(), x.numel(), out.data_ptr(), team=openmp.run, n_threads=n_threads)
     else:
         ready(_raw(x), _raw(out), team=openmp.run, n_threads=n_threads)
@@ -116,16 +164,22 @@ def _prepared(weight: PackedWeight, dtype: torch.dtype) -> Product:
 
 
 def product_unsupported(m: int, weight: PackedWeight, dtype: torch.dtype) -> str | None:
-    """Return why `product` does not take x [m, K] of `dtype`, or None if it does."""
+    """Return why `product` does not support these arguments, or None if it does.
+
+    Args:
+        m: Number of rows of x.
+        weight: Weight [N, K].
+        dtype: Dtype of x.
+    """
     if dtype not in FORMATS:
-        return f"{dtype}: expected one of {', '.join(map(str, FORMATS))}"
+        return f"x has dtype {dtype}, expected one of {', '.join(map(str, FORMATS))}"
     if m > MAX_ROWS_FROM_CODES:
-        return f"m = {m}: from {MAX_ROWS_FROM_CODES + 1} rows on, decoding is faster"
+        return f"x has {m} rows; with more than {MAX_ROWS_FROM_CODES}, decoding the weight is faster"
     return unsupported(weight.shape[1], weight.block_size, FORMATS[dtype])
 
 
 def _decode_elements(weight: PackedWeight, start: int, stop: int, out: Tensor) -> None:
-    """Decode elements start to stop, whole blocks but for the last, into out [stop - start]."""
+    """Decode the elements from `start` to `stop` into out [stop - start]. All blocks except the last are complete."""
     float_format = FORMATS[out.dtype]
     size = weight.block_size
     blocks = slice(start // size, -(-stop // size))
@@ -157,7 +211,7 @@ def _decode_elements(weight: PackedWeight, start: int, stop: int, out: Tensor) -
 
 
 def _raw(tensor: Tensor) -> NDArray[Any]:
-    """Return a contiguous float tensor as raw elements [n]: 16-bit ones as uint16."""
+    """Return a contiguous float tensor as raw elements [n]; 16-bit floats become uint16."""
     flat = tensor.detach().view(-1)
     return flat.numpy() if tensor.dtype == torch.float32 else flat.view(torch.uint16).numpy()
 

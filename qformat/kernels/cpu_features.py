@@ -1,4 +1,4 @@
-"""What the CPU at hand multiplies fastest: bf16 products are slow without instructions for them, and fast with."""
+"""Choose the dtype that this CPU multiplies fastest: bf16 is fast only on CPUs with instructions for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from qformat.codec.cpu.lanes import cpu_features
 
 BF16_FEATURES = frozenset({"avx512bf16", "amx-bf16", "bf16"})
-"""LLVM's names, x86-64 and AArch64."""
+"""CPU features with products of bf16, by LLVM's names (x86-64 and AArch64)."""
 
 
 @cache
@@ -19,10 +19,10 @@ def has_fast_bf16() -> bool:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a CPU product with activations of `dtype` is computed in, when the user names none.
+    """Return the dtype in which a CPU computes a product with activations of `dtype`.
 
-    256 x 2048 by 2048 x 5632 takes 23 ms in bf16 and 99 ms in fp32 on a CPU with AVX512-BF16; without it, bf16 is the
-    slow one. fp16 is slow on every x86-64 CPU that torch knows to use it on, and fp32 holds all its values.
+    On a CPU with AVX512-BF16, 256 x 2048 by 2048 x 5632 takes 23 ms in bf16 and 99 ms in fp32. Without these
+    instructions, bf16 is slower than fp32. fp16 is slow on every x86-64 CPU, and fp32 represents all its values.
     """
     if dtype == torch.bfloat16 and has_fast_bf16():
         return torch.bfloat16

@@ -1,4 +1,4 @@
-"""The NF4 codebook as a tensor on each device that decodes."""
+"""The NF4 codebook as a tensor on each device."""
 
 from __future__ import annotations
 
@@ -12,5 +12,8 @@ from qformat.codec.codebooks import NF4_CODEBOOK
 
 @cache
 def device_codebook(device: torch.device) -> Tensor:
-    """Return the NF4 codebook, float32 [16], on a device. The first call copies: make it before capturing a graph."""
+    """Return the NF4 codebook, float32 [16], on a device.
+
+    The first call for a device copies the codebook. Make this call before you capture a CUDA graph.
+    """
     return torch.tensor(NF4_CODEBOOK.tolist(), dtype=torch.float32, device=device)

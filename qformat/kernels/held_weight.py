@@ -1,4 +1,4 @@
-"""A packed weight that stays for many products, with what a backend makes ready of it once."""
+"""A packed weight that is used for many products, with the data that a backend prepares from it once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ T = TypeVar("T")
 
 
 class HeldWeight:
-    """A weight, and what products with it prepared, by the dtype of x. A layer holds it as long as its weight is there.
+    """A weight with the data that products prepare from it, by dtype of x. A layer keeps it as long as its weight.
 
-    A decoded token multiplies with every weight once, so what depends on the weight alone must not be done each time.
+    Generating a token multiplies with every weight once, so work that depends only on the weight is done only once.
+
+    Attributes:
+        weight: The packed weight.
     """
 
     def __init__(self, weight: PackedWeight) -> None:
@@ -23,7 +26,12 @@ class HeldWeight:
         self._prepared: dict[torch.dtype, Any] = {}
 
     def prepared(self, dtype: torch.dtype, prepare: Callable[[PackedWeight, torch.dtype], T]) -> T:
-        """Return what `prepare` makes of the weight for x of `dtype`: made at the first call, kept for the others."""
+        """Return the prepared data for x of `dtype`. The first call prepares it, later calls return the same object.
+
+        Args:
+            dtype: Dtype of x.
+            prepare: Function that prepares the data from the weight and the dtype.
+        """
         kept: T | None = self._prepared.get(dtype)
         if kept is None:
             kept = self._prepared[dtype] = prepare(self.weight, dtype)

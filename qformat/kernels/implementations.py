@@ -1,4 +1,4 @@
-"""The functions that each backend has, under one signature."""
+"""The functions of each backend, with the same signatures for all."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ BlockDots = Callable[[Tensor, Tensor, int, Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """What a backend offers. Arguments are checked, contiguous and on one device; x has the dtype to compute in.
+    """The functions of one backend.
 
-    dequantize(weight, out [N, K])
-    linear(x [M, K], weight, bias [N] or None) -> [M, N]: by decoding the weight
-    input_gradient(grad [M, N], weight) -> [M, K]
-    product(x [M, K], held weight) -> [M, N]: without a decoded weight in memory, where product_unsupported(m, weight,
-        dtype) gives no reason against it
-    block_dots(values [n], packed [ceil(n/2)], block_size, out [n_blocks]): the blocks' sums of values times what their
-        codes mean, in float32; values as a matrix product gives them
+    Their arguments are already checked, contiguous and on one device. x has the dtype in which the product is computed.
+
+    Attributes:
+        dequantize: (weight, out [N, K]). Decodes the weight.
+        linear: (x [M, K], weight, bias [N] or None) -> [M, N]. Decodes the weight and multiplies.
+        input_gradient: (grad [M, N], weight) -> [M, K]. Decodes the weight and multiplies.
+        product: (x [M, K], held weight) -> [M, N]. Multiplies with the codes, without a decoded weight in memory. Call
+            it only if `product_unsupported` returns None.
+        product_unsupported: (m, weight, dtype) -> reason or None. Returns why `product` cannot be used.
+        block_dots: (values [n], packed [ceil(n / 2)], block_size, out [n_blocks]). Sums values times codebook entries
+            over each block, in float32.
     """
 
     dequantize: Dequantize
@@ -40,7 +44,11 @@ class Implementation:
 
 
 def implementation(device: torch.device) -> Implementation:
-    """Return the functions for tensors on a device. Raises BackendError if the forced backend cannot run there."""
+    """Return the functions for tensors on a device.
+
+    Raises:
+        BackendError: The forced backend cannot run on the device.
+    """
     return _MAKERS[choose(device.type).backend]()
 
 
@@ -76,10 +84,10 @@ def _torch() -> Implementation:
     from qformat.kernels import torch_decode
 
     def product(x: Tensor, held: HeldWeight) -> Tensor:
-        raise AssertionError("unsupported, as product_unsupported says")
+        raise AssertionError("product_unsupported rejects every call")
 
     def unsupported(_m: int, _weight: PackedWeight, _dtype: torch.dtype) -> str | None:
-        return "the torch backend has none"
+        return "the torch backend has no such product"
 
     return _by_decoding(torch_decode.dequantize, product, unsupported, torch_decode.block_dots)
 
@@ -93,7 +101,7 @@ def _by_decoding(
     product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None],
     block_dots: BlockDots,
 ) -> Implementation:
-    """Products by decoding the whole weight. The device's caching allocator hands out the same scratch each time."""
+    """Return products that decode the whole weight. The device's caching allocator reuses the same memory each time."""
 
     def decoded(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)

@@ -1,10 +1,10 @@
 """The torch operations on 4-bit weights: `torch.ops.qformat.dequantize_nf4`, `.linear_nf4` and `.gemv_nf4`.
 
-Each takes the components of a packed weight (see `PackedWeight`) as plain arguments, runs on CPU and CUDA tensors, has
-a fake implementation and so works under `torch.compile(fullgraph=True)`. The base weight has no gradient.
+Each takes the components of a packed weight (layout: see `PackedWeight`) as plain arguments and runs on CPU and CUDA
+tensors. Fake implementations let them work under `torch.compile(fullgraph=True)`. The weight has no gradient.
 
-They are custom operations, opaque to the compiler: a `triton_op` would be traced, kernel body included, even for CPU
-tensors, which fails where there is no driver.
+They are custom operations, which the compiler does not look into. It would trace a `triton_op` with the kernel body,
+even for CPU tensors, and that fails on machines without a GPU driver.
 """
 
 from __future__ import annotations
@@ -27,7 +27,22 @@ def dequantize_nf4(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
     nested_offset: float, block_size: int, rows: int, columns: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Return the weight [rows, columns] in bf16, fp16 or fp32. Raises UsageError for components that do not fit."""
+    """Return the decoded weight [rows, columns].
+
+    Args:
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        absmax: uint8 [n_blocks] with double quantization, float32 [n_blocks] without.
+        nested_absmax: float32 [ceil(n_blocks / 256)], or None without double quantization.
+        nested_quant_map: float32 [256], or None without double quantization.
+        nested_offset: Offset of the nested absmax, 0.0 without double quantization.
+        block_size: Number of elements per block.
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+        dtype: Dtype of the result: bf16, fp16 or fp32.
+
+    Raises:
+        UsageError: The components do not fit the shape or each other.
+    """
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, (rows, columns))
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
     implementation(packed.device).dequantize(weight, out)
@@ -45,10 +60,24 @@ def dequantize_nf4_into(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
     nested_offset: float, block_size: int, out: Tensor,
 ) -> None:  # fmt: skip
-    """Decode the weight into `out` [rows, columns], contiguous, bf16, fp16 or fp32."""
+    """Decode the weight into an existing tensor.
+
+    Args:
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        absmax: uint8 [n_blocks] with double quantization, float32 [n_blocks] without.
+        nested_absmax: float32 [ceil(n_blocks / 256)], or None without double quantization.
+        nested_quant_map: float32 [256], or None without double quantization.
+        nested_offset: Offset of the nested absmax, 0.0 without double quantization.
+        block_size: Number of elements per block.
+        out: Tensor for the result, [rows, columns], contiguous, in bf16, fp16 or fp32.
+
+    Raises:
+        UsageError: The components do not fit the shape or each other.
+    """
     if out.dim() != 2 or not out.is_contiguous() or out.device != packed.device:
         raise UsageError(
-            f"out: shape {list(out.shape)} on {out.device}, expected contiguous [rows, columns] on {packed.device}"
+            f"out: found shape {list(out.shape)} on {out.device}, "
+            f"expected contiguous [rows, columns] on {packed.device}"
         )
     shape = (out.shape[0], out.shape[1])
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, shape)
@@ -60,9 +89,25 @@ def linear_nf4(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
     nested_offset: float, block_size: int, rows: int, columns: int, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Return x [..., columns] times the transpose of the weight [rows, columns], plus bias [rows], in x's dtype.
+    """Return x times the transposed weight, plus the bias: [..., rows] in x's dtype.
 
-    Differentiable in x and bias; nothing in 16 bit is kept for backward, the weight is decoded again.
+    The result is differentiable with respect to x and the bias. The backward pass decodes the weight again, so no
+    decoded weight is kept.
+
+    Args:
+        x: Activations [..., columns].
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        absmax: uint8 [n_blocks] with double quantization, float32 [n_blocks] without.
+        nested_absmax: float32 [ceil(n_blocks / 256)], or None without double quantization.
+        nested_quant_map: float32 [256], or None without double quantization.
+        nested_offset: Offset of the nested absmax, 0.0 without double quantization.
+        block_size: Number of elements per block.
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+        bias: Bias [rows], or None.
+
+    Raises:
+        UsageError: The components do not fit the shape or each other.
     """
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, (rows, columns))
     return linear(x, HeldWeight(weight), bias)
@@ -79,7 +124,22 @@ def linear_nf4_input_gradient(
     grad: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
     nested_offset: float, block_size: int, rows: int, columns: int,
 ) -> Tensor:  # fmt: skip
-    """Return grad [..., rows] times the weight [rows, columns], in grad's dtype."""
+    """Return the gradient of the input of `linear_nf4`: [..., columns] in the dtype of `grad`.
+
+    Args:
+        grad: Gradient of the output [..., rows].
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        absmax: uint8 [n_blocks] with double quantization, float32 [n_blocks] without.
+        nested_absmax: float32 [ceil(n_blocks / 256)], or None without double quantization.
+        nested_quant_map: float32 [256], or None without double quantization.
+        nested_offset: Offset of the nested absmax, 0.0 without double quantization.
+        block_size: Number of elements per block.
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+
+    Raises:
+        UsageError: The components do not fit the shape or each other.
+    """
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, (rows, columns))
     return input_gradient(grad, weight)
 
@@ -111,16 +171,28 @@ def gemv_nf4(
     x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_quant_map: Tensor | None,
     nested_offset: float, block_size: int, rows: int, columns: int,
 ) -> Tensor:  # fmt: skip
-    """Return x [M, columns], M <= 16, times the weight's transpose, without writing the decoded weight to memory.
+    """Return x times the transposed weight, [M, rows], without writing the decoded weight to memory.
 
-    Raises UsageError with the reason where the backend has no such product for these shapes and dtypes.
+    Args:
+        x: Activations [M, columns], M at most 16.
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        absmax: uint8 [n_blocks] with double quantization, float32 [n_blocks] without.
+        nested_absmax: float32 [ceil(n_blocks / 256)], or None without double quantization.
+        nested_quant_map: float32 [256], or None without double quantization.
+        nested_offset: Offset of the nested absmax, 0.0 without double quantization.
+        block_size: Number of elements per block.
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+
+    Raises:
+        UsageError: The backend does not support these shapes or dtypes; the message gives the reason.
     """
     weight = PackedWeight(packed, absmax, nested_absmax, nested_quant_map, nested_offset, block_size, (rows, columns))
     backend = implementation(x.device)
     flat = _as_rows(x, columns)
     reason = backend.product_unsupported(flat.shape[0], weight, x.dtype)
     if reason is not None:
-        raise UsageError(f"gemv_nf4: {reason}. Use linear_nf4, which decodes the weight where it must")
+        raise UsageError(f"gemv_nf4: {reason}. Use linear_nf4, which decodes the weight if necessary")
     return backend.product(flat, HeldWeight(weight))
 
 
@@ -131,12 +203,24 @@ def _(x: Tensor, *others: Any) -> Tensor:
 
 
 def linear(x: Tensor, held: HeldWeight, bias: Tensor | None = None) -> Tensor:
-    """`linear_nf4` without gradients and without torch's dispatcher (20 us a call): for eager inference."""
+    """Compute `linear_nf4` without gradients and without torch's dispatcher (20 us per call), for eager inference.
+
+    Args:
+        x: Activations [..., columns].
+        held: Weight [rows, columns].
+        bias: Bias [rows], or None.
+
+    Returns:
+        x times the transposed weight, plus the bias: [..., rows] in x's dtype.
+
+    Raises:
+        UsageError: The last dimension of x is not `columns`, or x is on another device than the weight.
+    """
     weight = held.weight
     rows, columns = weight.shape
     flat = _as_rows(x, columns)
     if x.device != weight.device:
-        raise UsageError(f"x: on {x.device}, but the weight is on {weight.device}")
+        raise UsageError(f"x: is on {x.device}, but the weight is on {weight.device}")
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], rows))
     backend = implementation(x.device)
@@ -151,7 +235,12 @@ def linear(x: Tensor, held: HeldWeight, bias: Tensor | None = None) -> Tensor:
 
 
 def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
-    """`linear_nf4_input_gradient` without torch's dispatcher: for autograd functions that are already past it."""
+    """Compute `linear_nf4_input_gradient` without torch's dispatcher, for autograd functions that are already past it.
+
+    Args:
+        grad: Gradient of the output [..., rows].
+        weight: Weight [rows, columns].
+    """
     rows, columns = weight.shape
     flat = _as_rows(grad, rows)
     dtype = product_dtype(flat)
@@ -161,10 +250,10 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
 
 def _as_rows(x: Tensor, columns: int) -> Tensor:
     if x.dim() == 0 or x.shape[-1] != columns:
-        raise UsageError(f"x: shape {list(x.shape)}, expected [..., {columns}]")
+        raise UsageError(f"x: found shape {list(x.shape)}, expected [..., {columns}]")
     return x.reshape(-1, columns).contiguous()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which products with x are computed: that of x but for CPUs that are slow in it."""
+    """Return the dtype in which products with x are computed: x's dtype, except on CPUs that are slow in it."""
     return compute_dtype(x.dtype) if x.device.type == "cpu" else x.dtype

@@ -1,11 +1,17 @@
-"""The linear operation whose scales are trained: `torch.ops.qformat.linear_nf4_scaled` and its gradients.
+"""A linear operation with trainable scales: `torch.ops.qformat.linear_nf4_scaled` and its gradients.
 
-y = x W^T + bias with W[n, k] = codebook[code] * scale of its block: codes stay, scales are float32 and have a gradient,
+    y = x W^T + bias,    W[n, k] = codebook[code[n, k]] * scale[b]
 
-    d scale[b] = sum over the block of dW[n, k] * codebook[code],    dW = dy^T x,
+The codes are constant. The scales are float32, one per block b, and have the gradient
 
-taken a chunk of rows of dW at a time, so that no gradient of the whole weight is ever there. As in `ops`, the weight
-itself is decoded again for the gradient of x.
+    d scale[b] = sum over block b of dW[n, k] * codebook[code[n, k]],    dW = dy^T x
+
+dW is computed in bands of rows, so the gradient of the whole weight never exists in memory:
+
+    dy [M, N]  ┐          dW, rows 0 .. r-1    ──► d scale of their blocks
+    x  [M, K]  ┴ mm ───►  dW, rows r .. 2r-1   ──► d scale of their blocks    (in the same buffer)
+
+As in `ops`, the weight is decoded again for the gradient of x.
 """
 
 from __future__ import annotations
@@ -22,16 +28,25 @@ from qformat.kernels.implementations import implementation
 from qformat.kernels.packed_weight import PackedWeight
 
 MAX_CHUNK_ELEMENTS = 1 << 22
-"""Elements of the weight's gradient that exist at a time: 8 MiB in bf16."""
+"""Largest number of elements of the weight's gradient in memory at a time: 8 MiB in bf16."""
 
 
 @torch.library.custom_op("qformat::linear_nf4_scaled", mutates_args=())
 def linear_nf4_scaled(
     x: Tensor, packed: Tensor, scales: Tensor, block_size: int, rows: int, columns: int, bias: Tensor | None
 ) -> Tensor:
-    """Return x [..., columns] times the transpose of the weight [rows, columns], plus bias [rows], in x's dtype.
+    """Return x times the transposed weight, plus the bias: [..., rows] in x's dtype.
 
-    packed: uint8 [ceil(n/2)]; scales: float32 [n_blocks]. Differentiable in x, scales and bias.
+    The result is differentiable with respect to x, the scales and the bias.
+
+    Args:
+        x: Activations [..., columns].
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        scales: Scale of each block, float32 [n_blocks].
+        block_size: Number of elements per block.
+        rows: Rows of the weight.
+        columns: Columns of the weight.
+        bias: Bias [rows], or None.
     """
     return ops.linear(x, HeldWeight(_weight(packed, scales, block_size, rows, columns)), bias)
 
@@ -45,9 +60,18 @@ def _(x: Tensor, packed: Any, scales: Any, block_size: Any, rows: int, columns: 
 def linear_nf4_scale_gradient(
     grad: Tensor, x: Tensor, packed: Tensor, scales: Tensor, block_size: int, rows: int, columns: int
 ) -> Tensor:
-    """Return the gradient of the scales, float32 [n_blocks], from that of the output [..., rows] and x [..., columns].
+    """Return the gradient of the scales, float32 [n_blocks].
 
-    The products are taken in the dtype that the forward product is taken in, and summed over a block in float32.
+    The products are computed in the dtype of the forward product and summed over each block in float32.
+
+    Args:
+        grad: Gradient of the output [..., rows].
+        x: Activations [..., columns].
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        scales: Scale of each block, float32 [n_blocks].
+        block_size: Number of elements per block.
+        rows: Rows of the weight.
+        columns: Columns of the weight.
     """
     return scale_gradient(grad, x, _weight(packed, scales, block_size, rows, columns))
 
@@ -58,10 +82,26 @@ def _(grad: Any, x: Any, packed: Any, scales: Tensor, block_size: Any, rows: Any
 
 
 def scale_gradient(grad: Tensor, x: Tensor, weight: PackedWeight, *, max_elements: int = MAX_CHUNK_ELEMENTS) -> Tensor:
-    """`linear_nf4_scale_gradient` without torch's dispatcher, with at most `max_elements` of the weight's gradient."""
+    """Compute `linear_nf4_scale_gradient` without torch's dispatcher.
+
+    Args:
+        grad: Gradient of the output [..., rows].
+        x: Activations [..., columns].
+        weight: Weight [rows, columns] with float32 scales as its absmax.
+        max_elements: Largest number of elements of the weight's gradient in memory at a time.
+
+    Returns:
+        The gradient of the scales, float32 [n_blocks].
+
+    Raises:
+        UsageError: The shapes or dtypes of `grad` and x do not fit the weight.
+    """
     rows, columns = weight.shape
     if grad.shape != (*x.shape[:-1], rows) or x.shape[-1] != columns or grad.dtype != x.dtype:
-        raise UsageError(f"grad: {grad.dtype} {list(grad.shape)}, x: {x.dtype} {list(x.shape)} of a {rows}x{columns}")
+        raise UsageError(
+            f"grad: found {grad.dtype} {list(grad.shape)} with x {x.dtype} {list(x.shape)}, "
+            f"expected [..., {rows}] with x [..., {columns}] of the same dtype"
+        )
     block_dots, block_size = implementation(x.device).block_dots, weight.block_size
     flat_x, flat_grad = x.reshape(-1, columns), grad.reshape(-1, rows)
     dtype = ops.product_dtype(flat_x)
@@ -84,7 +124,7 @@ def _weight(packed: Tensor, scales: Tensor, block_size: int, rows: int, columns:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, packed, scales, *numbers, _ = inputs
-    # x is needed for the gradient of the scales only.
+    # Only the gradient of the scales needs x.
     ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, packed, scales)
     ctx.numbers = numbers
 

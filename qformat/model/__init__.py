@@ -1,1 +1,1 @@
-"""Running models on packed weights: layers, building, mapping, transformers and PEFT."""
+"""Run models on packed weights: layers, model building, memory mapping, transformers and PEFT."""

@@ -1,4 +1,7 @@
-"""A transformers model around given tensors: made on the meta device, its packed Linears replaced, nothing copied."""
+"""Build a transformers model around given tensors.
+
+The model is made on the meta device, and an `NF4Linear` replaces each packed Linear. Nothing is copied.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,15 @@ from qformat.names import CONFIG_NAME, INDEX_NAME
 
 
 def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """Read an artifact's config.json. Raises ArtifactError if transformers does not know the architecture."""
+    """Read the config.json of a model.
+
+    Args:
+        path: Directory of the model.
+        trust_remote_code: Whether to run Python code that comes with the model.
+
+    Raises:
+        ArtifactError: transformers cannot read the file or does not know the architecture.
+    """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         return config
@@ -31,19 +42,31 @@ def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             path / CONFIG_NAME,
             f"transformers {transformers.__version__} cannot read it: {_first_line(error)}",
             field="model_type",
-            next_step="Update transformers, or, if you trust the code that comes with the model, trust_remote_code",
+            next_step="Update transformers. If the model brings its own code and you trust it, pass trust_remote_code",
         ) from error
 
 
 def dtype_of(config: PretrainedConfig) -> torch.dtype:
-    """Return the format of a model's arithmetic that its config names, by default bfloat16."""
+    """Return the dtype in a model's config, or bfloat16 if the config has none."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
 def build_on_meta(
     path: Path, config: PretrainedConfig, *, dtype: torch.dtype, trust_remote_code: bool, attention: str | None
 ) -> PreTrainedModel:
-    """Make the model that config.json names, without memory for its weights. Raises ArtifactError if there is none."""
+    """Build the model that config.json describes on the meta device, without memory for its weights.
+
+    Args:
+        path: Directory of the model, for code that comes with it and for messages.
+        config: Config of the model.
+        dtype: Dtype of the floating-point tensors.
+        trust_remote_code: Whether to run Python code that comes with the model.
+        attention: Name of a transformers attention implementation, or None for the default.
+
+    Raises:
+        ArtifactError: No model can be built from the config.
+        UsageError: The model needs a package that is not installed.
+    """
     chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
         with torch.device("meta"), no_init_weights():
@@ -52,21 +75,31 @@ def build_on_meta(
         raise UsageError(f"{path}: the model needs a package that is not installed: {_first_line(error)}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise ArtifactError(
-            Reason.CONFIG_FIELD, path / CONFIG_NAME, f"no model can be built from it: {_first_line(error)}"
+            Reason.CONFIG_FIELD, path / CONFIG_NAME, f"cannot build a model from it: {_first_line(error)}"
         ) from error
     if not isinstance(model, PreTrainedModel):
-        raise ArtifactError(Reason.CONFIG_FIELD, path / CONFIG_NAME, "names no model", field="architectures")
+        raise ArtifactError(
+            Reason.CONFIG_FIELD, path / CONFIG_NAME, "is not a transformers model class", field="architectures"
+        )
     return model
 
 
 def attach(
     model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], names: Mapping[str, str], path: Path
 ) -> dict[str, str]:
-    """Hang all tensors into a model on the meta device; then nothing of it is left there.
+    """Attach all tensors to a model on the meta device; afterwards no tensor of the model is on the meta device.
 
-    names: of `names_in_model`. Return those of the tensors that it took: it reads over some, as transformers does.
+    Args:
+        model: Model from `build_on_meta`.
+        tensors: Tensors by their names in the files.
+        names: The model's name of each tensor, from `names_in_model`.
+        path: Directory of the model, for messages.
 
-    Raises ArtifactError for a tensor that the model has no place for, one of another shape, and one that is missing.
+    Returns:
+        The entries of `names` that were attached. Some tensors are skipped, the same ones that transformers skips.
+
+    Raises:
+        ArtifactError: The model has no place for a tensor, a shape differs, or a tensor is missing.
     """
     originals = {renamed: name for name, renamed in names.items()}
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
@@ -109,14 +142,23 @@ def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) 
         path / CONFIG_NAME,
         f"transformers {transformers.__version__} has no {' or '.join(map(repr, names)) or 'model of this name'}",
         field="architectures",
-        next_step="Update transformers, or, if the model brings its own code and you trust it, pass trust_remote_code",
+        next_step="Update transformers. If the model brings its own code and you trust it, pass trust_remote_code",
     )
 
 
 def names_in_model(model: PreTrainedModel, names: Iterable[str], path: Path) -> dict[str, str]:
-    """Return the model's names of a checkpoint's tensors; transformers renames those of some architectures.
+    """Return the model's name of each tensor in a checkpoint; transformers renames tensors of some architectures.
 
-    Raises: ArtifactError for one that transformers does not only rename but merges with others.
+    Args:
+        model: Model on any device, including the meta device.
+        names: Names in the checkpoint.
+        path: Directory of the checkpoint, for messages.
+
+    Returns:
+        The name in the model by the name in the checkpoint.
+
+    Raises:
+        ArtifactError: transformers merges a tensor with others instead of only renaming it.
     """
     present = model.state_dict()
     rename = name_in_model(model, present)
@@ -126,26 +168,45 @@ def names_in_model(model: PreTrainedModel, names: Iterable[str], path: Path) -> 
         if name in present and (merged or renamed not in present):
             renamed = name
         elif merged:
-            raise _does_not_fit(path, name, f"transformers merges it into {renamed}, which packed weights cannot be")
+            raise _does_not_fit(path, name, f"transformers merges it into {renamed}; packed weights cannot be merged")
         found[name] = renamed
     return found
 
 
 def linear_at(model: nn.Module, name: str, path: Path) -> nn.Linear:
-    """Return the layer of a packed weight. Raises ArtifactError where the model has none."""
+    """Return the layer that owns a packed weight.
+
+    Args:
+        model: Model to look in.
+        name: Name of the weight in the model, `LAYER.weight`.
+        path: Directory of the model, for messages.
+
+    Raises:
+        ArtifactError: The model has no such layer, or the layer is not an `nn.Linear`.
+    """
     try:
         module = model.get_submodule(name.removesuffix(".weight"))
     except AttributeError:
         raise _does_not_fit(path, name, f"the model that {CONFIG_NAME} describes has no such layer") from None
     if not isinstance(module, nn.Linear):
-        raise _does_not_fit(path, name, f"is packed, but the model has a {type(module).__name__} there, no Linear")
+        raise _does_not_fit(
+            path, name, f"is packed, but its layer in the model is a {type(module).__name__}, not a Linear"
+        )
     return module
 
 
 def replace_linear(model: nn.Module, name: str, packed: PackedComponents, path: Path, biases: set[str]) -> None:
-    """Put an `NF4Linear` in the place of a packed weight's layer; `biases` are those that the files have.
+    """Replace the layer of a packed weight with an `NF4Linear`.
 
-    Raises: ArtifactError where the layer is missing, no Linear, of another shape, or its bias is missing.
+    Args:
+        model: Model to change in place.
+        name: Name of the weight in the model, `LAYER.weight`.
+        packed: Components of the weight.
+        path: Directory of the model, for messages.
+        biases: Names of all biases in the files.
+
+    Raises:
+        ArtifactError: The layer is missing, is not a Linear, has another shape, or its bias is missing.
     """
     old = linear_at(model, name, path)
     module_name = name.removesuffix(".weight")
@@ -153,7 +214,7 @@ def replace_linear(model: nn.Module, name: str, packed: PackedComponents, path: 
     parent = model.get_submodule(parent_name)
     shape = (old.out_features, old.in_features)
     if tuple(packed.state.shape) != shape:
-        raise _does_not_fit(path, name, f"shape {list(packed.state.shape)}, but the model has {list(shape)}")
+        raise _does_not_fit(path, name, f"shape {list(packed.state.shape)}, but the model expects {list(shape)}")
     new = NF4Linear(old.in_features, old.out_features, packed.components, packed.state)
     if old.bias is not None:
         if f"{module_name}.bias" not in biases:
@@ -165,20 +226,20 @@ def replace_linear(model: nn.Module, name: str, packed: PackedComponents, path: 
 
 def _set_tensor(model: nn.Module, name: str, tensor: Tensor, place: Tensor, path: Path) -> None:
     if tuple(tensor.shape) != tuple(place.shape):
-        raise _does_not_fit(path, name, f"shape {list(tensor.shape)}, but the model has {list(place.shape)}")
+        raise _does_not_fit(path, name, f"shape {list(tensor.shape)}, but the model expects {list(place.shape)}")
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     wanted = place.dtype if place.dtype.is_floating_point and tensor.dtype.is_floating_point else tensor.dtype
     value = tensor.to(wanted)
     if leaf in parent._parameters:
-        # Integer parameters exist, and cannot have gradients.
+        # Integer parameters cannot have gradients.
         parent._parameters[leaf] = nn.Parameter(value, requires_grad=place.requires_grad and value.is_floating_point())
     else:
         parent._buffers[leaf] = value
 
 
 def _is_expected_extra(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers, too, reads over a tensor: another head's, or a buffer that is computed nowadays."""
+    """Return whether transformers also skips a tensor: a tensor of another head, or a buffer that is now computed."""
     patterns = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$", r"\.masked_bias$"]
     tied = model.all_tied_weights_keys
     return name in tied or any(re.search(pattern, name) for pattern in patterns)
@@ -192,7 +253,12 @@ def _check_complete(model: PreTrainedModel, path: Path) -> None:
 
 
 def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no file holds (rotary frequencies and the like) as the model's own code does."""
+    """Compute the buffers that no file holds, such as rotary frequencies, with the model's own code.
+
+    Args:
+        model: Model whose other tensors are attached.
+        device: Device of the buffers.
+    """
     for tensors in _tensors_by_module(model, persistent=False):
         for tensor in tensors:
             tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
@@ -206,7 +272,10 @@ def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers, tied ones under each name; torch's own walks take several times as long."""
+    """Return all parameters and buffers, tied ones under each of their names.
+
+    torch's own iterators take several times as long.
+    """
     return {
         f"{prefix}.{name}" if prefix else name: tensor
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -217,7 +286,10 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensors_by_module(model: nn.Module, *, persistent: bool) -> Iterator[list[Tensor]]:
-    """Yield the tensors of each module, or only those of its state; `parameters()` and `buffers()` take far longer."""
+    """Yield the tensors of each module. `parameters()` and `buffers()` of torch take far longer.
+
+    With `persistent`, leave out buffers that are not part of the module's state.
+    """
     for module in model.modules():
         left_out = module._non_persistent_buffers_set if persistent else ()
         buffers = [buffer for name, buffer in module._buffers.items() if name not in left_out]
@@ -228,9 +300,9 @@ def _missing(path: Path, name: str) -> ArtifactError:
     return ArtifactError(
         Reason.MISSING_COMPONENT,
         path / INDEX_NAME,
-        f"the model that {CONFIG_NAME} describes needs it, and no shard has it",
+        f"the model that {CONFIG_NAME} describes needs it, but no shard has it",
         tensor=name,
-        next_step=f"{CONFIG_NAME} and the shards are of different models, or a file of the source was left out",
+        next_step=f"{CONFIG_NAME} and the shards belong to different models, or a file of the source was left out",
     )
 
 
@@ -240,7 +312,7 @@ def _does_not_fit(path: Path, name: str, problem: str) -> ArtifactError:
         path / CONFIG_NAME,
         problem,
         tensor=name,
-        next_step=f"{CONFIG_NAME} and the shards are of different models, or transformers renames the tensors",
+        next_step=f"{CONFIG_NAME} and the shards belong to different models, or transformers renames the tensors",
     )
 
 

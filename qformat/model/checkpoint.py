@@ -1,4 +1,4 @@
-"""`load_checkpoint`: a 16-bit checkpoint, mapped, as the model that an artifact is measured against and tuned to."""
+"""Load a 16-bit checkpoint by mapping its files: the reference that an artifact is measured against and tuned to."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ logger = logging.getLogger(__name__)
 
 
 def find_folder(model: Path | str) -> Path:
-    """Return the folder of a model: a folder, or the snapshot that the Hub's cache has of a repository `owner/name`.
+    """Return the directory of a model: a local directory, or the cached snapshot of a Hub repository `owner/name`.
 
-    Raises UsageError where there is neither; nothing is fetched.
+    Nothing is downloaded.
+
+    Raises:
+        UsageError: The directory does not exist and the Hub's cache has no snapshot of the repository.
     """
     if os.path.lexists(model) or not is_repository_name(str(model)):
         if not os.path.isdir(model):
-            raise UsageError(f"{model}: there is no such folder. Give a model's folder, or owner/name of the Hub")
+            problem = "is not a directory" if os.path.lexists(model) else "does not exist"
+            raise UsageError(f"{model}: {problem}. Pass a model's directory, or owner/name of a Hub repository")
         return Path(model)
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError as problem:
-        raise UsageError(f"{model}: this needs huggingface_hub: pip install 'qformat[models]' ({problem})") from problem
+    except ImportError as error:
+        raise UsageError(f"{model}: needs huggingface_hub ({error}). Run pip install 'qformat[models]'") from error
     try:
         return Path(snapshot_download(str(model), local_files_only=True))
     except LocalEntryNotFoundError:
         raise UsageError(
-            f"{model}: there is no such folder, and the Hub's cache does not have it. Fetch it: hf download {model}"
+            f"{model}: does not exist, and the Hub's cache has no such repository. To download it: hf download {model}"
         ) from None
 
 
@@ -50,7 +54,23 @@ def load_any(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load an artifact, a folder of bitsandbytes, or a 16-bit checkpoint. Raises as `load_model`, and SourceError."""
+    """Load an artifact, a directory that bitsandbytes wrote, or a 16-bit checkpoint.
+
+    Args:
+        path: Directory of the model.
+        device: Device to run on. Default: the GPU if there is one.
+        dtype: Dtype of activations and of kept tensors. Default: the dtype in config.json.
+        trust_remote_code: Whether to run Python code that comes with the model.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ArtifactError: A file of an artifact is damaged or does not fit config.json.
+        SourceError: A file of a 16-bit checkpoint is damaged.
+        UsageError: The device cannot be used.
+        DeviceMemoryError: The weights do not fit into free memory.
+    """
     packed = os.path.lexists(path / MANIFEST_NAME)
     if not packed and os.path.lexists(path / CONFIG_NAME):
         packed = bool(packed_names(read_headers(path, error=SourceError).located))
@@ -67,16 +87,29 @@ def load_checkpoint(
 ) -> PreTrainedModel:
     """Load a 16-bit checkpoint in safetensors files as a transformers model whose weights are views of the files.
 
-    dtype: of the arithmetic, by default that of config.json; another one copies the weights. Weights that transformers
-        merges (the experts of most mixtures) cannot be views: such a model is loaded by transformers, into memory.
-    Raises SourceError and ArtifactError for damaged files and those that do not fit config.json; UsageError for a
-        device that is not there or too small.
+    Weights that transformers merges (the experts of most mixture-of-experts models) cannot be views. transformers loads
+    such a model into memory.
+
+    Args:
+        path: Directory of the checkpoint.
+        device: Device to run on. Default: the GPU if there is one.
+        dtype: Dtype of weights and activations. Default: the dtype in config.json. Any other dtype copies the weights.
+        trust_remote_code: Whether to run Python code that comes with the model.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        SourceError: A file of the checkpoint is damaged.
+        ArtifactError: The tensors do not fit config.json.
+        UsageError: The device cannot be used.
+        DeviceMemoryError: The weights do not fit into free memory.
     """
     path = Path(path)
     shards = MappedShards(read_headers(path, error=SourceError))
     target = chosen_device(device)
     if _merges_weights(shards, trust_remote_code=trust_remote_code):
-        logger.warning("%s: transformers merges its experts, so that it is read into memory, not mapped", path)
+        logger.warning("%s: transformers merges the experts' weights, so they are read into memory, not mapped", path)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", trust_remote_code=trust_remote_code
         )

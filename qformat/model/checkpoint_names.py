@@ -1,4 +1,4 @@
-"""What transformers calls a checkpoint's tensors in the model: it renames or merges those of some architectures."""
+"""Map tensor names in a checkpoint to names in the model. transformers renames or merges tensors of some models."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 
 def name_in_model(model: PreTrainedModel, present: dict[str, Any]) -> Callable[[str], tuple[str, bool]]:
-    """Return a function from a tensor's name in a checkpoint to that in the model, and whether it is merged there.
+    """Return a function that maps a tensor's name in a checkpoint to its name in the model.
 
-    present: the model's state by name.
+    Args:
+        model: Model on any device, including the meta device.
+        present: State of the model by name, as `model.state_dict()` returns it.
+
+    Returns:
+        A function that takes a name in the checkpoint and returns the name in the model and whether transformers
+        merges the tensor with others there.
     """
     entries = get_model_conversion_mapping(model)
     renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]

@@ -1,4 +1,4 @@
-"""`load_model`: from an artifact's folder to a running transformers model, without a copy of its weights."""
+"""Load an artifact as a running transformers model without copying its weights."""
 
 from __future__ import annotations
 
@@ -46,28 +46,40 @@ def load_model(
 ) -> PreTrainedModel:
     """Load an artifact as a transformers model whose 4-bit weights stay packed.
 
-    artifact: its folder, or what `open_shards` has opened.
-    device: where it runs, by default the GPU if there is one. On the CPU every tensor is a view of the mapped file, on
-        a GPU one of its shard, which is read into a single allocation.
-    dtype: of activations and of what was kept in 16 bit, by default that of config.json; another one copies the latter.
-    verify: "structure" checks all but the weights' bytes; "full" reads every byte and compares its digest; "none" reads
-        no manifest, as of a folder that has none: headers and small maps are checked against one another.
-    attention: transformers' name of an attention implementation.
-    device_map: for a model larger than a GPU. Layers that it maps to "cpu" stay in pinned host memory and are copied to
-        the GPU one after the other, each while the one before it runs. "auto": as few as `max_memory` of the device
-        asks for, by default nine tenths of what is free. Training needs gradient checkpointing.
-    max_memory: bytes, or "10GiB", by device: the GPU, and "cpu".
+    If memory is insufficient, loading stops before it reads any weight and reports how much is needed.
 
-    Raises: ArtifactError for a damaged artifact (the reasons of `qformat verify`), for a config.json that does not fit
-    the tensors and for an architecture that transformers does not know; UsageError for a device that is not
-    there; DeviceMemoryError, before anything is read, where memory does not suffice, with what is needed.
+    Args:
+        artifact: Directory of the artifact, or its shards as `open_shards` returns them.
+        device: Device to run on. Default: the GPU if there is one. On the CPU, every tensor is a view of the mapped
+            file. On a GPU, each shard is read into one allocation, and the tensors are views of it.
+        dtype: Dtype of activations and of kept tensors. Default: the dtype in config.json. Any other dtype copies the
+            kept tensors.
+        verify: What to check. "structure": everything except the bytes of the weights. "full": also every byte,
+            against the digests. "none": ignore the manifest and only check headers and small components against each
+            other.
+        trust_remote_code: Whether to run Python code that comes with the model.
+        attention: Name of a transformers attention implementation. Default: the choice of transformers.
+        device_map: For a model that is larger than the GPU's memory. Layers mapped to "cpu" stay in pinned host memory;
+            each is copied to the GPU while the layer before it runs. "auto" keeps as few layers in host memory as
+            `max_memory` allows. Training then needs gradient checkpointing.
+        max_memory: Memory limit by device (the GPU, and "cpu"), in bytes or as text such as "10GiB". Default for the
+            GPU: 90 % of its free memory.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ArtifactError: The artifact is damaged (with the reasons of `qformat verify`), config.json does not fit the
+            tensors, or transformers does not know the architecture.
+        UsageError: The device cannot be used, or the options do not fit together.
+        DeviceMemoryError: The weights do not fit into memory. The message states how much is needed.
     """
     target = chosen_device(device)
     shards = artifact if isinstance(artifact, MappedShards) else _opened(Path(artifact), verify)
     if device_map is not None and target.type == "cpu":
-        raise UsageError("device_map: is for a GPU. On the CPU weights are mapped: pages are read when they are needed")
+        raise UsageError("device_map is for a GPU. On the CPU, weights are mapped, and pages are read when needed")
     if max_memory is not None and device_map is None:
-        raise UsageError("max_memory: says what device_map='auto' may use, and there is no device_map")
+        raise UsageError("max_memory only applies together with device_map. Add device_map='auto'")
     if verify == "full":
         _check_digests(shards, streamed=target.type != "cpu" and device_map is None)
     return model_of_shards(
@@ -93,10 +105,28 @@ def model_of_shards(
     device_map: DeviceMap | None = None,
     max_memory: Mapping[DeviceName, int | str] | None = None,
 ) -> PreTrainedModel:
-    """Build the model of opened shards around them; see `load_model`."""
+    """Build a model around open shards.
+
+    Args:
+        shards: Open shards of an artifact or a checkpoint.
+        device: Device to run on.
+        dtype: Dtype of activations and of kept tensors. None: the dtype in config.json.
+        verify: What to check while shards are copied to a device; see `load_model`.
+        trust_remote_code: Whether to run Python code that comes with the model.
+        attention: Name of a transformers attention implementation, or None for the default.
+        device_map: Which layers stay in host memory; see `load_model`.
+        max_memory: Memory limit by device; see `load_model`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ArtifactError: A file is damaged or does not fit config.json.
+        DeviceMemoryError: The weights do not fit into memory.
+    """
     path = shards.path
     data = None
-    if verify == "full" and device_map is None:  # digests are compared before anything is made of the bytes
+    if verify == "full" and device_map is None:  # compare digests before anything uses the bytes
         data = _shard_data(shards, device, verify)
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
@@ -127,14 +157,17 @@ def _opened(path: Path, verify: Verify) -> MappedShards:
 
 
 def open_shards(path: Path) -> MappedShards:
-    """Open an artifact, or a folder of NF4 weights that bitsandbytes + transformers wrote, which has no digests.
+    """Open the shards of an artifact, or of a directory of NF4 weights that bitsandbytes and transformers wrote.
 
-    Raises: ArtifactError for a damaged one.
+    The latter has no digests; a warning is logged.
+
+    Raises:
+        ArtifactError: A file is missing or damaged.
     """
     if os.path.lexists(path / MANIFEST_NAME) or not os.path.lexists(path / CONFIG_NAME):
         return open_artifact(path)
     shards = MappedShards(read_bitsandbytes_folder(path))
-    logger.warning("%s has no %s: no digests tell whether its weights are whole", path, MANIFEST_NAME)
+    logger.warning("%s has no %s, so its weights cannot be checked against digests", path, MANIFEST_NAME)
     return shards
 
 
@@ -143,14 +176,27 @@ def _shard_data(shards: MappedShards, device: torch.device, verify: Verify) -> d
 
 
 def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verify) -> dict[str, ShardData]:
-    """Copy the shards to a device, one allocation each. Raises DeviceMemoryError, before reading, if it is small."""
+    """Copy the shards to a device, one allocation each.
+
+    Args:
+        layout: Checked layout of the shards.
+        device: Target device.
+        verify: "full" compares the digests of the bytes that are copied; any other value compares none.
+
+    Returns:
+        The data of each shard by the shard's name.
+
+    Raises:
+        DeviceMemoryError: The shards do not fit into the device's free memory. Raised before anything is read.
+        ArtifactError: A file was changed, truncated or removed, or a digest differs.
+    """
     starts = data_starts(layout)
     needed = sum(layout.shard_nbytes[shard] - start for shard, start in starts.items())
     free = free_nbytes(device)
     if free is not None and needed > free:
         raise DeviceMemoryError(
-            f"{layout.path}: the weights need {format_nbytes(needed, rounding='up')}, "
-            f"and {device} has {format_nbytes(free, rounding='down')} free. "
+            f"{layout.path}: not enough memory on {device}: the weights need {format_nbytes(needed, rounding='up')}, "
+            f"{format_nbytes(free, rounding='down')} is free. "
             "Free memory there, keep layers in host memory with device_map='auto', or use the CPU"
         )
     data = stream_shards(layout, TorchDevice(device), verify=verify)
@@ -158,9 +204,9 @@ def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verif
 
 
 def _check_digests(shards: MappedShards, *, streamed: bool) -> None:
-    """Compare all digests, or those of the files beside the shards: streamed shards are hashed on their way."""
+    """Compare all digests. If shards are streamed, leave them out: they are hashed while they are copied."""
     if not isinstance(shards, Artifact):
-        raise UsageError(f"{shards.path}: has no manifest, so there are no digests that verify='full' could compare")
+        raise UsageError(f"{shards.path}: verify='full' needs the digests of a manifest. This directory has none")
     path = shards.path
     findings = (
         verify_other_files(path, shards.manifest)
@@ -172,13 +218,17 @@ def _check_digests(shards: MappedShards, *, streamed: bool) -> None:
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:
-    """Return a device, by default the GPU if there is one. Raises UsageError where it cannot be used."""
+    """Return the device to use, by default the GPU if there is one.
+
+    Raises:
+        UsageError: The device cannot be used on this machine.
+    """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise UsageError(f"device {device!r} cannot be used here: {first}") from error
+        raise UsageError(f"device {device!r} cannot be used on this machine: {first}") from error
     return chosen
 
 
@@ -190,7 +240,15 @@ def _set_generation_config(model: PreTrainedModel, path: Path) -> None:
 
 
 def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer that lies beside the weights."""
+    """Load the tokenizer in a model's directory.
+
+    Args:
+        path: Directory of the model.
+        trust_remote_code: Whether to run Python code that comes with the model.
+
+    Returns:
+        The tokenizer, as `transformers.AutoTokenizer` loads it.
+    """
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

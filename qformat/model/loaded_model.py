@@ -1,7 +1,7 @@
-"""What a model that was loaded from files adds to its transformers class: it writes them back, and minds the mapping.
+"""Let a loaded model write its files back, and detect changes of the mapped files.
 
-`adopt` gives a model a class of its own, with the same name, as torch's FSDP2 does: transformers offers quantizers no
-hook that writes files in another layout than its own (`get_state_dict_and_metadata` only names tensors).
+`adopt` gives the model a class of its own with the same name, as torch's FSDP2 does. transformers has no hook for
+quantizers that writes files in a layout other than its own (`get_state_dict_and_metadata` only renames tensors).
 """
 
 from __future__ import annotations
@@ -40,22 +40,25 @@ _DEFAULTS = {
     "is_main_process": True, "state_dict": None, "push_to_hub": False, "max_shard_size": "50GB", "variant": None,
     "token": None, "save_peft_format": True, "save_original_format": True, "distributed_checkpoint": False,
 }  # fmt: skip
-"""Of transformers' `save_pretrained`. Any other choice is about a checkpoint in transformers' own layout."""
+"""Defaults of transformers' `save_pretrained`. Any other value asks for a checkpoint in transformers' own layout."""
 
 _NEXT_STEP = (
-    f"{FETCH_AGAIN} and load the model anew, or write its tensors alone with save_pretrained(..., state_dict=...)"
+    f"{FETCH_AGAIN} and load the model again, or write only its tensors with save_pretrained(..., state_dict=...)"
 )
-"""What helps where a file is no longer what the model was loaded from."""
+"""Advice if a file has changed since the model was loaded from it."""
 
 _NOT_COMPARED = {"dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path"}
-"""Members of a config that loading changes, or that say how it was written."""
+"""Members of a config that loading changes, or that describe how the config was written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
     """The files that a model was loaded from.
 
-    names: the model's name of each tensor in them. The watch is over the files that tensors are views of.
+    Attributes:
+        layout: Layout of the shards.
+        names: The model's name of each tensor in the files.
+        watch: Detects changes of the files that tensors are views of.
     """
 
     layout: ShardLayout
@@ -67,19 +70,29 @@ class Origin:
 
 
 class LoadedModel:
-    """Mixed into a transformers class by `adopt`."""
+    """Mixin that `adopt` adds to a transformers class."""
 
     _qformat_origin: Origin
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """Write the artifact as a new folder: the same bytes, or, where tensors were changed, with renewed digests.
+        """Write the artifact to a new directory.
 
-        The files beside the shards (tokenizer, licence) are copied. With an argument that asks for a checkpoint in
-        transformers' layout (state_dict, max_shard_size, ...), or with other tensors than the files have, it is
-        transformers' own: components with their bytes, no manifest.
+        The files of an unmodified model are byte-identical. If tensors were modified, their digests are computed again.
+        Other files of the artifact (tokenizer, licence) are copied.
 
-        Raises: TargetError if the folder is there and not empty; UsageError for a tensor that the files' dtype would
-        round; ArtifactError for files that were changed or removed since the model was loaded.
+        transformers' own `save_pretrained` runs instead, and writes the components without a manifest, if an argument
+        asks for a checkpoint in its layout (state_dict, max_shard_size, ...), or if the model has other tensors than
+        the files.
+
+        Args:
+            save_directory: Directory to write.
+            *args: Positional arguments of transformers' `save_pretrained`.
+            **options: Keyword arguments of transformers' `save_pretrained`.
+
+        Raises:
+            TargetError: The directory exists and is not empty.
+            UsageError: The dtype in the files would round a tensor.
+            ArtifactError: A file was changed or removed since the model was loaded.
         """
         out = Path(os.path.abspath(save_directory))
         plain = not args and all(options[name] == _DEFAULTS.get(name) for name in options if name != "is_main_process")
@@ -88,25 +101,38 @@ class LoadedModel:
         if not plain or others or adapters_only:
             _check_foreign_target(out, self._qformat_origin.layout.path)
             if others and not adapters_only:
-                logger.warning("%s: written without a manifest, because the model %s", out, others)
+                logger.warning("%s: writing a checkpoint without a manifest, because the model %s", out, others)
             super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
         elif options.get("is_main_process", True):
             save(self, out)
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """Generate as transformers does, on files that are still what they were. Raises ArtifactError."""
+        """Check that the mapped files have not changed, then generate as transformers does.
+
+        Args:
+            *args: Positional arguments of transformers' `generate`.
+            **options: Keyword arguments of transformers' `generate`.
+
+        Raises:
+            ArtifactError: A mapped file was changed or removed since the model was loaded.
+        """
         self._qformat_origin.watch.check()
         return super().generate(*args, **options)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the transformers class, adopted again when it is read."""
+        """Pickle the model under its transformers class; unpickling adopts it again."""
         reduced: Any = super().__reduce_ex__(protocol)
         _, (adopted, *arguments), *rest = reduced
         return _make, (adopted.__mro__[2], *arguments), *rest
 
 
 def adopt(model: PreTrainedModel, origin: Origin) -> None:
-    """Let a model write back the files that it was loaded from."""
+    """Let a model write back the files that it was loaded from.
+
+    Args:
+        model: Model to change in place.
+        origin: The files that it was loaded from.
+    """
     adopted: Any = model
     own: Any = type(model)
     adopted.__class__ = _adopted(own)
@@ -126,7 +152,21 @@ def _make(own: type, *arguments: Any) -> Any:
 
 
 def save(model: Any, out: Path, *, disk: Disk | None = None) -> bool:
-    """Write a loaded model's files as the new folder `out`; return whether all are the same. Raises as above."""
+    """Write the files of a loaded model to a new directory.
+
+    Args:
+        model: Model that `adopt` has changed.
+        out: Directory to write.
+        disk: Disk to write through. Default: a new `Disk`.
+
+    Returns:
+        Whether all files are byte-identical to those that the model was loaded from.
+
+    Raises:
+        TargetError: The directory exists and is not empty.
+        UsageError: The dtype in the files would round a tensor.
+        ArtifactError: A file was changed or removed since the model was loaded.
+    """
     origin: Origin = model._qformat_origin
     origin.watch.check()
     state: dict[str, Tensor] = model.state_dict()
@@ -152,19 +192,19 @@ def _name_in_model(origin: Origin, name: str) -> str:
 
 
 def _other_tensors(model: Any) -> str | None:
-    """Return how the model's tensors differ from those of its files in name or shape; None if they do not."""
+    """Return how the model's tensors differ from those in its files in name or shape, or None if they do not."""
     origin: Origin = model._qformat_origin
     state: dict[str, Tensor] = model.state_dict()
     named = {_name_in_model(origin, name): located for name, located in origin.layout.located.items()}
     tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
     for name in origin.names.values():
         if name not in state:
-            return f"has no {name} any more"
+            return f"no longer has the tensor {name!r}"
     for name, tensor in state.items():
         if name not in named and name not in tied:
-            return f"has {name}, which the files have not"
+            return f"has the tensor {name!r}, which is not in the files"
         if name in named and tensor.numel() != _n_elements(named[name]) and tensor.dtype != torch.uint8:
-            return f"has {name} in another shape"
+            return f"has the tensor {name!r} in another shape"
     return None
 
 
@@ -182,15 +222,15 @@ def _bytes_of(tensor: Tensor, name: str, located: Located) -> Buffer:
         value = tensor.detach().to(wanted).cpu()
         if not torch.equal(value.to(tensor.dtype), tensor.detach().cpu()):
             raise UsageError(
-                f"{name}: is {tensor.dtype} in the model, and the files' {wanted} would round it. Bring it to that "
-                "dtype first, or write a checkpoint without a manifest: save_pretrained(..., state_dict=...)"
+                f"tensor {name!r}: saving would round it from {tensor.dtype} to {wanted}, its dtype in the files. "
+                "Convert it first, or write a checkpoint without a manifest: save_pretrained(..., state_dict=...)"
             )
     flat = value.contiguous().view(-1)
     return flat.view(torch.uint8).numpy() if flat.numel() else b""
 
 
 def _changed_configs(model: Any) -> dict[str, bytes]:
-    """Return the config files that no longer say what the model's configs do."""
+    """Return the new contents of the config files that no longer match the model's configs."""
     path: Path = model._qformat_origin.layout.path
     stored = read_config(path, trust_remote_code=model.is_remote_code())
     found: dict[str, bytes] = {}
@@ -222,8 +262,10 @@ def _with_changes(file: Path, stored: dict[str, Any], now: dict[str, Any]) -> by
 
 
 def _check_foreign_target(out: Path, origin: Path) -> None:
-    """Refuse a folder whose files the model is mapped from, or whose manifest would no longer be true."""
+    """Raise TargetError if the model is mapped from the files in `out`, or if `out` holds an artifact."""
     if os.path.realpath(out) == os.path.realpath(origin):
-        raise TargetError(f"{out}: the model is mapped from the files there. Choose another folder")
+        raise TargetError(f"{out}: the model is mapped from files in this directory. Choose another directory")
     if os.path.lexists(out / MANIFEST_NAME):
-        raise TargetError(f"{out}: holds an artifact, whose manifest would no longer be true. Choose another folder")
+        raise TargetError(
+            f"{out}: contains an artifact; its manifest would no longer match its files. Choose another directory"
+        )

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much this process used at most."""
+"""Measure free memory and the peak memory use of this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def peak_nbytes(device: torch.device) -> int:
-    """Return the most that torch allocated on a GPU, or that the whole process took of the host's memory."""
+    """Return the peak memory use in bytes: torch's allocations on a GPU, or the resident memory of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -21,14 +21,17 @@ def peak_nbytes(device: torch.device) -> int:
 
 
 def free_nbytes(device: torch.device) -> int | None:
-    """Return what can still be allocated on a device without swapping; None where nothing tells."""
+    """Return the number of bytes that can be allocated on a device without swapping, or None if that is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_host_nbytes() if device.type == "cpu" else None
 
 
 def free_host_nbytes() -> int | None:
-    """Return what the kernel calls available, or less where a control group (a container) allows less; Linux only."""
+    """Return the host's available memory in bytes, or the remainder of a container's limit if that is lower.
+
+    Linux only; None on other systems.
+    """
     found = [nbytes for nbytes in (_available(), _left_of_control_group()) if nbytes is not None]
     return min(found, default=None)
 
@@ -43,7 +46,7 @@ def _available() -> int | None:
 
 
 def _left_of_control_group() -> int | None:
-    """Return limit less anonymous memory: what is cached of files, mapped ones too, makes room when it must."""
+    """Return the limit minus anonymous memory. The kernel evicts file pages, mapped ones included, when it must."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays packed: views of the artifact's file or of its copy on a device."""
+"""A linear layer whose weight stays packed: its tensors are views of the artifact's file or of its copy on a device."""
 
 from __future__ import annotations
 
@@ -22,17 +22,25 @@ _BUFFERS = {
     Component.QUANT_MAP: "quant_map",
     Component.QUANT_STATE: "quant_state",
 }
-"""Components beside the packed codes, which are the layer's `weight`, and the buffers that hold them."""
+"""Buffer of each component other than the packed codes, which are the layer's `weight`."""
 
 
 class NF4Linear(nn.Linear):
-    """`nn.Linear` with a 4-bit weight: y = x W^T + bias, W decoded on the way.
+    """`nn.Linear` with a 4-bit weight: y = x W^T + bias, with W decoded in the forward pass.
 
-    weight: uint8 [ceil(n/2), 1], two codes a byte, without gradient; the other components are buffers under the names
-    of the specification. `state_dict` has the artifact's component names, with the artifact's bytes. A change of dtype
-    (`.half()`, `.to(torch.float32)`) leaves the components as they are; a change of device moves them.
+    `weight` is uint8 [ceil(n / 2), 1], two codes per byte, without a gradient. The other components are buffers under
+    their names in the specification. `state_dict` returns the artifact's component names and bytes. A change of dtype
+    (`.half()`, `.to(torch.float32)`) leaves the components unmodified; a change of device moves them.
 
-    It is an `nn.Linear`, so that PEFT wraps it with its ordinary LoRA layer; `merge` into it is impossible.
+    The class derives from `nn.Linear` so that PEFT wraps it in its ordinary LoRA layer. Adapters cannot be merged
+    into it.
+
+    Attributes:
+        absmax: uint8 [n_blocks] with double quantization, float32 [n_blocks] without.
+        nested_absmax: float32 [ceil(n_blocks / 256)], or None without double quantization.
+        nested_quant_map: float32 [256], or None without double quantization.
+        block_size: Number of elements per block.
+        nested_offset: Offset of the nested absmax, 0.0 without double quantization.
     """
 
     absmax: Tensor
@@ -50,10 +58,23 @@ class NF4Linear(nn.Linear):
         state: QuantState,
         bias: Tensor | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would allocate a float weight
+        """Make the layer around existing tensors.
+
+        Args:
+            in_features: Size of the input.
+            out_features: Size of the output.
+            components: Tensors of the packed weight.
+            state: Shape, block size and offset of the packed weight.
+            bias: Bias [out_features], or None.
+
+        Raises:
+            UsageError: The shape of the weight is not [out_features, in_features].
+        """
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a float weight
         if tuple(state.shape) != (out_features, in_features):
-            raise UsageError(f"a weight of shape {list(state.shape)} in a layer of {out_features} x {in_features}")
-        # Past `nn.Module.__setattr__` and `register_buffer`: a model has hundreds of these, and loads in milliseconds.
+            raise UsageError(f"weight has shape {list(state.shape)}, expected {[out_features, in_features]}")
+        # Bypass `nn.Module.__setattr__` and `register_buffer`: a model has hundreds of these layers and should load in
+        # milliseconds.
         self.__dict__.update(
             in_features=in_features,
             out_features=out_features,
@@ -67,7 +88,7 @@ class NF4Linear(nn.Linear):
         self._non_persistent_buffers_set.update(_BUFFERS.values())
 
     def held_weight(self) -> HeldWeight:
-        """Return the weight as the kernels take it; the components were checked when it was first asked for."""
+        """Return the weight as the kernels take it. The components are checked at the first call."""
         held = self._held_weight
         if held is None or held.weight.packed is not self.weight:
             shape = (self.out_features, self.in_features)
@@ -75,23 +96,23 @@ class NF4Linear(nn.Linear):
         return held
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., in_features] times the weight's transpose, plus bias: [..., out_features] in x's dtype."""
+        """Return x [..., in_features] times the transposed weight, plus bias: [..., out_features] in x's dtype."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return self._differentiable(x)
         return ops.linear(x, self.held_weight(), self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Return the weight [out_features, in_features], decoded into a new tensor: bf16, fp16 or fp32."""
+        """Return the decoded weight [out_features, in_features] as a new tensor in bf16, fp16 or fp32."""
         decoded: Tensor = ops.dequantize_nf4(*self._components(), self.out_features, self.in_features, dtype)
         return decoded
 
     @property
     def W_q(self) -> Tensor:
-        """The packed codes. PEFT calls `dequantize` on layers that have an attribute of this name (for DoRA)."""
+        """The packed codes. For DoRA, PEFT calls `dequantize` on layers that have an attribute of this name."""
         return self.weight
 
     def extra_repr(self) -> str:
-        """Return what `print(model)` shows of the layer."""
+        """Return the text that `print(model)` shows for the layer."""
         levels = "one level" if self.nested_absmax is None else "double quantization"
         return f"{super().extra_repr()}, block_size={self.block_size}, {levels}"
 
@@ -111,7 +132,7 @@ class NF4Linear(nn.Linear):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        """Move to another device, but never to another dtype: components are bytes of a format, not activations."""
+        """Move to another device but never change the dtype: components are bytes of a file format."""
         before = {name: getattr(self, name) for name in _BUFFERS.values()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, kept in before.items():
@@ -145,9 +166,9 @@ class NF4Linear(nn.Linear):
             buffer = getattr(self, name)
             if key in state_dict and buffer is not None:
                 if state_dict[key].shape != buffer.shape or state_dict[key].dtype != buffer.dtype:
-                    error_msgs.append(f"{key}: {list(state_dict[key].shape)}, expected {list(buffer.shape)}")
+                    error_msgs.append(f"{key}: shape {list(state_dict[key].shape)}, expected {list(buffer.shape)}")
                 elif name == "quant_state" and not torch.equal(state_dict[key].to(buffer.device), buffer):
-                    error_msgs.append(f"{key}: another block size, shape or offset than this layer was built with")
+                    error_msgs.append(f"{key}: block size, shape or offset differ from those of this layer")
                 else:
                     buffer.copy_(state_dict[key])
             elif buffer is not None and strict:

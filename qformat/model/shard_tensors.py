@@ -1,4 +1,4 @@
-"""The components of an artifact as torch tensors: views of its mapped files, or of their copies on a device."""
+"""Components of an artifact as torch tensors: views of its mapped files, or of their copies on a device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
-"""By safetensors' names."""
-
+"""torch dtype by its name in safetensors."""
 
 _PARTS = tuple(Component)
 _BESIDE_PACKED = tuple(part for part in Component if part is not Component.PACKED)
@@ -32,17 +31,22 @@ _BESIDE_PACKED = tuple(part for part in Component if part is not Component.PACKE
 
 @dataclass(frozen=True, slots=True)
 class ShardData:
-    """The bytes of a shard, uint8, from byte `start` of the file on."""
+    """Bytes of a shard.
+
+    Attributes:
+        data: uint8 [number of bytes].
+        start: Offset of the first byte in the file.
+    """
 
     data: Tensor
     start: int
 
     def view(self, entry: TensorEntry) -> Tensor:
-        """Return a component in its dtype and shape: a view, where it lies aligned."""
+        """Return a component in its dtype and shape: a view if it is aligned, else a copy."""
         data = self.data[entry.start - self.start : entry.stop - self.start]
         dtype = TORCH_DTYPES[entry.dtype]
         if dtype.itemsize > 1 and data.data_ptr() % dtype.itemsize:
-            data = data.clone()  # Our own files are aligned; others' need not be.
+            data = data.clone()  # Files of other writers need not be aligned.
         if dtype is not torch.uint8:
             data = data.view(dtype)
         return data if len(entry.shape) == 1 else data.view(entry.shape)
@@ -50,31 +54,44 @@ class ShardData:
 
 @dataclass(frozen=True, slots=True)
 class PackedComponents:
-    """The components of one packed weight, by part, and what its codes mean."""
+    """Components of one packed weight.
+
+    Attributes:
+        components: Tensor of each component.
+        state: Shape, block size, codebook and offset.
+    """
 
     components: Mapping[Component, Tensor]
     state: QuantState
 
 
 def map_shards(shards: MappedShards) -> dict[str, ShardData]:
-    """Return every shard as a view of the mapped file. A tensor keeps its mapping alive, `shards` may be closed."""
+    """Return every shard as a view of the mapped file. A tensor keeps its mapping alive after `shards` is closed."""
     names = {located.shard for located in shards.layout.located.values()}
     return {name: ShardData(torch.frombuffer(shards.mapped(name), dtype=torch.uint8), 0) for name in names}
 
 
 def packed_names(names: Iterable[str]) -> set[str]:
-    """Return the packed weights, by the names of all components."""
+    """Return the names of the packed weights among the names of all tensors in the files."""
     return {name.removesuffix(Component.QUANT_STATE) for name in names if name.endswith(Component.QUANT_STATE)}
 
 
 def tensor_names(layout: ShardLayout) -> list[str]:
-    """Return the names of all tensors in the shards, packed ones once."""
+    """Return the names of all tensors in the shards; a packed weight counts as one tensor."""
     parts = {name + part for name in layout.states for part in _BESIDE_PACKED}
     return [name for name in layout.located if name not in parts]
 
 
 def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str, PackedComponents | Tensor]:
-    """Return all tensors by name, as views of the shards' bytes."""
+    """Return all tensors as views of the shards' bytes.
+
+    Args:
+        shards: Open shards.
+        data: Bytes of each shard by the shard's name, on any device.
+
+    Returns:
+        Tensors by their names in the files; a packed weight is one entry.
+    """
     located = shards.layout.located
 
     def view(name: str) -> Tensor:
@@ -86,7 +103,7 @@ def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str,
         parts = {part: view(name + part) for part in _PARTS if name + part in located}
         of_packed.update(name + part for part in parts)
         state = shards.quant_state(name)
-        # bitsandbytes may store the codes under another dtype, as a vector, and filled up to a whole element.
+        # bitsandbytes may store the codes in another dtype, as a vector, padded to a whole element.
         n_codes = packed_nbytes(math.prod(state.shape))
         codes = parts[Component.PACKED]
         if codes.dtype is not torch.uint8 or codes.shape != (n_codes, 1):

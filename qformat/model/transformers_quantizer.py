@@ -1,4 +1,4 @@
-"""NF4 weights under `from_pretrained`: our layers on the mapped file in place of bitsandbytes', by registration."""
+"""Let transformers' `from_pretrained` load NF4 weights with qformat's layers on the mapped file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 from qformat.sizes import format_nbytes
 
 METHOD = "bitsandbytes_4bit"
-"""transformers' name of what quantization_config describes."""
+"""Name of the quantization method in transformers."""
 
 
 def register() -> None:
-    """Let `from_pretrained` of transformers load NF4 weights with qformat instead of bitsandbytes.
+    """Let transformers' `from_pretrained` load NF4 weights with qformat instead of bitsandbytes.
 
-    Folders that qformat or bitsandbytes wrote, and repositories of such; FP4, and quantizing a 16-bit model while it is
-    loaded, stay with bitsandbytes. Holds for this process; calling it again changes nothing.
+    This applies to directories and Hub repositories that qformat or bitsandbytes wrote. bitsandbytes still loads FP4
+    weights, and still quantizes 16-bit models while loading them. The registration lasts as long as the process;
+    another call has no effect.
     """
     registered: type[HfQuantizer] = AUTO_QUANTIZER_MAPPING[METHOD]  # type: ignore[assignment]
     if issubclass(registered, NF4Quantizer):
@@ -42,15 +43,15 @@ def register() -> None:
 
 
 class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-ignore]
-    """transformers loads what was kept in 16 bit; the packed weights are attached afterwards, as views of the files."""
+    """Quantizer that attaches packed weights as views of the files after transformers has loaded the kept tensors."""
 
     replaced: type[HfQuantizer]
-    """What was registered before, for what is not ours."""
+    """The quantizer that was registered before. It still handles everything except stored NF4 weights."""
 
     requires_calibration = False
 
     def __new__(cls, quantization_config: Any, **options: Any) -> Any:
-        """Make the quantizer that this configuration needs: only NF4 that lies in files is ours."""
+        """Make this quantizer for stored NF4 weights, and the replaced one for any other configuration."""
         if options.get("pre_quantized", True) and quantization_config.bnb_4bit_quant_type == "nf4":
             return super().__new__(cls)
         return cls.replaced(quantization_config, **options)
@@ -64,7 +65,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         self._linears: dict[str, nn.Linear] = {}
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any]:
-        """Choose the GPU in use, or the CPU, where the caller chose nothing."""
+        """Return the caller's device map. Default: the current GPU, or the CPU if there is none."""
         if device_map is None:
             return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         return device_map
@@ -78,7 +79,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
     ) -> None:
         _check_not_offloaded(device_map if isinstance(device_map, dict) else {})
         if not checkpoint_files:
-            raise ValueError("qformat needs the files of the checkpoint: pass a folder or a repository, no state_dict")
+            raise ValueError("qformat needs the checkpoint's files: pass a directory or a repository, not a state_dict")
         self._path = Path(checkpoint_files[0]).parent
         self._shards = open_shards(self._path)
         tensors = tensors_of(self._shards, map_shards(self._shards))
@@ -100,7 +101,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
             linear = self._linears.pop(name)
             linear._parameters["bias"] = model.get_submodule(module_name)._parameters["bias"]
             model.set_submodule(module_name, linear)
-            # A bias that the files lack was reported, and initialised, by transformers.
+            # transformers has already reported and initialised a bias that is missing from the files.
             replace_linear(model, name, packed, self._path, biases={f"{module_name}.bias"})
             model.get_submodule(module_name).to(_device_of(model, name))
         self._packed = {}
@@ -109,7 +110,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         return model
 
     def _check_memory(self, model: PreTrainedModel) -> None:
-        """Refuse what is too large: transformers' "auto" places packed weights as if they were nothing."""
+        """Raise an error if packed weights do not fit: transformers' "auto" does not count them."""
         needed: dict[torch.device, int] = {}
         for name, packed in self._packed.items():
             device = _device_of(model, name)
@@ -119,29 +120,30 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
             free = None if device.type == "cpu" else free_nbytes(device)
             if free is not None and nbytes > free:
                 raise DeviceMemoryError(
-                    f"{self._path}: the packed weights need {format_nbytes(nbytes, rounding='up')} on {device}, "
-                    f"and {format_nbytes(free, rounding='down')} are free there. "
-                    "Name the GPU of each layer in device_map, "
+                    f"{self._path}: not enough memory on {device}: "
+                    f"the packed weights need {format_nbytes(nbytes, rounding='up')}, "
+                    f"{format_nbytes(free, rounding='down')} is free. "
+                    "Set the GPU of each layer in device_map, "
                     "or use qformat.load_model(path, device_map='auto'), which keeps layers in host memory"
                 )
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters can be trained on the packed weights."""
+        """True: adapters can be trained on the packed weights."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """The operations are usable under torch.compile."""
+        """True: the operations work under torch.compile."""
         return True
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes the components as they are."""
+        """Return True: `save_pretrained` writes the components unmodified."""
         return True
 
 
 def _check_not_offloaded(device_map: dict[str, Any]) -> None:
-    """Refuse to offload: accelerate would move buffers of the codes in and out without knowing what they are."""
+    """Raise an error if layers are to be offloaded: accelerate cannot move packed weights in and out correctly."""
     homes = {str(home) for home in device_map.values()}
     if "disk" in homes or ("cpu" in homes and len(homes) > 1):
         raise UsageError(
@@ -151,7 +153,7 @@ def _check_not_offloaded(device_map: dict[str, Any]) -> None:
 
 
 class _OnlyBias(nn.Module):
-    """Stands for a layer whose weight transformers must not look for, since it would read it without mapping it."""
+    """Placeholder for a layer whose weight transformers must not load, because it would not map the file."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

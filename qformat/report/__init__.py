@@ -1,1 +1,1 @@
-"""Self-contained pages about artifacts: one HTML file that opens offline, from the object that `--json` prints."""
+"""Self-contained HTML reports: each is one file that opens offline and shows what a command's `--json` output holds."""

@@ -1,4 +1,4 @@
-"""One page about an evaluation: the figures of every text and model, and where a model differs from the 16-bit one."""
+"""Report of an evaluation: the figures of every text and model, and where a model differs from the 16-bit model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from qformat.report.document import document, write_document
+from qformat.report.document import document, figure, glossary, write_document
 from qformat.report.plots import bar_list, column_panel, curve_panel
 from qformat.report.tables import Cell, Column, table
 
@@ -17,56 +17,90 @@ Facts = Mapping[str, Any]
 def write_evaluation_page(
     facts: Facts, details: Sequence[Sequence[Facts]], bounds: Sequence[float], path: Path
 ) -> None:
-    """Write the page. facts: what `qformat eval --json` prints. details: by text and model, empty without a source.
+    """Write the report of an evaluation atomically. The same facts give the same bytes.
 
-    bounds: between the columns of the histograms. Raises TargetError if the file cannot be written.
+    Args:
+        facts: The object that `qformat eval --json` prints.
+        details: Details per text and model. Empty without a 16-bit model.
+        bounds: Boundaries between the columns of the KL histogram, in nats.
+        path: File to write. An existing file is replaced.
+
+    Raises:
+        TargetError: The file cannot be written.
     """
     write_document(evaluation_page(facts, details, bounds), path)
 
 
 def evaluation_page(facts: Facts, details: Sequence[Sequence[Facts]], bounds: Sequence[float]) -> str:
-    """Return the page as HTML."""
+    """Return the report of an evaluation as HTML.
+
+    Args:
+        facts: The object that `qformat eval --json` prints.
+        details: Details per text and model. Empty without a 16-bit model.
+        bounds: Boundaries between the columns of the KL histogram, in nats.
+    """
     names = [Path(name).name for name in facts["models"]]
-    title = escape(names[0])
-    sections = [f"<h1>{title}</h1>", _about(facts), _figures(facts, names)]
+    sections = [_about(facts), _figures(facts, names)]
     for text, of_models in zip(facts["texts"], details, strict=False):
         for name, found in zip(names, of_models, strict=True):
             sections.append(_details(f"{escape(name)} on {escape(text['name'])}", found, bounds))
-    return document(f"{title}: qformat evaluation", sections)
+    return document(names[0], "evaluation report", sections)
 
 
 def _about(facts: Facts) -> str:
-    beside = "without a 16-bit model"
+    compared = "No 16-bit model was given, so the report shows only the loss and the perplexity."
     if facts["source"] is not None:
-        checked = "made from it" if facts["source_checked"] else "not checked to be made from it"
-        beside = f"beside {escape(str(facts['source']))} ({checked})"
-    return (
-        f"<p>Measured {beside}, in {escape(facts['dtype'])}, windows of {facts['window_length']} tokens. "
-        "Losses and KL in nats a token; ± is one standard error over windows; differences are paired by token.</p>"
-    )
+        known = (
+            "the manifest records it as the source checkpoint"
+            if facts["source_checked"]
+            else "it was not verified to be the source checkpoint"
+        )
+        compared = f"Compared with the 16-bit model {escape(str(facts['source']))}: {known}."
+    return f"<p>{compared} Computed in {escape(facts['dtype'])} on windows of {facts['window_length']:,} tokens.</p>"
+
+
+_FIGURES = (
+    ("loss", "loss", ".4f"),
+    ("perplexity", "perplexity", ".3f"),
+    ("loss − 16-bit", "loss_increase", "+.4f"),
+    ("KL", "kl", ".4f"),
+    ("same top token", "top1_agreement", ".2%"),
+)
+"""Title, field and format of the figures of a model. Without a 16-bit model only the first two exist."""
+
+_TERMS = (
+    ("loss", "Mean negative log-likelihood of the next token, in nats per token. Lower is better."),
+    ("perplexity", "e to the power of the loss."),
+    ("loss − 16-bit", "Loss of the model minus the loss of the 16-bit model on the same tokens."),
+    ("KL", "Kullback–Leibler divergence KL(16-bit ‖ model) of the predicted next token, in nats per token. 0 means "
+           "that both predict the same probabilities."),
+    ("same top token", "Share of positions at which both models consider the same token most likely."),
+    ("±", "Standard error of the mean over windows. Differences are paired token by token."),
+)  # fmt: skip
 
 
 def _figures(facts: Facts, names: Sequence[str]) -> str:
-    columns = [Column("text"), Column("model")]
-    columns += [Column(name, number=True) for name in ("loss", "perplexity", "loss − 16-bit", "KL", "top-1 as 16-bit")]
+    shown = _FIGURES if facts["source"] is not None else _FIGURES[:2]
+    columns = [Column("text"), Column("model"), *(Column(title, number=True) for title, _, _ in shown)]
     rows = []
     for text in facts["texts"]:
-        label = Cell(f"{escape(text['name'])} <span class='muted'>{text['windows']} windows</span>")
+        n_windows = "1 window" if text["windows"] == 1 else f"{text['windows']:,} windows"
+        label = Cell(f"{escape(text['name'])} <span class='muted'>{n_windows}</span>")
+
+        def add(model: str, figures: Facts, sign: str = "", label: Cell = label) -> None:
+            cells = [_cell(figures.get(field), sign + spec.lstrip(sign)) for _, field, spec in shown]
+            rows.append([label, Cell(model), *cells])
+
         if text["source"] is not None:
-            rows.append([label, Cell("16-bit"), *_cells(text["source"])])
+            add("16-bit", text["source"])
         for name, figures in zip(names, text["models"], strict=True):
-            rows.append([label, Cell(escape(name)), *_cells(figures)])
+            add(escape(name), figures)
             more = figures.get("more_than_first")
             if more is not None:
-                difference = Cell(f"<span class='muted'>{escape(name)} − {escape(names[0])}</span>")
-                rows.append([label, difference, *_cells(more, spec="+.4f")])
-    return f"<h2>Figures</h2>{table(columns, rows)}{_digests(facts)}"
-
-
-def _cells(figures: Facts, *, spec: str = ".4f") -> list[Cell]:
-    formats = {"loss": spec, "perplexity": ".3f", "loss_increase": "+.4f", "kl": spec}
-    cells = [_cell(figures.get(name), form) for name, form in formats.items()]
-    return [*cells, _cell(figures.get("top1_agreement"), "+.2%" if spec[0] == "+" else ".2%")]
+                add(f"<span class='muted'>{escape(name)} − {escape(names[0])}</span>", more, "+")
+    used = {title for title, _, _ in shown} | {"±"}
+    terms = glossary([(term, meaning) for term, meaning in _TERMS if term in used])
+    return f"<h2>Figures</h2>{table(columns, rows)}{terms}<h2>Texts</h2>{_digests(facts)}"
 
 
 def _cell(figure: Mapping[str, float | None] | None, spec: str) -> Cell:
@@ -88,18 +122,27 @@ def _digests(facts: Facts) -> str:
 
 def _details(title: str, found: Facts, bounds: Sequence[float]) -> str:
     points = found["by_position"]
+    place = "position in the window, in tokens"
+    increase = [(point["position"], point["loss_increase"]["mean"]) for point in points]
+    kl = [(point["position"], point["kl"]["mean"]) for point in points]
     figures = [
-        _figure(
-            curve_panel([(p["position"], p["loss_increase"]["mean"]) for p in points], "Loss increase by position"),
-            "Loss above the 16-bit model's, by position in the window (nats)",
+        figure(
+            curve_panel(increase, "Loss increase by position", x_label=place, y_label="nats per token"),
+            "<b>Loss − 16-bit</b> by position in the window",
         ),
-        _figure(
-            curve_panel([(p["position"], p["kl"]["mean"]) for p in points], "KL by position"),
-            "KL from the 16-bit model, by position in the window (nats)",
+        figure(
+            curve_panel(kl, "KL by position", x_label=place, y_label="nats per token"),
+            "<b>KL</b> from the 16-bit model by position in the window",
         ),
-        _figure(
-            column_panel(_labels(bounds), found["kl_histogram"], "Histogram of KL"),
-            "Share of tokens by KL (nats; each column up to its label)",
+        figure(
+            column_panel(
+                _labels(bounds),
+                found["kl_histogram"],
+                "Histogram of KL",
+                x_label="KL up to, in nats",
+                y_label="share of the tokens",
+            ),
+            "<b>Distribution of KL</b> over the tokens",
         ),
     ]
     if found["by_token"]:
@@ -108,13 +151,12 @@ def _details(title: str, found: Facts, bounds: Sequence[float]) -> str:
             for entry in found["by_token"]
         ]
         figures.append(
-            _figure(bar_list(bars, "Loss increase by token"), "Loss above the 16-bit model's, summed by token (nats)")
+            figure(
+                bar_list(bars, "Loss increase by token", x_label="nats, sum over all occurrences"),
+                "<b>Loss − 16-bit</b> by token: the tokens with the largest sums",
+            )
         )
     return f'<h2>{title}</h2><div class="panels large">{"".join(figures)}</div>{_worst(found["worst"])}'
-
-
-def _figure(picture: str, caption: str) -> str:
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 
 
 def _labels(bounds: Sequence[float]) -> list[str]:
@@ -122,21 +164,28 @@ def _labels(bounds: Sequence[float]) -> list[str]:
 
 
 def _worst(entries: Sequence[Mapping[str, Any]]) -> str:
-    columns = [Column("context"), Column("next token"), Column("16-bit expects"), Column("model expects")]
-    columns += [Column("KL", number=True), Column("loss − 16-bit", number=True), Column("window, token")]
+    columns = [Column("context"), Column("next token"), Column("16-bit predicts"), Column("model predicts")]
+    columns += [
+        Column("KL", number=True),
+        Column("loss − 16-bit", number=True),
+        Column("window"),
+        Column("position", number=True),
+    ]
     rows = [
         [
             Cell(f"<code>{escape(entry['context'])}</code>"),
             *(Cell(f"<b>{escape(_visible(entry[name]))}</b>") for name in ("token", "source_top1", "top1")),
             Cell(f"{entry['kl']:.3f}", entry["kl"]),
             Cell(f"{entry['loss_increase']:+.3f}", entry["loss_increase"]),
-            Cell(f"{entry['window']}, {entry['position']}"),
+            Cell(f"{entry['window']}"),
+            Cell(f"{entry['position']:,}", entry["position"]),
         ]
         for entry in entries
     ]
-    return f"<h3>Worst tokens</h3>{table(columns, rows, sortable=True)}"
+    note = "<p class='muted'>The tokens with the largest KL, with the text that comes before them.</p>"
+    return f"<h3>Worst tokens</h3>{note}{table(columns, rows, sortable=True)}"
 
 
 def _visible(token: str) -> str:
-    """Show what a token is made of where that is white space."""
+    """Return a token with its white space made visible."""
     return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

@@ -1,4 +1,4 @@
-"""How often each NF4 code would occur if weights were independent and normal: what a histogram is held against."""
+"""Expected share of each NF4 code if the weights were independent and normally distributed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qformat.codec.codebooks import NF4_THRESHOLDS
 
 _LARGEST_ABSMAX = 9.0
-"""In standard deviations; among 256 weights, more occurs once in 10^16 blocks."""
+"""Upper limit of the integration in standard deviations. One block of 256 weights in 10^16 exceeds it."""
 
 _STEPS = 1800
 """Points of the trapezoid rule, 0.005 standard deviations apart. Ten times as many change no share by 1e-15."""
@@ -20,9 +20,9 @@ _STEPS = 1800
 def gaussian_code_shares(block_size: int) -> NDArray[np.float64]:
     """Return the expected share of each code, float64 [16], in full blocks of independent normal weights.
 
-    A block's absmax M has the density n (2 Phi(m) - 1)^(n-1) 2 phi(m). One weight in n is the absmax itself and scales
-    to 1 or -1 (code 15 or 0). The others are normal, cut off at -M and M: between thresholds s and t lies the share
-    (Phi(t M) - Phi(s M)) / (2 Phi(M) - 1). The mean over M is taken with the trapezoid rule.
+    The absmax M of a block of n weights has the density n (2 Phi(m) - 1)^(n-1) 2 phi(m). One weight in n is the absmax
+    itself and scales to 1 or -1 (code 15 or 0). The others follow a normal distribution truncated at -M and M, so the
+    share between thresholds s and t is (Phi(t M) - Phi(s M)) / (2 Phi(M) - 1). The trapezoid rule averages it over M.
     """
     absmax = np.linspace(0, _LARGEST_ABSMAX, _STEPS + 1)[1:]
     inside = 2 * _normal_cdf(absmax) - 1
@@ -37,7 +37,10 @@ def gaussian_code_shares(block_size: int) -> NDArray[np.float64]:
 
 
 def expected_shares(weights_by_block_size: Mapping[int, int]) -> NDArray[np.float64]:
-    """Return the shares, float64 [16], of a model: number of weights by block size. Zeros without any weights."""
+    """Return the expected shares of a whole model, float64 [16], from its number of weights per block size.
+
+    Without weights, all shares are zero.
+    """
     shares = np.zeros(16)
     for block_size, n_weights in sorted(weights_by_block_size.items()):
         shares += gaussian_code_shares(block_size) * n_weights

@@ -1,4 +1,4 @@
-"""One page about a training: the curves of metrics.jsonl, what it was trained on, and every setting."""
+"""Report of a training run: the curves of metrics.jsonl, the settings, and statistics of the data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from qformat.report.document import document, write_document
+from qformat.report.document import document, figure, tiles, write_document
 from qformat.report.plots import Point, curve_panel
+from qformat.report.tables import pairs
+from qformat.sizes import format_nbytes
 from qformat.strict_json import Json
 
 Line = Mapping[str, Json]
@@ -17,64 +19,100 @@ Line = Mapping[str, Json]
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """A field of the lines of metrics, scaled, and how its axis speaks."""
+    """A curve over steps: a field of the metrics, the scale and the format of its values, and its axis label."""
 
     title: str
     field: str
+    unit: str
     say: Callable[[float], str] = "{:g}".format
     scale: float = 1.0
 
 
+_LOSS = _Curve("Loss", "loss", "nats per token")
+
 _CURVES = (
-    _Curve("Loss on the training data (nats a token)", "loss"),
-    _Curve("Learning rate", "learning_rate", "{:.1e}".format),
-    _Curve("Norm of the gradient", "grad_norm"),
-    _Curve("Tokens a second", "tokens_per_s", "{:,.0f}".format),
-    _Curve("Peak memory (GB)", "memory_nbytes", scale=1e-9),
+    _LOSS,
+    _Curve("Learning rate", "learning_rate", "learning rate", "{:.1e}".format),
+    _Curve("Gradient norm before clipping", "grad_norm", "L2 norm"),
+    _Curve("Throughput", "tokens_per_s", "tokens per second", "{:,.0f}".format),
+    _Curve("Peak memory", "memory_nbytes", "GB", scale=1e-9),
 )
 
 _PAGING = (
-    _Curve("Pages of optimizer states on the device", "resident"),
-    _Curve("Moved to the device so far (GB)", "nbytes_to_device", scale=1e-9),
-    _Curve("Updates that waited for a page so far", "stalls"),
+    _Curve("Pages of optimizer states in device memory", "resident", "pages"),
+    _Curve("Optimizer states moved to the device, total", "nbytes_to_device", "GB", scale=1e-9),
+    _Curve("Updates that had to wait for a page, total", "stalls", "updates"),
 )
+
+_PAGE_MOVES = ("nbytes_to_device", "nbytes_to_host", "evictions", "stalls")
+
+_COUNTS = {
+    "rows": "rows read",
+    "examples": "examples used",
+    "tokens": "tokens",
+    "trained_tokens": "tokens with a loss",
+    "longest": "longest example, in tokens",
+    "truncated": "truncated examples",
+    "dropped": "dropped rows",
+    "bad": "unusable rows",
+}
 
 
 def write_training_page(name: str, lines: Sequence[Line], facts: Mapping[str, Json], path: Path) -> None:
-    """Write the page of a training. lines: those of metrics.jsonl. facts: settings, statistics of the data, base.
+    """Write the report of a training run atomically. The same metrics and facts give the same bytes.
 
-    Raises: TargetError if the file cannot be written.
+    Args:
+        name: Name of the adapter.
+        lines: Lines of metrics.jsonl.
+        facts: Settings, statistics of the data, and the base model.
+        path: File to write. An existing file is replaced.
+
+    Raises:
+        TargetError: The file cannot be written.
     """
     write_document(training_page(name, lines, facts), path)
 
 
 def training_page(name: str, lines: Sequence[Line], facts: Mapping[str, Json]) -> str:
-    """Return the page as HTML."""
-    paging = [{"step": line["step"], **entry} for line in lines if isinstance(entry := line.get("paging"), dict)]
-    sections = [f"<h1>{escape(name)}</h1>", _summary(lines, facts)]
+    """Return the report of a training run as HTML.
+
+    Args:
+        name: Name of the adapter.
+        lines: Lines of metrics.jsonl.
+        facts: Settings, statistics of the data, and the base model.
+    """
+    sections = [_base(facts), _summary(lines)]
     sections.append(_panels("Curves", [_figure(curve, lines) for curve in _CURVES]))
-    sections.append(_panels("Paging", [_figure(curve, paging) for curve in _PAGING]))
-    sections += [_table("Settings", facts.get("settings")), _table("Data", facts.get("statistics"))]
-    return document(f"{escape(name)}: qformat training", sections)
+    sections += [_paging(lines), _settings(facts.get("settings")), _data(facts.get("statistics"))]
+    return document(name, "training report", sections)
 
 
-def _summary(lines: Sequence[Line], facts: Mapping[str, Json]) -> str:
-    steps = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "eval_loss" in line]
-    tiles = [("steps", f"{_number(steps[-1]['step']):g}")] if steps else []
-    tiles += [(f"held-out loss, step {line['step']}", f"{_number(line['eval_loss']):.4f}") for line in evaluations]
-    tiles += [
-        (f"perplexity, step {line['step']}", f"{math.exp(min(_number(line['eval_loss']), 700)):.3f}")
-        for line in evaluations
-    ]
+def _base(facts: Mapping[str, Json]) -> str:
     base = facts.get("base")
-    on = (
-        f"<p>On {escape(str(base['name']))} <code>{escape(str(base['digest']))}</code></p>"
-        if isinstance(base, dict)
-        else ""
+    if not isinstance(base, dict):
+        return ""
+    return (
+        f"<p>LoRA adapter for <b>{escape(str(base['name']))}</b></p>"
+        f'<p class="muted">Digest of the base tensors: <code>{escape(str(base["digest"]))}</code></p>'
     )
-    shown = "".join(f'<div class="tile"><b>{value}</b><span>{escape(says)}</span></div>' for says, value in tiles)
-    return f'{on}<div class="tiles">{shown}</div>'
+
+
+def _summary(lines: Sequence[Line]) -> str:
+    steps = [line for line in lines if "loss" in line]
+    losses = [_number(line["eval_loss"]) for line in lines if _is_finite(line, "eval_loss")]
+    shown = []
+    if steps:
+        shown.append((f"{_number(steps[-1]['step']):g}", "optimizer steps"))
+        shown.append((f"{_number(steps[-1]['loss']):.4f}", "loss on the training data at the last logged step"))
+    if losses:
+        perplexities = [math.exp(min(loss, 700)) for loss in losses]
+        shown.append((_first_and_last([f"{loss:.4f}" for loss in losses]), "loss on the held-out data, nats per token"))
+        shown.append((_first_and_last([f"{value:.3f}" for value in perplexities]), "perplexity on the held-out data"))
+    return tiles(shown) if shown else ""
+
+
+def _first_and_last(values: Sequence[str]) -> str:
+    return values[0] if len(values) == 1 else f"{values[0]} → {values[-1]}"
 
 
 def _figure(curve: _Curve, lines: Sequence[Line]) -> str:
@@ -86,15 +124,17 @@ def _figure(curve: _Curve, lines: Sequence[Line]) -> str:
     if not points:
         return ""
     dots = []
-    if curve.field == "loss":
+    if curve is _LOSS:
         dots = [
             Point(int(_number(line["step"])), _number(line["eval_loss"]), f"held-out: {_number(line['eval_loss']):.4f}")
             for line in lines
             if _is_finite(line, "eval_loss")
         ]
-    title = f"{curve.title}; dots: held-out data" if dots else curve.title
-    panel = curve_panel(points, curve.title, dots=dots, say=curve.say)
-    return f"<figure>{panel}<figcaption>{escape(title)}</figcaption></figure>"
+    caption = f"<b>{curve.title}</b>"
+    if dots:
+        caption += ' <span class="key"></span> training data <span class="key dot-key"></span> held-out data'
+    panel = curve_panel(points, curve.title, x_label="step", y_label=curve.unit, dots=dots, say=curve.say)
+    return figure(panel, caption)
 
 
 def _panels(title: str, figures: Sequence[str]) -> str:
@@ -102,13 +142,57 @@ def _panels(title: str, figures: Sequence[str]) -> str:
     return f'<h2>{title}</h2><div class="panels large">{shown}</div>' if shown else ""
 
 
-def _table(title: str, values: Json) -> str:
+def _paging(lines: Sequence[Line]) -> str:
+    """Return the curves of paging, or one sentence if no optimizer state ever moved."""
+    paging = [{"step": line["step"], **entry} for line in lines if isinstance(entry := line.get("paging"), dict)]
+    if not paging:
+        return ""
+    last = paging[-1]
+    if any(_is_finite(last, field) and last[field] for field in _PAGE_MOVES):
+        return _panels("Paging of the optimizer states", [_figure(curve, paging) for curve in _PAGING])
+    nbytes = format_nbytes(int(_number(last["pages"]) * _number(last["page_nbytes"])))
+    return (
+        f"<h2>Paging of the optimizer states</h2><p>Nothing was paged: all optimizer states ({nbytes}) stayed in "
+        "device memory.</p>"
+    )
+
+
+def _settings(values: Json) -> str:
     if not isinstance(values, dict):
         return ""
-    rows = "".join(
-        f"<tr><td><code>{escape(key)}</code></td><td>{escape(str(value))}</td></tr>" for key, value in values.items()
-    )
-    return f'<h2>{title}</h2><div class="scroll"><table>{rows}</table></div>'
+    shown = {name: _plain(value) for name, value in values.items()}
+    if values.get("alpha") is None and isinstance(rank := values.get("rank"), int):
+        shown["alpha"] = f"{2 * rank} (default: twice the rank)"
+    if "device" in values and values["device"] is None:
+        shown["device"] = "chosen automatically"
+    if isinstance(values.get("max_steps"), int):
+        shown["epochs"] = "not used, because max_steps is set"
+    elif "max_steps" in values:
+        shown["max_steps"] = "not set, epochs apply"
+    return f"<h2>Settings</h2>{pairs(shown.items())}"
+
+
+def _data(values: Json) -> str:
+    if not isinstance(values, dict):
+        return ""
+    return f"<h2>Data</h2>{pairs((_COUNTS.get(name, name), _plain(value)) for name, value in values.items())}"
+
+
+def _plain(value: Json) -> str:
+    """Return a value in words rather than in Python's or JSON's notation."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_plain(entry)}" for name, entry in value.items()) or "none"
+    return value
 
 
 def _number(value: Json) -> float:

@@ -1,4 +1,4 @@
-"""What tests of `fetch` share: the repository's name, and a fetch with small pieces."""
+"""Shared by the tests of `fetch`: the name of the repository, and a fetch with small pieces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHARD = "model-00001-of-00002.safetensors"
 
 
 BODY = "GET cdn/"
-"""Requests that bring bytes of shards."""
+"""Requests for bytes of shards."""
 
 
 SMALL = replace(PATIENT, piece_nbytes=4096)
@@ -25,7 +25,7 @@ SMALL = replace(PATIENT, piece_nbytes=4096)
 def do_fetch(
     out: Path, *, connections: int = SMALL.connections, timeout_s: float = GUARD_S, **options: object
 ) -> FetchSummary:
-    """Fetch with small pieces and short waits. timeout_s: of silence."""
+    """Fetch with small pieces and short pauses. `timeout_s` is the time without data after which a request fails."""
     patience = replace(SMALL.patience, timeout_s=timeout_s)
     transfer = replace(SMALL, connections=connections, patience=patience)
     return fetch(NAME, out, transfer=transfer, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Key pairs that sign, where model-signing is installed."""
+"""Key pairs for signatures, if model-signing is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytest.importorskip("model_signing")
 
 
 def write_key(folder: Path, name: str = "key") -> Path:
-    """Write a key pair as NAME.pem and NAME.pub; return the private one."""
+    """Write a key pair as NAME.pem and NAME.pub, and return the path of the private key."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 

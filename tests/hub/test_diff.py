@@ -1,4 +1,4 @@
-"""diff: every way in which two artifacts can differ is named, and counted where both are here."""
+"""diff lists every kind of difference between two artifacts, and counts it if both are local."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_other_block_sizes_and_kept_tensors_are_differences_of_the_encoding(one:
     assert found.changed_files == ("config.json", "model.safetensors.index.json")
 
 
-def test_another_source_is_told_and_its_codes_and_scales_are_counted_as_numpy_counts_them(
+def test_another_source_is_listed_and_its_codes_and_scales_are_counted_as_numpy_counts_them(
     one: Path, tmp_path: Path
 ) -> None:
     tensors = tiny_tensors()
@@ -100,14 +100,14 @@ def test_tensors_of_other_names_and_shapes_are_another_model(one: Path, tmp_path
     assert Aspect.SHAPE in next(tensor.aspects for tensor in found.tensors if tensor.name == "lm_head.weight")
 
 
-def test_other_shards_of_the_same_tensors_are_told_from_other_tensors(one: Path, tmp_path: Path) -> None:
+def test_other_shards_of_the_same_tensors_are_distinguished_from_other_tensors(one: Path, tmp_path: Path) -> None:
     found = diff(one, make(tmp_path, "many", max_shard_nbytes=2000)).manifests
     assert found.same_weights
     assert not found.same_shards
     assert not found.equal
 
 
-def test_a_source_that_only_one_manifest_knows_is_no_difference(one: Path) -> None:
+def test_a_source_that_only_one_manifest_records_is_not_a_difference(one: Path) -> None:
     manifest = read_manifest(one)
     record = manifest.tensors[DOWN]
     unknown = {**manifest.tensors, DOWN: replace(record, source_xxh3=None)}  # type: ignore[call-arg]
@@ -125,7 +125,7 @@ def test_a_kept_tensor_that_was_tuned_differs_in_its_data_and_not_in_its_source(
     assert found.same_source
 
 
-def test_a_published_artifact_has_the_weights_of_the_local_one_and_a_card_more(
+def test_a_published_artifact_has_the_weights_of_the_local_one_and_additionally_a_card(
     hub: Hub, one: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publish(one, "me/one", CardOptions(license=License("mit")), transfer=PATIENT)
@@ -155,7 +155,7 @@ def test_the_command_line_lists_tensors_and_exits_with_1(
     assert facts["members"]["recipe"]["b"]["defaults"]["double_quant"] is False
 
 
-def test_what_is_no_artifact_is_refused(one: Path, tmp_path: Path) -> None:
+def test_directories_and_repositories_without_an_artifact_are_rejected(one: Path, tmp_path: Path) -> None:
     shutil.copytree(one, tmp_path / "broken")
     (tmp_path / "broken" / "qformat.json").write_text("{}")
     assert run(["diff", str(one), str(tmp_path / "broken")]) == 1

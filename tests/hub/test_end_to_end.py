@@ -1,4 +1,4 @@
-"""From the Hub and back: convert a repository in the stream, verify, publish, verify there, fetch elsewhere, run."""
+"""From the Hub and back: convert a repository while it streams, verify, publish, verify remotely, fetch, run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# The model\n"
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, and tokens that its model takes."""
+    """Return a checkpoint and tokens for its model."""
 
     source: Path
     ids: torch.Tensor
@@ -42,7 +42,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 
 def without_source(folder: Path) -> dict[str, object]:
-    """Return every file of an artifact, the manifest without the one member that tells where the source was."""
+    """Return all files of an artifact, with the location of the source removed from the manifest."""
     found: dict[str, object] = dict(contents(folder))
     manifest = json.loads((folder / "qformat.json").read_text())
     del manifest["source"], manifest["manifest_sha256"]
@@ -50,7 +50,7 @@ def without_source(folder: Path) -> dict[str, object]:
 
 
 def shell(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """Run a command that must succeed; return what it printed."""
+    """Run a command that must succeed, and return its output."""
     capsys.readouterr()
     assert run([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
     return capsys.readouterr().out

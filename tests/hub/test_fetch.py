@@ -1,4 +1,4 @@
-"""fetch: the bytes that were published, or a clear error and nothing under OUT; whatever the connection does."""
+"""For all faults of the connection, fetch creates the published files, or raises an error and does not create OUT."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_fetched_artifact_has_the_published_bytes_and_the_token_goes_to_the_hu
 
 @pytest.mark.parametrize("every", [3, 4, 7])
 @pytest.mark.parametrize("kind", ["status", "drop"])
-def test_refused_and_dropped_requests_are_made_again(
+def test_rejected_and_dropped_requests_are_repeated(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, every: int, kind: str
 ) -> None:
     hub.faults.add(kind, every=every)  # type: ignore[arg-type]
@@ -71,17 +71,17 @@ def test_refused_and_dropped_requests_are_made_again(
     ],
     ids=lambda switches: f"{switches['kind']} {switches.get('nbytes', '')}",
 )
-def test_broken_answers_end_in_the_same_bytes(
+def test_broken_responses_give_the_same_bytes(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, switches: dict[str, object]
 ) -> None:
     fault = hub.faults.add(**{"route": BODY, "every": 2, **switches})  # type: ignore[arg-type]
-    silent = "seconds" in switches  # for longer than the client has patience
+    silent = "seconds" in switches  # longer than the timeout of the client
     do_fetch(tmp_path / "out", timeout_s=1 if silent else GUARD_S, connections=1)
     assert contents(tmp_path / "out") == published
     assert fault.n_done
 
 
-def test_several_connections_that_break_at_once_end_in_the_same_bytes(
+def test_several_connections_that_break_at_once_give_the_same_bytes(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     for kind in ("status", "drop", "cut"):
@@ -96,11 +96,14 @@ def test_a_flipped_bit_in_a_small_file_is_fetched_again(hub: Hub, published: dic
     assert contents(tmp_path / "out") == published
 
 
-def test_bytes_that_stay_wrong_are_named_and_only_their_file_is_fetched_again_later(
+def test_bytes_that_stay_wrong_raise_an_error_and_only_their_file_is_fetched_again_later(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.faults.add("flip", route=BODY, nbytes=5)
-    with pytest.raises(ArtifactError, match=r"model-0000\d-of-00002\.safetensors: arrived twice") as caught:
+    with pytest.raises(
+        ArtifactError,
+        match=r"model-0000\d-of-00002\.safetensors: does not match the manifest after two downloads: found SHA",
+    ) as caught:
         do_fetch(tmp_path / "out")
     assert caught.value.reason is Reason.FILE_DIGEST
     assert names_beside(tmp_path / "out") == {"out.partial", "small-nf4"}
@@ -111,21 +114,21 @@ def test_bytes_that_stay_wrong_are_named_and_only_their_file_is_fetched_again_la
     assert not hub.requests("resolve/.*/LICENSE")
 
 
-def test_a_file_that_is_another_one_than_the_manifests_is_refused_before_it_is_fetched(
+def test_a_file_that_does_not_match_the_manifest_is_rejected_before_it_is_fetched(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     changed = bytearray(published[SHARD])
     changed[-1] ^= 1
     hub.repositories.commit(NAME, {SHARD: bytes(changed)})
-    with pytest.raises(ArtifactError, match=f"{SHARD}: is another file: SHA-256"):
+    with pytest.raises(ArtifactError, match=f"{SHARD}: does not match the manifest: found SHA-256"):
         do_fetch(tmp_path / "out")
     assert not hub.requests(BODY)
     hub.repositories.commit(NAME, {SHARD: published[SHARD], "config.json": b"{}"})
-    with pytest.raises(ArtifactError, match=r"config\.json: 2 bytes, expected"):
+    with pytest.raises(ArtifactError, match=r"config\.json: found 2 bytes, expected"):
         do_fetch(tmp_path / "out")
 
 
-def test_a_shard_that_changes_under_its_commit_is_noticed(
+def test_a_shard_that_changes_under_its_commit_is_detected(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.cdn_endpoint = None
@@ -145,7 +148,7 @@ def test_a_shard_that_changes_under_its_commit_is_noticed(
     assert contents(tmp_path / "out") == published
 
 
-def test_an_interrupted_fetch_goes_on_with_its_commit_and_fetches_only_what_is_missing(
+def test_an_interrupted_fetch_resumes_with_its_commit_and_fetches_only_missing_pieces(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.faults.add("status", route=BODY, after=5, status=404)
@@ -164,7 +167,7 @@ def test_an_interrupted_fetch_goes_on_with_its_commit_and_fetches_only_what_is_m
     assert first + sent == sum(map(len, published.values())) + manifest_again
 
 
-def test_another_revision_does_not_go_on_with_what_was_begun(
+def test_another_revision_does_not_resume_an_interrupted_fetch(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.repositories.commit(NAME, {"notes.txt": b""}, ref="other")
@@ -199,7 +202,7 @@ def removed_files(work: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damaged_pieces, cut_files, removed_files])
-def test_staged_bytes_are_checked_before_a_fetch_goes_on(
+def test_staged_bytes_are_checked_before_a_fetch_resumes(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     hub.faults.add("status", route=BODY, after=5, status=404)
@@ -211,7 +214,7 @@ def test_staged_bytes_are_checked_before_a_fetch_goes_on(
     assert contents(tmp_path / "out") == published
 
 
-def test_an_older_artifact_is_replaced_in_one_step_if_asked_to(
+def test_an_older_artifact_is_replaced_atomically_on_request(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     do_fetch(tmp_path / "out")
@@ -226,15 +229,17 @@ def test_an_older_artifact_is_replaced_in_one_step_if_asked_to(
         do_fetch(tmp_path / "mine", force=True)
 
 
-def test_every_kind_of_absence_is_named(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+def test_missing_repositories_revisions_and_artifacts_raise_clear_errors(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
     hub.repositories.create("owner/empty")
     hub.add_folder("owner/gated", tmp_path / "small-nf4", gated=True)
     out = tmp_path / "out"
-    with pytest.raises(HubError, match="owner/missing: there is no such repository"):
+    with pytest.raises(HubError, match="owner/missing: the repository does not exist or is private"):
         fetch("owner/missing", out, transfer=PATIENT)
-    with pytest.raises(HubError, match="no such revision"):
+    with pytest.raises(HubError, match="the revision does not exist"):
         fetch(NAME, out, revision="missing", transfer=PATIENT)
-    with pytest.raises(ArtifactError, match=r"holds no qformat artifact.*qformat convert owner/empty OUT"):
+    with pytest.raises(ArtifactError, match=r"the repository has no qformat artifact.*qformat convert owner/empty OUT"):
         fetch("owner/empty", out, transfer=PATIENT)
     with pytest.raises(HubError, match=r"access is gated: .*not in the authorized list"):
         fetch("owner/gated", out, transfer=PATIENT)
@@ -245,7 +250,7 @@ def test_every_kind_of_absence_is_named(hub: Hub, published: dict[str, bytes], t
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "/etc/evil", "a\\b", "..", "%2e%2e/evil"])
-def test_names_in_a_manifest_that_leave_the_folder_are_refused(
+def test_names_in_a_manifest_that_leave_the_directory_are_rejected(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, name: str
 ) -> None:
     record = json.loads(published["qformat.json"])
@@ -254,11 +259,11 @@ def test_names_in_a_manifest_that_leave_the_folder_are_refused(
     lines[at] = lines[at].replace('"LICENSE"', json.dumps(name))
     unsealed = "".join(lines).encode().replace(record["manifest_sha256"].encode(), b"0" * 64)
     hub.repositories.commit(NAME, {"qformat.json": seal(unsealed)})
-    with pytest.raises(ArtifactError, match=r"is not the plain name|there is no such file in the repository"):
+    with pytest.raises(ArtifactError, match=r"is not the plain name|the file does not exist in the repository"):
         do_fetch(tmp_path / "out")
 
 
-def test_an_artifact_whose_parts_do_not_fit_is_not_sealed_although_every_digest_is_right(
+def test_an_inconsistent_artifact_is_not_finished_although_every_digest_is_right(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
     vector = next(one for one in corpus.edited() if one.get("reason") == "codebook")
@@ -292,7 +297,7 @@ def start(hub: Hub, tmp_path: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_fetch_is_continued_and_a_second_process_is_refused_meanwhile(
+def test_a_killed_fetch_resumes_and_a_second_process_is_rejected_meanwhile(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, how: signal.Signals
 ) -> None:
     held, go_on = threading.Event(), threading.Event()
@@ -301,7 +306,7 @@ def test_a_killed_fetch_is_continued_and_a_second_process_is_refused_meanwhile(
         held.set()
         go_on.wait(GUARD_S)
 
-    hub.faults.add("call", route=BODY, after=6, times=1, hook=hold)  # six pieces are there, the seventh never comes
+    hub.faults.add("call", route=BODY, after=6, times=1, hook=hold)  # six pieces arrive, the seventh never does
     with start(hub, tmp_path) as process:
         assert held.wait(GUARD_S)
         with pytest.raises(TargetError, match="another process"):
@@ -321,7 +326,7 @@ def test_a_killed_fetch_is_continued_and_a_second_process_is_refused_meanwhile(
     assert summary.nbytes_fetched < summary.nbytes - 20_000
 
 
-def test_the_command_line_fetches_and_tells_what_it_did(
+def test_the_command_line_fetches_and_prints_a_summary(
     hub: Hub, published: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qformat.cli.main import run

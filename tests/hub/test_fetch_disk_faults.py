@@ -1,4 +1,4 @@
-"""fetch to disks that are full, fail or lose power: the next fetch ends in the published bytes."""
+"""After a disk is full, fails or loses power, the next fetch creates the published artifact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from tests.hub_stand_in import Hub
 from tests.small_models import contents, names_beside
 
 
-def test_a_full_disk_is_refused_before_a_byte_is_fetched(hub: Hub, published: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_full_disk_is_rejected_before_a_byte_is_fetched(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path
+) -> None:
     with pytest.raises(TargetError, match="not enough disk space"):
         do_fetch(tmp_path / "out", disk=DiskWithRoom(1000))
     assert not hub.requests(BODY)
@@ -28,7 +30,7 @@ def calls_of(out: Path) -> list[str]:
 
 
 def faults(names: list[str], stride: int) -> list[tuple[int, str]]:
-    """Every n-th call with a fault that fits it, and all of the last ones: those of the seal."""
+    """Every n-th call with a suitable fault, and all of the last calls, which finish the directory."""
     chosen = [*range(0, len(names), stride), *range(len(names) - 12, len(names))]
     return [(at, fault) for at in dict.fromkeys(chosen) for fault in ("kill", "ENOSPC", "EIO")]
 
@@ -45,7 +47,7 @@ def check_faults(published: dict[str, bytes], tmp_path: Path, stride: int) -> No
         if not out.exists():
             do_fetch(out, disk=FaultyDisk())
         elif out.with_name("out.partial").exists():
-            # A crash in the very last step of the seal: the command clears up, and may say that all is there.
+            # After a crash in the very last step, the command cleans up and may report that the artifact is complete.
             with contextlib.suppress(TargetError):
                 do_fetch(out, disk=FaultyDisk())
         assert contents(out) == published, (at, names[at], fault)

@@ -1,4 +1,4 @@
-"""verify OWNER/NAME: every difference between manifest and repository is found without fetching a shard."""
+"""verify OWNER/NAME finds every difference between manifest and repository without downloading a shard."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def flipped(data: bytes, at: int) -> bytes:
 
 
 def resealed(published: dict[str, bytes], old: str, new: str) -> bytes:
-    """Return the manifest with a text replaced, and its own digest made again."""
+    """Return the manifest with a text replaced and its own digest updated."""
     text = published["qformat.json"].decode()
     assert old in text
     digest = json.loads(text)["manifest_sha256"]
     return seal(text.replace(old, new).replace(digest, "0" * 64).encode())
 
 
-def test_a_good_artifact_is_good_and_no_weights_are_fetched(hub: Hub, published: dict[str, bytes]) -> None:
+def test_an_intact_artifact_passes_and_no_weights_are_fetched(hub: Hub, published: dict[str, bytes]) -> None:
     report = check()
     assert report.passed, report.findings
     assert (report.n_files, report.signed, report.others) == (10, False, ())
@@ -76,7 +76,9 @@ def test_a_changed_bit_of_a_small_file_is_found(hub: Hub, published: dict[str, b
     assert [(one.reason, one.file) for one in report.findings] == [(Reason.FILE_DIGEST, name)]
 
 
-def test_a_changed_manifest_is_found_and_another_whole_one_does_not_fit(hub: Hub, published: dict[str, bytes]) -> None:
+def test_a_changed_manifest_is_found_and_another_intact_manifest_does_not_match(
+    hub: Hub, published: dict[str, bytes]
+) -> None:
     hub.repositories.commit(NAME, {"qformat.json": flipped(published["qformat.json"], 300)})
     assert [one.file for one in check().findings] == ["qformat.json"]
     name = '"model.layers.1.self_attn.v_proj.weight"'
@@ -98,22 +100,22 @@ def test_missing_cut_and_additional_files_are_found(hub: Hub, published: dict[st
     assert report.others == ("adapter.safetensors", "notes.md")
 
 
-def test_a_header_that_the_server_changes_on_the_way_is_found(hub: Hub, published: dict[str, bytes]) -> None:
+def test_a_header_that_changes_in_transit_is_found(hub: Hub, published: dict[str, bytes]) -> None:
     hub.faults.add("flip", route="GET cdn/", nbytes=20)
     assert {one.reason for one in check().findings} == {Reason.FILE_DIGEST}
 
 
 @pytest.mark.parametrize("every", [3, 5])
-def test_refused_requests_are_made_again(hub: Hub, published: dict[str, bytes], every: int) -> None:
+def test_rejected_requests_are_repeated(hub: Hub, published: dict[str, bytes], every: int) -> None:
     hub.faults.add("status", route="GET cdn/|resolve/", every=every, times=3)
     assert check().passed
 
 
-def test_what_is_no_artifact_or_not_there_is_told(hub: Hub, published: dict[str, bytes]) -> None:
+def test_missing_artifacts_and_repositories_are_reported(hub: Hub, published: dict[str, bytes]) -> None:
     hub.repositories.create("me/empty")
     report = verify_remote("me/empty", transfer=PATIENT)
     assert [one.reason for one in report.findings] == [Reason.MISSING_FILE]
-    with pytest.raises(HubError, match="no such repository"):
+    with pytest.raises(HubError, match="the repository does not exist or is private"):
         verify_remote("me/missing", transfer=PATIENT)
 
 
@@ -146,7 +148,7 @@ def test_a_signature_is_checked_with_the_publishers_key_here_and_after_fetching(
     assert "missing_file" in capsys.readouterr().out
 
 
-def test_somebody_elses_signature_of_another_manifest_does_not_pass(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_a_signature_of_another_manifest_does_not_pass(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     pytest.importorskip("model_signing")
     key = write_key(tmp_path)
     publish(artifact, NAME, CardOptions(license=License("mit")), PublishOptions(sign_key=key), transfer=PATIENT)
@@ -157,7 +159,7 @@ def test_somebody_elses_signature_of_another_manifest_does_not_pass(hub: Hub, ar
     assert not report.signature_checked
 
 
-def test_the_command_line_prefers_a_folder_and_refuses_options_that_do_not_fit(
+def test_the_command_line_prefers_a_directory_and_rejects_options_of_the_other_kind(
     hub: Hub,
     published: dict[str, bytes],
     artifact: Path,
@@ -184,7 +186,7 @@ def test_the_command_line_prefers_a_folder_and_refuses_options_that_do_not_fit(
     assert contents(tmp_path / NAME)
 
 
-def test_a_path_that_is_missing_is_not_looked_up_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     from qformat.cli.main import run
 
     assert run(["verify", "./missing/folder"]) == 1

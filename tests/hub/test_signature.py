@@ -1,4 +1,4 @@
-"""Signatures: what model-signing's own tool makes and accepts, and nothing else."""
+"""Signatures are compatible with the command of model-signing, and all others are rejected."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def test_the_tool_of_model_signing_accepts_our_signature_and_we_accept_its(tmp_path: Path) -> None:
+def test_model_signing_accepts_our_signatures_and_we_accept_those_of_model_signing(tmp_path: Path) -> None:
     key, model = write_key(tmp_path), write_model(tmp_path / "model")
     signature = model / "model.sig"
     signature.write_bytes(sign(DIGESTS, "model", key))
@@ -56,20 +56,20 @@ def test_the_tool_of_model_signing_accepts_our_signature_and_we_accept_its(tmp_p
         ({"a.txt": DIGESTS["a.txt"]}, "Missing files.*qformat.json"),
     ],
 )
-def test_a_signature_of_other_files_is_refused(tmp_path: Path, files: dict[str, str], problem: str) -> None:
+def test_a_signature_of_other_files_is_rejected(tmp_path: Path, files: dict[str, str], problem: str) -> None:
     key = write_key(tmp_path)
     with pytest.raises(ArtifactError, match=problem) as caught:
         check_signature(sign(DIGESTS, "model", key), files, key.with_suffix(".pub"), where="model.sig")
     assert caught.value.reason is Reason.SIGNATURE
 
 
-def test_a_signature_of_another_key_is_refused(tmp_path: Path) -> None:
+def test_a_signature_by_another_key_is_rejected(tmp_path: Path) -> None:
     other = write_key(tmp_path, "other").with_suffix(".pub")
-    with pytest.raises(ArtifactError, match="is no signature of these files with the key"):
+    with pytest.raises(ArtifactError, match="is not a signature of these files by the key"):
         check_signature(sign(DIGESTS, "model", write_key(tmp_path)), DIGESTS, other, where="model.sig")
 
 
-def test_a_changed_cut_or_foreign_signature_is_refused(tmp_path: Path) -> None:
+def test_a_changed_truncated_or_invalid_signature_is_rejected(tmp_path: Path) -> None:
     key = write_key(tmp_path)
     good = sign(DIGESTS, "model", key)
     bad = [b"", b"{}", b"[]", b"null", b"[" * 5000, b"\xff\xfe", good + b"}"]
@@ -81,7 +81,7 @@ def test_a_changed_cut_or_foreign_signature_is_refused(tmp_path: Path) -> None:
             check_signature(data, DIGESTS, key.with_suffix(".pub"), where="model.sig")
 
 
-def test_what_is_no_key_is_refused_by_name(tmp_path: Path) -> None:
+def test_invalid_keys_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "text.pem").write_text("hello")
     key = write_key(tmp_path)
     for wrong in (tmp_path / "text.pem", tmp_path / "missing.pem", key.with_suffix(".pub")):
@@ -93,7 +93,7 @@ def test_what_is_no_key_is_refused_by_name(tmp_path: Path) -> None:
         check_signature(sign(DIGESTS, "m", key), DIGESTS, tmp_path / "text.pem", where="model.sig")
 
 
-def test_a_published_signature_is_accepted_by_the_tool_and_a_repeated_publish_keeps_it(
+def test_model_signing_accepts_a_published_signature_and_a_repeated_publish_keeps_it(
     hub: Hub, artifact: Path, tmp_path: Path
 ) -> None:
     key = write_key(tmp_path)

@@ -1,4 +1,4 @@
-"""The stand-in of the Hub answers huggingface_hub as the Hub does: this is what the other tests lean on."""
+"""The stand-in of the Hub answers huggingface_hub as the Hub does, on which the other tests rely."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_snapshot_has_the_bytes_of_the_folder_and_the_token_stays_at_the_hub(h
     assert all(one.headers["authorization"] == "Bearer hf_secret" for one in hub.requests(" hub/"))
 
 
-def test_an_interrupted_download_goes_on_with_a_range(
+def test_an_interrupted_download_resumes_with_a_range(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -64,9 +64,7 @@ def test_an_interrupted_download_goes_on_with_a_range(
     assert [one.status for one in hub.requests("GET cdn/")] == [200, 206]
 
 
-def test_what_is_missing_or_not_allowed_raises_the_exception_that_the_hub_makes_it_raise(
-    hub: Hub, folder: Path
-) -> None:
+def test_missing_and_forbidden_requests_raise_the_same_exceptions_as_with_the_hub(hub: Hub, folder: Path) -> None:
     hub.add_folder("owner/model", folder)
     hub.add_folder("owner/private", folder, private=True)
     hub.add_folder("owner/gated", folder, gated=True)
@@ -100,7 +98,9 @@ def test_a_folder_is_uploaded_once_in_one_piece_or_in_parts(hub: Hub, folder: Pa
     assert len(hub.requests("PUT hub/")) == sum(-(-n // (part_nbytes or n)) for n in shards)
 
 
-def test_a_commit_on_another_parent_is_refused_and_branches_and_pull_requests_are_made(hub: Hub, folder: Path) -> None:
+def test_a_commit_on_another_parent_is_rejected_and_branches_and_pull_requests_are_created(
+    hub: Hub, folder: Path
+) -> None:
     first = hub.add_folder("user/model", folder).head.parent
     api = huggingface_hub.HfApi()
     operations = [huggingface_hub.CommitOperationAdd("new.txt", b"new")]

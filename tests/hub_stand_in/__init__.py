@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face Hub on loopback, in the standard library: what tests of Hub commands talk to.
+"""A stand-in of the Hugging Face Hub on loopback for tests, written with the standard library.
 
 In a test:
 
@@ -9,11 +9,11 @@ In a test:
         ...
         assert not [request for request in hub.log if request.server == "cdn" and "authorization" in request.headers]
 
-As a process of its own (prints its endpoint, then serves until it is killed):
+As a separate process, which prints its endpoint and serves until it is killed:
 
     python -m tests.hub_stand_in owner/model=FOLDER --fault '{"kind": "status", "every": 5}'
 
-Files of folders stay on disk and are read piece by piece, so that large repositories cost no memory.
+Files of directories stay on disk and are read in pieces, so that large repositories need little memory.
 """
 
 from tests.hub_stand_in.client import environment, point_here

@@ -1,4 +1,4 @@
-"""The stand-in as a process: `python -m tests.hub_stand_in owner/model=FOLDER …`; the endpoint is its first line."""
+"""The stand-in as a process, which prints its endpoint: `python -m tests.hub_stand_in owner/model=FOLDER …`."""
 
 from __future__ import annotations
 

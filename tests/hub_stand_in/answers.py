@@ -1,4 +1,4 @@
-"""An answer of the stand-in, and how faults change it on its way."""
+"""Responses of the stand-in, and the faults that change them in transit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.hub_stand_in.repositories import StoredFile
 
 @dataclass
 class Answer:
-    """Status, headers and a body: bytes, or a file of which a range may be asked."""
+    """Status, headers and a body: bytes, or a file that supports ranges."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -26,13 +26,13 @@ def as_json(record: object, status: int = 200, **headers: str) -> Answer:
 
 
 def refusal(status: int, code: str, message: str) -> Answer:
-    """Return the Hub's answer to what is not there or not allowed."""
+    """Return the Hub's response to a missing or forbidden request."""
     return as_json({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
 
 
 @dataclass
 class Sending:
-    """What goes over the wire: status, headers, length announced, and the pieces of the body."""
+    """The data that is sent: status, headers, announced length, and the pieces of the body."""
 
     status: int
     headers: dict[str, str]
@@ -41,7 +41,7 @@ class Sending:
 
 
 def sending(answer: Answer, asked_range: str | None, faults: Iterable[Fault]) -> Sending:
-    """Cut a file to the range that was asked for, and apply the faults that change headers or bytes."""
+    """Select the requested range of a file, and apply the faults that change headers or bytes."""
     kinds = {fault.kind: fault for fault in faults}
     headers = dict(answer.headers)
     if isinstance(answer.body, bytes):

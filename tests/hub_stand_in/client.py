@@ -1,4 +1,4 @@
-"""Point huggingface_hub, in this process or in another one, at a stand-in."""
+"""Connects huggingface_hub, in this process or in another one, to a stand-in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.standstill import GUARD_S
 
 
 def environment(hub: Hub, home: Path, token: str | None = None) -> dict[str, str]:
-    """Return the environment for a process that is to talk to the stand-in."""
+    """Return the environment for a process that connects to the stand-in."""
     settings = {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
@@ -27,7 +27,7 @@ def environment(hub: Hub, home: Path, token: str | None = None) -> dict[str, str
 
 
 def point_here(monkeypatch: pytest.MonkeyPatch, hub: Hub, home: Path, token: str | None = None) -> None:
-    """Let this process talk to the stand-in until the test ends; the constants are read at import, so set them, too."""
+    """Connect this process to the stand-in until the test ends. This also sets constants that are read at import."""
     from huggingface_hub import constants, hf_api
     from huggingface_hub.utils import close_session
 

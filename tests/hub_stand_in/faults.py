@@ -1,4 +1,4 @@
-"""What the stand-in does wrong on purpose."""
+"""Deliberate faults of the stand-in."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal[
-    "status",  # answer `status` (503), do nothing else; `headers` are added (Retry-After, X-Error-Message)
-    "drop",  # close the connection, do nothing else
-    "lose",  # carry the request out, then close the connection without an answer
-    "slow",  # wait `seconds` before the answer
-    "cut",  # announce the whole body, close the connection after `nbytes` of it
+    "status",  # answer `status` (503) and do nothing else; `headers` are added (Retry-After, X-Error-Message)
+    "drop",  # close the connection and do nothing else
+    "lose",  # execute the request, then close the connection without a response
+    "slow",  # wait `seconds` before the response
+    "cut",  # announce the complete body, close the connection after `nbytes` of it
     "stall",  # send `nbytes` of the body, wait `seconds`, close the connection
-    "flip",  # change one bit of the body's byte `nbytes`
-    "whole",  # answer 200 and the whole file to a request for a range
+    "flip",  # flip one bit of byte `nbytes` of the body
+    "whole",  # answer a request for a range with 200 and the complete file
     "no_content_range",  # answer 206 without Content-Range
-    "wrong_content_range",  # answer 206 with a Content-Range that begins a byte later
-    "short_range",  # answer 206 with half of the range, and a Content-Range that says so
-    "call",  # call `hook` before the request is carried out
+    "wrong_content_range",  # answer 206 with a Content-Range that starts one byte later
+    "short_range",  # answer 206 with half of the range and the matching Content-Range
+    "call",  # call `hook` before the request is executed
 ]
 
 
 @dataclass
 class Fault:
-    """One fault: what, on which requests, how often."""
+    """One fault: its kind, the requests that it affects, and how often."""
 
     kind: Kind
     route: str = ""
     """A regular expression that is searched in `METHOD SERVER/path?query` (SERVER is hub or cdn)."""
     every: int = 1
-    """Of the requests that match, each n-th."""
+    """Affect every n-th matching request."""
     times: int | None = None
-    """At most so often; None is for ever."""
+    """Largest number of affected requests, or None for no limit."""
     after: int = 0
-    """Leave the first matching requests alone."""
+    """Number of matching requests to skip first."""
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
     nbytes: int = 0
@@ -46,7 +46,7 @@ class Fault:
     n_done: int = 0
 
     def strikes(self, request_line: str) -> bool:
-        """Count a request and tell whether the fault hits it."""
+        """Count a request and return whether the fault affects it."""
         if re.search(self.route, request_line) is None or (self.times is not None and self.n_done >= self.times):
             return False
         self.n_matched += 1
@@ -57,14 +57,14 @@ class Fault:
 
 
 class Faults:
-    """The faults that are switched on."""
+    """The active faults."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
 
     def add(self, kind: Kind, **switches: object) -> Fault:
-        """Switch a fault on; the fields of `Fault` by name."""
+        """Activate a fault, given by the fields of `Fault`."""
         fault = Fault(kind, **switches)  # type: ignore[arg-type]
         with self._lock:
             self._faults.append(fault)
@@ -75,6 +75,6 @@ class Faults:
             self._faults.clear()
 
     def of(self, request_line: str) -> list[Fault]:
-        """Return the faults that hit this request; each counts it."""
+        """Return the faults that affect a request, and count it for each."""
         with self._lock:
             return [fault for fault in self._faults if fault.strikes(request_line)]

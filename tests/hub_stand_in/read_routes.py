@@ -1,4 +1,4 @@
-"""What the stand-in answers to readers: revisions, trees, histories, files."""
+"""Routes for readers: revisions, trees, histories, files."""
 
 from __future__ import annotations
 

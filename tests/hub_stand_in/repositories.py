@@ -1,4 +1,4 @@
-"""What the stand-in stores: repositories, commits, branches, pull requests and uploaded objects."""
+"""Storage of the stand-in: repositories, commits, branches, pull requests and uploaded objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIECE_NBYTES = 1 << 20
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file's bytes, in memory or on disk, and how the Hub keeps it."""
+    """Content of a file, in memory or on disk, and how the Hub stores it."""
 
     content: bytes | Path
     lfs: bool
@@ -27,7 +27,7 @@ class StoredFile:
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     def pieces(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes start to stop."""
+        """Yield the bytes [start, stop)."""
         if isinstance(self.content, bytes):
             yield self.content[start:stop]
             return
@@ -79,7 +79,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """One model repository; `readers` may read it where it is private or gated."""
+    """One model repository. `readers` may read it if it is private or gated."""
 
     name: str
     private: bool = False
@@ -88,13 +88,13 @@ class Repository:
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     pull_requests: list[str] = field(default_factory=list)
-    """The titles; number 1 is the first."""
+    """Titles of the pull requests, from number 1."""
 
     def __post_init__(self) -> None:
         self.commit("main", {".gitattributes": StoredFile(GIT_ATTRIBUTES, lfs=False)}, "initial commit")
 
     def commit(self, ref: str, files: Mapping[str, StoredFile], message: str) -> Commit:
-        """Make `files` the whole content of a branch."""
+        """Commit `files` as the complete content of a branch."""
         parent = self.refs.get(ref)
         listing = "".join(f"{name} {files[name].oid}\n" for name in sorted(files))
         oid = hashlib.sha1(f"{self.name}\n{parent}\n{message}\n{len(self.commits)}\n{listing}".encode()).hexdigest()
@@ -126,7 +126,7 @@ class Repository:
 
 
 class Repositories:
-    """All repositories and uploaded objects of a stand-in; one lock for every change."""
+    """All repositories and uploaded objects of a stand-in. One lock protects all changes."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -142,7 +142,7 @@ class Repositories:
             return repository
 
     def add_folder(self, name: str, folder: Path, *, private: bool = False, gated: bool = False) -> Repository:
-        """Make a repository whose main branch has the files of a folder, subfolders included."""
+        """Create a repository whose main branch has the files of a directory, including subdirectories."""
         repository = self.by_name.get(name) or self.create(name, private=private, gated=gated)
         files = {
             path.relative_to(folder).as_posix(): StoredFile(path, is_lfs(path.name, path.stat().st_size))
@@ -153,7 +153,7 @@ class Repositories:
         return repository
 
     def commit(self, name: str, files: Mapping[str, StoredFile | bytes], *, ref: str = "main") -> str:
-        """Add or replace files of a branch by a new commit; return its hash."""
+        """Add or replace files of a branch in a new commit, and return its hash."""
         with self.lock:
             repository = self.by_name[name]
             stored = {path: _stored(path, content) for path, content in files.items()}
@@ -164,7 +164,7 @@ class Repositories:
             return repository.commit(ref, {**(old.files if old else {}), **stored}, "files").oid
 
     def change_in_place(self, name: str, path: str, content: bytes, *, ref: str = "main") -> None:
-        """Replace a file under the same commit: what a client must notice by the ETag."""
+        """Replace a file under the same commit, which a client must detect by the ETag."""
         with self.lock:
             repository = self.by_name[name]
             commit = repository.at(ref)
@@ -173,7 +173,7 @@ class Repositories:
             repository.commits[commit.oid] = Commit(commit.oid, commit.parent, commit.message, files)
 
     def upload(self, sha256: str, data: bytes) -> bool:
-        """Store an LFS object if its bytes have that SHA-256."""
+        """Store an LFS object if its content has the given SHA-256."""
         if hashlib.sha256(data).hexdigest() != sha256:
             return False
         with self.lock:

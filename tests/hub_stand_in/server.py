@@ -1,4 +1,4 @@
-"""The stand-in's two HTTP servers, its request log, and who may read what."""
+"""The two HTTP servers of the stand-in, its log of requests, and its permissions."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ ROUTES: tuple[tuple[str, str, Callable[..., Answer]], ...] = (
     ("POST", r"/-/lfs/(?P<sha256>[0-9a-f]{64})/complete", write_routes.complete_object),
     ("POST", r"/-/lfs/(?P<sha256>[0-9a-f]{64})/verify", write_routes.verify_object),
 )
-"""Method, path (percent signs undone only inside the groups), function. HEAD is GET without a body."""
+"""Method, path (only its groups are percent-decoded), function. HEAD is GET without a body."""
 
 WRITING = re.compile(r"/api/(repos|models/.+/(branch|preupload|commit))/|\.git/info/lfs/")
 
 
 @dataclass
 class Request:
-    """One request as it came in, and what was answered; header names in lower case. It is logged before it is answered:
-    whoever has the answer finds it in the log."""
+    """One request with its response. Header names are in lower case. It is logged before the response is sent, so that
+    a client that has the response finds the request in the log."""
 
     server: str
     method: str
@@ -58,12 +58,12 @@ class Request:
     headers: Mapping[str, str]
     status: int
     nbytes_sent: int = 0
-    """Bytes of the body that were sent; 0 where the client went away."""
+    """Bytes of the body that were sent, 0 if the client disconnected."""
 
 
 @dataclass
 class Call:
-    """A request on its way to a route."""
+    """A request that is passed to a route."""
 
     method: str
     path: str
@@ -80,31 +80,31 @@ class Call:
 
 @dataclass
 class Hub:
-    """The state of a stand-in: repositories, faults, log, and how it is set up."""
+    """State and configuration of a stand-in."""
 
     tokens: dict[str, str] = field(default_factory=dict)
-    """Token to user. With none, everybody may write; private and gated repositories always need one."""
+    """User per token. Without tokens, everybody may write. Private and gated repositories always need a token."""
     page_size: int = 1000
     part_nbytes: int | None = None
-    """Uploads of more bytes come in parts of so many."""
+    """Larger uploads are split into parts of this size."""
     with_cdn: bool = False
-    """Send readers of LFS files to a second host."""
+    """Redirect readers of LFS files to a second host."""
     bytes_per_second: float | None = None
-    """Of each connection that sends a file."""
+    """Speed of each connection that sends a file."""
     repositories: Repositories = field(default_factory=Repositories)
     faults: Faults = field(default_factory=Faults)
     log: list[Request] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    """Tracebacks of mistakes of the stand-in itself."""
+    """Tracebacks of errors in the stand-in itself."""
     endpoint: str = ""
     cdn_endpoint: str | None = None
 
     def add_folder(self, name: str, folder: Path, *, private: bool = False, gated: bool = False) -> Repository:
-        """Make a repository of a folder; see `Repositories` for more."""
+        """Create a repository from a directory. `Repositories` has more methods."""
         return self.repositories.add_folder(name, folder, private=private, gated=gated)
 
     def requests(self, route: str) -> list[Request]:
-        """Return the requests so far whose `METHOD SERVER/path?query` the regular expression is found in."""
+        """Return the requests so far whose `METHOD SERVER/path?query` contains a match of the regular expression."""
         return [one for one in list(self.log) if re.search(route, f"{one.method} {one.server}{one.path}")]
 
     def token_of(self, call: Call) -> str | None:
@@ -114,7 +114,7 @@ class Hub:
         return self.tokens.get(self.token_of(call) or "", "user")
 
     def answer(self, call: Call) -> Answer:
-        """Find the route and run it, if the token allows it."""
+        """Run the route of a request if the token permits it."""
         token = self.token_of(call)
         if self.tokens and token is not None and token not in self.tokens:
             return as_json(
@@ -160,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
-        """The log is `Hub.log`; nothing is printed."""
+        """Print nothing: requests are logged in `Hub.log`."""
 
     def _serve(self) -> None:
         split = urlsplit(self.path)
@@ -245,7 +245,7 @@ class _Server(ThreadingHTTPServer):
     hub: Hub
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no error of the stand-in; anything else fails the test at its end."""
+        """Ignore a client that disconnected. Any other error fails the test at its end."""
         if not isinstance(sys.exception(), ConnectionError):
             self.hub.errors.append(traceback.format_exc())
 
@@ -260,7 +260,7 @@ def _start(hub: Hub, name: str, host: str) -> tuple[_Server, str]:
 
 @contextmanager
 def running(hub: Hub) -> Iterator[Hub]:
-    """Serve until the block ends; sets `endpoint`, and `cdn_endpoint` on a host of another name."""
+    """Serve until the block ends. Set `endpoint`, and `cdn_endpoint` with another host name."""
     server, hub.endpoint = _start(hub, "hub", "127.0.0.1")
     servers = [server]
     if hub.with_cdn:

@@ -1,4 +1,4 @@
-"""What the stand-in answers to writers: repositories, branches, uploads, commits, pull requests."""
+"""Routes for writers: repositories, branches, uploads, commits, pull requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.hub_stand_in.server import Call, Hub
 
 SIGNED = "?X-Amz-Signature=of-the-stand-in"
-"""What makes an address of an upload a secret."""
+"""Part of the URL of an upload that must stay secret."""
 
 
 def create_repository(hub: Hub, call: Call) -> Answer:
@@ -43,7 +43,7 @@ def create_branch(hub: Hub, call: Call, repository: Repository, branch: str) -> 
 
 
 def validate_yaml(hub: Hub, call: Call) -> Answer:
-    """POST /api/validate-yaml: a front matter must be there and name no model card field wrongly."""
+    """POST /api/validate-yaml: requires a front matter with valid fields of a model card."""
     content = call.json()["content"]
     errors = []
     if not content.startswith("---\n") or "\n---" not in content[4:]:
@@ -70,7 +70,7 @@ def preupload(hub: Hub, call: Call, repository: Repository, revision: str) -> An
 
 
 def lfs_batch(hub: Hub, call: Call) -> Answer:
-    """POST /ID.git/info/lfs/objects/batch: no actions for what is there, parts for what is large."""
+    """POST /ID.git/info/lfs/objects/batch: no actions for existing objects, parts for large ones."""
     objects = []
     for asked in call.json()["objects"]:
         oid, nbytes = asked["oid"], asked["size"]
@@ -120,7 +120,7 @@ def verify_object(hub: Hub, call: Call, sha256: str) -> Answer:
 
 
 def commit(hub: Hub, call: Call, repository: Repository, revision: str) -> Answer:
-    """POST /api/models/ID/commit/REV: lines of JSON; 412 where the parent is not the head any more."""
+    """POST /api/models/ID/commit/REV: lines of JSON; 412 if the parent is no longer the head."""
     with hub.repositories.lock:
         base = commit_or_refusal(repository, revision)
         if isinstance(base, Answer):

@@ -1,4 +1,4 @@
-"""Tensors that end where a page without access begins: a kernel in the interpreter that reads past them crashes."""
+"""Tensors that end directly before an inaccessible page: a kernel in the interpreter that reads past them crashes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from qformat.kernels.packed_weight import PackedWeight
 
 _regions: list[mmap.mmap] = []
-"""Kept for the life of the process: the tensors do not own them."""
+"""Mapped regions, kept until the process ends because the tensors do not own them."""
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """Return a copy whose last byte lies just before a page that may not be read or written."""
+    """Return a copy whose last byte lies directly before a page that cannot be read or written."""
     n_pages = -(-tensor.nbytes // mmap.PAGESIZE)
     region = mmap.mmap(-1, (n_pages + 1) * mmap.PAGESIZE)
     _regions.append(region)
@@ -29,7 +29,7 @@ def guarded(tensor: Tensor) -> Tensor:
 
 
 def guarded_weight(weight: PackedWeight) -> PackedWeight:
-    """Return a weight with every component guarded."""
+    """Return a copy of a weight with every component guarded."""
     parts = {
         name: guarded(part)
         for name in ("packed", "absmax", "nested_absmax", "nested_quant_map")

@@ -1,4 +1,4 @@
-"""What a backend prepares of a weight is made once, for each dtype, and belongs to who holds the weight."""
+"""A backend prepares data from a weight once per dtype and keeps it with the weight's holder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qformat.kernels.packed_weight import PackedWeight
 from tools.gpu.weights import random_weight
 
 
-def test_what_is_prepared_is_made_once_for_each_dtype_and_holder() -> None:
+def test_data_is_prepared_once_per_dtype_and_holder() -> None:
     weight = random_weight((5, 64))
     made: list[torch.dtype] = []
 

@@ -1,4 +1,4 @@
-"""The torch operations: opcheck, the reference's bits, gradients, torch.compile, and every backend alike."""
+"""The torch operations: opcheck, the reference's bits, gradients, torch.compile, and equal results of all backends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.rounding import rounding, sum_error
 from tools.gpu.weights import FORMATS, bits, random_weight, reference_bits
 
 HAS_FEW_ROWS = unsupported(192, 64, FloatFormat.BF16) is None
-"""Whether this CPU has a product that does not decode the weight first."""
+"""Whether this CPU supports the product that does not decode the weight first."""
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +90,10 @@ def test_linear_and_its_gradients_equal_those_of_the_decoded_weight(backend: str
     y2.sum().backward()
     assert torch.equal(y, y2)
     assert torch.equal(x.grad, x2.grad)
-    assert (bias.grad == 34).all()  # a sum of ones, exact in every format
+    assert (bias.grad == 34).all()  # a sum of ones is exact in every format
 
 
-def test_nothing_in_16_bit_is_kept_for_backward() -> None:
+def test_no_decoded_weight_is_kept_for_the_backward_pass() -> None:
     weight = random_weight((96, 192))
     kept = []
 
@@ -109,7 +109,7 @@ def test_nothing_in_16_bit_is_kept_for_backward() -> None:
 
 
 @pytest.mark.parametrize("m", [1, 4, 8, 17])
-def test_linear_compiles_without_a_break(m: int) -> None:
+def test_linear_compiles_without_a_graph_break(m: int) -> None:
     weight = random_weight((40, 192))
     x = torch.randn(m, 192, dtype=torch.bfloat16)
 
@@ -131,7 +131,7 @@ def test_few_rows_give_what_decoding_gives_within_the_bound_of_its_sums(m: int) 
         with pytest.raises(UsageError, match=r"neither AVX2 nor AVX-512\. Use linear_nf4"):
             ops.gemv_nf4(x, *components(weight))
     within = []
-    for computed in (torch.bfloat16, torch.float32):  # the weights are rounded to bf16, or on some CPUs not at all
+    for computed in (torch.bfloat16, torch.float32):  # some CPUs round the weights to bf16, others do not
         w = decoded(weight, computed).double()
         exact = x.double() @ w.T
         bound = sum_error(576) * (x.double().abs() @ w.abs().T)
@@ -140,8 +140,8 @@ def test_few_rows_give_what_decoding_gives_within_the_bound_of_its_sums(m: int) 
     assert any(within)
 
 
-def test_weights_larger_than_the_scratch_buffer_go_through_in_bands() -> None:
-    weight = random_weight((100, 448), block_size=128)  # whole blocks end every second row
+def test_weights_larger_than_the_scratch_buffer_are_decoded_in_bands() -> None:
+    weight = random_weight((100, 448), block_size=128)  # a block ends at every second row
     x = torch.randn(20, 448, dtype=torch.float32)
     grad = torch.randn(20, 100, dtype=torch.float32)
     bias = torch.randn(100)
@@ -151,7 +151,7 @@ def test_weights_larger_than_the_scratch_buffer_go_through_in_bands() -> None:
     assert all(last * 448 % 128 == 0 or last == 100 for _, last in bands)
     assert len(whole._bands(weight, torch.float32)) == 1
     w = decoded(weight, torch.float32).abs()
-    # Either is a sum in float32, of 448 products and the bias, or of 100 products.
+    # Both results are sums in float32: of 448 products and the bias, and of 100 products.
     apart = (banded.linear(x, weight, bias) - whole.linear(x, weight, bias)).double().abs()
     assert (apart <= 2 * sum_error(449) * functional.linear(x.abs(), w, bias.abs())).all()
     apart = (banded.input_gradient(grad, weight) - whole.input_gradient(grad, weight)).double().abs()
@@ -162,10 +162,10 @@ def test_no_rows_give_no_rows() -> None:
     assert ops.linear(torch.zeros(2, 0, 64), HeldWeight(random_weight((5, 64)))).shape == (2, 0, 5)
 
 
-def test_a_shape_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"x: shape \[2, 63\], expected \[..., 64\]"):
+def test_a_shape_that_does_not_fit_is_rejected() -> None:
+    with pytest.raises(UsageError, match=r"x: found shape \[2, 63\], expected \[..., 64\]"):
         ops.linear(torch.zeros(2, 63), HeldWeight(random_weight((5, 64))))
-    with pytest.raises(UsageError, match="from 17 rows on, decoding is faster"):
+    with pytest.raises(UsageError, match="x has 17 rows; with more than 16, decoding the weight is faster"):
         ops.gemv_nf4(torch.zeros(17, 64), *components(random_weight((5, 64))))
 
 
@@ -183,7 +183,7 @@ def test_fake_cuda_tensors_work_without_a_driver() -> None:
 def test_a_forced_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight((5, 64))
     monkeypatch.setenv(backends.VARIABLE, "triton")
-    with pytest.raises(BackendError, match="QFORMAT_BACKEND asks for the backend 'triton', which cannot run here"):
+    with pytest.raises(BackendError, match="QFORMAT_BACKEND: the forced backend 'triton' cannot run here"):
         ops.linear(torch.zeros(1, 64), HeldWeight(weight))
     backends.force_backend("torch")
     assert backends.choose("cpu") == backends.Choice("torch", "forced by QFORMAT_BACKEND")
@@ -198,11 +198,11 @@ def test_a_forced_backend_runs_in_every_thread_until_none_is_forced() -> None:
     assert backends.choose("cpu") == backends.Choice("numba", "the fastest for this device")
 
 
-def test_an_unknown_backend_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BackendError, match="'cuda' is no backend: must be one of numba, triton, torch"):
+def test_the_error_for_an_unknown_backend_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match="unknown backend 'cuda': must be one of numba, triton, torch"):
         backends.force_backend("cuda")
     monkeypatch.setenv(backends.VARIABLE, "fast")
-    with pytest.raises(BackendError, match="QFORMAT_BACKEND: 'fast' is no backend"):
+    with pytest.raises(BackendError, match="QFORMAT_BACKEND: unknown backend 'fast'"):
         backends.choose("cpu")
 
 

@@ -1,4 +1,4 @@
-"""The linear operation with trained scales: opcheck, the bits of `linear_nf4`, gradients against the dense form."""
+"""The linear operation with trainable scales: opcheck, the bits of `linear_nf4`, gradients against the dense form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.rounding import rounding, sum_error
 from tools.gpu.weights import random_weight
 
 SHAPES = [(96, 192), (9, 7), (40, 100)]
-"""Blocks within rows, one partial block, blocks across rows with a tail."""
+"""Shapes with blocks within rows, with one partial block, and with blocks across rows and a tail."""
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +52,12 @@ def test_all_gradients_equal_those_of_the_dense_form(backend: str, shape: tuple[
     y.backward(grad)
     wanted = functional.linear(exact[0], dense(weight, exact[1]), exact[2])
     wanted.backward(grad.double())
-    # The same with magnitudes alone gives the sums that errors are a share of.
+    # The same computation with magnitudes gives the sums that errors are relative to.
     sizes = [tensor.double().abs().requires_grad_() for tensor in (x, weight.absmax, bias)]
     size = functional.linear(sizes[0], dense(weight, sizes[1], magnitudes=True), sizes[2])
     size.backward(grad.double().abs())
     rows, columns = shape
-    # Products in a sum, and one for a weight's own rounding: y, then the gradients of x, of the scales, of the bias.
+    # Terms per sum, plus one for the rounding of a weight: y, then the gradients of x, of the scales, of the bias.
     n_summed = [columns + 2, rows + 1, 60 + block_size + 1, 60]
     for found, true, size_of, n in zip(
         [y, *(tensor.grad for tensor in mine)],
@@ -70,7 +70,7 @@ def test_all_gradients_equal_those_of_the_dense_form(backend: str, shape: tuple[
 
 
 def test_the_gradient_of_the_scales_is_the_slope_of_the_loss() -> None:
-    """Finite differences: the loss is quadratic in a scale, so the central one is exact but for rounding."""
+    """The loss is quadratic in each scale, so a central difference is exact except for rounding."""
     weight = random_weight((8, 96), double_quant=False)
     x = torch.randn(4, 96, generator=torch.Generator().manual_seed(1))
     scales = weight.absmax.clone().requires_grad_()
@@ -79,7 +79,7 @@ def test_the_gradient_of_the_scales_is_the_slope_of_the_loss() -> None:
         return linear_nf4_scaled(x, weight.packed, scales, 64, 8, 96, None).square().double().sum()
 
     loss(scales).backward()
-    # Each y is off by a share of `size`, so each y squared by twice that times y, and the square's own rounding.
+    # The error of y is relative to `size`; that of y squared is twice that times y, plus the rounding of the square.
     size = x.double().abs() @ dense(weight, scales.detach().double().abs() + 1, magnitudes=True).T
     off = sum_error(97)
     loss_error = float((2 * size * off * size + (off * size) ** 2 + 2.0**-23 * size**2).sum())
@@ -98,7 +98,7 @@ def test_in_bf16_the_gradient_is_that_of_the_rounded_products() -> None:
     found = linear_nf4_scale_gradient(grad, x, weight.packed, weight.absmax, 64, 96, 192)
     scales = weight.absmax.double().requires_grad_()
     functional.linear(x.double(), dense(weight, scales)).backward(grad.double())
-    # Products of rows, each a sum of 64 in float32, rounded to bf16; then a sum over the codes of a block.
+    # Products of rows are sums of 64 terms in float32, rounded to bf16; then the codes of a block are summed.
     outer, size = grad.double().T @ x.double(), grad.double().abs().T @ x.double().abs()
     codes = dense(weight, torch.ones_like(scales), magnitudes=True)
     rounded = rounding(torch.bfloat16) * (outer.abs() + sum_error(64) * size)
@@ -109,7 +109,7 @@ def test_in_bf16_the_gradient_is_that_of_the_rounded_products() -> None:
 
 def test_the_forward_has_the_bits_of_the_plain_operation() -> None:
     weight = random_weight((96, 192), double_quant=False)
-    for rows in (1, 40):  # from the codes, and by decoding
+    for rows in (1, 40):  # the product from codes and the product that decodes
         x = torch.randn(rows, 192).to(torch.bfloat16)
         scaled = linear_nf4_scaled(x, weight.packed, weight.absmax, 64, 96, 192, None)
         assert torch.equal(scaled, ops.linear(x, HeldWeight(weight)))
@@ -127,18 +127,18 @@ def test_both_operations_pass_opcheck(with_bias: bool) -> None:
     torch.library.opcheck(linear_nf4_scale_gradient, arguments)
 
 
-def test_the_gradient_is_taken_in_chunks_that_change_nothing() -> None:
-    weight = random_weight((100, 448), block_size=128, double_quant=False)  # whole blocks end every second row
+def test_the_gradient_does_not_depend_on_the_size_of_the_bands() -> None:
+    weight = random_weight((100, 448), block_size=128, double_quant=False)  # a block ends at every second row
     x, grad = torch.randn(20, 448), torch.randn(20, 100)
     assert len(weight.bands(4_000)) > 5
     chunked = scale_gradient(grad, x, weight, max_elements=4_000)
     codes = dense(weight, torch.ones_like(weight.absmax), magnitudes=True)
     size = (codes * (grad.double().abs().T @ x.double().abs())).view(-1, 128).sum(1)
     apart = (chunked - scale_gradient(grad, x, weight)).double().abs()
-    assert (apart <= 2 * sum_error(20 + 128) * size).all()  # either is a sum over 20 rows, then over a block
+    assert (apart <= 2 * sum_error(20 + 128) * size).all()  # both are sums over 20 rows, then over a block
 
 
-def test_only_what_is_asked_for_is_kept_and_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_needed_tensors_are_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight((40, 192), double_quant=False)
     x = torch.randn(20, 192, requires_grad=True)
     kept: list[int] = []
@@ -149,11 +149,11 @@ def test_only_what_is_asked_for_is_kept_and_computed(monkeypatch: pytest.MonkeyP
     assert x.grad is not None
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
+def test_shapes_that_do_not_fit_are_rejected() -> None:
     weight = random_weight((40, 192), double_quant=False)
-    with pytest.raises(UsageError, match=r"x: shape \[2, 191\]"):
+    with pytest.raises(UsageError, match=r"x: found shape \[2, 191\]"):
         linear_nf4_scaled(torch.zeros(2, 191), weight.packed, weight.absmax, 64, 40, 192, None)
-    with pytest.raises(UsageError, match="absmax: contiguous"):
+    with pytest.raises(UsageError, match="absmax: found contiguous"):
         linear_nf4_scaled(torch.zeros(2, 192), weight.packed, weight.absmax[1:], 64, 40, 192, None)
-    with pytest.raises(UsageError, match="grad: "):
+    with pytest.raises(UsageError, match=r"grad: found torch\.float32 \[2, 41\]"):
         linear_nf4_scale_gradient(torch.zeros(2, 41), torch.zeros(2, 192), weight.packed, weight.absmax, 64, 40, 192)

@@ -1,4 +1,4 @@
-"""Artifacts that the tests of running models share."""
+"""Artifacts that the tests of models share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def smollm2_nf4(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers and 50 tokens, converted. Not to be changed."""
+    """A random Llama with two layers and 50 tokens, converted. Tests must not modify it."""
     folder = tmp_path_factory.mktemp("random_llama")
     sizes = {"hidden": 128, "intermediate": 192, "vocabulary": 50}
     convert(write_checkpoint(folder / "source", llama_tensors(**sizes), config=llama_config(**sizes)), folder / "nf4")

@@ -1,4 +1,4 @@
-"""Real text that every Python brings along: the reference pages of `help()`."""
+"""Real text that is part of every Python installation: the reference pages of `help()`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qformat.model.load import load_tokenizer
 
 
 def windows(artifact: Path, *, count: int, size: int) -> list[Tensor]:
-    """Return the first tokens of the text, as the artifact's tokenizer cuts it: `count` batches [1, size]."""
+    """Return the first tokens of the text, with the artifact's tokenizer, as `count` batches [1, size]."""
     pages = pydoc_data.topics.topics
     text = "\n".join(pages[name] for name in sorted(pages))[: 10 * count * size]
     ids = load_tokenizer(artifact)(text, return_tensors="pt")["input_ids"][0, : count * size]

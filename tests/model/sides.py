@@ -1,4 +1,4 @@
-"""Both sides of one artifact: the model of `load_model`, and that of transformers + bitsandbytes; LoRA on either."""
+"""Two models of one artifact: from `load_model` and from transformers + bitsandbytes, with LoRA on either."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qformat.model.load import load_model
 from qformat.model.nf4_linear import NF4Linear
 
 SAME_PRODUCTS = compute_dtype(torch.bfloat16) is torch.bfloat16
-"""Whether both sides multiply bf16 on this CPU. Without instructions for it ours multiplies fp32: equal no more."""
+"""Whether both sides multiply in bf16 on this CPU. Without instructions for it, qformat multiplies in fp32 instead."""
 
 
 def load_ours(artifact: Path) -> Any:
@@ -23,12 +23,15 @@ def load_ours(artifact: Path) -> Any:
 
 
 def load_exact(artifact: Path) -> Any:
-    """The same weights and everything computed in float32: what either side's roundings lead away from."""
+    """Load the same weights with everything computed in float32, the exact result for both sides."""
     return load_model(artifact, device="cpu", dtype=torch.float32)
 
 
 def load_peer(artifact: Path, *, repacks: bool = False) -> Any:
-    """transformers + bitsandbytes, kept from rewriting its weights for inference with scales rounded to bf16."""
+    """Load with transformers + bitsandbytes.
+
+    Unless `repacks`, bitsandbytes must not rewrite its weights for inference, which rounds the scales to bf16.
+    """
     import bitsandbytes
     from transformers import AutoModelForCausalLM
 
@@ -41,9 +44,9 @@ def load_peer(artifact: Path, *, repacks: bool = False) -> Any:
 
 
 def with_lora(model: Any, *, seed: int = 0) -> Any:
-    """Wrap all linear layers, adapters in fp32 and drawn from a seed: the same numbers for either side.
+    """Wrap all linear layers with fp32 adapters drawn from a seed, the same values for both sides.
 
-    PEFT itself draws another number of times for each kind of layer.
+    PEFT itself draws a different number of values for each kind of layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -56,9 +59,9 @@ def with_lora(model: Any, *, seed: int = 0) -> Any:
 
 
 def with_peers_rounding(model: Any) -> Any:
-    """Let PEFT's wrappers of our layers add as its wrapper of bitsandbytes' does: the adapter's output rounded first.
+    """Let PEFT's wrappers of NF4Linear round the adapter's output before adding, as its bitsandbytes wrapper does.
 
-    PEFT's plain wrapper adds in fp32 and rounds the sum, so adapters of equal numbers give other activations.
+    PEFT's plain wrapper adds in fp32 and rounds the sum, so equal adapters give different activations.
     """
     from peft.tuners.lora.bnb import Linear4bit
 
@@ -69,7 +72,7 @@ def with_peers_rounding(model: Any) -> Any:
 
 
 def train(model: Any, batches: list[Tensor], *, rate: float) -> list[float]:
-    """Take one AdamW step a batch, and return the loss before each."""
+    """Take one AdamW step per batch. Return the loss before each step."""
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=rate)
     losses = []
     for ids in batches:
@@ -90,7 +93,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def adapters(model: Any) -> dict[str, Tensor]:
-    """Return the trainable weights, under names that both sides share. They are views: written to, they change it."""
+    """Return views of the trainable weights, under names that both sides share."""
     return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
 
 

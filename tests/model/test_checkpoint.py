@@ -1,4 +1,4 @@
-"""`load_checkpoint` against transformers on the same files, and how a model is found by its name."""
+"""`load_checkpoint` compared with transformers on the same files, and the search for a model by its name."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def test_weights_are_views_of_the_files(source: Path) -> None:
     assert {parameter.untyped_storage().nbytes() for parameter in model.parameters()} == sizes
 
 
-def test_another_dtype_is_computed_in(source: Path) -> None:
+def test_another_dtype_can_be_chosen(source: Path) -> None:
     peer = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     assert torch.equal(logits(load_checkpoint(source, device="cpu", dtype=torch.float32)), logits(peer))
 
 
-def test_any_model_is_loaded_as_what_it_is(source: Path, random_llama: Path, tmp_path: Path) -> None:
+def test_every_kind_of_model_is_recognized(source: Path, random_llama: Path, tmp_path: Path) -> None:
     def packed(path: Path) -> bool:
         return any(isinstance(module, NF4Linear) for module in load_any(path, device="cpu").modules())
 
@@ -61,7 +61,7 @@ def test_any_model_is_loaded_as_what_it_is(source: Path, random_llama: Path, tmp
     assert packed(without_manifest)
 
 
-def test_a_mixture_whose_experts_are_merged_is_loaded_by_transformers(tmp_path: Path) -> None:
+def test_transformers_loads_a_mixture_whose_experts_it_merges(tmp_path: Path) -> None:
     config = MixtralConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
@@ -70,12 +70,12 @@ def test_a_mixture_whose_experts_are_merged_is_loaded_by_transformers(tmp_path: 
     peer = MixtralForCausalLM(config).to(torch.bfloat16).eval()
     peer.save_pretrained(tmp_path / "mixture")
     ours = load_checkpoint(tmp_path / "mixture", device="cpu")
-    # transformers chooses another way to multiply by experts that it has loaded.
+    # transformers multiplies by experts in another way after it has loaded them.
     exact = MixtralForCausalLM.from_pretrained(tmp_path / "mixture", dtype=torch.float32).eval()
     assert rounds_like(logits(ours), logits(peer), logits(exact))
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_refused(source: Path) -> None:
+def test_a_checkpoint_without_a_needed_tensor_is_rejected(source: Path) -> None:
     tensors = llama_tensors(**SIZES)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     for path in source.glob("*.safetensors*"):
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(source: Path) -> None:
         load_checkpoint(source, device="cpu")
 
 
-def test_a_name_is_a_folder_or_a_snapshot_in_the_cache_of_the_hub(
+def test_a_name_is_a_directory_or_a_snapshot_in_the_cache_of_the_hub(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub.constants
@@ -103,5 +103,7 @@ def test_a_name_is_a_folder_or_a_snapshot_in_the_cache_of_the_hub(
     snapshot.parent.mkdir()
     source.rename(snapshot)
     assert find_folder("owner/small") == snapshot
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="missing: does not exist"):
         find_folder(tmp_path / "missing")
+    with pytest.raises(UsageError, match="main: is not a directory"):
+        find_folder(repository / "refs" / "main")

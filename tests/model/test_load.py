@@ -1,4 +1,4 @@
-"""`load_model` on the real SmolLM2, against transformers + bitsandbytes on the same artifact; and what it refuses."""
+"""`load_model` on the real SmolLM2, compared with transformers + bitsandbytes on the same artifact, and its errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.small_models import llama_config, llama_tensors, write_checkpoint
 PEFT_ASKS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 MULTIPLIES_AS_THE_PEER = pytest.mark.skipif(
-    not SAME_PRODUCTS, reason="no instructions for products of bf16: ours multiplies fp32, bitsandbytes bf16"
+    not SAME_PRODUCTS, reason="no CPU instructions for bf16 products: qformat multiplies in fp32, bitsandbytes in bf16"
 )
 
 PROMPT = "What are the three primary colours? Answer in one sentence."
@@ -52,7 +52,7 @@ def ours(artifact: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def peer(artifact: Path) -> Any:
-    """transformers + bitsandbytes. Always with gradients enabled: without, it rewrites the scales on some CPUs."""
+    """transformers + bitsandbytes. Use it only with gradients enabled; without, it rewrites the scales on some CPUs."""
     from transformers import AutoModelForCausalLM
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -77,10 +77,10 @@ def question(artifact: Path) -> Any:
     )
 
 
-def test_logits_are_those_of_bitsandbytes(artifact: Path, ours: Any, peer: Any) -> None:
-    """Bit for bit where both multiply bf16; elsewhere ours are as near to those in fp32."""
+def test_logits_equal_those_of_bitsandbytes(artifact: Path, ours: Any, peer: Any) -> None:
+    """They are bit-identical if both multiply in bf16; otherwise they must be as close to fp32."""
     inputs = question(artifact)
-    assert inputs["input_ids"].shape[1] > 16  # more rows than the small-M product takes: the same GEMM runs
+    assert inputs["input_ids"].shape[1] > 16  # too many rows for the small-M product, so the same GEMM runs
     found, expected = ours(**inputs).logits, peer(**inputs).logits
     if SAME_PRODUCTS:
         assert torch.equal(found, expected)
@@ -92,13 +92,13 @@ def test_logits_are_those_of_bitsandbytes(artifact: Path, ours: Any, peer: Any) 
 def test_greedy_generation_by_decoding_gives_the_same_tokens_as_bitsandbytes(
     artifact: Path, ours: Any, peer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the product that decodes, as bitsandbytes' does: the small-M product adds up in another order."""
+    """Use the product that decodes, as bitsandbytes does: the small-M product adds in another order."""
     inputs = question(artifact)
     monkeypatch.setenv(VARIABLE, "torch")
     found = ours.generate(**inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False)
     ids = step = inputs["input_ids"]
     cache = None
-    for _ in range(64):  # by hand: `generate` would disable gradients, and bitsandbytes would rewrite its scales
+    for _ in range(64):  # `generate` would disable gradients, and bitsandbytes would rewrite its scales
         output = peer(step, past_key_values=cache, use_cache=True)
         cache, logits = output.past_key_values, output.logits[:, -1].detach()
         logits[:, peer.generation_config.eos_token_id] = -torch.inf
@@ -114,13 +114,13 @@ def test_every_tensor_is_a_view_of_the_mapped_file(artifact: Path, ours: Any) ->
         assert any(start <= tensor.data_ptr() < stop for start, stop in ranges), name
 
 
-def test_all_packed_layers_are_nf4_linear_and_no_other(artifact: Path, ours: Any) -> None:
+def test_exactly_the_packed_layers_are_nf4_linear(artifact: Path, ours: Any) -> None:
     with qformat.open(artifact) as opened:
         packed = {name.removesuffix(".weight") for name, tensor in opened.items() if isinstance(tensor, PackedTensor)}
     assert {name for name, module in ours.named_modules() if isinstance(module, NF4Linear)} == packed
 
 
-def test_the_state_dict_holds_the_artifacts_components_with_their_bytes(artifact: Path, ours: Any) -> None:
+def test_the_state_dict_has_the_components_of_the_artifact_unmodified(artifact: Path, ours: Any) -> None:
     from safetensors import safe_open
 
     state = ours.state_dict()
@@ -154,7 +154,7 @@ def test_a_state_dict_loads_back(tiny: Path) -> None:
     layer.absmax.zero_()
     assert other.load_state_dict(model.state_dict()).missing_keys == []
     assert torch.equal(layer.weight, before)
-    with qformat.open(tiny) as opened:  # the file was mapped privately
+    with qformat.open(tiny) as opened:  # the file is mapped privately
         assert opened["model.layers.0.mlp.up_proj.weight"].packed.any()
     state = dict(model.state_dict())
     del state["model.layers.0.mlp.up_proj.weight.absmax"]
@@ -163,7 +163,7 @@ def test_a_state_dict_loads_back(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda model: model.half(), lambda model: model.to(torch.float32)])
-def test_a_change_of_dtype_leaves_the_components_alone(tiny: Path, change: Callable[[Any], Any]) -> None:
+def test_a_change_of_dtype_does_not_modify_the_components(tiny: Path, change: Callable[[Any], Any]) -> None:
     model = load_model(tiny, device="cpu")
     expected = model.model.layers[0].mlp.up_proj.dequantize(torch.float32)
     layer = change(model).model.layers[0].mlp.up_proj
@@ -186,7 +186,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny: Path) -> None:
     assert torch.equal(found[0], found[1])
 
 
-def test_a_model_compiles_without_a_break(tiny: Path) -> None:
+def test_a_model_compiles_without_a_graph_break(tiny: Path) -> None:
     model = load_model(tiny, device="cpu")
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_a_bias_is_added(tmp_path: Path) -> None:
         weight, bias = projection.dequantize(torch.float32).double(), projection.bias.double()
         exact = nn.functional.linear(x.double(), weight, bias)
         size = nn.functional.linear(x.double().abs(), weight.abs(), bias.abs())
-        # The weight may be rounded to bf16, the sum of 64 products is, and its sum with the bias once more.
+        # The weight may be rounded to bf16; the sum of 64 products is rounded, and its sum with the bias again.
         once = rounding(torch.bfloat16)
         with torch.no_grad():
             assert ((projection(x).double() - exact).abs() <= (3.1 * once + sum_error(65)) * size).all()
@@ -223,7 +223,7 @@ def test_a_bias_is_added(tmp_path: Path) -> None:
 
 
 def edit_config(artifact: Path, **fields: object) -> None:
-    """Change config.json and the manifest's record of it."""
+    """Change config.json and its record in the manifest."""
     path = artifact / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     reseal(artifact)
@@ -236,25 +236,25 @@ def edit_config(artifact: Path, **fields: object) -> None:
         ({"architectures": ["UnheardOfForCausalLM"]}, "has no 'UnheardOfForCausalLM'.*trust_remote_code"),
         ({"num_hidden_layers": 3}, "no shard has it"),
         ({"num_hidden_layers": 1}, "has no such"),
-        ({"intermediate_size": 256}, r"shape \[128, 192\], but the model has \[128, 256\]"),
-        ({"hidden_act": "unheard_of"}, "no model can be built from it"),
+        ({"intermediate_size": 256}, r"shape \[128, 192\], but the model expects \[128, 256\]"),
+        ({"hidden_act": "unheard_of"}, "cannot build a model from it"),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(tiny: Path, fields: dict[str, object], message: str) -> None:
+def test_a_config_that_does_not_fit_is_rejected(tiny: Path, fields: dict[str, object], message: str) -> None:
     edit_config(tiny, **fields)
     with pytest.raises(ArtifactError, match=message):
         load_model(tiny, device="cpu")
 
 
-def test_a_device_that_is_not_there_is_refused(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="device 'cuda:99' cannot be used here"):
+def test_a_device_that_does_not_exist_is_rejected(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="device 'cuda:99' cannot be used on this machine"):
         load_model(tiny, device="cuda:99")
-    with pytest.raises(UsageError, match="device 'abacus' cannot be used here"):
+    with pytest.raises(UsageError, match="device 'abacus' cannot be used on this machine"):
         load_model(tiny, device="abacus")
 
 
-def test_shards_on_a_device_hold_what_the_file_holds(tiny: Path) -> None:
-    """The way to a GPU, with the CPU as the device that is copied to."""
+def test_shards_on_a_device_equal_the_files(tiny: Path) -> None:
+    """Load as for a GPU, with the CPU as the target of the copies."""
     with qformat.open(tiny) as opened:
         copied = tensors_of(opened, shards_on_device(opened.structure, torch.device("cpu"), verify="full"))
         mapped = tensors_of(opened, map_shards(opened))
@@ -270,17 +270,17 @@ def test_shards_on_a_device_hold_what_the_file_holds(tiny: Path) -> None:
             assert all(torch.equal(part, other.components[key]) for key, part in tensor.components.items())
 
 
-def test_a_device_without_room_is_refused_before_anything_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_room_is_rejected_before_anything_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "free_nbytes", lambda device: 1000)
     monkeypatch.setattr(load, "stream_shards", lambda *_, **__: pytest.fail("something was read"))
     with (
         qformat.open(tiny) as opened,
-        pytest.raises(DeviceMemoryError, match=r"the weights need [\d.]+ [kM]B, and cpu has 1 kB free"),
+        pytest.raises(DeviceMemoryError, match=r"memory on cpu: the weights need [\d.]+ [kM]B, 1 kB is free"),
     ):
         shards_on_device(opened.structure, torch.device("cpu"), verify="structure")
 
 
-def test_full_verification_finds_a_flipped_bit_and_structure_does_not_read_it(tiny: Path) -> None:
+def test_only_full_verification_finds_a_flipped_bit(tiny: Path) -> None:
     with qformat.open(tiny) as opened:
         located = opened.located["model.layers.0.mlp.up_proj.weight" + Component.PACKED.value]
         shard, position = tiny / located.shard, located.entry.start
@@ -293,7 +293,7 @@ def test_full_verification_finds_a_flipped_bit_and_structure_does_not_read_it(ti
     assert caught.value.reason is Reason.COMPONENT_DIGEST
 
 
-def test_without_verification_no_manifest_is_read(tiny: Path) -> None:
+def test_without_verification_the_manifest_is_not_read(tiny: Path) -> None:
     expected = load_model(tiny, device="cpu").state_dict()
     (tiny / "qformat.json").write_text("damaged")
     found = load_model(tiny, device="cpu", verify="none").state_dict()
@@ -302,11 +302,9 @@ def test_without_verification_no_manifest_is_read(tiny: Path) -> None:
         load_model(tiny, device="cpu")
 
 
-def test_copies_that_do_not_fit_the_memory_are_refused_with_what_is_needed(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_needed_memory_is_reported_if_copies_do_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_layers, "free_nbytes", lambda device: 1000)
-    with pytest.raises(DeviceMemoryError, match=r"needs 153 kB on cpu, and 1 kB may be used"):
+    with pytest.raises(DeviceMemoryError, match=r"memory on cpu: the model needs 153 kB, 1 kB is available"):
         load_model(tiny, device="cpu", dtype=torch.float32)
 
 

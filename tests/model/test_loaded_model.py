@@ -1,4 +1,4 @@
-"""`model.save_pretrained` of a loaded model: the artifact back, byte for byte, or with digests of what was changed."""
+"""`model.save_pretrained` of a loaded model writes a byte-identical artifact, or new digests for modified tensors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def by_load_model(path: Path) -> Any:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """Two shards, and files beside them."""
+    """An artifact with two shards and other files."""
     sizes = {"hidden": 128, "intermediate": 192, "vocabulary": 50}
     source = write_checkpoint(tmp_path / "source", llama_tensors(**sizes), config=llama_config(**sizes))
     (source / "LICENSE").write_text("free")
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("load", [by_load_model, by_registration])
-def test_an_unchanged_model_is_saved_as_the_same_bytes(artifact: Path, tmp_path: Path, load: Load) -> None:
+def test_an_unmodified_model_is_saved_byte_identically(artifact: Path, tmp_path: Path, load: Load) -> None:
     load(artifact).save_pretrained(tmp_path / "saved")
     assert contents(tmp_path / "saved") == contents(artifact)
     assert qformat.verify(tmp_path / "saved", sha256=True).passed
@@ -79,7 +79,7 @@ def test_running_and_generating_changes_nothing_that_is_saved(artifact: Path, tm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_dtype_of_activations_is_saved_as_the_files_were(
+def test_the_dtype_of_activations_does_not_change_the_saved_files(
     artifact: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     load_model(artifact, device="cpu", dtype=dtype).save_pretrained(tmp_path / "saved")
@@ -88,7 +88,7 @@ def test_another_dtype_of_activations_is_saved_as_the_files_were(
 
 @pytest.mark.parametrize("load", [by_load_model, by_registration])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight.absmax"])
-def test_a_changed_tensor_gets_a_digest_of_its_own(artifact: Path, tmp_path: Path, load: Load, name: str) -> None:
+def test_only_a_modified_tensor_gets_a_new_digest(artifact: Path, tmp_path: Path, load: Load, name: str) -> None:
     model = load(artifact)
     model.state_dict()[name][0] += 1
     model.save_pretrained(tmp_path / "saved")
@@ -104,7 +104,7 @@ def test_a_changed_tensor_gets_a_digest_of_its_own(artifact: Path, tmp_path: Pat
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_a_changed_kept_tensor_names_its_source_and_an_evaluation_of_other_bytes_is_dropped(
+def test_a_modified_kept_tensor_records_its_source_and_the_evaluation_is_dropped(
     artifact: Path, tmp_path: Path
 ) -> None:
     record_evaluation(artifact, {"texts": []}, of=read_manifest(artifact))
@@ -121,7 +121,7 @@ def test_a_changed_kept_tensor_names_its_source_and_an_evaluation_of_other_bytes
     assert new.evaluation is None
 
 
-def test_a_changed_config_is_written_and_nothing_else(artifact: Path, tmp_path: Path) -> None:
+def test_a_modified_config_changes_no_other_file(artifact: Path, tmp_path: Path) -> None:
     model = by_load_model(artifact)
     model.config.use_cache = False
     model.generation_config.max_new_tokens = 9
@@ -136,20 +136,22 @@ def test_a_changed_config_is_written_and_nothing_else(artifact: Path, tmp_path: 
     assert (again.generation_config.max_new_tokens, again.generation_config.eos_token_id) == (9, 2)
 
 
-def test_a_value_that_the_files_dtype_would_round_is_refused(artifact: Path, tmp_path: Path) -> None:
+def test_a_value_that_the_files_dtype_would_round_is_rejected(artifact: Path, tmp_path: Path) -> None:
     model = load_model(artifact, device="cpu", dtype=torch.float32)
     model.model.norm.weight.data[0] = 1 + 2.0**-20
-    with pytest.raises(UsageError, match=r"norm\.weight: is torch\.float32 in the model.*round"):
+    with pytest.raises(
+        UsageError, match=r"norm\.weight': saving would round it from torch\.float32 to torch\.bfloat16"
+    ):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_damaged_byte_gets_no_digest_that_makes_it_look_right(artifact: Path, tmp_path: Path) -> None:
+def test_a_damaged_byte_does_not_get_a_matching_digest(artifact: Path, tmp_path: Path) -> None:
     shard = min(artifact.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    model = by_load_model(artifact)  # the structure is good
+    model = by_load_model(artifact)  # the structure is intact
     with pytest.raises(ArtifactError) as refusal:
         model.save_pretrained(tmp_path / "saved")
     assert refusal.value.reason is Reason.COMPONENT_DIGEST
@@ -157,7 +159,7 @@ def test_a_damaged_byte_gets_no_digest_that_makes_it_look_right(artifact: Path, 
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "config.json", MANIFEST_NAME])
-def test_a_file_that_was_changed_or_removed_since_is_refused(artifact: Path, tmp_path: Path, name: str) -> None:
+def test_a_file_that_was_changed_or_removed_is_rejected(artifact: Path, tmp_path: Path, name: str) -> None:
     model = by_load_model(artifact)
     text = (artifact / name).read_bytes()
     (artifact / name).write_bytes(text.replace(b"free", b"gone").replace(b'"reason"', b'"reasom"') + b" ")
@@ -169,16 +171,16 @@ def test_a_file_that_was_changed_or_removed_since_is_refused(artifact: Path, tmp
     assert not (tmp_path / "saved").exists()
 
 
-def test_an_existing_folder_is_refused_and_left_alone(artifact: Path, tmp_path: Path) -> None:
+def test_an_existing_directory_is_rejected_and_not_modified(artifact: Path, tmp_path: Path) -> None:
     model = by_load_model(artifact)
     before = contents(artifact)
     for target in (artifact, tmp_path / "source"):
         with pytest.raises(TargetError, match="exists"):
             model.save_pretrained(target)
-    with pytest.raises(TargetError, match="mapped from the files there"):
+    with pytest.raises(TargetError, match="mapped from files in this directory"):
         model.save_pretrained(artifact, state_dict=model.state_dict())
     shutil.copytree(artifact, tmp_path / "other")
-    with pytest.raises(TargetError, match="manifest would no longer be true"):
+    with pytest.raises(TargetError, match="manifest would no longer match its files"):
         model.save_pretrained(tmp_path / "other", max_shard_size="1GB")
     assert contents(artifact) == before == contents(tmp_path / "other")
 
@@ -191,19 +193,20 @@ def test_only_the_main_process_writes(artifact: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "deep" / "er") == contents(artifact)
 
 
-def test_other_tensors_are_saved_by_transformers_without_a_manifest(
+def test_transformers_saves_other_tensors_without_a_manifest(
     artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = by_load_model(artifact)
     model.resize_token_embeddings(64)
     with caplog.at_level(logging.WARNING):
         model.save_pretrained(tmp_path / "saved")
-    assert "without a manifest, because the model has model.embed_tokens.weight in another shape" in caplog.text
+    expected = "without a manifest, because the model has the tensor 'model.embed_tokens.weight' in another shape"
+    assert expected in caplog.text
     assert not (tmp_path / "saved" / MANIFEST_NAME).exists()
     assert torch.equal(by_load_model(tmp_path / "saved")(IDS).logits, model(IDS).logits)
 
 
-def test_with_an_argument_of_transformers_layout_transformers_writes(artifact: Path, tmp_path: Path) -> None:
+def test_transformers_saves_if_an_argument_asks_for_its_layout(artifact: Path, tmp_path: Path) -> None:
     model = by_load_model(artifact)
     model.save_pretrained(tmp_path / "saved", max_shard_size="50KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > len(list(artifact.glob("*.safetensors")))
@@ -211,7 +214,7 @@ def test_with_an_argument_of_transformers_layout_transformers_writes(artifact: P
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
 
 
-def test_an_adapter_is_saved_as_one(artifact: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_saved_without_the_model(artifact: Path, tmp_path: Path) -> None:
     wrapped = with_lora(by_load_model(artifact))
     wrapped.save_pretrained(tmp_path / "adapter")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
@@ -220,7 +223,7 @@ def test_an_adapter_is_saved_as_one(artifact: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "adapter").glob("model*"))
 
 
-def test_a_folder_without_a_manifest_is_written_back_without_one(artifact: Path, tmp_path: Path) -> None:
+def test_a_directory_without_a_manifest_is_saved_without_one(artifact: Path, tmp_path: Path) -> None:
     (artifact / MANIFEST_NAME).unlink()
     by_load_model(artifact).save_pretrained(tmp_path / "saved")
     left_out = {"LICENSE", "tokenizer.json", "tokenizer_config.json"}
@@ -229,7 +232,7 @@ def test_a_folder_without_a_manifest_is_written_back_without_one(artifact: Path,
     }
 
 
-def test_copies_save_as_well_and_keep_their_class(artifact: Path, tmp_path: Path) -> None:
+def test_copies_can_be_saved_and_keep_their_class(artifact: Path, tmp_path: Path) -> None:
     model = by_load_model(artifact)
     own = type(model).__mro__[2]
     for number, other in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
@@ -239,7 +242,7 @@ def test_copies_save_as_well_and_keep_their_class(artifact: Path, tmp_path: Path
         assert contents(tmp_path / str(number)) == contents(artifact)
 
 
-def test_a_full_disk_leaves_nothing_under_the_name(artifact: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_output_directory(artifact: Path, tmp_path: Path) -> None:
     model = by_load_model(artifact)
     with pytest.raises(TargetError):
         save(model, tmp_path / "saved", disk=FaultyDisk(20, "full from here on"))
@@ -253,7 +256,7 @@ def overwrite(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
-    os.utime(path, ns=(0, 1))  # the clock of a file system may be too coarse to see it
+    os.utime(path, ns=(0, 1))  # the file system's clock may be too coarse to record the change
 
 
 @pytest.mark.parametrize(
@@ -261,7 +264,7 @@ def overwrite(path: Path) -> None:
     [(overwrite, Reason.FILE_DIGEST), (lambda path: os.truncate(path, path.stat().st_size - 1), Reason.FILE_SIZE)],
 )
 @pytest.mark.parametrize("load", [by_load_model, by_registration])
-def test_a_mapped_file_that_changes_is_noticed_before_it_is_used(
+def test_a_change_of_a_mapped_file_is_detected_before_use(
     artifact: Path, tmp_path: Path, change: Callable[[Path], None], reason: Reason, load: Load
 ) -> None:
     model = load(artifact)
@@ -272,7 +275,7 @@ def test_a_mapped_file_that_changes_is_noticed_before_it_is_used(
         assert refusal.value.reason is reason
 
 
-def test_files_that_are_replaced_or_removed_do_not_matter(artifact: Path) -> None:
+def test_replaced_or_removed_files_do_not_affect_a_loaded_model(artifact: Path) -> None:
     model = by_load_model(artifact)
     expected = model.generate(IDS, max_new_tokens=2, do_sample=False)
     for shard in artifact.glob("*.safetensors"):
@@ -284,9 +287,7 @@ def test_files_that_are_replaced_or_removed_do_not_matter(artifact: Path) -> Non
     assert torch.equal(model.generate(IDS, max_new_tokens=2, do_sample=False), expected)
 
 
-def test_a_file_that_changes_while_the_model_is_loaded_is_noticed(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_of_a_file_during_loading_is_detected(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from qformat.model import load
 
     attach = load.attach

@@ -1,8 +1,8 @@
-"""LoRA by PEFT on `load_model`'s model, against PEFT on transformers + bitsandbytes with the same artifact.
+"""PEFT's LoRA on a model of `load_model`, compared with PEFT on transformers + bitsandbytes and the same artifact.
 
-Base layers and their gradients equal bitsandbytes' bit for bit where both multiply bf16. What differs is PEFT: its
-wrapper of bitsandbytes' layers rounds the adapter's output to bf16 before adding, the plain one, which ours get, adds
-in fp32 and rounds once. `with_peers_rounding` takes that difference away, and then 20 steps are equal to the last bit.
+If both multiply in bf16, base layers and their gradients are bit-identical. PEFT differs: its wrapper of bitsandbytes
+layers rounds the adapter's output to bf16 before adding. The plain wrapper, which NF4Linear gets, adds in fp32 and
+rounds once. `with_peers_rounding` removes this difference, and then 20 steps are bit-identical.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ N_STEPS = 20
 
 @dataclass(frozen=True)
 class Case:
-    """An artifact to train. rate, fast_rate: learning rates, the second one to see that anything is learnt."""
+    """An artifact to train, with a learning rate for comparisons and a fast one to show that the model learns."""
 
     artifact: Path
     batches: list[Tensor]
@@ -60,7 +60,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(artifact, pairs, rate=5e-4, fast_rate=5e-4)
 
 
-def test_all_linear_is_every_nf4_linear_and_not_the_head(random_llama: Path) -> None:
+def test_all_linear_selects_every_nf4_linear_but_not_the_head(random_llama: Path) -> None:
     model = load_ours(random_llama)
     layers = {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
     wrapped = with_lora(model).base_model.model
@@ -75,8 +75,8 @@ def test_a_model_learns(case: Case) -> None:
     assert sum(losses[-5:]) < sum(losses[:5]) - 5 * 0.05
 
 
-@pytest.mark.skipif(not SAME_PRODUCTS, reason="no instructions for products of bf16: ours multiplies fp32")
-def test_training_equals_that_of_bitsandbytes_bit_for_bit(case: Case) -> None:
+@pytest.mark.skipif(not SAME_PRODUCTS, reason="no CPU instructions for products of bf16: qformat multiplies in fp32")
+def test_training_is_bit_identical_to_bitsandbytes(case: Case) -> None:
     ours, peer = with_peers_rounding(with_lora(load_ours(case.artifact))), with_lora(load_peer(case.artifact))
     assert train(ours, case.batches, rate=case.rate) == train(peer, case.batches, rate=case.rate)
     assert all_equal(adapters(ours), adapters(peer))
@@ -94,7 +94,7 @@ def test_training_is_the_same_on_the_torch_backend(random_llama: Path, monkeypat
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_loss_curve_is_as_near_to_that_in_fp32_as_that_of_bitsandbytes(case: Case, seed: int) -> None:
+def test_the_loss_curve_is_as_close_to_fp32_as_that_of_bitsandbytes(case: Case, seed: int) -> None:
     found, expected, exact = (
         train(with_lora(load(case.artifact), seed=seed), case.batches, rate=case.rate)
         for load in (load_ours, load_peer, load_exact)
@@ -104,7 +104,7 @@ def test_the_loss_curve_is_as_near_to_that_in_fp32_as_that_of_bitsandbytes(case:
     assert rounds_like(torch.tensor(found), torch.tensor(expected), torch.tensor(exact))
 
 
-def test_an_adapter_is_saved_and_loads_onto_either_side(case: Case, tmp_path: Path) -> None:
+def test_a_saved_adapter_loads_on_both_sides(case: Case, tmp_path: Path) -> None:
     from peft import PeftModel
 
     trained = with_lora(load_ours(case.artifact))
@@ -124,7 +124,7 @@ def test_an_adapter_is_saved_and_loads_onto_either_side(case: Case, tmp_path: Pa
 
 
 def evaluate(model: Any, ids: Tensor) -> None:
-    """Run the model as a trainer's evaluation does, with many rows and with one, and return to training."""
+    """Run the model as a trainer's evaluation does, with many rows and with one, then return to training mode."""
     model.eval()
     with torch.no_grad():
         model(ids)
@@ -134,7 +134,7 @@ def evaluate(model: Any, ids: Tensor) -> None:
     model.train()
 
 
-def test_an_evaluation_between_steps_changes_nothing(random_llama: Path) -> None:
+def test_an_evaluation_between_steps_does_not_change_the_gradients(random_llama: Path) -> None:
     ids = torch.arange(40)[None]
     found = []
     for evaluated in (False, True):
@@ -149,8 +149,8 @@ def test_an_evaluation_between_steps_changes_nothing(random_llama: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes..gemv_4bit:UserWarning")
-def test_what_an_evaluation_does_to_bitsandbytes(random_llama: Path) -> None:
-    """Its kernel for inference has no gradient, and a weight once rewritten for it goes there in training, too."""
+def test_an_evaluation_breaks_the_gradients_of_bitsandbytes(random_llama: Path) -> None:
+    """Its inference kernel has no gradient, and a weight that was rewritten for it uses that kernel in training too."""
     from bitsandbytes.functional import has_avx512bf16
 
     if not has_avx512bf16():
@@ -171,7 +171,7 @@ def test_what_an_evaluation_does_to_bitsandbytes(random_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients_of_adapters(random_llama: Path, reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_adapter_gradients(random_llama: Path, reentrant: bool) -> None:
     ids = torch.arange(40)[None]
     found = []
     for checkpointing in (False, True):
@@ -186,7 +186,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_of_adapters(random_llam
     assert all_equal(*found)
 
 
-def test_a_copied_model_trains_alike(random_llama: Path) -> None:
+def test_a_copied_model_trains_identically(random_llama: Path) -> None:
     ids = torch.arange(40)[None]
     original = load_ours(random_llama)
     losses = [train(with_lora(model), [ids] * 3, rate=2e-3) for model in (copy.deepcopy(original), original)]

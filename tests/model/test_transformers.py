@@ -1,4 +1,4 @@
-"""What transformers and torch offer for a model works on that of `load_model`: pipelines, compilation, copies."""
+"""Features of transformers and torch work on a model of `load_model`: pipelines, compilation, copies."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_a_model_compiles_with_inductor(random_llama: Path, tmp_path: Path, monk
         expected = model(ids, use_cache=False).logits
         found = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
         exact = load_exact(random_llama)(ids, use_cache=False).logits
-    assert rounds_like(found, expected, exact)  # fused operations round less often than bf16 ones in turn
+    assert rounds_like(found, expected, exact)  # fused operations round less often than separate ones in bf16
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
-def test_the_config_is_copied_whole(random_llama: Path, copied: Callable[[Any], Any]) -> None:
+def test_a_copy_of_the_config_is_complete(random_llama: Path, copied: Callable[[Any], Any]) -> None:
     config = load_ours(random_llama).config
     assert copied(config).to_dict() == config.to_dict()

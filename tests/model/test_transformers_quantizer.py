@@ -1,4 +1,4 @@
-"""`qformat.register()` and folders that bitsandbytes wrote, against transformers + bitsandbytes."""
+"""`qformat.register()` and directories that bitsandbytes wrote, compared with transformers + bitsandbytes."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def registered():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    # Rows that are a multiple of the block: bitsandbytes decodes others wrongly on some CPUs.
+    # The length of a row is a multiple of the block size: on some CPUs, bitsandbytes decodes others incorrectly.
     sizes = {"hidden": 128, "intermediate": 192, "vocabulary": 50}
     folder = tmp_path_factory.mktemp("source") / "llama"
     return write_checkpoint(folder, llama_tensors(**sizes), config=llama_config(**sizes), n_shards=2)
@@ -61,11 +61,11 @@ def bitsandbytes_folder(source, request, tmp_path_factory) -> Path:
 
 
 def logits(model) -> torch.Tensor:
-    # With gradients bitsandbytes decodes exactly; its inference path may rewrite the scales.
+    # With gradients, bitsandbytes decodes exactly; its inference path may rewrite the scales.
     return model(IDS).logits.detach()
 
 
-def test_from_pretrained_takes_our_layers_and_gives_the_logits_of_load_model(artifact, registered):
+def test_from_pretrained_uses_nf4_linear_and_gives_the_logits_of_load_model(artifact, registered):
     model, info = AutoModelForCausalLM.from_pretrained(artifact, dtype=torch.bfloat16, output_loading_info=True)
     assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 14
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -81,7 +81,7 @@ def test_from_pretrained_maps_the_packed_weights(artifact, registered):
     assert start == model.model.layers[1].mlp.up_proj.weight.untyped_storage().data_ptr()
 
 
-def test_what_was_kept_in_16_bit_is_mapped_as_well(artifact, registered):
+def test_kept_tensors_are_mapped_too(artifact, registered):
     model = AutoModelForCausalLM.from_pretrained(artifact)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
     ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
@@ -90,15 +90,15 @@ def test_what_was_kept_in_16_bit_is_mapped_as_well(artifact, registered):
 
 
 @pytest.mark.parametrize("home", ["disk", "cpu"])
-def test_offloading_is_refused_with_what_to_use_instead(artifact, registered, home, monkeypatch):
+def test_offloading_is_rejected_with_an_alternative(artifact, registered, home, monkeypatch):
     quantizer = NF4Quantizer(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
     device_map = {"": 0, "model.layers.1": home}
     with pytest.raises(UsageError, match="load_model"):
         quantizer._process_model_before_weight_loading(None, checkpoint_files=["x"], device_map=device_map)
 
 
-def test_each_packed_layer_goes_to_the_device_that_the_map_names(artifact, registered):
-    """Placed on the meta device, since there are no two GPUs here."""
+def test_each_packed_layer_goes_to_its_device_in_the_map(artifact, registered):
+    """The meta device replaces a second GPU."""
     model = AutoModelForCausalLM.from_pretrained(artifact, device_map={"": "cpu"})
     model.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "meta", "": "cpu"}
     homes = {name: _device_of(model, name).type for name, _ in model.named_parameters() if "proj.weight" in name}
@@ -106,10 +106,10 @@ def test_each_packed_layer_goes_to_the_device_that_the_map_names(artifact, regis
     assert len(homes) == 14
 
 
-def test_too_little_memory_for_the_packed_weights_is_said_with_what_is_needed(artifact, registered, monkeypatch):
+def test_the_needed_memory_is_reported_if_packed_weights_do_not_fit(artifact, registered, monkeypatch):
     monkeypatch.setattr(transformers_quantizer, "_device_of", lambda *_: torch.device("meta"))
     monkeypatch.setattr(transformers_quantizer, "free_nbytes", lambda device: 1000)
-    with pytest.raises(DeviceMemoryError, match=r"the packed weights need [\d.]+ [kM]B on meta, and 1 kB are free"):
+    with pytest.raises(DeviceMemoryError, match=r"on meta: the packed weights need [\d.]+ [kM]B, 1 kB is free"):
         AutoModelForCausalLM.from_pretrained(artifact)
 
 
@@ -131,22 +131,22 @@ def test_quantizing_while_loading_stays_with_bitsandbytes(source, registered):
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
 
 
-def test_registering_twice_changes_nothing(registered):
+def test_registering_twice_has_no_effect(registered):
     replaced = NF4Quantizer.replaced
     qformat.register()
     assert AUTO_QUANTIZER_MAPPING[METHOD] is NF4Quantizer
     assert NF4Quantizer.replaced is replaced
 
 
-def test_a_folder_of_bitsandbytes_loads_mapped_and_gives_its_logits(bitsandbytes_folder, caplog):
+def test_a_directory_of_bitsandbytes_is_mapped_and_gives_the_same_logits(bitsandbytes_folder, caplog):
     expected = AutoModelForCausalLM.from_pretrained(bitsandbytes_folder, dtype=torch.bfloat16)
     model = qformat.load_model(bitsandbytes_folder, dtype=torch.bfloat16)
     assert torch.equal(logits(model), logits(expected))
-    assert "no digests" in caplog.text
+    assert "cannot be checked against digests" in caplog.text
 
 
-def test_full_verification_of_a_folder_without_digests_is_refused(bitsandbytes_folder):
-    with pytest.raises(qformat.errors.UsageError, match="no manifest"):
+def test_full_verification_of_a_directory_without_digests_is_rejected(bitsandbytes_folder):
+    with pytest.raises(qformat.errors.UsageError, match="needs the digests of a manifest"):
         qformat.load_model(bitsandbytes_folder, verify="full")
 
 
@@ -166,13 +166,13 @@ def test_saving_after_from_pretrained_keeps_every_component(artifact, registered
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
 
 
-def test_a_16_bit_folder_is_refused_with_what_to_do(source):
+def test_the_error_for_a_16_bit_directory_says_how_to_convert_it(source):
     with pytest.raises(ArtifactError, match="qformat convert"):
         qformat.load_model(source)
 
 
 @pytest.mark.parametrize("lost", ["absmax", "nested_absmax", "quant_map"])
-def test_a_missing_component_is_named(artifact, tmp_path, lost):
+def test_the_error_for_a_missing_component_has_its_name(artifact, tmp_path, lost):
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "folder"

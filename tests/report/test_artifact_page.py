@@ -1,4 +1,4 @@
-"""The page: self-contained, well-formed, complete, and safe whatever a file's names are."""
+"""The report of a verification is self-contained, well-formed, complete, and safe for all names in a file."""
 
 from __future__ import annotations
 
@@ -217,14 +217,14 @@ def test_findings_lead_the_page(facts: VerificationFacts) -> None:
         for n in range(2)
     ]
     text = read(page(facts)).text
-    assert "2 findings" in text
+    assert "Failed: 2 findings" in text
     assert text.index("message 1") < text.index("Summary")
     assert "Passed" not in text
 
 
 def test_a_page_without_a_comparison_says_so() -> None:
     text = " ".join(read(page(facts_of(None))).text)
-    assert "Not compared with a source" in text
+    assert "Not compared with a source checkpoint" in text
     assert "Summary" not in text
 
 
@@ -242,7 +242,7 @@ def test_figures_that_do_not_exist_are_dashes() -> None:
     comparison["code_counts"] = [0] * 16
     text = read(page(facts_of(comparison))).text
     assert "–" in text
-    assert "source not finite" in text
+    assert "source has NaN or Inf" in text
     assert "Errors by layer" not in text  # one has no layer, the other no error
 
 
@@ -256,3 +256,35 @@ def test_the_same_facts_give_the_same_bytes(facts: VerificationFacts, tmp_path: 
     write_html(facts, tmp_path / "a.html")
     write_html(facts, tmp_path / "b.html")
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_calibrated_and_tuned_tensors_are_counted_apart() -> None:
+    comparison = compared([packed("a.weight"), packed("b.weight")], [kept("model.norm.weight")])
+    comparison |= {"n_exact": 1, "n_chosen": 1, "n_near": 1, "n_tuned": 1, "n_identical": 0, "scale_change": 0.25}
+    comparison["packed"][1]["n_far_scales"] = 3
+    comparison["kept"][0]["tuned"] = True
+    text = " ".join(read(page(facts_of(comparison))).text)
+    assert "the tuned scales differ from it by at most 25%: 1 of 1 tensors" in text
+    assert "Calibrated codes and scales are close to the source: 1 of 1 tensors" in text
+    assert "bit-identical to the source, except for 1 tuned: 1 of 1 tensors" in text
+    assert "calibrated, 3 scales far from the source" in text
+
+
+def test_findings_are_not_a_table_that_a_phone_cuts_off(facts: VerificationFacts) -> None:
+    n_tables = count(read(page(facts)), "table")
+    facts["passed"] = False
+    facts["findings"] = [
+        {"reason": "codes_mismatch", "file": "m", "tensor": "t", "component": None, "message": "a long message"}
+    ]
+    assert count(read(page(facts)), "table") == n_tables
+
+
+def test_the_long_tables_come_last(facts: VerificationFacts) -> None:
+    text = read(page(facts)).text
+    assert text.index("Largest errors") < text.index("Provenance") < text.index("Packed weights")
+
+
+def test_every_figure_of_the_summary_is_explained(facts: VerificationFacts) -> None:
+    reader = read(page(facts))
+    terms = {text for text in reader.text if text.startswith(("Relative RMS", "Signal-to-noise", "Cosine", "Maximum"))}
+    assert len(terms) == 4

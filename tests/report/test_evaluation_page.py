@@ -1,4 +1,4 @@
-"""The page of an evaluation: every figure is there, nothing of a text can act, and it needs nothing else."""
+"""The report of an evaluation shows every figure, runs nothing that a text contains, and is self-contained."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_figures_of_all_models_and_their_differences_are_shown() -> None:
     assert page.count("<svg") == 8
 
 
-def test_what_a_text_holds_cannot_act() -> None:
+def test_markup_in_a_text_is_shown_and_never_runs() -> None:
     page = evaluation_page(facts(), [[found(), found()]], BOUNDS)
     tags = parsed(page)
     assert tags.names.count("script") == 1
@@ -95,11 +95,12 @@ def test_pictures_are_well_formed() -> None:
         ET.fromstring("<svg" + part.split("</svg>")[0] + "</svg>")
 
 
-def test_a_page_without_a_source_has_the_losses_alone(tmp_path: Path) -> None:
+def test_a_page_without_a_source_shows_only_losses_and_perplexities(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     write_evaluation_page(facts(source=False), [], BOUNDS, path)
     page = path.read_text()
-    assert "without a 16-bit model" in page
+    assert "No 16-bit model was given" in page
+    assert "KL" not in page
     assert "2.5000 ± 0.0100" in page
     assert "<svg" not in page
 
@@ -108,3 +109,9 @@ def test_same_facts_same_bytes() -> None:
     assert evaluation_page(facts(), [[found(), found()]], BOUNDS) == evaluation_page(
         facts(), [[found(), found()]], BOUNDS
     )
+
+
+def test_a_page_says_whether_the_16_bit_model_is_the_source() -> None:
+    assert "the manifest records it as the source checkpoint" in evaluation_page(facts(), [], BOUNDS)
+    unchecked = evaluation_page(facts() | {"source_checked": False}, [], BOUNDS)
+    assert "it was not verified to be the source checkpoint" in unchecked

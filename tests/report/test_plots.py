@@ -1,4 +1,4 @@
-"""Plots: well-formed, complete, and inside their picture whatever the values."""
+"""Plots are well-formed, complete and labelled, and stay inside their picture for all values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qformat.report.plots import Point, code_histogram, layer_panel, ticks
+from qformat.report.plots import Point, bar_list, code_histogram, column_panel, curve_panel, layer_panel, ticks
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_histogram_has_a_bar_and_a_mark_for_each_code() -> None:
 def test_a_histogram_of_one_code_stays_inside_its_picture() -> None:
     svg = code_histogram([1.0] + [0.0] * 15, [1 / 16] * 16)
     assert min(numbers(svg, "y") + numbers(svg, "y1")) >= 0
-    assert max(numbers(svg, "y") + numbers(svg, "y1")) <= 280
+    assert max(numbers(svg, "y") + numbers(svg, "y1")) <= 312
 
 
 def test_a_panel_has_a_dot_for_each_tensor_and_a_line_through_the_layers() -> None:
@@ -56,7 +56,7 @@ def test_a_panel_has_a_dot_for_each_tensor_and_a_line_through_the_layers() -> No
 def test_a_panel_holds_any_number_of_layers(n_layers: int) -> None:
     svg = layer_panel([Point(n_layers - 1, 0.1, "last")], ticks(0.1, 0.1), n_layers, "errors")
     assert all(0 <= x <= 260 for x in numbers(svg, "cx"))
-    assert all(0 <= y <= 150 for y in numbers(svg, "cy"))
+    assert all(0 <= y <= 180 for y in numbers(svg, "cy"))
 
 
 def test_labels_and_titles_are_escaped() -> None:
@@ -66,3 +66,34 @@ def test_labels_and_titles_are_escaped() -> None:
     title = root.find(".//circle/title")
     assert title is not None
     assert title.text == "</title><script>&"
+
+
+@pytest.mark.parametrize(
+    ("svg", "labels"),
+    [
+        (code_histogram([1 / 16] * 16, [1 / 16] * 16), ("share of the weights", "absmax")),
+        (layer_panel([Point(0, 0.1, "a")], [0.1, 0.2], 1, "errors"), ("relative RMS error", "layer")),
+        (curve_panel([(1, 2.0), (2, 3.0)], "loss", x_label="step", y_label="nats"), ("step", "nats")),
+        (column_panel(["1", "more"], [0.5, 0.5], "KL", x_label="nats", y_label="share"), ("nats", "share")),
+        (bar_list([("a", 1.0, "a")], "loss", x_label="nats"), ("nats",)),
+    ],
+)  # fmt: skip
+def test_every_axis_has_a_label(svg: str, labels: tuple[str, ...]) -> None:
+    texts = [element.text or "" for element in ElementTree.fromstring(svg).findall(".//text")]
+    for label in labels:
+        assert any(label in text for text in texts), label
+
+
+def test_long_labels_of_bars_are_cut_and_complete_in_the_tooltip() -> None:
+    svg = bar_list([("a" * 40, 1.0, "a" * 40)], "loss", x_label="nats")
+    root = ElementTree.fromstring(svg)
+    assert "a" * 17 + "…" in [element.text for element in root.findall(".//text")]
+    assert [element.text for element in root.findall(".//title")] == ["a" * 40]
+
+
+def test_only_short_curves_mark_their_points() -> None:
+    def n_dots(n_points: int) -> int:
+        svg = curve_panel([(n, n / 7) for n in range(n_points)], "loss", x_label="step", y_label="nats")
+        return len(ElementTree.fromstring(svg).findall(".//circle"))
+
+    assert (n_dots(40), n_dots(41)) == (40, 0)

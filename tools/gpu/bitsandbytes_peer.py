@@ -1,4 +1,4 @@
-"""bitsandbytes' own kernels on the weights that ours are timed with."""
+"""bitsandbytes' kernels on the weights that qformat's kernels are timed with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qformat.kernels.packed_weight import PackedWeight
 
 
 def bitsandbytes_state(weight: PackedWeight) -> Any:
-    """Return a weight as bitsandbytes' QuantState, or None without bitsandbytes."""
+    """Return a weight as a QuantState of bitsandbytes, or None if bitsandbytes is not installed."""
     try:
         from bitsandbytes.functional import QuantState
     except ImportError:

@@ -1,18 +1,18 @@
-"""Everything that needs a GPU, in one command: are the kernels right on this card, and how fast are they?
+"""Check the kernels' results and measure their speed on this GPU.
 
 Usage: python -m tools.gpu.check [--only NAME ...] [--quick] [--artifact DIR] [--json PATH] [--table PATH]
                                  [--compare OLD.json] [--list]
 
 Writes gpu_check.json (every figure, with the device and the versions) and gpu_check.txt (the same as a table), and
-prints the table. --compare adds the ratio of each figure to that of an earlier run. Exit code: 0 all checks passed, 1
-one failed, 2 there is no GPU or the arguments make no sense.
+prints the table. --compare adds the ratio of each figure to the figure of an earlier run. Exit codes: 0 if all checks
+passed, 1 if one failed, 2 if there is no GPU or the arguments are invalid.
 
-The checks of models run on the artifact DIR, or on a random Llama of 1.1 billion parameters (with --quick: 0.2) that is
+Checks of models use the artifact DIR, or a random Llama with 1.1 billion parameters (0.2 billion with --quick) that is
 made and converted for them.
 
-Speed is given as the share of what a plain copy reaches on the same card in the same run: the roof of a kernel that is
-bound by memory is 1. Weights rotate through more memory than the L2 cache holds, launches are replayed from a CUDA
-graph (so they are also shown to be capturable), times are medians.
+Speed is relative to the bandwidth of a plain copy on the same GPU in the same run: a kernel that is bound by memory
+reaches at most 1. Weights rotate through more memory than the L2 cache holds. Launches are replayed from a CUDA graph,
+which also shows that they can be captured. Times are medians.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tools.gpu.speed import (
 )
 
 NO_GPU = 2
-
+"""Exit code if there is no GPU."""
 
 CHECKS: dict[str, Callable[[Settings], Iterator[Result]]] = {
     "dequantize_exact": check_dequantize_exact,
@@ -62,23 +62,23 @@ CHECKS: dict[str, Callable[[Settings], Iterator[Result]]] = {
     "product_plans": check_product_plans,
     **MODEL_CHECKS,
 }
-"""In the order in which they run: first what is right, then what is fast. A new check is a line here."""
+"""Checks by name, in the order in which they run: first correctness, then speed."""
 
 
 def run_checks(names: Sequence[str], settings: Settings, *, checks: Any = None) -> list[Result]:
-    """Run checks by name. A check that raises is a failed result and the others go on."""
+    """Run checks by name. A check that raises an error gives a failed result, and the other checks still run."""
     results = []
     for name in names:
         try:
             results += list((checks or CHECKS)[name](settings))
-        except Exception as error:  # noqa: BLE001 - an unknown card must not cost the rest of the report
+        except Exception as error:  # noqa: BLE001 - the rest of the report is useful even on an unknown GPU
             results.append(Result(name, f"{type(error).__name__}: {error}"[:200], "raised", 1, "", False))
     return results
 
 
 @contextmanager
 def artifact_for(names: Sequence[str], given: Path | None, *, quick: bool) -> Iterator[Path | None]:
-    """Yield the artifact that checks of models run on, made for them where none was given."""
+    """Yield the artifact for checks of models. If none is given, make one."""
     if given is not None or MODEL_CHECKS.keys().isdisjoint(names):
         yield given
         return
@@ -88,13 +88,15 @@ def artifact_for(names: Sequence[str], given: Path | None, *, quick: bool) -> It
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(CHECKS), default=list(CHECKS))
-    parser.add_argument("--quick", action="store_true", help="few shapes and repeats")
-    parser.add_argument("--artifact", type=Path, metavar="DIR", help="for checks of models; a random Llama otherwise")
-    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"))
-    parser.add_argument("--table", type=Path, default=Path("gpu_check.txt"))
-    parser.add_argument("--compare", type=Path, metavar="OLD.json")
-    parser.add_argument("--list", action="store_true", help="print the checks and stop")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=list(CHECKS), default=list(CHECKS), help="checks to run [all]"
+    )
+    parser.add_argument("--quick", action="store_true", help="use few shapes and repeats")
+    parser.add_argument("--artifact", type=Path, metavar="DIR", help="artifact for checks of models [a random Llama]")
+    parser.add_argument("--json", type=Path, default=Path("gpu_check.json"), help="report as JSON [%(default)s]")
+    parser.add_argument("--table", type=Path, default=Path("gpu_check.txt"), help="report as a table [%(default)s]")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="report of an earlier run to compare with")
+    parser.add_argument("--list", action="store_true", help="list the checks and exit")
     options = parser.parse_args(arguments)
     if options.list:
         for name, check in CHECKS.items():
@@ -105,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     if not torch.cuda.is_available():
-        print("gpu_check: torch sees no CUDA device here; run it on a machine with a GPU", file=sys.stderr)
+        print("gpu_check: torch found no CUDA device. Run this on a machine with a GPU", file=sys.stderr)
         return NO_GPU
     unavailable = triton_launch.triton_unavailable()
     if unavailable is not None:

@@ -1,4 +1,4 @@
-"""Are the kernels right on this card? Checks of bits against the reference, and of sums against their bounds."""
+"""Checks of the kernels' results on this GPU: bits against the reference, sums against their error bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tools.gpu.weights import bits, exact_block_dots, random_codes, random_weigh
 
 
 def check_dequantize_exact(settings: Settings) -> Iterator[Result]:
-    """Every bit of the decoded weight, for all block sizes, levels, dtypes and tails."""
+    """Compare every bit of decoded weights with the reference, for all block sizes, levels, dtypes and tails."""
     shapes = [(64, TILE // 64), (103, 241), (1, 1), (1, TILE + 1), *([] if settings.quick else [(4096, 4096)])]
     for shape in shapes:
         for block_size in BLOCK_SIZES:
@@ -33,7 +33,7 @@ def check_dequantize_exact(settings: Settings) -> Iterator[Result]:
 
 
 def check_product_exact(settings: Settings) -> Iterator[Result]:
-    """Every weight that the product uses, read out with unit vectors: compared as values, since -0 comes back as 0."""
+    """Read every weight out of the product with unit vectors and compare its value; -0 becomes 0."""
     shapes = [(100, 448)] if settings.quick else [(100, 448), (576, 576), (896, 1152)]
     for shape in shapes:
         for block_size in BLOCK_SIZES:
@@ -46,7 +46,7 @@ def check_product_exact(settings: Settings) -> Iterator[Result]:
 
 
 def check_block_dots_close(settings: Settings) -> Iterator[Result]:
-    """Sums over blocks, of which the gradient of the scales is made, as a share of the bound of their float32 sums."""
+    """Compare the sums over blocks, which the gradient of the scales uses, with float64; report error / bound."""
     sizes = [1, 65, BLOCK_DOTS_TILE, 3 * BLOCK_DOTS_TILE + 517, *([] if settings.quick else [1 << 24])]
     for n in sizes:
         packed = random_codes(n).to(settings.device)
@@ -62,12 +62,13 @@ def check_block_dots_close(settings: Settings) -> Iterator[Result]:
 
 
 def wrong_weights(weight: PackedWeight, dtype: torch.dtype) -> int:
+    """Return the number of weights that the product uses with a wrong value."""
     n, k = weight.shape
     wanted = torch.empty((n, k), dtype=dtype)
     wanted.view(torch.int16).copy_(torch.from_numpy(reference_bits(weight, dtype).view("int16")))
     unit = torch.eye(k, dtype=dtype, device=weight.device)
     wrong = 0
-    for rows in (8, 16):  # one plan for few rows of x and one for many
+    for rows in (8, 16):  # the plan for up to 8 rows of x, and the plan for up to 16
         for first in range(0, k, rows):
             out = torch.full((min(rows, k - first), n), 77.0, dtype=dtype, device=weight.device)
             product(unit[first : first + rows], weight, out)
@@ -76,7 +77,7 @@ def wrong_weights(weight: PackedWeight, dtype: torch.dtype) -> int:
 
 
 def check_product_close(settings: Settings) -> Iterator[Result]:
-    """The product of random rows against float64, as a share of the bound of its float32 sums."""
+    """Compare the product of random rows with float64; report error / bound of its float32 sums."""
     for n, k in settings.shapes:
         weight = random_weight((n, k), device=str(settings.device))
         for m in (1, 7, 16):
@@ -92,10 +93,11 @@ def check_product_close(settings: Settings) -> Iterator[Result]:
             share = float(((out.double() - exact).abs() / bound).max())
             yield Result("product_close", f"m{m} {n}x{k}", "error / bound", share, "", share <= 1)
             repeatable = torch.equal(out, again)
-            yield Result("product_close", f"m{m} {n}x{k}", "same bits twice", float(repeatable), "", repeatable)
+            yield Result("product_close", f"m{m} {n}x{k}", "deterministic", float(repeatable), "", repeatable)
 
 
 def mismatches(check: str, weight: PackedWeight, dtype: torch.dtype, wrong: int) -> Result:
+    """Return the result of a comparison with `wrong` mismatches."""
     levels = "two levels" if weight.double_quant else "one level"
     shape = f"{weight.shape[0]}x{weight.shape[1]}"
     case = f"{str(dtype).removeprefix('torch.')} {shape} block {weight.block_size} {levels}"

@@ -1,4 +1,4 @@
-"""The compilations of the Triton kernels whose machine code is counted, and the memory traffic of each."""
+"""Compilations of the Triton kernels whose machine code is counted, with the memory traffic of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from qformat.kernels.triton.product_kernel import product_kernel
 class Case:
     """One compilation of one kernel.
 
-    weights: that a program decodes on the counted path; in_loop: count one step of the longest loop.
+    Attributes:
+        name: Name of the case.
+        kernel: The Triton kernel.
+        signature: Type of each argument.
+        constants: Compile-time arguments.
+        options: Options of the compiler.
+        weights: Weights that a program decodes on the counted path.
+        bytes_per_weight: Memory traffic per weight.
+        in_loop: Whether to count one step of the longest loop instead of the longest path.
     """
 
     name: str
@@ -35,7 +43,7 @@ class Case:
 
 
 def scale_nbytes(block_size: int, *, double_quant: bool) -> float:
-    """Return the bytes of absmax, both levels, that are read for each weight."""
+    """Return the bytes of both levels of absmax that are read per weight."""
     return (1 + 4 / 256) / block_size if double_quant else 4 / block_size
 
 

@@ -1,6 +1,6 @@
-"""The checks of tools/gpu/check.py that run a model: loading, memory, training, paging, layers in host memory.
+"""Checks of `tools.gpu.check` that run a model: loading, memory, training, paging, layers in host memory.
 
-They run on the CPU as well, where a test sees that they work; what is measured of a GPU's memory is 0 there.
+They also run on the CPU, so that a test can check them; figures of GPU memory are 0 there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAGE_NBYTES = 2**20
 
 
 def check_load(settings: Settings) -> Iterator[Result]:
-    """Loading with and without digests: the same bytes as in the files, and its rate against reading alone."""
+    """Load with and without digests, compare the tensors with the files, and time it against reading the files."""
     nbytes = sum(check_structure(settings.model).shard_nbytes.values())
     expected = load_model(settings.model, device="cpu").state_dict()
     model = load_model(settings.model, device=settings.device)
@@ -42,18 +42,18 @@ def check_load(settings: Settings) -> Iterator[Result]:
             load = partial(load_model, settings.model, device=settings.device, verify=verify)
             loading = seconds(load, settings, prepare)
             yield Result("load", f"{verify}, {kind}", "time", loading * 1e3, "ms")
-            yield Result("load", f"{verify}, {kind}", "share of reading", reading / loading, "")
+            yield Result("load", f"{verify}, {kind}", "speed relative to reading", reading / loading, "")
 
 
 def check_memory(settings: Settings) -> Iterator[Result]:
-    """Peak device memory of loading, a prompt and decoding, against the bytes of the shards."""
+    """Measure the peak device memory of loading, of a prompt and of one token, relative to the size of the shards."""
     nbytes = sum(check_structure(settings.model).shard_nbytes.values())
     free_memory(settings.device)
     before = peak(settings.device)
     model = load_model(settings.model, device=settings.device)
     loaded = peak(settings.device) - before
-    # The allocator rounds each shard up to 2 MiB; rotary buffers and the like are small.
-    yield Result("memory", "load", "of the shards' bytes", loaded / nbytes, "", loaded <= 1.02 * nbytes + 64 * 2**20)
+    # The allocator rounds each shard up to 2 MiB; rotary buffers and similar tensors are small.
+    yield Result("memory", "load", "peak / size of shards", loaded / nbytes, "", loaded <= 1.02 * nbytes + 64 * 2**20)
     with torch.inference_mode():
         for name, n_tokens in (("prompt of 256", 256), ("one token", 1)):
             model(torch.arange(n_tokens, device=settings.device)[None] % model.config.vocab_size)
@@ -61,7 +61,7 @@ def check_memory(settings: Settings) -> Iterator[Result]:
 
 
 def check_training(settings: Settings) -> Iterator[Result]:
-    """LoRA steps on one batch, with and without gradient checkpointing: the loss falls, equal on both ways."""
+    """Train LoRA on one batch with and without gradient checkpointing: the loss must fall and must be the same."""
     losses: dict[bool, list[float]] = {}
     for checkpointing in (False, True):
         free_memory(settings.device)
@@ -77,15 +77,15 @@ def check_training(settings: Settings) -> Iterator[Result]:
         case = "checkpointing" if checkpointing else "plain"
         found = losses[checkpointing]
         yield Result("training", case, "last loss / first", found[-1] / found[0], "", found[-1] < found[0])
-        yield Result("training", case, "tokens", ids.numel() / statistics.median(times[1:]), "tokens/s")
+        yield Result("training", case, "throughput", ids.numel() / statistics.median(times[1:]), "tokens/s")
         yield Result("training", case, "peak", peak(settings.device) / 1e6, "MB")
         del model, optimizer
     distance = max(abs(a - b) / abs(a) for a, b in zip(*losses.values(), strict=True))
-    yield Result("training", "checkpointing", "relative distance of losses", distance, "", distance < 1e-2)
+    yield Result("training", "checkpointing", "relative difference of losses", distance, "", distance < 1e-2)
 
 
 def check_paging(settings: Settings) -> Iterator[Result]:
-    """PagedAdamW under budgets and under allocations that fail: the bits of torch's fused AdamW; the retry helps."""
+    """Compare PagedAdamW with torch's fused AdamW bit by bit, under memory budgets and failing allocations."""
     expected = adamw_bits(settings, partial(torch.optim.AdamW, lr=1e-2, fused=True))
     for name, budget, largest in (
         ("all resident", 2**40, None),
@@ -97,14 +97,14 @@ def check_paging(settings: Settings) -> Iterator[Result]:
         options: dict[str, Any] = {"page_budget": budget, "page_nbytes": PAGE_NBYTES, "device": device}
         found = adamw_bits(settings, partial(PagedAdamW, lr=1e-2, **options))
         wrong = sum(not same_bits(*pair) for pair in zip(found, expected, strict=True))
-        yield Result("paging", name, "parameters that differ", wrong, "", wrong == 0)
+        yield Result("paging", name, "differing parameters", wrong, "", wrong == 0)
         if largest is not None:
-            yield Result("paging", name, "allocations that failed", device.n_failed, "", device.n_failed > 0)
+            yield Result("paging", name, "failed allocations", device.n_failed, "", device.n_failed > 0)
     yield from check_retry(settings)
 
 
 def check_retry(settings: Settings) -> Iterator[Result]:
-    """A micro-batch that runs out of memory: the states leave the device, and it runs again."""
+    """Let a micro-batch run out of memory: the optimizer's states must leave the device, and the batch must rerun."""
     param = torch.nn.Parameter(torch.ones(2**20, device=settings.device))
     optimizer = PagedAdamW([param], page_budget=2**30, page_nbytes=PAGE_NBYTES)
     param.grad = torch.ones_like(param)
@@ -123,7 +123,7 @@ def check_retry(settings: Settings) -> Iterator[Result]:
 
 
 def check_streaming(settings: Settings) -> Iterator[Result]:
-    """Layers in host memory: the logits of a resident model, less memory, and the rate at which layers arrive."""
+    """Keep layers in host memory: compare the logits with a resident model, and measure memory and transfer rate."""
     device = settings.device
     ids = torch.arange(32, device=device)[None]
     free_memory(device)
@@ -143,10 +143,10 @@ def check_streaming(settings: Settings) -> Iterator[Result]:
         yield Result("streaming", f"{n_streamed} layers", "same bits", float(same), "", same)
         token = seconds(partial(model, ids[:, :1]), settings)
     streamed = model.layer_stream.pass_nbytes
-    yield Result("streaming", f"{n_streamed} layers", "time of a token", token * 1e3, "ms")
-    yield Result("streaming", f"{n_streamed} layers", "times a resident token", token / fast, "x")
-    yield Result("streaming", f"{n_streamed} layers", "rate", streamed / token / 1e9, "GB/s")
-    yield Result("streaming", f"{n_streamed} layers", "peak of resident's", peak(device) / max(1, whole), "")
+    yield Result("streaming", f"{n_streamed} layers", "time per token", token * 1e3, "ms")
+    yield Result("streaming", f"{n_streamed} layers", "time per token / resident model", token / fast, "x")
+    yield Result("streaming", f"{n_streamed} layers", "transfer rate", streamed / token / 1e9, "GB/s")
+    yield Result("streaming", f"{n_streamed} layers", "peak / resident model", peak(device) / max(1, whole), "x")
 
 
 MODEL_CHECKS: dict[str, Callable[[Settings], Iterator[Result]]] = {
@@ -159,7 +159,7 @@ MODEL_CHECKS: dict[str, Callable[[Settings], Iterator[Result]]] = {
 
 
 class FailingPages:
-    """A device of pages on which allocations above a size find no memory; None: all find some."""
+    """A device of pages on which allocations above a size fail; with None, none fail."""
 
     def __init__(self, device: PageDevice, largest_nbytes: int | None) -> None:
         self._device = device
@@ -169,7 +169,7 @@ class FailingPages:
     def allocate(self, nbytes: int) -> Tensor:
         if self._largest_nbytes is not None and nbytes > self._largest_nbytes:
             self.n_failed += 1
-            raise torch.OutOfMemoryError(f"{nbytes} bytes fail on purpose")
+            raise torch.OutOfMemoryError(f"allocation of {nbytes} bytes fails on purpose")
         return self._device.allocate(nbytes)
 
     def __getattr__(self, name: str) -> Any:
@@ -177,7 +177,7 @@ class FailingPages:
 
 
 def trainable(settings: Settings, *, checkpointing: bool) -> Any:
-    """Return a model with LoRA on all linear layers, the same numbers each time."""
+    """Return a model with LoRA on all linear layers, with the same initial values each time."""
     from peft import LoraConfig, get_peft_model
 
     model = load_model(settings.model, device=settings.device)
@@ -197,7 +197,7 @@ def train_step(model: Any, ids: Tensor, optimizer: torch.optim.Optimizer) -> flo
 
 
 def adamw_bits(settings: Settings, optimizer_of: Callable[[Any], torch.optim.Optimizer]) -> list[Tensor]:
-    """Return parameters after four steps: 8 MiB of them in pieces of many sizes."""
+    """Return the parameters after four steps: 8 MiB in tensors of many sizes."""
     generator = torch.Generator().manual_seed(0)
     sizes = [2**20, 300_007, 5, 2**19, 1]
     drawn = [torch.randn(size, generator=generator) for size in sizes]
@@ -211,9 +211,9 @@ def adamw_bits(settings: Settings, optimizer_of: Callable[[Any], torch.optim.Opt
 
 
 def exhaust(device: torch.device) -> None:
-    """Ask for more memory than there is. Raises torch.OutOfMemoryError."""
+    """Allocate more memory than the device has. Raises torch.OutOfMemoryError."""
     if device.type != "cuda":
-        raise torch.OutOfMemoryError("as if")
+        raise torch.OutOfMemoryError("simulated")
     torch.empty(torch.cuda.get_device_properties(device).total_memory, dtype=torch.uint8, device=device)
 
 
@@ -223,7 +223,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def read_all(artifact: Path) -> None:
-    """Read every shard through a buffer, as a loader does."""
+    """Read every shard through a buffer, as loading does."""
     buffer = memoryview(bytearray(16 * 2**20))
     for name in check_structure(artifact).shard_nbytes:
         with (artifact / name).open("rb", buffering=0) as file:
@@ -232,14 +232,14 @@ def read_all(artifact: Path) -> None:
 
 
 def forget_cache(artifact: Path) -> None:
-    """Let the kernel drop what it has cached of the shards; needs no privileges, and works for clean pages only."""
+    """Let the kernel evict the shards from the page cache. This needs no privileges and only affects clean pages."""
     for name in check_structure(artifact).shard_nbytes:
         with (artifact / name).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def seconds(call: Callable[[], object], settings: Settings, prepare: Callable[[], None] = lambda: None) -> float:
-    """Return the median time of a call, the first one left out."""
+    """Return the median time of a call in seconds, without the first call."""
     found = []
     for _ in range(4 if settings.quick else 8):
         prepare()
@@ -250,19 +250,19 @@ def seconds(call: Callable[[], object], settings: Settings, prepare: Callable[[]
 
 
 def now(device: torch.device) -> float:
-    """Return the time when the device has done all that it was told."""
+    """Wait until the device has finished all queued work, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
 def peak(device: torch.device) -> int:
-    """Return the most that was allocated on a GPU since `free_memory`; 0 for a CPU."""
+    """Return the peak of allocated bytes on a GPU since `free_memory`, or 0 for a CPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what is unused, and begin a new peak."""
+    """Free unused memory and reset the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The report of `tools.gpu.check`: every figure as JSON and as a table, and an earlier run to compare with."""
+"""The report of `tools.gpu.check`: every figure as JSON and as a table, with a comparison to an earlier run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ SCHEMA = 1
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
+    """Return the name and the size of a GPU for the report."""
     properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
@@ -27,6 +28,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
+    """Return the versions of the packages that affect the figures; None for a package that is not installed."""
     found: dict[str, str | None] = {}
     for name in ("qformat", "torch", "triton", "bitsandbytes"):
         try:
@@ -37,7 +39,7 @@ def versions() -> dict[str, str | None]:
 
 
 def report(results: Sequence[Result], *, device: dict[str, Any]) -> dict[str, Any]:
-    """Return the whole run as one JSON object."""
+    """Return a run as one JSON object."""
     return {
         "schema": SCHEMA,
         "device": device,
@@ -48,11 +50,11 @@ def report(results: Sequence[Result], *, device: dict[str, Any]) -> dict[str, An
 
 
 def table(run: dict[str, Any], *, earlier: dict[str, Any] | None = None) -> str:
-    """Return a report as text: one line a figure, or one for all cases of a check with the same verdict."""
+    """Return a report as text: one line per figure, and one per check for all figures that passed."""
     device, found = run["device"], run["versions"]
     lines = [
         f"{device['name']} (sm_{device['compute_capability'].replace('.', '')}, {device['multiprocessors']} SMs)",
-        ", ".join(f"{name} {version or 'absent'}" for name, version in found.items()),
+        ", ".join(f"{name} {version or 'not installed'}" for name, version in found.items()),
         "",
     ]
     before = {key(row): row["value"] for row in earlier["results"]} if earlier else {}
@@ -76,13 +78,13 @@ def table(run: dict[str, Any], *, earlier: dict[str, Any] | None = None) -> str:
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Return what identifies a figure over runs."""
+    """Return the key that identifies a figure across runs."""
     return row["check"], row["case"], row["metric"]
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Read an earlier run. ValueError if it is none, or of another schema."""
+    """Read the report of an earlier run. Raises ValueError if the file is not such a report."""
     run = json.loads(path.read_text())
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: not a report of this tool (schema {SCHEMA})")
+        raise ValueError(f"{path}: is not a report of tools.gpu.check with schema {SCHEMA}")
     return run

@@ -1,4 +1,4 @@
-"""What a check of tools/gpu/check.py gets and gives."""
+"""Settings and results of the checks of `tools.gpu.check`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 SHAPES = [(576, 576), (1536, 576), (4864, 896), (2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336)]
-"""Linears of SmolLM2-135M, Qwen2.5-0.5B and Llama 3.1 8B, and one between."""
+"""Shapes of linear layers in SmolLM2-135M, Qwen2.5-0.5B and Llama 3.1 8B, and one in between."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One figure. `passed` is None for a measurement without a verdict."""
+    """One figure. `passed` is None for a measurement that cannot fail."""
 
     check: str
     case: str
@@ -25,7 +25,13 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every check gets. quick: few shapes and repeats, to see that all works. artifact: for checks of models."""
+    """Settings of all checks.
+
+    Attributes:
+        device: Device to check.
+        quick: Whether to use few shapes and repeats, only to see that everything works.
+        artifact: Artifact for checks of models.
+    """
 
     device: torch.device
     quick: bool = False
@@ -41,7 +47,7 @@ class Settings:
 
     @property
     def model(self) -> Path:
-        """The artifact. Raises ValueError where there is none."""
+        """The artifact. Raises ValueError if there is none."""
         if self.artifact is None:
             raise ValueError("checks of models need an artifact")
         return self.artifact

@@ -1,11 +1,11 @@
-"""A disassembly of NVIDIA machine code: its instructions, its longest loop and its longest path."""
+"""Parse a disassembly of NVIDIA machine code and find its longest loop and its longest path."""
 
 from __future__ import annotations
 
 import re
 
 Instruction = tuple[int, str]
-"""Address and text."""
+"""Address and text of an instruction."""
 
 
 def parse(sass: str) -> list[Instruction]:
@@ -20,12 +20,13 @@ def parse(sass: str) -> list[Instruction]:
 
 
 def opcode(text: str) -> str:
-    """Return `FMUL` of `@!P0 FMUL.FTZ R1, R2, R3`."""
+    """Return the opcode without modifiers: `FMUL` for `@!P0 FMUL.FTZ R1, R2, R3`."""
     words = text.split()
     return words[1 if words[0].startswith("@") else 0].split(".")[0]
 
 
 def branch_target(text: str) -> int | None:
+    """Return the address that a branch jumps to, or None for any other instruction."""
     found = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)$", text)
     return int(found.group(1), 16) if found else None
 
@@ -42,7 +43,7 @@ def longest_loop(instructions: list[Instruction]) -> list[Instruction]:
 
 
 def longest_path(instructions: list[Instruction]) -> list[Instruction]:
-    """Return the longest way from the entry to an exit along forward branches only: each loop body once."""
+    """Return the longest path from the entry to an exit along forward branches; it has each loop body once."""
     place = {address: i for i, (address, _) in enumerate(instructions)}
     length = [0] * (len(instructions) + 1)
     following = [len(instructions)] * len(instructions)

@@ -1,15 +1,15 @@
-"""Machine instructions, registers, spills and shared memory of the Triton kernels, without a GPU and without a driver.
+"""Count the machine instructions, registers, spills and shared memory of the Triton kernels; needs no GPU or driver.
 
 Usage: python -m tools.gpu.sass_budget [CASE ...] [--sm 80,90,100,120] [--ops] [--dump] [--json] [--check] [--write]
 
-A case is a kernel with the compile-time arguments that a launch gives it. It is compiled ahead of time for each
-architecture, disassembled with the cuobjdump that Triton ships, and counted: a straight-line kernel along its longest
-path, a product along one step of its K loop. "insts/w" is what a thread executes for each weight it decodes; "mio/w"
-the part of it that is memory and shuffles; "bytes/w" the traffic to memory, by hand arithmetic.
+A case is a kernel with the compile-time arguments of a launch. It is compiled ahead of time for each architecture,
+disassembled with the cuobjdump that Triton ships, and counted: a straight-line kernel along its longest path, a product
+along one step of its K loop. "insts/w" is the number of instructions that a thread executes per weight, "mio/w" the
+memory and shuffle instructions among them, and "bytes/w" the calculated memory traffic per weight.
 
---check compares with the ceilings in qformat/kernels/triton/sass_budget.json (exit code 1), as
-tests/tools/gpu/test_sass_budget.py does; --write replaces that file by ceilings 5% above the figures of now: on
-purpose, never to make a test pass.
+--check compares the figures with the ceilings in qformat/kernels/triton/sass_budget.json, as
+tests/tools/gpu/test_sass_budget.py does, and exits with 1 if one is exceeded. --write replaces that file with ceilings
+5 % above the current figures; never use it only to make a test pass.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MIO = {"SHFL", "LDS", "STS", "LDG", "STG", "LDSM", "STSM", "LDGSTS", "ATOM", "RE
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one compilation costs. `opcodes` counts the same path as `instructions`."""
+    """Figures of one compilation. `opcodes` counts the same path as `instructions`."""
 
     case: str
     sm: int
@@ -59,7 +59,7 @@ class Measured:
 
 
 def measure(case: Case, sm: int) -> tuple[Measured, str]:
-    """Compile a case for one architecture; return what it costs and its disassembly."""
+    """Compile a case for one architecture. Return its figures and its disassembly."""
     cubin, shared_nbytes = compile_case(case, sm)
     sass, usage = _cuobjdump(cubin)
     instructions = parse(sass)
@@ -82,7 +82,7 @@ def measure(case: Case, sm: int) -> tuple[Measured, str]:
 
 def compile_case(case: Case, sm: int) -> tuple[bytes, int]:
     """Return the cubin and its dynamic shared memory in bytes. Pointers are 16-byte aligned, as the launch checks."""
-    assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET: the interpreter compiles nothing"
+    assert not triton.knobs.runtime.interpret, "unset TRITON_INTERPRET: the interpreter does not compile"
     names = case.kernel.arg_names
     nothing = {name: None for name, kind in case.signature.items() if kind == "constexpr"}
     signature = case.signature | dict.fromkeys(case.constants, "constexpr")
@@ -108,12 +108,12 @@ def _cuobjdump(cubin: bytes) -> tuple[str, dict[str, int]]:
 
 
 def ceilings() -> dict[str, Any]:
-    """Return the budget file."""
+    """Return the contents of the budget file."""
     return json.loads(BUDGET.read_text())
 
 
 def excesses(measured: Measured, budget: dict[str, Any]) -> list[str]:
-    """Return a line for each figure of a compilation that lies above its ceiling."""
+    """Return a line for each figure of a compilation that exceeds its ceiling."""
     ceiling = budget["cases"][measured.case][str(measured.sm)] | {"spill_nbytes": 0}
     return [
         f"{measured.case} sm_{measured.sm}: {name} {getattr(measured, name)}, at most {limit}"
@@ -123,7 +123,7 @@ def excesses(measured: Measured, budget: dict[str, Any]) -> list[str]:
 
 
 def budget_of(table: list[Measured]) -> dict[str, Any]:
-    """Return ceilings just above a table, as the budget file holds them. Spills are not listed: they are always 0."""
+    """Return ceilings slightly above the given figures, as in the budget file. Spills must be 0 and are not listed."""
     cases: dict[str, dict[str, Any]] = {}
     for row in table:
         cases.setdefault(row.case, {})[str(row.sm)] = {
@@ -138,6 +138,7 @@ HEADING = "case                               sm  insts/w   mio/w  regs spills  
 
 
 def line(row: Measured) -> str:
+    """Return a row of the table as text."""
     return (
         f"{row.case:32s} {row.sm:4d} {row.instructions_per_weight:8.2f} {row.mio_per_weight:7.2f} {row.registers:5d} "
         f"{row.spill_nbytes:6d} {row.shared_nbytes:7d} {row.bytes_per_weight:8.3f}"
@@ -146,17 +147,17 @@ def line(row: Measured) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)} [default: all]")
-    parser.add_argument("--sm", default=",".join(map(str, ARCHITECTURES)))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"cases to measure: {', '.join(CASES)} [all]")
+    parser.add_argument("--sm", default=",".join(map(str, ARCHITECTURES)), help="architectures [%(default)s]")
     parser.add_argument("--ops", action="store_true", help="print the opcodes of the counted path")
     parser.add_argument("--dump", action="store_true", help="print the disassembly")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--check", action="store_true", help="compare with the budget file; exit code 1 if above")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a figure exceeds the budget file")
     parser.add_argument("--write", action="store_true", help="replace the budget file")
     options = parser.parse_args(arguments)
     unknown = set(options.cases) - set(CASES)
     if unknown:
-        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown cases: {', '.join(sorted(unknown))}")
     rows = []
     if not options.json:
         print(HEADING)

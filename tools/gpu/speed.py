@@ -1,4 +1,4 @@
-"""How fast are the kernels on this card? Checks beside a plain copy, the 16-bit product and bitsandbytes."""
+"""Measure the kernels' speed on this GPU against a plain copy, the 16-bit product and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tools.gpu.results import Result, Settings
 from tools.gpu.weights import random_weight
 
 ROTATION_NBYTES = 256 * 2**20
-"""Weights that a timed graph goes through: more than twice any L2 cache (H100 50 MB, B200 126 MB)."""
+"""Bytes of weights that a timed graph reads: more than twice any L2 cache (H100 50 MB, B200 126 MB)."""
 
 
 def check_copy(settings: Settings) -> Iterator[Result]:
-    """The roof: a plain copy of 1 GiB."""
+    """Measure the bandwidth of a plain copy of 1 GiB, the upper limit."""
     yield Result("copy", "1 GiB", "bandwidth", copy_bandwidth(settings) / 1e9, "GB/s")
 
 
 def check_dequantize_speed(settings: Settings) -> Iterator[Result]:
-    """Dequantization to bf16 against a copy and against bitsandbytes."""
+    """Time dequantization to bf16 against a copy and against bitsandbytes."""
     roof = copy_bandwidth(settings)
     for shape in settings.shapes:
         weights = rotation(shape, settings)
@@ -43,7 +43,7 @@ def check_dequantize_speed(settings: Settings) -> Iterator[Result]:
 
 
 def check_product_speed(settings: Settings) -> Iterator[Result]:
-    """The product against a copy, the 16-bit product and bitsandbytes' (one row only)."""
+    """Time the product against a copy, the 16-bit product and (for one row) bitsandbytes."""
     roof = copy_bandwidth(settings)
     for n, k in settings.shapes:
         weights = rotation((n, k), settings)
@@ -62,7 +62,7 @@ def check_product_speed(settings: Settings) -> Iterator[Result]:
 
 
 def check_scale_gradient_speed(settings: Settings) -> Iterator[Result]:
-    """The gradient of the scales against the matrix product that it needs, for 2048 tokens."""
+    """Time the gradient of the scales for 2048 tokens against the matrix product that it contains."""
     for n, k in settings.shapes:
         weight = random_weight((n, k), double_quant=False, device=str(settings.device))
         x = torch.randn(2048, k, device=settings.device).to(torch.bfloat16)
@@ -72,11 +72,11 @@ def check_scale_gradient_speed(settings: Settings) -> Iterator[Result]:
         out = torch.empty((n, k), dtype=torch.bfloat16, device=settings.device)
         product_seconds = graph_seconds([partial(torch.mm, grad.t(), x, out=out)], settings)
         yield Result("scale_gradient_speed", f"{n}x{k}", "time", seconds * 1e6, "us")
-        yield against("scale_gradient_speed", f"{n}x{k}", "its product", product_seconds, seconds)
+        yield against("scale_gradient_speed", f"{n}x{k}", "its matrix product", product_seconds, seconds)
 
 
 def check_product_plans(settings: Settings) -> Iterator[Result]:
-    """Every launch that `product` could have chosen, relative to the one it did: below 1 is faster."""
+    """Time other launches of `product` relative to the chosen one; below 1 is faster."""
     multiprocessors = triton_launch.multiprocessors(settings.device)
     for n, k in settings.shapes:
         weights = rotation((n, k), settings)
@@ -91,11 +91,11 @@ def check_product_plans(settings: Settings) -> Iterator[Result]:
             for candidate, seconds in timed.items():
                 name = f"rows {candidate.rows} stages {candidate.n_stages} splits {candidate.splits}"
                 marked = f"{name} (chosen)" if candidate == chosen else name
-                yield Result("product_plans", f"m{m} {n}x{k}", marked, seconds / timed[chosen], "of chosen")
+                yield Result("product_plans", f"m{m} {n}x{k}", marked, seconds / timed[chosen], "x chosen")
 
 
 def plans_beside(chosen: LaunchPlan, k: int) -> list[LaunchPlan]:
-    """Return the chosen launch and its neighbours: other rows, stages and splits."""
+    """Return the chosen launch and its neighbours with other rows, stages and splits."""
     splits = {1, max(1, chosen.splits // 2), chosen.splits, min(chosen.splits * 2, max(1, k // 256))}
     return [
         dataclasses.replace(chosen, rows=rows, n_stages=stages, splits=count)
@@ -106,12 +106,14 @@ def plans_beside(chosen: LaunchPlan, k: int) -> list[LaunchPlan]:
 
 
 def speed(check: str, case: str, seconds: float, nbytes: int, roof: float) -> Iterator[Result]:
+    """Yield time, bandwidth and the share of a copy's bandwidth, `roof`, of a launch that moves `nbytes`."""
     yield Result(check, case, "time", seconds * 1e6, "us")
     yield Result(check, case, "bandwidth", nbytes / seconds / 1e9, "GB/s")
     yield Result(check, case, "share of copy", nbytes / seconds / roof, "")
 
 
 def against(check: str, case: str, peer: str, peer_seconds: float, seconds: float) -> Result:
+    """Return how many times as fast as a peer a launch is."""
     return Result(check, case, f"times as fast as {peer}", peer_seconds / seconds, "x")
 
 
@@ -121,7 +123,7 @@ def weight_nbytes(weight: PackedWeight) -> int:
 
 
 def rotation(shape: tuple[int, int], settings: Settings) -> list[PackedWeight]:
-    """Return equal-shaped weights that together exceed the L2 cache, at most 256 (small shapes stay in it)."""
+    """Return weights of one shape that together exceed the L2 cache: at most 256, so small shapes fit into it."""
     first = random_weight(shape, device=str(settings.device))
     count = min(256, max(2, ROTATION_NBYTES // max(1, weight_nbytes(first))))
     return [
@@ -134,17 +136,17 @@ def rotation(shape: tuple[int, int], settings: Settings) -> list[PackedWeight]:
 
 
 def copy_bandwidth(settings: Settings) -> float:
-    """Return bytes read and written a second by a device copy."""
+    """Return the bytes per second that a copy on the device reads and writes."""
     source = torch.empty(2**30, dtype=torch.uint8, device=settings.device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / graph_seconds([lambda: target.copy_(source)], settings)
 
 
 def graph_seconds(launches: Sequence[Callable[[], object]], settings: Settings) -> float:
-    """Return the median time of one of these launches, run one after another from a CUDA graph."""
+    """Return the median time per launch in seconds, with the launches replayed in order from a CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for launch in launches[:2]:  # compiles, and fills caches that a capture must not
+        for launch in launches[:2]:  # compiles, and fills caches before the capture
             launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

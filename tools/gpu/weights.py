@@ -1,4 +1,4 @@
-"""Random 4-bit weights as torch tensors, with the reference's decode: the oracle of every kernel test."""
+"""Random 4-bit weights as torch tensors, with the decoded values of the reference, for every kernel test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMATS = {torch.bfloat16: FloatFormat.BF16, torch.float16: FloatFormat.F16, tor
 def random_weight(
     shape: tuple[int, int], *, block_size: int = 64, double_quant: bool = True, seed: int = 0, device: str = "cpu"
 ) -> PackedWeight:
-    """Return a weight of random codes and scales, negative and zero ones among them."""
+    """Return a weight with random codes and scales; some scales are negative or zero."""
     generator = np.random.default_rng([seed, *shape, block_size, double_quant])
     n = shape[0] * shape[1]
     n_blocks = nf4.block_count(n, block_size)
@@ -41,7 +41,7 @@ def random_weight(
 
 
 def reference_bits(weight: PackedWeight, dtype: torch.dtype) -> NDArray[np.generic]:
-    """Return the weight as the reference decodes it, rounded to dtype: bits, uint16 or uint32 [N, K]."""
+    """Return the bits of a weight that the reference decodes and rounds to `dtype`: uint16 or uint32 [N, K]."""
     absmax = weight.absmax.cpu().numpy()
     if weight.nested_absmax is not None and weight.nested_quant_map is not None:
         absmax = nested.decode_absmax(
@@ -54,7 +54,7 @@ def reference_bits(weight: PackedWeight, dtype: torch.dtype) -> NDArray[np.gener
 
 
 def bits(tensor: Tensor) -> NDArray[np.generic]:
-    """Return a tensor's bits, uint16 or uint32, in its shape."""
+    """Return the bits of a tensor as uint16 or uint32, in the tensor's shape."""
     if tensor.dtype == torch.float32:
         return tensor.cpu().numpy().view(np.uint32)
     return tensor.cpu().view(torch.int16).numpy().view(np.uint16)
@@ -67,7 +67,7 @@ def random_codes(n: int) -> Tensor:
 
 
 def exact_block_dots(values: Tensor, packed: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Return each block's sum of values [n] times what their codes mean, float64, and the sum of magnitudes."""
+    """Return the sum of values [n] times codebook entries over each block in float64, and the sum of magnitudes."""
     n = values.numel()
     ones = np.ones(nf4.block_count(n, block_size), np.float32)
     factors = nf4.decode(packed.cpu().numpy(), ones, n_elements=n, block_size=block_size)

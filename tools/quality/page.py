@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/quality.md, from the lines of a finished or half-finished quality_table."""
+"""The tables and the plot of docs/quality.md, from the finished rows of `tools.quality.table`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ Titles = Mapping[str, tuple[str, float | None]]
 
 
 def tables(settings: Mapping[str, Any], lines: Lines, titles: Titles) -> str:
-    """Return everything that was measured as Markdown."""
-    parts = [_about(settings), _figures(settings, lines, titles), _bars(lines)]
+    """Return all measurements as Markdown.
+
+    Args:
+        settings: Settings of the measurement.
+        lines: Finished rows by key.
+        titles: Title and bits per weight of each row, in the order of the table.
+    """
+    parts = [_summary(settings, lines, titles), _about(settings), _figures(settings, lines, titles), _bars(lines)]
     parts += [_fine_tuning(lines), _samples(lines), _seconds(lines, titles)]
     return "\n\n".join(part for part in parts if part)
 
 
 def update(page: Path, content: str) -> None:
-    """Put the tables between the markers of a page."""
+    """Replace the text between the markers of a page."""
     text = page.read_text("utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -33,7 +39,7 @@ def update(page: Path, content: str) -> None:
 
 
 def draw(lines: Lines, titles: Titles, picture: Path) -> None:
-    """Draw KL by row and text, with standard errors."""
+    """Draw the KL divergence of each row and text with standard errors."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,13 +58,31 @@ def draw(lines: Lines, titles: Titles, picture: Path) -> None:
     axes.set_yticks(range(len(keys)), [titles[key][0] for key in keys], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.set_xlabel("KL from the 16-bit model, nats a token")
+    axes.set_xlabel("KL divergence from the 16-bit model, nats per token")
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     picture.parent.mkdir(exist_ok=True)
     figure.savefig(picture, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def _summary(settings: Mapping[str, Any], lines: Lines, titles: Titles) -> str:
+    """Return the table that opens the page: what calibration and tuning gain for the same bytes."""
+    names = list(settings["texts"])
+    rows = [["weights", "bits per weight", *(f"KL: {name}" for name in names), f"same top token: {names[0]}"]]
+    rows.append(["---"] * len(rows[0]))
+    for key in (REFERENCE, PLAIN, CALIBRATED, BOTH):
+        if key in lines and key in titles:
+            title, bits = titles[key]
+            texts = lines[key]["texts"]
+            if key == REFERENCE:
+                figures = ["0"] * len(names) + ["100%"]
+            else:
+                figures = [f"{np.mean(texts[name]['kl']):.4f}" for name in names]
+                figures.append(f"{100 * np.mean(texts[names[0]]['top1']):.1f}%")
+            rows.append([title, "16" if bits is None else f"{bits:.3f}", *figures])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _about(settings: Mapping[str, Any]) -> str:
@@ -92,10 +116,10 @@ def _cell(figures: Mapping[str, list[float]], reference: Mapping[str, list[float
 
 
 def _bars(lines: Lines) -> str:
-    """KL of the better artifacts beside plain NF4's, paired by window."""
+    """Return the KL divergence of calibrated and tuned artifacts relative to plain NF4, paired by window."""
     if PLAIN not in lines:
         return ""
-    rows = [["beside plain NF4, block 64, nested", "text", "KL, share of plain's", "KL difference", "top-1, points"]]
+    rows = [["compared with plain NF4, block 64, nested", "text", "KL / plain KL", "KL difference", "top-1, points"]]
     rows.append(["---"] * 5)
     for key in (CALIBRATED, TUNED, BOTH):
         for name, figures in lines.get(key, {"texts": {}})["texts"].items():
@@ -109,12 +133,13 @@ def _bars(lines: Lines) -> str:
             rows.append([key, f"{name} ({kind})", *shown])
     sizes = {key: lines[key]["shard_nbytes"] for key in (PLAIN, CALIBRATED, TUNED, BOTH) if key in lines}
     same = "the same" if len(set(sizes.values())) == 1 else "NOT the same"
-    note = f"Bytes of the shards, {same} for all: " + ", ".join(f"{key} {size:,}" for key, size in sizes.items()) + "."
+    note = f"Size of the shards in bytes, {same} for all: "
+    note += ", ".join(f"{key} {size:,}" for key, size in sizes.items()) + "."
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{note}" if len(rows) > 2 else note
 
 
 def _fine_tuning(lines: Lines) -> str:
-    rows = [["base of the same LoRA fine-tuning on code", "held-out loss before", "after"], ["---"] * 3]
+    rows = [["base of a LoRA fine-tuning on code", "held-out loss before", "after"], ["---"] * 3]
     for key, base in (("lora-plain", "plain NF4"), ("lora-both", "calibrated, then tuned")):
         if key in lines:
             before, after = (_over_windows(lines[key][figure]) for figure in ("loss_before", "loss_after"))

@@ -1,12 +1,12 @@
-"""Is a training with qformat that of bitsandbytes + PEFT? The same adapters on the same text, step by step.
+"""Compare training with qformat to bitsandbytes + PEFT: the same adapters on the same text, step by step.
 
 Usage: python -m tools.quality.parity_training ARTIFACT [--text FILE] [--steps 50] [--seeds 3] [--rows 2] [--tokens 128]
 
-Per seed one training a side, from the same random adapters (fp32, rank 16, all linear layers), AdamW with lr 5e-4:
-  unfused  PEFT's layer around ours, adding as PEFT's layer of bitsandbytes does: must be equal bit for bit
-  fused    base and adapter as one autograd node, which multiplies the adapter in bf16: how far the losses part
-  again    bitsandbytes a second time, to see that it agrees with itself
-Exits with 1 if unfused differs anywhere: CPUs with instructions for products of bf16 are asked for that.
+For each seed, every side trains the same random adapters (fp32, rank 16, all linear layers) with AdamW at lr 5e-4:
+  unfused  PEFT's layer around NF4Linear, which adds as PEFT's bitsandbytes layer does: must be bit-identical
+  fused    base and adapter as one autograd node, which multiplies the adapter in bf16: shows how much losses differ
+  again    bitsandbytes a second time, to show whether it is deterministic
+Exits with 1 if unfused or again differs anywhere. Needs a CPU with instructions for products of bf16.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ SIDES = ("bitsandbytes", "again", "unfused", "fused")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--text", type=Path, default=ROOT / "spec" / "README.md")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("artifact", type=Path, help="directory of the artifact")
+    parser.add_argument("--text", type=Path, default=ROOT / "spec" / "README.md", help="training text [spec/README.md]")
+    parser.add_argument("--steps", type=int, default=50, help="training steps [%(default)s]")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds [%(default)s]")
+    parser.add_argument("--rows", type=int, default=2, help="rows per batch [%(default)s]")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per row [%(default)s]")
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     batches = batches_of(arguments.artifact, arguments.text, arguments.rows, arguments.tokens, arguments.steps)
     print(f"{arguments.steps} steps of {arguments.rows} x {arguments.tokens} tokens of {arguments.text.name}")
-    print("| seed | side | loss, first and last step | largest difference of a loss, relative | adapters |")
+    print("| seed | side | loss, first and last step | largest relative difference of a loss | adapters |")
     print("|---:|---|---|---:|---|")
     equal = True
     for seed in range(arguments.seeds):
@@ -45,14 +45,14 @@ def main() -> None:
             apart = max(abs(a - b) / b for a, b in zip(losses, peer[0], strict=True))
             same = losses == peer[0] and all(a.equal(b) for a, b in zip(adapters, peer[1], strict=True))
             equal &= same or side == "fused"
-            told = "equal bit for bit" if same else "differ"
+            told = "bit-identical" if same else "differ"
             print(f"| {seed} | {side} | {losses[0]:.6f} {losses[-1]:.6f} | {apart:.1e} | {told} |", flush=True)
     if not equal:
         sys.exit("NOT EQUAL")
 
 
 def batches_of(artifact: Path, text: Path, rows: int, tokens: int, steps: int) -> list[Any]:
-    """Return int64 [rows, tokens] for each step; a short text starts again."""
+    """Return int64 [rows, tokens] for each step. A short text is repeated."""
     import torch
     from transformers import AutoTokenizer
 
@@ -63,7 +63,7 @@ def batches_of(artifact: Path, text: Path, rows: int, tokens: int, steps: int) -
 
 
 def load(side: str, artifact: Path) -> Any:
-    """Return a side's model with adapters. "fp32" is the artifact with every number of its computation in float32."""
+    """Return the model of a side with adapters. The side "fp32" computes everything in float32."""
     import torch
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.bnb import Linear4bit
@@ -83,19 +83,19 @@ def load(side: str, artifact: Path) -> Any:
     if side == "unfused":
         for module in model.modules():
             if isinstance(getattr(module, "base_layer", None), NF4Linear):
-                # It rounds the adapter's output to bf16 and adds then; PEFT's plain layer adds in fp32.
+                # This forward rounds the adapter's output to bf16 before adding; PEFT's plain layer adds in fp32.
                 module.forward = MethodType(Linear4bit.forward, module)
     return model
 
 
 def train(model: Any, batches: list[Any], seed: int) -> tuple[list[float], list[Any]]:
-    """Return the loss before each step, and the adapters after the last."""
+    """Return the loss before each step and the adapters after the last one."""
     import torch
 
     model.train()
     random = torch.Generator().manual_seed(seed)
     adapters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    for name, weight in adapters.items():  # PEFT draws another number of times for each kind of layer
+    for name, weight in adapters.items():  # PEFT draws a different number of values for each kind of layer
         if "lora_A" in name:
             torch.nn.init.kaiming_uniform_(weight, a=5**0.5, generator=random)
     optimizer = torch.optim.AdamW(adapters.values(), lr=5e-4, fused=True)

@@ -1,4 +1,4 @@
-"""The rows of the quality table: what each one is, and how its model comes about."""
+"""The rows of the quality table, with the commands that make each row's model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ REFERENCE, PLAIN, CALIBRATED, TUNED, BOTH = "16-bit", "NF4-64-nested", "calibrat
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row. title: as the table has it. bits: of a weight, None for 16. load: makes its model, and its folder before.
+    """A row of the table.
 
-    folder: of the artifact, None where there is none.
+    Attributes:
+        key: Name of the row in results and for `--only`.
+        title: Title in the table.
+        bits: Bits per weight, or None for 16 bit.
+        folder: Directory of the artifact, or None if the row has none.
+        load: Loads the model, after it has made the artifact if necessary.
     """
 
     key: str
@@ -37,7 +42,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the rows are made with. data: the text for calibration and tuning."""
+    """Settings of the rows.
+
+    Attributes:
+        source: Directory of the source checkpoint.
+        work: Directory for the artifacts.
+        data: Text for calibration and tuning.
+        calibration_tokens: Number of tokens for calibration.
+        steps: Number of steps to tune the calibrated artifact.
+        steps_of_plain: Number of steps to tune the plain artifact.
+    """
 
     source: Path
     work: Path
@@ -48,7 +62,7 @@ class Options:
 
 
 def rows(options: Options) -> list[Row]:
-    """Return all rows, in the order of the table. Nothing is made until a row's model is loaded."""
+    """Return all rows in the order of the table. An artifact is made when the row's model is loaded."""
     found = [Row(REFERENCE, "16-bit (bf16)", None, None, lambda: load_checkpoint(options.source, device="cpu"))]
     for codebook in ("FP4", "Int4", "NF4"):
         for block_size in MEASURED_BLOCK_SIZES:
@@ -67,7 +81,7 @@ def rows(options: Options) -> list[Row]:
 
 
 def run_qformat(arguments: list[str]) -> float:
-    """Run the command, its output passed on, and return how many seconds it took."""
+    """Run a qformat command, show its output, and return its duration in seconds."""
     print("$ qformat", *arguments, flush=True)
     started = time.monotonic()
     subprocess.run([str(Path(sys.executable).with_name("qformat")), *arguments], check=True)
@@ -92,7 +106,7 @@ def _plain(options: Options, codebook: str, block_size: int, *, nested: bool) ->
 
 
 def _packed_names(options: Options) -> list[str]:
-    """Return the weights that a conversion packs: those of the plain artifact, which is made if it is not there."""
+    """Return the names of the weights that a conversion packs. Make the plain artifact first if it does not exist."""
     folder = options.work / PLAIN
     if not folder.exists():
         run_qformat(["convert", str(options.source), str(folder)])
@@ -114,7 +128,7 @@ def _tuning(options: Options, key: str, base: Path, steps: int) -> Callable[[], 
 
 def _loader(folder: Path, arguments: Callable[[], list[str]]) -> Callable[[], PreTrainedModel]:
     def load() -> PreTrainedModel:
-        if not folder.exists():  # an artifact that stands there is whole: an interrupted command is continued
+        if not folder.exists():  # an existing artifact is complete; an interrupted command resumes
             run_qformat(arguments())
         return load_model(folder, device="cpu")
 

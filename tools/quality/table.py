@@ -1,13 +1,13 @@
-"""The table of docs/quality.md, with one command, on the model folder given.
+"""Measure the table of docs/quality.md for a model.
 
 Usage: python -m tools.quality.table SOURCE WORK [--windows 8] [--only PATTERN]… [--update docs/quality.md]
 
-Makes the texts, the artifacts and the fine-tunings below WORK, measures every row beside the 16-bit model, and prints
-the tables. A row that is done is a line of WORK/results.jsonl and is not done again; without --only, all rows are.
---update puts the tables between the markers of a page, and its plot into images/ beside it.
+Makes the texts, the artifacts and the fine-tunings in WORK, measures every row against the 16-bit model, and prints the
+tables. WORK/results.jsonl has a line for each finished row, so that an interrupted run resumes. --update writes the
+tables between the markers of a page, and the plot to images/ in the page's directory.
 
-The model must be a decoder that `qformat train` can fine-tune. On two quiet cores with AVX512-BF16, SmolLM2-135M takes
-about as long as the last line of the page says.
+The model must be a decoder that `qformat train` can fine-tune. The last line of the page shows how long SmolLM2-135M
+takes on two idle cores with AVX512-BF16.
 """
 
 from __future__ import annotations
@@ -82,16 +82,19 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--windows", type=int, default=8, help="of each text")
-    parser.add_argument("--window-length", type=int, default=512)
-    parser.add_argument("--calibration-tokens", type=int, default=16_384, help="convert's default")
-    parser.add_argument("--steps", type=int, default=160, help="of tuning the calibrated artifact: tune's default")
-    parser.add_argument("--steps-of-plain", type=int, default=80, help="of tuning the plain artifact")
-    parser.add_argument("--lora-steps", type=int, default=40)
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="rows by key; repeatable")
-    parser.add_argument("--update", type=Path, metavar="PAGE.md")
+    number = partial(parser.add_argument, type=int)
+    parser.add_argument("source", type=Path, help="directory of the source checkpoint")
+    parser.add_argument("work", type=Path, help="directory for texts, artifacts and results")
+    number("--windows", default=8, help="number of windows per text [%(default)s]")
+    number("--window-length", default=512, help="tokens per window [%(default)s]")
+    number("--calibration-tokens", default=16_384, help="tokens for calibration [%(default)s, as in convert]")
+    number("--steps", default=160, help="steps to tune the calibrated artifact [%(default)s, as in tune]")
+    number("--steps-of-plain", default=80, help="steps to tune the plain artifact [%(default)s]")
+    number("--lora-steps", default=40, help="steps of each fine-tuning [%(default)s]")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="measure only rows whose key matches; repeatable"
+    )
+    parser.add_argument("--update", type=Path, metavar="PAGE.md", help="page to write the tables to")
     return parser.parse_args()
 
 
@@ -100,7 +103,7 @@ def wanted(key: str, patterns: Sequence[str]) -> bool:
 
 
 def settings(options: argparse.Namespace, texts: dict[str, TokenWindows], calibration: Path) -> dict[str, Any]:
-    """What all rows must have in common."""
+    """Return the settings that all rows must have in common."""
     return {
         "model": options.source.resolve().name,
         "windows": {name: len(text) for name, text in texts.items()},
@@ -113,7 +116,7 @@ def settings(options: argparse.Namespace, texts: dict[str, TokenWindows], calibr
 
 
 class Results:
-    """The lines that are done, one a row; the first one holds the settings, which must be the same."""
+    """Finished rows, one line each. The first line of the file has the settings, which must be the same."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
@@ -124,12 +127,14 @@ class Results:
         complete = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
         first, *others = map(json.loads, complete)
         if first["settings"] != settings:
-            raise SystemExit(f"{path}: was begun with other texts or options. Go on with those, or take another WORK")
+            raise SystemExit(
+                f"{path}: was written with other texts or options. Use the same ones, or choose another WORK"
+            )
         path.write_text("".join(complete), "utf-8")
         self.lines = {line["row"]: line for line in others}
 
     def do(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure a row, unless it is done, and write its line."""
+        """Measure a row and write its line, unless it is finished."""
         if key in self.lines:
             return
         started = time.monotonic()
@@ -146,7 +151,7 @@ class Results:
 
 @dataclass
 class Teacher:
-    """The 16-bit model's logits of every window, computed once, when the first row needs them: 50 MB a window."""
+    """Logits of the 16-bit model for every window (50 MB each), computed once, when the first row needs them."""
 
     source: Path
     texts: dict[str, TokenWindows]
@@ -160,7 +165,7 @@ class Teacher:
 
 
 def forward(model: PreTrainedModel, windows: TokenWindows) -> Iterator[torch.Tensor]:
-    """Yield [L, vocabulary] of each window."""
+    """Yield the logits of each window, [L, vocabulary]."""
     for ids in torch.from_numpy(windows.ids).long():
         with torch.inference_mode():
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
@@ -168,7 +173,7 @@ def forward(model: PreTrainedModel, windows: TokenWindows) -> Iterator[torch.Ten
 
 
 def measured(row: Row, teacher: Teacher, texts: dict[str, TokenWindows], tokenizer: Any) -> dict[str, Any]:
-    """Return means of each window of each text: paired differences need no more. For some rows also what they say."""
+    """Return the means of each window and text, which paired differences need. For some rows, also generate text."""
     model = row.load()
     found: dict[str, Any] = {"texts": {}}
     for name, windows in texts.items():
@@ -198,10 +203,10 @@ def window_means(scores: Scores, reference: torch.Tensor) -> dict[str, float]:
 
 
 def fine_tuned(key: str, base: str, windows: TokenWindows, options: argparse.Namespace) -> dict[str, Any]:
-    """Train the same adapter on a base, and return its loss on each held-out window before and after."""
+    """Train an adapter on a base. Return the loss on each held-out window before and after."""
     artifact, adapter = options.work / base, options.work / key
     if not artifact.exists():
-        raise SystemExit(f"{artifact}: is not made yet. Let the row {base} be done first")
+        raise SystemExit(f"{artifact}: does not exist. Measure the row {base} first")
     examples = quality_texts.write_code_examples(options.work / "texts" / "code.jsonl")
     before = losses(load_model(artifact, device="cpu"), windows)
     if not (adapter / "adapter_model.safetensors").exists():

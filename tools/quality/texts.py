@@ -1,16 +1,16 @@
-"""The texts of the quality table, from Python itself and packages that qformat's own tests need.
+"""Write the texts of the quality table, taken from Python and from packages that qformat's tests need.
 
-`python -m tools.quality.texts FOLDER` writes them.
+Usage: python -m tools.quality.texts FOLDER
 
-    calibration   the language reference (`pydoc_data.topics`), first part, and docstrings of the standard library
-    reference     the rest of the language reference: the calibration's kind
-    docstrings    of numpy: prose about other things, in the same manner
+    calibration   the first part of the language reference (`pydoc_data.topics`), docstrings of the standard library
+    reference     the rest of the language reference: the same kind of text as the calibration
+    docstrings    docstrings of numpy: a similar kind with other contents
     code          the standard library without comments and docstrings: another kind
-    licences      of pyarrow, pillow and matplotlib: another kind
-    jargon        essays and lexicon of the Jargon File, where Debian's package jargon-text is installed
-                  (apt-get install jargon-text): another kind
+    licences      licences of pyarrow, pillow and matplotlib: another kind
+    jargon        essays and lexicon of the Jargon File: another kind. Only if Debian's package jargon-text is installed
+                  (apt-get install jargon-text)
 
-No text is in two of them. Their bytes depend on the versions of Python and the packages; the table has their digests.
+The texts do not overlap. Their bytes depend on the versions of Python and of the packages; the table shows digests.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STANDARD_LIBRARY = Path(os.__file__).parent
 
 
 def write_texts(folder: Path) -> dict[str, Path]:
-    """Write the texts that this machine has into a folder, and return their files by name."""
+    """Write the texts that are available on this machine to a directory. Return the files by name."""
     folder.mkdir(parents=True, exist_ok=True)
     topics = _reference()
     library = _first(_docstrings(_modules()), _DOCSTRING_CHARACTERS)
@@ -58,14 +58,14 @@ def write_texts(folder: Path) -> dict[str, Path]:
 
 
 def write_code_examples(path: Path) -> Path:
-    """Write code for a fine-tuning as JSON lines: the modules that `code` is not made of."""
+    """Write code for a fine-tuning as JSON lines, from the modules that are not in the text `code`."""
     rows = [{"text": _bare_code(module)} for module in _modules()[1::2]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def _reference() -> str:
-    """The pages of `help()`, each paragraph once: chapters repeat what their sections say."""
+    """Return the pages of `help()` with each paragraph once, because chapters repeat the text of their sections."""
     import pydoc_data.topics
 
     pages = pydoc_data.topics.topics
@@ -74,7 +74,7 @@ def _reference() -> str:
 
 
 def _first(texts: Iterable[str], n_characters: int) -> str:
-    """Join texts until there is enough."""
+    """Join texts until they have `n_characters`."""
     taken, total = [], 0
     for text in texts:
         taken.append(text)
@@ -85,7 +85,7 @@ def _first(texts: Iterable[str], n_characters: int) -> str:
 
 
 def _modules() -> list[Path]:
-    """The modules that lie directly in the standard library's folder."""
+    """Return the modules in the top directory of the standard library."""
     return sorted(path for path in _STANDARD_LIBRARY.glob("*.py") if not path.name.startswith("_"))
 
 
@@ -98,7 +98,7 @@ def _package_files(package: str) -> list[Path]:
 
 
 def _docstrings(paths: Iterable[Path]) -> Iterator[str]:
-    """Every docstring but the shortest, once each."""
+    """Yield every docstring except short ones, once each."""
     seen = set()
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -110,7 +110,7 @@ def _docstrings(paths: Iterable[Path]) -> Iterator[str]:
 
 
 def _bare_code(path: Path) -> str:
-    """A module without comments, which its tree does not have, and without docstrings."""
+    """Return a module without docstrings, and without comments because its syntax tree has none."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
@@ -128,7 +128,7 @@ def _licence(package: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="directory to write")
     for name, path in write_texts(parser.parse_args().folder).items():
         print(f"{name}: {path}")
 

@@ -1,4 +1,4 @@
-"""Artifacts as a later version of the format, or another writer, might leave them."""
+"""Modify artifacts into what a later version of the format or another writer could write."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from tools.spec.reference_codec import JsonObject
 
 
 def file_record(data: bytes, header_nbytes: int | None) -> FileRecord:
+    """Return the manifest's record of a file. Only shards have a header."""
     digest = None if header_nbytes is None else xxh3(data[:header_nbytes])
     return FileRecord(len(data), hashlib.sha256(data).hexdigest(), digest)
 
 
 def add_unknown_members(path: Path) -> None:
-    """Put unknown members into a tensor's and a file's entry as well, and seal again."""
+    """Add unknown members to the entries of a tensor and of a file, and seal the manifest again."""
     text = path.read_text("utf-8")
     text = text.replace('"double_quant":true,', '"double_quant":true,"mean_error":0.001,', 1)
     text = text.replace('"config.json": {', '"config.json": {"purpose":["model",null,1e-3],', 1)
@@ -32,13 +33,13 @@ def _unsealed(data: bytes) -> bytes:
 
 
 def relay(folder: Path) -> None:
-    """Write a one-shard artifact's files as another writer might: all that section 3.3 leaves to writers differs."""
+    """Rewrite a one-shard artifact as another writer could: everything that section 3.3 leaves to writers differs."""
     (shard,) = folder.glob("*.safetensors")
     data = shard.read_bytes()
     nbytes = int.from_bytes(data[:8], "little")
     record = json.loads(data[8 : 8 + nbytes])
     entries = {name: entry for name, entry in record.items() if name != "__metadata__"}
-    # Ascending alignment is just as good here: 512 empty bytes of alignment are not needed, offsets stay multiples.
+    # Another order that keeps every offset a multiple of its alignment, without padding.
     ordered = sorted(entries, key=lambda name: (-_alignment(entries[name]), name[::-1]))
     payload, header_entries = b"", {}
     for name in ordered:

@@ -1,4 +1,4 @@
-"""The vectors of whole artifacts: valid folders, and what each of their tensors decodes to."""
+"""The vectors of complete artifacts: valid directories, and the decoded values of each tensor."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ from tools.spec.reference_codec import (
 
 @dataclass(frozen=True)
 class Kept:
+    """A kept tensor."""
+
     dtype: str
     shape: tuple[int, ...]
     data: bytes
@@ -43,10 +45,13 @@ class Kept:
 
 
 def small_json(value: object) -> bytes:
+    """Return indented JSON as UTF-8."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 class ArtifactVectors:
+    """Writes artifacts below a directory and collects their descriptions."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.described: list[JsonObject] = []
@@ -63,7 +68,7 @@ class ArtifactVectors:
         format_version: str = "1.0",
         extra: JsonObject | None = None,
     ) -> Path:
-        """Write an artifact as a writer of section 3.3 and 7.4 does."""
+        """Write an artifact as sections 3.3 and 7.4 require, and describe it."""
         ordered = dict(sorted(tensors.items(), key=lambda item: layout.natural_order(item[0])))
         groups = [list(_new_tensors(key, tensor).values()) for key, tensor in ordered.items()]
         shards = layout.place(groups, max_shard_nbytes=max_shard_nbytes)
@@ -104,7 +109,7 @@ class ArtifactVectors:
         return path
 
     def rewritten(self, path: Path) -> None:
-        """Say that the artifact just added was changed by hand: valid, but not what a writer makes."""
+        """Record that the artifact just added was changed by hand: it is valid, but no writer makes it."""
         self.described[-1]["as_written"] = False
         assert self.described[-1]["name"] == path.name
 
@@ -159,7 +164,7 @@ LAYER = "model.layers.0.self_attn."
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tensors of drawn numbers: the order of the calls decides every byte."""
+    """Random tensors. The order of the calls determines every byte."""
 
     rng: np.random.Generator
 
@@ -173,7 +178,7 @@ class Drawn:
 
 
 def artifact_vectors(folder: Path) -> list[JsonObject]:
-    """Write all of artifacts/ and return artifacts.json."""
+    """Write everything in artifacts/ and return the contents of artifacts.json."""
     a, drawn = ArtifactVectors(folder), Drawn(np.random.default_rng(1729))
     add_usual(a, drawn, folder)
     add_scales(a)
@@ -182,7 +187,7 @@ def artifact_vectors(folder: Path) -> list[JsonObject]:
 
 
 def add_usual(a: ArtifactVectors, drawn: Drawn, folder: Path) -> None:
-    """What a conversion writes, and what a later version of the format may."""
+    """Add artifacts that a conversion writes, and one that a later version of the format may write."""
     a.add("double_quant", "the usual artifact: a packed weight with double quantization, a kept norm, a side file",
           "L1 S1 S2 S3 S9 S10 S13 S14 S15 N1 N8 N9 M1 M2 M3 M4 M5 M6 M9 B1 B2 B3",
           {LAYER + "q_proj.weight": drawn.weight((8, 24)), "model.norm.weight": drawn.norm(24)},
@@ -209,7 +214,7 @@ def add_usual(a: ArtifactVectors, drawn: Drawn, folder: Path) -> None:
 
 
 def add_scales(a: ArtifactVectors) -> None:
-    """Scales that other writers may store."""
+    """Add artifacts with scales that other writers may store."""
     every_code = nf4.pack(np.arange(128, dtype=np.uint8) % 16)
     a.add("nested_bfloat16", "nested_dtype bfloat16, as bitsandbytes writes it on some CPUs", "N11",
           {LAYER + "q_proj.weight": stored(QuantState(64, BF16, (4, 32), 0.052978515625, "bfloat16"),
@@ -229,7 +234,7 @@ def add_scales(a: ArtifactVectors) -> None:
 
 
 def add_kept_and_names(a: ArtifactVectors, drawn: Drawn, folder: Path) -> None:
-    """Kept tensors, names, odd sizes, and another writer's layout."""
+    """Add artifacts with kept tensors, unusual names, odd sizes and another writer's layout."""
     a.add("kept_only", "nothing packed; kept tensors of every dtype, empty, scalar and of eight dimensions",
           "S4 S5 M3 X6",
           {f"model.buffer.{dtype}": Kept(dtype, (3,), drawn.rng.bytes(3 * nbytes) if dtype != "BOOL" else b"\0\1\1")

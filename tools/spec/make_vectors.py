@@ -1,7 +1,7 @@
-"""Make the generated part of the conformance corpus, spec/vectors, anew: `python -m tools.spec.make_vectors`.
+"""Regenerate the generated part of the conformance corpus in spec/vectors: `python -m tools.spec.make_vectors`.
 
-On purpose only: golden files change when the specification does, never to make a test pass. Tests do not call this.
-Writes tensors.json, artifacts.json and artifacts/; edited.json is written by hand and stays as it is.
+Run this only if the specification changes, never to make a test pass. Tests do not call it. It writes tensors.json,
+artifacts.json and artifacts/. edited.json is written by hand and is not modified.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VECTORS = Path(__file__).resolve().parents[2] / "spec" / "vectors"
 
 
 def one_entry_a_line(document: JsonObject, list_name: str) -> bytes:
-    """JSON with one line a vector, so that a changed vector is one changed line."""
+    """Return JSON with one line per vector, so that a changed vector is one changed line."""
     head = {key: value for key, value in document.items() if key != list_name}
     lines = [json.dumps(entry, ensure_ascii=False) for entry in document[list_name]]
     opening = json.dumps(head, ensure_ascii=False, indent=1)[:-2]
@@ -36,7 +36,7 @@ def main() -> None:
     (VECTORS / "tensors.json").write_bytes(one_entry_a_line({**made_by, "vectors": tensors}, "vectors"))
     (VECTORS / "artifacts.json").write_bytes(one_entry_a_line({**made_by, "artifacts": artifacts}, "artifacts"))
     nbytes = sum(path.stat().st_size for path in VECTORS.rglob("*") if path.is_file())
-    print(f"{len(tensors)} tensors, {len(artifacts)} artifacts, {nbytes:,} bytes in all")
+    print(f"{len(tensors)} tensors, {len(artifacts)} artifacts, {nbytes:,} bytes in total")
 
 
 if __name__ == "__main__":

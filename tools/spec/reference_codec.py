@@ -1,4 +1,4 @@
-"""What vectors are encoded and decoded with: the reference codec, never the fast kernels."""
+"""Encode and decode vectors with the reference codec, never with the fast kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JsonObject = dict[str, Any]
 
 
 def reference_decode(arrays: PackedArrays, float_format: FloatFormat) -> Raw:
-    """What the reference codec decodes components to: vectors do not depend on the fast kernels."""
+    """Decode components with the reference codec."""
     with np.errstate(over="ignore", invalid="ignore"):
         scales = arrays.absmax
         if arrays.second_level is not None:
@@ -40,7 +40,7 @@ def component_bytes(arrays: PackedArrays) -> dict[Component, bytes]:
 def encode(
     raw: Raw, float_format: FloatFormat, shape: Sequence[int], block_size: int, double_quant: bool
 ) -> PackedArrays:
-    """Encode with the reference codec."""
+    """Encode raw values with the reference codec."""
     layout = PackedShape(tuple(shape), float_format, block_size, double_quant)
     assert layout.n_elements == raw.size
     packed, absmax = nf4.encode(widen(raw, float_format), block_size=block_size)
@@ -54,7 +54,7 @@ def stored(
     nested_absmax: Floats | None = None,
     nested_quant_map: Floats | None = None,
 ) -> PackedArrays:
-    """Numbers that no encoder chose."""
+    """Return a packed tensor with components that no encoder chose."""
     return PackedArrays(
         state=state, packed=packed, absmax=absmax, nested_absmax=nested_absmax, nested_quant_map=nested_quant_map
     )
@@ -65,6 +65,6 @@ def raw_of(values: Any, float_format: FloatFormat) -> Raw:
 
 
 def neighbours(values: Floats) -> Floats:
-    """Each value and the float32 on either side of it."""
+    """Return each value with the next smaller and the next larger float32."""
     infinity = np.float32(np.inf)
     return np.stack([np.nextafter(values, -infinity), values, np.nextafter(values, infinity)], axis=1).reshape(-1)

@@ -1,7 +1,7 @@
-"""Read an artifact with the standard library alone: `python -m tools.spec.reference_reader ARTIFACT [--tensor NAME]`.
+"""Read an artifact with only the standard library: `python -m tools.spec.reference_reader ARTIFACT [--tensor NAME]`.
 
-Written from spec/README.md (sections in brackets) and from nothing else: it proves that the text is enough. Slow and
-plain. It checks the structure and every SHA-256 (XXH3-128 is not in the standard library) and decodes any tensor.
+Written only from spec/README.md (sections in brackets), to prove that the text is sufficient. It is simple and slow: it
+checks the structure and every SHA-256 (XXH3-128 is not in the standard library) and decodes any tensor.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def parse_json(data: bytes, file: str, at_most: int) -> Any:  # [8]
             depth += 1 if bracket in "[{" else -1
             demand(depth <= 32, "json_limit", file)
         value = json.loads(text, parse_int=number, parse_float=number, object_pairs_hook=unique)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # fails on half a surrogate pair, too
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # also fails on unpaired surrogates
         return value
     except ValueError as problem:
         raise Refused("json_syntax", file) from problem
@@ -131,14 +131,14 @@ def is_tensor_entry(entry: dict[str, Any], name: str) -> bool:  # [7.2]
 
 
 def state_of(entry: dict[str, Any]) -> dict[str, object]:  # [5.3]
-    """What the quant_state of a packed tensor must say, with the offset and dtype that fix its size."""
+    """Return the expected quant_state of a packed tensor, with the offset and dtype that determine its size."""
     nested = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 10**23}  # 24 characters
     state = {"quant_type": "nf4", "blocksize": entry["block_size"], "dtype": TORCH_NAMES[entry["dtype"]]}
     return {**state, "shape": entry["shape"], **(nested if entry["double_quant"] else {})}
 
 
 def components(name: str, entry: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:  # [3.2]
-    """Name in the shards -> dtype and shape, for a tensor of the manifest."""
+    """Return the dtype and shape of each component of a tensor by its name in the shards."""
     if entry["encoding"] == "kept":
         return {name: (entry["dtype"], entry["shape"])}
     n, size = math.prod(entry["shape"]), -(-len(json.dumps(state_of(entry))) // 64) * 64
@@ -154,7 +154,7 @@ def components(name: str, entry: dict[str, Any]) -> dict[str, tuple[str, list[in
 
 
 def read_header(descriptor: int, shard: str) -> dict[str, tuple[str, list[int], int, int]]:  # [3.1]
-    """Name -> dtype, shape, first byte and byte behind the last, in the file."""
+    """Return dtype, shape, offset of the first byte and offset after the last byte of each tensor by name."""
     file_nbytes = os.fstat(descriptor).st_size
     demand(file_nbytes >= 8, "truncated", shard)
     nbytes = int.from_bytes(os.pread(descriptor, 8, 0), "little")
@@ -192,7 +192,7 @@ def read_header(descriptor: int, shard: str) -> dict[str, tuple[str, list[int], 
 
 
 class Artifact:
-    """An artifact whose structure and SHA-256 digests were checked. Keeps its shards open."""
+    """An artifact whose structure and SHA-256 digests are checked on creation. Keeps its shards open."""
 
     def __init__(self, folder: Path) -> None:
         self.tensors, self.files = check_manifest(*read_json(folder, MANIFEST))
@@ -238,7 +238,7 @@ class Artifact:
             good = type(state.get("nested_offset")) in (int, float) and abs(state["nested_offset"]) <= LARGEST_FLOAT32
             demand(good and state.get("nested_dtype") in ["float32", "bfloat16"], "quant_state", name)
             state |= {"nested_offset": 10**23, "nested_dtype": "float32"}
-        same = json.dumps(state, sort_keys=True) == json.dumps(state_of(entry), sort_keys=True)  # tells 64 from 64.0
+        same = json.dumps(state, sort_keys=True) == json.dumps(state_of(entry), sort_keys=True)  # 64 is not 64.0
         demand(same, "quant_state", name)
 
     def data(self, name: str) -> bytes:
@@ -253,7 +253,7 @@ class Artifact:
         return parse_json(self.data(name + STATE).rstrip(b" "), name, 4096)
 
     def decode(self, name: str, dtype: str | None = None) -> bytes:
-        """A tensor's bytes: of a kept one as they are, of a packed one in BF16, F16 or F32 (default: its own dtype)."""
+        """Return a tensor's bytes: unmodified if it is kept, else decoded to BF16, F16 or F32 (default: its dtype)."""
         entry, data = self.tensors[name], self.data(name)
         if entry["encoding"] == "kept":
             return data
@@ -270,7 +270,7 @@ class Artifact:
 
 
 def float32(value: float) -> float:
-    """Round; a float64 product or sum of two float32 is exact enough that rounding it twice changes nothing."""
+    """Round to float32. A float64 product or sum of two float32 is so precise that rounding it twice is harmless."""
     return ctypes.c_float(value).value
 
 
@@ -292,8 +292,8 @@ def main() -> None:
         artifact = Artifact(options.artifact)
         demand(options.tensor in {None, *artifact.tensors}, "no such tensor", options.artifact, options.tensor)
     except Refused as refused:
-        sys.exit(f"refused: {' '.join(str(part) for part in refused.args)}")
-    print("no fault found" if options.tensor is None else artifact.decode(options.tensor).hex())
+        sys.exit(f"invalid artifact: {' '.join(str(part) for part in refused.args)}")
+    print("no errors found" if options.tensor is None else artifact.decode(options.tensor).hex())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The vectors of single tensors: input bits, the exact bytes of each component, decoded bits."""
+"""The vectors of single tensors: bits of the input, exact bytes of each component, bits of the decoded values."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ F32_MAX = np.finfo(np.float32).max
 
 
 class TensorVectors:
+    """Collects vectors."""
+
     def __init__(self) -> None:
         self.vectors: list[JsonObject] = []
 
@@ -47,7 +49,7 @@ class TensorVectors:
         decoded: Sequence[FloatFormat] = (BF16, F16, F32),
         raw: Raw | None = None,
     ) -> None:
-        """A vector for encoder and decoder. `values` are rounded to the dtype unless `raw` gives the bits."""
+        """Add a vector for encoders and decoders. `values` are rounded to the dtype unless `raw` has the bits."""
         raw = raw_of(values, dtype) if raw is None else raw
         shape = (1, raw.size) if shape is None else shape
         encoded = encode(raw, dtype, shape, block, double)
@@ -61,10 +63,11 @@ class TensorVectors:
         encoded: PackedArrays,
         decoded: Sequence[FloatFormat] = (BF16, F16, F32),
     ) -> None:
-        """A vector for decoders only: valid codes that this encoder does not write."""
+        """Add a vector for decoders only: valid codes that this encoder does not write."""
         self._add(name, about, rules, encoded, decoded, None)
 
     def refuse(self, name: str, about: str, rules: str, values: Any, *, dtype: FloatFormat, block: int = 64) -> None:
+        """Add values that an encoder must reject."""
         raw = raw_of(values, dtype)
         self.vectors.append(
             {
@@ -94,7 +97,7 @@ class TensorVectors:
 
 
 def tensor_vectors() -> list[JsonObject]:
-    """All of tensors.json. One generator draws all numbers, so that the order of the calls decides every byte."""
+    """Return the contents of tensors.json. One generator draws all numbers, so call order determines every byte."""
     v, rng = TensorVectors(), np.random.default_rng(20240229)
     add_codes(v, rng)
     add_shapes(v, rng)
@@ -106,7 +109,7 @@ def tensor_vectors() -> list[JsonObject]:
 
 
 def add_codes(v: TensorVectors, rng: np.random.Generator) -> None:
-    """Every format and block size; codes that hang on a tie, a product or a quotient."""
+    """Add every format and block size, and codes that depend on a tie, a product or a quotient."""
     for dtype in (BF16, F16, F32):
         for block in nf4.BLOCK_SIZES:
             v.encode(
@@ -127,7 +130,7 @@ def add_codes(v: TensorVectors, rng: np.random.Generator) -> None:
 
 
 def add_shapes(v: TensorVectors, rng: np.random.Generator) -> None:
-    """Tails, rows that share blocks, zeros."""
+    """Add tails, rows that share blocks, and zeros."""
     for n, what in ((1, "one element"), (63, "a block minus one"), (65, "a block plus one"), (127, "a prime")):
         v.encode(f"odd_{n}", f"{what}: odd tail, partial block", "E7 E9 E10 E11", rng.normal(0, 0.02, n), shape=(n, 1))
     v.encode("one_negative", "one element, negative: code 0", "E2 E10", [-0.5], shape=(1, 1), double=False)
@@ -141,7 +144,7 @@ def add_shapes(v: TensorVectors, rng: np.random.Generator) -> None:
 
 
 def add_extremes(v: TensorVectors, rng: np.random.Generator) -> None:
-    """Weights at both ends of the formats."""
+    """Add weights at both ends of the formats' ranges."""
     tiny16 = np.arange(64, dtype=np.uint16) * np.uint16(2) + np.uint16(1)
     v.encode("subnormal_bf16", "a block of bfloat16 subnormals: below 1e-38 the divisor is 1e-38", "E5 E6 F1", None,
              raw=np.where(np.arange(64) % 2, tiny16 | np.uint16(0x8000), tiny16), double=False)  # fmt: skip
@@ -162,7 +165,7 @@ def add_extremes(v: TensorVectors, rng: np.random.Generator) -> None:
 
 
 def add_second_level(v: TensorVectors, rng: np.random.Generator) -> None:
-    """Nested groups, their mean and their ties."""
+    """Add several nested blocks, their mean and their ties."""
     scales = np.abs(rng.normal(0, 1, 513)) * np.where(np.arange(513) // 256 == 1, 100, 1) + 0.01
     weights = rng.normal(0, 0.3, (513, 32)).clip(-1, 1)
     weights[:, 3] = 1
@@ -184,7 +187,7 @@ def add_second_level(v: TensorVectors, rng: np.random.Generator) -> None:
 
 
 def add_refused(v: TensorVectors) -> None:
-    """What no encoder may take."""
+    """Add values that every encoder must reject."""
     v.refuse("nan_refused", "a NaN", "E4", [0.5, np.nan, 0.25], dtype=BF16)
     v.refuse("infinity_refused", "an infinity in a whole block", "E4", [1.0] * 63 + [-np.inf], dtype=F16)
     v.refuse(
@@ -193,7 +196,7 @@ def add_refused(v: TensorVectors) -> None:
 
 
 def multiply_and_divide_differ(rng: np.random.Generator) -> Floats:
-    """32 weights with absmax 0.7 whose codes differ between x * (1 / absmax) and x / absmax."""
+    """Return 32 weights with absmax 0.7, some with different codes for x * (1 / absmax) and x / absmax."""
     absmax = np.float32(0.7)
     found = [absmax]
     around = np.concatenate([neighbours(neighbours(NF4_THRESHOLDS * absmax)), neighbours(NF4_CODEBOOK * absmax)])
@@ -205,9 +208,9 @@ def multiply_and_divide_differ(rng: np.random.Generator) -> Floats:
 
 
 def second_level_ties() -> Floats:
-    """Blocks whose absmax, centered and divided by the group's largest, hits thresholds of the dynamic map exactly.
+    """Return blocks whose absmax, centred and divided by the largest, equals thresholds of the dynamic map exactly.
 
-    All numbers are integers below 2^24 and symmetric around the offset, so that nothing but the division rounds.
+    All numbers are integers below 2^24 and symmetric around the offset, so that only the division rounds.
     """
     thresholds = DYNAMIC_THRESHOLDS[DYNAMIC_THRESHOLDS > 0.1]
 
@@ -229,7 +232,7 @@ def second_level_ties() -> Floats:
 
 
 def add_for_decoders(v: TensorVectors) -> None:
-    """Valid codes and scales that this encoder does not write."""
+    """Add valid codes and scales that this encoder does not write."""
     every_code = nf4.pack(np.arange(64, dtype=np.uint8) % 16)
     state = QuantState(32, BF16, (2, 32), 0.25)
     negative = stored(state, every_code, np.array([0, 127], np.uint8), np.array([1], np.float32), DYNAMIC_MAP)

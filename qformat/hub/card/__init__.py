@@ -1,1 +1,1 @@
-"""The model card of a published artifact, and the facts it is made from."""
+"""Model card of a published artifact, and the facts that it is made from."""

@@ -1,4 +1,4 @@
-"""How far an artifact is from its source, for the model card: from what `qformat verify --source --json` prints."""
+"""Quantization errors for the model card, from the output of `qformat verify --source --json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,17 @@ _MAX_NBYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """The errors of the weights of one kind of module; None where a figure does not exist."""
+    """Errors of the packed weights of one kind of module.
+
+    Attributes:
+        kind: Last part of the module's path, such as `q_proj`.
+        n_tensors: Number of packed tensors.
+        n_weights: Number of packed weights.
+        relative_rms: Root mean square error, relative to the root mean square of the source's weights.
+        max_abs_error: Largest absolute error, in the unit of the weights.
+        snr_db: Signal-to-noise ratio in dB.
+        cosine: Cosine similarity. All four errors are None if they are not defined.
+    """
 
     kind: str
     n_tensors: int
@@ -30,18 +40,29 @@ class ErrorRow:
 
 @dataclass(frozen=True, slots=True)
 class ErrorFigures:
-    """The errors by kind of module, and of all weights together."""
+    """Errors per kind of module and over all packed weights.
+
+    Attributes:
+        rows: Errors per kind of module.
+        overall: Errors over all packed weights.
+        n_exact: Number of packed tensors that are byte-identical to a new encoding of the source.
+    """
 
     rows: tuple[ErrorRow, ...]
     overall: ErrorRow
     n_exact: int
-    """Weights whose codes and scales are what plain encoding of the source gives."""
 
     @classmethod
     def parse(cls, record: strict_json.Json | VerificationFacts, manifest: Manifest, where: Path | str) -> ErrorFigures:
-        """Take the figures from a verification, given as the object that `verify --json` prints.
+        """Return the figures of a verification.
 
-        Raises: UsageError where it is no verification with a source, found something wrong, or is of other files.
+        Args:
+            record: The object that `qformat verify --source --json` prints.
+            manifest: Manifest of the artifact that is published.
+            where: File that the record comes from, for messages.
+
+        Raises:
+            UsageError: The record is not a verification against a source, did not pass, or is about other files.
         """
         fields = _Fields(where)
         top = fields.object(cast(strict_json.Json, record), "the file")
@@ -53,11 +74,11 @@ class ErrorFigures:
             fields.refuse("it is about other files than the artifact's")
         comparison = top.get("comparison")
         if comparison is None:
-            fields.refuse("the verification compared with no source")
+            fields.refuse("the verification did not compare the artifact with a source")
         comparison = fields.object(comparison, "comparison")
         kinds = comparison.get("by_kind")
         if not isinstance(kinds, list):
-            fields.refuse("comparison.by_kind is no list")
+            fields.refuse("comparison.by_kind is not a list")
         rows = []
         for item in kinds:
             entry = fields.object(item, "by_kind")
@@ -71,7 +92,15 @@ class ErrorFigures:
 
 
 def read_error_figures(path: Path, manifest: Manifest) -> ErrorFigures:
-    """Read the figures from a file that `qformat verify ART --source SRC --json` wrote. Raises UsageError."""
+    """Read the figures from a file with the output of `qformat verify ART --source SRC --json`.
+
+    Args:
+        path: File to read.
+        manifest: Manifest of the artifact that is published.
+
+    Raises:
+        UsageError: The file cannot be read, or is not a passed verification of this artifact against a source.
+    """
     try:
         data = read_small(path.parent, path.name, max_nbytes=_MAX_NBYTES, error=ArtifactError)
         record = strict_json.loads(data, path=path, max_nbytes=_MAX_NBYTES, error=ArtifactError)
@@ -86,20 +115,20 @@ class _Fields:
 
     def refuse(self, problem: str) -> NoReturn:
         raise UsageError(
-            f"{self.where}: {problem}. Make it with: qformat verify ART --source SRC --json > {self.where}"
+            f"{self.where}: {problem}. Create it with: qformat verify ART --source SRC --json > {self.where}"
         )
 
     def object(self, value: strict_json.Json, name: str) -> JsonObject:
-        return value if isinstance(value, dict) else self.refuse(f"{name} is no object")
+        return value if isinstance(value, dict) else self.refuse(f"{name} is not an object")
 
     def count(self, record: JsonObject, name: str) -> int:
         value = record.get(name)
-        return value if type(value) is int and value >= 0 else self.refuse(f"{name} is no count")
+        return value if type(value) is int and value >= 0 else self.refuse(f"{name} is not a count")
 
     def number(self, record: JsonObject, name: str) -> float | None:
         value = record.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            self.refuse(f"{name} is no number")
+            self.refuse(f"{name} is not a number")
         return None if value is None else float(value)
 
     def row(self, kind: str, n_tensors: int, errors: JsonObject) -> ErrorRow:

@@ -1,6 +1,6 @@
-"""The manifest's optional member `evaluation` as a section of the model card (spec section 7.1).
+"""Section of the model card for the manifest's optional member `evaluation` (spec section 7.1).
 
-It is informative: what is there and has a form that is known is shown, the rest is passed over.
+The member is informative. Figures in a known form are shown; everything else is ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class _Figure:
     form: str
 
     def shown(self, text: JsonObject) -> str:
-        """Return the figure of a text with its standard error, or a dash."""
+        """Return the figure of a text with its standard error, or a dash if the text has none."""
         found = text.get(self.name)
         mean = _number(found.get("mean")) if isinstance(found, dict) else _number(found)
         error = _number(found.get("standard_error")) if isinstance(found, dict) else None
@@ -30,16 +30,16 @@ class _Figure:
 
 _FIGURES = (
     _Figure("perplexity", "perplexity", ".3f"),
-    _Figure("kl", "KL from the source, nats a token", ".4f"),
-    _Figure("top1_agreement", "same next token", ".2%"),
-    _Figure("loss", "loss, nats a token", ".4f"),
-    _Figure("source_loss", "loss of the source", ".4f"),
-    _Figure("loss_increase", "increase of the loss", ".4f"),
+    _Figure("kl", "KL from the source checkpoint, nats per token", ".4f"),
+    _Figure("top1_agreement", "same top token", ".2%"),
+    _Figure("loss", "loss, nats per token", ".4f"),
+    _Figure("source_loss", "loss of the source checkpoint", ".4f"),
+    _Figure("loss_increase", "loss increase", ".4f"),
 )
 
 
 def evaluation_sections(evaluation: JsonObject | None) -> list[str]:
-    """Return a heading and a table of what was measured on each text; nothing where there are no figures."""
+    """Return the heading, the table of figures per text and a note, or an empty list without figures."""
     if evaluation is None:
         return []
     texts = evaluation.get("texts")
@@ -49,11 +49,11 @@ def evaluation_sections(evaluation: JsonObject | None) -> list[str]:
         return []
     header = ("text", "tokens", *(figure.title for figure in figures))
     rows = [(_name(text), _count(text), *(figure.shown(text) for figure in figures)) for text in measured]
-    note = "Measured by `qformat eval` on held-out text; ± is the standard error over windows."
+    note = "Measured by `qformat eval` on held-out text; ± is the standard error of the mean over windows."
     length = evaluation.get("window_length")
     if type(length) is int:
-        note += f" Windows of {length:,} tokens."
-    return ["## How close it is to the source", table(header, rows), note]
+        note += f" Each window has {length:,} tokens."
+    return ["## Evaluation", table(header, rows), note]
 
 
 def _name(text: JsonObject) -> str:

@@ -1,4 +1,4 @@
-"""Where an artifact comes from: the base model, its commit, and what its own model card says of licence and task."""
+"""Origin of an artifact: the base model, its commit, and the licence and task that its model card states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,16 @@ _CACHE_FOLDER = re.compile(r"models--(.+?)--(.+)")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The base model as far as it is known. unread: why its card could not be read, if it was tried."""
+    """The base model, as far as it is known.
+
+    Attributes:
+        repository: Repository of the base model on the Hub.
+        commit: Commit of that repository that the artifact was made from.
+        license: Licence of the base model.
+        pipeline_tag: Task of the model, as its card states it.
+        language: Languages of the model, as its card states them.
+        unread: Why the card of the base model could not be read, or None.
+    """
 
     repository: str | None = None
     commit: str | None = None
@@ -41,11 +50,20 @@ def find_origin(
     license: License | None = None,
     token: str | bool | None = None,
 ) -> Origin:
-    """Find out what an artifact was made from: as told, as the manifest has it, or as the source's folder shows.
+    """Return the origin of an artifact.
 
-    base_model: a repository's name. source: the folder of the source, which may hold a card. license: what the user
-    says wins. The base model's card is read from the Hub where no folder has one.
-    Raises: UsageError for a base model that has no name of a repository.
+    The base model is `base_model`, or the repository that the manifest records, or the one whose folder in the Hub's
+    cache is `source`. Its model card is read from `source` if that folder has one, otherwise from the Hub.
+
+    Args:
+        manifest: Manifest of the artifact.
+        base_model: Repository of the base model, `owner/name`.
+        source: Directory of the source checkpoint.
+        license: Licence, which overrides the one that the model card states.
+        token: Token for the Hub. None uses the stored token, False sends none.
+
+    Raises:
+        UsageError: `base_model` is not the name of a repository, or the card in `source` cannot be read.
     """
     repository, commit = _named_by(manifest)
     if repository is None and source is not None:
@@ -62,14 +80,22 @@ def find_origin(
         except (HubError, InvalidFileError, UsageError) as problem:
             origin = replace(origin, unread=str(problem))
         except UnicodeDecodeError:
-            origin = replace(origin, unread=f"{repository}/{CARD_NAME}: is not UTF-8")
+            origin = replace(origin, unread=f"{repository}/{CARD_NAME}: is not valid UTF-8")
     if license is not None:
         return replace(origin, license=license)
-    return replace(origin, license=_with_whole_link(origin, manifest))
+    return replace(origin, license=_with_complete_link(origin, manifest))
 
 
 def card_metadata(text: str, where: Path | str) -> JsonObject:
-    """Return the metadata of a model card. Raises UsageError where huggingface_hub does not accept it."""
+    """Return the metadata of a model card.
+
+    Args:
+        text: Text of the card.
+        where: File or repository of the card, for messages.
+
+    Raises:
+        UsageError: huggingface_hub rejects the metadata.
+    """
     import yaml
     from huggingface_hub import ModelCard
 
@@ -82,7 +108,7 @@ def card_metadata(text: str, where: Path | str) -> JsonObject:
 
 
 def _named_by(manifest: Manifest) -> tuple[str | None, str | None]:
-    """Return repository and commit of a source on the Hub, as the manifest records them."""
+    """Return repository and commit of the source, if the manifest records them."""
     repository, commit = manifest.source.get("repository"), manifest.source.get("commit")
     if not isinstance(repository, str) or not is_repository_name(repository):
         return None, None
@@ -90,7 +116,7 @@ def _named_by(manifest: Manifest) -> tuple[str | None, str | None]:
 
 
 def _named_by_cache(source: Path) -> tuple[str | None, str | None]:
-    """Return repository and commit of a folder in the Hub's cache, `models--OWNER--NAME/snapshots/COMMIT`."""
+    """Return repository and commit of a directory in the Hub's cache, `models--OWNER--NAME/snapshots/COMMIT`."""
     folder = source.absolute()
     found = _CACHE_FOLDER.fullmatch(folder.parent.parent.name)
     if found is None or folder.parent.name != "snapshots":
@@ -108,8 +134,8 @@ def _read_local(source: Path) -> str:
         raise UsageError(f"{source / CARD_NAME}: {problem}") from None
 
 
-def _with_whole_link(origin: Origin, manifest: Manifest) -> License:
-    """Return the licence with a link that leads somewhere: to the base model's file, if the artifact has none."""
+def _with_complete_link(origin: Origin, manifest: Manifest) -> License:
+    """Return the licence with a link to the base model's file if the artifact does not contain the linked file."""
     link = origin.license.link
     if link is None or "://" in link or link in manifest.files or origin.repository is None:
         return origin.license

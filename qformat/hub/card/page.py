@@ -1,6 +1,6 @@
-"""The model card of a published artifact: metadata that the Hub validates, figures, how to load it, provenance.
+"""Model card of a published artifact: metadata that the Hub validates, sizes, usage, measurements and provenance.
 
-The same artifact and the same figures give the same card, byte for byte: a repeated publish changes nothing.
+The same artifact and the same figures give a byte-identical card, so publishing again changes nothing.
 """
 
 from __future__ import annotations
@@ -31,22 +31,27 @@ def write_card(
     figures: ErrorFigures | None = None,
     signed: bool = False,
 ) -> str:
-    """Return the text of the README.md of an artifact that is published as `repository`.
+    """Return the model card (README.md) of an artifact.
 
-    figures: how far its weights are from the source's.
+    Args:
+        repository: Name of the repository that the artifact is published as, `owner/name`.
+        manifest: Manifest of the artifact.
+        config: The artifact's config.json.
+        origin: Base model and its licence.
+        figures: Quantization error against the source checkpoint. Without it, the card has no table of errors.
+        signed: The artifact is published with a signature.
     """
-    pipeline_tag = origin.pipeline_tag or pipeline_tag_of(config)
     sections = [
-        f"---\n{_metadata(origin, pipeline_tag)}\n---",
+        f"---\n{_metadata(origin, origin.pipeline_tag or pipeline_tag_of(config))}\n---",
         f"# {repository.partition('/')[2]}",
         _summary(origin),
         _sizes(manifest),
-        *(["## How far it is from the source", _errors(figures)] if figures is not None else []),
+        "## Usage",
+        *_usage(repository, manifest, pipeline_tag_of(config)),
+        *(["## Quantization error", _errors(figures)] if figures is not None else []),
         *evaluation_sections(manifest.evaluation),
-        "## Load it",
-        _loading(repository, pipeline_tag),
-        "## Check it",
-        _checking(repository, signed=signed),
+        "## Verification",
+        _verification(repository, signed=signed),
         "## Provenance",
         _provenance(manifest, origin),
         *_license_note(origin.license),
@@ -55,7 +60,7 @@ def write_card(
 
 
 def pipeline_tag_of(config: JsonObject) -> str | None:
-    """Return the Hub's name of the task of an architecture, None where the name does not tell."""
+    """Return the Hub's name for the task of a model, or None if its architecture does not tell."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if name.endswith("ForCausalLM"):
@@ -85,10 +90,11 @@ def _metadata(origin: Origin, pipeline_tag: str | None) -> str:
 
 
 def _summary(origin: Origin) -> str:
-    base = _link(origin.repository) if origin.repository is not None else "A language model"
+    base = f"{_link(origin.repository)}, quantized" if origin.repository is not None else "A language model, quantized"
     return (
-        f"{base} with 4-bit weights (NF4) in the safetensors layout of bitsandbytes, and `{MANIFEST_NAME}`, a manifest "
-        "with a digest for every byte. Made with qformat."
+        f"{base} to 4 bits (NF4) with qformat. The safetensors files have the layout of bitsandbytes, so transformers "
+        f"loads them without conversion. The manifest `{MANIFEST_NAME}` records a digest of every file and of "
+        "every tensor."
     )
 
 
@@ -100,16 +106,15 @@ def _sizes(manifest: Manifest) -> str:
     packed = [record for record in manifest.tensors.values() if isinstance(record, PackedRecord)]
     kept = [record for record in manifest.tensors.values() if isinstance(record, KeptRecord)]
     nbytes = sum(record.nbytes for record in manifest.files.values())
-    source_nbytes = sum(record.layout.n_elements * record.layout.float_format.nbytes for record in packed)
-    kept_nbytes = sum(_kept_nbytes(record) for record in kept)
-    source_nbytes += kept_nbytes
+    kept_nbytes = sum(record.nbytes for record in kept)
+    source_nbytes = kept_nbytes + sum(record.layout.n_elements * record.layout.float_format.nbytes for record in packed)
     reasons = Counter(record.reason for record in kept)
     why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(reasons.items()))
     rows = [
-        ("size", f"{_nbytes(nbytes)}, the source's tensors {_nbytes(source_nbytes)}"),
+        ("size", f"{_nbytes(nbytes)}; the tensors of the source checkpoint take {_nbytes(source_nbytes)}"),
         ("4-bit weights", _packed_text(packed)),
-        ("kept as they were", f"{len(kept)} tensors, {_nbytes(kept_nbytes)}" + (f" ({why})" if why else "")),
-        ("recipe", _recipe_text(packed)),
+        ("not quantized", f"{len(kept)} tensors, {_nbytes(kept_nbytes)}" + (f" ({why})" if why else "")),
+        ("scales", _scales_text(packed)),
     ]
     return table(("", ""), rows)
 
@@ -117,32 +122,29 @@ def _sizes(manifest: Manifest) -> str:
 def _packed_text(packed: Sequence[PackedRecord]) -> str:
     n_weights = sum(record.layout.n_elements for record in packed)
     nbytes = sum(new.nbytes for record in packed for new in record.layout.components("").values())
-    bits = f", {8 * nbytes / n_weights:.3f} bits each, scales included" if n_weights else ""
+    bits = f", {8 * nbytes / n_weights:.3f} bits per weight including scales" if n_weights else ""
     return f"{len(packed)} tensors, {n_weights:,} weights{bits}"
 
 
-def _recipe_text(packed: Sequence[PackedRecord]) -> str:
+def _scales_text(packed: Sequence[PackedRecord]) -> str:
     kinds = Counter((record.layout.block_size, record.layout.double_quant) for record in packed)
     texts = [
-        f"blocks of {block_size}{', scales quantized to 8 bits' if double_quant else ''}"
+        f"one {'8-bit' if double_quant else 'float32'} scale per {block_size} weights"
         + (f" ({count} tensors)" if len(kinds) > 1 else "")
         for (block_size, double_quant), count in sorted(kinds.items())
     ]
-    return "; ".join(texts) or "nothing is quantized"
-
-
-def _kept_nbytes(record: KeptRecord) -> int:
-    return record.nbytes
+    return "; ".join(texts) or "none"
 
 
 def _errors(figures: ErrorFigures) -> str:
-    header = ("module", "tensors", "weights", "relative RMS error", "largest error", "SNR", "cosine")
+    header = ("module", "tensors", "weights", "relative RMS error", "maximum error", "SNR", "cosine similarity")
     rows = [_error_row(row) for row in (*figures.rows, figures.overall)]
-    exact = (
-        f"Of {figures.overall.n_tensors:,} packed tensors, {figures.n_exact:,} have the codes and scales that plain "
-        "rounding of the source gives. Measured by `qformat verify --source`."
+    text = (
+        "Difference between the decoded weights and the weights of the source checkpoint, measured by `qformat verify "
+        f"--source`. Of {figures.overall.n_tensors:,} quantized tensors, {figures.n_exact:,} are byte-identical to a "
+        "new encoding of the source checkpoint."
     )
-    return f"{table(header, rows)}\n\n{exact}"
+    return f"{text}\n\n{table(header, rows)}"
 
 
 def _error_row(row: ErrorRow) -> tuple[str, ...]:
@@ -157,45 +159,83 @@ def _error_row(row: ErrorRow) -> tuple[str, ...]:
     )
 
 
-def _loading(repository: str, pipeline_tag: str | None) -> str:
-    model_class = "AutoModelForImageTextToText" if pipeline_tag == "image-text-to-text" else "AutoModelForCausalLM"
+_MODEL_CLASSES = {
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "text-classification": "AutoModelForSequenceClassification",
+}
+
+
+def _usage(repository: str, manifest: Manifest, task: str | None) -> list[str]:
+    """Return a section per program. Models that do not generate text have only the one of transformers."""
+    generates = task != "text-classification"
+    sections = [_transformers(repository, _MODEL_CLASSES.get(task or "", "AutoModelForCausalLM"))]
+    if generates:
+        double_quant = any(
+            isinstance(record, PackedRecord) and record.layout.double_quant for record in manifest.tensors.values()
+        )
+        sections = [_qformat(repository), *sections, _vllm(repository, double_quant=double_quant)]
+    return sections
+
+
+def _qformat(repository: str) -> str:
     name = repository.partition("/")[2]
     return f"""\
-qformat maps the file and runs it as it is, without bitsandbytes:
+### qformat
+
+qformat maps the files into memory and computes with the 4-bit weights. It does not need bitsandbytes.
 
 ```console
 $ qformat fetch {repository} {name}
 $ qformat generate {name} --prompt "Hello"
-```
+```"""
 
-transformers, with bitsandbytes installed (`pip install transformers bitsandbytes accelerate`):
+
+def _transformers(repository: str, model_class: str) -> str:
+    return f"""\
+### transformers
+
+Run `pip install transformers accelerate bitsandbytes`, then:
 
 ```python
 from transformers import {model_class}, AutoTokenizer
 
 model = {model_class}.from_pretrained("{repository}", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{repository}")
-```
-
-vLLM:
-
-```console
-$ vllm serve {repository} --quantization bitsandbytes
 ```"""
 
 
-def _checking(repository: str, *, signed: bool) -> str:
+def _vllm(repository: str, *, double_quant: bool) -> str:
+    text = f"""\
+### vLLM
+
+vLLM 0.28 and later need a plugin for this layout. With it, the model runs on one rank only, without tensor parallelism.
+
+```console
+$ pip install vllm-bnb-plugin
+$ vllm serve {repository}
+```"""
+    if double_quant:
+        text += (
+            "\n\nThe plugin (version 0.0.3) rounds the offset of the 8-bit scales to the dtype of the model, usually "
+            "bfloat16. The weights, and therefore the results, differ slightly from those of qformat and transformers."
+        )
+    return text
+
+
+def _verification(repository: str, *, signed: bool) -> str:
     key = " --signature --public-key KEY.pub" if signed else ""
     text = f"""\
 ```console
 $ qformat verify {repository}{key}
 ```
 
-compares the manifest with the repository without downloading the weights; `qformat fetch` checks every byte while it
-downloads."""
+This command compares the repository with the manifest and does not download the weights. `qformat fetch` checks every
+byte that it downloads."""
     if signed:
-        text += f" `{SIGNATURE_NAME}` is a signature of OpenSSF model-signing over every file; "
-        text += "ask the publisher for the key."
+        text += (
+            f" `{SIGNATURE_NAME}` is an OpenSSF Model Signing signature of all files of the artifact; `KEY.pub` is the "
+            "public key of the publisher."
+        )
     return text
 
 
@@ -206,13 +246,15 @@ def _provenance(manifest: Manifest, origin: Origin) -> str:
         if origin.commit is not None:
             source += f" at commit [`{origin.commit}`](https://huggingface.co/{origin.repository}/tree/{origin.commit})"
     rows = [
-        ("source", source),
-        ("made by", cell(manifest.generator)),
+        ("source checkpoint", source),
+        ("created by", cell(manifest.generator)),
         ("format", f"qformat {manifest.format_version}"),
     ]
-    recipe = strict_json.dumps(manifest.recipe, indent=2).replace("`", "\\u0060")  # no text of it ends the block
+    recipe = strict_json.dumps(manifest.recipe, indent=2).replace(
+        "`", "\\u0060"
+    )  # so that no text in it ends the block
     return (
-        f"{table(('', ''), rows)}\n\nThe recipe:\n\n```json\n{recipe}\n```\n\n"
+        f"{table(('', ''), rows)}\n\nRecipe of the conversion:\n\n```json\n{recipe}\n```\n\nFiles:\n\n"
         f"{table(('file', 'bytes', 'SHA-256'), _file_rows(manifest.files))}"
     )
 
@@ -226,9 +268,9 @@ def _file_rows(files: Mapping[str, FileRecord]) -> list[tuple[str, ...]]:
 def _license_note(found: License) -> list[str]:
     if found.identifier is None:
         return []
-    name = found.name or found.identifier
+    name = cell(found.name or found.identifier)
     text = f"[{name}]({found.link})" if found.link is not None else name
-    return ["## Licence", f"That of the source: {text}."]
+    return ["## Licence", f"The licence of the source checkpoint applies: {text}."]
 
 
 def _nbytes(nbytes: int) -> str:

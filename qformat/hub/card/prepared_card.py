@@ -1,4 +1,4 @@
-"""The card that an artifact is published with: the user's own, or one that is written from what is known."""
+"""The model card that an artifact is published with: a file of the user, or a generated card."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from qformat.names import CONFIG_NAME
 
 @dataclass(frozen=True, slots=True)
 class CardOptions:
-    """What the model card is made from. card: a file that is taken as it is, instead.
+    """Options for the model card.
 
-    base_model, license: where the manifest and the source do not tell. source: the source's folder, whose own card is
-    read. figures: how far the artifact is from it.
+    Attributes:
+        card: File to publish unmodified instead of a generated card.
+        base_model: Repository of the base model, if the manifest does not record it.
+        source: Directory of the source checkpoint, whose model card is read.
+        license: Licence, which overrides the one of the base model's card.
+        figures: Quantization error against the source checkpoint.
     """
 
     card: Path | None = None
@@ -34,7 +38,13 @@ class CardOptions:
 
 @dataclass(frozen=True, slots=True)
 class PreparedCard:
-    """A card's text. concern: why the licence needs a look, if it does. note: what the user could add."""
+    """A model card that is ready to publish.
+
+    Attributes:
+        text: Text of the card.
+        concern: Why a person must check the licence first, or None.
+        note: What the user can add to the card, or None.
+    """
 
     text: str
     concern: str | None
@@ -44,7 +54,18 @@ class PreparedCard:
 def prepare_card(
     artifact: Path, repository: str, options: CardOptions, *, signed: bool, token: str | bool | None
 ) -> PreparedCard:
-    """Write the card of a verified artifact, or read the user's. Raises UsageError for one that cannot be published."""
+    """Generate the card of a verified artifact, or read the card that the user wrote.
+
+    Args:
+        artifact: Directory of the artifact.
+        repository: Name of the repository that it is published as.
+        options: Options for the card.
+        signed: The artifact is published with a signature.
+        token: Token for the Hub. None uses the stored token, False sends none.
+
+    Raises:
+        UsageError: The card of the user cannot be published.
+    """
     if options.card is not None:
         return _own_card(options.card)
     manifest = read_manifest(artifact)
@@ -55,7 +76,7 @@ def prepare_card(
     config = strict_json.loads(data, path=artifact / CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     assert isinstance(config, dict)
     text = write_card(repository, manifest, config, origin, figures=options.figures, signed=signed)
-    unknown = ("The base model is not known: name it with ", Option("base_model", "OWNER/NAME"))
+    unknown = ("The base model is unknown. Specify it with ", Option("base_model", "OWNER/NAME"))
     return PreparedCard(text, _concern(origin), unknown if origin.repository is None else None)
 
 
@@ -67,7 +88,7 @@ def _own_card(path: Path) -> PreparedCard:
     metadata = card_metadata(text, path)
     if not metadata:
         raise UsageError(
-            Option("card", str(path)), ": has no metadata: begin it with --- and lines such as license: mit"
+            Option("card", str(path)), ": has no metadata. Start the file with ---, lines such as license: mit, and ---"
         )
     return PreparedCard(text, License.of_metadata(metadata).concern())
 
@@ -75,5 +96,5 @@ def _own_card(path: Path) -> PreparedCard:
 def _concern(origin: Origin) -> str | None:
     concern = origin.license.concern()
     if concern is not None and origin.unread is not None:
-        return f"the base model's card could not be read ({origin.unread}), so its licence is not known"
+        return f"the base model's card could not be read ({origin.unread}), so its licence is unknown"
     return concern

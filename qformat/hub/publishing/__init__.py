@@ -1,1 +1,1 @@
-"""From an artifact to a repository of the Hub: verify, prepare, upload in one commit."""
+"""Publishing an artifact on the Hub: verification, preparation, and the upload in one commit."""

@@ -1,4 +1,4 @@
-"""What publishing changes in a repository: its files now beside those that are to be there."""
+"""Changes that publishing makes to a repository."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from qformat.hub.reading.remote import RemoteRepository
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-"""Files of other weights: some readers would take them along with the artifact's."""
+"""Suffixes of weight files, which some readers would load together with those of the artifact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Names of files. removed: of an older artifact. others: that stay, and are no part of the artifact."""
+    """Names of files, by what publishing does to them.
+
+    Attributes:
+        new: Files that are added.
+        changed: Files that get another content.
+        unchanged: Files that already have the same content.
+        removed: Files of an older artifact that are removed.
+        others: Files that do not belong to the artifact and stay, without hidden files.
+    """
 
     new: tuple[str, ...]
     changed: tuple[str, ...]
@@ -29,19 +37,25 @@ class Changes:
 
     @property
     def sent(self) -> tuple[str, ...]:
-        """The files that the repository does not have yet."""
+        """Files to upload."""
         return (*self.new, *self.changed)
 
     @property
     def any(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether the repository changes."""
         return bool(self.sent or self.removed)
 
 
 def find_changes(publication: Publication, target: RemoteRepository | None, *, name: str) -> Changes:
-    """Compare what is to be in a repository with what it has; None has nothing yet.
+    """Compare the files to publish with those of the repository.
 
-    name: of the repository and branch, for messages. Raises HubError where other weights lie beside.
+    Args:
+        publication: Files to publish.
+        target: The repository, or None if it does not exist.
+        name: Repository and branch, for messages.
+
+    Raises:
+        HubError: The repository has other weight files.
     """
     there = target.files if target is not None else {}
     same = {file for file, published in publication.files.items() if published.is_like(there.get(file))}
@@ -51,7 +65,7 @@ def find_changes(publication: Publication, target: RemoteRepository | None, *, n
     if weights:
         raise HubError(
             name,
-            f"holds other weights: {', '.join(weights[:5])}; readers would mix them with the artifact's",
+            f"has other weight files, which some readers would load as well: {', '.join(weights[:5])}",
             next_step=("Remove them, or publish to another repository or ", Option("revision")),
         )
     return Changes(
@@ -64,13 +78,13 @@ def find_changes(publication: Publication, target: RemoteRepository | None, *, n
 
 
 def _left_over(target: RemoteRepository, publication: Publication) -> tuple[str, ...]:
-    """Return the files of an older artifact in the repository that the new one has no more, its signature included."""
+    """Return the files of an older artifact, including its signature, that the new artifact does not have."""
     if MANIFEST_NAME not in target.files:
         return ()
     try:
         data = target.read_small(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES)
         older = parse(data, Path(MANIFEST_NAME))
     except InvalidFileError:
-        return ()  # what stands there is replaced; other weights beside it are refused
+        return ()  # the invalid manifest is replaced; other weight files are rejected
     listed = {*older.files, SIGNATURE_NAME}
     return tuple(name for name in target.files if name in listed and name not in publication.files)

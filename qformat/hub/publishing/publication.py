@@ -1,7 +1,7 @@
-"""What a published artifact consists of: the artifact's files, the model card, a manifest that lists it, a signature.
+"""Files of a published artifact: the files of the local artifact, the model card, the manifest and a signature.
 
-The local artifact stays as it is. The published manifest differs from the local one in one line, the card's digest,
-so that whoever fetches the repository has an artifact whose every file is accounted for.
+The local artifact is not modified. The published manifest additionally lists the model card, so that the manifest of a
+fetched artifact covers every file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
 
 @dataclass(frozen=True, slots=True)
 class PublishedFile:
-    """A file as it is to be in the repository."""
+    """File to publish.
+
+    Attributes:
+        name: Name in the repository.
+        nbytes: Size in bytes.
+        sha256: SHA-256 of the content.
+        content: Path of a local file, or the content itself.
+    """
 
     name: str
     nbytes: int
@@ -32,11 +39,16 @@ class PublishedFile:
 
     @classmethod
     def of_bytes(cls, name: str, data: bytes) -> PublishedFile:
-        """Make a file of bytes in memory."""
+        """Return a file with the given content.
+
+        Args:
+            name: Name in the repository.
+            data: Content.
+        """
         return cls(name, len(data), hashlib.sha256(data).hexdigest(), data)
 
     def is_like(self, remote: RemoteFile | None) -> bool:
-        """Whether the repository has these very bytes under this name already."""
+        """Return whether a file of the repository has the same content."""
         if remote is None or remote.nbytes != self.nbytes:
             return False
         if remote.sha256 is not None:
@@ -47,35 +59,48 @@ class PublishedFile:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """The files of a published artifact, by name, and its manifest."""
+    """Files of a published artifact.
+
+    Attributes:
+        files: Files by name.
+        manifest: Manifest that is published.
+    """
 
     files: Mapping[str, PublishedFile]
     manifest: Manifest
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Size of all files in bytes."""
         return sum(file.nbytes for file in self.files.values())
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every file that a signature covers, by name."""
+        """SHA-256 per name of every file that a signature covers."""
         return {name: file.sha256 for name, file in self.files.items() if name != SIGNATURE_NAME}
 
     @property
     def title(self) -> str:
-        """The message of the commit: the same for the same bytes."""
+        """Title of the commit. The same content gives the same title."""
         return f"Publish a qformat artifact, manifest {self.files[MANIFEST_NAME].sha256[:16]}"
 
     def signed(self, signature: bytes) -> Publication:
-        """Return the publication with a signature beside its manifest."""
+        """Return a copy of the publication with a signature."""
         return Publication(
             {**self.files, SIGNATURE_NAME: PublishedFile.of_bytes(SIGNATURE_NAME, signature)}, self.manifest
         )
 
 
 def prepare(artifact: Path, card: str) -> Publication:
-    """Put an artifact and a model card together. Raises ArtifactError for a manifest that is damaged."""
+    """Return the files to publish.
+
+    Args:
+        artifact: Directory of the artifact.
+        card: Text of the model card.
+
+    Raises:
+        ArtifactError: The manifest is damaged.
+    """
     path = artifact / MANIFEST_NAME
     local = read_small(artifact, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     readme = PublishedFile.of_bytes(CARD_NAME, card.encode("utf-8"))

@@ -1,4 +1,4 @@
-"""The verb `publish`: verify, write the card, sign, upload in one commit, and look whether it is all there."""
+"""`qformat publish`: verifies, writes the model card, signs, uploads in one commit, and checks the result."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ _SHOWN_FINDINGS = 3
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What a publish did, or would do (commit is None then).
+    """Result of `publish`.
 
-    already_there: an earlier run had published these very bytes, nothing was sent.
+    Attributes:
+        repository: Repository that the artifact is published as.
+        revision: Branch that it is published to.
+        publication: Files that are published.
+        card: The model card.
+        changes: Changes to the repository.
+        commit: The commit, or None after a dry run.
+        pull_request: URL of the pull request, or None if there is none.
+        already_there: The repository already had the same content, so nothing was uploaded.
     """
 
     repository: str
@@ -42,17 +50,24 @@ class Published:
 
     @property
     def nbytes_to_send(self) -> int:
-        """Bytes of the files that the repository does not have yet."""
+        """Size of the files to upload in bytes."""
         return sum(self.publication.files[name].nbytes for name in self.changes.sent)
 
 
 @dataclass(frozen=True, slots=True)
 class PublishOptions:
-    """What a user may choose about a publication, the card left out.
+    """Options of `publish`, except for those of the model card.
 
-    revision: a branch, made if it is not there, by default the main one. create_pr: ask for the change instead of
-    making it. sign_key: an elliptic-curve private key (PEM) for a signature beside the manifest. confirm_license: the
-    user has looked at a licence that is missing or forbids derivatives. dry_run: only read.
+    Attributes:
+        revision: Branch, which is created if it does not exist. The default is the main branch.
+        private: Create the repository as a private one.
+        create_pr: Open a pull request instead of committing to the main branch.
+        sign_key: Elliptic-curve private key (PEM) to sign the artifact with.
+        confirm_license: Publish although the licence is unknown or may forbid it.
+        dry_run: Report what would change, without changing anything.
+
+    Raises:
+        UsageError: The revision is invalid, or `create_pr` is combined with a branch.
     """
 
     revision: str | None = None
@@ -66,17 +81,17 @@ class PublishOptions:
         check_revision(self.branch)
         if self.create_pr and not self.is_main:
             raise UsageError(
-                Option("create_pr"), " asks for a change of the main branch: leave out ", Option("revision")
+                Option("create_pr"), " opens a pull request for the main branch. Leave out ", Option("revision")
             )
 
     @property
     def branch(self) -> str:
-        """The branch that is published to."""
+        """Branch to publish to."""
         return self.revision or DEFAULT_REVISION
 
     @property
     def is_main(self) -> bool:
-        """Whether that is the main branch."""
+        """Whether `branch` is the main branch."""
         return self.branch == DEFAULT_REVISION
 
 
@@ -92,10 +107,28 @@ def publish(
     on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Published:
-    """Publish an artifact as a repository of the Hub, with a model card; publishing the same bytes again does nothing.
+    """Publish an artifact with a model card on the Hub. The local artifact is not modified.
 
-    on_plan: bytes to verify. on_progress: bytes verified.
-    Raises: VerificationError for an artifact that is not whole; UsageError; HubError. The artifact stays as it is.
+    Publishing the same content again changes nothing.
+
+    Args:
+        artifact: Directory of the artifact.
+        repository: Name of the repository, `owner/name`. It is created if it does not exist.
+        card: Options for the model card.
+        options: Other options.
+        token: Token for the Hub. None uses the stored token, False sends none.
+        transfer: Sizes and retries of requests.
+        workers: Number of threads that verify the artifact. The default is the number of usable cores.
+        on_plan: Called once with the number of bytes to verify.
+        on_progress: Called with the number of bytes verified since the last call.
+
+    Returns:
+        What was published, or what would be published by a run without `dry_run`.
+
+    Raises:
+        VerificationError: The artifact is damaged.
+        UsageError: An option is invalid, or the licence must be confirmed.
+        HubError: The repository cannot be read or written.
     """
     artifact, options = Path(artifact), options or PublishOptions()
     check_repository_name(repository)
@@ -104,16 +137,16 @@ def publish(
     prepared = prepare_card(artifact, repository, card or CardOptions(), signed=signed, token=token)
     if prepared.concern is not None and not (options.confirm_license or options.dry_run):
         raise UsageError(
-            f"{repository}: {prepared.concern}. Look at the licence, name it with ",
+            f"{repository}: {prepared.concern}. Check the licence, specify it with ",
             Option("license"),
-            ", or publish all the same with ",
+            ", or publish anyway with ",
             Option("confirm_license", True),
         )
     publication = prepare(artifact, prepared.text)
     uploader = Uploader(repository, token=token, transfer=transfer)
     main = uploader.open(None)
     if main is not None and options.private and not uploader.is_private():
-        raise HubError(repository, "is public, and was to be private", next_step="Choose another name")
+        raise HubError(repository, "is public, but a private repository was requested", next_step="Choose another name")
     target = main if options.is_main or main is None else uploader.open(options.branch)
     if options.sign_key is not None:
         requests = uploader.pull_requests(publication.title) if options.create_pr and main is not None else ()
@@ -140,9 +173,9 @@ def _upload(
     main: RemoteRepository | None,
     target: RemoteRepository | None,
 ) -> Made:
-    """Make the repository and the branch where they are missing, upload in one commit, and look whether it is there.
+    """Create the repository and the branch if needed, upload in one commit, and check the result.
 
-    main, target: the main branch, and the branch that is published to, as they are; None where they are missing.
+    `main` is the main branch and `target` the branch to publish to. They are None if they do not exist.
     """
     if main is None:
         uploader.create(private=options.private)
@@ -168,26 +201,26 @@ def _refuse_damaged(
         return
     shown = [finding.message for finding in report.findings[:_SHOWN_FINDINGS]]
     more = len(report.findings) - len(shown)
-    text = "\n".join([*shown, *([f"and {more} findings more"] if more else [])])
+    text = "\n".join([*shown, *([f"and {more} more findings"] if more else [])])
     hint: Words = ()
     if any(finding.file == CARD_NAME for finding in report.findings):
-        hint = ("\nA model card of your own is published with ", Option("card", "FILE"))
-    raise VerificationError(f"{artifact}: is not whole and is not published:\n{text}", *hint)
+        hint = ("\nTo publish a model card of your own, use ", Option("card", "FILE"))
+    raise VerificationError(f"{artifact}: is damaged and is not published:\n{text}", *hint)
 
 
 def _signature(
     publication: Publication, signed_before: Iterable[RemoteRepository], repository: str, key: Path
 ) -> bytes:
-    """Return the signature that the repository has, if it is this key's of these files, or else a new one.
+    """Return the signature in the repository if it is by this key and valid for these files, otherwise a new one.
 
-    A new one has other bytes each time: a second commit for nothing.
+    Every new signature has other bytes, and would make another commit although nothing changed.
     """
     with tempfile.TemporaryDirectory() as folder:
         public = Path(folder) / "key.pub"
         public.write_bytes(public_key_of(key))
         for opened in signed_before:
             if SIGNATURE_NAME in opened.files:
-                with suppress(InvalidFileError):  # of other files or another key: a new one replaces it
+                with suppress(InvalidFileError):  # of other files or by another key: a new one replaces it
                     old = opened.read_small(SIGNATURE_NAME, max_nbytes=MAX_SIGNATURE_NBYTES)
                     check_signature(old, publication.digests, public, where=SIGNATURE_NAME)
                     return old
@@ -199,20 +232,20 @@ def _opened(uploader: Uploader, revision: str) -> RemoteRepository:
     if opened is None:
         raise HubError(
             uploader.repository,
-            f"{revision!r} cannot be read after it was made",
+            f"{revision!r} cannot be read after it was created",
             next_step="Run the same command again",
         )
     return opened
 
 
 def _check_arrived(opened: RemoteRepository, publication: Publication) -> None:
-    """The commit must hold what was verified: a file may have changed on the disk, or be ignored by the repository."""
+    """Check that the commit has the verified files. A file may have changed on disk or be ignored by the repository."""
     if not holds(opened, publication.files):
         wrong = [name for name, file in publication.files.items() if not file.is_like(opened.files.get(name))]
         raise HubError(
             opened.name,
-            f"commit {opened.commit[:12]} does not hold what was published: {', '.join(wrong[:5])}",
-            next_step="If no file was changed meanwhile and no .gitignore there leaves it out, publish again",
+            f"commit {opened.commit[:12]} does not have the files that were published: {', '.join(wrong[:5])}",
+            next_step="Check whether a .gitignore of the repository excludes them, then publish again",
         )
 
 

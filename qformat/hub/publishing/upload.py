@@ -1,7 +1,7 @@
-"""Put files into a repository of the Hub: one commit, on a known parent, however often the connection breaks.
+"""Uploads to a repository of the Hub in one commit on a known parent, although connections may break.
 
-huggingface_hub uploads the files and skips those that the Hub has. It does not retry the commit, and a commit whose
-answer was lost must not be made twice: before every further attempt the repository is looked at.
+huggingface_hub uploads the files and skips those that the Hub has. It does not retry the commit. A commit whose
+response was lost must not be made twice, so the repository is checked before every further attempt.
 """
 
 from __future__ import annotations
@@ -26,29 +26,39 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 ANSWER_TIMEOUT_S = 300.0
-"""Of silence, while files are sent or a commit is made; huggingface_hub itself waits for ever."""
+"""Time without data after which an upload or a commit fails. huggingface_hub itself has no limit."""
 
 _UPLOAD_ATTEMPTS = 4
-"""Of a whole call of huggingface_hub, which retries most of its requests itself."""
+"""Number of attempts of a call of huggingface_hub, which retries most of its requests itself."""
 
 _MAX_PULL_REQUESTS = 200
 _SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=\?)[^\s'\"]+")
-"""Tokens, and what makes an address of an upload a secret for hours."""
-
+"""Tokens, and the signed part of upload URLs, which is valid for hours."""
 
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A commit that holds what was to be published. pull_request: its address."""
+    """A commit with the published files.
+
+    Attributes:
+        commit: Hash of the commit.
+        pull_request: URL of the pull request, or None if there is none.
+    """
 
     commit: str
     pull_request: str | None = None
 
 
 class Uploader:
-    """Writes to one repository. token: as for huggingface_hub: None takes the user's own."""
+    """Writes to one repository.
+
+    Args:
+        repository: Name of the repository, `owner/name`.
+        token: Token for the Hub. None uses HF_TOKEN or the stored token, False sends none.
+        transfer: Sizes and retries of requests.
+    """
 
     def __init__(
         self, repository: str, *, token: str | bool | None = None, transfer: Transfer = DEFAULT_TRANSFER
@@ -62,7 +72,11 @@ class Uploader:
         self._api = HfApi(endpoint=self._endpoint, token=token, library_name="qformat", library_version=__version__)
 
     def open(self, revision: str | None) -> RemoteRepository | None:
-        """Return the repository as it is, None where there is none. Raises HubError."""
+        """Return the repository at a revision, or None if it does not exist.
+
+        Raises:
+            HubError: The repository cannot be read.
+        """
         try:
             return open_repository(
                 self.repository, revision=revision, token=self._token, transfer=self._transfer, error=ArtifactError
@@ -73,20 +87,20 @@ class Uploader:
             raise
 
     def create(self, *, private: bool) -> None:
-        """Make the repository, unless it is there."""
+        """Create the repository if it does not exist."""
         self._attempt(
-            "making the repository",
+            "creating the repository",
             lambda: self._api.create_repo(self.repository, private=private, exist_ok=True),
         )
 
     def is_private(self) -> bool:
-        """Whether the repository can be read only by those whom its owner names."""
-        return bool(self._attempt("its settings", lambda: self._api.model_info(self.repository)).private)
+        """Return whether the repository is private."""
+        return bool(self._attempt("reading its settings", lambda: self._api.model_info(self.repository)).private)
 
     def create_branch(self, branch: str) -> None:
-        """Make a branch from the main one, unless it is there."""
+        """Create a branch from the main branch if it does not exist."""
         self._attempt(
-            f"making the branch {branch!r}",
+            f"creating the branch {branch!r}",
             lambda: self._api.create_branch(self.repository, branch=branch, exist_ok=True),
         )
 
@@ -100,9 +114,22 @@ class Uploader:
         branch: str = DEFAULT_REVISION,
         create_pr: bool = False,
     ) -> Made:
-        """Upload what `parent` has not, and make one commit of it and of the removals.
+        """Upload the files that differ from `parent`, and commit them together with the removals.
 
-        Raises: HubError, also where somebody else made a commit meanwhile; UsageError for a card that is refused.
+        Args:
+            files: Files that the commit must have.
+            parent: The repository at the parent commit.
+            removed: Files to remove.
+            title: Title of the commit.
+            branch: Branch to commit to.
+            create_pr: Open a pull request instead.
+
+        Returns:
+            The commit.
+
+        Raises:
+            HubError: The upload failed, or another commit was made meanwhile.
+            UsageError: The Hub rejects the model card.
         """
         from huggingface_hub import CommitOperationDelete
 
@@ -130,18 +157,23 @@ class Uploader:
                 )
                 return Made(info.oid, info.pr_url)
 
-            return self._attempt("the commit", make, instead=made)
+            return self._attempt("committing", make, instead=made)
 
     def pull_request(self, files: Mapping[str, PublishedFile], title: str) -> Made | None:
-        """Return the open pull request that holds these files, if there is one of this title."""
+        """Return the open pull request with these files, or None.
+
+        Args:
+            files: Files that the pull request must have.
+            title: Title of the pull request.
+        """
         for address, opened in self.pull_requests(title):
             if holds(opened, files):
                 return Made(opened.commit, address)
         return None
 
     def pull_requests(self, title: str) -> Iterator[tuple[str, RemoteRepository]]:
-        """Yield address and content of each open pull request of a title."""
-        listed = self._attempt("its pull requests", lambda: [*islice(self._discussions(), _MAX_PULL_REQUESTS)])
+        """Yield URL and content of each open pull request with a title."""
+        listed = self._attempt("reading its pull requests", lambda: [*islice(self._discussions(), _MAX_PULL_REQUESTS)])
         for entry in listed:
             if entry.title == title and (opened := self.open(f"refs/pr/{entry.num}")) is not None:
                 yield f"{self._endpoint}/{self.repository}/discussions/{entry.num}", opened
@@ -150,8 +182,10 @@ class Uploader:
         return self._api.get_repo_discussions(self.repository, discussion_type="pull_request", discussion_status="open")
 
     def _made_after_all(self, files: Mapping[str, PublishedFile], parent: RemoteRepository, branch: str) -> Made | None:
-        """Return the commit if it was made although its answer was lost. Raises HubError if there is another one."""
-        head = self._attempt("its newest commit", lambda: self._api.model_info(self.repository, revision=branch))
+        """Return the commit if it was made although its response was lost. Raise HubError after another commit."""
+        head = self._attempt(
+            "reading its newest commit", lambda: self._api.model_info(self.repository, revision=branch)
+        )
         if head.sha == parent.commit:
             return None
         opened = self.open(branch)
@@ -159,16 +193,16 @@ class Uploader:
             return Made(opened.commit)
         raise HubError(
             self.repository,
-            f"somebody else made the commit {(head.sha or 'of no name')[:12]} on {branch!r} meanwhile",
-            next_step="Look at it, then run the same command again: what is uploaded is not sent twice",
+            f"another commit was made on {branch!r} meanwhile: {(head.sha or 'unknown')[:12]}",
+            next_step="Check it, then run the same command again, which does not upload files twice",
         )
 
     def _attempt(
         self, what: str, call: Callable[[], _Result], *, instead: Callable[[], _Result | None] = lambda: None
     ) -> _Result:
-        """Make a call of huggingface_hub until it succeeds, what cannot pass happens, or patience is at its end.
+        """Repeat a call of huggingface_hub until it succeeds, fails permanently, or has failed too often.
 
-        instead: asked after a failed request for a commit whether the call had its effect all the same.
+        After a failed commit request, `instead` returns the result if the call has succeeded nevertheless.
         """
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -182,7 +216,7 @@ class Uploader:
                 next_step = "Unset HF_HUB_OFFLINE" if isinstance(problem, OfflineModeIsEnabled) else _LOG_IN
                 raise HubError(self.repository, f"{what}: {_text(problem)}", next_step=next_step) from None
             except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as problem:
-                # A failed upload of one file comes as a RuntimeError that names it.
+                # A failed upload of a file raises a RuntimeError with the name of the file.
                 cause = problem.__cause__ if isinstance(problem, RuntimeError) else problem
                 if not isinstance(cause, HfHubHTTPError | httpx2.TransportError):
                     raise
@@ -191,17 +225,17 @@ class Uploader:
                 if isinstance(cause, HfHubHTTPError) and cause.response.status_code not in RETRIED_STATUSES:
                     raise self._refusal(what, cause) from None
                 retries.failed(_text(cause), attempts=attempts)
-            except ValueError as problem:  # the Hub's own validation of the card
+            except ValueError as problem:  # the Hub's validation of the card
                 raise UsageError(f"{self.repository}: {what}: {_text(problem)}") from None
 
     def _refusal(self, what: str, problem: HfHubHTTPError) -> HubError:
         status, code = problem.response.status_code, problem.response.headers.get("X-Error-Code")
         said = _SECRETS.sub("***", problem.server_message or "").strip()
         next_step = {
-            401: f"The token is missing or not accepted: {_LOG_IN}",
-            403: f"The token may not write there: {_LOG_IN} with a token that may",
-            404: "Check the name, and what the token may see",
-            412: "Somebody else changed the repository: run the same command again",
+            401: f"The token is missing or invalid: {_LOG_IN}",
+            403: f"The token has no permission to write: {_LOG_IN} with a token that has it",
+            404: "Check the name and the permissions of the token",
+            412: "Another commit was made meanwhile. Run the same command again",
         }.get(status, "Check the name and HF_ENDPOINT")
         text = f"{what}: the Hub answers {status}" + (f": {said.rstrip('.')}" if said else "")
         return HubError(self.repository, text, next_step=next_step, status=status, code=code)
@@ -211,13 +245,18 @@ _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def holds(repository: RemoteRepository, files: Mapping[str, PublishedFile]) -> bool:
-    """Whether a commit has all these files with these bytes."""
+    """Return whether a commit has all given files with the same content.
+
+    Args:
+        repository: The repository at the commit.
+        files: Files to compare with.
+    """
     return all(file.is_like(repository.files.get(name)) for name, file in files.items())
 
 
 @contextmanager
 def bounded_waits(seconds: float) -> Iterator[None]:
-    """Let the session of huggingface_hub give up on silence, inside the block."""
+    """Set the timeout of the session of huggingface_hub inside the block."""
     import httpx2
     from huggingface_hub import get_session
 
@@ -235,18 +274,18 @@ def _addition(file: PublishedFile) -> CommitOperationAdd:
 
     content = file.content if isinstance(file.content, bytes) else str(file.content)
     addition = CommitOperationAdd(file.name, content)
-    addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: a large file is not read once more for it
+    addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # already known, so that a large file is not read again
     return addition
 
 
 def _address(problem: HfHubHTTPError | httpx2.TransportError) -> str:
-    """Return the address of the request that failed."""
+    """Return the URL of the failed request."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return str((problem.response if isinstance(problem, HfHubHTTPError) else problem).request.url)
 
 
 def _text(problem: Exception) -> str:
-    """Return the first line of a message, without secrets."""
+    """Return the first line of a message without secrets."""
     lines = _SECRETS.sub("***", str(problem)).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(problem).__name__

@@ -1,10 +1,10 @@
-"""The local cache of the Hub's client, read as a repository: no request is made.
+"""The local cache of huggingface_hub, read as a repository without any request.
 
-    HF_HUB_CACHE/models--owner--name/refs/main              a commit's hash
-                                     snapshots/COMMIT/FILE  a link to
-                                     blobs/DIGEST           the bytes, named by the digest that the Hub gave
+    HF_HUB_CACHE/models--owner--name/refs/main              hash of a commit
+                                     snapshots/COMMIT/FILE  symbolic link to the blob
+                                     blobs/DIGEST           the content, under the digest that the Hub lists
 
-The client does not check what it downloads. Here the digest in a blob's name is taken at its word: readers compare.
+huggingface_hub does not check what it downloads. Readers compare the content with the digest in the blob's name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ _MAX_REF_NBYTES = 100
 
 
 class CachedRepository:
-    """A snapshot in the local cache: the files of its top folder that are there."""
+    """A snapshot in the local cache, with the files in its top directory.
+
+    Args:
+        name: Name of the repository, `owner/name`.
+        commit: Hash of the commit.
+        folder: Directory of the snapshot.
+        error: Type of the errors about files.
+    """
 
     def __init__(self, name: str, commit: str, folder: Path, *, error: type[InvalidFileError]) -> None:
         self.name = name
@@ -49,11 +56,22 @@ class CachedRepository:
         return str(self.folder)
 
     def read_small(self, path: str, *, max_nbytes: int) -> bytes:
-        """Return the bytes of a file, checked against the digest in its blob's name."""
+        """Return the content of a file, checked against the digest in its blob's name.
+
+        Args:
+            path: Name of the file.
+            max_nbytes: Largest accepted file in bytes.
+
+        Raises:
+            InvalidFileError: The file does not exist (missing_file), is too large (json_limit), or has another digest
+                (file_digest).
+        """
         file = self.file(path)
         if file.nbytes > max_nbytes:
             raise self._error(
-                Reason.JSON_LIMIT, self.folder / path, f"{file.nbytes} bytes, at most {max_nbytes} are read"
+                Reason.JSON_LIMIT,
+                self.folder / path,
+                f"the file has {file.nbytes} bytes, at most {max_nbytes} are allowed",
             )
         data = bytearray(file.nbytes)
         self.read_range(path, 0, memoryview(data))
@@ -61,14 +79,25 @@ class CachedRepository:
         return bytes(data)
 
     def read_range(self, path: str, start: int, out: memoryview, *, on_bytes: ReadBytes = lambda nbytes: None) -> None:
-        """Fill `out` with the file's bytes from `start` on."""
+        """Read a range of bytes of a file.
+
+        Args:
+            path: Name of the file.
+            start: First byte of the range.
+            out: Buffer to fill. Its length is the length of the range.
+            on_bytes: Called once with the number of bytes.
+
+        Raises:
+            InvalidFileError: The file does not exist (missing_file) or is too short (truncated).
+        """
         read_exactly(self._descriptors[self.file(path).path], start, out, path=self.folder / path, error=self._error)
         on_bytes(len(out))
 
     def check(self, paths: Iterable[str]) -> None:
-        """Read whole files and compare them with their digests: what is not hashed while it is converted.
+        """Compare files with their digests. It is for files that are not hashed during the conversion.
 
-        Raises `error` (file_digest).
+        Raises:
+            InvalidFileError: A digest differs (file_digest).
         """
         for path in paths:
             file, shown = self.file(path), self.folder / path
@@ -80,15 +109,19 @@ class CachedRepository:
                 raise digest_error(str(shown), found, file.sha256, self._error)
 
     def close(self) -> None:
-        """Close every file."""
+        """Close all files."""
         self._open_files.close()
 
     def file(self, path: str) -> RemoteFile:
-        """Return a file that is there. Raises `error` (missing_file)."""
+        """Return the entry of a file.
+
+        Raises:
+            InvalidFileError: The file is not in the cache (missing_file).
+        """
         if path not in self.files:
             raise self._error(
                 Reason.MISSING_FILE, self.folder / path, "is not in the local cache",
-                next_step=("Fetch it: leave out ", Option("offline"), ", or unset HF_HUB_OFFLINE"),
+                next_step=("To download it, leave out ", Option("offline"), ", or unset HF_HUB_OFFLINE"),
             )  # fmt: skip
         return self.files[path]
 
@@ -97,8 +130,8 @@ class CachedRepository:
         digest = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
         if not _DIGEST.fullmatch(digest):
             raise self._error(
-                Reason.NOT_A_REGULAR_FILE, path, "is no link to a blob, as the Hub's client makes them",
-                next_step="Give the folder itself as the source if it is a checkpoint of yours",
+                Reason.NOT_A_REGULAR_FILE, path, "is not a symbolic link to a blob of the cache",
+                next_step="If the directory is a checkpoint of your own, specify its path as the source",
             )  # fmt: skip
         descriptor = self._open_files.enter_context(open_regular(self.folder, name, error=self._error))
         self._descriptors[name] = descriptor
@@ -107,10 +140,16 @@ class CachedRepository:
 
 
 def find_in_cache(name: str, revision: str, *, error: type[InvalidFileError] = SourceError) -> CachedRepository | None:
-    """Return a repository's snapshot in the local cache, None where there is none.
+    """Return the snapshot of a repository in the local cache, or None if the cache does not have it.
 
-    revision: what the cache's own notes say about a branch or tag counts, since nobody else is asked.
-    Raises: UsageError for names that can be none; `error` for what is no cache of the Hub's client.
+    Args:
+        name: Name of the repository, `owner/name`.
+        revision: Branch, tag or commit. The cache records the commits of branches and tags.
+        error: Type of the errors about files.
+
+    Raises:
+        UsageError: The name of the repository or the revision is invalid.
+        InvalidFileError: The snapshot has files that huggingface_hub did not create. The error is of type `error`.
     """
     folder = _folder(check_repository_name(name))
     commit = revision if is_commit(check_revision(revision)) else _read_ref(folder / "refs" / revision)
@@ -120,9 +159,15 @@ def find_in_cache(name: str, revision: str, *, error: type[InvalidFileError] = S
 
 
 def note_ref(name: str, revision: str, commit: str) -> None:
-    """Note down which commit a branch or tag is, as the client does when it downloads one by its name.
+    """Record the commit of a branch or tag in the cache, as huggingface_hub does when it downloads by name.
 
-    Raises TargetError.
+    Args:
+        name: Name of the repository, `owner/name`.
+        revision: Branch or tag. A commit hash is not recorded.
+        commit: Hash of the commit.
+
+    Raises:
+        TargetError: The cache cannot be written.
     """
     if not is_commit(revision):
         disk, path = Disk(), _folder(name) / "refs" / check_revision(revision)

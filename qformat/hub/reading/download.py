@@ -1,4 +1,4 @@
-"""Download files of a repository into the local cache, by huggingface_hub itself, as other programs expect them."""
+"""Downloads of files to the local cache by huggingface_hub, in the layout that other programs expect."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ from qformat.hub.reading.transport import RETRIED_STATUSES, Retries
 
 
 def download(repository: Repository, paths: Sequence[str], *, revision: str, patience: Patience) -> None:
-    """Bring files into the local cache. What is there already is not fetched again; a broken download is continued.
+    """Download files to the local cache. Existing files are not fetched again; an interrupted download resumes.
 
-    revision: a name that the cache notes down for the repository's commit. patience: of the attempts here.
-    The client retries some of its requests and not others: whatever may pass is tried again here.
-    Raises: HubError; TargetError for a cache that cannot be written.
+    huggingface_hub does not retry all of its requests, so transient failures are retried here.
+
+    Args:
+        repository: Repository to download from.
+        paths: Files to download.
+        revision: Branch or tag that the cache records for the commit of the repository.
+        patience: Number of attempts and the pauses between them.
+
+    Raises:
+        HubError: The download failed.
+        TargetError: The cache cannot be written.
     """
     import httpx2
     from huggingface_hub import errors, snapshot_download
@@ -27,14 +35,14 @@ def download(repository: Repository, paths: Sequence[str], *, revision: str, pat
             snapshot_download(repository.name, revision=repository.commit, allow_patterns=[_literal(p) for p in paths])
             note_ref(repository.name, revision, repository.commit)
             return
-        except errors.LocalEntryNotFoundError as problem:  # no connection, or no answer in time
+        except errors.LocalEntryNotFoundError as problem:  # no connection, or a timeout
             retries.failed(_first_line(problem))
         except errors.HfHubHTTPError as problem:
             status = problem.response.status_code
             if status not in RETRIED_STATUSES:
                 raise HubError(
                     repository.name, f"the download: {_first_line(problem)}", status=status,
-                    next_step="Check what the token may do, or log in with `hf auth login`",
+                    next_step="Check the permissions of the token, or log in with `hf auth login`",
                 ) from None  # fmt: skip
             retries.failed(f"the server answers {status}")
         except httpx2.TransportError as problem:
@@ -42,7 +50,7 @@ def download(repository: Repository, paths: Sequence[str], *, revision: str, pat
         except OSError as problem:
             raise HubError(
                 repository.name, f"the download: {problem.strerror or problem}",
-                next_step=("Make room for the 16-bit checkpoint, or leave out ", Option("keep_source")),
+                next_step=("Free disk space for the 16-bit checkpoint, or leave out ", Option("keep_source")),
             ) from None  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""An artifact in a repository of the Hub: its manifest, and what the listing of the commit says beside it.
+"""An artifact in a repository of the Hub: its manifest, compared with the listing of the commit.
 
-The Hub names the SHA-256 of every file in large-file storage, so that a manifest can be compared with a repository
-without fetching one shard.
+The Hub lists the SHA-256 of every file in large-file storage, so a manifest can be compared with a repository without
+downloading the shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ _WEIGHTS = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class PublishedArtifact:
-    """A repository at one commit and the manifest of the artifact in it, with its bytes."""
+    """An artifact in a repository at one commit.
+
+    Attributes:
+        repository: The repository.
+        manifest: Manifest of the artifact.
+        manifest_bytes: Content of the manifest file.
+    """
 
     repository: Repository
     manifest: Manifest
@@ -31,65 +37,69 @@ class PublishedArtifact:
 
     @property
     def where(self) -> Path:
-        """The repository and its commit, as messages name it."""
+        """Repository and commit, for messages."""
         return Path(f"{self.repository.name}@{self.repository.commit[:12]}")
 
     @property
     def signed(self) -> bool:
-        """Whether a signature lies beside the manifest."""
+        """Whether the repository has a signature."""
         return SIGNATURE_NAME in self.repository.files
 
     @property
     def n_files(self) -> int:
-        """How many files the artifact has, its manifest included and its signature left out."""
+        """Number of files of the artifact, including the manifest but not the signature."""
         return len(self.manifest.files) + 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of these files."""
+        """Size of these files in bytes."""
         return sum(record.nbytes for record in self.manifest.files.values()) + len(self.manifest_bytes)
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Files of the repository that are no part of the artifact; hidden ones are left out."""
+        """Files of the repository that do not belong to the artifact, without hidden files."""
         taken = {*self.manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
         return tuple(name for name in self.repository.files if name not in taken and not name.startswith("."))
 
 
 def read_published(repository: Repository) -> PublishedArtifact:
-    """Fetch the manifest of the artifact in a repository, checked against the commit's digest and its own.
+    """Read the manifest of the artifact in a repository, and check it against its digest and that of the commit.
 
-    Raises: ArtifactError, also where the repository holds no artifact; HubError.
+    Raises:
+        ArtifactError: The repository has no artifact (missing_file), or the manifest is invalid.
+        HubError: The manifest cannot be downloaded.
     """
     where = Path(f"{repository.name}@{repository.commit[:12]}")
     if MANIFEST_NAME not in repository.files:
         raise ArtifactError(
             Reason.MISSING_FILE,
             where / MANIFEST_NAME,
-            "there is no such file: the repository holds no qformat artifact",
-            next_step=f"To make one of a 16-bit checkpoint: qformat convert {repository.name} OUT",
+            "the file does not exist: the repository has no qformat artifact",
+            next_step=f"To convert a 16-bit checkpoint: qformat convert {repository.name} OUT",
         )
     data = repository.read_small(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES)
     return PublishedArtifact(repository, parse(data, where / MANIFEST_NAME), data)
 
 
 def listing_findings(published: PublishedArtifact) -> Iterator[Finding]:
-    """Yield where the listing of the commit contradicts the manifest: missing, other sizes, other SHA-256, more shards.
+    """Yield the contradictions between listing and manifest: missing files, sizes, SHA-256 digests, unlisted shards.
 
-    A file outside of large-file storage is known to the Hub by another digest, and is not compared here.
+    The Hub does not list the SHA-256 of files outside of large-file storage, so only their sizes are compared.
     """
     files = published.repository.files
     for name, record in published.manifest.files.items():
         path = published.where / name
         if name not in files:
-            yield Finding(Reason.MISSING_FILE, name, f"{path}: there is no such file in the repository")
+            yield Finding(Reason.MISSING_FILE, name, f"{path}: the file does not exist in the repository")
         elif files[name].nbytes != record.nbytes:
-            message = f"{path}: {files[name].nbytes} bytes, expected {record.nbytes}"
+            message = f"{path}: found {files[name].nbytes} bytes, expected {record.nbytes}"
             yield Finding(Reason.FILE_SIZE, name, message)
         elif files[name].sha256 not in {None, record.sha256}:
-            message = f"{path}: is another file: SHA-256 {files[name].sha256}, expected {record.sha256}"
+            message = (
+                f"{path}: does not match the manifest: found SHA-256 {files[name].sha256}, expected {record.sha256}"
+            )
             yield Finding(Reason.FILE_DIGEST, name, message)
     for name in files:
         if "/" not in name and name.endswith(_WEIGHTS) and name not in published.manifest.files:
-            message = f"{published.where / name}: is not in the manifest, and some readers would take it for a shard"
+            message = f"{published.where / name}: is not in the manifest, and some readers would load it as a shard"
             yield Finding(Reason.EXTRA_FILE, name, message)

@@ -1,4 +1,4 @@
-"""What the Hub means when it refuses: its error codes and messages as errors that say what to do."""
+"""Errors for requests that the Hub rejects, with the next step for each of its error codes."""
 
 from __future__ import annotations
 
@@ -16,30 +16,44 @@ _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def refusal(repository: str, what: str, *, status: int, code: str | None, reason: str, endpoint: str) -> HubError:
-    """Return the error for an answer that will not change by asking again."""
+    """Return the error for a rejected request that a retry would not fix.
+
+    Args:
+        repository: Name of the repository.
+        what: Content of the request, for messages.
+        status: HTTP status.
+        code: Error code of the Hub (X-Error-Code), or None.
+        reason: Message of the server, or an empty text.
+        endpoint: Address of the Hub.
+    """
     said = f": {reason}" if reason else ""
     next_step: str | Words
     if code == "GatedRepo":
         problem = f"access is gated{said}"
-        next_step = f"Ask for access at {endpoint}/{repository}, then {_LOG_IN}"
+        next_step = f"Request access at {endpoint}/{repository}, then {_LOG_IN}"
     elif code == "RevisionNotFound":
-        problem, next_step = f"{what}: there is no such revision{said}", ("Check ", Option("revision"))
+        problem, next_step = f"{what}: the revision does not exist{said}", ("Check ", Option("revision"))
     elif code == "EntryNotFound":
-        problem, next_step = f"{what}: there is no such file{said}", "Check the repository's files"
+        problem, next_step = f"{what}: the file does not exist{said}", "Check the repository's files"
     elif status == 401 and "credentials" in reason.lower():
-        problem, next_step = f"the token is not accepted{said}", f"Check it, or {_LOG_IN}"
+        problem, next_step = f"the token is invalid{said}", f"Check it, or {_LOG_IN}"
     elif code == "RepoNotFound" or (code is None and status in {401, 404}):
-        problem = f"there is no such repository, or it is private{said}"
+        problem = f"the repository does not exist or is private{said}"
         next_step = f"Check the name; if it is private, {_LOG_IN}"
     elif status == 403:
-        problem, next_step = f"{what}: access is refused{said}", f"Check what the token may do, or {_LOG_IN}"
+        problem, next_step = f"{what}: access is denied{said}", f"Check the permissions of the token, or {_LOG_IN}"
     else:
         problem, next_step = f"{what}: the server answers {status}{said}", "Check the name and HF_ENDPOINT"
     return HubError(repository, problem, next_step=next_step, status=status, code=code)
 
 
 def server_reason(response: httpx2.Response, *, secret: str) -> str:
-    """Return what the server gives as its reason, in one short line without the secret, or nothing."""
+    """Return the server's message in one short line, or an empty text.
+
+    Args:
+        response: The response. Its body may be read.
+        secret: Token to hide in the message.
+    """
     text = response.headers.get("X-Error-Message", "") or _from_body(response)
     if secret:
         text = text.replace(secret, "***")

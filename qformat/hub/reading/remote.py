@@ -1,12 +1,12 @@
-"""A repository on the Hub at one commit: its files, small ones whole, large ones by byte range.
+"""A repository on the Hub at one commit. Small files are read completely, large ones by byte range.
 
     repository = open_repository("owner/name", revision="main")
-    repository.commit                                   # the branch may move from here on: this does not
+    repository.commit                                   # stays the same if the branch moves
     repository.files["model.safetensors"].sha256
     repository.read_small("config.json", max_nbytes=2**20)
     repository.read_range("model.safetensors", 8, memoryview(bytearray(1000)))
 
-Everything that arrives is checked against what the listing of the commit says: sizes, and the digests of whole files.
+All data is checked against the listing of the commit: sizes, and the digests of files that are read completely.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 DEFAULT_REVISION = "main"
 
 MAX_FILES = 100_000
-"""Files that a listing may have."""
+"""Largest number of files in a listing."""
 
 _MAX_ANSWER_NBYTES = 32 * 2**20
 _PROGRESS_NBYTES = 65536
-"""An attempt that brings this much was worth it: failures before it do not count any more."""
+"""An attempt that transfers this many bytes resets the count of failures."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)")
 _NEXT_PAGE = re.compile(r'<([^<>]+)>\s*;\s*rel="next"')
@@ -46,9 +46,13 @@ _SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
 class RemoteRepository:
-    """A repository at one commit. Safe to use from several threads.
+    """A repository on the Hub at one commit. It is thread-safe.
 
-    error: the type of the errors that name a file of it (SourceError, ArtifactError).
+    Args:
+        transport: Requests to the repository.
+        commit: Hash of the commit.
+        files: Listing of the commit.
+        error: Type of the errors about files, SourceError or ArtifactError.
     """
 
     def __init__(
@@ -67,18 +71,27 @@ class RemoteRepository:
         return f"{self.name}@{self.commit[:12]}"
 
     def close(self) -> None:
-        """Let no request wait any longer: those in progress end with an error."""
+        """End all pauses between attempts: requests in progress end with an error."""
         self._transport.close()
 
     def read_small(self, path: str, *, max_nbytes: int) -> bytes:
-        """Return the bytes of a file, checked against the digest that the commit has for it.
+        """Return the content of a file, checked against the digest in the listing.
 
-        Raises: `error` (missing_file, json_limit when larger than max_nbytes, file_digest); HubError.
+        Args:
+            path: Path in the repository.
+            max_nbytes: Largest accepted file in bytes.
+
+        Raises:
+            InvalidFileError: The file does not exist (missing_file), is too large (json_limit), or has another digest
+                (file_digest).
+            HubError: The file cannot be downloaded.
         """
         file = self.file(path)
         if file.nbytes > max_nbytes:
             raise self._error(
-                Reason.JSON_LIMIT, f"{self}/{path}", f"{file.nbytes} bytes, at most {max_nbytes} are read"
+                Reason.JSON_LIMIT,
+                f"{self}/{path}",
+                f"the file has {file.nbytes} bytes, at most {max_nbytes} are allowed",
             )
         data = bytearray(file.nbytes)
         self.read_range(path, 0, memoryview(data))
@@ -86,14 +99,25 @@ class RemoteRepository:
         return bytes(data)
 
     def read_range(self, path: str, start: int, out: memoryview, *, on_bytes: ReadBytes = lambda nbytes: None) -> None:
-        """Fill `out` with the file's bytes from `start` on; a broken answer is continued where it broke.
+        """Read a range of bytes of a file. A broken transfer resumes where it stopped.
 
-        on_bytes: told of bytes as they arrive; an exception of its own ends the transfer.
-        Raises: `error` (missing_file, truncated, source_changed); HubError.
+        Args:
+            path: Path in the repository.
+            start: First byte of the range.
+            out: Buffer to fill. Its length is the length of the range.
+            on_bytes: Called with the number of bytes that arrived since the last call. An exception that it raises
+                ends the transfer.
+
+        Raises:
+            InvalidFileError: The file does not exist (missing_file), is too short (truncated), or has changed
+                (source_changed).
+            HubError: The range cannot be downloaded.
         """
         file = self.file(path)
         if start + len(out) > file.nbytes:
-            raise self._error(Reason.TRUNCATED, f"{self}/{path}", f"{file.nbytes} bytes, expected {start + len(out)}")
+            raise self._error(
+                Reason.TRUNCATED, f"{self}/{path}", f"found {file.nbytes} bytes, expected {start + len(out)}"
+            )
         retries = self._transport.retries(f"bytes {start} to {start + len(out)} of {path}")
         done = 0
 
@@ -108,15 +132,19 @@ class RemoteRepository:
                 self._receive(file, start + done, start + len(out), take, retries)
 
     def file(self, path: str) -> RemoteFile:
-        """Return the listed file. Raises `error` (missing_file)."""
+        """Return the entry of a file in the listing.
+
+        Raises:
+            InvalidFileError: The file does not exist (missing_file).
+        """
         if path not in self.files:
-            raise self._error(Reason.MISSING_FILE, f"{self}/{path}", "there is no such file in the repository")
+            raise self._error(Reason.MISSING_FILE, f"{self}/{path}", "does not exist in the repository")
         return self.files[path]
 
     def _receive(
         self, file: RemoteFile, start: int, stop: int, take: Callable[[bytes], None], retries: Retries
     ) -> None:
-        """Make one request for bytes [start, stop) and hand on what comes. Raises what `attempt` counts."""
+        """Request bytes [start, stop) once and pass them to `take`. Raise errors that `attempt` counts."""
         with self._answer(file, start, stop) as response:
             skipped = self._nbytes_before(response, file, start, stop)
             started, came, position = time.monotonic(), 0, start - skipped
@@ -131,11 +159,11 @@ class RemoteRepository:
                 if position >= stop:
                     return
                 self._transport.refuse_trickle(came, time.monotonic() - started)
-        raise Unusable(f"the answer ended {stop - position} bytes early")
+        raise Unusable(f"the response ended {stop - position} bytes early")
 
     @contextmanager
     def _answer(self, file: RemoteFile, start: int, stop: int) -> Iterator[httpx2.Response]:
-        """Ask for a range where the file was found before, or else through the Hub, and check whose bytes they are."""
+        """Request a range from the last known URL of the file or from the Hub, and check that it is the same file."""
         remembered = self._addresses.get(file.path)
         url = remembered or self._address(file.path)
         asked = {"Range": f"bytes={start}-{stop - 1}"}
@@ -144,10 +172,10 @@ class RemoteRepository:
                 answer = stack.enter_context(self._transport.open(url, file.path, asked))
             except HubError as refused:
                 if refused.status == 416:
-                    raise self._changed(file, f"it has no bytes {start} to {stop} any more") from None
+                    raise self._changed(file, f"it no longer has the bytes {start} to {stop}") from None
                 raise
             except BaseException:
-                self._addresses.pop(file.path, None)  # it may have expired: the next attempt asks the Hub again
+                self._addresses.pop(file.path, None)  # the URL may have expired: the next attempt asks the Hub again
                 raise
             if answer.linked is not None:
                 self._check_identity(file, answer.linked)
@@ -161,53 +189,53 @@ class RemoteRepository:
         return f"{self._transport.endpoint}/{self.name}/resolve/{self.commit}/{quote(path)}"
 
     def _check_identity(self, file: RemoteFile, headers: Mapping[str, str]) -> None:
-        """The Hub itself says which commit and which content it answers with: the listing's, or it was changed."""
+        """Check that the commit and the digest in the headers of the Hub are those of the listing."""
         commit = headers.get("X-Repo-Commit", self.commit)
         if commit != self.commit:
-            raise self._changed(file, f"the answer is of commit {commit[:40]!r}")
+            raise self._changed(file, f"the response is from commit {commit[:40]!r}")
         etag = _plain_etag(headers.get("X-Linked-ETag") or headers.get("ETag") or "")
         expected, form = (file.sha256, _SHA256) if file.sha256 is not None else (file.oid, _SHA1)
         if form.fullmatch(etag) and etag != expected:
-            raise self._changed(file, f"its ETag is {etag}, expected {expected}")
+            raise self._changed(file, f"found ETag {etag}, expected {expected}")
 
     def _check_same(self, file: RemoteFile, response: httpx2.Response) -> None:
-        """Whatever a storage calls the content, it must call it the same each time."""
+        """Check that the ETag of a storage server is the same in every response."""
         etag = _plain_etag(response.headers.get("ETag", ""))
         if not etag:
             return
         with self._lock:
             before = self._etags.setdefault((file.path, response.url.host), etag)
         if etag != before:
-            raise self._changed(file, f"its ETag is {etag[:80]!r}, and was {before[:80]!r}")
+            raise self._changed(file, f"found ETag {etag[:80]!r}, expected {before[:80]!r} as before")
 
     def _nbytes_before(self, response: httpx2.Response, file: RemoteFile, start: int, stop: int) -> int:
-        """Return how many bytes the answer holds before byte `start`; refuse one that holds something else."""
+        """Return the number of bytes in the response before byte `start`. Raise an error if it is another range."""
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
-            raise Unusable(f"the answer is encoded as {encoding[:40]!r}")
-        if response.status_code == 200:  # the whole file
+            raise Unusable(f"the response has the Content-Encoding {encoding[:40]!r}")
+        if response.status_code == 200:  # the complete file
             length = response.headers.get("Content-Length", str(file.nbytes))
             if length != str(file.nbytes):
-                raise self._changed(file, f"it has {length[:40]} bytes, expected {file.nbytes}")
+                raise self._changed(file, f"found {length[:40]} bytes, expected {file.nbytes}")
             if start > self._transport.transfer.max_skipped_nbytes:
                 raise Unusable(
-                    "the server sends the whole file instead of a range",
-                    next_step=("Store the source first with ", Option("keep_source", True)),
+                    "the server sends the complete file instead of a range",
+                    next_step=("Download the source first with ", Option("keep_source", True)),
                 )
             return start
         shown = response.headers.get("Content-Range", "")
         match = _CONTENT_RANGE.fullmatch(shown)
         if match is None or int(match[1]) != start or not start <= int(match[2]) < stop:
-            raise Unusable(f"the answer has the Content-Range {shown[:80]!r}, expected bytes {start}-{stop - 1}")
+            raise Unusable(f"the response has the Content-Range {shown[:80]!r}, expected bytes {start}-{stop - 1}")
         if match[3] not in {"*", str(file.nbytes)}:
-            raise self._changed(file, f"it has {match[3]} bytes, expected {file.nbytes}")
+            raise self._changed(file, f"found {match[3]} bytes, expected {file.nbytes}")
         return 0
 
     def _changed(self, file: RemoteFile, problem: str) -> InvalidFileError:
         return self._error(
             Reason.SOURCE_CHANGED,
             f"{self}/{file.path}",
-            f"was changed on the way or on the server: {problem}",
+            f"was changed in transit or on the server: {problem}",
             next_step="Run the same command again",
         )
 
@@ -220,12 +248,19 @@ def open_repository(
     transfer: Transfer = DEFAULT_TRANSFER,
     error: type[InvalidFileError] = SourceError,
 ) -> RemoteRepository:
-    """Ask the Hub for the commit of a revision and for its files.
+    """Request the commit of a revision and its listing from the Hub.
 
-    revision: branch, tag or commit, by default the main branch; a full commit hash costs no request.
-    token: None for the user's own, False for none.
-    Raises: UsageError for names that can be none; HubError; `error` (path_escapes) for a file name that leaves the
-    repository.
+    Args:
+        name: Name of the repository, `owner/name`.
+        revision: Branch, tag or commit. The default is the main branch. A full commit hash needs no request.
+        token: Token for the Hub. None uses the stored token, False sends none.
+        transfer: Sizes and retries of requests.
+        error: Type of the errors about files.
+
+    Raises:
+        UsageError: The name of the repository or the revision is invalid.
+        HubError: The repository cannot be read.
+        InvalidFileError: The path of a file leaves the repository (path_escapes). The error is of type `error`.
     """
     transport = Transport(check_repository_name(name), token=token, transfer=transfer)
     commit = _resolve(transport, check_revision(revision or DEFAULT_REVISION))
@@ -240,7 +275,7 @@ def _resolve(transport: Transport, revision: str) -> str:
     record, _ = _get_json(transport, url, what)
     commit = record.get("sha") if isinstance(record, dict) else None
     if not isinstance(commit, str) or not is_commit(commit):
-        raise _nonsense(transport, what, "it names no commit")
+        raise _nonsense(transport, what, "it has no commit hash")
     return commit
 
 
@@ -251,19 +286,19 @@ def _list_files(transport: Transport, commit: str, error: type[InvalidFileError]
     while url:
         page, headers = _get_json(transport, url, what)
         if not isinstance(page, list):
-            raise _nonsense(transport, what, "no list")
+            raise _nonsense(transport, what, "it is not a list")
         for entry in page:
             if isinstance(entry, dict) and entry.get("type") == "directory":
                 continue
             file = _listed(transport, what, entry)
             check_listed_path(file.path, repository=transport.repository, error=error)
             if file.path in files or len(files) == MAX_FILES:
-                raise _nonsense(transport, what, f"{file.path!r} twice, or more than {MAX_FILES} files")
+                raise _nonsense(transport, what, f"it lists {file.path!r} twice or more than {MAX_FILES} files")
             files[file.path] = file
         following = _NEXT_PAGE.search(headers.get("Link", "")) if page else None
         url = urljoin(url, following[1]) if following else ""
         if url and not transport.is_hub(url):
-            raise _nonsense(transport, what, "the next page is on another host")
+            raise _nonsense(transport, what, "its next page is on another host")
     return files
 
 
@@ -280,7 +315,7 @@ def _listed(transport: Transport, what: str, entry: strict_json.Json) -> RemoteF
             and (lfs is None or (isinstance(sha256, str) and _SHA256.fullmatch(sha256)))
         ):
             return RemoteFile(path, nbytes, oid, sha256 if isinstance(sha256, str) else None)
-    raise _nonsense(transport, what, f"an entry without path, size or digest: {str(entry)[:200]}")
+    raise _nonsense(transport, what, f"it has an entry without a path, size or digest: {str(entry)[:200]}")
 
 
 def _get_json(transport: Transport, url: str, what: str) -> tuple[strict_json.Json, Mapping[str, str]]:
@@ -292,9 +327,7 @@ def _get_json(transport: Transport, url: str, what: str) -> tuple[strict_json.Js
 
 
 def _nonsense(transport: Transport, what: str, problem: str) -> HubError:
-    return HubError(
-        transport.repository, f"{what}: the answer makes no sense: {problem}", next_step="Check HF_ENDPOINT"
-    )
+    return HubError(transport.repository, f"{what}: the response is invalid: {problem}", next_step="Check HF_ENDPOINT")
 
 
 def _plain_etag(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a repository at one commit is to its readers, whether it is read from the Hub or from the local cache."""
+"""Interface of a repository at one commit, which is read from the Hub or from the local cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ ReadBytes = Callable[[int], object]
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a listing. sha256: of a file in large-file storage; of another, git's blob hash is `oid`."""
+    """File in the listing of a repository.
+
+    Attributes:
+        path: Path in the repository.
+        nbytes: Size in bytes.
+        oid: Git's blob hash. For a file in large-file storage, it is the hash of the pointer file.
+        sha256: SHA-256 of a file in large-file storage, None for other files.
+    """
 
     path: str
     nbytes: int
@@ -23,35 +30,57 @@ class RemoteFile:
 
 
 class Repository(Protocol):
-    """A repository at one commit. Safe to use from several threads."""
+    """A repository at one commit. Implementations are thread-safe."""
 
     @property
     def name(self) -> str:
-        """The name, `owner/name`."""
+        """Name of the repository, `owner/name`."""
 
     @property
     def commit(self) -> str:
-        """The commit's hash."""
+        """Hash of the commit."""
 
     @property
     def files(self) -> Mapping[str, RemoteFile]:
-        """Every file of the commit that can be read here, by path."""
+        """Files of the commit that can be read, by path."""
 
     def file(self, path: str) -> RemoteFile:
-        """Return a file of that path, or say that there is none."""
+        """Return the file at a path. Raise an error if it does not exist."""
 
     def read_small(self, path: str, *, max_nbytes: int) -> bytes:
-        """Return the bytes of a file, checked against the digest that the commit has for it."""
+        """Return the content of a file, checked against the digest in the listing.
+
+        Args:
+            path: Path in the repository.
+            max_nbytes: Largest accepted file in bytes.
+        """
 
     def read_range(self, path: str, start: int, out: memoryview, *, on_bytes: ReadBytes = ...) -> None:
-        """Fill `out` with the file's bytes from `start` on; `on_bytes` is told of them as they arrive."""
+        """Read a range of bytes of a file.
+
+        Args:
+            path: Path in the repository.
+            start: First byte of the range.
+            out: Buffer to fill. Its length is the length of the range.
+            on_bytes: Called with the number of bytes that arrived since the last call.
+        """
 
     def close(self) -> None:
-        """Stop waiting for anything."""
+        """Release resources and end all waiting."""
 
 
 def check_digest(data: bytes | bytearray, file: RemoteFile, *, shown: str, error: type[InvalidFileError]) -> None:
-    """Compare the bytes of a whole file with what its commit says. Raises `error` (file_digest)."""
+    """Check the content of a file against the digest in the listing.
+
+    Args:
+        data: Content of the file.
+        file: Entry of the file in the listing.
+        shown: Name of the file in messages.
+        error: Type of the error to raise.
+
+    Raises:
+        InvalidFileError: The digest differs (file_digest). The error is of type `error`.
+    """
     if file.sha256 is not None:
         found, expected = hashlib.sha256(data).hexdigest(), file.sha256
     else:
@@ -61,18 +90,25 @@ def check_digest(data: bytes | bytearray, file: RemoteFile, *, shown: str, error
 
 
 def git_blob_oid(data: bytes | bytearray) -> str:
-    """Return git's hash of a file's bytes, by which the Hub names files outside of large-file storage."""
+    """Return git's blob hash of a file, which identifies files outside of large-file storage."""
     digest = hashlib.sha1(f"blob {len(data)}\0".encode(), usedforsecurity=False)
     digest.update(data)
     return digest.hexdigest()
 
 
 def digest_error(shown: str, found: str, expected: str, error: type[InvalidFileError]) -> InvalidFileError:
-    """Return the error for a file that has other bytes than its commit has."""
+    """Return the error for a file whose content differs from the commit.
+
+    Args:
+        shown: Name of the file in messages.
+        found: Digest of the content.
+        expected: Digest in the listing.
+        error: Type of the error.
+    """
     return error(
         Reason.FILE_DIGEST,
         shown,
-        f"has the digest {found}, expected {expected}: bytes were changed on the way, on the server or in the cache",
-        next_step="Run the same command again, which reads the file anew; if it lies in the local cache, "
+        f"has the digest {found}, expected {expected}: it was changed in transit, on the server or in the cache",
+        next_step="Run the same command again, which downloads the file again. If it is in the local cache, "
         "remove it there first (`hf cache verify` finds it)",
     )

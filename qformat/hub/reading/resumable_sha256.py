@@ -1,10 +1,10 @@
-"""SHA-256 (FIPS 180-4) whose state can be written down, so that an interrupted download is proved without its start.
+"""SHA-256 (FIPS 180-4) with a state that can be saved, so that an interrupted download can be checked when it resumes.
 
-hashlib keeps its state to itself: after a crash, every byte of a shard would have to be fetched again to know that the
-shard is what the Hub says. Here the state after any number of bytes is 32 bytes and a tail, which go into the journal.
+hashlib does not expose its state. After a crash, every byte of a shard would have to be fetched again to compute its
+SHA-256. Here the state after any number of bytes is 32 bytes and an incomplete block, which the journal records.
 
-OpenSSL has functions whose state lies open, beside those that hashlib calls: they take the blocks in (1,800 MB/s on a
-CPU with SHA instructions). Where none can be found, a plain loop does (300 MB/s there).
+The blocks are compressed by functions of OpenSSL with an accessible state, which exist beside those that hashlib calls
+(1,800 MB/s on a CPU with SHA instructions). If they are not available, a plain loop is used (300 MB/s on that CPU).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from qformat.errors import UsageError
 BLOCK_NBYTES = 64
 
 Compress = Callable[[NDArray[np.uint32], NDArray[np.uint8]], None]
-"""Takes whole blocks, flat bytes, into a state, uint32 [8]."""
+"""Compresses complete blocks, flat uint8, into a state, uint32 [8]."""
 
 _PRIMES = [n for n in range(2, 312) if all(n % divisor for divisor in range(2, n))]
 
 
 def _root_bits(number: int, power: int) -> int:
-    """Return the first 32 bits of the fraction of a square or cube root, exactly."""
+    """Return the first 32 bits of the fractional part of a square or cube root, exactly."""
     scaled, low, high = number << (32 * power), 0, 1 << 40
     while high - low > 1:
         middle = (low + high) // 2
@@ -46,7 +46,11 @@ _ROUND_CONSTANTS = np.array([_root_bits(prime, 3) for prime in _PRIMES], np.uint
 
 
 class ResumableSha256:
-    """A running SHA-256. compress: what takes blocks in, by default OpenSSL's, or else the plain loop."""
+    """SHA-256 of data that arrives in parts.
+
+    Args:
+        compress: Function that compresses blocks. The default is that of OpenSSL, or the plain loop without OpenSSL.
+    """
 
     def __init__(self, compress: Compress | None = None) -> None:
         self._compress = compress or find_openssl() or compress_plain
@@ -56,24 +60,28 @@ class ResumableSha256:
 
     @classmethod
     def from_text(cls, text: str) -> ResumableSha256:
-        """Continue from what `to_text` returned. Raises UsageError for anything else."""
+        """Restore a state that `to_text` returned.
+
+        Raises:
+            UsageError: The text is not such a state.
+        """
         try:
             count, state, tail = text.split(":")
             resumed = cls()
             resumed.nbytes, resumed._tail = int(count), bytes.fromhex(tail)
             resumed._state = np.frombuffer(bytes.fromhex(state), ">u4").astype(np.uint32)
         except ValueError:
-            raise UsageError("this is no state of a SHA-256") from None
+            raise UsageError("invalid state of a SHA-256") from None
         if resumed._state.size != 8 or resumed.nbytes < 0 or len(resumed._tail) != resumed.nbytes % BLOCK_NBYTES:
-            raise UsageError("this is no state of a SHA-256")
+            raise UsageError("invalid state of a SHA-256")
         return resumed
 
     def to_text(self) -> str:
-        """Return the state after the bytes so far."""
+        """Return the current state as text."""
         return f"{self.nbytes}:{self._state.astype('>u4').tobytes().hex()}:{self._tail.hex()}"
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
-        """Add bytes. The GIL is free meanwhile."""
+        """Add bytes. The GIL is released meanwhile."""
         view = memoryview(data).cast("B")
         self.nbytes += len(view)
         if self._tail:
@@ -90,7 +98,7 @@ class ResumableSha256:
         self._tail = bytes(view[whole:])
 
     def hexdigest(self) -> str:
-        """Return the SHA-256 of the bytes so far."""
+        """Return the SHA-256 of all bytes added so far."""
         padding = b"\x80" + bytes(-(self.nbytes + 9) % BLOCK_NBYTES) + struct.pack(">Q", 8 * self.nbytes)
         state = self._state.copy()
         self._compress(state, np.frombuffer(self._tail + padding, np.uint8))
@@ -98,7 +106,7 @@ class ResumableSha256:
 
 
 class _OpensslContext(ctypes.Structure):
-    """SHA256_CTX, the same since OpenSSL 0.9.8. n_tail: bytes of a block that is not full."""
+    """SHA256_CTX, unchanged since OpenSSL 0.9.8. `n_tail` is the number of bytes in the incomplete block."""
 
     _fields_ = (
         ("state", ctypes.c_uint32 * 8),
@@ -111,12 +119,12 @@ class _OpensslContext(ctypes.Structure):
 
 @cache
 def find_openssl() -> Compress | None:
-    """Return OpenSSL's compression of blocks: of the library below hashlib, or else the system's; None without any."""
+    """Return the compression function of the OpenSSL below hashlib or of the system, or None if there is neither."""
     below_hashlib = importlib.util.find_spec("_hashlib")
     for name in (below_hashlib.origin if below_hashlib else None, "libcrypto.so.3", "libcrypto.so.1.1"):
         try:
             update = ctypes.CDLL(name).SHA256_Update
-        except (OSError, AttributeError):  # no such library here, or it keeps its functions to itself
+        except (OSError, AttributeError):  # the library does not exist or does not export the function
             continue
         update.argtypes = (ctypes.POINTER(_OpensslContext), ctypes.c_void_p, ctypes.c_size_t)
         compress = partial(_compress_by_openssl, update)
@@ -133,7 +141,12 @@ def _compress_by_openssl(update: Callable[..., object], state: NDArray[np.uint32
 
 
 def compress_plain(state: NDArray[np.uint32], blocks: NDArray[np.uint8]) -> None:
-    """Take whole blocks into a state by a plain loop: where there is no OpenSSL."""
+    """Compress complete blocks into a state with a plain loop, for systems without OpenSSL.
+
+    Args:
+        state: State, uint32 [8], updated in place.
+        blocks: Complete blocks of 64 bytes, flat uint8.
+    """
     _COMPRESS(state, blocks.view(">u4").astype(np.uint32), _ROUND_CONSTANTS)
 
 

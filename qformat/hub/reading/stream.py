@@ -1,13 +1,15 @@
-"""Ranges of files as one stream: fetched ahead by several connections into a bounded window, each byte once.
+"""Byte ranges of files as one stream, which several connections fetch ahead into a bounded window.
 
-    fetchers ──► window of pieces ──► the one that hashes, in order
-                                 └──► those that encode, each its own spans, at the same time
+    fetching threads ──► window of pieces ──► one hashing thread, in order
+                                         └──► encoding threads, each reads its own spans
 
-A stream is a list of spans (a tensor's bytes, say) in the order in which they are wanted. It is cut into pieces of a
-few MiB; pieces are begun in order, whenever one of the window's buffers is free, and a buffer is free again when every
-byte of its piece was taken by whoever needs it. The oldest piece therefore always has a buffer, and as long as spans
-are begun in order, whoever holds it up is at work on a span that lies before everything that others wait for: no
-order of tensors and no size of one can make it stand still.
+A stream is a list of spans, such as the bytes of a tensor, in the order in which they are needed. It is divided into
+pieces of a few MiB. Every byte is fetched once. Pieces are requested in order as soon as the window has a free buffer,
+and a buffer becomes free when all readers have taken every byte of its piece.
+
+The stream cannot deadlock if spans are started in order: the oldest piece always has a buffer, and a thread that has
+not yet taken its bytes is reading a span that precedes everything that other threads wait for. This holds for any
+order and any size of tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes [start, stop) of a file under a name. in_order: whether the reader in order wants them as well."""
+    """Range of bytes of a file.
+
+    Attributes:
+        key: Name of the span.
+        file: Path of the file.
+        start: First byte.
+        stop: End of the range; this byte is not included.
+        in_order: `ByteStream.in_order` yields the span, in addition to its own reader.
+    """
 
     key: str
     file: str
@@ -36,13 +46,13 @@ class Span:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the span."""
+        """Length of the span in bytes."""
         return self.stop - self.start
 
 
 @dataclass(slots=True)
 class _Piece:
-    """A request. `begin` and `end` count in the stream; `left`: bytes that somebody has yet to take, of each reader."""
+    """One request. `begin` and `end` are positions in the stream; `left` counts bytes that readers have yet to take."""
 
     file: str
     start: int
@@ -54,23 +64,31 @@ class _Piece:
 
 
 class Stopped(QformatError):
-    """The stream was closed while somebody waited for it."""
+    """The stream was closed while a thread waited for it."""
 
 
 @contextmanager
 def telling(fail: Callable[[BaseException], None]) -> Iterator[None]:
-    """Hand the exception that ends a thread's work to `fail`: others wait for it. Errors of ours end there."""
+    """Pass an exception that ends a thread to `fail`, so that waiting threads learn of it. Reraise unexpected ones."""
     try:
         yield
     except QformatError as failure:
         fail(failure)
-    except BaseException as failure:  # whoever waits must learn of it, whatever it is
+    except BaseException as failure:  # waiting threads must learn of every exception
         fail(failure)
         raise
 
 
 class ByteStream:
-    """A stream that is being fetched. Spans must be begun in their order, each read from its start to its end, once."""
+    """Stream of spans that threads fetch in the background.
+
+    Spans must be started in order, and each must be read once from start to end.
+
+    Args:
+        repository: Repository to read from.
+        spans: Spans in the order in which they are needed.
+        transfer: Sizes and retries of requests.
+    """
 
     def __init__(self, repository: Repository, spans: Sequence[Span], transfer: Transfer = DEFAULT_TRANSFER) -> None:
         self._repository = repository
@@ -93,7 +111,16 @@ class ByteStream:
             thread.start()
 
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
-        """Fill `out` with a span's bytes from `offset` on. Raises what ended the stream."""
+        """Read bytes of a span, waiting for them.
+
+        Args:
+            key: Name of the span.
+            offset: First byte to read, relative to the start of the span.
+            out: Buffer to fill.
+
+        Raises:
+            QformatError: The error that ended the stream.
+        """
         begin = self._begins[self._number[key]] + offset
         done = 0
         for piece, part in self._parts(begin, begin + len(out)):
@@ -102,9 +129,9 @@ class ByteStream:
             self._taken(piece, len(part))
 
     def in_order(self) -> Iterator[tuple[Span, memoryview]]:
-        """Yield the bytes of the spans that are wanted in order, and an empty view after each span's last byte.
+        """Yield the bytes of all spans with `in_order`, and an empty view after the last byte of each.
 
-        The views are valid until the next one is asked for.
+        A view is valid until the next one is requested.
         """
         for number, span in enumerate(self.spans):
             if span.in_order:
@@ -114,17 +141,17 @@ class ByteStream:
                 yield span, memoryview(b"")
 
     def fail(self, failure: BaseException) -> None:
-        """End the stream: whoever waits for bytes, now or later, gets this error. The first one counts."""
+        """End the stream: readers that wait for bytes, now or later, get this error. Only the first error counts."""
         with self._changed:
             self._failure = self._failure or failure
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the stream without waiting for requests in flight: their threads touch nothing but their buffers."""
+        """End the stream without waiting for requests in progress, whose threads use only their own buffers."""
         self.fail(Stopped("the stream was closed"))
 
     def _parts(self, begin: int, end: int) -> Iterator[tuple[_Piece, memoryview]]:
-        """Yield (piece, bytes) that make up [begin, end) of the stream, waiting for each."""
+        """Yield the pieces and bytes that make up [begin, end) of the stream, waiting for each."""
         while begin < end:
             piece = self._pieces[bisect_right(self._piece_begins, begin) - 1]
             with self._changed:
@@ -134,7 +161,7 @@ class ByteStream:
                     self._changed.wait()
                 if self._failure is not None:
                     raise self._failure
-                assert piece.buffer is not None, f"{piece.file}: bytes were asked for twice"
+                assert piece.buffer is not None, f"{piece.file}: bytes were read twice"
                 buffer = piece.buffer
             part = memoryview(buffer)[begin - piece.begin : min(end, piece.end) - piece.begin]
             yield piece, part
@@ -154,17 +181,17 @@ class ByteStream:
             while (piece := self._begin_piece()) is not None:
                 assert piece.buffer is not None
                 out = memoryview(piece.buffer)[: piece.end - piece.begin]
-                self._repository.read_range(piece.file, piece.start, out, on_bytes=self._go_on)
+                self._repository.read_range(piece.file, piece.start, out, on_bytes=self._check_open)
                 with self._changed:
                     piece.ready = True
                     self._changed.notify_all()
 
-    def _go_on(self, nbytes: int) -> None:
+    def _check_open(self, nbytes: int) -> None:
         if self._failure is not None:
             raise Stopped("the stream was closed")
 
     def _begin_piece(self) -> _Piece | None:
-        """Give the next piece a buffer, waiting for one; None when there is nothing left to fetch."""
+        """Assign a buffer to the next piece, waiting for one. Return None if nothing is left to fetch."""
         with self._changed:
             while self._failure is None and self._next < len(self._pieces):
                 if self._free or self._unmade:
@@ -181,7 +208,7 @@ class ByteStream:
 
 
 def _cut(spans: Sequence[Span], begins: Sequence[int], piece_nbytes: int) -> list[_Piece]:
-    """Cut the stream into pieces: adjacent spans of a file share one, as long as it is not full."""
+    """Divide the stream into pieces. Adjacent spans of a file share a piece until it is full."""
     pieces: list[_Piece] = []
     for span, begin in zip(spans, begins, strict=False):
         done = 0

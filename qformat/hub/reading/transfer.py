@@ -1,4 +1,4 @@
-"""How bytes come from the Hub: the sizes of requests and buffers, how many at a time, and how often they are tried."""
+"""Settings of transfers from the Hub: sizes of requests and buffers, parallel connections, and retries."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a request is tried: attempts in a row that bring nothing, and the waits between them, in seconds.
+    """Retries of a request.
 
-    The waits are 0.2, 0.6, 1.8, 5.4, 16.2 and 20 s: a server that restarts is outlasted, one that is gone is named
-    within a minute. timeout_s: of silence; None for huggingface_hub's own setting (HF_HUB_DOWNLOAD_TIMEOUT).
+    The default pauses are 0.2, 0.6, 1.8, 5.4, 16.2 and 20 s. They outlast the restart of a server, and a server that
+    is down is reported within a minute.
+
+    Attributes:
+        attempts: Consecutive attempts without progress after which to give up.
+        first_wait_s: Pause after the first failure in seconds.
+        factor: Factor by which each pause is longer than the one before.
+        longest_wait_s: Longest pause in seconds.
+        timeout_s: Time without data after which an attempt fails, in seconds. None uses the setting of huggingface_hub,
+            HF_HUB_DOWNLOAD_TIMEOUT.
     """
 
     attempts: int = 7
@@ -20,7 +28,7 @@ class Patience:
     timeout_s: float | None = None
 
     def wait_s(self, failures: int) -> float:
-        """Return the pause after this many failures in a row."""
+        """Return the pause in seconds after the given number of consecutive failures."""
         return float(min(self.first_wait_s * self.factor ** (failures - 1), self.longest_wait_s))
 
 
@@ -29,14 +37,15 @@ DEFAULT_PATIENCE = Patience()
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What a transfer may take.
+    """Limits of a transfer.
 
-    piece_nbytes: bytes of one request, long enough that the time to the first byte does not matter.
-    window_nbytes: bytes that are fetched and not yet used. They stay in memory: they are needed within a second, and
-    writing them to a disk and reading them again would cost more than the whole conversion.
-    connections: requests in flight, as many as huggingface_hub's own downloads have.
-    max_skipped_nbytes: of a whole file that is sent instead of a range, what lies before the range and is read for
-    nothing.
+    Attributes:
+        piece_nbytes: Size of one request in bytes. At the default, the time to the first byte does not matter.
+        window_nbytes: Most bytes in memory that have been fetched but not used. Writing them to disk and reading them
+            again would cost more than the conversion.
+        connections: Parallel requests. The default is that of huggingface_hub.
+        max_skipped_nbytes: Most bytes to discard before the requested range if a server sends the complete file.
+        patience: Retries of a request.
     """
 
     piece_nbytes: int = 8 * 2**20

@@ -1,8 +1,8 @@
-"""One request to the Hub: through huggingface_hub's own session, with retries, timeouts, and a token that stays home.
+"""Requests to the Hub through the session of huggingface_hub, with retries and timeouts.
 
-huggingface_hub retries some of its requests and not others (not the resolution of a revision, not the first HEAD of
-a file). Here every request goes the same way. Redirects are followed by hand: the token goes to the Hub's own origin
-and nowhere else.
+huggingface_hub retries some of its requests but not all: neither the resolution of a revision nor the first HEAD of a
+file. Here all requests are retried alike. Redirects are followed explicitly, so that the token is sent only to the
+origin of the Hub.
 """
 
 from __future__ import annotations
@@ -26,35 +26,42 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Answers that may be another one in a moment."""
+"""HTTP statuses after which a request is repeated."""
 
 SLOWEST_NBYTES_PER_S = 1000.0
-"""An answer slower than this over the whole time limit is cut off and asked for again."""
+"""A response that is slower than this over the whole timeout is abandoned and requested again."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS = 5
 _WORTH_TELLING_S = 1.0
-"""A longer pause is shown to the user, who would otherwise see a bar that stands still."""
+"""Shortest pause that is reported to the user, because the progress bar would seem to hang."""
 
 _MAX_WAIT_ASKED_FOR_S = 300.0
-"""A server may ask for a pause; a longer one is not waited for."""
+"""Longest pause requested by a server that is respected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A good answer. linked: the headers of the Hub's own redirect to a storage elsewhere, if it made one."""
+    """A successful response.
+
+    Attributes:
+        response: The response, whose body has not been read.
+        linked: Headers of the Hub's redirect to a storage on another host, or None if there was none.
+    """
 
     response: httpx2.Response
     linked: Mapping[str, str] | None
 
 
-_NEXT_STEP: Words = ("Check the connection; the same command continues where this one stopped",)
+_NEXT_STEP: Words = ("Check the connection. The same command resumes where this one stopped",)
 
 
 class Unusable(Exception):
-    """An answer that cannot be used, but the next one may be. Never leaves this package.
+    """A response that cannot be used, although the next one may be usable. It does not leave this package.
 
-    next_step: what to do if the next ones are no better.
+    Args:
+        problem: What is wrong with the response.
+        next_step: What the user can do if all further responses are unusable too.
     """
 
     def __init__(self, problem: str, *, next_step: Words = _NEXT_STEP) -> None:
@@ -64,7 +71,14 @@ class Unusable(Exception):
 
 @dataclass(slots=True)
 class Retries:
-    """Counts the failures in a row of one piece of work and waits between them."""
+    """Counts consecutive failures of one task and waits between the attempts.
+
+    Attributes:
+        repository: Repository of the request, for messages.
+        what: The task, for messages.
+        patience: Number of attempts and the pauses between them.
+        closing: Event that ends a pause early.
+    """
 
     repository: str
     what: str
@@ -73,13 +87,23 @@ class Retries:
     _failures: int = field(default=0)
 
     def progress(self) -> None:
-        """Note that something arrived: the count begins anew."""
+        """Reset the count, because data arrived."""
         self._failures = 0
 
     def failed(
         self, problem: str, *, attempts: int | None = None, wait_s: float | None = None, next_step: Words = _NEXT_STEP
     ) -> None:
-        """Wait before the next attempt, or give up. Raises HubError."""
+        """Wait before the next attempt, or give up.
+
+        Args:
+            problem: What failed.
+            attempts: Consecutive failures after which to give up. The default is that of `patience`.
+            wait_s: Pause in seconds. The default is that of `patience`.
+            next_step: What the user can do.
+
+        Raises:
+            HubError: Too many attempts have failed, or the transport was closed.
+        """
         self._failures += 1
         if self._failures >= (attempts or self.patience.attempts):
             raise HubError(
@@ -89,15 +113,18 @@ class Retries:
             )
         pause = self.patience.wait_s(self._failures) if wait_s is None else wait_s
         level = logging.WARNING if pause >= _WORTH_TELLING_S else logging.INFO
-        _log.log(level, "%s: %s: %s; trying again in %.1f s", self.repository, self.what, problem, pause)
+        _log.log(level, "%s: %s: %s; retrying in %.1f s", self.repository, self.what, problem, pause)
         if self.closing.wait(pause):
-            raise HubError(self.repository, f"{self.what}: stopped", next_step="The same command continues")
+            raise HubError(self.repository, f"{self.what}: stopped", next_step="The same command resumes it")
 
 
 class Transport:
-    """GET requests for one repository. Safe to use from several threads.
+    """GET requests for one repository. It is thread-safe.
 
-    token: as for huggingface_hub: None takes the user's own (HF_TOKEN or the stored one), False sends none.
+    Args:
+        repository: Name of the repository, `owner/name`.
+        token: Token for the Hub. None uses HF_TOKEN or the stored token, False sends none.
+        transfer: Sizes and retries of requests.
     """
 
     def __init__(
@@ -115,15 +142,24 @@ class Transport:
         self._answered = False
 
     def retries(self, what: str) -> Retries:
-        """Return a counter of failures for one piece of work; `what` names it in messages."""
+        """Return a counter of failures for one task. `what` describes the task in messages."""
         return Retries(self.repository, what, self.patience, self._closing)
 
     def close(self) -> None:
-        """Let no attempt wait for its turn any longer."""
+        """End all pauses between attempts with an error."""
         self._closing.set()
 
     def get_small(self, url: str, what: str, *, max_nbytes: int) -> tuple[bytes, Mapping[str, str]]:
-        """Return body and headers of a small answer. Raises HubError."""
+        """Return the body and the headers of a small response.
+
+        Args:
+            url: Address.
+            what: Content of the response, for messages.
+            max_nbytes: Largest accepted body in bytes.
+
+        Raises:
+            HubError: The request failed, or the body is too large.
+        """
         retries = self.retries(what)
         while True:
             with self.attempt(retries), self.open(url, what, {}) as answer:
@@ -132,13 +168,15 @@ class Transport:
                     body += chunk
                     if len(body) > max_nbytes:
                         raise HubError(
-                            self.repository, f"{what}: more than {max_nbytes} bytes came", next_step="Report it"
+                            self.repository,
+                            f"{what}: the response has more than {max_nbytes} bytes",
+                            next_step="Check HF_ENDPOINT",
                         )
                 return bytes(body), answer.response.headers
 
     @contextmanager
     def attempt(self, retries: Retries) -> Iterator[None]:
-        """Run one attempt: what may pass is counted and waited for, then the block ends without an error."""
+        """Run one attempt. After a transient failure, count it, wait, and end the block without an error."""
         import httpx2
 
         try:
@@ -159,16 +197,24 @@ class Transport:
 
     @contextmanager
     def open(self, url: str, what: str, headers: Mapping[str, str]) -> Iterator[Answer]:
-        """Send one request, follow its redirects and yield the good answer, whose body was not read yet.
+        """Send one request, follow its redirects and yield the successful response with its body unread.
 
-        Raises: HubError where the Hub refuses; inside `attempt`, what may pass.
+        Use it inside `attempt`, which handles transient failures.
+
+        Args:
+            url: Address.
+            what: Content of the response, for messages.
+            headers: Additional headers.
+
+        Raises:
+            HubError: The Hub rejects the request, or requests are not allowed.
         """
         from huggingface_hub import constants, get_session
 
         if constants.is_offline_mode():
             raise HubError(
-                self.repository, f"{what}: is not in the local cache, and HF_HUB_OFFLINE forbids requests",
-                next_step="Unset HF_HUB_OFFLINE, or fill the cache first",
+                self.repository, f"{what}: not in the local cache, and HF_HUB_OFFLINE forbids requests",
+                next_step="Unset HF_HUB_OFFLINE, or download it to the cache first",
             )  # fmt: skip
         linked: Mapping[str, str] | None = None
         for _ in range(_MAX_REDIRECTS):
@@ -191,13 +237,21 @@ class Transport:
         raise HubError(self.repository, f"{what}: more than {_MAX_REDIRECTS} redirects", next_step="Check HF_ENDPOINT")
 
     def is_hub(self, url: str) -> bool:
-        """Whether a URL has the origin of the Hub itself: the only one that gets the token."""
+        """Return whether a URL has the origin of the Hub, which is the only one that receives the token."""
         return _origin(url) == _origin(self.endpoint)
 
     def refuse_trickle(self, nbytes: int, seconds: float) -> None:
-        """Give up on an answer that comes too slowly to be worth waiting for. Raises what `attempt` counts."""
+        """Abandon a response that arrives too slowly.
+
+        Args:
+            nbytes: Bytes that have arrived.
+            seconds: Time since the response began.
+
+        Raises:
+            Unusable: The response is too slow. `attempt` counts it as a failure.
+        """
         if seconds > self._timeout_s and nbytes < SLOWEST_NBYTES_PER_S * seconds:
-            raise Unusable(f"only {nbytes} bytes came in {seconds:.0f} s")
+            raise Unusable(f"only {nbytes} bytes arrived in {seconds:.0f} s")
 
     def _headers_for(self, url: str) -> dict[str, str]:
         if self.is_hub(url):
@@ -208,12 +262,13 @@ class Transport:
         try:
             target = urljoin(str(response.url), response.headers.get("Location", ""))
             scheme = urlsplit(target).scheme
-        except ValueError:  # no address at all, such as http://[
+        except ValueError:  # not a valid URL, such as http://[
             target, scheme = "", ""
         if scheme != "https" and (scheme != "http" or urlsplit(self.endpoint).scheme != "http"):
+            address = f"a URL with the scheme {scheme!r}" if scheme else "an invalid URL"
             raise HubError(
                 self.repository,
-                f"{what}: the Hub redirects to a {scheme or 'nameless'} address, and only https is followed",
+                f"{what}: the Hub redirects to {address}, expected https",
                 next_step="Check HF_ENDPOINT",
             )
         return target
@@ -225,9 +280,9 @@ class Transport:
         reason = server_reason(response, secret=self._headers.get("authorization", "").removeprefix("Bearer "))
         if status in RETRIED_STATUSES:
             raise _Busy(f"the server answers {status}" + (f" ({reason})" if reason else ""), _asked_wait_s(response))
-        if not self.is_hub(str(response.url)) and status != 416:  # an address that the Hub signed: they expire
+        if not self.is_hub(str(response.url)) and status != 416:  # a signed URL, which may have expired
             raise Unusable(
-                f"the storage that the Hub redirects to answers {status}" + (f" ({reason})" if reason else "")
+                f"the storage server that the Hub redirects to answers {status}" + (f" ({reason})" if reason else "")
             )
         raise refusal(
             self.repository, what, status=status, code=response.headers.get("X-Error-Code"), reason=reason,
@@ -235,15 +290,15 @@ class Transport:
         )  # fmt: skip
 
     def _shown(self, problem: Exception) -> str:
-        """Name a failure of the connection: by its kind, since the texts of libraries may hold signed addresses."""
-        kinds = {"ConnectTimeout": "no connection in time", "ReadTimeout": "silence for too long"}
+        """Describe a failed connection by its kind, because messages of libraries may contain signed URLs."""
+        kinds = {"ConnectTimeout": "timeout while connecting", "ReadTimeout": "timeout while waiting for data"}
         name = type(problem).__name__
-        text = {"ConnectError": f"no connection ({problem})", "RemoteProtocolError": f"broken answer ({problem})"}
+        text = {"ConnectError": f"no connection ({problem})", "RemoteProtocolError": f"invalid response ({problem})"}
         return kinds.get(name) or text.get(name) or f"the connection broke ({name})"
 
 
 class _Busy(Exception):
-    """An answer that asks to come back later."""
+    """A response that asks the client to come back later."""
 
     def __init__(self, problem: str, wait_s: float | None) -> None:
         super().__init__(problem)
@@ -252,9 +307,9 @@ class _Busy(Exception):
 
 
 def _asked_wait_s(response: httpx2.Response) -> float | None:
-    """Return the pause in seconds that Retry-After, or the Hub's account of its rate limit, asks for.
+    """Return the pause in seconds that Retry-After or the rate limit of the Hub asks for.
 
-    None without one, or one that is too long to be waited for.
+    Return None if there is neither, or if the pause is too long.
     """
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
@@ -263,14 +318,14 @@ def _asked_wait_s(response: httpx2.Response) -> float | None:
     if text.isdigit() and len(text) <= 6:
         wait_s = float(text)
     elif limit is not None and limit.remaining == 0:
-        wait_s = limit.reset_in_seconds + 1.0  # it counts whole seconds
+        wait_s = limit.reset_in_seconds + 1.0  # the Hub rounds down to whole seconds
     else:
         return None
     return wait_s if wait_s <= _MAX_WAIT_ASKED_FOR_S else None
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port; nothing's origin for what is no address."""
+    """Return scheme, host and port of a URL, or empty values if it is invalid."""
     try:
         parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)

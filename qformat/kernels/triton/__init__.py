@@ -1,1 +1,1 @@
-"""The Triton kernels, a file for the device code and one for its launch."""
+"""Triton kernels: for each kernel, one file with the device code and one that launches it."""

@@ -1,6 +1,6 @@
-"""Dequantization on a GPU: packed codes and both levels of absmax to 16 or 32-bit weights, in one launch.
+"""Dequantization on a GPU: from packed codes and both levels of absmax to 16-bit or 32-bit weights, in one launch.
 
-Equal bit for bit to `codec.nf4.decode` of `codec.nested.decode_absmax`, rounded by `codec.floats.narrow`.
+The result is bit-identical to `codec.nested.decode_absmax`, then `codec.nf4.decode`, rounded by `codec.floats.narrow`.
 """
 
 from __future__ import annotations
@@ -18,28 +18,38 @@ from qformat.kernels.triton.launch import check_aligned, check_tensors, is_align
 
 N_WARPS = 4
 ROUNDS = 8
-"""Words a lane decodes. More rounds share the set-up and put more loads in flight: 11, 8.4, 7.1 and 6.3 instructions a
+"""Words per lane. More rounds share the set-up and keep more loads in flight: 11, 8.4, 7.1 and 6.3 instructions per
 weight with 1, 2, 4 and 8 rounds (sm_90), all with at most 40 registers."""
 
 TILE = N_WARPS * 32 * ROUNDS * 8
-"""Weights a program decodes. It divides 256 blocks of the smallest size, so a tile lies in one nested block."""
+"""Elements per program. It divides 256 blocks of the smallest size, so a tile has only one nested absmax."""
 
 OPTIONS: dict[str, Any] = {"num_warps": N_WARPS, "enable_fp_fusion": False}
-"""Of the compiler. A fused multiply-add would round the absmax once instead of twice."""
+"""Options of the compiler. A fused multiply-add would round the absmax once instead of twice."""
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """How to launch the dequantization of one weight: grid size and the kernel's `TILES`."""
+    """How to launch the dequantization of one weight.
+
+    Attributes:
+        n_programs: Size of the grid.
+        tiles: The kernel's `TILES`: "whole", "partial" or "mixed".
+    """
 
     n_programs: int
     tiles: str
 
 
 def plan(n_elements: int, *, aligned: bool) -> LaunchPlan:
-    """Return the launch for n elements whose packed codes begin at a multiple of 16 bytes, or not."""
+    """Return the launch for a weight.
+
+    Args:
+        n_elements: Number of elements.
+        aligned: Whether the address of the packed codes is a multiple of 16 bytes.
+    """
     n_programs = -(-n_elements // TILE)
     if not aligned or n_elements < TILE:
         return LaunchPlan(n_programs, "partial")
@@ -47,7 +57,13 @@ def plan(n_elements: int, *, aligned: bool) -> LaunchPlan:
 
 
 def constants(block_size: int, *, double_quant: bool, tiles: str) -> dict[str, Any]:
-    """Return the kernel's compile-time arguments: the launch and `tools/gpu/kernel_cases.py` use the same."""
+    """Return the kernel's compile-time arguments, for the launch and for `tools/gpu/kernel_cases.py`.
+
+    Args:
+        block_size: Number of elements per block.
+        double_quant: Whether the absmax values are themselves quantized.
+        tiles: "whole", "partial" or "mixed", from `plan`.
+    """
     return {
         "BLOCK_SIZE": block_size,
         "NESTED": double_quant,
@@ -58,13 +74,18 @@ def constants(block_size: int, *, double_quant: bool, tiles: str) -> dict[str, A
 
 
 def dequantize(weight: PackedWeight, out: Tensor) -> None:
-    """Decode a weight into `out`, bf16, fp16 or fp32 [N, K], contiguous and 16-byte aligned; asynchronous.
+    """Decode a weight. The call is asynchronous.
 
-    Raises UsageError if out does not fit the weight or a tensor is not on the weight's CUDA device.
+    Args:
+        weight: Weight [N, K] to decode.
+        out: Tensor for the result, [N, K], contiguous and 16-byte aligned, in bf16, fp16 or fp32.
+
+    Raises:
+        UsageError: `out` does not fit the weight, or a tensor is not on the weight's CUDA device.
     """
     if tuple(out.shape) != weight.shape or out.dtype not in OUT_DTYPES:
         raise UsageError(
-            f"out: {out.dtype} {list(out.shape)}, expected bfloat16, float16 or float32 {list(weight.shape)}"
+            f"out: found {out.dtype} {list(out.shape)}, expected bfloat16, float16 or float32 {list(weight.shape)}"
         )
     check_tensors(weight.device, out=out)
     check_aligned(out=out)

@@ -1,4 +1,20 @@
-"""The dequantization kernel: device code only (spec sections 4 and 5; launched by `dequantize`)."""
+"""The dequantization kernel: device code only (spec sections 4 and 5; launched by `dequantize`).
+
+    scale[b] = nested_quant_map[absmax[b]] * nested_absmax[b // 256] + nested_offset     (float32, two roundings)
+    out[j]   = codebook[code[j]] * scale[j // BLOCK_SIZE]                                (float32, then out's dtype)
+
+A program decodes a tile of LANES * ROUNDS words in rounds (LANES = 128, block size 64):
+
+              ├──────────────────── round 0 ─────────────────────┤├─ round 1 ...
+    packed    [ word 0 ][ word 1 ] ... [ word 7 ][ word 8 ] ...     int32: 8 codes, two per byte, high nibble first
+                lane 0    lane 1         lane 7    lane 8  ...
+    absmax    [           block 0              ][ block 1  ...      uint8; the lanes of a block load the same byte
+    nested    [ one float32 for the tile, which lies within 256 blocks ]
+    out       [ 0 - 7  ][ 8 - 15 ] ... [ 56-63  ][ 64-71  ] ...     16 bytes per lane in 16 bit
+
+    word      bits  31-28 27-24 23-20 19-16 15-12 11-8  7-4  3-0    (little-endian)
+              code    6     7     4     5     2     3    0    1
+"""
 
 from __future__ import annotations
 
@@ -6,7 +22,7 @@ import triton
 import triton.language as tl
 
 WORD = tl.constexpr(8)
-"""Weights in a little-endian int32 word of packed codes: what a lane loads at once, and 16 bytes of 16-bit output."""
+"""Elements in a little-endian int32 word of packed codes, which a lane loads at once: 16 bytes of 16-bit output."""
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -14,13 +30,25 @@ def dequantize_kernel(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_quant_map_ptr, nested_offset, codebook_ptr, out_ptr, n,
     BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """out[j] = codebook[code[j]] * absmax[j // BLOCK_SIZE], multiplied in float32, rounded once to out's dtype.
+    """Decode a weight: out[j] = codebook[code[j]] * scale[j // BLOCK_SIZE], rounded once to out's dtype.
 
-    With NESTED, absmax[i] = nested_quant_map[absmax_code[i]] * nested_absmax[i // 256] + nested_offset in float32,
-    product and sum rounded apart: launch with enable_fp_fusion=False.
+    Launch with enable_fp_fusion=False: product and sum of the scale are rounded separately.
 
-    A program decodes LANES * ROUNDS words. TILES says which programs have all of them: "whole" (every program),
-    "partial" (none may assume it; also for packed codes that are not 16-byte aligned), "mixed" (all but the last).
+    Args:
+        packed_ptr: Packed codes, uint8 [ceil(n / 2)].
+        absmax_ptr: uint8 [n_blocks] with NESTED, float32 [n_blocks] without.
+        nested_absmax_ptr: float32 [ceil(n_blocks / 256)], unused without NESTED.
+        nested_quant_map_ptr: float32 [256], unused without NESTED.
+        nested_offset: Offset of the nested absmax, float32.
+        codebook_ptr: Codebook, float32 [16].
+        out_ptr: Decoded weight [n], bf16, fp16 or fp32.
+        n: Number of elements.
+        BLOCK_SIZE: Number of elements per block.
+        NESTED: Whether the absmax values are themselves quantized.
+        TILES: Which programs have a complete tile: "whole" (all), "mixed" (all except the last) or "partial" (none can
+            assume it; also used if the packed codes are not 16-byte aligned).
+        LANES: Threads per program.
+        ROUNDS: Words per lane.
     """
     tile = tl.program_id(0).to(tl.int64) * (LANES * ROUNDS * WORD)  # first element
     if TILES == "whole":
@@ -50,15 +78,15 @@ def _whole_tile(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_quant_map_ptr, nested_offset, codebook_ptr, out_ptr, tile,
     BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """ROUNDS rounds of one word a lane: 128-byte loads and 512-byte stores a warp, all loads before the first store."""
+    """Decode a complete tile: 128-byte loads and 512-byte stores per warp, all loads before the first store."""
     lane = tl.arange(0, LANES)
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + tile // WORD
     blocks_ptr = absmax_ptr + tile // BLOCK_SIZE
-    # The codebook twice in 32 entries: then Triton gathers within a warp, one SHFL a weight and no shared memory.
-    # With 16 entries it takes 2 SHFL and 16 layout converts (15 instructions a weight instead of 7).
+    # Two copies of the codebook fill 32 entries. Triton then gathers within a warp: one SHFL per weight and no shared
+    # memory. With 16 entries, it takes 2 SHFL and 16 layout conversions (15 instructions per weight instead of 7).
     table = tl.load(codebook_ptr + (tl.arange(0, 32) & 15))
     table = tl.broadcast_to(table[None, :, None], [LANES // 32, 32, WORD])
-    words = ()  # Triton has no lists and no unpacking: rounds are gathered by adding tuples
+    words = ()  # Triton has neither lists nor unpacking, so rounds are collected by adding tuples
     scales = ()
     for r in tl.static_range(ROUNDS):
         words = words + (tl.load(words_ptr + r * LANES + lane, eviction_policy="evict_first"),)  # noqa: RUF005
@@ -74,7 +102,7 @@ def _whole_tile(
     element = tl.arange(0, WORD)
     shift = (element // 2) * 8 + (1 - element % 2) * 4  # 4, 0, 12, 8, 20, 16, 28, 24: high nibble first
     for r in tl.static_range(ROUNDS):
-        code = (words[r][:, None] >> shift[None, :]) & 31  # [LANES, 8]; bit 4 picks a copy of the same entry
+        code = (words[r][:, None] >> shift[None, :]) & 31  # [LANES, 8]; bit 4 selects one of two equal copies
         value = tl.gather(table, tl.reshape(code, [LANES // 32, 32, WORD]), 1)
         out = (tl.reshape(value, [LANES, WORD]) * absmax[r][:, None]).to(out_ptr.dtype.element_ty)
         j = tile + r * LANES * WORD + tl.arange(0, LANES * WORD)
@@ -86,7 +114,7 @@ def _partial_tile(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_quant_map_ptr, nested_offset, codebook_ptr, out_ptr, tile, n,
     BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, LANES: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """The same, a byte of codes at a time and masked: reads no byte past the last code, for any n and alignment."""
+    """Decode a tile byte by byte with masks: for any n and alignment, without reading past the last code."""
     for r in range(ROUNDS):
         j = tile + r * LANES * WORD + tl.arange(0, LANES * WORD)
         mask = j < n

@@ -1,7 +1,7 @@
-"""The product of a few rows with a 4-bit weight on a GPU, for decoding: out = x W^T without a 16-bit W in memory.
+"""The product of a few rows with a 4-bit weight on a GPU, for token generation: out = x W^T without a 16-bit W.
 
-W is, bit for bit, what `dequantize` gives (the sign of zeros aside); sums are float32, in an order that depends
-on shapes and device only, so every run gives the same bits.
+W is bit-identical to the result of `dequantize`, except for the sign of zeros. Sums are float32. Their order depends
+only on the shapes and the device, so the result is deterministic.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from qformat.kernels.packed_weight import PackedWeight
 from qformat.kernels.triton.launch import check_aligned, check_tensors, multiprocessors, on_device
 
 SEGMENT = 64
-"""Columns must be a multiple of this: a lane decodes 64 weights of one row."""
+"""Columns that a lane decodes of one row; K must be a multiple of it."""
 
 STEP = 256
-"""Columns of one loop step."""
+"""Columns per loop step."""
 
 MAX_ELEMENTS = 2**34
-"""The kernel counts words of 8 weights in int32."""
+"""Largest number of elements: the kernel counts words of 8 elements in int32."""
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
-"""How many programs a multiprocessor should get before K is no longer split: with 80-96 registers and 64 threads, 10 of
-32 rows reside at once. Reasoned, not yet timed: `python -m tools.gpu.check` measures the alternatives."""
+"""Programs per multiprocessor from which K is no longer split. With 80-96 registers and 64 threads, 10 programs of 32
+rows are resident at once. The value is reasoned, not measured; `python -m tools.gpu.check` times the alternatives."""
 
 MIN_STEPS_PER_SPLIT = 2
-"""A split with one step has nothing to prefetch."""
+"""Smallest number of steps per split: with one step there is nothing to prefetch."""
 
 SUM_BLOCK = 512
 SUM_OPTIONS: dict[str, Any] = {"BLOCK": SUM_BLOCK, "num_warps": 4}
@@ -42,9 +42,14 @@ SUM_OPTIONS: dict[str, Any] = {"BLOCK": SUM_BLOCK, "num_warps": 4}
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """How to launch the product of one shape.
+    """How to launch the product for one shape.
 
-    batch: columns of the tensor-core operand that holds x, 8 or 16; rows: of the weight, a program; splits: of K.
+    Attributes:
+        batch: Columns of the tensor-core operand that holds x: 8 or 16.
+        rows: Rows of the weight per program.
+        splits: Number of splits of K.
+        n_warps: Warps per program.
+        n_stages: Stages of the software pipeline.
     """
 
     batch: int
@@ -54,29 +59,44 @@ class LaunchPlan:
     n_stages: int = 3
 
 
-# Instructions a weight in the K loop, registers, shared memory (sm_90, three stages, block 64, second level):
+# Instructions per weight in the K loop, registers, shared memory (sm_90, three stages, block size 64, double
+# quantization):
 #     batch  8, rows 32: 4.22, 80, 18 KB    rows 64: 4.02, 128, 28 KB
 #     batch 16, rows 32: 4.70, 106, 26 KB   rows 64: 4.44, 176, 36 KB
-# For m <= 8, 32 rows: twice the programs for small N and 20 warps a multiprocessor cost 0.2 instructions. For m > 8, 64
-# rows: a program reads 8 KB of x a step, as much as 64 rows of codes, so fewer rows would read more x than codes.
-# Two stages save 0.1 instructions, but then the load of a step's scale waits for that of its 8-bit code.
+# For m <= 8, 32 rows are best: twice as many programs for small N and 20 warps per multiprocessor, for 0.2 instructions
+# more. For m > 8, 64 rows are best: a program reads 8 KB of x per step, as much as 64 rows of codes, so with fewer rows
+# it would read more of x than of the codes.
+# Two stages save 0.1 instructions, but then the load of a step's scale waits for the load of its 8-bit code.
 _BATCH_ROWS = ((8, 32), (16, 64))
 
 
 def plan(m: int, shape: tuple[int, int], *, n_multiprocessors: int) -> LaunchPlan:
-    """Return the launch for x [m, K] and a weight [N, K] on a device with so many multiprocessors."""
+    """Return the launch for a product.
+
+    Args:
+        m: Number of rows of x.
+        shape: Shape (N, K) of the weight.
+        n_multiprocessors: Number of multiprocessors of the device.
+    """
     n, k = shape
     batch, rows = next(pair for pair in _BATCH_ROWS if m <= pair[0])
     n_programs = max(1, -(-n // rows))
     wanted = PROGRAMS_PER_MULTIPROCESSOR * n_multiprocessors // n_programs
-    # A split writes and reads back m float32 a row of W: up to 1/8 byte a weight, a quarter of the codes, out of L2.
+    # A split writes and reads back m float32 per row of W: up to 1/8 byte per weight, a quarter of the codes, in L2.
     affordable = k // (64 * max(1, m))
     most = k // STEP // MIN_STEPS_PER_SPLIT
     return LaunchPlan(batch, rows, splits=max(1, min(wanted, affordable, most)))
 
 
 def constants(plan: LaunchPlan, shape: tuple[int, int], block_size: int, *, double_quant: bool) -> dict[str, Any]:
-    """Return the kernel's compile-time arguments: the launch and `tools/gpu/kernel_cases.py` use the same."""
+    """Return the kernel's compile-time arguments, for the launch and for `tools/gpu/kernel_cases.py`.
+
+    Args:
+        plan: Launch of the product.
+        shape: Shape (N, K) of the weight.
+        block_size: Number of elements per block.
+        double_quant: Whether the absmax values are themselves quantized.
+    """
     return {
         "BLOCK_SIZE": block_size,
         "NESTED": double_quant,
@@ -93,35 +113,60 @@ def options(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def product_unsupported(m: int, weight_shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> str | None:
-    """Return why `product` does not take x [m, K] of `dtype` and a weight [N, K], or None if it does."""
+    """Return why `product` does not support these arguments, or None if it does.
+
+    Args:
+        m: Number of rows of x.
+        weight_shape: Shape (N, K) of the weight.
+        block_size: Number of elements per block.
+        dtype: Dtype of x.
+    """
     n, k = weight_shape
     if m > MAX_ROWS_FROM_CODES:
-        return f"m = {m}: the fused product takes at most {MAX_ROWS_FROM_CODES} rows"
+        return f"x has {m} rows; the fused product supports at most {MAX_ROWS_FROM_CODES}"
     if dtype not in DTYPES:
-        return f"{dtype}: the fused product takes bfloat16 and float16"
+        return f"x has dtype {dtype}; the fused product supports bfloat16 and float16"
     if block_size not in BLOCK_SIZES:
         return f"block size {block_size}: expected one of {BLOCK_SIZES}"
     if k % SEGMENT:
-        return f"K = {k} is no multiple of {SEGMENT}"
+        return f"K = {k} is not a multiple of {SEGMENT}"
     if n * k > MAX_ELEMENTS:
-        return f"{n} x {k} weights are more than 2**34"
+        return f"the weight has {n} x {k} elements; the fused product supports at most 2**34"
     return None
 
 
 def product(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
-    """Write x W^T into `out` [M, N]: x bf16 or fp16 [M, K], M <= 16, out of x's dtype or float32; asynchronous.
+    """Compute out = x W^T. The call is asynchronous.
 
-    Allocates float32 [splits, M, N] if the grid would be small. Raises UsageError if the tensors do not fit each other,
-    are not contiguous, 16-byte aligned and on one CUDA device, or `product_unsupported` gives a reason.
+    If the grid would be small, K is split, and float32 [splits, M, N] is allocated for the partial sums.
+
+    Args:
+        x: Activations [M, K], M at most 16, in bf16 or fp16.
+        weight: Weight [N, K].
+        out: Tensor for the result, [M, N], in x's dtype or float32.
+
+    Raises:
+        UsageError: The tensors do not fit each other, are not contiguous, 16-byte aligned and on one CUDA device, or
+            `product_unsupported` returns a reason.
     """
     chosen = plan(x.shape[0], weight.shape, n_multiprocessors=multiprocessors(weight.device)) if _fits(x) else None
     if chosen is None:
-        raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected [M, K] with M <= {MAX_ROWS_FROM_CODES}")
+        raise UsageError(f"x: found {x.dtype} {list(x.shape)}, expected [M, K] with M <= {MAX_ROWS_FROM_CODES}")
     product_as_planned(x, weight, out, chosen)
 
 
 def product_as_planned(x: Tensor, weight: PackedWeight, out: Tensor, plan: LaunchPlan) -> None:
-    """`product` with a given launch: for measurements and tests."""
+    """Compute `product` with a given launch, for measurements and tests.
+
+    Args:
+        x: Activations [M, K], M at most 16, in bf16 or fp16.
+        weight: Weight [N, K].
+        out: Tensor for the result, [M, N], in x's dtype or float32.
+        plan: Launch of the product.
+
+    Raises:
+        UsageError: As for `product`.
+    """
     _check(x, weight, out)
     (m, k), n = x.shape, weight.shape[0]
     if m * n == 0:
@@ -156,11 +201,11 @@ def _fits(x: Tensor) -> bool:
 def _check(x: Tensor, weight: PackedWeight, out: Tensor) -> None:
     n, k = weight.shape
     if not _fits(x) or x.shape[1] != k:
-        raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected [M, {k}] with M <= {MAX_ROWS_FROM_CODES}")
+        raise UsageError(f"x: found {x.dtype} {list(x.shape)}, expected [M, {k}] with M <= {MAX_ROWS_FROM_CODES}")
     reason = product_unsupported(x.shape[0], weight.shape, weight.block_size, x.dtype)
     if reason is not None:
-        raise UsageError(f"{reason}. Dequantize the weight and use a matrix product")
+        raise UsageError(f"{reason}. Dequantize the weight and use an ordinary matrix product")
     if tuple(out.shape) != (x.shape[0], n) or out.dtype not in (x.dtype, torch.float32):
-        raise UsageError(f"out: {out.dtype} {list(out.shape)}, expected {x.dtype} or float32 {[x.shape[0], n]}")
+        raise UsageError(f"out: found {out.dtype} {list(out.shape)}, expected {x.dtype} or float32 {[x.shape[0], n]}")
     check_tensors(weight.device, x=x, out=out)
     check_aligned(x=x, packed=weight.packed)

@@ -1,22 +1,35 @@
 """The small-M product kernel: device code only (spec sections 4 and 5; launched by `product`).
 
+    out[m, n] = sum over k of x[m, k] * W[n, k],    W[n, k] = codebook[code[n, k]] * scale of its block
+
+A program computes ROWS rows of W for one split of K, in steps of 256 columns (4 segments):
+
+              ├───────────────────── step ─────────────────────┤├─ next step ...
+    W, row n  [ segment 0 ][ segment 1 ][ segment 2 ][ segment 3 ][ segment 4 ...    64 codes = 32 bytes = 8 words each
+                lane 0       lane 1       lane 2       lane 3                        lane of the quad in a fragment
+    segment   [ half a: words 0-3 ][ half b: words 4-7 ]                             one dot product per half
+    absmax    one per segment (with block size 32: one per half)                     uint8, or float32 without nesting
+    nested    float32, one per 256 blocks
+    x [M, K]  the same 256 columns of all rows
+
 How a weight gets from a nibble to a tensor core without passing through memory:
 
-- A lane owns segments of 64 weights (8 words of codes), and a segment lies in one absmax block (with blocks of 32, a
-  half does). Per scale it rounds scale * codebook to the 16 weights that can occur there and splits them into two byte
-  planes, 8 registers (TABLE). Two byte permutes then look up one plane of four weights in 8 entries each, a third
-  selects by the code's top bit, and two interleave the planes: 8 PRMT for four weights (LOOKUP).
-- The order of k inside a product is free if x and W share it. Lane l % 4 of a tensor-core fragment takes segment l of
-  four neighbours: with runs of r neighbours a lane, matrix k = l * 64 + half * 32 + j * r + e is product
-  k = j * 4 * r + l * r + e of dot `half`. Triton derives r (its kWidth) from the narrowest load behind W: 8 with the
-  8-bit absmax of the second level, 4 with float32 absmax. With another order the result is the same, but decoded
-  weights change lanes on the way (5.5-6.5 instructions a weight instead of 4.2).
-- W is the left operand, 16 rows a fragment, and x^T the right one with 8 columns: for M <= 8 half the tensor-core
-  instructions of the textbook order, and no moves to line up x (4.2 instructions a weight instead of 5.0).
-- Two warps a program keep Triton on `mma.sync` on every architecture; with four, sm_90 takes wgmma (4.8) and sm_100
-  tcgen05, which both want an operand in shared or tensor memory.
+- A lane owns segments of 64 weights. For each scale (one per segment, or one per half with block size 32), it rounds
+  scale * codebook to the 16 weights that can occur there and splits them into two byte planes in 8 registers (TABLE).
+  Two byte permutes look up one plane of four weights in 8 entries each, a third selects by the code's top bit, and two
+  more interleave the planes: 8 PRMT for four weights (LOOKUP).
+- The order of k inside a dot product is free if x and W share it. Lane l % 4 of a tensor-core fragment takes segment l
+  of the four. With runs of r neighbours per lane, column k = l * 64 + half * 32 + j * r + e of the matrix is position
+  k = j * 4 * r + l * r + e in the dot product of `half`. Triton derives r (its kWidth) from the narrowest load that W
+  depends on: 8 with the uint8 absmax of double quantization, 4 with a float32 absmax. With another r the result would
+  be the same, but decoded weights would move between lanes (5.5-6.5 instructions per weight instead of 4.2).
+- W is the left operand with 16 rows per fragment, and x^T is the right operand with 8 columns. For M <= 8, this takes
+  half the tensor-core instructions of the usual order and no moves to arrange x (4.2 instructions per weight instead of
+  5.0).
+- With two warps per program, Triton uses `mma.sync` on every architecture. With four warps it uses wgmma on sm_90 (4.8
+  instructions per weight) and tcgen05 on sm_100, which both need an operand in shared or tensor memory.
 
-Inline PTX is a pure function of its elements: Triton may evaluate it in any layout, so it must know no lane.
+Inline PTX must be a pure function of its elements: Triton may evaluate it in any layout, so it cannot depend on lanes.
 """
 
 from __future__ import annotations
@@ -28,16 +41,16 @@ import triton.language as tl
 from qformat.codec.codebooks import NF4_CODEBOOK
 
 SEGMENT = tl.constexpr(64)
-"""Weights of a row that a lane owns: 32 bytes of codes."""
+"""Elements of a row that a lane owns: 32 bytes of codes."""
 
 STEP = tl.constexpr(256)
-"""Weights of a row in one loop step: four segments, one for each lane of a fragment's quad."""
+"""Elements of a row per loop step: four segments, one for each lane of a fragment's quad."""
 
 
 def _table_ptx(narrow: str) -> str:
-    """PTX from a scale $8 to the bytes of its 16 weights: $0-$3 low bytes of codes 0-15 in order, $4-$7 high bytes.
+    """Return PTX that computes the bytes of the 16 weights of a scale $8: $0-$3 low bytes of codes 0-15, $4-$7 high.
 
-    Codes 0, 7 and 15 are -1, 0 and 1: no multiplication. (A zero loses the scale's sign; a product cannot see it.)
+    Codes 0, 7 and 15 are -1, 0 and 1 and need no multiplication. (A zero loses the sign, which no product depends on.)
     """
     lines = [".reg .f32 f<16>;", ".reg .b32 p<8>;", "neg.f32 f0, $8;", "mov.f32 f7, 0f00000000;", "mov.f32 f15, $8;"]
     bits = NF4_CODEBOOK.view(np.uint32)
@@ -49,10 +62,11 @@ def _table_ptx(narrow: str) -> str:
 
 
 def _lookup_ptx() -> str:
-    """PTX from a word of codes $4 and a table $5-$12 to its 8 weights: $0-$3, two each, the first in the low half.
+    """Return PTX that looks up the 8 weights of a word $4 in a table $5-$12: $0-$3, two each, first in the low half.
 
-    i: the low three bits of each code, an index into 8 bytes; s: 4 * (the top bit) + position, which picks the byte
-    looked up among codes 0-7 or among 8-15. A permute reads four nibbles, so the second half of the word is shifted in.
+    i holds the low three bits of each code, an index into 8 bytes. s holds 4 * (the top bit) + position; it selects the
+    byte that was looked up among codes 0-7 or among codes 8-15. A permute reads four nibbles, so the second half of the
+    word is shifted down.
     """
     lines = [
         ".reg .b32 i, s, a, b, l, h;",
@@ -74,7 +88,7 @@ def _lookup_ptx() -> str:
 TABLE_BF16 = tl.constexpr(_table_ptx("bf16x2"))
 TABLE_FP16 = tl.constexpr(_table_ptx("f16x2"))
 LOOKUP = tl.constexpr(_lookup_ptx())
-# "&": outputs are written before the last input is read.
+# "&" (early clobber): outputs are written before the last input is read.
 TABLE_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,f")
 LOOKUP_OPERANDS = tl.constexpr("=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r")
 
@@ -85,10 +99,27 @@ def product_kernel(
     BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """out[s, m, n] = sum over split s of k: x[m, k] * W[n, k], W rounded to x's dtype, summed in float32.
+    """Compute out[s, m, n] = sum over split s of K of x[m, k] * W[n, k], with W in x's dtype, summed in float32.
 
-    W as `dequantize_kernel` gives it, zeros aside. k = 64 * n_segments; grid (ceil(n / ROWS), splits); m <= BATCH.
-    TAIL: n_segments is no multiple of 4, the last split takes the rest in a masked step.
+    W is that of `dequantize_kernel`, except for the sign of zeros. The grid is (ceil(n / ROWS), splits).
+
+    Args:
+        x_ptr: Activations [m, K], bf16 or fp16.
+        packed_ptr: Packed codes, uint8 [n * K / 2].
+        absmax_ptr: uint8 [n_blocks] with NESTED, float32 [n_blocks] without.
+        nested_absmax_ptr: float32 [ceil(n_blocks / 256)], unused without NESTED.
+        nested_quant_map_ptr: float32 [256], unused without NESTED.
+        nested_offset: Offset of the nested absmax, float32.
+        out_ptr: Result [splits, m, n]: float32, or x's dtype if there is one split.
+        m: Number of rows of x, at most BATCH.
+        n: Number of rows of W.
+        n_segments: K / 64.
+        BLOCK_SIZE: Number of elements per block.
+        NESTED: Whether the absmax values are themselves quantized.
+        BATCH: Columns of the tensor-core operand that holds x: 8 or 16.
+        ROWS: Rows of W per program.
+        WARPS: Warps per program.
+        TAIL: Whether n_segments is not a multiple of 4; the last split then ends with a masked step.
     """
     first_row = tl.program_id(0) * ROWS
     split = tl.program_id(1)
@@ -98,8 +129,8 @@ def product_kernel(
     stop = tl.minimum(start + steps_per_split, steps)
     quad = tl.arange(0, 4)
 
-    # Rows past the last are read as the last and never stored. `load_row` is the row at each place of the loads: the
-    # order of warps and registers there is not that of a fragment, and `_fragment_rows` turns one into the other.
+    # Rows past the end read the last row and are never stored. `load_row` is the row at each position of the loads,
+    # whose order of warps and registers differs from that of a fragment; `_fragment_rows` converts between the two.
     row = tl.minimum(first_row + tl.arange(0, ROWS), n - 1)
     load_row = tl.reshape(
         tl.permute(tl.reshape(tl.arange(0, ROWS), [ROWS // (WARPS * 16), WARPS, 2, 8]), (0, 2, 1, 3)), [ROWS]
@@ -137,7 +168,15 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=["splits", "size"])
 def sum_splits_kernel(partial_ptr, out_ptr, splits, size, BLOCK: tl.constexpr):
-    """out[i] = partial[0, i] + partial[1, i] + ...: float32, in this order, so that every run gives the same bits."""
+    """Add the splits: out[i] = partial[0, i] + partial[1, i] + ..., in float32 and in this order: deterministic.
+
+    Args:
+        partial_ptr: Partial sums, float32 [splits, size].
+        out_ptr: Result [size].
+        splits: Number of splits.
+        size: Number of elements of the result.
+        BLOCK: Elements per program.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -152,9 +191,9 @@ def _step(
     live, BLOCK_SIZE: tl.constexpr, NESTED: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the product of one step, four segments, of which `live` [4] exist (all, unless MASKED)."""
-    # The two halves are loaded apart: split from one tensor, decoded weights would go through shared memory. Both
-    # halves of a 32-byte sector come from one fetch, the second out of the L1 cache.
+    """Add the product of one step of four segments. `live` [4] marks those that exist (all, unless MASKED)."""
+    # The two halves are loaded separately: if one tensor were split, decoded weights would pass through shared memory.
+    # Both halves of a 32-byte sector come from one fetch; the second hits the L1 cache.
     if MASKED:
         words_a = tl.load(words_ptr, mask=live[None, :, None], other=0, eviction_policy="evict_first")
         words_b = tl.load(words_ptr + 4, mask=live[None, :, None], other=0, eviction_policy="evict_first")
@@ -185,14 +224,14 @@ def _step(
 
 @triton.jit
 def _fragment_rows(words, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Rows in the order of the loads (register, warp, lane) -> in the order of fragments (warp, register, lane)."""
+    """Reorder rows from the order of the loads (register, warp, lane) to that of fragments (warp, register, lane)."""
     words = tl.reshape(words, [ROWS // (WARPS * 16), 2, WARPS, 8, 4, 4])
     return tl.reshape(tl.permute(words, (0, 2, 1, 3, 4, 5)), [ROWS, 4, 4])
 
 
 @triton.jit
 def _product_order(x, BATCH: tl.constexpr, RUN: tl.constexpr):
-    """x [BATCH, 4, 32] of one half in matrix order (l, j, e) -> [128, BATCH] in product order (j, l, e)."""
+    """Reorder x of one half: [BATCH, 4, 32] in matrix order (l, j, e) to [128, BATCH] in product order (j, l, e)."""
     return tl.reshape(tl.permute(tl.reshape(x, [BATCH, 4, 32 // RUN, RUN]), (2, 1, 3, 0)), [128, BATCH])
 
 
@@ -201,7 +240,7 @@ def _scale(
     absmax_ptr, nested_absmax_ptr, nested_quant_map_ptr, nested_offset, block, live,
     NESTED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The float32 absmax [ROWS, 4] of blocks [ROWS, 4]; without `live`, blocks may lie past the end."""
+    """Return the float32 scales [ROWS, 4] of blocks [ROWS, 4]. Blocks that are not `live` may lie past the end."""
     if MASKED:
         absmax = tl.load(absmax_ptr + block, mask=live[None, :], other=0)
         if NESTED:
@@ -218,9 +257,9 @@ def _scale(
 
 @triton.jit
 def _weights(words, scale, dtype: tl.constexpr, ROWS: tl.constexpr, RUN: tl.constexpr):
-    """Words [ROWS, 4, 4] of one half and scales [ROWS, 4] -> weights [ROWS, 128] in product order (j, l, e)."""
-    # The scale is broadcast, not its eight table registers: one layout conversion instead of eight, and the compiler
-    # merges the four equal tables of a segment.
+    """Decode words [ROWS, 4, 4] of one half with scales [ROWS, 4] to weights [ROWS, 128] in product order (j, l, e)."""
+    # Broadcasting the scale instead of its eight table registers takes one layout conversion instead of eight, and the
+    # compiler merges the four equal tables of a segment.
     table_ptx: tl.constexpr = TABLE_FP16 if dtype == tl.float16 else TABLE_BF16
     t0, t1, t2, t3, t4, t5, t6, t7 = tl.inline_asm_elementwise(
         table_ptx, TABLE_OPERANDS, [tl.broadcast_to(scale[:, :, None], [ROWS, 4, 4])],

@@ -1,4 +1,4 @@
-"""The ring of host buffers between the threads that read and the thread that copies."""
+"""Ring of host buffers between the threads that read and the thread that copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from qformat.model.devices.stream_device import Ticket
 
 
 class Buffer:
-    """A host buffer, and the copy out of it that was started last."""
+    """A host buffer and the last copy that was started from it.
+
+    Attributes:
+        host: The buffer, uint8 [number of bytes].
+        data: The same bytes as a writable memoryview.
+        ticket: The last copy from the buffer, or None if it is done.
+    """
 
     def __init__(self, host: Tensor) -> None:
         self.host = host
@@ -20,17 +26,17 @@ class Buffer:
         self.ticket: Ticket | None = None
 
     def wait(self) -> None:
-        """Wait for the copy, once; whatever comes of it."""
+        """Wait for the pending copy and forget it, even if it failed. Raises the error of the copy."""
         ticket, self.ticket = self.ticket, None
         if ticket is not None:
             ticket.wait()
 
 
 class BufferRing:
-    """Hands free buffers to the readers, and full ones in order to the thread that copies. Keeps the first failure.
+    """Passes free buffers to the readers and full buffers, in order, to the thread that copies. Keeps the first error.
 
-    A reader gets its buffer together with the number of its chunk: the lowest chunk that is not read yet always has a
-    buffer, and so nobody waits for ever.
+    A reader gets its buffer together with the number of its chunk. The lowest unread chunk therefore always has a
+    buffer, and no thread waits forever.
     """
 
     def __init__(self, buffers: Iterable[Buffer], n_chunks: int) -> None:
@@ -44,7 +50,11 @@ class BufferRing:
         self._changed = threading.Condition()
 
     def claim(self) -> tuple[int, Buffer] | None:
-        """Wait for a buffer; return it with the number of the chunk to read, or None when there is nothing to do."""
+        """Wait for a free buffer.
+
+        Returns:
+            The number of the chunk to read and the buffer, or None if no chunk is left or the ring was stopped.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._nothing_to_do())
             if self._nothing_to_do():
@@ -56,25 +66,30 @@ class BufferRing:
             return number, self._free.popleft()
 
     def deliver(self, number: int, buffer: Buffer) -> None:
-        """Pass on a buffer that was filled."""
+        """Pass a filled buffer to the thread that copies.
+
+        Args:
+            number: Number of the chunk, from `claim`.
+            buffer: Buffer with the bytes of the chunk.
+        """
         with self._changed:
             self._full[number] = buffer
             self._changed.notify_all()
 
     def take(self, number: int) -> Buffer | None:
-        """Wait for a chunk; return None if a reader failed instead."""
+        """Wait for a chunk and return its buffer, or None if a reader failed."""
         with self._changed:
             self._changed.wait_for(lambda: number in self._full or self._stopping)
             return None if self._stopping else self._full.pop(number)
 
     def release(self, buffer: Buffer) -> None:
-        """Give a buffer back, its copy possibly pending: the oldest copy is the next to be waited for."""
+        """Return a buffer to the readers. Its copy may be pending; buffers are reused in order, oldest copy first."""
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
 
     def stop(self, failure: BaseException | None = None) -> None:
-        """Send everybody home; keep the failure if it is the first."""
+        """Stop all threads that wait on the ring. Keep the failure if it is the first."""
         with self._changed:
             self._stopping = True
             if self._failure is None:
@@ -82,13 +97,13 @@ class BufferRing:
             self._changed.notify_all()
 
     def raise_failure(self) -> None:
-        """Raise the first failure, if there is one, and forget it."""
+        """Raise the first failure, if any, and forget it."""
         failure, self._failure = self._failure, None
         try:
             if failure is not None:
                 raise failure
         finally:
-            # A failure holds this frame: without the cycle the device's memory is free as soon as it is handled.
+            # The exception refers to this frame. Breaking the cycle frees the device's memory once it is handled.
             del failure
 
     def _nothing_to_do(self) -> bool:

@@ -1,4 +1,4 @@
-"""Loading within limits: layers that stay in host memory, and memory that must suffice before anything is read."""
+"""Load within memory limits: check the needed memory before reading, and keep layers in host memory."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from qformat.sizes import format_nbytes
 _HOST = torch.device("cpu")
 
 DeviceMap = Literal["auto"] | Mapping[str, DeviceName]
+"""Where layers go: "auto", or a device by prefix of a layer's name; "cpu" keeps the layer in host memory."""
 
 
 def decide(
@@ -41,9 +42,22 @@ def decide(
     device_map: DeviceMap,
     max_memory: Mapping[DeviceName, int | str] | None,
 ) -> Placement:
-    """Return where the layers of a model on the meta device go.
+    """Decide where the layers of a model go.
 
-    Raises: DeviceMemoryError with what is needed; UsageError for a map that does not fit the model.
+    Args:
+        model: Model on the meta device.
+        layout: Layout of the shards.
+        names: The model's name of each tensor in the files.
+        device: Device that runs the model.
+        device_map: "auto", or a device by prefix of a layer's name.
+        max_memory: Memory limit by device, in bytes or as text such as "10GiB", or None.
+
+    Returns:
+        The layers to stream and the memory that the model needs.
+
+    Raises:
+        DeviceMemoryError: The model does not fit. The message states how much memory is needed.
+        UsageError: The map does not fit the model, or a size in `max_memory` cannot be parsed.
     """
     sizes = model_sizes(model, layout, names)
     budget = budget_of(max_memory, device, free=free_nbytes, share=AUTO_SHARE)
@@ -66,10 +80,23 @@ def attach_placed(
     *,
     streamed_by: LayerDevice | None = None,
 ) -> dict[str, str]:
-    """Attach the tensors of an artifact, bring them to where they belong; return the names as `attach` does.
+    """Attach the tensors of an artifact and move them to their devices.
 
-    The model gets a `layer_stream` where layers stay in host memory. streamed_by: what copies them, by default what
-    fits the device. Raises: as `attach`.
+    If layers stay in host memory, the model gets an attribute `layer_stream`.
+
+    Args:
+        model: Model on the meta device.
+        shards: Open shards.
+        names: The model's name of each tensor in the files.
+        device: Device that runs the model.
+        placed: Placement from `decide`.
+        streamed_by: Implementation of the copies. Default: the one for `device`.
+
+    Returns:
+        The entries of `names` that were attached.
+
+    Raises:
+        ArtifactError: The tensors do not fit the model.
     """
     taken = attach(model, tensors_of(shards, map_shards(shards)), names, shards.path)
     streamed = {name: model.get_submodule(name) for name in placed.streamed}
@@ -83,10 +110,18 @@ def attach_placed(
 
 
 def check_fits_mapped(model: PreTrainedModel, layout: ShardLayout, names: Mapping[str, str]) -> None:
-    """Refuse a model on the CPU that takes more memory than is free, beside what is mapped, which needs none.
+    """Check that a mapped model on the CPU fits into free memory.
 
-    What is copied is what was kept in another dtype than the model has; decoding takes a buffer.
-    Raises: DeviceMemoryError.
+    Mapped tensors need no memory of their own. Kept tensors are copied if their dtype differs from the model's, and
+    decoding needs a buffer.
+
+    Args:
+        model: Model on the meta device.
+        layout: Layout of the shards.
+        names: The model's name of each tensor in the files.
+
+    Raises:
+        DeviceMemoryError: The copies and the buffer do not fit. The message states how much memory is needed.
     """
     tensors = tensors_by_name(model)
     needed = largest = 0
@@ -104,7 +139,7 @@ def check_fits_mapped(model: PreTrainedModel, layout: ShardLayout, names: Mappin
 def _check_fits(path: Path, needed: int, allowed: int | None, device: torch.device) -> None:
     if allowed is not None and needed > allowed:
         raise DeviceMemoryError(
-            f"{path}: needs {format_nbytes(needed, rounding='up')} on {device}, "
-            f"and {format_nbytes(allowed, rounding='down')} may be used there. "
+            f"{path}: not enough memory on {device}: the model needs {format_nbytes(needed, rounding='up')}, "
+            f"{format_nbytes(allowed, rounding='down')} is available. "
             "Free memory, or choose another dtype, device_map or max_memory"
         )

@@ -1,12 +1,17 @@
-"""Layers that live in host memory and pass through a device: the next one is copied while the current one runs.
+"""Stream layers from host memory through a device: the next layer is copied while the current one runs.
+
+    host memory (pinned)  [ layer 0 | layer 1 | layer 2 | layer 3 ]
+
+    computation           run 0 in slot 0 │ run 1 in slot 1 │ run 2 in slot 0 │ ...      time ──►
+    copies                  1 ──► slot 1  │   2 ──► slot 0  │   3 ──► slot 1  │ ...
 
 `LayerStream` packs the tensors of each layer into host memory (pinned for CUDA) and owns two slots on the device. Hooks
-bring a layer in before its forward pass, and before its backward pass, in which gradient checkpointing runs the forward
-pass again. A layer's tensors are those of its slot until another streamed layer is entered, and those of the host at
-all other times: so `state_dict` and `save_pretrained` see the whole model.
+bring a layer in before its forward pass and before its backward pass, in which gradient checkpointing runs the forward
+pass again. While a layer is current, its tensors are views of its slot. When another streamed layer is entered, they
+become views of host memory again. `state_dict` and `save_pretrained` therefore see the complete model.
 
-A slot is filled again only behind all work that was queued before: that includes the layer that used it last, since the
-layer after it is being entered.
+A copy into a slot waits for all work that was queued before. That includes the layer that last used the slot, because
+the layer after it is being entered.
 """
 
 from __future__ import annotations
@@ -24,27 +29,32 @@ from qformat.model.devices.placement import N_SLOTS, aligned, arena_sizes
 
 
 class Copy(Protocol):
-    """A copy that was started. Only the device that started it knows what is inside."""
+    """A copy that was started. Its contents are private to the device that started it."""
 
 
 class LayerDevice(Protocol):
-    """Memory of a device, and copies to it in order. Computation is queued on torch's current stream."""
+    """Memory of a device and ordered copies to it. Computation is queued on torch's current stream."""
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return uninitialised memory of the device, uint8 [nbytes]. Raises torch.OutOfMemoryError."""
 
     def host_memory(self, nbytes: int) -> Tensor:
-        """Return host memory that is copied from, uint8 [nbytes]."""
+        """Return host memory to copy from, uint8 [nbytes]."""
 
     def copy(self, host: Tensor, slot: Tensor) -> Copy:
-        """Start to copy uint8 [n] to the device, once everything that is queued so far is done."""
+        """Start a copy to the device that runs after all work that is queued so far.
+
+        Args:
+            host: Source in host memory, uint8 [n].
+            slot: Target on the device, uint8 [n].
+        """
 
     def wait(self, copy: Copy) -> None:
-        """Let what is queued from now on wait for a copy."""
+        """Make all work that is queued from now on wait for a copy."""
 
 
 class PlainLayers:
-    """Plain memory and immediate copies: devices without a way of their own to copy in the background."""
+    """Plain memory and immediate copies, for devices that cannot copy in the background."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -58,16 +68,21 @@ class PlainLayers:
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def copy(self, host: Tensor, slot: Tensor) -> Copy:
-        """Copy now."""
+        """Copy immediately.
+
+        Args:
+            host: Source in host memory, uint8 [n].
+            slot: Target on the device, uint8 [n].
+        """
         slot.copy_(host)
         return object()
 
     def wait(self, copy: Copy) -> None:
-        """Do nothing: nothing is ever under way."""
+        """Do nothing: every copy is already done."""
 
 
 class CudaLayers:
-    """CUDA memory, pinned host memory, and a stream for the copies."""
+    """CUDA memory, pinned host memory and a CUDA stream for the copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -82,7 +97,12 @@ class CudaLayers:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def copy(self, host: Tensor, slot: Tensor) -> Copy:
-        """Start a copy behind what the current stream has queued."""
+        """Start a copy that runs after all work queued on the current stream.
+
+        Args:
+            host: Source in pinned host memory, uint8 [n].
+            slot: Target on the device, uint8 [n].
+        """
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             slot.copy_(host, non_blocking=True)
@@ -91,7 +111,7 @@ class CudaLayers:
         return event
 
     def wait(self, copy: Copy) -> None:
-        """Let the current stream wait for the copy; this thread does not."""
+        """Make the current stream wait for the copy. This thread does not wait."""
         assert isinstance(copy, torch.cuda.Event)
         torch.cuda.current_stream(self._device).wait_event(copy)
 
@@ -103,7 +123,7 @@ def layer_device(device: torch.device) -> LayerDevice:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a module keeps a tensor. `others` are further places of the same one."""
+    """Place where a module keeps a tensor. `others` are further places of the same tensor."""
 
     tensors: dict[str, Any]
     name: str
@@ -114,13 +134,13 @@ class _Place:
     start: int
 
     def view(self, memory: Tensor) -> Tensor:
-        """Return the tensor in a layer's memory, uint8."""
+        """Return the tensor as a view of a layer's memory, uint8."""
         nbytes = self.shape.numel() * self.dtype.itemsize
         found = memory[self.start : self.start + nbytes].view(self.dtype).view(self.shape)
         return nn.Parameter(found, requires_grad=False) if self.is_parameter else found
 
     def put(self, tensor: Tensor) -> None:
-        """Hang a tensor into the module."""
+        """Attach a tensor to the module."""
         self.tensors[self.name] = tensor
         for tensors, name in self.others:
             tensors[name] = tensor
@@ -141,12 +161,17 @@ class _Layer:
 
 
 class LayerStream:
-    """Streams some layers of a model through a device. Made once; the hooks do the rest."""
+    """Streams some layers of a model through a device. Creating it registers the hooks that do all the work."""
 
     def __init__(self, layers: Mapping[str, nn.Module], device: LayerDevice) -> None:
-        """Take over the tensors of `layers`, in the order in which they run; they lie in host memory, mapped or not.
+        """Copy the tensors of the layers into host memory of the device and register the hooks.
 
-        They get no gradients; what is put into a layer later (adapters) is moved to the device and may have them.
+        The tensors get no gradients. Tensors that are added to a layer later, such as adapters, are moved to the device
+        and may have gradients.
+
+        Args:
+            layers: Layers by name, in the order in which they run, with tensors in host memory, mapped or not.
+            device: Implementation of memory and copies.
         """
         self._device = device
         places = {name: _places_of(module) for name, module in layers.items()}
@@ -163,17 +188,17 @@ class LayerStream:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The layers whose home is host memory."""
+        """Names of the layers that stay in host memory."""
         return tuple(layer.name for layer in self._layers)
 
     @property
     def pass_nbytes(self) -> int:
-        """Bytes that a pass through the model copies to the device."""
+        """Number of bytes that one pass through the model copies to the device."""
         return sum(layer.host.nbytes for layer in self._layers)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, number: int) -> None:
-        """Bring a layer in, and start to copy the one that will probably be next."""
+        """Bring a layer to the device and start to copy the layer that will probably be next."""
         if self._current is not None and self._current != number:
             self._layers[self._current].bind(self._layers[self._current].at_home)
         self._turn_to(number)
@@ -211,7 +236,7 @@ class LayerStream:
         return found
 
     def _slot_of(self, number: int) -> int:
-        """Return the slot that holds or will hold a layer; where there is none, start to fill one."""
+        """Return the slot that holds a layer. If there is none, start to copy the layer into one."""
         if number in self._holds:
             return self._holds.index(number)
         slot = next(index for index, held in enumerate(self._holds) if held is None or held != self._current)
@@ -221,7 +246,7 @@ class LayerStream:
         return slot
 
     def _turn_to(self, number: int) -> None:
-        """Note in which direction layers are entered: a backward pass goes down."""
+        """Record the direction in which layers are entered; a backward pass goes downwards."""
         n_layers, last = len(self._layers), self._current
         if last is None or number == (last + 1) % n_layers:
             self._direction = 1
@@ -229,12 +254,12 @@ class LayerStream:
             self._direction = -1
 
     def _following(self) -> int | None:
-        """Return the layer that will probably be entered next, None where the pass turns around."""
+        """Return the layer that will probably be entered next, or None if the pass turns around here."""
         assert self._current is not None
         following = self._current + self._direction
         if 0 <= following < len(self._layers):
             return following
-        # In training, the last layers are those that a backward pass begins with, and its last those of a forward pass.
+        # In training, the backward pass begins with the layers at which the forward pass ends, and vice versa.
         return None if self._layers[self._current].module.training else following % len(self._layers)
 
     def _before_forward(self, number: int, module: nn.Module, arguments: Any) -> None:
@@ -242,8 +267,9 @@ class LayerStream:
         trained = module.training or any(parameter.requires_grad for parameter in module.parameters())
         if torch.is_grad_enabled() and trained and not checkpointed:
             raise UsageError(
-                f"{self._layers[number].name}: is streamed from host memory, and its weights are gone by the time of "
-                "the backward pass. Train with model.gradient_checkpointing_enable(), evaluate in torch.no_grad()"
+                f"layer {self._layers[number].name!r} is streamed from host memory: its weights are no longer on the "
+                "device during the backward pass. To train, call model.gradient_checkpointing_enable(). "
+                "To evaluate, use torch.no_grad()"
             )
         self.enter(number)
 
@@ -251,14 +277,14 @@ class LayerStream:
         self.enter(number)
 
     def __reduce__(self) -> NoReturn:
-        raise UsageError("a model with layers in host memory cannot be copied or pickled. Load it a second time")
+        raise UsageError("a model with layers in host memory cannot be copied or pickled. Load it again instead")
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         self.__reduce__()
 
 
 def _places_of(module: nn.Module) -> tuple[_Place, ...]:
-    """Return where all tensors of a layer are kept, and where each will lie in its memory."""
+    """Return the places of all tensors of a layer, with the offset of each in the layer's memory."""
     found: dict[int, tuple[Tensor, list[tuple[dict[str, Any], str]]]] = {}
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
@@ -279,7 +305,7 @@ def _nbytes_of(places: Sequence[_Place]) -> int:
 
 
 def _bring_along(module: nn.Module, device: torch.device) -> None:
-    """Move what was put into a layer after it was loaded, such as an adapter: it stays on the device."""
+    """Move parameters that were added after loading, such as adapters, to the device; they stay there."""
     for parameter in module.parameters():
         if parameter.device != device:
             parameter.data = parameter.data.to(device)

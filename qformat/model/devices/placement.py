@@ -1,7 +1,7 @@
-"""Which layers of a model stay on a device, and which at home in host memory: decided from headers, nothing is read.
+"""Decide which layers of a model stay on a device and which in host memory, from headers alone.
 
-A layer is what transformers does not split (`_no_split_modules`: a decoder layer). Everything else, embeddings, norms
-and the head, is always on the device. Layers in host memory pass through two slots of the device, in turn.
+A layer is a module that transformers does not split (`_no_split_modules`), such as a decoder layer. Everything else
+(embeddings, norms and the head) is always on the device. Layers in host memory pass through two slots on the device.
 """
 
 from __future__ import annotations
@@ -19,23 +19,30 @@ from qformat.errors import DeviceMemoryError, UsageError
 from qformat.sizes import format_nbytes, parse_nbytes
 
 N_SLOTS = 2
-"""One layer runs while the next is copied. More would hold more memory, and the copies are in order all the same."""
+"""Slots on the device: one layer runs while the next is copied. More slots need memory and save no time."""
 
 ALIGNMENT = 256
-"""Of each tensor in a slot: what CUDA's own allocations have, and more than any kernel asks for."""
+"""Alignment in bytes of each tensor in a slot: that of CUDA's own allocations, and enough for every kernel."""
 
 ARENA_NBYTES = 2**30
-"""Host memory is pinned in pieces of this size: torch rounds such allocations up to a power of two bytes."""
+"""Size in bytes of a piece of pinned host memory. torch rounds such allocations up to a power of two."""
 
 AUTO_SHARE = 0.9
-"""Of the free memory that an automatic placement fills; the rest is for activations and the cache of attention."""
+"""Share of the free memory that an automatic placement fills. The rest is for activations and the KV cache."""
 
 DeviceName = str | int | torch.device
+"""A device as in `torch.device`; an integer is the index of a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Bytes of a model's parts on a device. layers: by name, in their order; scratch: the largest weight, decoded."""
+    """Sizes of a model's parts on a device.
+
+    Attributes:
+        layers: Bytes of each layer by name, in order.
+        rest_nbytes: Bytes of everything outside the layers.
+        scratch_nbytes: Bytes of the largest weight after decoding.
+    """
 
     layers: Mapping[str, int]
     rest_nbytes: int
@@ -44,7 +51,14 @@ class ModelSizes:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which layers are streamed (home in host memory), in their order, and what all of it takes."""
+    """Which layers are streamed from host memory, and how much memory the model needs.
+
+    Attributes:
+        streamed: Names of the streamed layers, in order.
+        device_nbytes: Bytes on the device, slots included.
+        slot_nbytes: Bytes of one slot.
+        host_nbytes: Bytes of pinned host memory.
+    """
 
     streamed: tuple[str, ...]
     device_nbytes: int
@@ -53,12 +67,18 @@ class Placement:
 
     @property
     def n_slots(self) -> int:
-        """Slots on the device."""
+        """Number of slots on the device."""
         return min(N_SLOTS, len(self.streamed))
 
 
 def model_sizes(model: PreTrainedModel, layout: ShardLayout, names: Mapping[str, str]) -> ModelSizes:
-    """Measure a model on the meta device, as it will be when the tensors of `layout` are attached under `names`."""
+    """Return the sizes that the parts of a model will have when its tensors are attached.
+
+    Args:
+        model: Model on the meta device.
+        layout: Layout of the shards.
+        names: The model's name of each tensor in the files.
+    """
     layers = dict.fromkeys(layer_names(model), 0)
     rest = scratch = 0
     for name, nbytes, is_packed, decoded in _tensor_sizes(model, layout, names):
@@ -73,7 +93,11 @@ def model_sizes(model: PreTrainedModel, layout: ShardLayout, names: Mapping[str,
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:
-    """Return the layers of a model, outermost ones, in their order. Raises UsageError if transformers names none."""
+    """Return the names of the outermost layers of a model, in order.
+
+    Raises:
+        UsageError: transformers defines no layers for this model.
+    """
     kinds = set(model._no_split_modules or [])
     found: list[str] = []
     for name, module in model.named_modules():
@@ -81,15 +105,20 @@ def layer_names(model: PreTrainedModel) -> list[str]:
             found.append(name)
     if not found:
         raise UsageError(
-            f"{type(model).__name__}: transformers does not say what its layers are: device_map needs that"
+            f"device_map: transformers does not define the layers of {type(model).__name__}. Leave device_map out"
         )
     return found
 
 
 def place_automatically(sizes: ModelSizes, budget_nbytes: int) -> Placement:
-    """Stream as few layers as the budget of the device allows, spread evenly, so that copies hide behind the others.
+    """Stream as few layers as the memory budget allows, evenly spaced, so that other layers run during the copies.
 
-    Raises: DeviceMemoryError with what is needed.
+    Args:
+        sizes: Sizes of the model's parts.
+        budget_nbytes: Bytes that the model may use on the device.
+
+    Raises:
+        DeviceMemoryError: The model does not fit even with all layers in host memory.
     """
     n_layers = len(sizes.layers)
     names = list(sizes.layers)
@@ -100,22 +129,29 @@ def place_automatically(sizes: ModelSizes, budget_nbytes: int) -> Placement:
             return found
     least = placement(sizes, names if n_layers > N_SLOTS else [])
     raise DeviceMemoryError(
-        f"needs at least {format_nbytes(least.device_nbytes, rounding='up')} on the device, "
-        f"with {len(least.streamed)} of {n_layers} layers in host memory, "
-        f"and {format_nbytes(budget_nbytes, rounding='down')} may be used there"
+        "not enough memory on the device: the model needs at least "
+        f"{format_nbytes(least.device_nbytes, rounding='up')} "
+        f"(with {len(least.streamed)} of {n_layers} layers in host memory), "
+        f"{format_nbytes(budget_nbytes, rounding='down')} is available"
     )
 
 
 def place_by_map(sizes: ModelSizes, device_map: Mapping[str, DeviceName], device: torch.device) -> Placement:
-    """Stream the layers whose longest prefix in the map says "cpu"; all else is on `device`.
+    """Stream the layers that a map assigns to "cpu". The longest matching prefix of a layer's name decides.
 
-    Raises: UsageError for a name that the model does not have, another device, and parts that cannot be streamed.
+    Args:
+        sizes: Sizes of the model's parts.
+        device_map: Device by prefix of a layer's name: "cpu" or `device`.
+        device: Device that runs the model.
+
+    Raises:
+        UsageError: The map has an unknown name or device, splits a layer, or streams a part that is not a layer.
     """
     homes = {name: _is_host(name, home, device) for name, home in device_map.items()}
     for name, in_host in homes.items():
         outer = next((layer for layer in sizes.layers if _is_inside(name, layer)), None)
         if outer is not None and in_host != _home(outer, homes):
-            raise UsageError(f"device_map {name!r}: a layer is in one place as a whole: map {outer!r}")
+            raise UsageError(f"device_map {name!r}: a layer cannot be split. Map the layer {outer!r} instead")
         if in_host and outer is None and not any(layer == name or _is_inside(layer, name) for layer in sizes.layers):
             raise UsageError(
                 f"device_map {name!r}: only layers can be in host memory, such as {next(iter(sizes.layers))!r}"
@@ -125,7 +161,12 @@ def place_by_map(sizes: ModelSizes, device_map: Mapping[str, DeviceName], device
 
 
 def placement(sizes: ModelSizes, streamed: Sequence[str]) -> Placement:
-    """Return what it takes to stream these layers."""
+    """Return the placement that streams the given layers, with the memory that it needs.
+
+    Args:
+        sizes: Sizes of the model's parts.
+        streamed: Names of the layers to stream, in order.
+    """
     largest = max((sizes.layers[name] for name in streamed), default=0)
     resident = sum(nbytes for name, nbytes in sizes.layers.items() if name not in set(streamed))
     slots = largest * min(N_SLOTS, len(streamed))
@@ -134,7 +175,10 @@ def placement(sizes: ModelSizes, streamed: Sequence[str]) -> Placement:
 
 
 def arena_sizes(layer_nbytes: Sequence[int]) -> list[int]:
-    """Return the pieces of host memory that layers fill in order: powers of two, a layer never in two of them."""
+    """Return the sizes in bytes of the pieces of host memory that hold the layers.
+
+    The layers fill the pieces in order. Sizes are powers of two, and no layer spans two pieces.
+    """
     sizes: list[int] = []
     used = 0
     for nbytes in layer_nbytes:
@@ -147,7 +191,7 @@ def arena_sizes(layer_nbytes: Sequence[int]) -> list[int]:
 
 
 def aligned(nbytes: int) -> int:
-    """Return what a tensor takes in a slot."""
+    """Return the number of bytes that a tensor of `nbytes` occupies in a slot."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -158,9 +202,16 @@ def budget_of(
     free: Callable[[torch.device], int | None],
     share: float,
 ) -> int | None:
-    """Return what may be used of a device: what `max_memory` says, or a share of what is free. None: no limit known.
+    """Return the memory budget of a device in bytes, or None if no limit is known.
 
-    Raises: UsageError for a size that is none.
+    Args:
+        max_memory: Memory limit by device, in bytes or as text such as "10GiB".
+        device: Device to look up.
+        free: Function that returns the free bytes of a device, or None if unknown.
+        share: Share of the free memory to use if `max_memory` has no entry for the device.
+
+    Raises:
+        UsageError: A size in `max_memory` cannot be parsed.
     """
     for name, size in (max_memory or {}).items():
         if _same_device(name, device):
@@ -172,7 +223,7 @@ def budget_of(
 def _tensor_sizes(
     model: PreTrainedModel, layout: ShardLayout, names: Mapping[str, str]
 ) -> Iterable[tuple[str, int, bool, int]]:
-    """Yield name, bytes, whether it is packed, and bytes when decoded, of every tensor; tied ones once."""
+    """Yield name, bytes, whether it is packed, and bytes after decoding for every tensor; tied tensors once."""
     of_packed = {names[name]: name for name in layout.states}
     seen: set[int] = set()
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -204,7 +255,7 @@ def _home(layer: str, homes: Mapping[str, bool]) -> bool:
     prefixes = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
     found = next((prefix for prefix in prefixes if prefix in homes), None)
     if found is None:
-        raise UsageError(f"device_map: says nothing of {layer!r}. Add it, or '' for all that is not named")
+        raise UsageError(f"device_map: has no entry for {layer!r}. Add one, or add '' for everything not listed")
     return homes[found]
 
 
@@ -214,8 +265,8 @@ def _is_host(name: str, home: DeviceName, device: torch.device) -> bool:
     if _same_device(home, device):
         return False
     raise UsageError(
-        f"device_map {name!r}: {home!r} is neither 'cpu' nor {str(device)!r}, where the model runs. "
-        "Layers are computed on one device; several GPUs are not supported"
+        f"device_map {name!r}: found {home!r}, expected 'cpu' or {str(device)!r}, the device that runs the model. "
+        "Several GPUs are not supported"
     )
 
 

@@ -1,8 +1,10 @@
-"""Shards on a device, straight from their files: one allocation a shard, filled through a ring of pinned buffers.
+"""Read shards from their files to a device: one allocation per shard, filled through a ring of pinned buffers.
 
-Several threads read chunks into host buffers; the calling thread starts their copies in the order of the bytes and
-takes the digests while those copies, and the next reads, are under way. A buffer goes back to the readers with its
-copy still pending: whoever gets it waits for the copy first.
+    file ── pread ──► buffer ── copy ──► device     several threads read, the calling thread starts the copies
+                        └─ XXH3 ──► digest          the calling thread hashes during the copy and the next reads
+
+Copies start in the order of the bytes. A buffer returns to the readers while its copy is pending; the next reader waits
+for that copy first.
 """
 
 from __future__ import annotations
@@ -30,19 +32,19 @@ from qformat.model.devices.stream_device import StreamDevice
 Verify = Literal["full", "structure", "none"]
 
 CHUNK_NBYTES = 16 * 2**20
-"""Large enough that starting a read or a copy costs nothing beside it."""
+"""Bytes of a chunk: large enough that the cost of starting a read or a copy is negligible."""
 
 MAX_READERS = 4
-"""More threads than this read no faster from a page cache or an NVMe disk, and take cores from the digests."""
+"""Largest number of reading threads. More read no faster from a page cache or an NVMe disk and slow down hashing."""
 
 THREAD_NAME = "qformat-stream"
 
 
 def data_starts(layout: ShardLayout) -> dict[str, int]:
-    """Return for each shard the byte of the file at which its data begins: index 0 of its device tensor."""
+    """Return the offset in bytes at which the data of each shard begins in its file: index 0 of its device tensor."""
     starts: dict[str, int] = {}
     for located in layout.located.values():
-        # The data has no holes, so it begins where its first entry does.
+        # The data has no gaps, so it begins where its first entry begins.
         starts[located.shard] = min(located.entry.start, starts.get(located.shard, located.entry.start))
     return starts
 
@@ -57,17 +59,30 @@ def stream_shards(
     readers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Read every shard's data section onto a device; return uint8 [nbytes of the data] by the shard's name.
+    """Read the data section of every shard to a device.
 
-    Index 0 is the file's byte `data_starts(layout)[shard]`, a multiple of 4096 in the file: components lie aligned
-    as in the file, as far as the device's allocation is.
-    verify: "full" compares the XXH3-128 of every header and component with the manifest, of the very bytes that are
-    copied; "structure" and "none" take no digests, since `layout` is checked already.
-    n_buffers host buffers of chunk_nbytes are used, by `readers` threads (default: up to 4).
-    progress: called by this thread with the bytes of each chunk whose copy was started and whose digests agree.
+    When the function returns or raises, no thread runs and no copy is pending.
 
-    Raises: ArtifactError for a file that is missing, no regular one, of another size, cut while it is read, or (full)
-    changed; UsageError for an argument; whatever `device` and `progress` raise. No thread and no copy outlives this.
+    Args:
+        layout: Checked layout of the shards.
+        device: Implementation of the device's memory and copies.
+        verify: "full" compares the XXH3-128 of every header and component with the manifest, computed from the same
+            bytes that are copied. "structure" and "none" compute no digests.
+        chunk_nbytes: Bytes per read and per host buffer.
+        n_buffers: Number of host buffers.
+        readers: Number of threads that read. Default: up to 4.
+        progress: Called by this thread with the number of bytes of each chunk after its copy has started and its
+            digests have been compared.
+
+    Returns:
+        The data of each shard, uint8 [number of bytes], by the shard's name. Index 0 is byte
+        `data_starts(layout)[shard]` of the file, a multiple of 4096, so components are aligned as in the file.
+
+    Raises:
+        ArtifactError: A file is missing, is not a regular file, has another size or is truncated while it is read. With
+            "full", also: a digest differs.
+        UsageError: An argument is out of range.
+        Exception: Any error that `device` or `progress` raises.
     """
     if verify not in get_args(Verify):
         raise UsageError(f"verify={verify!r}, expected one of {get_args(Verify)}")
@@ -90,7 +105,7 @@ def stream_shards(
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Bytes [start, stop) of a shard's file."""
+    """Bytes from `start` up to, but not including, `stop` of a shard's file."""
 
     shard: str
     start: int
@@ -102,7 +117,7 @@ class _Chunk:
 
 
 def _chunks(layout: ShardLayout, starts: Mapping[str, int], chunk_nbytes: int) -> list[_Chunk]:
-    """Return the data of all shards in order. A shard without data has one empty chunk: its digests are due, too."""
+    """Return the data of all shards in order. A shard without data has one empty chunk, so that it is verified too."""
     chunks = []
     for shard, start in starts.items():
         stop = layout.shard_nbytes[shard]
@@ -112,7 +127,7 @@ def _chunks(layout: ShardLayout, starts: Mapping[str, int], chunk_nbytes: int) -
 
 
 def _open_shards(layout: ShardLayout, names: Iterable[str], stack: ExitStack) -> dict[str, int]:
-    """Open every shard; return descriptors by name, which `stack` closes. Raises ArtifactError, also for the size."""
+    """Open every shard and check its size. Return descriptors by name; `stack` closes them."""
     descriptors: dict[str, int] = {}
     for shard in names:
         descriptors[shard] = stack.enter_context(open_regular(layout.path, shard, error=ArtifactError))
@@ -125,13 +140,13 @@ def _open_shards(layout: ShardLayout, names: Iterable[str], stack: ExitStack) ->
 
 def _with_digests(layout: ShardLayout) -> Structure:
     if not isinstance(layout, Structure):
-        raise UsageError(f"{layout.path}: has no manifest, so there are no digests that verify='full' could compare")
+        raise UsageError(f"{layout.path}: verify='full' needs the digests of a manifest. This directory has none")
     return layout
 
 
 @dataclass(frozen=True, slots=True)
 class _Forwarding:
-    """What happens to a chunk that was read: it is copied, then hashed while the copy is in flight."""
+    """Handles a chunk that was read: starts its copy, then hashes it while the copy is in flight."""
 
     device: StreamDevice
     shards: Mapping[str, Tensor]
@@ -140,7 +155,7 @@ class _Forwarding:
     progress: Callable[[int], None] | None
 
     def forward(self, chunk: _Chunk, buffer: Buffer) -> None:
-        """Start the copy of a chunk, take the digests of it, report it. Raises ArtifactError for a wrong digest."""
+        """Start the copy of a chunk, update the digests, report progress. Raise ArtifactError if a digest differs."""
         start = self.starts[chunk.shard]
         target = self.shards[chunk.shard][chunk.start - start : chunk.stop - start]
         buffer.ticket = self.device.copy(buffer.host[: chunk.nbytes], target)
@@ -151,7 +166,7 @@ class _Forwarding:
 
 
 class _Stream:
-    """One run: threads that read, and the calling thread, which forwards."""
+    """One run: threads read, and the calling thread forwards."""
 
     def __init__(self, path: Path, chunks: list[_Chunk], descriptors: Mapping[str, int], ring: BufferRing) -> None:
         self._path = path
@@ -160,7 +175,7 @@ class _Stream:
         self._ring = ring
 
     def run(self, n_readers: int, forwarding: _Forwarding) -> None:
-        """Stream every chunk. When it returns or raises, no thread runs and no copy is pending."""
+        """Stream every chunk. When this returns or raises, no thread runs and no copy is pending."""
         started: list[threading.Thread] = []
         try:
             for _ in range(n_readers):
@@ -172,7 +187,7 @@ class _Stream:
                     break
                 forwarding.forward(chunk, buffer)
                 self._ring.release(buffer)
-        except BaseException as error:  # noqa: BLE001 - raised below, when everything has come to rest
+        except BaseException as error:  # noqa: BLE001 - raised below, when all threads and copies have ended
             self._ring.stop(error)
         self._ring.stop()
         for thread in started:
@@ -201,10 +216,10 @@ class _Stream:
 
 
 class _Digests:
-    """The digests that `verify_integrity` takes, of bytes that come chunk by chunk in order, shard after shard."""
+    """Computes the digests of `verify_integrity` from bytes that arrive in chunks, in order, shard after shard."""
 
     def __init__(self, structure: Structure, descriptors: Mapping[str, int]) -> None:
-        """Check every header. Raises ArtifactError."""
+        """Check every header. Raise ArtifactError if one is damaged."""
         self._path = structure.path
         findings: list[Finding] = []
         self._due: dict[str, deque[RangeCheck]] = {shard: deque() for shard in descriptors}
@@ -215,9 +230,9 @@ class _Digests:
         self._state = Xxh3()
 
     def update(self, chunk: _Chunk, data: memoryview) -> None:
-        """Add the bytes of a chunk, uint8 [its nbytes]. Raises ArtifactError at the end of a component that differs."""
+        """Add the bytes of a chunk. Raise ArtifactError at the end of a component whose digest differs."""
         due = self._due[chunk.shard]
-        # <= and not <: a component without bytes may lie at the very end.
+        # <= instead of <: an empty component may lie at the very end.
         while due and due[0].start <= chunk.stop:
             check = due[0]
             start, stop = max(check.start, chunk.start), min(check.stop, chunk.stop)
@@ -231,15 +246,15 @@ class _Digests:
         self._state = Xxh3()
         if found == check.expected:
             return
-        # Read again: the finding is then word for word that of `qformat verify`, or the two reads differ.
+        # Read the range again: either the finding is exactly that of `qformat verify`, or the two reads differ.
         if (finding := check.run()) is not None:
             raise finding.as_error(self._path)
         raise ArtifactError(
             Reason.COMPONENT_DIGEST,
             check.file,
-            f"bytes {check.start} to {check.stop} had the XXH3-128 {found} when they were read, and the expected "
-            f"{check.expected} when they were read once more",
+            f"two reads of bytes {check.start} to {check.stop} differ: the first had XXH3-128 {found}, the second had "
+            f"the expected {check.expected}",
             tensor=check.tensor,
             field=check.component,
-            next_step="The file was being written, or this machine's memory or disk cannot be relied on",
+            next_step="The file was being written, or this machine's memory or disk is unreliable",
         )

@@ -199,7 +199,7 @@ def test_of_two_processes_one_writes_and_the_other_says_so(
 def test_a_private_repository_without_a_token_says_what_to_do_and_exits_with_1(hub: Hub, tmp_path: Path) -> None:
     code, output, errors = finish(start(hub, tmp_path / "home", NAME, tmp_path / "out", token=None))
     assert (code, output) == (1, "")
-    assert errors.startswith("Error: owner/model: there is no such repository, or it is private")
+    assert errors.startswith("Error: owner/model: the repository does not exist or is private")
     assert "HF_TOKEN" in errors
     assert not hub.requests(DATA)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "home"])

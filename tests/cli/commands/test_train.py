@@ -37,7 +37,7 @@ def test_a_training_tells_what_it_does_and_leaves_a_report(
         assert says in shown.err
     assert "loss on held-out data" in shown.out
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Loss on the training data" in page
+    assert "loss on the training data at the last logged step" in page
     assert "http" not in page.replace("http-equiv", "")
     assert train(artifact, examples, tmp_path / "out") == 1
     assert "--resume" in capsys.readouterr().err

@@ -210,7 +210,7 @@ def test_a_source_that_is_none_exits_with_1_and_says_why(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(artifact), "--source", str(tmp_path / "nothing")]) == 1
-    assert "does not exist or is not a directory" in capsys.readouterr().err
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_an_artifact_given_as_its_own_source_is_refused(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

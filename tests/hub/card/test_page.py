@@ -1,4 +1,4 @@
-"""The model card: what it says comes from the manifest, and nothing in a manifest breaks its markup."""
+"""The model card states what the manifest records, and no text of a manifest breaks its markup."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from qformat.artifact.manifest import Manifest, PackedRecord
 from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import UsageError
 from qformat.hub.card.error_figures import ErrorFigures
@@ -18,7 +19,7 @@ from qformat.hub.card.page import pipeline_tag_of, write_card
 CONFIG: dict[str, object] = {"architectures": ["LlamaForCausalLM"]}
 
 
-def test_the_card_of_an_artifact_of_unknown_origin_names_no_base_model(small_artifact: Path) -> None:
+def test_the_card_of_an_artifact_of_unknown_origin_states_no_base_model(small_artifact: Path) -> None:
     text = write_card("me/it", read_manifest(small_artifact), {}, Origin())
     data = huggingface_hub.ModelCard(text).data.to_dict()
     assert data == {"library_name": "transformers", "tags": ["qformat", "nf4", "bitsandbytes", "4-bit"]}
@@ -31,9 +32,53 @@ def test_sizes_files_and_recipe_are_those_of_the_manifest(small_artifact: Path) 
     text = write_card("me/it", manifest, CONFIG, Origin())  # type: ignore[arg-type]
     for name, record in manifest.files.items():
         assert f"| {name} | {record.nbytes:,} | `{record.sha256}` |" in text
-    assert "blocks of 64, scales quantized to 8 bits" in text
+    assert "one 8-bit scale per 64 weights" in text
     assert '"block_size": 64' in text
     assert manifest.generator in text
+
+
+def usage(manifest: Manifest, config: dict[str, object] = CONFIG) -> str:
+    text = write_card("me/it", manifest, config, Origin())  # type: ignore[arg-type]
+    return text.partition("## Usage")[2].partition("\n## ")[0]
+
+
+def test_the_section_on_vllm_states_its_plugin_and_its_limits(small_artifact: Path) -> None:
+    section = usage(read_manifest(small_artifact)).partition("### vLLM")[2]
+    assert "pip install vllm-bnb-plugin" in section
+    assert "vllm serve me/it\n" in section
+    assert "on one rank only" in section
+    assert "rounds the offset of the 8-bit scales to the dtype of the model, usually bfloat16." in section
+    assert "differ slightly from those of qformat and transformers" in section
+    assert "--quantization" not in section
+
+
+def test_the_section_on_vllm_mentions_no_rounding_for_scales_without_an_offset(small_artifact: Path) -> None:
+    manifest = read_manifest(small_artifact)
+    plain = {
+        name: replace(record, layout=replace(record.layout, double_quant=False))
+        for name, record in manifest.tensors.items()
+        if isinstance(record, PackedRecord)
+    }
+    section = usage(replace(manifest, tensors=plain))
+    assert "vllm-bnb-plugin" in section
+    assert "rounds" not in section
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_class", "generates"),
+    [
+        ("LlamaForCausalLM", "AutoModelForCausalLM", True),
+        ("LlamaForSequenceClassification", "AutoModelForSequenceClassification", False),
+    ],
+)
+def test_the_usage_is_that_of_the_architecture(
+    small_artifact: Path, architecture: str, model_class: str, generates: bool
+) -> None:
+    section = usage(read_manifest(small_artifact), {"architectures": [architecture]})
+    assert f"from transformers import {model_class}, AutoTokenizer" in section
+    assert f'{model_class}.from_pretrained("me/it", device_map="auto")' in section
+    assert ("qformat generate it" in section) is generates
+    assert ("vllm serve" in section) is generates
 
 
 def test_texts_of_a_manifest_cannot_break_the_markup(small_artifact: Path) -> None:
@@ -51,12 +96,12 @@ def test_texts_of_a_manifest_cannot_break_the_markup(small_artifact: Path) -> No
     assert "| &lt;b> \\| a | – | 1.500 |" in text
 
 
-def test_an_evaluation_is_shown_and_whatever_it_lacks_is_left_out(small_artifact: Path) -> None:
+def test_an_evaluation_is_shown_without_the_figures_that_it_lacks(small_artifact: Path) -> None:
     manifest = read_manifest(small_artifact)
 
     def section(evaluation: object) -> str:
         text = write_card("me/it", replace(manifest, evaluation=evaluation), CONFIG, Origin())  # type: ignore[arg-type]
-        return text.partition("## How close")[2].partition("\n## ")[0]
+        return text.partition("## Evaluation")[2].partition("\n## ")[0]
 
     figure = {"mean": 0.01234, "standard_error": 0.0012}
     texts = [
@@ -70,10 +115,10 @@ def test_an_evaluation_is_shown_and_whatever_it_lacks_is_left_out(small_artifact
         7,
     ]
     shown = section({"window_length": 512, "texts": texts, "note": None})
-    assert "| text | tokens | perplexity | KL from the source, nats a token |" in shown
+    assert "| text | tokens | perplexity | KL from the source checkpoint, nats per token |" in shown
     assert "| prose | 12,345 | 12.500 ± 0.250 | 0.0123 ± 0.0012 |" in shown
     assert "| code | – | – | – |" in shown
-    assert "Windows of 512 tokens." in shown
+    assert "Each window has 512 tokens." in shown
     for nothing in (None, {}, {"texts": []}, {"texts": [{}]}, {"texts": "many"}):
         assert section(nothing) == ""
 
@@ -106,12 +151,12 @@ def test_the_task_follows_from_the_architecture(config: dict[str, object], tag: 
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ([], "is no object"),
+        ([], "the file is not an object"),
         ({"passed": False}, "did not pass"),
-        ({"passed": True}, "manifest is no object"),
+        ({"passed": True}, "manifest is not an object"),
         ({"passed": True, "manifest": {"files": {}}}, "other files"),
     ],
 )
-def test_a_verification_that_did_not_pass_gives_no_figures(small_artifact: Path, record: object, problem: str) -> None:
+def test_an_unsuitable_verification_gives_no_figures(small_artifact: Path, record: object, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         ErrorFigures.parse(record, read_manifest(small_artifact), "figures.json")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What tests of `publish` share: one artifact's name and card, and what the stand-in has of it."""
+"""Shared by the tests of `publish`: name and card of an artifact, and its state in the stand-in."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ NAME = "me/small-nf4"
 def do_publish(
     artifact: Path, card: CardOptions = APACHE, *, transfer: Transfer = PATIENT, **options: object
 ) -> Published:
-    """Publish with short waits. options: those of `PublishOptions`."""
+    """Publish with short pauses. `options` are those of `PublishOptions`."""
     return publish(artifact, NAME, card, PublishOptions(**options), transfer=transfer)  # type: ignore[arg-type]
 
 
 def stored(hub: Hub, name: str = NAME) -> Repository:
-    """Return what the stand-in has under a name."""
+    """Return a repository of the stand-in."""
     return hub.repositories.by_name[name]
 
 
 def folder_of(repository: Repository, folder: Path, ref: str = "main") -> Path:
-    """Write a commit's files as a folder."""
+    """Write the files of a commit to a directory."""
     folder.mkdir()
     commit = repository.at(ref)
     assert commit is not None
@@ -40,5 +40,5 @@ def folder_of(repository: Repository, folder: Path, ref: str = "main") -> Path:
 
 
 def n_commits(hub: Hub) -> int:
-    """Commits besides the first one, which the Hub makes with the repository."""
+    """Return the number of commits after the first one, which the Hub makes with the repository."""
     return len(stored(hub).commits) - 1

@@ -1,4 +1,4 @@
-"""publish: what arrives is whole, arrives once, and replaces what it should."""
+"""publish creates an intact artifact, in one commit, and replaces only the files of an older artifact."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.hub_stand_in import Hub
 from tests.small_models import contents
 
 
-def test_what_is_published_is_an_artifact_and_the_local_one_stays_as_it_is(
+def test_the_published_files_are_an_artifact_and_the_local_one_is_unmodified(
     hub: Hub, artifact: Path, tmp_path: Path
 ) -> None:
     before = contents(artifact)
@@ -29,11 +29,11 @@ def test_what_is_published_is_an_artifact_and_the_local_one_stays_as_it_is(
         name: data for name, data in before.items() if name != "qformat.json"
     }
     changed = [line for line in after["qformat.json"].splitlines() if line not in before["qformat.json"].splitlines()]
-    assert len(changed) == 2  # the card and the seal
+    assert len(changed) == 2  # the card and the digest of the manifest
     assert (done.commit, done.already_there) == (stored(hub).head.oid, False)
 
 
-def test_publishing_again_sends_nothing_and_makes_no_commit(hub: Hub, artifact: Path) -> None:
+def test_publishing_again_uploads_nothing_and_makes_no_commit(hub: Hub, artifact: Path) -> None:
     first = do_publish(artifact)
     hub.log.clear()
     again = do_publish(artifact)
@@ -44,7 +44,7 @@ def test_publishing_again_sends_nothing_and_makes_no_commit(hub: Hub, artifact: 
     assert n_commits(hub) == 1
 
 
-def test_a_damaged_artifact_is_refused_before_anything_is_asked_or_sent(hub: Hub, artifact: Path) -> None:
+def test_a_damaged_artifact_is_rejected_before_any_request(hub: Hub, artifact: Path) -> None:
     shard = artifact / "model-00001-of-00002.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -54,13 +54,13 @@ def test_a_damaged_artifact_is_refused_before_anything_is_asked_or_sent(hub: Hub
     assert not hub.log
 
 
-def test_a_card_put_into_the_folder_is_refused_with_the_option_that_publishes_it(hub: Hub, artifact: Path) -> None:
+def test_a_card_in_the_directory_is_rejected_with_the_option_that_publishes_it(hub: Hub, artifact: Path) -> None:
     (artifact / "README.md").write_text("mine")
     with pytest.raises(VerificationError, match="card='FILE'"):
         do_publish(artifact)
 
 
-def test_a_branch_is_made_and_the_main_one_is_left_alone(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_a_branch_is_created_and_the_main_branch_is_unmodified(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     do_publish(artifact, revision="4bit/nf4")
     assert set(stored(hub).head.files) == {".gitattributes"}
     assert verify_integrity(folder_of(stored(hub), tmp_path / "there", "4bit/nf4"), sha256=True).passed
@@ -79,18 +79,18 @@ def test_files_of_an_older_artifact_are_removed_in_the_same_commit(
     assert n_commits(hub) == 2
 
 
-def test_other_weights_in_the_repository_are_not_mixed_with(hub: Hub, artifact: Path) -> None:
+def test_other_weights_in_the_repository_are_rejected(hub: Hub, artifact: Path) -> None:
     hub.repositories.create(NAME)
     hub.repositories.commit(NAME, {"model.safetensors": b"16 bit"})
-    with pytest.raises(HubError, match=r"holds other weights: model\.safetensors"):
+    with pytest.raises(HubError, match=r"has other weight files, .*: model\.safetensors"):
         do_publish(artifact)
 
 
-def test_private_repositories_are_made_private_and_a_public_one_is_not_taken_for_one(hub: Hub, artifact: Path) -> None:
+def test_a_private_repository_is_created_as_such_and_a_public_one_is_rejected(hub: Hub, artifact: Path) -> None:
     do_publish(artifact, private=True)
     assert stored(hub).private
     stored(hub).private = False
-    with pytest.raises(HubError, match="is public, and was to be private"):
+    with pytest.raises(HubError, match="is public, but a private repository was requested"):
         do_publish(artifact, private=True)
 
 
@@ -120,13 +120,13 @@ def test_the_command_line_publishes_and_prints_the_commit(
     assert run([*arguments, "--card", "x.md"]) == 2
 
 
-def test_several_shards_of_any_size_options_go_the_same_way(hub: Hub, small_source: Path, tmp_path: Path) -> None:
+def test_an_artifact_of_several_shards_is_published(hub: Hub, small_source: Path, tmp_path: Path) -> None:
     out = tmp_path / "many"
     convert(small_source, out, ConversionOptions(max_shard_nbytes=6_000, double_quant=False))
     hub.part_nbytes = 4_000
     do_publish(out)
     assert verify_integrity(folder_of(stored(hub), tmp_path / "there"), sha256=True).passed
-    assert "scales quantized" not in stored(hub).head.files["README.md"].read().decode()
+    assert "one float32 scale per 64 weights" in stored(hub).head.files["README.md"].read().decode()
 
 
 def test_an_adapter_of_the_local_artifact_fits_the_published_one(hub: Hub, artifact: Path, tmp_path: Path) -> None:

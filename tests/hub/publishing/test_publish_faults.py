@@ -1,4 +1,4 @@
-"""publish over connections that fail, beside other publishers, and with tokens that are refused or must stay secret."""
+"""publish with failing connections, concurrent publishers, invalid tokens, and tokens that must stay secret."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.hub_stand_in import Hub
 
 
 @pytest.mark.parametrize("every", [4, 5, 7])
-def test_503_on_every_nth_request_ends_in_one_commit_of_the_same_bytes(
+def test_503_on_every_nth_request_gives_one_commit_of_the_same_bytes(
     hub: Hub, artifact: Path, tmp_path: Path, every: int
 ) -> None:
     hub.part_nbytes = 10_000
@@ -32,7 +32,7 @@ def test_503_on_every_nth_request_ends_in_one_commit_of_the_same_bytes(
     ["revision", "tree", "repos/create", "validate-yaml", "preupload", "objects/batch", "PUT", "verify", "/commit/"],
 )
 @pytest.mark.parametrize("kind", ["status", "drop", "lose"])
-def test_a_refused_dropped_or_unanswered_request_is_made_again(hub: Hub, artifact: Path, route: str, kind: str) -> None:
+def test_a_rejected_dropped_or_unanswered_request_is_repeated(hub: Hub, artifact: Path, route: str, kind: str) -> None:
     fault = hub.faults.add(kind, route=route, times=1)  # type: ignore[arg-type]
     done = do_publish(artifact)
     assert fault.n_done == 1
@@ -40,16 +40,16 @@ def test_a_refused_dropped_or_unanswered_request_is_made_again(hub: Hub, artifac
     assert done.commit == stored(hub).head.oid
 
 
-def test_a_server_that_stays_silent_is_given_up_and_asked_again(hub: Hub, artifact: Path) -> None:
+def test_a_request_without_a_response_times_out_and_is_repeated(hub: Hub, artifact: Path) -> None:
     hub.faults.add("slow", route="preupload|POST hub/.*/commit/", seconds=3.0, times=2)
     do_publish(artifact, transfer=replace(PATIENT, patience=replace(PATIENT.patience, timeout_s=1)))
     assert n_commits(hub) == 1
 
 
-def test_a_server_that_is_down_is_named_after_a_bounded_time(hub: Hub, artifact: Path) -> None:
+def test_a_server_that_is_down_is_reported_after_a_bounded_time(hub: Hub, artifact: Path) -> None:
     do_publish(artifact, dry_run=True)
     hub.faults.add("status", route="POST hub/.*/commit/")
-    with pytest.raises(HubError, match=r"me/small-nf4: the commit: .*503.*times in a row"):
+    with pytest.raises(HubError, match=r"me/small-nf4: committing: .*503.*times in a row"):
         do_publish(artifact)
     hub.faults.clear()
     hub.log.clear()
@@ -57,7 +57,7 @@ def test_a_server_that_is_down_is_named_after_a_bounded_time(hub: Hub, artifact:
     assert not hub.requests("PUT"), "what was uploaded before is not sent again"
 
 
-def test_a_pull_request_is_opened_once_even_if_the_answer_is_lost(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_a_pull_request_is_opened_once_even_if_the_response_is_lost(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     hub.repositories.create(NAME)
     head = stored(hub).head.oid
     hub.faults.add("lose", route="/commit/", times=1)
@@ -71,14 +71,14 @@ def test_a_pull_request_is_opened_once_even_if_the_answer_is_lost(hub: Hub, arti
     assert verify_integrity(folder_of(stored(hub), tmp_path / "there", "refs/pr/1"), sha256=True).passed
 
 
-def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(hub: Hub, artifact: Path) -> None:
+def test_a_concurrent_commit_is_not_overwritten(hub: Hub, artifact: Path) -> None:
     hub.repositories.create(NAME)
 
     def interfere() -> None:
         hub.repositories.commit(NAME, {"notes.txt": b"mine"})
 
     hub.faults.add("call", route="/commit/", hook=interfere, times=1)
-    with pytest.raises(HubError, match="somebody else made the commit"):
+    with pytest.raises(HubError, match="another commit was made on 'main' meanwhile"):
         do_publish(artifact)
     assert set(stored(hub).head.files) == {".gitattributes", "notes.txt"}
     done = do_publish(artifact)
@@ -93,17 +93,17 @@ def test_two_publishers_of_the_same_bytes_at_once_make_one_commit(hub: Hub, arti
     assert done.commit == stored(hub).head.oid
 
 
-def test_a_token_that_is_unknown_or_missing_is_told_with_what_to_do(
+def test_an_invalid_or_missing_token_is_reported_with_the_next_step(
     hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(HubError, match=r"token is not accepted.*hf auth login") as caught:
+    with pytest.raises(HubError, match=r"the token is invalid.*hf auth login") as caught:
         publish(artifact, NAME, APACHE, token="hf_wrongwrongwrong", transfer=PATIENT)
     assert "hf_wrong" not in str(caught.value)
     with pytest.raises(HubError, match=r"401.*hf auth login"):
         publish(artifact, NAME, APACHE, token=False, transfer=PATIENT)
 
 
-def test_the_token_is_nowhere_in_logs_errors_manifest_or_card(
+def test_the_token_is_not_in_logs_errors_manifest_or_card(
     hub: Hub, artifact: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -122,7 +122,7 @@ def test_the_token_is_nowhere_in_logs_errors_manifest_or_card(
 
 
 @pytest.mark.parametrize("status", [403, 503])
-def test_the_signed_address_of_an_upload_is_not_told(hub: Hub, artifact: Path, status: int) -> None:
+def test_the_signed_url_of_an_upload_is_not_shown(hub: Hub, artifact: Path, status: int) -> None:
     hub.faults.add("status", route="PUT hub/-/lfs", status=status)
     with pytest.raises(HubError, match=f"uploading: .*{status}") as caught:
         do_publish(artifact)
@@ -130,7 +130,7 @@ def test_the_signed_address_of_an_upload_is_not_told(hub: Hub, artifact: Path, s
     assert n_commits(hub) == 0
 
 
-def test_a_file_that_changes_while_it_is_uploaded_is_noticed(hub: Hub, artifact: Path) -> None:
+def test_a_file_that_changes_during_the_upload_is_detected(hub: Hub, artifact: Path) -> None:
     shard = artifact / "model-00001-of-00002.safetensors"
 
     def change() -> None:

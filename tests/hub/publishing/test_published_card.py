@@ -1,4 +1,4 @@
-"""The card and the manifest that are published: they tell the truth about source, licence and figures."""
+"""The published card and manifest state the source, the licence and the figures correctly."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def test_the_card_is_one_that_huggingface_hub_accepts_and_says_what_the_source_s
         "pipeline_tag": "text-generation",
         "tags": ["qformat", "nf4", "bitsandbytes", "4-bit"],
     }
-    assert "12.386 bits each" in text
+    assert "12.386 bits per weight including scales" in text
     assert f"qformat fetch {NAME} small-nf4" in text
 
 
 @pytest.mark.parametrize(
     ("front", "concern"),
     [
-        ("library_name: x", "names no licence"),
+        ("library_name: x", "does not state a licence"),
         ("license: cc-by-nc-nd-4.0", "forbids derivatives"),
         ("license: other\nlicense_name: some-nd", "forbids derivatives"),
-        ("license: other\nlicense_name: mine", "has no link"),
+        ("license: other\nlicense_name: mine", "without a link to its text"),
         ("license:\n- mit\n- gpl-3.0", "several licences"),
     ],
 )
@@ -63,7 +63,7 @@ def test_a_doubtful_licence_must_be_confirmed(hub: Hub, artifact: Path, front: s
     assert n_commits(hub) == 1
 
 
-def test_a_base_model_that_cannot_be_read_leaves_the_licence_open(hub: Hub, artifact: Path, small_source: Path) -> None:
+def test_the_licence_of_an_unreadable_base_model_is_unknown(hub: Hub, artifact: Path, small_source: Path) -> None:
     hub.add_folder("base/small", small_source, gated=True)
     with pytest.raises(UsageError, match=r"card could not be read \(base/small: access is gated"):
         do_publish(artifact, CardOptions(base_model="base/small"))
@@ -92,7 +92,7 @@ def test_the_base_model_is_known_from_a_folder_in_the_hubs_cache(hub: Hub, small
     assert huggingface_hub.ModelCard(done.card.text).data.base_model == "base/small"
 
 
-def test_a_card_of_ones_own_is_published_as_it_is(hub: Hub, artifact: Path, tmp_path: Path) -> None:
+def test_a_card_of_the_user_is_published_unmodified(hub: Hub, artifact: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.md"
     mine.write_text("---\nlicense: mit\n---\nhello\n")
     do_publish(artifact, CardOptions(card=mine))
@@ -104,7 +104,7 @@ def test_a_card_of_ones_own_is_published_as_it_is(hub: Hub, artifact: Path, tmp_
         do_publish(artifact, CardOptions(card=mine))
 
 
-def test_figures_of_an_earlier_verification_are_those_of_this_artifact_or_refused(
+def test_figures_of_another_artifact_are_rejected(
     hub: Hub, small_source: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from qformat.cli.main import run
@@ -133,7 +133,7 @@ def test_an_artifact_of_another_source_is_not_published_with_its_figures(
     assert not hub.log
 
 
-def test_members_of_a_newer_manifest_are_published_as_they_are(hub: Hub, tmp_path: Path) -> None:
+def test_members_of_a_newer_manifest_are_published_unmodified(hub: Hub, tmp_path: Path) -> None:
     vector = ARTIFACT_VECTORS / "version_1_7"
     artifact = Path(shutil.copytree(vector, tmp_path / "newer"))
     do_publish(artifact)

@@ -1,4 +1,4 @@
-"""The resumable SHA-256 against hashlib's."""
+"""The resumable SHA-256 equals that of hashlib."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_short_length_and_a_long_one_has_hashlibs_digest(compress: Compres
 
 
 @needs_openssl
-def test_one_way_goes_on_where_the_other_stopped() -> None:
+def test_each_implementation_resumes_the_state_of_the_other() -> None:
     first = ResumableSha256(compress_plain)
     first.update(DATA[:777])
     second = ResumableSha256.from_text(first.to_text())
@@ -51,7 +51,7 @@ def test_a_library_that_cannot_be_called_or_gives_other_digests_is_not_used(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 3000), max_size=8))
-def test_written_down_after_any_bytes_it_goes_on_as_if_it_had_not_stopped(lengths: list[int]) -> None:
+def test_a_state_that_is_saved_at_any_byte_resumes_with_the_same_digest(lengths: list[int]) -> None:
     state, position = ResumableSha256(), 0
     for nbytes in lengths:
         state.update(memoryview(DATA)[position : position + nbytes])
@@ -61,7 +61,7 @@ def test_written_down_after_any_bytes_it_goes_on_as_if_it_had_not_stopped(length
     assert state.hexdigest() == hashlib.sha256(DATA[:position]).hexdigest()
 
 
-def test_more_bytes_than_32_bits_count_are_padded_with_their_number() -> None:
+def test_more_than_2_to_the_32_bits_are_padded_with_their_length() -> None:
     state = ResumableSha256()
     state.update(DATA[:64])
     expected = hashlib.sha256(DATA[:64])
@@ -73,6 +73,6 @@ def test_more_bytes_than_32_bits_count_are_padded_with_their_number() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "1:2", "0::", "64:" + "0" * 64 + ":00", "-1:" + "0" * 64 + ":", "0:zz:"])
-def test_what_is_no_state_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="no state"):
+def test_invalid_states_are_rejected(text: str) -> None:
+    with pytest.raises(UsageError, match="invalid state of a SHA-256"):
         ResumableSha256.from_text(text)

@@ -1,4 +1,4 @@
-"""Ranges of files as one stream: every byte once, in any cut, within the window, whatever reads it."""
+"""A stream of byte ranges fetches every byte once and stays within its window, for all divisions and readers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qformat.hub.reading.transfer import Transfer
 
 
 class Files:
-    """Files in memory as a repository; notes which ranges were read, and may fail at one of them."""
+    """Repository of files in memory. It records the ranges that were read, and can fail at one of them."""
 
     name, commit = "owner/model", "0" * 40
     files: Mapping[str, RemoteFile] = {}
@@ -47,7 +47,7 @@ class Files:
 
 
 def cut(data: Mapping[str, bytes], lengths: list[int], pick: random.Random) -> list[Span]:
-    """Cut files into spans, some of them left out, some wanted in order."""
+    """Divide files into spans: some are omitted, some are read in order."""
     spans = []
     for path, content in data.items():
         start = 0
@@ -103,7 +103,7 @@ def test_every_reader_gets_its_bytes_and_every_byte_is_read_once(
 
 
 def test_no_more_is_fetched_ahead_than_the_window_holds() -> None:
-    """Asked at every request: a piece that is begun ends within a window of what the reader has been given or asks."""
+    """At every request, the piece ends within one window of what the reader has received or requested."""
     asked_for = 0
     ahead: list[int] = []
 
@@ -131,18 +131,18 @@ def test_a_failure_reaches_every_reader() -> None:
         list(stream.in_order())
 
 
-def test_closing_wakes_whoever_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_wakes_waiting_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = ByteStream(
         Files({"a": bytes(1000)}), [Span("a", "a", 0, 1000, in_order=True)], Transfer(piece_nbytes=10, window_nbytes=20)
     )
     reader, wait = threading.current_thread(), stream._changed.wait
 
     def wait_and_be_closed(timeout: float | None = None) -> bool:
-        """Let another thread close the stream, which it can once this wait has released the lock."""
+        """Let another thread close the stream, which is possible when this wait has released the lock."""
         if threading.current_thread() is reader:
             threading.Thread(target=stream.close).start()
         return wait(timeout)
 
     monkeypatch.setattr(stream._changed, "wait", wait_and_be_closed)
     with pytest.raises(Stopped):
-        stream.read_into("a", 0, memoryview(bytearray(1000)))  # the reader in order never comes
+        stream.read_into("a", 0, memoryview(bytearray(1000)))  # no thread reads in order

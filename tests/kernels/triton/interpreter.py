@@ -1,10 +1,10 @@
-"""Triton 3.9's interpreter, made exact: what a test under TRITON_INTERPRET=1 needs before it launches a kernel.
+"""Corrections of Triton 3.9's interpreter, which a test under TRITON_INTERPRET=1 applies before it launches a kernel.
 
-Two defects and one gap, without which every such test would be meaningless:
+Without them every such test would be meaningless:
 
-1. float32 -> bfloat16 truncates. 47% of decoded weights are then off by one unit in the last place.
+1. The conversion from float32 to bfloat16 truncates, so 47 % of decoded weights are off by one unit in the last place.
 2. `tl.dot` multiplies the bit patterns of bfloat16 operands as integers.
-3. It has no inline assembly: here the kernels' own PTX is evaluated (see `ptx`).
+3. There is no inline assembly. Here, the kernels' own PTX is evaluated (see `ptx`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.repository import ROOT
 
 
 def run_interpreted(path: Path) -> None:
-    """Run the tests of a file in a process of its own, under the interpreter; fail with its report."""
+    """Run the tests of a file in a separate process under the interpreter, and fail with its report."""
     command = [
         sys.executable,
         "-m",
@@ -45,7 +45,7 @@ def run_interpreted(path: Path) -> None:
 
 @dataclass
 class _Outputs:
-    """What `inline_asm_elementwise` expects of an operation."""
+    """Result of an operation as `inline_asm_elementwise` expects it."""
 
     handles: list[Any]
 
@@ -54,7 +54,7 @@ class _Outputs:
 
 
 def patch() -> None:
-    """Mend the interpreter of this process."""
+    """Correct the interpreter of this process."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 

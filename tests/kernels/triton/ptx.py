@@ -1,4 +1,4 @@
-"""An evaluator of straight-line PTX in numpy: the real text of the kernels' inline assembly, lane by lane."""
+"""An evaluator of straight-line PTX in numpy, which runs the text of the kernels' inline assembly lane by lane."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ Register = NDArray[np.uint32]
 
 
 def evaluate(text: str, inputs: dict[str, Register]) -> dict[str, Register]:
-    """Run PTX on registers of equal shape, as bits; return every register that it writes. ValueError if it cannot."""
+    """Run PTX on registers of equal shape, as bits, and return every register that it writes.
+
+    Raises ValueError for an unknown instruction.
+    """
     registers = dict(inputs)
     for instruction in filter(None, (part.strip() for part in text.strip().strip("{}").split(";"))):
         if instruction.startswith(".reg"):
@@ -51,11 +54,11 @@ def _execute(opcode: str, v: list[Register]) -> Register:
         return _lop3(v[0], v[1], v[2], int(v[3]))
     if opcode == "prmt.b32":
         return _prmt(*v)
-    raise ValueError(f"PTX instruction {opcode!r} is not known here")
+    raise ValueError(f"unknown PTX instruction {opcode!r}")
 
 
 def _lop3(a: Register, b: Register, c: Register, table: int) -> Register:
-    """Bit by bit: bit (4a + 2b + c) of the table."""
+    """Return bit (4a + 2b + c) of the table for each bit."""
     result = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), np.uint32)
     for row in range(8):
         if table >> row & 1:
@@ -64,7 +67,7 @@ def _lop3(a: Register, b: Register, c: Register, table: int) -> Register:
 
 
 def _prmt(a: Register, b: Register, selector: Register) -> Register:
-    """Byte i of the result: byte (nibble i of the selector, modulo 8) of b:a; with the nibble's top bit, its sign."""
+    """Select bytes of b:a by the low 3 bits of each nibble; a nibble's top bit selects the byte's sign instead."""
     both = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
     result = np.uint32(0)
     for i in range(4):

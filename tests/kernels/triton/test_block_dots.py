@@ -1,4 +1,4 @@
-"""Sums over blocks by Triton: the kernel under the interpreter, and what is refused."""
+"""Sums over blocks by Triton: the kernel in the interpreter, and invalid arguments."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_the_kernel_equals_float64_under_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("values", "packed", "out", "message"),
     [
-        (torch.zeros(64), random_codes(66), torch.zeros(1), "values: torch.float32 with 64 entries, packed"),
-        (torch.zeros(64, dtype=torch.float64), random_codes(64), torch.zeros(1), "values: torch.float64"),
-        (torch.zeros(65), random_codes(65), torch.zeros(1), "expected 2 float32"),
-        (torch.zeros(64), random_codes(64), torch.zeros(1), "CUDA device: the weight is on cpu"),
+        (torch.zeros(64), random_codes(66), torch.zeros(1), "with 64 entries and packed torch.uint8 with 33"),
+        (torch.zeros(64, dtype=torch.float64), random_codes(64), torch.zeros(1), "values: found torch.float64"),
+        (torch.zeros(65), random_codes(65), torch.zeros(1), "expected torch.float32 with 2"),
+        (torch.zeros(64), random_codes(64), torch.zeros(1), "CUDA device, but the weight is on cpu"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(
+def test_tensors_that_do_not_fit_are_rejected(
     values: torch.Tensor, packed: torch.Tensor, out: torch.Tensor, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):

@@ -1,4 +1,4 @@
-"""The fused product by Triton: the kernel under the interpreter, its PTX exhaustively, and the launch's decisions."""
+"""The fused product by Triton: the kernel in the interpreter, its PTX exhaustively, and the plan of the launch."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_the_kernel_equals_the_reference_under_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("float_format", [FloatFormat.BF16, FloatFormat.F16])
-def test_the_ptx_gives_every_weight_of_every_word(float_format: FloatFormat) -> None:
-    """All 65,536 half words in both halves, for 203 scales: tiny, huge, negative, zero."""
+def test_the_ptx_decodes_every_word_correctly(float_format: FloatFormat) -> None:
+    """Try all 65,536 half words in both halves for 203 scales: tiny, huge, negative and zero."""
     table_ptx = (kernel.TABLE_BF16 if float_format is FloatFormat.BF16 else kernel.TABLE_FP16).value
     generator = np.random.default_rng(0)
     scales = generator.standard_normal(200) * 10.0 ** generator.integers(-6, 3, 200)
@@ -50,7 +50,7 @@ def test_the_ptx_gives_every_weight_of_every_word(float_format: FloatFormat) -> 
         word = half | (np.roll(half, 17 * i + 1) << np.uint32(16))
         found = evaluate(kernel.LOOKUP.value, {"$4": word} | {f"${5 + k}": table[f"${k}"] for k in range(8)})
         values = NF4_CODEBOOK * scale
-        values[7] = 0  # the sign of zero is given up
+        values[7] = 0  # the PTX drops the sign of zero
         weights = narrow(values.astype(np.float32), float_format).astype(np.uint32)
         for k in range(4):
             first = weights[(word >> np.uint32(8 * k + 4)) & np.uint32(15)]
@@ -60,7 +60,7 @@ def test_the_ptx_gives_every_weight_of_every_word(float_format: FloatFormat) -> 
 
 @pytest.mark.parametrize("ptx", [kernel.TABLE_BF16.value, kernel.TABLE_FP16.value, kernel.LOOKUP.value])
 def test_the_ptx_is_a_pure_function_of_its_elements(ptx: str) -> None:
-    """Triton may evaluate it in any layout: nothing that knows its lane, touches memory or depends on neighbours."""
+    """Triton may evaluate it in any layout, so it must not depend on its lane, on memory or on neighbours."""
     assert [word for word in ("%", "@", "shfl", "vote", "match", "bar", "ld.", "st.") if word in ptx] == []
 
 
@@ -73,14 +73,14 @@ def test_every_linear_of_real_models_is_supported(shape: tuple[int, int], dtype:
 @pytest.mark.parametrize(
     ("m", "shape", "block_size", "dtype", "reason"),
     [
-        (17, (64, 64), 64, torch.bfloat16, "at most 16 rows"),
-        (1, (64, 96), 64, torch.bfloat16, "K = 96 is no multiple of 64"),
+        (17, (64, 64), 64, torch.bfloat16, "x has 17 rows; the fused product supports at most 16"),
+        (1, (64, 96), 64, torch.bfloat16, "K = 96 is not a multiple of 64"),
         (1, (64, 64), 64, torch.float32, "bfloat16 and float16"),
         (1, (64, 64), 48, torch.bfloat16, "block size 48"),
         (1, (2**20, 2**15), 64, torch.bfloat16, "2**34"),
     ],
 )
-def test_what_is_not_supported_has_a_reason(
+def test_unsupported_products_have_a_reason(
     m: int, shape: tuple[int, int], block_size: int, dtype: torch.dtype, reason: str
 ) -> None:
     found = product_unsupported(m, shape, block_size, dtype)
@@ -123,20 +123,20 @@ def tensors(m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tupl
         (torch.ones(64, dtype=torch.bfloat16), torch.empty(32), "M <= 16"),
         (torch.ones(1, 128, dtype=torch.bfloat16), torch.empty(1, 32), r"expected \[M, 64\]"),
         (torch.ones(1, 64), torch.empty(1, 32), "Dequantize the weight"),
-        (torch.ones(1, 64, dtype=torch.bfloat16), torch.empty(32, 1), "out: torch.float32"),
-        (torch.ones(1, 64, dtype=torch.bfloat16), torch.empty(1, 32, dtype=torch.float16), "out: torch.float16"),
+        (torch.ones(1, 64, dtype=torch.bfloat16), torch.empty(32, 1), "out: found torch.float32"),
+        (torch.ones(1, 64, dtype=torch.bfloat16), torch.empty(1, 32, dtype=torch.float16), "out: found torch.float16"),
         (torch.ones(1, 64, dtype=torch.bfloat16), torch.empty(1, 32), "CUDA device"),
     ],
 )
-def test_operands_that_do_not_fit_are_refused(x: torch.Tensor, out: torch.Tensor, message: str) -> None:
+def test_operands_that_do_not_fit_are_rejected(x: torch.Tensor, out: torch.Tensor, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         product(x, random_weight((32, 64)), out)
 
 
-def test_a_misaligned_x_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misaligned_x_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_launch, "interpreting", lambda: True)
     x = torch.ones(65, dtype=torch.bfloat16)[1:].view(1, 64)
-    with pytest.raises(UsageError, match=r"x: begins at 0x[0-9a-f]+, not 16-byte aligned"):
+    with pytest.raises(UsageError, match=r"x: address 0x[0-9a-f]+ is not a multiple of 16"):
         product(x, random_weight((32, 64)), torch.empty(1, 32))
 
 

@@ -1,4 +1,4 @@
-"""An order of the reads and copies of a stream that a seed chooses, and that no scheduler of threads decides."""
+"""An order of the reads and copies of a stream that depends on a seed and not on the scheduler of threads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tests.standstill import GUARD_S
 
 
 class ChosenOrder:
-    """Holds every read and every copy until nothing else can happen, and then lets one of them go on.
+    """Holds every read and every copy until nothing else can happen, then lets one of them continue.
 
-    Nothing else can happen once the copying thread is held before a copy or waits for a chunk that is not read, nobody
-    reads, and no reader can begin: each one is held, or no buffer is free, or no chunk is left. So reads may end in
-    any order that buffers and readers allow, and a seed always gives the same one.
+    Nothing else can happen if the copying thread is held before a copy or waits for an unread chunk, no thread reads,
+    and no reader can begin: each one is held, no buffer is free, or no chunk is left. Reads can thus end in any order
+    that buffers and readers allow, and a seed always gives the same order.
     """
 
     def __init__(self, seed: int, *, n_chunks: int, n_buffers: int, n_readers: int) -> None:
@@ -27,11 +27,11 @@ class ChosenOrder:
         self._reading: int | None = None
         self._n_begun = self.n_copied = 0
         self.read: list[int] = []
-        """The numbers of the chunks that were read, in the order in which they were."""
+        """Numbers of the chunks in the order in which they were read."""
 
     @contextmanager
     def reading(self, number: int) -> Iterator[None]:
-        """Around the read of a chunk: hold it until it is chosen."""
+        """Hold the read of a chunk in this context until it is chosen."""
         with self._changed:
             self._reads_held.add(number)
             self._n_begun += 1
@@ -51,7 +51,7 @@ class ChosenOrder:
             assert self._changed.wait_for(lambda: not self._copy_held, GUARD_S)
 
     def _choose(self) -> None:
-        """Let what is chosen go on if nothing else can happen; after a copy that may be so at once."""
+        """If nothing else can happen, choose a read or a copy and let it continue. Repeat after a copy."""
         while self._nothing_else_can_happen():
             held: list[int | None] = [*sorted(self._reads_held), *([None] if self._copy_held else [])]
             if not held:

@@ -1,4 +1,4 @@
-"""Artifacts that are streamed onto a device, and the check that nothing outlives a stream."""
+"""Artifacts to stream to a device, and a check that no thread or file outlives a stream."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nothing_is_left() -> Iterator[None]:
-    """No thread and no open file outlives a stream."""
+    """Check that no thread and no open file outlives a stream."""
     before = os.listdir("/proc/self/fd")
     yield
-    gc.collect()  # open artifacts that a test compares with
+    gc.collect()  # closes artifacts that a test has opened for comparison
     assert not [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
     assert len(os.listdir("/proc/self/fd")) <= len(before)

@@ -1,4 +1,4 @@
-"""A device whose copies happen as late as they may, or when a test lets them, and checks of streams to it."""
+"""A device whose copies happen as late as possible, or when a test allows them, and checks of streams to it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class LateTicket:
 
 
 class LateDevice:
-    """Copies nothing until somebody waits, then all copies up to that one, in order.
+    """Copies nothing until a caller waits, then does all copies up to that one in order.
 
-    At that moment each host buffer must still hold what it held when its copy was started. While `gate` is closed no
-    wait returns. `fail_*`: the number of the call that fails.
+    At that time, each host buffer must still have the contents that it had when its copy was started. No wait returns
+    while `gate` is closed. `fail_*` is the number of the call that fails.
     """
 
     def __init__(self, *, fail_allocate: int = -1, fail_copy: int = -1, fail_wait: int = -1) -> None:
@@ -93,7 +93,7 @@ def check_at_rest(device: LateDevice) -> None:
 
 
 def refusal(structure: Structure, device: LateDevice | None = None, **options: Any) -> ArtifactError:
-    """Return the error of a stream that must fail, and check that everything has come to rest."""
+    """Return the error of a stream that must fail, and check that no copy is pending."""
     device = device or LateDevice()
     with pytest.raises(ArtifactError) as caught:
         stream_shards(structure, device, **{"verify": "full", "chunk_nbytes": 100, **options})

@@ -1,4 +1,4 @@
-"""A device whose copies are done as late as they may be: what does not wait for them computes with garbage."""
+"""A device whose copies are done as late as possible: code that does not wait for them computes with garbage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 GARBAGE = 0xFF
-"""Of which every 16-bit float is a NaN."""
+"""Byte of which every 16-bit float is a NaN."""
 
 
 @dataclass(eq=False)
@@ -20,7 +20,7 @@ class LateCopy:
 
 @dataclass
 class LateLayers:
-    """Copies when somebody waits, in order. From its start on, a copy's target holds garbage."""
+    """Copies in order when a caller waits. Until then, the target of a started copy has garbage."""
 
     allocated: list[Tensor] = field(default_factory=list)
     host: list[Tensor] = field(default_factory=list)

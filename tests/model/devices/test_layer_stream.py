@@ -1,4 +1,4 @@
-"""Layers in host memory, streamed through an artificial device: order, reuse, overlap, budget, and the same bits."""
+"""Layers in host memory, streamed through an artificial device: order, reuse, overlap, memory and bit-identity."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unplaced(artifact: Path) -> tuple[Any, Any, dict[str, str]]:
-    """A model on the meta device, the shards, and the model's names of their tensors."""
+    """Return a model on the meta device, the shards, and the model's names of their tensors."""
     shards = open_shards(artifact)
     config = read_config(artifact, trust_remote_code=False)
     model = build_on_meta(artifact, config, dtype=torch.bfloat16, trust_remote_code=False, attention=None)
@@ -68,13 +68,13 @@ def streamed(artifact: Path, numbers: list[int], device: LayerDevice | None = No
 
 
 def entered(model: Any, device: LateLayers) -> list[int]:
-    """The streamed layers by the copies that were started, in order."""
+    """Return the numbers of the streamed layers in the order in which their copies were started."""
     homes = {of.host.data_ptr(): number for number, of in enumerate(model.layer_stream._layers)}
     return [homes[copy.host.data_ptr()] for copy in device.started]
 
 
 @pytest.mark.parametrize("numbers", [[0], [5], [0, 1], [0, 2, 4], [1, 2, 5], list(range(N_LAYERS))])
-def test_logits_and_tokens_are_the_same_to_the_last_bit(artifact: Path, numbers: list[int]) -> None:
+def test_logits_and_tokens_are_bit_identical(artifact: Path, numbers: list[int]) -> None:
     expected = load_model(artifact, device="cpu")
     model, device = streamed(artifact, numbers)
     for ids in (IDS, IDS[:, :3]):
@@ -85,18 +85,18 @@ def test_logits_and_tokens_are_the_same_to_the_last_bit(artifact: Path, numbers:
     assert len(device.allocated) == min(2, len(numbers))
 
 
-def test_layers_are_copied_in_order_each_once_a_pass(artifact: Path) -> None:
+def test_layers_are_copied_in_order_and_once_per_pass(artifact: Path) -> None:
     model, device = streamed(artifact, list(range(N_LAYERS)))
     with torch.no_grad():
         for _ in range(3):
             model(IDS)
-    # The first of the next pass is copied while the last layer runs.
+    # The first layer of the next pass is copied while the last layer runs.
     assert entered(model, device) == [*range(N_LAYERS)] * 3 + [0]
     slots = [copy.slot.data_ptr() for copy in device.started]
     assert all(slot != following for slot, following in itertools.pairwise(slots))
 
 
-def test_the_next_layer_is_under_way_while_a_layer_runs(artifact: Path) -> None:
+def test_the_next_layer_is_copied_while_a_layer_runs(artifact: Path) -> None:
     model, device = streamed(artifact, [0, 2, 3, 5])
     under_way: list[int] = []
     for module in model.model.layers:
@@ -106,7 +106,7 @@ def test_the_next_layer_is_under_way_while_a_layer_runs(artifact: Path) -> None:
     assert under_way == [1] * N_LAYERS
 
 
-def test_the_memory_is_that_of_the_placement(artifact: Path) -> None:
+def test_memory_use_equals_the_placement(artifact: Path) -> None:
     model, shards, names = unplaced(artifact)
     sizes = model_sizes(model, shards.layout, names)
     placed = placement(sizes, [layer(number) for number in (1, 3, 5)])
@@ -126,7 +126,7 @@ def test_the_memory_is_that_of_the_placement(artifact: Path) -> None:
     assert 0.9 * placed.device_nbytes < used + sizes.scratch_nbytes <= placed.device_nbytes
 
 
-def test_the_state_dict_and_saving_see_the_whole_model(artifact: Path, tmp_path: Path) -> None:
+def test_the_state_dict_and_saving_see_the_complete_model(artifact: Path, tmp_path: Path) -> None:
     expected = load_model(artifact, device="cpu").state_dict()
     model, _ = streamed(artifact, [0, 1, 2, 4])
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_the_state_dict_and_saving_see_the_whole_model(artifact: Path, tmp_path:
 
 @pytest.mark.parametrize("numbers", [[0, 2, 4], list(range(N_LAYERS))])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_training_with_gradient_checkpointing_gives_the_same_bits(
+def test_training_with_gradient_checkpointing_is_bit_identical(
     artifact: Path, numbers: list[int], reentrant: bool
 ) -> None:
     found = []
@@ -157,7 +157,7 @@ def test_training_with_gradient_checkpointing_gives_the_same_bits(
     assert all_equal(found[0][2], found[1][2])
 
 
-def test_a_backward_pass_goes_down_and_copies_no_layer_twice(artifact: Path) -> None:
+def test_a_backward_pass_goes_downwards_and_copies_no_layer_twice(artifact: Path) -> None:
     model, device = streamed(artifact, list(range(N_LAYERS)))
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
@@ -170,20 +170,20 @@ def test_a_backward_pass_goes_down_and_copies_no_layer_twice(artifact: Path) -> 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_training_without_gradient_checkpointing_is_refused(artifact: Path, training: bool) -> None:
+def test_training_without_gradient_checkpointing_is_rejected(artifact: Path, training: bool) -> None:
     model = with_lora(streamed(artifact, [1, 3, 4])[0]).train(training)
     with pytest.raises(UsageError, match=r"gradient_checkpointing_enable\(\).*no_grad"):
         model(IDS, labels=IDS)
 
 
-def test_a_backward_pass_through_weights_that_are_gone_is_an_error_not_a_wrong_gradient(artifact: Path) -> None:
+def test_a_backward_pass_through_overwritten_weights_is_an_error(artifact: Path) -> None:
     model, _ = streamed(artifact, [1, 3, 4])
     model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         model(IDS, labels=IDS).loss.backward()
 
 
-def test_a_layer_that_is_asked_for_outside_its_turn_is_at_home(artifact: Path) -> None:
+def test_a_layer_that_does_not_run_has_its_weights_in_host_memory(artifact: Path) -> None:
     expected = load_model(artifact, device="cpu").model.layers
     model, _ = streamed(artifact, [0, 2, 4])
     with torch.no_grad():
@@ -194,8 +194,8 @@ def test_a_layer_that_is_asked_for_outside_its_turn_is_at_home(artifact: Path) -
         assert torch.equal(linear.dequantize(), expected[number].mlp.up_proj.dequantize())
 
 
-def test_layers_in_any_order_give_right_results(artifact: Path) -> None:
-    """The order is a guess that only costs time where it is wrong."""
+def test_layers_in_any_order_give_correct_results(artifact: Path) -> None:
+    """The expected order is only a prediction; a wrong one costs time."""
     expected = load_model(artifact, device="cpu")
     model, _ = streamed(artifact, [0, 1, 2, 3, 4, 5])
     order = [3, 3, 0, 5, 1, 4, 2, 0]
@@ -206,22 +206,22 @@ def test_layers_in_any_order_give_right_results(artifact: Path) -> None:
         assert torch.equal(model(IDS, use_cache=False).logits, expected(IDS, use_cache=False).logits)
 
 
-def test_an_adapter_that_is_put_in_later_is_moved_to_the_device(artifact: Path) -> None:
+def test_an_adapter_that_is_added_later_is_moved_to_the_device(artifact: Path) -> None:
     model, _ = streamed(artifact, [0, 1, 2])
     linear = model.model.layers[1].mlp.up_proj
     linear.register_parameter("late", nn.Parameter(torch.zeros(3, device="meta")))
-    with pytest.raises(NotImplementedError, match="meta"), torch.no_grad():  # it tries: from meta nothing can be moved
+    with pytest.raises(NotImplementedError, match="meta"), torch.no_grad():  # the move fails for a meta tensor
         model(IDS)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
-def test_a_streamed_model_is_not_copied_by_accident(artifact: Path, copied: Any) -> None:
+def test_a_streamed_model_cannot_be_copied(artifact: Path, copied: Any) -> None:
     model, _ = streamed(artifact, [0, 1, 2])
-    with pytest.raises(UsageError, match="Load it a second time"):
+    with pytest.raises(UsageError, match="Load it again instead"):
         copied(model)
 
 
-def test_plain_memory_serves_as_a_device(artifact: Path) -> None:
+def test_plain_memory_works_as_a_device(artifact: Path) -> None:
     expected = load_model(artifact, device="cpu")
     model, _ = streamed(artifact, [0, 2, 3], PlainLayers(CPU))
     with torch.no_grad():
@@ -229,15 +229,15 @@ def test_plain_memory_serves_as_a_device(artifact: Path) -> None:
 
 
 def gpu_with(monkeypatch: pytest.MonkeyPatch, *, free: int, host: int = 2**40) -> None:
-    """A GPU that is not there: decisions about it need none."""
+    """Pretend that there is a GPU; decisions about it do not need one."""
     monkeypatch.setattr(host_layers, "free_nbytes", lambda device: free if device == GPU else host)
     monkeypatch.setattr(load, "chosen_device", lambda device: GPU)
 
 
-def test_load_model_streams_what_does_not_fit(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_model_streams_layers_that_do_not_fit(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, shards, names = unplaced(artifact)
     whole = placement(model_sizes(model, shards.layout, names), []).device_nbytes
-    gpu_with(monkeypatch, free=whole)  # of which nine tenths are used
+    gpu_with(monkeypatch, free=whole)  # 90 % of it is used
     found: list[Placement] = []
 
     def on_cpu(model: Any, shards: Any, names: Any, device: Any, placed: Placement) -> Any:
@@ -259,25 +259,27 @@ def test_load_model_streams_what_does_not_fit(artifact: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": {"": 0}}])
-def test_too_little_memory_is_said_before_anything_is_read(
+def test_insufficient_memory_is_reported_before_anything_is_read(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
     gpu_with(monkeypatch, free=100_000)
     monkeypatch.setattr(host_layers, "map_shards", lambda *_: pytest.fail("something was read"))
-    with pytest.raises(DeviceMemoryError, match=r"needs .*\d{3} kB on .*and 1 kB may be used there"):
+    with pytest.raises(DeviceMemoryError, match=r"memory on .* needs .*\d{3} kB.*, 1 kB is available"):
         load_model(artifact, device="cuda", max_memory={0: 1000}, **options)
 
 
-def test_too_little_host_memory_is_said_before_anything_is_read(
+def test_insufficient_host_memory_is_reported_before_anything_is_read(
     artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu_with(monkeypatch, free=2**40, host=1000)
     monkeypatch.setattr(host_layers, "map_shards", lambda *_: pytest.fail("something was read"))
-    with pytest.raises(DeviceMemoryError, match=r"needs .* on cpu"):
+    with pytest.raises(DeviceMemoryError, match=r"memory on cpu: the model needs \d{3} kB"):
         load_model(artifact, device="cuda", device_map={"": 0, "model.layers": "cpu"})
 
 
-def test_full_verification_comes_before(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_verification_runs_before_placement(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
     damaged = tmp_path / "damaged"
@@ -297,22 +299,22 @@ def test_full_verification_comes_before(artifact: Path, tmp_path: Path, monkeypa
     [
         ({"": 0, "model.layer.3": "cpu"}, "only layers can be in host memory.*Did you mean 'model.layers.3'"),
         ({"": 0, "model.embed_tokens": "cpu"}, "only layers can be in host memory"),
-        ({"": 0, "model.layers.3.mlp": "cpu"}, "a layer is in one place as a whole: map 'model.layers.3'"),
-        ({"": 1}, "several GPUs are not supported"),
-        ({"": 0, "model.layers.1": "disk"}, "'disk' is neither 'cpu' nor 'cuda:0'"),
-        ({"model.layers.0": 0}, "says nothing of 'model.layers.1'"),
+        ({"": 0, "model.layers.3.mlp": "cpu"}, "a layer cannot be split. Map the layer 'model.layers.3' instead"),
+        ({"": 1}, "Several GPUs are not supported"),
+        ({"": 0, "model.layers.1": "disk"}, "found 'disk', expected 'cpu' or 'cuda:0'"),
+        ({"model.layers.0": 0}, "has no entry for 'model.layers.1'"),
     ],
 )
-def test_a_map_that_does_not_fit_is_refused(artifact: Path, device_map: Any, message: str) -> None:
+def test_a_map_that_does_not_fit_is_rejected(artifact: Path, device_map: Any, message: str) -> None:
     model, shards, names = unplaced(artifact)
     with pytest.raises(UsageError, match=message):
         decide(model, shards.layout, names, GPU, device_map, {0: "1GiB"})
 
 
-def test_arguments_that_need_one_another(artifact: Path) -> None:
-    with pytest.raises(UsageError, match="device_map: is for a GPU"):
+def test_arguments_that_do_not_fit_together_are_rejected(artifact: Path) -> None:
+    with pytest.raises(UsageError, match="device_map is for a GPU"):
         load_model(artifact, device="cpu", device_map="auto")
-    with pytest.raises(UsageError, match="max_memory: says what"):
+    with pytest.raises(UsageError, match="max_memory only applies together with device_map"):
         load_model(artifact, device="cpu", max_memory={"cpu": 5})
 
 

@@ -1,4 +1,4 @@
-"""Streaming shards onto an artificial device whose copies happen as late as they may, or when a test lets them."""
+"""Streaming shards to an artificial device whose copies happen as late as possible or when a test allows them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_byte_arrives(llama: Path, verify: Any, chunk_nbytes: int, n_buffe
     )
     check_bytes(structure, found)
     check_at_rest(device)
-    assert device.sizes == [len(found[path.name]) for path in shards(llama)]  # one allocation a shard
+    assert device.sizes == [len(found[path.name]) for path in shards(llama)]  # one allocation per shard
     assert sum(reported) == sum(device.sizes)
     assert len(device.buffers) <= n_buffers
     assert max(len(buffer) for buffer in device.buffers) == min(chunk_nbytes, max(device.sizes))
@@ -92,7 +92,7 @@ def test_any_order_of_reads_and_copies_gives_the_same_bytes(
     assert order.n_copied == len(chunks)
 
 
-def test_reads_happen_at_the_same_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_read_at_the_same_time(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = threading.Barrier(2)
     read_exactly = stream.read_exactly
     n_reads = iter(range(1 << 20))
@@ -106,8 +106,8 @@ def test_reads_happen_at_the_same_time(llama: Path, monkeypatch: pytest.MonkeyPa
     stream_shards(check_structure(llama), LateDevice(), verify="full", chunk_nbytes=300, readers=2)
 
 
-def test_digests_are_taken_while_copies_are_pending(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No copy can end before the digest of the fourth chunk: a loader that waits sooner would wait for ever."""
+def test_digests_are_computed_while_copies_are_pending(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy can end before the fourth chunk is hashed, so a loader that waits earlier would wait forever."""
     device = LateDevice()
     device.gate.clear()
 
@@ -159,7 +159,7 @@ def test_tensors_without_elements(tmp_path: Path) -> None:
         record = json.loads((out / "qformat.json").read_bytes())
         record["tensors"]["z.empty"]["xxh3"] = "0" * 32
         reseal(out, record, update_files=False)
-        assert refusal(check_structure(out)).tensor == "z.empty"  # no byte, but a digest
+        assert refusal(check_structure(out)).tensor == "z.empty"  # it has no bytes but a digest
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,4 +1,4 @@
-"""Streams of damaged artifacts: what is refused, and how it is named."""
+"""Streams of damaged artifacts: what is rejected, and with which error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flip(path: Path, position: int) -> None:
         file.write(bytes([value ^ 1]))
 
 
-def test_a_flipped_byte_is_found_as_verify_finds_it(tiny: Path) -> None:
+def test_a_flipped_byte_gives_the_same_finding_as_verify(tiny: Path) -> None:
     structure = check_structure(tiny)
     in_shards = [region for region in regions(tiny) if region.file.endswith(".safetensors")]
     assert {region.component for region in in_shards} >= {None, "packed", "absmax", "quant_state", "data"}
@@ -47,13 +47,13 @@ def check_flip(structure: Structure, region: Region, position: int) -> None:
             region.tensor,
             region.component,
         )
-        # Without digests the bytes come as they are.
+        # Without digests, the bytes are copied unchecked.
         check_bytes(structure, stream_shards(structure, LateDevice(), verify="structure"))
     flip(path, position)
     check_bytes(structure, stream_shards(structure, LateDevice(), verify="full"))
 
 
-def test_bytes_that_were_wrong_only_when_first_read_are_refused(tiny: Path) -> None:
+def test_bytes_that_were_wrong_only_in_the_first_read_are_rejected(tiny: Path) -> None:
     device = LateDevice()
 
     def damage(host: Tensor) -> None:
@@ -64,11 +64,11 @@ def test_bytes_that_were_wrong_only_when_first_read_are_refused(tiny: Path) -> N
     device.on_copy = damage
     error = refusal(check_structure(tiny), device)
     assert error.reason == Reason.COMPONENT_DIGEST
-    assert "once more" in str(error)
+    assert "two reads of bytes" in str(error)
 
 
 @pytest.mark.parametrize("verify", ["full", "structure"])
-def test_a_file_that_was_cut_before(tiny: Path, verify: str) -> None:
+def test_a_file_that_was_truncated_before(tiny: Path, verify: str) -> None:
     structure = check_structure(tiny)
     path = list(shards(tiny))[1]
     os.truncate(path, path.stat().st_size - 1)
@@ -79,7 +79,7 @@ def test_a_file_that_was_cut_before(tiny: Path, verify: str) -> None:
 
 
 @pytest.mark.parametrize("verify", ["full", "structure"])
-def test_a_file_that_is_cut_while_it_is_read(tiny: Path, verify: str) -> None:
+def test_a_file_that_is_truncated_while_it_is_read(tiny: Path, verify: str) -> None:
     structure = check_structure(tiny)
     path = list(shards(tiny))[1]
     device = LateDevice()
@@ -88,7 +88,7 @@ def test_a_file_that_is_cut_while_it_is_read(tiny: Path, verify: str) -> None:
     assert (error.reason, error.path) == (Reason.TRUNCATED, str(path))
 
 
-def test_a_file_that_became_a_link_or_is_gone(tiny: Path) -> None:
+def test_a_file_that_became_a_link_or_was_removed(tiny: Path) -> None:
     structure = check_structure(tiny)
     path = next(shards(tiny))
     path.rename(tiny.parent / "elsewhere")

@@ -1,4 +1,4 @@
-"""Streams whose device or caller fails: everything comes to rest, and the first error is raised."""
+"""Streams whose device or caller fails: all threads and copies end, and the first error is raised."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_first_error_is_the_one_that_is_raised(tiny: Path, monkeypatch: pyte
 
     def stop_and_open(ring: Any, failure: BaseException | None = None) -> None:
         stop(ring, failure)
-        device.gate.set()  # no wait returned, and so none failed, before the failed copy was noted
+        device.gate.set()  # no wait could return, and so none could fail, before the failed copy was recorded
 
     monkeypatch.setattr(BufferRing, "stop", stop_and_open)
     with pytest.raises(RuntimeError, match="injected copy"):
@@ -74,8 +74,8 @@ def test_an_interruption_stops_everything(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"fail_copy": 3}, {"fail_wait": 3}])
-def test_after_an_error_the_device_memory_is_free_at_once(tiny: Path, options: dict[str, int]) -> None:
-    """Not only when the garbage collector comes by: the next thing that the caller does may be a smaller model."""
+def test_after_an_error_the_device_memory_is_freed_immediately(tiny: Path, options: dict[str, int]) -> None:
+    """It must not wait for the garbage collector: the caller may load a smaller model next."""
     structure = check_structure(tiny)
     device = LateDevice(**options)
     gc.collect()
@@ -91,6 +91,6 @@ def test_after_an_error_the_device_memory_is_free_at_once(tiny: Path, options: d
 
 
 @pytest.mark.parametrize("options", [{"chunk_nbytes": 0}, {"n_buffers": 0}, {"readers": 0}, {"verify": "ful"}])
-def test_arguments_that_make_no_sense(tiny: Path, options: dict[str, Any]) -> None:
+def test_invalid_arguments_are_rejected(tiny: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         stream_shards(check_structure(tiny), LateDevice(), **{"verify": "full", **options})

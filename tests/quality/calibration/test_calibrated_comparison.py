@@ -63,7 +63,7 @@ def test_the_summary_says_that_codes_were_chosen(
     shown = capsys.readouterr().out
     assert "codes and scales chosen on a text, and near the source: 14 of 14" in shown
     assert "as the recipe gives" not in shown
-    assert "Codes and scales were chosen on a text, and are near the source: 14 of 14" in page.read_text()
+    assert "Calibrated codes and scales are close to the source: 14 of 14" in page.read_text()
 
 
 def test_weights_that_are_encoded_as_ever_must_be_exact(source: Path, text: Path, tmp_path: Path) -> None:

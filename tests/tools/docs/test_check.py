@@ -77,7 +77,7 @@ print(HfApi().whoami()["name"], HfApi().model_info("HuggingFaceTB/SmolLM2-135M-I
 ```
 
 ```text
-me HuggingFaceTB/SmolLM2-135M-Instruct
+user HuggingFaceTB/SmolLM2-135M-Instruct
 ```
 
 ```console

@@ -96,7 +96,9 @@ def test_built_pages_are_checked(tmp_path: Path) -> None:
         '<a href="https://example.org">good</a><link rel="canonical" href="https://example.org/">'
     )
     (tmp_path / "docs" / "a.html").write_text('<h2 id="b">b</h2><a href="../index.html">good</a><a href="..">good</a>')
+    (tmp_path / "a.css").write_text("a { b: url(https://example.org/a.woff2) } c { d: url('a.png') }")
     assert sorted(built.problems(tmp_path)) == [
+        "a.css: https://example.org/a.woff2: fetched from another host",
         "index.html: docs/a.html#c: no such anchor",
         "index.html: gone.html: leads nowhere",
         "index.html: gone.png: leads nowhere",

@@ -1,4 +1,4 @@
-"""A card that does not exist, and figures that checks on it might give."""
+"""A fictional GPU, and results that checks on it could give."""
 
 from __future__ import annotations
 

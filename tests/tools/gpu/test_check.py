@@ -1,4 +1,4 @@
-"""tools/gpu/check.py as far as a machine without a GPU can test it: arguments, exit codes, the files it writes."""
+"""`tools.gpu.check` on a machine without a GPU: arguments, exit codes and the files that it writes."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ def test_the_exactness_checks_run_under_the_interpreter() -> None:
     run_interpreted(Path(__file__).parent / "interpreted" / "exactness.py")
 
 
-def test_without_a_gpu_it_says_so_and_exits_2(
+def test_without_a_gpu_it_reports_so_and_exits_with_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     assert gpu_check.main([]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
+    assert "torch found no CUDA device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--compare", "missing.json"], ["--unknown"]])
-def test_arguments_that_make_no_sense_exit_2(arguments: list[str]) -> None:
+def test_invalid_arguments_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         gpu_check.main(arguments)
     assert stopped.value.code == 2
 
 
-def test_the_checks_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_has_a_line_per_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(gpu_check.CHECKS)
     assert all(len(line.split()) > 4 for line in lines)
 
 
-def test_a_check_that_raises_fails_and_the_others_go_on() -> None:
+def test_a_check_that_raises_fails_and_the_others_still_run() -> None:
     def broken(_: Settings) -> Iterator[Result]:
         yield GOOD
         raise RuntimeError("CUDA error: an illegal memory access")
@@ -54,7 +54,7 @@ def test_a_check_that_raises_fails_and_the_others_go_on() -> None:
     assert "illegal memory access" in results[0].case
 
 
-def test_a_whole_run_writes_both_files(
+def test_a_run_writes_both_files(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The report of the check of a card: verdict, JSON, table, comparison with an earlier run."""
+"""The report of a check of a GPU: verdict, JSON, table, comparison with an earlier run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tools.gpu.report import read_report, report, table
 from tools.gpu.results import Result
 
 
-def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_report_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
     path.write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match="not a report of this tool"):
+    with pytest.raises(ValueError, match=r"is not a report of tools\.gpu\.check with schema 1"):
         read_report(path)
 
 
@@ -24,7 +24,7 @@ def test_one_failed_check_fails_the_run(results: list[Result], passed: bool) -> 
     assert report(results, device=DEVICE)["passed"] is passed
 
 
-def test_a_report_survives_json(tmp_path: Path) -> None:
+def test_a_report_is_the_same_after_a_round_trip_through_json(tmp_path: Path) -> None:
     run = report([GOOD, BAD, FAST], device=DEVICE)
     path = tmp_path / "run.json"
     path.write_text(json.dumps(run))

@@ -1,4 +1,4 @@
-"""Reading a disassembly: its instructions, the longest loop, the longest path."""
+"""Parsing a disassembly: its instructions, the longest loop and the longest path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SASS = """
 """
 
 
-def test_a_disassembly_is_read_without_its_padding() -> None:
+def test_a_disassembly_is_parsed_without_its_padding() -> None:
     instructions = parse(SASS)
     assert [opcode(text) for _, text in instructions] == ["S2R", "BRA", "FMUL", "FADD", "BRA", "EXIT"]
 

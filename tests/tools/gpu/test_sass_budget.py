@@ -1,7 +1,7 @@
-"""The machine code of the Triton kernels for sm_80 to sm_120: its budget, and a census of opcodes by hand arithmetic.
+"""The machine code of the Triton kernels for sm_80 to sm_120: its budget, and a calculated number of each opcode.
 
-The census is worth more than the totals: it shows that every weight is looked up, scaled and rounded where we think,
-and it is what found an inline assembly that Triton had silently compiled to something else.
+The numbers of opcodes (the census) tell more than the totals: they show that every weight is looked up, scaled and
+rounded as intended. They revealed inline assembly that Triton had silently compiled to something else.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tools.gpu.kernel_cases import CASES, Case
 from tools.gpu.sass_budget import ARCHITECTURES, Measured
 
 PROMISED = {"dequantize": 7.3, "product": 5.3, "block": 9.3}
-"""Instructions a weight that the project promises for 16-bit weights; the budget file is stricter."""
+"""Largest number of instructions per weight that the project promises for 16-bit weights. The budget is stricter."""
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_machine_code_keeps_its_budget_and_census(case: Case) -> None:
-    """One test a case: compiling is what costs."""
+    """There is one test per case because compiling takes most of the time."""
     assert triton.__version__ == sass_budget.ceilings()["triton"], (
-        "measured with another Triton: tools/gpu/sass_budget.py"
+        "the budget was measured with another version of Triton: see tools/gpu/sass_budget.py"
     )
     for sm in ARCHITECTURES:
         measured, sass = sass_budget.measure(case, sm)
@@ -41,7 +41,7 @@ def test_the_machine_code_keeps_its_budget_and_census(case: Case) -> None:
 
 
 def census_of_dequantize(case: Case) -> dict[str, int]:
-    """A thread decodes one word of 8 weights a round: a shuffle and a multiplication a weight, a conversion for two."""
+    """A thread decodes one word of 8 weights per round, with a shuffle, a multiplication and half a conversion each."""
     weights = int(case.weights_per_thread)
     rounds = case.constants["ROUNDS"]
     scales = rounds if case.constants["NESTED"] else 0
@@ -49,7 +49,7 @@ def census_of_dequantize(case: Case) -> dict[str, int]:
         "SHFL": weights,
         "FMUL": weights + scales,
         "FADD": scales,
-        "FFMA": 0,  # product and sum are rounded apart
+        "FFMA": 0,  # product and sum are rounded separately
         "PRMT": 0,
     }
     if case.signature["out_ptr"] != "*fp32":
@@ -58,20 +58,20 @@ def census_of_dequantize(case: Case) -> dict[str, int]:
 
 
 def census_of_product(case: Case) -> dict[str, int]:
-    """A thread decodes segments of 64 weights: a table for each scale, 8 permutes for 4 weights."""
+    """A thread decodes segments of 64 weights: one table per scale, 8 permutes per 4 weights."""
     segments = int(case.weights_per_thread) // 64
     tables = segments * (2 if case.constants["BLOCK_SIZE"] == 32 else 1)
     decoded_scales = tables if case.constants["NESTED"] else 0
-    fragments = segments * 64 // 8  # 16 x 16 weights a warp, 8 a thread
+    fragments = segments * 64 // 8  # 16 x 16 weights per warp, 8 per thread
     return {
-        "PRMT": 8 * tables + 2 * 64 * segments + decoded_scales,  # the last: 8-bit codes widened
-        "FMUL": 13 * tables + decoded_scales,  # all codes but -1, 0 and 1
+        "PRMT": 8 * tables + 2 * 64 * segments + decoded_scales,  # decoded_scales: one each to widen an 8-bit code
+        "FMUL": 13 * tables + decoded_scales,  # all codes except -1, 0 and 1
         "FADD": tables + decoded_scales,  # the negation for code 0
         "FFMA": 0,
         "F2FP": 8 * tables,
         "HMMA": fragments * case.constants["BATCH"] // 8,
-        "SHFL": 0,  # decoded weights change no lane
-        "STS": 0,  # and pass through no memory
+        "SHFL": 0,  # decoded weights stay in their lane
+        "STS": 0,  # and do not pass through memory
         "STSM": 0,
         "LDL": 0,
         "STL": 0,
@@ -79,10 +79,10 @@ def census_of_product(case: Case) -> dict[str, int]:
 
 
 def census_of_block_dots(case: Case) -> dict[str, int]:
-    """A shuffle, and a multiplication or a fused multiply-add, a weight; the lanes of a block add up in a tree."""
+    """Per weight a shuffle and a multiplication or fused multiply-add; the lanes of a block add up in a tree."""
     weights, rounds = int(case.weights_per_thread), case.constants["ROUNDS"]
     expected = {"FMUL": weights // 2, "FFMA": weights // 2, "STG": rounds}
-    if case.signature["values_ptr"] != "*fp32":  # other values change lanes on the way
+    if case.signature["values_ptr"] != "*fp32":  # float32 values move between lanes, which takes more shuffles
         steps = (case.constants["BLOCK_SIZE"] // 8).bit_length() - 1
         expected["SHFL"] = weights + rounds * steps
     return expected
@@ -102,7 +102,7 @@ def test_the_budget_lists_every_case_and_architecture() -> None:
     assert all(set(ceilings) == {str(sm) for sm in ARCHITECTURES} for ceilings in cases.values())
 
 
-def test_an_excess_is_named() -> None:
+def test_an_exceeded_ceiling_is_reported() -> None:
     row = Measured("product_m8_bf16", 90, 0, 9.99, 0.0, 80, 4, 18432, 0.516, Counter())
     found = sass_budget.excesses(row, sass_budget.ceilings())
     assert [text.split(",")[0] for text in found] == [
@@ -117,7 +117,7 @@ def test_an_excess_is_named() -> None:
     )
 
 
-def test_the_tool_prints_a_table_and_refuses_unknown_cases(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_prints_a_table_and_rejects_unknown_cases(capsys: pytest.CaptureFixture[str]) -> None:
     assert sass_budget.main(["dequantize_bf16", "--sm", "80", "--check"]) == 0
     assert "dequantize_bf16                    80" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:

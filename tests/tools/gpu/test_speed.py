@@ -1,4 +1,4 @@
-"""Figures of speed as far as a machine without a GPU can test them: ratios, launches to try, weights to rotate."""
+"""Speed figures on a machine without a GPU: ratios, launches to try, weights to rotate."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_weights_rotate_through_more_than_a_cache() -> None:
 
 
 def test_the_peer_decodes_a_weight_to_the_same_values() -> None:
-    """bitsandbytes on the CPU reads the state that the GPU comparison gives it."""
+    """bitsandbytes decodes the state of the GPU comparison on the CPU."""
     from bitsandbytes import functional
 
     weight = random_weight((8, 512))

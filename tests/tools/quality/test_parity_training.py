@@ -1,4 +1,4 @@
-"""50 steps of training beside bitsandbytes + PEFT, as `tools/quality/parity_training.py` measures them."""
+"""50 steps of training compared with bitsandbytes + PEFT, with `tools/quality/parity_training.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers. Not to be changed."""
+    """A random Llama with two layers. Tests must not modify it."""
     return runs.make_artifact(tmp_path_factory.mktemp("trained"))
 
 
@@ -42,8 +42,8 @@ def trained(side: str, artifact: Path, batches: list[torch.Tensor], seed: int) -
     return parity_training.train(parity_training.load(side, artifact), batches, seed)
 
 
-@pytest.mark.skipif(not SAME_PRODUCTS, reason="no instructions for products of bf16: ours multiplies fp32")
-def test_unfused_every_loss_and_the_adapters_are_those_of_bitsandbytes(
+@pytest.mark.skipif(not SAME_PRODUCTS, reason="the CPU has no instructions for products of bf16: qformat uses fp32")
+def test_unfused_losses_and_adapters_are_bit_identical_to_bitsandbytes(
     artifact: Path, batches: list[torch.Tensor]
 ) -> None:
     losses, adapters = trained("unfused", artifact, batches, 0)
@@ -55,7 +55,7 @@ def test_unfused_every_loss_and_the_adapters_are_those_of_bitsandbytes(
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
-def test_fused_the_losses_are_as_near_to_those_in_fp32_as_those_of_bitsandbytes(
+def test_fused_losses_are_as_close_to_fp32_as_those_of_bitsandbytes(
     artifact: Path, batches: list[torch.Tensor], seed: int
 ) -> None:
     losses, expected, exact = (
@@ -64,5 +64,5 @@ def test_fused_the_losses_are_as_near_to_those_in_fp32_as_those_of_bitsandbytes(
     )
     if SAME_PRODUCTS:
         assert losses[0] == expected[0]  # lora_B is zero
-    assert not torch.equal(losses, expected)  # they round in other places
+    assert not torch.equal(losses, expected)  # they round at different points
     assert rounds_like(losses, expected, exact)

@@ -1,4 +1,4 @@
-"""The tool behind docs/quality.md: its codebooks, texts, resumption and tables."""
+"""The tool that measures docs/quality.md: its codebooks, texts, resumption and tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def line(key: str, *, factor: float = 1.0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 @pytest.mark.parametrize("nested", [False, True])
-def test_nf4_in_memory_is_what_an_artifact_holds(block_size: int, nested: bool, tmp_path: Path) -> None:
+def test_nf4_in_memory_is_bit_identical_to_an_artifact(block_size: int, nested: bool, tmp_path: Path) -> None:
     sizes = {"hidden": 64, "intermediate": 128, "vocabulary": 40}
     source = write_checkpoint(tmp_path / "source", llama_tensors(**sizes), config=llama_config(**sizes))
     convert(source, tmp_path / "nf4", ConversionOptions(block_size=block_size, double_quant=nested))
@@ -52,12 +52,12 @@ def test_nf4_in_memory_is_what_an_artifact_holds(block_size: int, nested: bool, 
             assert np.array_equal(got, tensor.decode()), name
 
 
-def test_fp4_is_that_of_bitsandbytes() -> None:
+def test_fp4_equals_that_of_bitsandbytes() -> None:
     theirs = bitsandbytes.functional.get_4bit_type("fp4", device="cpu").unique()
     assert quality_codebooks.CODEBOOKS["FP4"].tolist() == pytest.approx(theirs.tolist())
 
 
-def test_bits_are_those_of_the_components() -> None:
+def test_bits_per_weight_count_codes_and_scales() -> None:
     assert quality_codebooks.bits_per_weight(64, nested=False) == 4.5
     assert quality_codebooks.bits_per_weight(64, nested=True) == pytest.approx(4.127, abs=5e-4)
 
@@ -77,7 +77,7 @@ def test_no_text_is_part_of_the_calibration(texts: dict[str, str]) -> None:
             assert texts[name][start : start + 200] not in calibration, name
 
 
-def test_the_modules_of_the_fine_tuning_are_not_those_it_is_measured_on(texts: dict[str, str], tmp_path: Path) -> None:
+def test_fine_tuning_and_measurement_use_different_modules(texts: dict[str, str], tmp_path: Path) -> None:
     examples = quality_texts.write_code_examples(tmp_path / "code.jsonl").read_text("utf-8").splitlines()
     assert len(examples) > 50
     assert not [
@@ -85,7 +85,7 @@ def test_the_modules_of_the_fine_tuning_are_not_those_it_is_measured_on(texts: d
     ]
 
 
-def test_a_row_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+def test_a_finished_row_is_not_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     results = quality_table.Results(path, SETTINGS)
     results.do("one", lambda: {"kl": 1})
@@ -94,7 +94,7 @@ def test_a_row_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"row": "torn", "k')
     again = quality_table.Results(path, SETTINGS)
-    again.do("one", lambda: pytest.fail("was done already"))
+    again.do("one", lambda: pytest.fail("this row was finished"))
     again.do("two", lambda: {"kl": 2})
     lines = quality_table.Results(path, SETTINGS).lines
     assert {key: entry["kl"] for key, entry in lines.items()} == {"one": 1, "two": 2}
@@ -102,7 +102,7 @@ def test_a_row_that_is_done_is_not_done_again(tmp_path: Path) -> None:
         quality_table.Results(path, {**SETTINGS, "window_length": 9})
 
 
-def test_tables_show_means_with_errors_and_pairs(tmp_path: Path) -> None:
+def test_tables_show_means_with_errors_and_paired_differences(tmp_path: Path) -> None:
     lines = {
         quality_rows.REFERENCE: line(quality_rows.REFERENCE),
         quality_rows.PLAIN: {**line(quality_rows.PLAIN), "says": "Red.\n"},
@@ -116,6 +116,11 @@ def test_tables_show_means_with_errors_and_pairs(tmp_path: Path) -> None:
         quality_rows.BOTH: ("both", 4.127),
     }
     shown = quality_page.tables(SETTINGS, lines, titles)
+    assert shown.splitlines()[2:5] == [
+        "| 16-bit | 16 | 0 | 0 | 100% |",
+        "| plain | 4.127 | 0.3000 | 0.3000 | 75.0% |",
+        "| both | 4.127 | 0.1500 | 0.1500 | 37.5% |",
+    ]
     assert "| plain | 4.127 | × 1.000 ± 0.000, 0.3000 ± 0.0577, 75.0% |" in shown
     assert "| both | code (another kind) | 0.500 | -0.1500 ± 0.0289 | -37.5 ± 7.2 |" in shown
     assert "| difference, paired | -0.5000 ± 0.0000 | -0.2500 ± 0.2500 |" in shown
@@ -134,7 +139,7 @@ def test_tables_show_means_with_errors_and_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_tiny_model_goes_through_the_whole_tool(
+def test_the_tool_measures_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""tools/spec/reference_reader.py: the standard library and the specification are enough to read an artifact."""
+"""`tools.spec.reference_reader`: the standard library and the specification suffice to read an artifact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.spec import reference_reader
 SCRIPT = Path(reference_reader.__file__)
 
 ONLY_IN_XXH3 = {"changed_component_digest", "changed_header_digest"}
-"""Only an XXH3-128 in the manifest is wrong, and the standard library has no XXH3."""
+"""Vectors in which only an XXH3-128 in the manifest is wrong; the standard library has no XXH3."""
 
 
 def test_it_is_short_and_imports_only_the_standard_library() -> None:
@@ -55,7 +55,7 @@ def test_it_judges_edited_artifacts_as_qformat_does(vector: corpus.Vector, tmp_p
         return
     with pytest.raises(reference_reader.Refused) as refusal:
         reference_reader.Artifact(folder)
-    # It knows no XXH3: a component that was changed is a file that was changed.
+    # Without XXH3, a changed component is reported as a changed file.
     expected = "file_digest" if vector["reason"] == "component_digest" else vector["reason"]
     assert refusal.value.args[0] == expected
 
@@ -82,15 +82,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-I", str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
-def test_its_command_line_checks_decodes_and_refuses(tmp_path: Path) -> None:
+def test_its_command_line_checks_decodes_and_reports_errors(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     (vector,) = (vector for vector in corpus.artifacts() if vector["name"] == "double_quant")
     folder = corpus.copy_of("double_quant", tmp_path)
     checked = run(str(folder))
-    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "no fault found\n", "")
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "no errors found\n", "")
     assert run(str(folder), "--tensor", name).stdout.strip() == vector["tensors"][name]["decoded"]["BF16"]
     assert run(str(folder), "--tensor", "no.such.weight").returncode == 1
     (folder / "config.json").write_text("{}")
     refused = run(str(folder))
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert "file_size config.json" in refused.stderr
+    assert "invalid artifact: file_size config.json" in refused.stderr

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hub_stand_in import Hub, running
-
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE_NAME = "SmolLM2-135M-Instruct"
 REPOSITORY = f"HuggingFaceTB/{SOURCE_NAME}"
@@ -105,27 +103,41 @@ def sandbox(source: Path) -> Iterator[Sandbox]:
     """Make a working directory with the source checkpoint and a stand-in of the Hub; remove both at the end.
 
     Raises:
-        RuntimeError: A command changed the source checkpoint, whose files the working directory shares.
+        RuntimeError: The stand-in did not start, or a command changed the source checkpoint, whose files the working
+            directory shares.
     """
     before = _state(source)
     # Hard links need the file system of the source.
     scratch = ROOT / "build"
     scratch.mkdir(exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix="docs-check-", dir=scratch) as name,
-        running(Hub(tokens={TOKEN: "me"})) as hub,
-    ):
+    with tempfile.TemporaryDirectory(prefix="docs-check-", dir=scratch) as name, _hub(source) as endpoint:
         home = Path(name)
         folder = home / "models"
         shutil.copytree(source, folder / SOURCE_NAME, copy_function=_link_or_copy)
-        hub.add_folder(REPOSITORY, source)
-        replaced = ((str(home), HOME_SHOWN), (hub.endpoint, HUB_SHOWN))
-        yield Sandbox(folder, _environment(home, hub), replaced)
+        replaced = ((str(home), HOME_SHOWN), (endpoint, HUB_SHOWN))
+        yield Sandbox(folder, _environment(home, endpoint), replaced)
     if _state(source) != before:
         raise RuntimeError(f"{source}: an example changed the source checkpoint; delete the directory to build it anew")
 
 
-def _environment(home: Path, hub: Hub) -> dict[str, str]:
+@contextmanager
+def _hub(source: Path) -> Iterator[str]:
+    """Serve the source as a repository of a stand-in of the Hub, in another process; yield the endpoint."""
+    command = [sys.executable, "-m", "tests.hub_stand_in", f"{REPOSITORY}={source}", "--token", TOKEN]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        try:
+            endpoint = process.stdout.readline().strip()
+            if not endpoint:
+                raise RuntimeError("the stand-in of the Hub did not start")
+            yield endpoint
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _environment(home: Path, endpoint: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
     return inherited | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -134,7 +146,7 @@ def _environment(home: Path, hub: Hub) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",  # stdout and stderr come in the order in which they were printed
         "HOME": str(home),
         "HF_HOME": str(home / ".cache" / "huggingface"),
-        "HF_ENDPOINT": hub.endpoint,
+        "HF_ENDPOINT": endpoint,
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 """What a browser fetches when it shows a page: tags, and the attributes with the address."""
 
+FETCHED_BY_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')]+)""")
 NOT_FETCHED_RELATIONS = ("canonical", "prev", "next", "alternate", "edit")
 
 
@@ -43,7 +45,12 @@ class Page(HTMLParser):
 def problems(site: Path) -> list[str]:
     """Return what is wrong with a built site, one line for each mistake."""
     pages = {path.resolve(): read(path) for path in sorted(site.rglob("*.html"))}
-    found = []
+    found: list[str] = []
+    for path in sorted(site.rglob("*.css")):
+        addresses = FETCHED_BY_STYLE.findall(path.read_text(encoding="utf-8"))
+        found.extend(
+            f"{path.relative_to(site).as_posix()}: {address}: fetched from another host" for address in addresses
+        )
     for path, page in pages.items():
         name = path.relative_to(site.resolve()).as_posix()
         found.extend(f"{name}: {problem}" for problem in _of_page(site.resolve(), path, page, pages))

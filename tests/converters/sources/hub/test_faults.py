@@ -78,7 +78,7 @@ def test_the_pause_that_a_busy_server_asks_for_is_made(
 LASTING = {
     "503": ({"kind": "status"}, "the server answers 503"),
     "503 of the storage": ({"kind": "status", "route": "cdn/", "after": 9}, "the server answers 503"),
-    "cut": ({"kind": "cut", "route": "cdn/", "after": 9, "nbytes": 10}, "broken answer"),
+    "cut": ({"kind": "cut", "route": "cdn/", "after": 9, "nbytes": 10}, "invalid response"),
     "no Content-Range": ({"kind": "no_content_range", "route": "cdn/", "after": 9}, "the Content-Range ''"),
     "wrong Content-Range": ({"kind": "wrong_content_range", "route": "cdn/", "after": 9}, "the Content-Range 'bytes"),
 }
@@ -90,7 +90,7 @@ def test_what_lasts_is_named_after_a_bounded_number_of_attempts_and_the_same_com
 ) -> None:
     switches, message = LASTING[fault]
     hub.faults.add(**switches)  # type: ignore[arg-type]
-    with pytest.raises(HubError, match=f"owner/model: .*{message}.*5 times in a row.*the same command continues"):
+    with pytest.raises(HubError, match=f"owner/model: .*{message}.*5 times in a row.*The same command resumes"):
         convert(NAME, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     hub.faults.clear()
@@ -102,7 +102,7 @@ def test_what_lasts_is_named_after_a_bounded_number_of_attempts_and_the_same_com
 
 def test_a_server_without_ranges_is_refused_where_it_would_send_too_much(hub: Hub, tmp_path: Path) -> None:
     hub.faults.add("whole", route="cdn/")
-    with pytest.raises(HubError, match=r"sends the whole file instead of a range.*keep_source=True"):
+    with pytest.raises(HubError, match=r"sends the complete file instead of a range.*keep_source=True"):
         convert(NAME, tmp_path / "out", transfer=replace(SMALL, max_skipped_nbytes=20_000))
 
 
@@ -110,7 +110,7 @@ def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with serving(monkeypatch, tmp_path / "home") as hub:
         hub.add_folder(NAME, source)
         hub.faults.add("stall", route="cdn/", after=6, nbytes=10, seconds=GUARD_S)
-        with pytest.raises(HubError, match="silence for too long, 2 times in a row"):
+        with pytest.raises(HubError, match="timeout while waiting for data, 2 times in a row"):
             convert(
                 NAME, tmp_path / "out", transfer=replace(IMPATIENT, patience=replace(IMPATIENT.patience, attempts=2))
             )
@@ -153,7 +153,7 @@ def test_a_shard_that_changes_between_two_requests_is_named(plain_hub: Hub, sour
         times=1,
         hook=lambda: plain_hub.repositories.change_in_place(NAME, SHARD, bytes(changed)),
     )
-    with pytest.raises(SourceError, match=f"{SHARD}: was changed on the way or on the server: its ETag") as raised:
+    with pytest.raises(SourceError, match=f"{SHARD}: was changed in transit or on the server: found ETag") as raised:
         convert(NAME, tmp_path / "out")
     assert raised.value.reason is Reason.SOURCE_CHANGED
     assert not (tmp_path / "out").exists()
@@ -168,7 +168,7 @@ def test_an_answer_of_another_commit_or_another_size_is_refused(plain_hub: Hub, 
         times=1,
         hook=lambda: plain_hub.repositories.change_in_place(NAME, SHARD, data[:9000]),
     )
-    with pytest.raises(QformatError, match=f"{SHARD}: was changed on the way or on the server"):
+    with pytest.raises(QformatError, match=f"{SHARD}: was changed in transit or on the server"):
         convert(NAME, tmp_path / "out")
 
 
@@ -184,17 +184,17 @@ def test_missing_and_forbidden_repositories_give_the_hubs_reason(
         hub.add_folder("owner/private", source, private=True)
         hub.add_folder("owner/gated", source, gated=True)
         hub.add_folder(NAME, source)
-        assert refused("owner/nothing").startswith("owner/nothing: there is no such repository, or it is private")
+        assert refused("owner/nothing").startswith("owner/nothing: the repository does not exist or is private")
         assert "Repository not found" in refused("owner/nothing")
         assert "log in with `hf auth login` or set HF_TOKEN" in refused("owner/private")
         gated = refused("owner/gated")
         assert "Access to model owner/gated is restricted and you are not in the authorized list" in gated
-        assert f"Ask for access at {hub.endpoint}/owner/gated" in gated
-        assert "revision 'nowhere': there is no such revision" in refused(NAME, revision="nowhere")
-        assert "there is no such revision" in refused(NAME, revision="0" * 40)
+        assert f"Request access at {hub.endpoint}/owner/gated" in gated
+        assert "revision 'nowhere': the revision does not exist" in refused(NAME, revision="nowhere")
+        assert "the revision does not exist" in refused(NAME, revision="0" * 40)
     with serving(monkeypatch, tmp_path / "home", token="hf_of_somebody_else") as hub:
         hub.add_folder(NAME, source)
-        assert "the token is not accepted: Invalid credentials" in refused(NAME)
+        assert "the token is invalid: Invalid credentials" in refused(NAME)
         assert "hf_of_somebody_else" not in refused(NAME)
 
 
@@ -203,7 +203,7 @@ def test_a_token_that_the_server_sends_back_is_not_shown(hub: Hub, tmp_path: Pat
     with pytest.raises(HubError) as raised:
         plan(NAME)
     assert TOKEN not in str(raised.value)
-    assert "access is refused: *** may not read" in str(raised.value)
+    assert "access is denied: *** may not read" in str(raised.value)
 
 
 @pytest.mark.parametrize("location", ["ftp://127.0.0.1/x", "javascript:1", "", "http://[", "http://127.0.0.1:x/"])

@@ -102,7 +102,7 @@ def test_the_token_goes_to_the_hub_and_to_no_other_host_and_into_no_file(
         for request in hub.log:
             expected = f"Bearer {TOKEN}" if request.server == "hub" else None
             assert request.headers.get("authorization") == expected, request.path
-    assert "trying again" in caplog.text
+    assert "retrying in" in caplog.text
     assert TOKEN not in caplog.text
     for path in (tmp_path / "out").iterdir():
         assert TOKEN.encode() not in path.read_bytes()

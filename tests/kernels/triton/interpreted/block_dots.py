@@ -1,4 +1,4 @@
-"""The kernel of sums over blocks in Triton's interpreter, against float64 (run by test_triton_block_dots)."""
+"""The kernel that sums over blocks, in Triton's interpreter, against float64 (run by test_block_dots)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from qformat.kernels.triton.block_dots import TILE, block_dots  # noqa: E402
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("n", [1, 257, TILE, TILE + 517])
-def test_every_block_has_its_sum_and_nothing_past_the_end_is_touched(
-    n: int, dtype: torch.dtype, block_size: int
-) -> None:
+def test_every_sum_is_correct_and_nothing_past_the_end_is_written(n: int, dtype: torch.dtype, block_size: int) -> None:
     values = guarded(torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype))
     if values.data_ptr() % 16:
         values = values.clone()
@@ -45,6 +43,6 @@ def test_codes_at_any_address_give_the_same_sums(offset: int) -> None:
     assert ((out.double() - exact).abs() <= magnitude * 64 * 2.0**-24).all()
 
 
-def test_no_values_are_no_launch() -> None:
+def test_nothing_is_launched_without_values() -> None:
     nothing = torch.empty(0)
     block_dots(nothing, torch.empty(0, dtype=torch.uint8), 64, nothing)

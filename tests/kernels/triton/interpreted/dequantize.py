@@ -1,4 +1,4 @@
-"""The dequantization kernel in Triton's interpreter, bit for bit the reference (run by test_triton_dequantize)."""
+"""The dequantization kernel in Triton's interpreter is bit-identical to the reference (run by test_dequantize)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_tail_equals_the_reference(shape: tuple[int, int]) -> None:
     assert mismatches(random_weight(shape), torch.bfloat16) == 0
 
 
-def test_an_empty_weight_is_no_launch() -> None:
+def test_nothing_is_launched_for_an_empty_weight() -> None:
     assert mismatches(random_weight((0, 64)), torch.bfloat16) == 0
 
 

@@ -1,4 +1,4 @@
-"""The product kernel in Triton's interpreter, its PTX evaluated for real (run by test_triton_product)."""
+"""The product kernel in Triton's interpreter, with its PTX evaluated (run by test_product)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def reference_values(weight: PackedWeight, dtype: torch.dtype) -> np.ndarray:
 
 
 def wrong_weights(weight: PackedWeight, dtype: torch.dtype, **options: int) -> int:
-    """Read every weight out of the product with unit vectors, 16 columns at a time, and compare all bits.
+    """Read every weight out of the product with unit vectors, 16 columns at a time, and return the number of errors.
 
-    A sum of one weight and zeros is exact, so the product must give the very weight. -0 comes back as 0.
+    A sum of one weight and zeros is exact, so the product must equal the weight, except that -0 becomes 0.
     """
     n, k = weight.shape
     found = torch.full((k, n), 77.0, dtype=torch.float32)
@@ -51,20 +51,20 @@ def test_every_weight_is_the_reference_weight(dtype: torch.dtype, block_size: in
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (7, 128), (63, 192), (65, 256), (100, 448)])
-def test_every_tail_of_rows_and_columns_is_right(shape: tuple[int, int]) -> None:
+def test_every_tail_of_rows_and_columns_is_correct(shape: tuple[int, int]) -> None:
     assert wrong_weights(random_weight(shape), torch.bfloat16) == 0
 
 
 @pytest.mark.parametrize(("k", "splits"), [(512, 2), (576, 2), (576, 3)])
-def test_every_split_of_the_columns_is_right(k: int, splits: int) -> None:
-    """Three splits of two steps: the last has nothing but the tail to do."""
+def test_every_split_of_the_columns_is_correct(k: int, splits: int) -> None:
+    """With three splits of two steps, the last split has only the tail."""
     assert wrong_weights(random_weight((32, k)), torch.bfloat16, rows=32, splits=splits) == 0
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 8, 9, 16])
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_a_product_equals_the_sum_in_float64(dtype: torch.dtype, m: int) -> None:
-    """Bound: k additions of float32, each off by 2^-24 of the sum of magnitudes at most."""
+    """The bound: k additions in float32, each with an error of at most 2^-24 of the sum of magnitudes."""
     weight = random_weight((130, 960))
     x = torch.randn(m, 960, generator=torch.Generator().manual_seed(m)).to(dtype)
     out = torch.full((m, 130), 77.0, dtype=torch.float32)
@@ -106,7 +106,7 @@ def test_rows_past_m_are_not_written() -> None:
 
 
 @pytest.mark.parametrize(("m", "shape"), [(0, (32, 64)), (2, (0, 64))])
-def test_an_empty_product_is_no_launch(m: int, shape: tuple[int, int]) -> None:
+def test_nothing_is_launched_for_an_empty_product(m: int, shape: tuple[int, int]) -> None:
     product(torch.empty(m, shape[1], dtype=torch.bfloat16), random_weight(shape), torch.empty(m, shape[0]))
 
 

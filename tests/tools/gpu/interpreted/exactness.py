@@ -1,4 +1,4 @@
-"""The checks of exactness of tools/gpu in Triton's interpreter (run by test_check)."""
+"""The exactness checks of tools/gpu in Triton's interpreter (run by test_check)."""
 
 from __future__ import annotations
 
