@@ -1,1 +1,1 @@
-"""From checkpoints to artifacts: source, plan, execute, seal. An edge of the library: nothing in `qformat` needs it."""
+"""Converts checkpoints to artifacts and back: source, plan, execute, seal. Only the command line imports it."""

@@ -1,4 +1,4 @@
-"""The verbs `plan` and `convert`: plan, execute and seal put together."""
+"""The commands `plan` and `convert`: plan, execute and seal in sequence."""
 
 from __future__ import annotations
 
@@ -29,15 +29,25 @@ from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.quality.calibration.settings import CalibrationSettings
 
 DEFAULT_MAX_SHARD_NBYTES = 5_000_000_000
-"""The size that the Hub recommends and transformers uses for a shard."""
+"""Default shard size in bytes: what the Hub recommends and transformers uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionOptions:
-    """What a user may choose about a conversion.
+    """Options of a conversion.
 
-    revision, offline, keep_source, transfer: of a repository of the Hub, see `open_source`.
-    calibration: choose codes and scales on a text, layer by layer.
+    Attributes:
+        recipe: Recipe file in TOML. None applies the default rules.
+        skip: Glob patterns of modules to keep in 16 bit. They take precedence over the recipe.
+        block_size: Default number of elements per block.
+        double_quant: Whether absmax values are quantized too, unless a rule says otherwise.
+        max_shard_nbytes: Largest size of a shard in bytes.
+        keep_nonfinite: Whether weights with NaN or Inf are kept in 16 bit instead of raising an error.
+        calibration: Settings for choosing codes and scales on a text, layer by layer. None encodes without calibration.
+        revision: Branch, tag or commit of a Hub repository, see `open_source`.
+        offline: Whether a Hub repository is read from the local cache only.
+        keep_source: Whether a Hub repository is downloaded into the local cache first.
+        transfer: Connections, timeouts and retries for reading from the Hub.
     """
 
     recipe: Path | None = None
@@ -59,11 +69,28 @@ class ConversionOptions:
             raise UsageError(f"shard size {self.max_shard_nbytes}: must be at least 1 byte")
 
     def load_recipe(self) -> Recipe:
-        """Read the recipe file and put the skip patterns in front of it."""
+        """Read the recipe file and prepend the skip patterns to its rules.
+
+        Raises:
+            UsageError: The recipe cannot be read or holds an invalid rule.
+        """
         return load_recipe(self.recipe, skip=self.skip, block_size=self.block_size, double_quant=self.double_quant)
 
     def open(self, source: Path | str, *, pin: JsonObject | None = None) -> tuple[Source, Plan]:
-        """Open a source and plan its conversion. The caller closes the source. pin: see `open_source`."""
+        """Open a source and plan its conversion. The caller closes the source.
+
+        Args:
+            source: Directory, GGUF file or Hub repository, see `open_source`.
+            pin: Commit recorded by an interrupted run, see `open_source`.
+
+        Returns:
+            The open source and the plan.
+
+        Raises:
+            SourceError: The source is damaged or cannot be converted.
+            HubError: The Hub rejects a request or does not answer.
+            UsageError: The options do not fit the source.
+        """
         opened = open_source(
             source,
             revision=self.revision,
@@ -76,9 +103,9 @@ class ConversionOptions:
             if self.keep_nonfinite and isinstance(opened, StreamedSource):
                 raise UsageError(
                     Option("keep_nonfinite"),
-                    " reads the source twice: download it first with ",
+                    " reads the source twice, which a streamed repository does not allow. Download it first with ",
                     Option("keep_source", True),
-                    ", and convert the folder in the cache",
+                    " and convert the directory in the cache",
                 )
             recipe = self.load_recipe()
             planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)
@@ -93,7 +120,14 @@ class ConversionOptions:
 
 @dataclass(frozen=True, slots=True)
 class ConversionSummary:
-    """What a conversion did. `already_complete`: an earlier run had sealed this very output, nothing was written."""
+    """Result of a conversion.
+
+    Attributes:
+        out: Directory of the artifact.
+        plan: The plan that was executed.
+        seconds: Duration in seconds.
+        already_complete: Whether an earlier run had already written exactly this output. Nothing was written then.
+    """
 
     out: Path
     plan: Plan
@@ -102,9 +136,19 @@ class ConversionSummary:
 
 
 def plan(source: Path | str, options: ConversionOptions | None = None) -> Plan:
-    """Return the plan of a conversion: every tensor, shard, offset and the exact size. Reads headers only.
+    """Plan a conversion without writing anything. Reads headers only, unless `keep_nonfinite` is set.
 
-    Raises: SourceError, UsageError.
+    Args:
+        source: Directory, GGUF file or Hub repository, see `open_source`.
+        options: Options of the conversion. Defaults if omitted.
+
+    Returns:
+        Every tensor, shard and offset of the output, and its exact size.
+
+    Raises:
+        SourceError: The source is damaged or cannot be converted.
+        HubError: The Hub rejects a request or does not answer.
+        UsageError: The options do not fit the source.
     """
     options = options or ConversionOptions()
     opened, planned = options.open(source)
@@ -130,16 +174,30 @@ def convert(
     on_compile: Callable[[], None] = lambda: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionSummary:
-    """Convert a checkpoint, of any kind that `open_source` knows, into a 4-bit artifact.
+    """Convert a checkpoint of any kind that `open_source` supports into a 4-bit artifact.
 
-    source: a folder, or a text of the form owner/name: a repository of the Hub, which is streamed and not stored.
+    If an error occurs, `out` is left as it was, and calling the function again with the same arguments resumes the
+    conversion. With `options.calibration`, the output bytes depend on the number of workers, and torch and transformers
+    must be installed.
 
-    workers: threads, by default one a core; any number gives the same bytes. force: replace an artifact of that
-    name. restart: drop what an interrupted run left. on_plan, on_progress (source bytes done), on_compile (once,
-    if kernels must be compiled) and on_layer (layers calibrated, and all of them) are for progress displays.
-    With `options.calibration` the bytes depend on the number of workers, and torch and transformers are needed.
-    Raises: SourceError, TargetError, UsageError. On any error nothing stands under `out` that was not there before,
-    and the same call continues where this one stopped.
+    Args:
+        source: Directory, GGUF file, or string of the form owner/name: a Hub repository, which is streamed, not stored.
+        out: Directory of the artifact to write.
+        options: Options of the conversion. Defaults if omitted.
+        workers: Number of threads. Defaults to one per usable core. Does not affect the output bytes.
+        force: Whether to replace an artifact that exists at `out`.
+        restart: Whether to discard what an interrupted run left behind.
+        disk: Interface to the file system. Defaults to the real one.
+        on_plan: Called with the plan before anything is written.
+        on_progress: Called with the number of source bytes processed since the last call.
+        on_compile: Called once if kernels must be compiled.
+        on_layer: Called with the number of calibrated layers and the total number of layers.
+
+    Raises:
+        SourceError: The source is damaged, changed during the conversion or cannot be converted.
+        TargetError: `out` exists, cannot be written, or the disk is full.
+        HubError: The Hub rejects a request or does not answer.
+        UsageError: The options do not fit together or do not fit the source.
     """
     started = time.monotonic()
     out = Path(out)
@@ -177,11 +235,16 @@ def convert(
 
 
 def _pin_noted(out: Path) -> JsonObject | None:
-    """Return what an interrupted run noted about the source that it had pinned."""
+    """Return the pin of the source that an interrupted run recorded."""
     pin = begun_with(out).get("pin")
     return pin if isinstance(pin, dict) else None
 
 
 def find_nonfinite(source: Source, planned: Plan) -> list[str]:
-    """Return the names of the weights to encode that have an infinite or NaN element. Reads all of them."""
+    """Return the names of the weights to encode that contain NaN or Inf. Reads all of these weights.
+
+    Args:
+        source: The open source.
+        planned: The plan that lists the weights to encode.
+    """
     return [task.source.name for task in planned.packed if has_nonfinite(source, task)]

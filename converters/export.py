@@ -1,4 +1,4 @@
-"""The verb `export`: a 4-bit artifact as a plain 16- or 32-bit checkpoint; plan, execute and seal put together."""
+"""The command `export`: writes a 4-bit artifact as a plain 16- or 32-bit checkpoint: plan, execute, seal."""
 
 from __future__ import annotations
 
@@ -25,15 +25,20 @@ from qformat.cores import usable_cores
 from qformat.errors import UsageError
 
 TARGETS = {"bf16": FloatFormat.BF16, "fp16": FloatFormat.F16, "fp32": FloatFormat.F32}
-"""The formats that an artifact can be exported to, by the names that users give them."""
+"""Formats that an artifact can be exported to, by their names on the command line."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportSummary:
-    """What an export did.
+    """Result of an export.
 
-    overflowed: by tensor, how many finite values became infinite in the new format; tensors without any are left out.
-    already_complete: an earlier run had sealed this very output, nothing was written.
+    Attributes:
+        out: Directory of the checkpoint.
+        plan: The plan that was executed.
+        seconds: Duration in seconds.
+        overflowed: Number of finite values that became infinite in the new format, by tensor. Tensors without any are
+            left out.
+        already_complete: Whether an earlier run had already written exactly this output. Nothing was written then.
     """
 
     out: Path
@@ -44,9 +49,19 @@ class ExportSummary:
 
 
 def plan_export(artifact: Path | str, to: str, *, max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES) -> ExportPlan:
-    """Return the plan of an export: every tensor, shard, offset and the exact size. Reads headers and small maps only.
+    """Plan an export without writing anything. Reads headers and small files only.
 
-    Raises: ArtifactError, UsageError.
+    Args:
+        artifact: Directory of the artifact.
+        to: Target format: "bf16", "fp16" or "fp32".
+        max_shard_nbytes: Largest size of a shard in bytes.
+
+    Returns:
+        Every tensor, shard and offset of the output, and its exact size.
+
+    Raises:
+        ArtifactError: The artifact is damaged.
+        UsageError: The format or the shard size is not valid.
     """
     target = _target(to, max_shard_nbytes)
     with open_artifact(artifact) as opened:
@@ -68,15 +83,30 @@ def export(
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
 ) -> ExportSummary:
-    """Write a 4-bit artifact as a plain safetensors checkpoint, every weight decoded to `to`: bf16, fp16 or fp32.
+    """Write a 4-bit artifact as a plain safetensors checkpoint, with every weight decoded to `to`.
 
-    Packed weights, and kept tensors in BF16, F16 and F32, get the new dtype with one rounding; other tensors keep
-    their bytes. workers: threads, by default one a core; any number gives the same bytes. force: replace a checkpoint
-    of that name. restart: drop what an interrupted run left. sizes: what is in memory at a time; any give the same
-    bytes. on_plan, on_progress (bytes of tensors written) and on_compile (once, if kernels must be compiled) are for
-    progress displays.
-    Raises: ArtifactError, TargetError, UsageError. On any error nothing stands under `out` that was not there before,
-    and the same call continues where this one stopped.
+    Packed weights, and kept tensors in BF16, F16 and F32, get the new dtype with a single rounding. Other tensors keep
+    their bytes. If an error occurs, `out` is left as it was, and calling the function again with the same arguments
+    resumes the export.
+
+    Args:
+        artifact: Directory of the artifact.
+        out: Directory of the checkpoint to write.
+        to: Target format: "bf16", "fp16" or "fp32".
+        max_shard_nbytes: Largest size of a shard in bytes.
+        workers: Number of threads. Defaults to one per usable core. Does not affect the output bytes.
+        force: Whether to replace a checkpoint that exists at `out`.
+        restart: Whether to discard what an interrupted run left behind.
+        disk: Interface to the file system. Defaults to the real one.
+        sizes: Sizes of the chunks held in memory. They do not affect the output bytes.
+        on_plan: Called with the plan before anything is written.
+        on_progress: Called with the number of tensor bytes written since the last call.
+        on_compile: Called once if kernels must be compiled.
+
+    Raises:
+        ArtifactError: The artifact is damaged.
+        TargetError: `out` exists, cannot be written, or the disk is full.
+        UsageError: An argument is not valid.
     """
     started = time.monotonic()
     artifact, out = Path(artifact), Path(out)
@@ -118,7 +148,7 @@ def _target(to: str, max_shard_nbytes: int) -> FloatFormat:
 
 
 def _load_decoders(planned: ExportPlan) -> None:
-    """Load or compile the kernels in one thread, by decoding one block."""
+    """Load or compile the kernels in one thread by decoding one block."""
     block_size = 256
     decode_nested_into(
         np.zeros(block_size // 2, np.uint8),

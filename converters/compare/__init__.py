@@ -1,1 +1,1 @@
-"""An artifact beside the checkpoint that it was made from."""
+"""Compares an artifact with its source checkpoint."""

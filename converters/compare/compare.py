@@ -1,12 +1,12 @@
-"""Compare an artifact with the checkpoint that it was made from: is it what the conversion must give, and how far off?
+"""Compares an artifact with its source checkpoint: whether the conversion is correct, and how large its error is.
 
-Both are streamed beside each other, chunk by chunk: every weight is encoded again and its codes and scales compared
-byte for byte; what the artifact's own codes decode to, rounded to the weight's dtype (what a reader computes with),
-gives the error figures; every kept tensor is compared bit for bit; every source tensor's digest with the manifest.
+Both are streamed side by side, chunk by chunk. Every weight is encoded again, and its codes and scales are compared
+byte for byte. The error figures come from the values that a reader gets: the artifact's codes, decoded and rounded to
+the weight's dtype. Every kept tensor is compared bit for bit, and every source tensor's digest with the manifest.
 
-Of a tuned artifact the codes must be the same, the scales near those that encoding gives (`tuned_scales`), and kept
-tensors may be others where the manifest names the source's digest: vectors, which is what norms are. A weight whose
-codes were chosen on a text must be near the source (`chosen_codes`).
+In a tuned artifact, the codes must be the same, the scales near the encoded ones (`tuned_scales`), and kept vectors
+(norms) may differ if the manifest records the source's digest. A weight whose codes were chosen on a text must be near
+the source (`chosen_codes`).
 """
 
 from __future__ import annotations
@@ -61,12 +61,19 @@ def compare(
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
 ) -> Comparison:
-    """Compare an artifact with its source. What does not fit is a finding, not an exception.
+    """Compare an artifact with its source. A mismatch is reported as a finding and raises no exception.
 
-    workers: threads, by default one a core; any number gives the same result. sizes: what is in memory at a time; any
-    give the same result. on_progress (source bytes done) and on_compile (once, if kernels must be compiled) are for
-    progress displays.
-    Raises: ArtifactError and SourceError if one of the two cannot be opened.
+    Args:
+        artifact: Directory of the artifact, or the open artifact.
+        source: Anything that `open_source` accepts, or an open source.
+        workers: Number of threads. Defaults to one per usable core. Does not affect the result.
+        sizes: Sizes of the chunks held in memory. They do not affect the result.
+        on_progress: Called with the number of source bytes processed since the last call.
+        on_compile: Called once if kernels must be compiled.
+
+    Raises:
+        ArtifactError: The artifact cannot be opened.
+        SourceError: The source cannot be opened.
     """
     opened = open_source(source) if isinstance(source, Path | str) else source
     with ExitStack() as stack:
@@ -80,8 +87,8 @@ def compare(
 
 
 def _warm_up(records: Iterable[TensorRecord]) -> None:
-    """Load from the cache, or compile, what the comparison needs."""
-    n_elements, n_blocks = 127, 2  # a whole block and a partial one
+    """Load the kernels that the comparison needs from the cache, or compile them."""
+    n_elements, n_blocks = 127, 2  # a full block and a partial one
     codes, scales = np.zeros(64, np.uint8), np.zeros(n_blocks, np.float32)
     nested, table = np.zeros(1, np.float32), np.zeros(256, np.float32)
     decode_scales_into(codes[:n_blocks], nested, table, np.float32(0), scales)
@@ -94,7 +101,7 @@ def _warm_up(records: Iterable[TensorRecord]) -> None:
 
 
 class _Buffers(threading.local):
-    """Scratch memory of one worker thread, made once."""
+    """Scratch memory of one worker thread, allocated once."""
 
     def __init__(self, nbytes: int) -> None:
         self.source = np.empty(nbytes, np.uint8)
@@ -108,7 +115,7 @@ _Compared = tuple[PackedComparison | KeptComparison | None, list[Finding]]
 
 
 class _Run:
-    """One comparison: a task a tensor, and what the tasks share."""
+    """One comparison: one task per tensor, and their shared state."""
 
     def __init__(
         self,
@@ -201,7 +208,7 @@ class _Run:
         return compared, list(self._judgement.of_kept(tensor, compared))
 
     def _compare_adopted(self, name: str, record: PackedRecord, weight: PackedWeight) -> _Compared:
-        """Compare a weight that the source has in 4 bit, too: codes and scales must be the same bytes."""
+        """Compare a weight that is in 4 bit in the source too: codes and scales must be byte-identical."""
         file = weight.parts[Component.PACKED].file
         layout = record.layout
         tensor = SourceTensor(name, layout.float_format.value, layout.shape, file)
@@ -275,14 +282,14 @@ class _Run:
         return compared, list(self._judgement.of_packed(tensor, compared))
 
     def _decode(self, stored: BlockScales, codes: NDArray[np.uint8], start: int, n_elements: int) -> Raw:
-        """Decode codes that begin at element `start` as a reader does, into scratch memory."""
+        """Decode codes that begin at element `start` into scratch memory, as a reader does."""
         float_format = stored.state.float_format
         out = self._buffers.decoded[: n_elements * float_format.nbytes].view(float_format.raw_dtype)
         stored.with_codes(codes, first_block=start // stored.state.block_size).decode_into(out)
         return out
 
     def _count_wrong_scales(self, stored: BlockScales, absmax: Raw, float_format: FloatFormat) -> int:
-        """Return how many numbers of the scales are not what absmax values [n_blocks] of the source give or allow."""
+        """Return how many scale values are not what the source gives, or exceed the tolerance."""
         if self._scale_change is None:
             return count_wrong_scales(stored, absmax, float_format)
         return count_too_far(stored.scales(), stored.nested_absmax, widen(absmax, float_format), self._scale_change)

@@ -1,4 +1,4 @@
-"""What `compare` finds out: a record a tensor, and the figures of the whole artifact."""
+"""Results of `compare`: one record per tensor, and figures for the whole artifact."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ _NUMBER = re.compile(r"[0-9]{1,6}")
 
 @dataclass(frozen=True, slots=True)
 class PackedComparison:
-    """What the comparison found out about a packed weight.
+    """Result for one packed weight.
 
-    errors: of the values that a reader gets, in the weight's dtype. code_counts: how often each of the 16 codes
-    occurs. n_wrong_codes, n_wrong_scales: how many are not what encoding the source gives, or None where the source
-    cannot be encoded, since it is not finite. source_named: the source is the one whose digest the manifest has, or
-    None if it has none. nbytes: of all components. n_far_scales: of a weight whose codes were chosen on a text, the
-    scales that are far from the source's (`chosen_codes`); None for all others.
+    Attributes:
+        name: Name of the weight.
+        layout: Shape, dtype and encoding options.
+        source_nbytes: Size of the source tensor in bytes.
+        nbytes: Size of all components in bytes.
+        errors: Error of the values that a reader gets, in the weight's dtype.
+        code_counts: Number of occurrences of each of the 16 codes.
+        n_wrong_codes: Number of codes that differ from what encoding the source gives. None if the source cannot be
+            encoded because it contains NaN or Inf.
+        n_wrong_scales: The same for the values of the scales.
+        source_named: Whether the source has the digest recorded in the manifest. None if none is recorded.
+        n_far_scales: Number of scales far from the source's, for a weight whose codes were chosen on a text
+            (`chosen_codes`). None for all other weights.
     """
 
     name: str
@@ -40,12 +48,12 @@ class PackedComparison:
 
     @property
     def chosen(self) -> bool:
-        """Whether its codes were chosen on a text."""
+        """Whether the codes were chosen on a text."""
         return self.n_far_scales is not None
 
     @property
     def holds(self) -> bool:
-        """Whether codes and scales are what the recipe gives, or are near the source where they were chosen."""
+        """Whether codes and scales are what the recipe gives or, if they were chosen on a text, near the source."""
         if self.n_far_scales is None or self.exact:
             return self.exact
         error = self.errors.relative_rms
@@ -60,7 +68,18 @@ class PackedComparison:
 
 @dataclass(frozen=True, slots=True)
 class KeptComparison:
-    """What the comparison found out about a tensor kept in 16 bit (or whatever it came in)."""
+    """Result for one tensor that is kept in its original dtype.
+
+    Attributes:
+        name: Name of the tensor.
+        dtype: Dtype as safetensors headers spell it.
+        shape: Shape of the tensor.
+        keep_reason: Why it is kept, a value of `KeepReason`.
+        nbytes: Size in bytes.
+        n_wrong_bytes: Number of bytes that differ from the source's.
+        source_named: Whether the source has the digest recorded in the manifest.
+        tuned: Whether the manifest says that the tensor was tuned and may therefore differ.
+    """
 
     name: str
     dtype: str
@@ -70,21 +89,28 @@ class KeptComparison:
     n_wrong_bytes: int
     source_named: bool
     tuned: bool = False
-    """The manifest says that it was tuned, and it may differ."""
 
     @property
     def identical(self) -> bool:
-        """Whether it is the source's tensor, bit for bit."""
+        """Whether it is bit-identical to the source's tensor."""
         return self.n_wrong_bytes == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The result of `compare`; tensors in the order of the manifest, without those that could not be compared.
+    """Result of `compare`. Tensors are in the order of the manifest, without those that could not be compared.
 
-    n_packed, n_kept: how many of each the artifact has; n_source_digests: for how many of them the manifest has the
-    digest of the source. scale_change: in a tuned artifact, the share by which scales may differ from those that the
-    recipe gives.
+    Attributes:
+        artifact: Directory of the artifact.
+        source: Location of the source.
+        packed: Results for the packed weights.
+        kept: Results for the kept tensors.
+        n_packed: Number of packed weights in the artifact.
+        n_kept: Number of kept tensors in the artifact.
+        n_source_digests: Number of tensors for which the manifest records the source's digest.
+        findings: Everything that is wrong.
+        scale_change: Share by which scales of a tuned artifact may differ from the encoded ones. None if it is not
+            tuned.
     """
 
     artifact: Path
@@ -99,37 +125,37 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong: every code, scale and kept bit is what this source gives."""
+        """Whether every code, scale and kept bit is what this source gives."""
         return not self.findings
 
     @property
     def overall(self) -> ErrorSums:
-        """The errors of all packed weights together."""
+        """Error of all packed weights together."""
         return add_up(tensor.errors for tensor in self.packed)
 
     @property
     def code_counts(self) -> tuple[int, ...]:
-        """How often each of the 16 codes occurs in the artifact."""
+        """Number of occurrences of each of the 16 codes in the artifact."""
         return tuple(sum(tensor.code_counts[code] for tensor in self.packed) for code in range(16))
 
     @property
     def n_exact(self) -> int:
-        """How many packed weights have the codes and scales that encoding the source gives, chosen ones left out."""
+        """Number of packed weights whose codes and scales are what encoding gives, without those chosen on a text."""
         return sum(tensor.exact for tensor in self.packed if not tensor.chosen)
 
     @property
     def n_chosen(self) -> int:
-        """How many packed weights have codes that were chosen on a text."""
+        """Number of packed weights whose codes were chosen on a text."""
         return sum(tensor.chosen for tensor in self.packed)
 
     @property
     def n_near(self) -> int:
-        """How many of these are near the source."""
+        """Number of packed weights whose codes were chosen on a text and that are near the source."""
         return sum(tensor.holds for tensor in self.packed if tensor.chosen)
 
     @property
     def n_identical(self) -> int:
-        """How many kept tensors are the source's, bit for bit."""
+        """Number of kept tensors that are bit-identical to the source's."""
         return sum(tensor.identical for tensor in self.kept)
 
     @property
@@ -139,24 +165,24 @@ class Comparison:
 
     @property
     def n_source_named(self) -> int:
-        """How many source tensors are those whose digest the manifest has."""
+        """Number of source tensors that have the digest recorded in the manifest."""
         named = sum(tensor.source_named is True for tensor in self.packed)
         return named + sum(tensor.source_named for tensor in self.kept)
 
     @property
     def source_nbytes(self) -> int:
-        """Bytes of the compared tensors in the source."""
+        """Size in bytes of the compared tensors in the source."""
         return sum(tensor.source_nbytes for tensor in self.packed) + sum(tensor.nbytes for tensor in self.kept)
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits that a packed weight takes, all components counted."""
+        """Bits per packed weight, counting all components. None if there are none."""
         n_weights = sum(tensor.layout.n_elements for tensor in self.packed)
         return 8 * sum(tensor.nbytes for tensor in self.packed) / n_weights if n_weights else None
 
     @property
     def bits_per_parameter(self) -> float | None:
-        """Bits that a parameter of the whole model takes, packed or kept."""
+        """Bits per parameter of the whole model, packed or kept. None if there are none."""
         n_parameters = sum(tensor.layout.n_elements for tensor in self.packed)
         n_parameters += sum(math.prod(tensor.shape) for tensor in self.kept)
         nbytes = sum(tensor.nbytes for tensor in self.packed) + sum(tensor.nbytes for tensor in self.kept)
@@ -171,7 +197,7 @@ class Comparison:
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of module that a tensor belongs to: the last part of its path that is no number."""
+    """Return the kind of module that a tensor belongs to: the last component of its path that is not a number."""
     parts = [part for part in module_path(name).split(".") if not _NUMBER.fullmatch(part)]
     return parts[-1] if parts else name
 

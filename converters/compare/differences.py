@@ -1,4 +1,4 @@
-"""In how many numbers two packed weights differ, and the scales of one from those that encoding its source gives."""
+"""Counts the differences between two packed weights, and between stored scales and those that encoding gives."""
 
 from __future__ import annotations
 
@@ -18,14 +18,24 @@ from qformat.converters.encode.task_writer import ABSMAX_CHUNK
 
 
 def count_different(found: NDArray[Any], expected: NDArray[Any]) -> int:
-    """Return in how many elements two arrays of equal size differ, bit for bit."""
+    """Return the number of elements in which two arrays differ, compared bit for bit.
+
+    Args:
+        found: First array.
+        expected: Second array, of the same size and dtype.
+    """
     if found.dtype.kind == "f":
         found, expected = found.view(np.uint32), expected.view(np.uint32)
     return 0 if np.array_equal(found, expected) else int(np.count_nonzero(found != expected))
 
 
 def count_different_codes(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> int:
-    """Return how many of the codes in packed bytes differ, the padding of an odd tensor counted as a code."""
+    """Return the number of codes that differ. The padding of a tensor with an odd number of elements counts as a code.
+
+    Args:
+        found: Packed codes, uint8.
+        expected: Packed codes, uint8, of the same size.
+    """
     if np.array_equal(found, expected):
         return 0
     changed = found ^ expected
@@ -33,7 +43,12 @@ def count_different_codes(found: NDArray[np.uint8], expected: NDArray[np.uint8])
 
 
 def count_different_scales(found: BlockScales, expected: BlockScales) -> int:
-    """Return how many numbers of a weight's stored scales are not those of another file."""
+    """Return how many scale values of a weight differ from those in another file.
+
+    Args:
+        found: Scales of the weight.
+        expected: Scales in the other file.
+    """
     n_different = int(found.state != expected.state) + count_different(found.absmax, expected.absmax)
     for ours, theirs in (
         (found.nested_absmax, expected.nested_absmax),
@@ -45,7 +60,13 @@ def count_different_scales(found: BlockScales, expected: BlockScales) -> int:
 
 
 def count_wrong_scales(found: BlockScales, absmax: Raw, float_format: FloatFormat) -> int:
-    """Return how many numbers of a weight's stored scales are not what absmax values [n_blocks] of the source give."""
+    """Return how many stored scale values of a weight differ from what its source gives.
+
+    Args:
+        found: Stored scales of the weight.
+        absmax: Absmax values of the source as raw bits, [n_blocks].
+        float_format: Format of the absmax values.
+    """
     if found.second_level is None:
         return sum(
             count_different(found.absmax[start : start + values.size], values)

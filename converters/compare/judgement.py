@@ -1,4 +1,4 @@
-"""What is wrong with a tensor that was compared, in findings: sentences for people, reasons for programs."""
+"""Turns the result of a comparison into findings: sentences for people, reason codes for programs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from qformat.errors import Reason
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Judges what was found about tensors.
+    """Derives findings from the results for tensors.
 
-    shards: of the artifact. source: where it lies. scale_change: the share by which the scales of a tuned artifact may
-    differ, None for one that is not tuned.
+    Attributes:
+        shards: The artifact's open shards.
+        source: Location of the source.
+        scale_change: Share by which scales of a tuned artifact may differ. None if it is not tuned.
     """
 
     shards: ShardFiles
@@ -26,7 +28,14 @@ class Judgement:
     scale_change: float | None
 
     def of_packed(self, tensor: SourceTensor, compared: PackedComparison) -> Iterator[Finding]:
-        """Yield what is wrong. With another source, wrong codes say nothing more: they are counted in one finding."""
+        """Yield what is wrong with a packed weight.
+
+        If the source is not the recorded one, wrong codes are expected and only counted within that finding.
+
+        Args:
+            tensor: The source tensor.
+            compared: Result of the comparison.
+        """
         wrong = self._wrong_in_packed(compared)
         if compared.source_named is False:
             yield self._other_source(tensor, wrong)
@@ -35,45 +44,55 @@ class Judgement:
         elif not compared.holds:
             yield self._of_artifact(Reason.CODES_MISMATCH, tensor.name, wrong)
         if compared.n_wrong_codes is not None and not compared.errors.finite:
-            problem = "some codes decode to values that are not finite"
+            problem = "some codes decode to NaN or Inf"
             yield self._of_artifact(Reason.NONFINITE_WEIGHT, tensor.name, problem)
 
     def of_kept(self, tensor: SourceTensor, compared: KeptComparison) -> Iterator[Finding]:
-        """Yield what is wrong; a tuned tensor may be another one."""
-        wrong = f"{compared.n_wrong_bytes} of {tensor.nbytes} bytes of this kept tensor are not the source's"
+        """Yield what is wrong with a kept tensor. A tuned one may differ from the source.
+
+        Args:
+            tensor: The source tensor.
+            compared: Result of the comparison.
+        """
+        wrong = f"{compared.n_wrong_bytes} of {tensor.nbytes} bytes of this kept tensor differ from the source"
         if not compared.source_named:
             yield self._other_source(tensor, wrong)
         elif not compared.identical and not compared.tuned:
             yield self._of_artifact(Reason.SOURCE_MISMATCH, tensor.name, wrong)
 
     def of_source(self, tensor: SourceTensor, problem: str, reason: Reason = Reason.SOURCE_MISMATCH) -> Finding:
-        """Return a finding about a tensor of the source."""
+        """Return a finding about a tensor of the source.
+
+        Args:
+            tensor: The source tensor.
+            problem: What is wrong.
+            reason: Reason code of the finding.
+        """
         path = self.source / tensor.file
         return Finding(reason, tensor.file, f"{path}: tensor {tensor.name!r}: {problem}", tensor.name)
 
     def of_absent(self, name: str) -> Finding:
-        """Return the finding about a tensor that the source does not have."""
-        message = f"{self.source}: tensor {name!r}: is in the artifact, but not in this source"
+        """Return the finding about a tensor that is missing from the source."""
+        message = f"{self.source}: tensor {name!r}: is in the artifact but not in the source"
         return Finding(Reason.SOURCE_MISMATCH, self.source.name, message, name)
 
     def _wrong_in_packed(self, compared: PackedComparison) -> str:
         if compared.n_far_scales is not None:
             return (
                 f"its codes were chosen on a text, but {compared.n_far_scales} of {compared.layout.n_blocks} scales "
-                f"are far from the source's, or the relative RMS error of {compared.errors.relative_rms or 0:.1%} is"
+                f"are far from the source's, or its relative RMS error, {compared.errors.relative_rms or 0:.1%}, is "
+                "too large"
             )
         if compared.n_wrong_codes is None:
-            return "the source has values that are not finite and cannot be encoded"
-        allowed = "" if self.scale_change is None else f" (scales: within {self.scale_change:.0%} of it)"
+            return "the source contains NaN or Inf and cannot be encoded"
+        allowed = "" if self.scale_change is None else f" (tolerance for scales: {self.scale_change:.0%})"
         return (
             f"{compared.n_wrong_codes} of {compared.layout.n_elements} codes and {compared.n_wrong_scales} of the "
-            f"scales are not what encoding the source gives{allowed}"
+            f"scales differ from what encoding the source gives{allowed}"
         )
 
     def _other_source(self, tensor: SourceTensor, wrong: str) -> Finding:
-        return self.of_source(
-            tensor, f"is not the tensor that the artifact was made from (its XXH3-128 is another one); {wrong}"
-        )
+        return self.of_source(tensor, f"is not the tensor that was converted (its XXH3-128 differs); {wrong}")
 
     def _of_artifact(self, reason: Reason, name: str, problem: str) -> Finding:
         path = self.shards.path_of(name)

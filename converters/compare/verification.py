@@ -1,6 +1,7 @@
-"""Verify an artifact, alone or beside its source: one record of what was found, and its one form as JSON.
+"""Verifies an artifact, alone or against its source: one record of the results, and its JSON form.
 
-The kernels of a comparison are imported where there is a source: checking digests alone takes less time than they do.
+The kernels of a comparison are imported only if there is a source, because importing them takes longer than checking
+digests.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ Stage = Literal["digests", "comparison"]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found out about an artifact.
+    """Result of verifying an artifact.
 
-    integrity: structure and digests, and the signature where it was checked. comparison: None without a source, and
-    where the artifact is too damaged to be opened. integrity_s, comparison_s: what they took, in seconds.
+    Attributes:
+        integrity: Structure, digests and, if it was checked, the signature.
+        comparison: Comparison with the source. None without a source, or if the artifact is too damaged to be opened.
+        signature_checked: Whether the signature was checked.
+        integrity_s: Duration of the integrity check in seconds.
+        comparison_s: Duration of the comparison in seconds.
     """
 
     integrity: IntegrityReport
@@ -63,7 +68,7 @@ class Verification:
         return not self.findings
 
     def to_json(self) -> VerificationFacts:
-        """Return everything as plain JSON values: what `qformat verify --json` prints."""
+        """Return the whole record as plain JSON values, as `qformat verify --json` prints it."""
         integrity, comparison = self.integrity, self.comparison
         return {
             "path": str(integrity.path),
@@ -93,13 +98,23 @@ def verify_against_source(
     on_progress: Callable[[int], None] = lambda nbytes: None,
     on_compile: Callable[[], None] = lambda: None,
 ) -> Verification:
-    """Check that an artifact is whole, and compare it with its source. What is wrong is a finding, not an exception.
+    """Check an artifact's integrity and compare it with its source. A problem is a finding and raises no exception.
 
-    source: a checkpoint as for `convert`; a repository of the Hub is read at the commit that the manifest names. None
-    leaves the comparison out. sha256: also take the SHA-256 of every shard. public_key: also check the signature, and
-    the SHA-256 of every shard, which it is of. workers: threads, by default one a core.
-    on_stage: a stage begins, of so many bytes. on_progress: bytes done. on_compile: once, if kernels must be compiled.
-    Raises: SourceError, HubError, UsageError for a source that cannot be opened.
+    Args:
+        artifact: Directory of the artifact.
+        source: A checkpoint as for `convert`. A Hub repository is read at the commit recorded in the manifest. None
+            skips the comparison.
+        sha256: Whether to check the SHA-256 of every shard as well.
+        public_key: Key to check the signature with. Includes the SHA-256 of every shard, because these are signed.
+        workers: Number of threads. Defaults to one per usable core.
+        on_stage: Called with the name and the number of bytes of a stage when it begins.
+        on_progress: Called with the number of bytes processed since the last call.
+        on_compile: Called once if kernels must be compiled.
+
+    Raises:
+        SourceError: The source cannot be opened.
+        HubError: The Hub rejects a request or does not answer.
+        UsageError: The source is not a checkpoint that can be read.
     """
     artifact, workers = Path(artifact), workers or usable_cores()
     manifest = None
@@ -135,7 +150,7 @@ def verify_against_source(
                     on_progress=on_progress,
                     on_compile=on_compile,
                 )
-            except ArtifactError:  # of a damaged artifact, the integrity report has told why
+            except ArtifactError:  # the integrity report says what is damaged
                 if integrity.passed:
                     raise
         compared = time.monotonic()
@@ -145,12 +160,12 @@ def verify_against_source(
 def _readable_manifest(artifact: Path) -> Manifest | None:
     try:
         return read_manifest(artifact)
-    except ArtifactError:  # the check of the artifact tells what is wrong with it
+    except ArtifactError:  # the integrity check reports what is wrong with it
         return None
 
 
 def _recorded_commit(manifest: Manifest | None, source: str) -> str | None:
-    """Return the commit of a repository that the artifact was made from, if it was made from that repository."""
+    """Return the commit that the artifact was converted from, if it was converted from this repository."""
     if manifest is None:
         return None
     commit = manifest.source.get("commit")
@@ -158,7 +173,7 @@ def _recorded_commit(manifest: Manifest | None, source: str) -> str | None:
 
 
 def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityReport:
-    """Return the report with what is wrong with the signature, if anything is."""
+    """Return the report with a finding about the signature, if there is one."""
     try:
         check_local_signature(integrity.path, public_key)
     except ArtifactError as error:

@@ -1,1 +1,1 @@
-"""From an artifact to a plain checkpoint: plan, execute, seal."""
+"""Converts an artifact to a plain checkpoint: plan, execute, seal."""

@@ -1,7 +1,7 @@
-"""The second and third step of an export: decode every tensor into staged shards, in any order, then seal.
+"""The second and third stage of an export: decode every tensor into staged shards, in any order, then seal.
 
-A task is one tensor, streamed in chunks: read, decode (or cast, or copy), write, and hash on both sides. What is read
-must have the digests of the manifest, or nothing is sealed.
+Each task handles one tensor and streams it in chunks: it reads, decodes (or casts, or copies), writes, and hashes both
+input and output. If any input differs from the manifest's digest, the output is not sealed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ from qformat.errors import Interrupted
 
 @dataclass(frozen=True, slots=True)
 class WrittenTensor:
-    """What executing a task found: the XXH3-128 of the bytes written, and finite values that became infinite."""
+    """Result of one task.
+
+    Attributes:
+        xxh3: XXH3-128 of the written bytes.
+        n_overflowed: Number of finite values that became infinite.
+    """
 
     xxh3: str
     n_overflowed: int
@@ -41,11 +46,25 @@ def execute_export(
     progress: Progress,
     sizes: ChunkSizes = CHUNK_SIZES,
 ) -> dict[str, int]:
-    """Write what the plan says into a staged folder and seal it.
+    """Write the planned checkpoint into a staged directory and seal it.
 
-    Returns how many finite values of a tensor became infinite, for each tensor that has some. progress: bytes written.
-    Raises ArtifactError (component_digest, file_digest, truncated), TargetError; on these and on KeyboardInterrupt the
-    workers stop within a chunk, the staged folder stays and a later run continues.
+    After an error or KeyboardInterrupt, the workers stop within one chunk, the staged directory remains, and a later
+    run resumes.
+
+    Args:
+        plan: What to write.
+        artifact: The open artifact.
+        staging: The staged directory.
+        workers: Number of threads. Does not affect the output bytes.
+        progress: Called with the number of bytes written since the last call.
+        sizes: Sizes of the chunks held in memory.
+
+    Returns:
+        The number of finite values that became infinite, for each tensor that has any.
+
+    Raises:
+        ArtifactError: A digest does not match (component_digest, file_digest) or a file is truncated.
+        TargetError: The output cannot be written.
     """
     with ExitStack() as stack:
         decoder = TensorDecoder(ShardFiles(artifact.structure, stack), plan.target, sizes)
@@ -67,7 +86,7 @@ def execute_export(
 
 
 class _Run:
-    """One execution of a plan: the tasks, and what they share."""
+    """One execution of a plan: the shared state of its tasks."""
 
     def __init__(
         self,
@@ -85,7 +104,7 @@ class _Run:
         self._stopping = threading.Event()
 
     def resume(self) -> dict[str, WrittenTensor]:
-        """Return the tensors that an interrupted run completed and whose bytes are really there."""
+        """Return the tensors that an interrupted run completed and whose bytes are on disk."""
         entries = {str(entry["tensor"]): entry for entry in self._staging.entries if "tensor" in entry}
         done: dict[str, WrittenTensor] = {}
         for task in self._plan.tasks:
@@ -96,7 +115,12 @@ class _Run:
         return done
 
     def do(self, tasks: list[ExportTask], workers: int) -> dict[str, WrittenTensor]:
-        """Run tasks on threads. Stops all of them on the first error."""
+        """Run tasks on a thread pool. The first error stops all of them.
+
+        Args:
+            tasks: The tasks to run.
+            workers: Number of threads.
+        """
         named = {task.name: task for task in tasks}
         return run_tasks(named, self._do, workers=workers, stopping=self._stopping, thread_name="qformat-export")
 
@@ -119,7 +143,7 @@ class _Run:
 
 
 def _from_journal(entry: JsonObject | None) -> WrittenTensor | None:
-    """Read a journal entry; None if it does not describe a written tensor, which is then written again."""
+    """Parse a journal entry. Returns None if it does not describe a written tensor, which is then written again."""
     if entry is None:
         return None
     xxh3, n_overflowed = entry.get("xxh3"), entry.get("n_overflowed")

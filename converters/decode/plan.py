@@ -1,4 +1,4 @@
-"""The first step of an export: from an artifact's manifest and headers to every byte offset of a plain checkpoint."""
+"""The first stage of an export: computes every byte offset of a plain checkpoint from the manifest and headers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from qformat.errors import ArtifactError, Reason
 from qformat.names import CARD_NAME, CONFIG_NAME, INDEX_NAME
 from qformat.version import __version__
 
-"""No file of an artifact, but carried over where somebody put one beside it, as on the Hub."""
-
 Action = Literal["decode", "cast", "copy"]
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -32,7 +30,14 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 @dataclass(frozen=True, slots=True)
 class ExportTask:
-    """A tensor to write: what the artifact holds (packed or kept), its new dtype as headers name it, and its place."""
+    """A tensor to write.
+
+    Attributes:
+        name: Name of the tensor.
+        record: The tensor in the manifest: packed or kept.
+        dtype: The new dtype, as safetensors headers spell it.
+        place: Where it is written.
+    """
 
     name: str
     record: TensorRecord
@@ -49,7 +54,17 @@ class ExportTask:
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """A complete checkpoint, known before any weight is read. side_files: sizes of the files to copy."""
+    """Plan of a complete checkpoint, made before any weight is read.
+
+    Attributes:
+        target: Float format of the checkpoint.
+        tasks: One task per tensor, in the natural order of their names.
+        shards: The shards with their headers and the offset of every tensor.
+        small_files: Contents of the small files that the export writes, keyed by name.
+        side_files: Sizes in bytes of the files to copy from the artifact, keyed by name.
+        artifact_nbytes: Size of the artifact in bytes.
+        fingerprint: Digest of everything that determines the output bytes.
+    """
 
     target: FloatFormat
     tasks: tuple[ExportTask, ...]
@@ -61,21 +76,28 @@ class ExportPlan:
 
     @property
     def tensor_nbytes(self) -> int:
-        """Bytes of all tensors of the checkpoint."""
+        """Size in bytes of all tensors of the checkpoint."""
         return sum(task.place.nbytes for task in self.tasks)
 
     @property
     def nbytes(self) -> int:
-        """Size of the finished checkpoint in bytes: every file."""
+        """Size in bytes of the finished checkpoint: every file."""
         small = sum(len(data) for data in self.small_files.values()) + sum(self.side_files.values())
         return sum(shard.nbytes for shard in self.shards) + small
 
 
 def make_export_plan(artifact: Artifact, target: FloatFormat, *, max_shard_nbytes: int) -> ExportPlan:
-    """Plan the export of an open artifact to a float format. Reads no weight.
+    """Plan the export of an open artifact to a float format. Reads no weights.
 
-    Packed weights and kept tensors in BF16, F16 and F32 get the target's dtype; every other tensor keeps its bytes.
-    Raises ArtifactError.
+    Packed weights, and kept tensors in BF16, F16 and F32, get the target's dtype. Every other tensor keeps its bytes.
+
+    Args:
+        artifact: The open artifact.
+        target: Float format of the checkpoint.
+        max_shard_nbytes: Largest size of a shard in bytes.
+
+    Raises:
+        ArtifactError: A small file of the artifact is damaged.
     """
     records = sorted(artifact.manifest.tensors.items(), key=lambda item: natural_order(item[0]))
     new = [_new_tensor(name, record, target) for name, record in records]
@@ -109,7 +131,7 @@ def _new_tensor(name: str, record: TensorRecord, target: FloatFormat) -> TensorS
 
 
 def _side_files(artifact: Artifact) -> dict[str, int]:
-    """Return the files to copy: all that the manifest names but weights, config and index, and the model card."""
+    """Return the files to copy: the model card, and all files in the manifest except weights, config and index."""
     found = {
         name: record.nbytes
         for name, record in artifact.manifest.files.items()
@@ -121,7 +143,15 @@ def _side_files(artifact: Artifact) -> dict[str, int]:
 
 
 def read_small_file(artifact: Artifact, name: str) -> bytes:
-    """Return the bytes of a file that is no shard. Raises ArtifactError (also file_digest)."""
+    """Return the bytes of a file that is not a shard, after checking its digest.
+
+    Args:
+        artifact: The open artifact.
+        name: Name of the file.
+
+    Raises:
+        ArtifactError: The file cannot be read, or its digest does not match (file_digest).
+    """
     data = read_small(artifact.path, name, max_nbytes=MAX_SIDE_FILE_NBYTES, error=ArtifactError)
     record = artifact.manifest.files.get(name)
     if record is not None and (found := hashlib.sha256(data).hexdigest()) != record.sha256:
@@ -133,7 +163,7 @@ def read_small_file(artifact: Artifact, name: str) -> bytes:
 
 
 def _config_bytes(artifact: Artifact, target: FloatFormat) -> bytes:
-    """Return config.json without quantization_config, and with the target as the dtype of model and sub-models."""
+    """Return config.json without quantization_config and with the target as the dtype of the model and sub-models."""
     path = artifact.path / CONFIG_NAME
     data = read_small_file(artifact, CONFIG_NAME)
     config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
@@ -154,7 +184,7 @@ def _set_dtypes(config: JsonObject, target: FloatFormat) -> None:
 
 
 def _fingerprint(artifact: Artifact, shards: tuple[Shard, ...], small_files: Mapping[str, bytes]) -> str:
-    """Return a digest of everything that decides the output's bytes. The manifest names the digests of all weights."""
+    """Return a digest of everything that determines the output bytes. The manifest holds the digests of the weights."""
     digest = hashlib.sha256(f"export {__version__}\n".encode())
     digest.update(artifact.manifest.to_bytes())
     for shard in shards:

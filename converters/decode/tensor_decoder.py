@@ -1,6 +1,6 @@
-"""A tensor of an export in its new bytes: decoded, cast or copied, chunk by chunk.
+"""Produces the new bytes of an exported tensor chunk by chunk: decoded, cast or copied.
 
-What grows with a tensor is only its nested absmax.
+Only the nested absmax values grow with the size of a tensor.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from qformat.converters.decode.stored_parts import StoredPart, kept_part, packed
 from qformat.converters.sources.chunks import ChunkSizes
 
 _LARGEST_FINITE = {FloatFormat.BF16: 3.3895e38, FloatFormat.F16: 65504.0, FloatFormat.F32: 3.4028e38}
-"""Largest finite values, rounded down: what stays below them cannot become infinite."""
+"""Largest finite values, rounded down: values up to them cannot become infinite."""
 
 _INFINITY_BITS = {FloatFormat.BF16: 0x7F80, FloatFormat.F16: 0x7C00}
 
 
 class _Buffers(threading.local):
-    """Scratch memory of one worker thread, made once."""
+    """Scratch memory of one worker thread, allocated once."""
 
     def __init__(self, nbytes: int) -> None:
         self.out = np.empty(nbytes, np.uint8)
@@ -39,7 +39,7 @@ class _Buffers(threading.local):
 
 
 class TensorDecoder:
-    """Makes the new bytes of tensors, in any thread, from the shards of an artifact."""
+    """Produces the new bytes of tensors from the shards of an artifact, in any thread."""
 
     def __init__(self, shards: ShardFiles, target: FloatFormat, sizes: ChunkSizes) -> None:
         self._shards = shards
@@ -48,9 +48,10 @@ class TensorDecoder:
         self._buffers = _Buffers(sizes.nbytes)
 
     def chunks(self, task: ExportTask) -> Iterator[tuple[NDArray[np.generic], int]]:
-        """Yield the tensor's new bytes in order, in scratch memory, and how many of their values overflowed.
+        """Yield the tensor's new bytes in order, in scratch memory, with the number of overflowed values in each chunk.
 
-        Raises ArtifactError, at the end of the tensor for what a digest tells.
+        Raises:
+            ArtifactError: A shard cannot be read, or, after the last chunk, a digest does not match.
         """
         if isinstance(task.record, PackedRecord):
             yield from self._decoded(task, task.record)
@@ -97,7 +98,7 @@ class TensorDecoder:
             scales[Component.ABSMAX] = absmax
             run = BlockScales.from_bytes(state, scales.__getitem__, first_block=start // layout.block_size)
             run.with_codes(packed).decode_into(chunk, target)
-            # No code's value is larger than 1: what is decoded is at most the scale.
+            # The codebook's largest magnitude is 1, so decoded values never exceed the scale.
             yield chunk, 0 if run.largest_scale() <= _LARGEST_FINITE[target] else _count_infinite(chunk, target)
         parts[Component.PACKED].check()
         parts[Component.ABSMAX].check()
@@ -105,7 +106,7 @@ class TensorDecoder:
     def _read_small(
         self, name: str, parts: Mapping[Component, StoredPart]
     ) -> tuple[QuantState, dict[Component, NDArray[np.uint8]]]:
-        """Read and check the small components of a packed tensor: all but its codes and absmax."""
+        """Read and check all components of a packed tensor except its codes and absmax."""
         streamed = {Component.PACKED, Component.ABSMAX}
         small = {part: source.read_all() for part, source in parts.items() if part not in streamed}
         state = quant_state.parse(small[Component.QUANT_STATE].tobytes(), path=self._shards.path_of(name), tensor=name)

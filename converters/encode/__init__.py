@@ -1,1 +1,1 @@
-"""From a source to an artifact: plan, execute, seal."""
+"""Converts a source to an artifact: plan, execute, seal."""

@@ -1,6 +1,6 @@
-"""A conversion whose codes are chosen on a text: the one place where converters reach for `qformat.quality`.
+"""A conversion that chooses its codes on a text: the only place where `qformat.converters` uses `qformat.quality`.
 
-torch and transformers are loaded only when this is called: a conversion without calibration needs neither.
+torch and transformers are imported only when `calibrate` is called: a conversion without calibration needs neither.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from qformat.quality.calibration.settings import CalibrationSettings
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """A plan with the calibration in its recipe, the encoder that carries it out, and the bytes of disk it takes."""
+    """A calibrated conversion, ready to execute.
+
+    Attributes:
+        plan: The plan, with the calibration recorded in its recipe.
+        encoder: Chooses the codes and scales.
+        nbytes: Disk space in bytes that the conversion needs, scratch files included.
+    """
 
     plan: Plan
     encoder: WeightEncoder
@@ -38,18 +44,30 @@ def calibrate(
     workers: int,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibrated:
-    """Read the text and build the source's model without weights; nothing is written.
+    """Read the calibration text and build the source's model without weights. Writes nothing.
 
-    Raises: SourceError, UsageError, DataError.
+    Args:
+        source: The source. A streamed repository is rejected.
+        plan: Plan of the conversion without calibration.
+        settings: The text and the options of the calibration.
+        workers: Number of threads.
+        on_layer: Called with the number of calibrated layers and the total number of layers.
+
+    Raises:
+        SourceError: The model cannot be built from the source.
+        UsageError: The source is a streamed repository or already in 4 bit, or the settings do not fit it.
+        DataError: The text cannot be used.
     """
     if isinstance(source, StreamedSource):
         raise UsageError(
-            f"{source.location}: its layers are read again and again. Store it first, with ",
+            f"{source.location}: calibration reads the layers repeatedly, which a streamed repository does not allow. "
+            "Download it first with ",
             Option("keep_source", True),
+            " and convert the directory in the cache",
         )
     if plan.adopted:
         name = plan.adopted[0].source.name
-        raise UsageError(f"{source.location}: {name!r} is in 4 bit already. Calibrate the 16-bit checkpoint")
+        raise UsageError(f"{source.location}: {name!r} is already in 4 bit. Calibrate the original 16-bit checkpoint")
     from qformat.quality.calibration.prepare import prepare_calibration
 
     with _as_folder(source) as folder:
@@ -67,7 +85,7 @@ def calibrate(
 
 @contextmanager
 def _as_folder(source: Source) -> Iterator[Path]:
-    """Yield a folder with the source's config.json and tokenizer: its own, or one for a while (of a GGUF file)."""
+    """Yield a directory with config.json and tokenizer: the source's own, or a temporary one for a GGUF file."""
     if (source.location / CONFIG_NAME).is_file() and source.kind != "gguf":
         yield source.location
         return

@@ -1,7 +1,8 @@
-"""The second and third step of a conversion: encode every tensor into staged files, in any order, then seal.
+"""The second and third stage of a conversion: encode every tensor into staged files, in any order, then seal.
 
-A task is one tensor. Tasks run on a thread pool (the kernels, the hashes and the system calls release the GIL) and
-touch disjoint byte ranges, so that order and number of threads change nothing. Each one that is done is journaled.
+Each task handles one tensor. Tasks run on a thread pool (kernels, hashes and system calls release the GIL) and write
+disjoint byte ranges, so that neither their order nor the number of threads affects the output. Each completed task is
+recorded in the journal.
 """
 
 from __future__ import annotations
@@ -43,11 +44,22 @@ def execute(
     progress: Progress,
     encoder: WeightEncoder | None = None,
 ) -> None:
-    """Write what the plan says into a staged folder and seal it.
+    """Write the planned output into a staged directory and seal it.
 
-    encoder: chooses the codes of some weights; all others get those of the spec's section 4.2.
-    Raises SourceError, TargetError; on these and on KeyboardInterrupt the workers stop within a chunk, the staged
-    folder stays and a later run continues.
+    After an error or KeyboardInterrupt, the workers stop within one chunk, the staged directory remains, and a later
+    run resumes.
+
+    Args:
+        plan: What to write.
+        source: Where to read.
+        staging: The staged directory.
+        workers: Number of threads. Does not affect the output bytes.
+        progress: Called with the number of source bytes processed since the last call.
+        encoder: Chooses the codes of some weights. All others are encoded as in section 4.2 of the spec.
+
+    Raises:
+        SourceError: The source is damaged, changed during the conversion, or a weight contains NaN or Inf.
+        TargetError: The output cannot be written.
     """
     with ExitStack() as stack:
         output, follower = _open_output(plan, staging, stack)
@@ -72,7 +84,7 @@ def execute(
 
 
 def _open_output(plan: Plan, staging: Staging, stack: ExitStack) -> tuple[StagedShards, Follower]:
-    """Open every shard at its final size and write its header; the follower hashes behind the writers."""
+    """Open every shard at its final size and write its header. The follower hashes what the writers have written."""
     descriptors = open_shards(plan.shards, staging, stack)
     follower = Follower(
         {
@@ -96,7 +108,7 @@ def _write_small_files(plan: Plan, source: Source, staging: Staging) -> dict[str
 
 
 class _Run:
-    """One execution of a plan: the tasks, and what they share."""
+    """One execution of a plan: the shared state of its tasks."""
 
     def __init__(
         self, plan: Plan, source: Source, reading: Reading, staging: Staging, output: StagedShards, progress: Progress
@@ -112,7 +124,7 @@ class _Run:
         self._writer = TaskWriter(source, output, self._stopping, progress)
 
     def resume(self) -> dict[str, TensorDigests]:
-        """Return the digests of the tasks that an interrupted run completed and whose bytes are really there."""
+        """Return the digests of the tasks that an interrupted run completed and whose bytes are on disk."""
         entries = {str(entry["tensor"]): entry for entry in self._reading.trusted(self._staging.entries)}
         states = [entry["source_state"] for entry in self._staging.entries if "source_state" in entry]
         unchanged = bool(states) and states[-1] == self.source_state
@@ -125,9 +137,9 @@ class _Run:
                 raise SourceError(
                     Reason.SOURCE_CHANGED,
                     self._source.location / task.source.file,
-                    f"was changed since {self._staging.work} was begun",
+                    f"was changed since the conversion in {self._staging.work} began",
                     tensor=task.source.name,
-                    next_step=("Put the old file back, or drop what is half done with ", Option("restart", True)),
+                    next_step=("Restore the original file, or start over with ", Option("restart", True)),
                 )
             if self._is_on_disk(task, digests):
                 done[task.source.name] = digests
@@ -135,7 +147,12 @@ class _Run:
         return done
 
     def do(self, tasks: list[Task], workers: int) -> dict[str, TensorDigests]:
-        """Run tasks on a thread pool. Stops all of them on the first error."""
+        """Run tasks on a thread pool. The first error stops all of them.
+
+        Args:
+            tasks: The tasks to run.
+            workers: Number of threads.
+        """
         by_name = {task.source.name: task for task in tasks}
         named = {
             name: by_name[name] for name in self._reading.begin([task.source for task in tasks], self._staging.record)
@@ -152,9 +169,16 @@ class _Run:
     def do_chosen(
         self, tasks: list[Task], encoder: WeightEncoder, digests: Mapping[str, TensorDigests], workers: int
     ) -> dict[str, TensorDigests]:
-        """Let an encoder choose the codes of tasks. `digests`: of what is staged before."""
+        """Store the weights whose codes an encoder chooses.
+
+        Args:
+            tasks: The tasks of these weights.
+            encoder: Chooses the codes.
+            digests: Digests of the tensors that are already staged.
+            workers: Number of threads.
+        """
         named = {task.source.name: task for task in tasks if isinstance(task, PackedTask)}
-        # First of all, since the encoder may take hours: is everything finite?
+        # Check first that everything is finite, because the encoder may take hours.
         sources = run_tasks(
             named, self._writer.examine, workers=workers, stopping=self._stopping, thread_name="qformat-examine"
         )
@@ -169,15 +193,15 @@ class _Run:
         return done
 
     def refuse_changed_source(self) -> None:
-        """Refuse to seal what was read from files that somebody has changed since they were opened."""
+        """Raise SourceError if a file of the source was changed since it was opened."""
         state = self._source.state()
         for name, before in self.source_state.items():
             if state.get(name) != before:
                 raise SourceError(
                     Reason.SOURCE_CHANGED,
                     self._source.location / name,
-                    "was changed while it was converted",
-                    next_step="Run the same command again: what was read before is checked",
+                    "was changed during the conversion",
+                    next_step="Run the same command again: tensors read so far are checked, not encoded again",
                 )
 
     def _do(self, task: Task) -> TensorDigests:
@@ -195,7 +219,7 @@ class _Run:
         self._staging.record(entry)
 
     def _is_on_disk(self, task: Task, digests: TensorDigests) -> bool:
-        """Check staged bytes against the journal; what does not match is made again."""
+        """Compare the staged bytes with the journal. Tensors that do not match are encoded again."""
         if any(self._output.digest(place) != digests.components[part] for part, place in _places(task).items()):
             return False
         for place in _places(task).values():
@@ -205,7 +229,15 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """What is staged, for an encoder. tasks: of all packed weights; names: of the tensors that are staged."""
+    """What is staged so far, for an encoder.
+
+    Attributes:
+        tasks: Tasks of all packed weights, keyed by name.
+        source: The source.
+        staging: The staged directory.
+        output: The open shards.
+        names: Names of the tensors that are staged.
+    """
 
     tasks: Mapping[str, PackedTask]
     source: Source
@@ -214,18 +246,18 @@ class _Staged:
     names: set[str]
 
     def read_source(self, name: str) -> NDArray[np.uint8]:
-        """Return the bytes of a tensor of the source."""
+        """Return the bytes of a source tensor."""
         tensor = self.source.tensors[name]
         data = np.empty(tensor.nbytes, np.uint8)
         self.source.read_into(tensor, 0, data.data)
         return data
 
     def is_staged(self, name: str) -> bool:
-        """Whether a weight is encoded and staged already."""
+        """Return whether a weight is already encoded and staged."""
         return name in self.names
 
     def read_encoded(self, name: str) -> PackedArrays:
-        """Return a weight that is staged."""
+        """Return a staged weight."""
         parts = {part: self.output.read(place) for part, place in self.tasks[name].places.items()}
         state = quant_state.parse(parts[Component.QUANT_STATE].tobytes(), path=self.staging.folder, tensor=name)
         return BlockScales.from_bytes(state, parts.__getitem__).with_codes(parts[Component.PACKED])
@@ -236,7 +268,7 @@ def _places(task: Task) -> Mapping[Component, Place]:
 
 
 def _digests_from_journal(task: Task, entry: JsonObject) -> TensorDigests | None:
-    """Read a journal entry; None if it does not describe this task, which is then done again."""
+    """Parse a journal entry. Returns None if it does not describe this task, which is then run again."""
     components, source_xxh3 = entry.get("components"), entry.get("source_xxh3")
     labels = {part.label: part for part in _places(task)}
     if not isinstance(components, dict) or components.keys() != labels.keys() or not isinstance(source_xxh3, str):

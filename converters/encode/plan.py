@@ -1,4 +1,4 @@
-"""The first step of a conversion: from headers and recipe to every byte offset of the output. Reads no weight."""
+"""The first stage of a conversion: computes every byte offset of the output from headers and recipe."""
 
 from __future__ import annotations
 
@@ -36,7 +36,17 @@ from qformat.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A complete output, known before any weight is read: tasks, shards, small files, and the exact final size."""
+    """Plan of a complete output, made before any weight is read.
+
+    Attributes:
+        tasks: One task per tensor, in the natural order of their names.
+        shards: The shards with their headers and the offset of every component.
+        small_files: Contents of the small files that the conversion writes, keyed by name.
+        side_files: Sizes in bytes of the files to copy from the source, keyed by name.
+        recipe: The recipe, as the manifest records it.
+        source: The source, as the manifest records it.
+        fingerprint: Digest of everything that determines the output bytes, except the weights.
+    """
 
     tasks: tuple[Task, ...]
     shards: tuple[Shard, ...]
@@ -53,7 +63,7 @@ class Plan:
 
     @property
     def adopted(self) -> tuple[AdoptedTask, ...]:
-        """The weights that are in 4 bit already."""
+        """The weights that are already in 4 bit."""
         return tuple(task for task in self.tasks if isinstance(task, AdoptedTask))
 
     @property
@@ -63,31 +73,40 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Size of the finished artifact in bytes: every file, the manifest included."""
+        """Size in bytes of the finished artifact: every file, the manifest included."""
         shards = sum(shard.nbytes for shard in self.shards)
         small = sum(len(data) for data in self.small_files.values()) + sum(self.side_files.values())
         return shards + small + self._manifest_nbytes()
 
     @property
     def source_nbytes(self) -> int:
-        """Bytes of the source's tensors."""
+        """Size in bytes of the source's tensors."""
         return sum(task.source_nbytes for task in self.tasks)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits that an encoded weight takes, all components counted; 0 without any."""
+        """Bits per quantized weight, counting all components. 0 if there are none."""
         weights: tuple[PackedTask | AdoptedTask, ...] = (*self.packed, *self.adopted)
         n_weights = sum(task.layout.n_elements for task in weights)
         nbytes = sum(place.nbytes for task in weights for place in task.places.values())
         return 8 * nbytes / n_weights if n_weights else 0.0
 
     def calibrated(self, record: JsonObject) -> Plan:
-        """Return the plan of the same bytes with codes chosen as `record`, which the manifest will tell, says."""
+        """Return the plan of a calibrated conversion, which has the same layout.
+
+        Args:
+            record: Description of the calibration for the manifest.
+        """
         fingerprint = hashlib.sha256((self.fingerprint + strict_json.dumps(record)).encode("utf-8")).hexdigest()
         return replace(self, recipe={**self.recipe, "calibration": record}, fingerprint=fingerprint)
 
     def manifest(self, digests: Mapping[str, TensorDigests], files: Mapping[str, FileRecord]) -> Manifest:
-        """Return the manifest of the finished artifact."""
+        """Return the manifest of the finished artifact.
+
+        Args:
+            digests: Digests of each tensor, keyed by name.
+            files: Size and digests of each file, keyed by name.
+        """
         return Manifest(
             tensors={task.source.name: _record(task, digests[task.source.name]) for task in self.tasks},
             files=files,
@@ -97,7 +116,7 @@ class Plan:
         )
 
     def _manifest_nbytes(self) -> int:
-        """Digests have a fixed length, so that a manifest of empty ones is as long as the real one."""
+        """Return the manifest's size. Digests have a fixed length, so placeholders give the same size."""
         digests = {task.source.name: TensorDigests(dict.fromkeys(Component, "0" * 32), "0" * 32) for task in self.tasks}
         files = {shard.name: FileRecord(shard.nbytes, "0" * 64, "0" * 32) for shard in self.shards}
         files |= {name: FileRecord(len(data), "0" * 64) for name, data in self.small_files.items()}
@@ -108,7 +127,14 @@ class Plan:
 def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
     """Plan the conversion of a source.
 
-    Raises: SourceError for a checkpoint that cannot be converted; UsageError for a recipe that does not fit it.
+    Args:
+        source: The open source.
+        recipe: Rules and default options.
+        max_shard_nbytes: Largest size of a shard in bytes.
+
+    Raises:
+        SourceError: The checkpoint cannot be converted.
+        UsageError: The recipe does not fit the checkpoint.
     """
     for tensor in source.tensors.values():
         refuse_quantized(source, tensor)
@@ -179,7 +205,7 @@ def _record(task: Task, digests: TensorDigests) -> TensorRecord:
     if isinstance(task, KeptTask):
         return KeptRecord(task.source.dtype, task.source.shape, digests.source_xxh3, task.reason.value)
     components = {part: digests.components[part] for part in task.places}
-    # The weight that an adopted one was made from is not known.
+    # The original 16-bit weight of an adopted one is not known.
     return PackedRecord(task.layout, components, digests.source_xxh3 if isinstance(task, PackedTask) else None)
 
 
@@ -192,7 +218,7 @@ def _as_json(value: Mapping[str, object]) -> JsonObject:
 
 
 def _fingerprint(source: Source, shards: tuple[Shard, ...], small_files: Mapping[str, bytes]) -> str:
-    """Return a digest of everything that decides the output's bytes, but for the weights themselves."""
+    """Return a digest of everything that determines the output bytes, except the weights."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {__version__} {source.fingerprint()}".encode())
     for shard in shards:
         digest.update(shard.name.encode("utf-8") + shard.header)

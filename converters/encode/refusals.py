@@ -1,4 +1,4 @@
-"""What no recipe makes an artifact of: tensors that are quantized already, names that readers could not take."""
+"""Rejects what no recipe can convert: tensors that are already quantized, and names that readers cannot handle."""
 
 from __future__ import annotations
 
@@ -29,13 +29,21 @@ _REGEX_SYNTAX = re.compile(r"[][\\^$*+?{}|()]")
 
 
 def refuse_quantized(source: Source, tensor: SourceTensor) -> None:
-    """Refuse a tensor that is quantized already, and a weight in a dtype that is not encoded. Raises SourceError."""
+    """Reject a tensor that is already quantized, or a weight whose dtype cannot be encoded.
+
+    Args:
+        source: The source, for messages.
+        tensor: The tensor to check.
+
+    Raises:
+        SourceError: The tensor is rejected.
+    """
     path = source.location / tensor.file
     for suffix, kind in _QUANTIZED_SUFFIXES.items():
         if tensor.name.endswith(suffix):
             raise SourceError(
-                Reason.ALREADY_QUANTIZED, path, f"the checkpoint is quantized already ({kind})", tensor=tensor.name,
-                next_step="Convert the 16-bit checkpoint that it was made from",
+                Reason.ALREADY_QUANTIZED, path, f"the checkpoint is already quantized ({kind})", tensor=tensor.name,
+                next_step="Convert the original 16-bit checkpoint",
             )  # fmt: skip
     if tensor.name.endswith(".weight") and tensor.dtype not in {"BF16", "F16", "F32"}:
         what = "8-bit floats" if tensor.dtype.startswith("F8") else tensor.dtype
@@ -46,14 +54,23 @@ def refuse_quantized(source: Source, tensor: SourceTensor) -> None:
 
 
 def refuse_names(source: Source, tensors: Sequence[SourceTensor], layouts: Mapping[str, PackedShape]) -> None:
-    """Refuse a name that a component must get, one too long for a component's suffix, and one with regex syntax."""
+    """Reject names that collide with a component's name, are too long for a component's suffix or contain regex syntax.
+
+    Args:
+        source: The source.
+        tensors: All tensors of the source.
+        layouts: Layouts of the weights to quantize, keyed by name.
+
+    Raises:
+        SourceError: A name is rejected.
+    """
     for tensor in tensors:
         path = source.location / tensor.file
         if tensor.name.endswith(".weight") and (found := _REGEX_SYNTAX.search(tensor.name)):
             raise SourceError(
                 Reason.SKIP_MODULES,
                 path,
-                f"readers take the names of 16-bit modules as regular expressions, and {found[0]!r} is their syntax",
+                f"the name contains {found[0]!r}, but readers parse the names of 16-bit modules as regular expressions",
                 tensor=tensor.name,
                 next_step="Rename the module",
             )
@@ -65,21 +82,31 @@ def refuse_names(source: Source, tensors: Sequence[SourceTensor], layouts: Mappi
                 raise SourceError(
                     Reason.DUPLICATE_TENSOR,
                     path,
-                    f"has the name that the {part.label} of {tensor.name!r} must get",
+                    f"has the name that the {part.label} of {tensor.name!r} would get",
                     tensor=name,
-                    next_step=("Keep that one as it is with ", Option("skip", (module_path(tensor.name),))),
+                    next_step=("Keep that weight in 16 bit with ", Option("skip", (module_path(tensor.name),))),
                 )
             if len(name.encode("utf-8")) > MAX_NAME_NBYTES:
                 raise SourceError(
                     Reason.HEADER_LIMIT,
                     path,
-                    f"the name of its {part.label} would have more than {MAX_NAME_NBYTES} bytes",
+                    f"the name of its {part.label} would be longer than {MAX_NAME_NBYTES} bytes",
                     tensor=tensor.name,
-                    next_step=("Keep it as it is with ", Option("skip", (module_path(tensor.name),))),
+                    next_step=("Keep it in 16 bit with ", Option("skip", (module_path(tensor.name),))),
                 )
 
 
 def refuse_unreadable(source: Source, name: str, data: bytes, *, max_nbytes: int) -> None:
-    """Refuse what would be written but not read again: a file that is larger than a reader takes."""
+    """Reject a small file that could be written but not read again, because it exceeds the limits of readers.
+
+    Args:
+        source: The source, for messages.
+        name: Name of the file to write.
+        data: Contents of the file.
+        max_nbytes: Largest size in bytes that a reader accepts.
+
+    Raises:
+        SourceError: The file exceeds a limit.
+    """
     path = source.location / f"{name} (as it would be written)"
     strict_json.loads(data, path=path, max_nbytes=max_nbytes, error=SourceError)

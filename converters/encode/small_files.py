@@ -1,4 +1,4 @@
-"""The small files of an output: config.json and the index of its shards, as transformers writes them."""
+"""The small files of an output, as transformers writes them: config.json and the index of the shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from qformat.converters.rules.recipe import Recipe
 
 
 def config_bytes(config: JsonObject, skip: list[str], recipe: Recipe, layouts: Mapping[str, PackedShape]) -> bytes:
-    """Return config.json with the quantization_config that transformers writes for bitsandbytes."""
+    """Return config.json with the quantization_config that transformers writes for bitsandbytes.
+
+    Args:
+        config: Contents of the source's config.json.
+        skip: Paths of the modules that stay in 16 bit.
+        recipe: The recipe, for its default options.
+        layouts: Layouts of the quantized weights, keyed by name. Their most common dtype becomes the compute dtype.
+    """
     formats = Counter(layout.float_format for layout in layouts.values())
     compute = formats.most_common(1)[0][0] if formats else FloatFormat.BF16
     quantization: JsonObject = {
@@ -36,12 +43,12 @@ def config_bytes(config: JsonObject, skip: list[str], recipe: Recipe, layouts: M
 
 
 def index_bytes(shards: tuple[Shard, ...]) -> bytes:
-    """Return model.safetensors.index.json: which shard holds each tensor."""
+    """Return model.safetensors.index.json, which maps each tensor to its shard."""
     weight_map = {placed.tensor.name: shard.name for shard in shards for placed in shard.tensors}
     total = sum(placed.tensor.nbytes for shard in shards for placed in shard.tensors)
     return small_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def small_json(value: object) -> bytes:
-    """Return a JSON file for people: indented, with a last line end."""
+    """Return a value as human-readable JSON: indented, with a final newline."""
     return (strict_json.dumps(value, indent=2) + "\n").encode("utf-8")

@@ -1,7 +1,7 @@
-"""One task of a conversion: a tensor, streamed in chunks from its source to its places in the staged shards.
+"""Executes one task of a conversion: streams a tensor in chunks from its source to its places in the staged shards.
 
-Read, encode (or adopt, or copy), write, and hash on both sides. What grows with a tensor is only its absmax, kept in
-the source's own dtype until its mean is known.
+A task reads, encodes (or adopts, or copies), writes, and hashes both input and output. Only the absmax values, kept in
+the source's dtype until their mean is known, grow with the size of a tensor.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Option, Reason, SourceError
 
 ABSMAX_CHUNK = 256 * NESTED_BLOCK_SIZE
-"""Absmax values encoded at a time."""
+"""Number of absmax values to encode at a time."""
 
 
 class _Buffers(threading.local):
-    """Scratch memory of one worker thread, made once."""
+    """Scratch memory of one worker thread, allocated once."""
 
     def __init__(self, nbytes: int) -> None:
         self.source = np.empty(nbytes, np.uint8)
@@ -40,7 +40,10 @@ class _Buffers(threading.local):
 
 
 class TaskWriter:
-    """Does tasks, in any thread. `stopping`, once set, ends each of them at its next chunk with Interrupted."""
+    """Executes tasks in any thread.
+
+    Once `stopping` is set, each running task raises Interrupted at its next chunk.
+    """
 
     def __init__(self, source: Source, output: StagedShards, stopping: threading.Event, progress: Progress) -> None:
         self._source = source
@@ -50,13 +53,30 @@ class TaskWriter:
         self._buffers = _Buffers(CHUNK_SIZES.nbytes)
 
     def write(self, task: Task) -> TensorDigests:
-        """Write all that a task says. Raises SourceError, TargetError."""
+        """Execute a task: write its tensor and return the digests.
+
+        Raises:
+            SourceError: The source is damaged, or the weight contains NaN or Inf.
+            TargetError: The output cannot be written.
+        """
         if isinstance(task, PackedTask):
             return self._encode(task)
         return self._adopt(task) if isinstance(task, AdoptedTask) else self._copy(task)
 
     def store(self, task: PackedTask, weight: PackedArrays, source_xxh3: str) -> TensorDigests:
-        """Write all components of a weight that an encoder made."""
+        """Write all components of a weight that an encoder produced.
+
+        Args:
+            task: The task of the weight.
+            weight: Packed codes and scales.
+            source_xxh3: XXH3-128 of the source's bytes.
+
+        Returns:
+            The digests of the weight.
+
+        Raises:
+            TargetError: The output cannot be written.
+        """
         components: dict[Component, str] = {}
         for part, data in weight.components().items():
             assert data.nbytes == task.places[part].nbytes
@@ -65,7 +85,11 @@ class TaskWriter:
         return TensorDigests(components, source_xxh3)
 
     def examine(self, task: PackedTask) -> str:
-        """Return the XXH3-128 of a weight's source, all of which must be finite."""
+        """Return the XXH3-128 of a weight's source bytes after checking that all values are finite.
+
+        Raises:
+            SourceError: The weight contains NaN or Inf.
+        """
         float_format = task.layout.float_format
         digest = Xxh3()
         for offset, chunk in self._chunks(task.source, self._buffers.source, digest=digest):
@@ -75,7 +99,7 @@ class TaskWriter:
         return digest.hexdigest()
 
     def digest_source(self, task: Task) -> str:
-        """Return the XXH3-128 of a task's source, as `write` would find it."""
+        """Return the XXH3-128 of a task's source bytes, as `write` computes it."""
         digest = Xxh3()
         parts = [task.source] if not isinstance(task, AdoptedTask) else _stored_parts(task)
         for tensor in parts:
@@ -90,7 +114,7 @@ class TaskWriter:
         return TensorDigests({Component.PACKED: digest.hexdigest()}, digest.hexdigest())
 
     def _adopt(self, task: AdoptedTask) -> TensorDigests:
-        """Copy every component; the quant_state alone is written anew, padded."""
+        """Copy every component except the quant_state, which is written anew with padding."""
         source_digest = Xxh3()
         components: dict[Component, str] = {}
         for part, place in task.places.items():
@@ -102,7 +126,7 @@ class TaskWriter:
                 components[part] = digest.hexdigest()
                 continue
             for offset, chunk in self._chunks(task.weight.parts[part], self._buffers.source, digest=source_digest):
-                wanted = chunk[: place.nbytes - offset]  # codes that were stored in wider elements may be longer
+                wanted = chunk[: place.nbytes - offset]  # codes stored in elements wider than a byte may have padding
                 self._refuse_bad_part(task, part, offset, wanted)
                 digest.update(wanted)
                 self._output.write(place, offset, wanted)
@@ -110,7 +134,7 @@ class TaskWriter:
         return TensorDigests(components, source_digest.hexdigest())
 
     def _refuse_bad_part(self, task: AdoptedTask, part: Component, offset: int, data: NDArray[np.uint8]) -> None:
-        """Refuse another codebook, and scales and maps that are not finite."""
+        """Reject a codebook other than NF4, and scales and maps with NaN or Inf."""
         path = self._source.location / task.weight.parts[part].file
         name, label = task.source.name, part.label
         if part is Component.QUANT_MAP and data.tobytes() != NF4_CODEBOOK.astype("<f4").tobytes():
@@ -120,7 +144,7 @@ class TaskWriter:
         values = data.view("<f4")
         if not np.isfinite(values).all():
             index = int(np.flatnonzero(~np.isfinite(values))[0])
-            problem = f"{values[index]} at entry {offset // 4 + index}"
+            problem = f"entry {offset // 4 + index} is {values[index]}, expected a finite value"
             raise SourceError(Reason.NONFINITE_SCALE, path, problem, tensor=name, field=label)
 
     def _encode(self, task: PackedTask) -> TensorDigests:
@@ -143,7 +167,7 @@ class TaskWriter:
         return TensorDigests(components, source_digest.hexdigest())
 
     def _write_scales(self, task: PackedTask, absmax: Raw) -> dict[Component, str]:
-        """Encode the second level and write everything but the packed codes."""
+        """Encode the absmax values and write everything except the packed codes."""
         layout = task.layout
         if layout.double_quant:
             offset = _mean(absmax, layout.float_format)
@@ -190,7 +214,12 @@ class TaskWriter:
 
 
 def has_nonfinite(source: Source, task: PackedTask) -> bool:
-    """Whether a weight to encode has an infinite or NaN element. Reads it."""
+    """Return whether a weight to encode contains NaN or Inf. Reads all of it.
+
+    Args:
+        source: The open source.
+        task: The task of the weight.
+    """
     float_format = task.layout.float_format
     buffer = np.empty(CHUNK_SIZES.nbytes, np.uint8)
     return any(
@@ -202,16 +231,24 @@ def has_nonfinite(source: Source, task: PackedTask) -> bool:
 def nonfinite_error(
     source: Source, tensor: SourceTensor, start: int, raw: Raw, float_format: FloatFormat
 ) -> SourceError:
-    """Return the error that names the first infinite or NaN weight of a chunk that begins at element `start`."""
+    """Return the error that reports the first NaN or Inf of a chunk.
+
+    Args:
+        source: The source, for the message.
+        tensor: The tensor that the chunk is part of.
+        start: Index of the chunk's first element in the flattened tensor.
+        raw: Elements of the chunk as raw bits.
+        float_format: Format of the elements.
+    """
     values = widen(raw, float_format)
     index = int(np.flatnonzero(~np.isfinite(values))[0])
     position = tuple(int(i) for i in np.unravel_index(start + index, tensor.shape))
     return SourceError(
         Reason.NONFINITE_WEIGHT,
         source.location / tensor.file,
-        f"{values[index]} at {list(position)}: a weight that is not finite cannot be encoded",
+        f"the weight at {list(position)} is {values[index]}, which NF4 cannot represent",
         tensor=tensor.name,
-        next_step=("Keep such tensors as they are with ", Option("keep_nonfinite", True)),
+        next_step=("Keep tensors with NaN or Inf in 16 bit with ", Option("keep_nonfinite", True)),
     )
 
 

@@ -1,4 +1,4 @@
-"""The tasks of a conversion: one a tensor, each with its place in the output."""
+"""The tasks of a conversion: one per tensor, each with its place in the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from qformat.converters.sources.source import PackedWeight, SourceTensor
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a component goes: a shard and the byte range in its file."""
+    """Byte range of a tensor or component in a shard.
+
+    Attributes:
+        shard: File name of the shard.
+        start: Offset of the first byte in the file.
+        nbytes: Size in bytes.
+    """
 
     shard: str
     start: int
@@ -21,19 +27,26 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class _SourceTask:
-    """What every task has: the tensor of the source that it is about."""
+    """Base of all tasks: the source tensor to process."""
 
     source: SourceTensor
 
     @property
     def source_nbytes(self) -> int:
-        """Bytes that the task reads from the source."""
+        """Number of bytes that the task reads from the source."""
         return self.source.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class PackedTask(_SourceTask):
-    """A weight to encode, and where each of its components goes. `vouched`: only the recipe says it is a Linear."""
+    """A weight to encode.
+
+    Attributes:
+        source: The source tensor.
+        layout: Shape, dtype and encoding options of the weight.
+        places: Where each component is written.
+        vouched: Whether only the recipe, not the default table, says that the module is a Linear.
+    """
 
     layout: PackedShape
     places: Mapping[Component, Place]
@@ -42,7 +55,13 @@ class PackedTask(_SourceTask):
 
 @dataclass(frozen=True, slots=True)
 class KeptTask(_SourceTask):
-    """A tensor to copy bit for bit, where it goes, and why it is kept."""
+    """A tensor to copy bit for bit.
+
+    Attributes:
+        source: The source tensor.
+        place: Where it is written.
+        reason: Why it is kept.
+    """
 
     place: Place
     reason: KeepReason
@@ -50,9 +69,12 @@ class KeptTask(_SourceTask):
 
 @dataclass(frozen=True, slots=True)
 class AdoptedTask(_SourceTask):
-    """A weight that the source has in 4 bit already: its components are copied, and where each of them goes.
+    """A weight that is already in 4 bit in the source and whose components are copied.
 
-    `source` stands for all of them: its shape and dtype are the weight's.
+    Attributes:
+        source: The decoded weight's name, shape and dtype.
+        weight: The stored components.
+        places: Where each component is written.
     """
 
     weight: PackedWeight
@@ -60,12 +82,12 @@ class AdoptedTask(_SourceTask):
 
     @property
     def source_nbytes(self) -> int:
-        """Bytes of the components that are copied."""
+        """Size in bytes of the components to copy."""
         return self.weight.nbytes
 
     @property
     def layout(self) -> PackedShape:
-        """Layout of the weight."""
+        """Shape, dtype and encoding options of the weight."""
         return self.weight.layout
 
 
@@ -74,9 +96,11 @@ Task = PackedTask | AdoptedTask | KeptTask
 
 @dataclass(frozen=True, slots=True)
 class TensorDigests:
-    """What executing a task found: XXH3-128 of each component, or of the kept tensor, and of the source's bytes.
+    """XXH3-128 digests computed by a task.
 
-    Those of an adopted weight are its stored components, one after another.
+    Attributes:
+        components: Digest of each component. A kept tensor has only one.
+        source_xxh3: Digest of the source's bytes. For an adopted weight, these are its stored components in order.
     """
 
     components: Mapping[Component, str]

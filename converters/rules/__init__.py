@@ -1,1 +1,1 @@
-"""Which tensors are quantized: the table of names, and what a recipe changes."""
+"""Which tensors are quantized: the default table of names, and recipes that override it."""

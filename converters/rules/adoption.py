@@ -1,4 +1,4 @@
-"""Plan stage of a source that is in 4 bit already: what the file has is what the artifact gets, nothing is decided."""
+"""Plan stage for a source that is already in 4 bit: the artifact gets what the file has, so nothing is decided."""
 
 from __future__ import annotations
 
@@ -19,17 +19,22 @@ _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
 
 
 def choose(recipe: Recipe, tensors: Sequence[TensorSpec], source: Source) -> dict[str, Choice]:
-    """Return what happens to each tensor: packed ones are adopted, the others kept for the table's reason.
+    """Return what happens to each tensor: packed ones are adopted, others kept for the reason of the default rules.
 
-    Raises: UsageError for a recipe with rules, which cannot be followed.
+    Args:
+        recipe: The recipe of the conversion. It must have no rules.
+        tensors: All tensors of the source, adopted weights included.
+        source: The source, which lists its packed weights.
+
+    Raises:
+        UsageError: The recipe has rules, which cannot be applied to weights in 4 bit.
     """
     if recipe.rules:
         raise UsageError(
-            f"{source.location}: is in 4 bit already and is adopted as it is: no ",
+            f"{source.location}: the checkpoint is already in 4 bit and is adopted unmodified. Leave out ",
             Option("recipe"),
-            " and no ",
+            " and ",
             Option("skip"),
-            " can change that",
         )
     decisions = individual_decisions(tensors, source.config)
     choices: dict[str, Choice] = {}
@@ -45,9 +50,14 @@ def choose(recipe: Recipe, tensors: Sequence[TensorSpec], source: Source) -> dic
 
 
 def quantization_config(choices: Mapping[str, Choice], source: Source) -> JsonObject:
-    """Return the source's own quantization_config, with what an artifact must say (spec section 10).
+    """Return the source's quantization_config, completed with what an artifact requires (spec section 10).
 
-    Raises: SourceError where its skip list names a module that is packed.
+    Args:
+        choices: What happens to each tensor, from `choose`.
+        source: The source, whose config.json has a quantization_config.
+
+    Raises:
+        SourceError: The source's skip list contains a module that is packed.
     """
     stored = source.config["quantization_config"]
     assert isinstance(stored, dict)
@@ -68,7 +78,7 @@ def quantization_config(choices: Mapping[str, Choice], source: Source) -> JsonOb
 
 
 def _skip_list(choices: Mapping[str, Choice], source: Source, stored: object) -> list[str]:
-    """Return the entries that the file's readers have relied on, and every Linear that is in 16 bit."""
+    """Return the entries of the source's skip list, which its readers rely on, and every Linear that is in 16 bit."""
     entries = stored if isinstance(stored, list) else []
     packed = {module_path(name) for name in source.packed}
     parents = {
@@ -79,10 +89,10 @@ def _skip_list(choices: Mapping[str, Choice], source: Source, stored: object) ->
             raise SourceError(
                 Reason.SKIP_MODULES,
                 source.location / CONFIG_NAME,
-                f"{entry!r} is to stay in 16 bit, but it is packed",
+                f"{entry!r} is on the list of 16-bit modules, but its weight is packed",
                 field=f"quantization_config.{_SKIP_LIST}",
             )
-    # Experts that are packed one by one are not to be skipped as a whole.
+    # Experts that are packed one by one must not be skipped as a group.
     without_experts = {
         name: choice for name, choice in choices.items() if not (choice.quantize and ".experts." in name)
     }

@@ -1,8 +1,8 @@
-"""The tables of the plan stage: which module names are certainly `nn.Linear`, and how readers rename them.
+"""Tables of the plan stage: the module names that certainly belong to an `nn.Linear`, and how readers rename them.
 
-Only data. `rules` reads it; `tests/converters/rules/test_rules_against_transformers.py` proves it against every
-causal-LM type that transformers registers. A name is written as `leaf` ("q_proj") when it means a Linear
-wherever it occurs, and as `parent.leaf` ("attention.dense") when the leaf alone says too little.
+This file holds only data for `rules`; `tests/converters/rules/test_rules_against_transformers.py` checks it against
+every causal-LM type that transformers registers. A name is written as `leaf` ("q_proj") if it means a Linear wherever
+it occurs, and as `parent.leaf` ("attention.dense") if the leaf alone is ambiguous.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-# A Linear in every model type that has it, whatever stands above it.
+# A Linear in every model type that has it, whatever its parent modules are.
 LINEAR_LEAVES: Final = frozenset(
     {
-        # attention: Llama's names and everything that copied them; fused forms; multi-head latent attention
+        # attention: Llama's names and those of models that adopted them; fused forms; multi-head latent attention
         "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "Wqkv",
         "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
         # feed-forward
@@ -41,7 +41,7 @@ LINEAR_WITH_PARENT: Final = frozenset(
     }
 )  # fmt: skip
 
-# The same leaf is transposed (`Conv1D`) in the GPT-2 family: a Linear only where the type says so.
+# In the GPT-2 family the same leaf is transposed (`Conv1D`): it is a Linear only in these model types.
 LINEAR_BY_TYPE: Final[dict[str, frozenset[str]]] = {
     "gpt_bigcode": frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     "gpt_neo": frozenset({"mlp.c_fc", "mlp.c_proj"}),
@@ -57,18 +57,18 @@ CONV1D_NAMES: Final = frozenset(
      "crossattention.q_attn", "mlp.c_fc", "mlp.c_proj"}
 )  # fmt: skip
 
-# Falcon's matrices belong to a subclass, which transformers' bitsandbytes integration leaves alone
-# (it asks `type(module) is nn.Linear`): a 4-bit file would not load.
+# Falcon's matrices belong to a subclass of Linear, which transformers' bitsandbytes integration does not replace
+# (it checks `type(module) is nn.Linear`): a 4-bit file would not load.
 LINEAR_SUBCLASS_TYPES: Final = frozenset({"falcon"})
 
-# transformers cuts or joins these tensors while it loads them, which packed codes do not survive.
+# transformers splits or joins these tensors while it loads them, which is impossible with packed codes.
 REWRITTEN_BY_TYPE: Final[dict[str, frozenset[str]]] = {
     "hrm_text": frozenset({"mlp.gate_up_proj", "attn.gqkv_proj"}),
     "minimax_m3_vl": frozenset({"shared_experts.gate_proj", "shared_experts.up_proj"}),
     "molmo2": frozenset({"self_attn.att_proj", "mlp.ff_proj"}),
 }
 
-# An output embedding may be tied to one of these.
+# The output embedding may be tied to one of these.
 TOKEN_EMBEDDING_LEAVES: Final = frozenset(
     {
         "embed_tokens", "embed_in", "embed", "embeddings", "input_embedding", "word_embedding",
@@ -83,18 +83,18 @@ EMBEDDING_LEAVES: Final = TOKEN_EMBEDDING_LEAVES | frozenset(
     }
 )  # fmt: skip
 
-# Any component of a path with one of these names is (part of) what maps hidden states to labels or tokens.
+# A path with one of these components belongs to a module that maps hidden states to labels or tokens.
 OUTPUT_COMPONENTS: Final = frozenset(
     {
         "lm_head", "lm_heads", "embed_out", "generator_lm_head", "generator_predictions", "output_projection",
         "lm_loss", "pred_layer", "cls", "unembed", "score", "classifier", "qa_outputs", "classification_head",
     }
 )  # fmt: skip
-# These are output embeddings only when they are the whole path, or (`head`) its last part.
+# These are output embeddings only if they are the whole path or, for `head`, its last component.
 OUTPUT_ROOTS: Final = frozenset({"head", "output", "decoder", "proj_out"})
 OUTPUT_LEAVES: Final = frozenset({"head"})
 
-# Where the output embedding's module is not `lm_head`: a tied one is absent on disk and listed all the same.
+# Model types whose output embedding is not `lm_head`. A tied one is absent on disk but must be listed all the same.
 OUTPUT_MODULE_BY_TYPE: Final[dict[str, str]] = {
     "bert": "cls.predictions.decoder",
     "big_bird": "cls.predictions.decoder",
@@ -117,22 +117,22 @@ OUTPUT_MODULE_BY_TYPE: Final[dict[str, str]] = {
     "xlnet": "lm_loss",
 }
 
-# A component with one of these names chooses experts, or the keys that attention may see.
+# A path with one of these components chooses experts, or the keys that attention may see.
 ROUTER_COMPONENTS: Final = frozenset(
     {"gate", "router", "router_mlp", "shared_expert_gate", "indexer", "wg", "block_sparse_moe_gate"}
 )
 
-# The kernels of a Mamba mixer take these weights themselves, past the module's forward.
+# The kernels of a Mamba mixer read these weights directly instead of calling the module's forward.
 MAMBA_COMPONENTS: Final = frozenset({"mamba", "mamba2", "mixer", "ssm"})
 MAMBA_KERNEL_LEAVES: Final = frozenset({"out_proj", "x_proj", "dt_proj"})
 
-# One row a head: the decay and write gates of linear attention.
+# Decay and write gates of linear attention, with one row per head.
 RECURRENT_GATE_NAMES: Final = frozenset(
     {"linear_attn.in_proj_a", "linear_attn.in_proj_b", "linear_attn.in_proj_ba", "linear_attn.a_proj",
      "linear_attn.b_proj", "self_attn.b_proj", "attention.b_proj"}
 )  # fmt: skip
 
-# Zamba runs one block at many depths: one copy on disk, a tied one at every depth in memory.
+# Zamba runs one block at several depths: there is one copy on disk, and a tied one at every depth in memory.
 SHARED_BLOCK_COMPONENTS: Final = frozenset({"shared_transf", "shared_transformer"})
 
 PROJECTOR_PATTERN: Final = re.compile(
@@ -146,7 +146,7 @@ EXPERT_COMPONENTS: Final = frozenset({"experts"})
 MOE_PATTERN: Final = re.compile(r"(?:^|_)moe(?:_|$)|^(?:input_linear|output_linear)$")
 
 
-# Towers and projectors that transformers moves while it loads them, each whole, to these paths in memory.
+# Towers and projectors that transformers moves to these paths in memory while it loads them.
 # None of their weights is ever quantized.
 TOWERS_IN_MEMORY_BY_TYPE: Final[dict[str, tuple[str, ...]]] = {
     "cosmos3_edge": ("model.visual",),
@@ -171,7 +171,12 @@ TOWERS_IN_MEMORY_BY_TYPE: Final[dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """Sibling modules that vLLM computes as one product, and the name of that product."""
+    """Sibling modules that vLLM computes as one product.
+
+    Attributes:
+        parts: Names of the sibling modules, in the order of the fused product.
+        fused: vLLM's name of the fused module.
+    """
 
     parts: tuple[str, ...]
     fused: str
@@ -190,9 +195,15 @@ FUSIONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """What transformers 5 calls a module in memory: `pattern` on disk becomes each of `targets`."""
+    """A renaming that transformers 5 applies while it loads a checkpoint.
 
-    model_types: frozenset[str] | None  # None: any type
+    Attributes:
+        model_types: Model types that it applies to. None means every type.
+        pattern: Regular expression for the module's path on disk.
+        targets: Replacements: the paths of the module or modules in memory.
+    """
+
+    model_types: frozenset[str] | None
     pattern: re.Pattern[str]
     targets: tuple[str, ...]
 
@@ -201,7 +212,7 @@ def _renaming(model_types: str, pattern: str, *targets: str) -> Renaming:
     return Renaming(frozenset(model_types.split()) if model_types else None, re.compile(pattern), targets)
 
 
-# Applied in order, each to the names that the ones before it left; proved against transformers' own renaming.
+# Applied in order, each to the names left by the ones before; checked against transformers' own renaming.
 RENAMINGS: Final = (
     _renaming("", r"\.block_sparse_moe\.", ".mlp."),
     _renaming("", r"^language_model\.lm_head", "lm_head"),

@@ -1,4 +1,4 @@
-"""Plan stage: what the user wants quantized otherwise than the default table of `rules` says.
+"""Plan stage: user rules that override the default table of `rules`.
 
 A recipe is a TOML file of ordered rules, each with a `pattern`, an `action` ("nf4" or "keep") and, for "nf4",
 an optional `block_size` and `double_quant`:
@@ -7,9 +7,9 @@ an optional `block_size` and `double_quant`:
     pattern = "model.layers.0.*"
     action = "keep"
 
-A pattern is a glob (`fnmatch`, case-sensitive: `*` any characters, dots included, `?` one, `[...]` a set)
-that must match a tensor's whole name without its final ".weight": the path of its module. The first rule that
-matches a tensor decides; a tensor that none matches follows the default table with the default options.
+A pattern is a case-sensitive glob (`fnmatch`: `*` matches any characters including dots, `?` one character, `[...]` a
+set). It must match the whole path of the module: the tensor's name without its final ".weight". The first rule that
+matches a tensor decides; a tensor that no rule matches follows the default table with the default options.
 """
 
 from __future__ import annotations
@@ -41,15 +41,28 @@ _N_NEAREST: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class NF4Options:
-    """How a weight is encoded."""
+    """Encoding options of a weight.
 
-    block_size: int = DEFAULT_BLOCK_SIZE  # elements
+    Attributes:
+        block_size: Number of elements per block.
+        double_quant: Whether the absmax values are quantized too.
+    """
+
+    block_size: int = DEFAULT_BLOCK_SIZE
     double_quant: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule; None means the recipe's default. `origin` names it in messages ("r.toml: rule 2")."""
+    """One rule of a recipe.
+
+    Attributes:
+        pattern: Glob over module paths.
+        action: "nf4" to quantize the weight, "keep" to leave it in 16 bit.
+        block_size: Number of elements per block. None means the recipe's default.
+        double_quant: Whether absmax values are quantized too. None means the recipe's default.
+        origin: Where the rule comes from, for messages ("r.toml: rule 2").
+    """
 
     pattern: str
     action: Literal["nf4", "keep"]
@@ -58,19 +71,24 @@ class Rule:
     origin: str | Option = field(default="rule", compare=False)
 
     def matches(self, tensor_name: str) -> bool:
-        """Tell whether the pattern matches the tensor's name without ".weight"."""
+        """Return whether the pattern matches the tensor's name without ".weight"."""
         return fnmatch.fnmatchcase(module_path(tensor_name), self.pattern)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Ordered rules, those of `skip` first, and the options of what they leave open."""
+    """Ordered rules and the default options.
+
+    Attributes:
+        defaults: Options for whatever the rules do not specify.
+        rules: Rules in order of precedence, those from skip patterns first.
+    """
 
     defaults: NF4Options
     rules: tuple[Rule, ...]
 
     def canonical(self) -> dict[str, object]:
-        """Return the recipe as plain JSON values, for the manifest."""
+        """Return the recipe as plain JSON values for the manifest."""
         rules: list[dict[str, object]] = []
         for rule in self.rules:
             entry: dict[str, object] = {"pattern": rule.pattern, "action": rule.action}
@@ -83,18 +101,22 @@ class Recipe:
         return {"defaults": defaults, "rules": rules}
 
     def keeping(self, tensor_names: Sequence[str]) -> Recipe:
-        """Return the recipe with rules in front that keep exactly these tensors."""
+        """Return a recipe that keeps exactly these tensors and otherwise follows this one."""
         rules = tuple(Rule(glob.escape(module_path(name)), "keep") for name in tensor_names)
         return Recipe(self.defaults, rules + self.rules)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What happens to one tensor in the end; a `skip_list.Verdict`, so that `skip_modules` takes it.
+    """Final decision about one tensor. Implements `skip_list.Verdict`, so that `skip_modules` accepts it.
 
-    `options` is None for a tensor that is kept, `reason` for one that is quantized. `by_rule` is the 0-based
-    index in `Recipe.rules` of the rule that decided, None when the default table did (or a partner).
-    `vouched` marks a weight that the table does not know and a rule quantizes: it must be reported.
+    Attributes:
+        options: Encoding options, or None for a kept tensor.
+        reason: Why the tensor is kept, or None for a quantized one.
+        is_linear: Whether the module is, or may be, an `nn.Linear`.
+        by_rule: 0-based index in `Recipe.rules` of the deciding rule, or None if the default table or a coupled weight
+            decided.
+        vouched: Whether a rule quantizes a weight that the table does not know. Such weights must be reported.
     """
 
     options: NF4Options | None
@@ -108,17 +130,24 @@ class Choice:
 
     @property
     def quantize(self) -> bool:
-        """True when the tensor becomes NF4."""
+        """Whether the tensor becomes NF4."""
         return self.options is not None
 
 
 def load_recipe(
     path: Path | None, *, skip: Sequence[str] = (), block_size: int = DEFAULT_BLOCK_SIZE, double_quant: bool = True
 ) -> Recipe:
-    """Read a recipe file, with `skip` patterns as keep rules in front of it.
+    """Read a recipe file and prepend a keep rule for each skip pattern.
+
+    Args:
+        path: Recipe file in TOML, or None for a recipe without a file.
+        skip: Glob patterns of modules to keep in 16 bit.
+        block_size: Default number of elements per block.
+        double_quant: Whether absmax values are quantized by default.
 
     Raises:
-        UsageError: the file cannot be read, is not TOML or holds a wrong key or value; so does an option.
+        UsageError: The file cannot be read, is not TOML or holds an unknown key or invalid value, or an argument is
+            not valid.
     """
     defaults = NF4Options(_checked_block_size(block_size, Option("block_size")), double_quant)
     skips = tuple(
@@ -128,11 +157,19 @@ def load_recipe(
 
 
 def apply(recipe: Recipe, tensors: Sequence[TensorSpec], config: Mapping[str, object]) -> dict[str, Choice]:
-    """Decide every tensor by the recipe, then by the default table; partners that vLLM fuses stay alike.
+    """Decide about every tensor by the recipe and the default table. Weights that vLLM fuses get the same decision.
+
+    Args:
+        recipe: Rules and default options.
+        tensors: All tensors of the source.
+        config: Contents of config.json.
+
+    Returns:
+        The decision for each tensor, keyed by name.
 
     Raises:
-        UsageError: a pattern matches no tensor, an "nf4" rule matches nothing that may be quantized, or the
-            members of one fused group would get different options.
+        UsageError: A pattern matches no tensor, an "nf4" rule matches no tensor that can be quantized, or the members
+            of a fused group would get different options.
     """
     decisions = individual_decisions(tensors, config)
     for rule in recipe.rules:
@@ -147,28 +184,28 @@ def _read_rules(path: Path) -> tuple[Rule, ...]:
     except OSError as error:
         raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: the recipe is not TOML: {error}") from error
+        raise UsageError(f"{path}: the recipe is not valid TOML: {error}") from error
     for key in document:
         if key != "rule":
-            raise UsageError(f"{path}: unknown key {key!r}; a recipe holds only [[rule]] tables")
+            raise UsageError(f"{path}: unknown key {key!r}. A recipe contains only [[rule]] tables")
     tables = document.get("rule", [])
     if not isinstance(tables, list):
-        raise UsageError(f"{path}: 'rule' must be an array of tables: write [[rule]], not [rule]")
+        raise UsageError(f"{path}: 'rule' must be an array of tables. Write [[rule]], not [rule]")
     return tuple(_parse_rule(table, f"{path}: rule {number}") for number, table in enumerate(tables, start=1))
 
 
 def _parse_rule(table: object, origin: str) -> Rule:
     if not isinstance(table, dict):
-        raise UsageError(f"{origin}: must be a table: write [[rule]]")
+        raise UsageError(f"{origin}: must be a table. Write [[rule]]")
     for key in table:
         if key not in _RULE_KEYS:
-            raise UsageError(f"{origin}: unknown key {key!r}; known are {', '.join(_RULE_KEYS)}")
+            raise UsageError(f"{origin}: unknown key {key!r} (known keys: {', '.join(_RULE_KEYS)})")
     pattern = _checked_pattern(table.get("pattern"), f"{origin}: pattern")
     action = table.get("action")
     if action == "keep":
         for key in ("block_size", "double_quant"):
             if key in table:
-                raise UsageError(f'{origin}: {key} means nothing with action "keep"')
+                raise UsageError(f'{origin}: {key} has no effect with action "keep"')
         return Rule(pattern, "keep", origin=origin)
     if action != "nf4":
         raise UsageError(f'{origin}: action must be "nf4" or "keep", got {action!r}')
@@ -200,8 +237,8 @@ def _may_be_vouched_for(decision: Decision) -> bool:
 def _check_rule_has_an_effect(rule: Rule, decisions: Mapping[str, Decision]) -> None:
     matched = {name: decision for name, decision in decisions.items() if rule.matches(name)}
     if not matched:
-        nearest = ", ".join(_nearest_modules(rule.pattern, decisions)) or "none, there are no tensors"
-        raise UsageError(rule.origin, f": the pattern {rule.pattern!r} matches no tensor; nearest: {nearest}")
+        nearest = ", ".join(_nearest_modules(rule.pattern, decisions)) or "none, the checkpoint has no tensors"
+        raise UsageError(rule.origin, f": the pattern {rule.pattern!r} matches no tensor. Nearest: {nearest}")
     if rule.action == "nf4" and not any(
         decision.quantize or _may_be_vouched_for(decision) for decision in matched.values()
     ):
@@ -209,12 +246,12 @@ def _check_rule_has_an_effect(rule: Rule, decisions: Mapping[str, Decision]) -> 
         phrase = decision.reason.phrase if decision.reason is not None else ""
         raise UsageError(
             rule.origin,
-            f": the pattern {rule.pattern!r} matches nothing that may be quantized ({module_path(name)}: {phrase})",
+            f": the pattern {rule.pattern!r} matches no tensor that can be quantized ({module_path(name)}: {phrase})",
         )
 
 
 def _nearest_modules(pattern: str, tensor_names: Mapping[str, object]) -> list[str]:
-    """Return the most similar module paths, one for all layers (difflib is slow on 50,000)."""
+    """Return the most similar module paths. Looks at one path for all layers, since difflib is slow on 50,000."""
     one_per_kind: dict[str, str] = {}
     for name in tensor_names:
         one_per_kind.setdefault(re.sub(r"\d+", "0", module_path(name)), module_path(name))

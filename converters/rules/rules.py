@@ -1,7 +1,7 @@
 """Plan stage: which tensors of a source checkpoint become NF4, and which modules stay in 16 bit.
 
-One table (`linear_names`) decides, from names, shapes, dtypes and config.json alone. A weight is quantized
-when it is certainly an `nn.Linear` that every reader replaces; whatever is not certain is kept and reported.
+One table (`linear_names`) decides, based only on names, shapes, dtypes and config.json. A weight is quantized if it
+certainly belongs to an `nn.Linear` that every reader replaces; everything else is kept and reported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUANTIZABLE_DTYPES: Final = frozenset({"BF16", "F16", "F32"})
 
 
 class KeepReason(StrEnum):
-    """Why a tensor is not quantized. The values are stable: the manifest and `--json` carry them."""
+    """Reason for keeping a tensor in 16 bit. The values are stable, because the manifest and `--json` contain them."""
 
     NOT_A_WEIGHT = "not_a_weight"
     NOT_A_MATRIX = "not_a_matrix"
@@ -57,18 +57,18 @@ _PHRASES: Final[dict[KeepReason, str]] = {
     KeepReason.OUTPUT_EMBEDDING: "output embedding or head",
     KeepReason.TIED_EMBEDDING: "embedding tied to the output",
     KeepReason.EMBEDDING: "embedding",
-    KeepReason.ROUTER: "router or gate: decides what runs",
+    KeepReason.ROUTER: "router or gate",
     KeepReason.EXPERT: "expert matrix: stays in 16 bit in this version",
     KeepReason.MAMBA_KERNEL: "read directly by the Mamba kernels",
-    KeepReason.RECURRENT_GATE: "gate of a linear-attention layer, one row a head",
+    KeepReason.RECURRENT_GATE: "gate of a linear-attention layer, one row per head",
     KeepReason.VISION_OR_AUDIO: "part of a vision or audio tower",
     KeepReason.PROJECTOR: "projector between modalities",
-    KeepReason.SHARED_BLOCK: "one block that several layers share",
+    KeepReason.SHARED_BLOCK: "block shared by several layers",
     KeepReason.TRANSPOSED_CONV1D: "Conv1D, stored transposed",
     KeepReason.LINEAR_SUBCLASS: "subclass of Linear that bitsandbytes readers do not replace",
-    KeepReason.REWRITTEN_ON_LOAD: "cut or joined while transformers loads it",
+    KeepReason.REWRITTEN_ON_LOAD: "split or joined by transformers while loading",
     KeepReason.NOT_KNOWN_TO_BE_LINEAR: "not known to be a Linear",
-    KeepReason.COUPLED: "kept because a partner that vLLM fuses it with is kept",
+    KeepReason.COUPLED: "vLLM fuses it with a weight that is kept",
     KeepReason.SKIPPED_BY_RECIPE: "kept by the recipe",
     KeepReason.NOT_PACKED_IN_SOURCE: "in 16 bit in the adopted checkpoint",
 }
@@ -78,8 +78,11 @@ _PHRASES: Final[dict[KeepReason, str]] = {
 class Decision:
     """What happens to one tensor.
 
-    `reason` is None exactly when `quantize`. `is_linear` says that the module is an `nn.Linear` or cannot be
-    ruled out to be one: a kept one stands on the skip list, since a reader that replaces it would fail.
+    Attributes:
+        quantize: Whether the tensor becomes NF4.
+        reason: Why the tensor is kept. None exactly if `quantize`.
+        is_linear: Whether the module is, or may be, an `nn.Linear`. A kept one is put on the skip list, because a
+            reader that replaced it would fail.
     """
 
     quantize: bool
@@ -94,24 +97,34 @@ QUANTIZE: Final = Decision(quantize=True, reason=None, is_linear=True)
 
 
 def module_path(tensor_name: str) -> str:
-    """Return the path of the module whose weight this is; other tensors keep their full name."""
+    """Return the path of the module that owns this weight. Other tensors keep their full name."""
     return tensor_name.removesuffix(".weight")
 
 
 def individual_decisions(tensors: Sequence[TensorSpec], config: Mapping[str, object]) -> dict[str, Decision]:
-    """Decide every tensor on its own, before partners are coupled."""
+    """Decide about every tensor individually, before fused weights are coupled.
+
+    Args:
+        tensors: All tensors of the source.
+        config: Contents of config.json.
+    """
     types = model_types(config)
     tied = _is_tied(config, tensors)
     return {tensor.name: _decide(tensor, types, tied=tied) for tensor in tensors}
 
 
 def default_decisions(tensors: Sequence[TensorSpec], config: Mapping[str, object]) -> dict[str, Decision]:
-    """Decide every tensor by the table: by name, shape, dtype and config.json."""
+    """Decide about every tensor by the default table: name, shape, dtype and config.json.
+
+    Args:
+        tensors: All tensors of the source.
+        config: Contents of config.json.
+    """
     return couple(individual_decisions(tensors, config))
 
 
 def model_types(config: Mapping[str, object]) -> frozenset[str]:
-    """Return the model types that a config names, its own and those of the configs nested in it."""
+    """Return the model types in a config: its own and those of the configs nested in it."""
     found = {config["model_type"]} if isinstance(config.get("model_type"), str) else set()
     for value in config.values():
         if isinstance(value, Mapping) and isinstance(value.get("model_type"), str):
@@ -211,10 +224,15 @@ def _reason_by_type(parts: Sequence[str], types: frozenset[str]) -> KeepReason |
 
 @dataclass(frozen=True, slots=True)
 class CoupledGroup:
-    """Weights that vLLM computes as one product, so that they share one precision."""
+    """Weights that vLLM computes as one product and that therefore share one precision.
 
-    tensors: tuple[str, ...]  # two or more, in the order of the fused product
-    fused_module: str  # what vLLM calls it
+    Attributes:
+        tensors: Names of two or more weights, in the order of the fused product.
+        fused_module: Path of the fused module in vLLM.
+    """
+
+    tensors: tuple[str, ...]
+    fused_module: str
 
 
 def coupled_groups(tensor_names: Iterable[str]) -> list[CoupledGroup]:
@@ -234,7 +252,7 @@ def coupled_groups(tensor_names: Iterable[str]) -> list[CoupledGroup]:
 
 
 def couple(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
-    """Keep every weight whose fused partner is kept, with the reason `coupled`."""
+    """Keep every weight that vLLM fuses with a kept one, with the reason `coupled`."""
     coupled = dict(decisions)
     for group in coupled_groups(decisions):
         if all(decisions[name].quantize for name in group.tensors):

@@ -1,6 +1,6 @@
 """Plan stage: the list of modules that stay in 16 bit, which every reader of the artifact takes from config.json.
 
-It names each of them as readers do: on disk, in memory, and fused (spec section 10, B2).
+The list contains every name by which a reader may know a module: on disk, in memory, and fused (spec section 10, B2).
 """
 
 from __future__ import annotations
@@ -16,29 +16,33 @@ from qformat.names import CONFIG_NAME
 
 
 class Verdict(Protocol):
-    """What `skip_modules` must know of a tensor; a `Decision` and a recipe's `Choice` both say it."""
+    """Decision about a tensor, as `skip_modules` needs it. `Decision` and a recipe's `Choice` both implement it."""
 
     @property
     def quantize(self) -> bool:
-        """True when the tensor becomes NF4."""
+        """Whether the tensor becomes NF4."""
 
     @property
     def reason(self) -> KeepReason | None:
-        """Why it is kept; None when it is quantized."""
+        """Why it is kept. None if it is quantized."""
 
     @property
     def is_linear(self) -> bool:
-        """True when its module is, or may be, an `nn.Linear`."""
+        """Whether its module is, or may be, an `nn.Linear`."""
 
 
 def skip_modules(decisions: Mapping[str, Verdict], config: Mapping[str, object]) -> list[str]:
-    """Return `llm_int8_skip_modules`: every Linear left in 16 bit, by full path, sorted.
+    """Return `llm_int8_skip_modules`: the full path of every Linear that stays in 16 bit, sorted.
 
-    The names on disk, those that transformers 5 gives the modules in memory, the names that vLLM fuses them
-    into, and the output embedding even when it is tied and absent on disk.
+    The list contains the names on disk, the names that transformers 5 gives the modules in memory, the names of the
+    modules that vLLM fuses them into, and the output embedding even if it is tied and absent on disk.
+
+    Args:
+        decisions: The decision for each tensor, keyed by name.
+        config: Contents of config.json.
 
     Raises:
-        SourceError: an entry would also match a quantized module, so that no skip list can be right.
+        SourceError: An entry would also match a quantized module, so that no skip list can be correct.
     """
     types = model_types(config)
     kept = {module_path(name) for name, verdict in decisions.items() if _is_listed(verdict)}
@@ -62,13 +66,18 @@ def _is_listed(verdict: Verdict) -> bool:
 
 
 def _container_of_experts(tensor_name: str) -> str:
-    """Return the path up to `experts`, whose members older readers see as Linear modules; "" without one."""
+    """Return the path up to `experts`, whose members older readers see as Linear modules, or "" if there is none."""
     head, found, _ = tensor_name.partition(".experts.")
     return f"{head}.experts" if found else ""
 
 
 def memory_names(module: str, types: frozenset[str]) -> set[str]:
-    """Return every name that a reader may have for a module: the one on disk and those in memory."""
+    """Return every name that a reader may use for a module: the one on disk and those in memory.
+
+    Args:
+        module: Path of the module on disk.
+        types: Model types from config.json, see `model_types`.
+    """
     current = {module}
     for renaming in names.RENAMINGS:
         if renaming.model_types is None or renaming.model_types & types:
@@ -77,12 +86,13 @@ def memory_names(module: str, types: frozenset[str]) -> set[str]:
 
 
 def skip_matcher(entry: str) -> Callable[[str], bool]:
-    """Return transformers' test of whether a skip entry matches a module's path (`should_convert_module`).
+    """Return a function that tests whether a skip entry matches a module's path, as transformers does it.
 
-    It matches as a regular expression from the start to a module boundary, and as a plain suffix.
+    An entry matches as a regular expression from the start to a module boundary, and as a plain suffix (transformers'
+    `should_convert_module`).
 
     Raises:
-        SourceError: the entry is no regular expression, so that transformers cannot read it.
+        SourceError: The entry is not a regular expression, so transformers cannot read it.
     """
     try:
         pattern = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")

@@ -1,1 +1,1 @@
-"""What a conversion reads from: one file a kind of source, behind one interface."""
+"""Sources of a conversion: one module per kind of source, all behind one interface."""

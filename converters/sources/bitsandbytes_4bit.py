@@ -1,7 +1,8 @@
-"""The bitsandbytes source: a checkpoint that is in NF4 already, without a manifest, to be adopted as it is.
+"""The bitsandbytes source: a checkpoint that is already in NF4 and is adopted without re-encoding.
 
 Codes and scales are copied byte for byte into the layout of an artifact. What bitsandbytes reads from the file is
-checked: names, dtypes, shapes, the quant_state; the codebook and the scales' finiteness while they are copied.
+checked: names, dtypes, shapes and the quant_state when the source is opened; the codebook and the scales' finiteness
+while they are copied.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qformat.names import CONFIG_NAME
 
 _FP4_STATE = ".quant_state.bitsandbytes__fp4"
 _STORAGE_DTYPES = ("U8", "BF16", "F16", "F32")
-"""Of the codes (`bnb_4bit_quant_storage`): FSDP needs the model's dtype, the bytes are the same."""
+"""Dtypes that packed codes may be stored in (`bnb_4bit_quant_storage`). FSDP needs the dtype of the model."""
 
 
 class Bitsandbytes4Bit(DecodingSource):
@@ -36,9 +37,9 @@ class Bitsandbytes4Bit(DecodingSource):
                 raise SourceError(
                     Reason.QUANT_STATE,
                     stored.location / tensor.file,
-                    "holds FP4 codes, and only NF4 is adopted: an artifact has one codebook",
+                    "is in FP4, but only NF4 can be adopted, because an artifact has a single codebook",
                     tensor=name.removesuffix(_FP4_STATE),
-                    next_step="Convert the 16-bit checkpoint that it was made from",
+                    next_step="Convert the original 16-bit checkpoint",
                 )
         states = [name for name in stored.tensors if name.endswith(Component.QUANT_STATE)]
         names = [name.removesuffix(Component.QUANT_STATE) for name in states]
@@ -46,9 +47,9 @@ class Bitsandbytes4Bit(DecodingSource):
             raise SourceError(
                 Reason.ALREADY_QUANTIZED,
                 stored.location / CONFIG_NAME,
-                "says bitsandbytes, but no tensor is in NF4 (8-bit checkpoints are not adopted)",
+                "is for bitsandbytes, but no tensor is in NF4 (8-bit checkpoints cannot be adopted)",
                 field="quantization_config",
-                next_step="Convert the 16-bit checkpoint that it was made from",
+                next_step="Convert the original 16-bit checkpoint",
             )
         self.packed: Mapping[str, PackedWeight] = {name: self._packed_weight(name) for name in names}
         parts = {part.name for weight in self.packed.values() for part in weight.parts.values()}
@@ -59,7 +60,7 @@ class Bitsandbytes4Bit(DecodingSource):
                 raise SourceError(
                     Reason.MISSING_COMPONENT,
                     stored.location / tensor.file,
-                    f"no shard has its {Component.QUANT_STATE.label}",
+                    f"{Component.QUANT_STATE.label} is missing from every shard",
                     tensor=name.removesuffix(Component.ABSMAX),
                     field=Component.QUANT_STATE.label,
                 )
@@ -69,12 +70,13 @@ class Bitsandbytes4Bit(DecodingSource):
         path = self.location / self.stored.tensors[name + Component.QUANT_STATE].file
         layout = PackedShape.of_state(state)
         if not name.endswith(".weight"):
-            raise SourceError(Reason.QUANT_STATE, path, "is packed, but no weight of a module", tensor=name)
+            raise SourceError(Reason.QUANT_STATE, path, "is packed, but its name does not end in .weight", tensor=name)
         if len(state.shape) > MAX_DIMENSIONS or not 0 < layout.n_elements <= MAX_SIZE:
-            raise SourceError(Reason.QUANT_STATE, path, f"{list(state.shape)}", tensor=name, field="shape")
+            problem = f"{list(state.shape)} has too many dimensions or elements, or none"
+            raise SourceError(Reason.QUANT_STATE, path, problem, tensor=name, field="shape")
         components = layout.components(name)
         if len(state.to_json()) > components[Component.QUANT_STATE].nbytes:
-            raise SourceError(Reason.QUANT_STATE, path, "is longer than an artifact's can be", tensor=name)
+            raise SourceError(Reason.QUANT_STATE, path, "quant_state is longer than an artifact allows", tensor=name)
         parts: dict[Component, SourceTensor] = {}
         for part, new in components.items():
             if part is Component.QUANT_STATE:
@@ -82,7 +84,11 @@ class Bitsandbytes4Bit(DecodingSource):
             found = self.stored.tensors.get(new.name)
             if found is None:
                 raise SourceError(
-                    Reason.MISSING_COMPONENT, path, f"no shard has its {part.label}", tensor=name, field=part.label
+                    Reason.MISSING_COMPONENT,
+                    path,
+                    f"{part.label} is missing from every shard",
+                    tensor=name,
+                    field=part.label,
                 )
             self._check_part(name, part, found, new)
             parts[part] = found
@@ -92,7 +98,8 @@ class Bitsandbytes4Bit(DecodingSource):
         tensor = self.stored.tensors[name + Component.QUANT_STATE]
         path = self.location / tensor.file
         if tensor.nbytes > quant_state.MAX_NBYTES:
-            raise SourceError(Reason.QUANT_STATE, path, f"{tensor.nbytes} bytes of state", tensor=name)
+            problem = f"quant_state has {tensor.nbytes} bytes, the limit is {quant_state.MAX_NBYTES}"
+            raise SourceError(Reason.QUANT_STATE, path, problem, tensor=name)
         try:
             return quant_state.parse(bytes(self.read_whole(tensor)), path=path, tensor=name)
         except ArtifactError as error:
@@ -101,7 +108,7 @@ class Bitsandbytes4Bit(DecodingSource):
     def _check_part(self, name: str, part: Component, found: SourceTensor, new: TensorSpec) -> None:
         path = self.location / found.file
         if part is Component.PACKED:
-            # A storage of wider elements is filled up to a whole one; bitsandbytes reads a vector as a column.
+            # Codes stored as wider elements are padded to a full one; bitsandbytes reads a vector as a column.
             spare = found.nbytes - new.nbytes
             is_column = len(found.shape) == 1 or (len(found.shape) == 2 and found.shape[1] == 1)
             if found.dtype not in _STORAGE_DTYPES:

@@ -1,7 +1,7 @@
-"""The files of a checkpoint, wherever they lie: what every kind of source reads through.
+"""The files of a checkpoint, wherever they are stored; every kind of source reads through this interface.
 
-`CheckpointFolder` is a local folder. Each file's state is noted when it is first opened, so that a conversion can tell
-at its end that nothing was changed.
+`CheckpointFolder` is a local directory. It records the state of each file when it is first opened, so that a conversion
+can check at its end that nothing was changed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from qformat.names import CONFIG_NAME, MANIFEST_NAME
 
 
 class CheckpointFiles(ABC):
-    """Files that are read by name. Raises SourceError for everything that is wrong with them.
+    """Files that are read by name. Every problem with a file raises SourceError.
 
-    path: where they lie, for messages. state_when_opened: what `state` was for each file before it was first read.
+    Attributes:
+        path: Location of the files, for messages.
+        state_when_opened: State of each file before it was first read, see `state`.
     """
 
     path: Path
@@ -33,34 +35,45 @@ class CheckpointFiles(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything that is open."""
+        """Close everything that is open."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Return the names of everything that lies there, sorted."""
+        """Return the names of all entries, sorted."""
 
     @abstractmethod
     def read_small(self, name: str, *, max_nbytes: int) -> bytes:
-        """Return the bytes of a small file."""
+        """Return the bytes of a small file.
+
+        Args:
+            name: Name of the file.
+            max_nbytes: Largest size in bytes that is accepted.
+        """
 
     @abstractmethod
     def read_headers(self, names: Sequence[str]) -> dict[str, header.Header]:
-        """Open safetensors files and return their headers; from then on `read_into` reads them."""
+        """Open safetensors files and return their headers. Afterwards `read_into` can read these files."""
 
     @abstractmethod
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of an open file from `offset` on. Safe to call from several threads."""
+        """Fill `out` with bytes of an open file. Safe to call from several threads.
+
+        Args:
+            name: Name of the file.
+            offset: Offset of the first byte in the file.
+            out: Buffer to fill.
+        """
 
     @abstractmethod
     def list_side_files(self) -> dict[str, int]:
-        """Return the files to carry over, with their sizes in bytes."""
+        """Return the files to carry over into the artifact, with their sizes in bytes."""
 
     @abstractmethod
     def state(self) -> JsonObject:
-        """Return what tells whether the files were changed: equal means unchanged."""
+        """Return a value that stays equal as long as no file is changed."""
 
     def has(self, name: str) -> bool:
-        """Whether there is an entry of that name, whatever it is."""
+        """Return whether an entry of that name exists, whatever its type."""
         return name in self.names()
 
     def read_side_file(self, name: str) -> bytes:
@@ -68,37 +81,42 @@ class CheckpointFiles(ABC):
         return self.read_small(name, max_nbytes=MAX_SIDE_FILE_NBYTES)
 
     def read_json(self, name: str, *, max_nbytes: int) -> strict_json.Json:
-        """Read a JSON file."""
+        """Read a JSON file.
+
+        Args:
+            name: Name of the file.
+            max_nbytes: Largest size in bytes that is accepted.
+        """
         data = self.read_small(name, max_nbytes=max_nbytes)
         return strict_json.loads(data, path=self.path / name, max_nbytes=max_nbytes, error=SourceError)
 
     def read_config(self) -> JsonObject:
-        """Read config.json; an artifact's own folder is refused."""
+        """Read config.json. The directory of an artifact is rejected."""
         if self.has(MANIFEST_NAME):
             raise SourceError(
                 Reason.ALREADY_QUANTIZED,
                 self.path,
-                "is a qformat artifact already",
-                next_step="Convert the 16-bit checkpoint that it was made from",
+                "is already a qformat artifact",
+                next_step="Convert the original 16-bit checkpoint",
             )
         config = self.read_json(CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES)
         if not isinstance(config, dict):
-            raise SourceError(Reason.CONFIG_FIELD, self.path / CONFIG_NAME, "not a JSON object")
+            raise SourceError(Reason.CONFIG_FIELD, self.path / CONFIG_NAME, "expected a JSON object")
         return config
 
     def read_weight_map(self, name: str) -> dict[str, str] | None:
-        """Read an index: the shard of each tensor; None where there is no such file."""
+        """Read an index and return the shard of each tensor, or None if the file does not exist."""
         path = self.path / name
         if not self.has(name):
             return None
         index = self.read_json(name, max_nbytes=MAX_INDEX_NBYTES)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise SourceError(Reason.INDEX_MISMATCH, path, "missing or not an object", field="weight_map")
+            raise SourceError(Reason.INDEX_MISMATCH, path, "is missing, empty or not an object", field="weight_map")
         checked: dict[str, str] = {}
         for tensor, shard in weight_map.items():
             if not isinstance(shard, str):
-                raise SourceError(Reason.INDEX_MISMATCH, path, "not a file name", tensor=tensor, field="weight_map")
+                raise SourceError(Reason.INDEX_MISMATCH, path, "is not a file name", tensor=tensor, field="weight_map")
             check_plain_name(shard, path=path, error=SourceError)
             checked[tensor] = shard
         return checked
@@ -106,15 +124,18 @@ class CheckpointFiles(ABC):
     def check_shards(
         self, tensors: Mapping[str, Iterable[str]], index_name: str, weight_map: Mapping[str, str] | None
     ) -> None:
-        """Refuse a tensor that two shards hold, and shards that differ from the index, if there is one.
+        """Reject a tensor that is in two shards, and shards that do not match the index if there is one.
 
-        tensors: the names in each shard.
+        Args:
+            tensors: Names of the tensors in each shard.
+            index_name: File name of the index, for messages.
+            weight_map: Shard of each tensor according to the index, or None without an index.
         """
         owner: dict[str, str] = {}
         for shard, names in tensors.items():
             for tensor in names:
                 if tensor in owner:
-                    problem = f"is in {owner[tensor]}, too"
+                    problem = f"is also in {owner[tensor]}"
                     raise SourceError(Reason.DUPLICATE_TENSOR, self.path / shard, problem, tensor=tensor)
                 owner[tensor] = shard
         if weight_map is None:
@@ -130,15 +151,15 @@ class CheckpointFiles(ABC):
 
 
 class CheckpointFolder(CheckpointFiles):
-    """A local folder."""
+    """The files of a local directory."""
 
     def __init__(self, path: Path) -> None:
         if not os.path.isdir(path):
             raise SourceError(
                 Reason.MISSING_FILE,
                 path,
-                "there is no such folder",
-                next_step="Give the folder of a checkpoint",
+                "is not a directory" if os.path.lexists(path) else "does not exist",
+                next_step="Give the directory of a checkpoint, or a Hub repository as owner/name",
             )
         self.path = path
         self.state_when_opened: JsonObject = {}
@@ -150,21 +171,26 @@ class CheckpointFolder(CheckpointFiles):
         self._open_files.close()
 
     def has(self, name: str) -> bool:
-        """Whether there is an entry of that name, whatever it is."""
+        """Return whether an entry of that name exists, whatever its type."""
         return os.path.lexists(self.path / name)
 
     def names(self) -> list[str]:
-        """Return the names of everything in the folder."""
+        """Return the names of all entries of the directory, sorted."""
         return sorted(os.listdir(self.path))
 
     def read_small(self, name: str, *, max_nbytes: int) -> bytes:
-        """Return the bytes of a small regular file."""
+        """Return the bytes of a small regular file.
+
+        Args:
+            name: Name of the file.
+            max_nbytes: Largest size in bytes that is accepted.
+        """
         if name not in self.state_when_opened:
             self.state_when_opened[name] = self._state_of(name)
         return read_small(self.path, name, max_nbytes=max_nbytes, error=SourceError)
 
     def read_headers(self, names: Sequence[str]) -> dict[str, header.Header]:
-        """Open safetensors files, one after another, and return their headers."""
+        """Open safetensors files one after another and return their headers."""
         return {name: header.read(self.open(name), self.path / name, error=SourceError) for name in names}
 
     def open(self, name: str) -> int:
@@ -175,11 +201,17 @@ class CheckpointFolder(CheckpointFiles):
         return descriptor
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of an open file from `offset` on. Safe to call from several threads."""
+        """Fill `out` with bytes of an open file. Safe to call from several threads.
+
+        Args:
+            name: Name of the file.
+            offset: Offset of the first byte in the file.
+            out: Buffer to fill.
+        """
         read_exactly(self._descriptors[name], offset, out, path=self.path / name, error=SourceError)
 
     def list_side_files(self) -> dict[str, int]:
-        """Return the files to carry over, with their sizes in bytes."""
+        """Return the files to carry over into the artifact, with their sizes in bytes."""
         found: dict[str, int] = {}
         for entry in sorted(self.path.iterdir()):
             if is_side_file(entry.name):
@@ -189,7 +221,7 @@ class CheckpointFolder(CheckpointFiles):
         return found
 
     def state(self) -> JsonObject:
-        """Return inode, size and times of each file that was opened; null for one that is gone."""
+        """Return device, inode, size and times of each file that was opened, or null if it no longer exists."""
         return {name: self._state_of(name) for name in sorted(self.state_when_opened)}
 
     def _state_of(self, name: str) -> list[strict_json.Json] | None:

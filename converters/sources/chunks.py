@@ -1,4 +1,4 @@
-"""How much of a tensor is in memory at a time, and the one loop over the bytes of a source tensor."""
+"""Chunk sizes that bound memory use, and the loop that reads a source tensor in chunks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from qformat.errors import Interrupted
 
 @dataclass(frozen=True, slots=True)
 class ChunkSizes:
-    """What a thread holds at a time.
+    """Amounts of data that a thread holds at a time.
 
-    nbytes: bytes that are read, encoded, decoded or copied, in buffers that are used again: they stay in the L2 and L3
-    cache. A multiple of every block's size. cast_elements: elements of a kept tensor that are cast; numpy makes several
-    arrays of them. sync_nbytes: bytes that an export writes between two syncs.
+    Attributes:
+        nbytes: Bytes to read, encode, decode or copy at a time. The buffers are reused and fit the L2 and L3 caches. A
+            multiple of every block size.
+        cast_elements: Elements of a kept tensor to cast at a time. numpy creates several temporary arrays of this size.
+        sync_nbytes: Bytes that an export writes between two syncs.
     """
 
     nbytes: int = 4 * 2**20
@@ -40,11 +42,19 @@ def read_chunks(
     stopping: threading.Event | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Yield (byte offset, bytes) of a source tensor in order, in `buffer`, which is filled again and again.
+    """Yield the byte offset and the bytes of each chunk of a source tensor, in order.
 
-    digest: takes in the bytes as they pass. stopping: once set, ends the loop at the next chunk. progress: told of the
-    bytes that were used.
-    Raises: SourceError; Interrupted.
+    Args:
+        source: The source.
+        tensor: The tensor to read.
+        buffer: Buffer that holds each chunk in turn, uint8.
+        digest: Updated with every chunk.
+        stopping: Ends the loop at the next chunk once it is set.
+        progress: Called with the number of bytes after each chunk was used.
+
+    Raises:
+        SourceError: The source cannot be read.
+        Interrupted: `stopping` was set.
     """
     for offset in range(0, tensor.nbytes, buffer.size):
         if stopping is not None and stopping.is_set():

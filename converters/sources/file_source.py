@@ -1,4 +1,4 @@
-"""A source whose tensors lie in files: what the safetensors, PyTorch and GGUF sources share."""
+"""A source whose tensors are in files; shared by the safetensors, PyTorch and GGUF sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Files = TypeVar("_Files", bound=CheckpointFiles)
 
 
 class FileSource(Generic[_Files]):
-    """The files of a checkpoint. A subclass opens them, says which tensors they hold, and reads those."""
+    """The files of a checkpoint. A subclass opens them, lists their tensors and reads these."""
 
     kind = ""
     packed: Mapping[str, PackedWeight] = {}
@@ -29,7 +29,7 @@ class FileSource(Generic[_Files]):
         self._files.close()
 
     def state(self) -> JsonObject:
-        """Return inode, size and times of each file that was opened; null for one that is gone."""
+        """Return a value that stays equal as long as no file is changed."""
         return self._files.state()
 
     def read_side_file(self, name: str) -> bytes:
@@ -37,7 +37,7 @@ class FileSource(Generic[_Files]):
         return self._files.read_side_file(name)
 
     def _digest(self, lines: Iterable[str], side_files: Iterable[str]) -> str:
-        """Return the SHA-256 of lines of text, which describe the tensors, and of side files, by their names."""
+        """Return the SHA-256 of text lines that describe the tensors, and of the given side files."""
         digest = hashlib.sha256("\n".join(lines).encode())
         for name in side_files:
             digest.update(f"\n{name} ".encode() + hashlib.sha256(self.read_side_file(name)).digest())

@@ -1,8 +1,8 @@
-"""Open whatever a user names as a source: the kind follows from what lies there, by two tables.
+"""Opens any kind of source; two tables determine which kind it is.
 
-What holds the tensors (safetensors, PyTorch's .bin, GGUF) is told by the names of the files; how they are stored
-(16 bit, or in blocks that are decoded while they are read) by `quantization_config` in config.json. The second is
-independent of the first: `decoded` takes any source.
+File names determine the container of the tensors (safetensors, PyTorch's .bin, GGUF). `quantization_config` in
+config.json determines their encoding (16 bit, or blocks that are decoded while they are read). The two are independent:
+`decoded` accepts any source.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from qformat.names import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, SINGLE_TOR
 
 @dataclass(frozen=True, slots=True)
 class SourceKind:
-    """A kind of source as `qformat info` lists it. `name` is what the manifest records."""
+    """A kind of source, as `qformat info` lists it.
+
+    Attributes:
+        name: Name of the kind, as the manifest records it.
+        description: Short description for users.
+    """
 
     name: str
     description: str
@@ -29,7 +34,7 @@ class SourceKind:
 
 @dataclass(frozen=True, slots=True)
 class _Container(SourceKind):
-    """What holds tensors. The first container of the table that `lies_at` a place opens it."""
+    """A file format that contains tensors. The first one in the table whose `lies_at` is true opens the location."""
 
     lies_at: Callable[[Path, list[str]], bool]
     open: Callable[[Path], Source]
@@ -37,7 +42,7 @@ class _Container(SourceKind):
 
 @dataclass(frozen=True, slots=True)
 class _Encoding(SourceKind):
-    """How tensors are stored: the `quant_method` of config.json, and the source that decodes another source."""
+    """A storage format of tensors: the `quant_method` of config.json and the source that decodes another source."""
 
     quant_method: str
     open: Callable[[Source], Source]
@@ -52,12 +57,21 @@ def open_source(
     pin: JsonObject | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
 ) -> Source:
-    """Open the checkpoint at a location: a folder, a GGUF file, or a repository of the Hub. The caller closes it.
+    """Open the checkpoint at a location: a directory, a GGUF file or a Hub repository. The caller closes the source.
 
-    location: what lies here comes first; otherwise a text of the form owner/name is a repository, and a Path never is.
-    revision, offline, keep_source, pin, transfer: of a repository, see `open_hub_files`.
-    Raises: SourceError for what is no checkpoint, or a damaged one, or one of a kind that cannot be converted;
-    HubError; UsageError for options that do not fit the location.
+    Args:
+        location: Directory or file. A string of the form owner/name that does not exist locally is a Hub repository; a
+            Path never is.
+        revision: Branch, tag or commit of a Hub repository, see `open_hub_files`.
+        offline: Whether a Hub repository is read from the local cache only.
+        keep_source: Whether a Hub repository is downloaded into the local cache first.
+        pin: Commit recorded by an interrupted run.
+        transfer: Connections, timeouts and retries for reading from the Hub.
+
+    Raises:
+        SourceError: The location is not a checkpoint, or it is damaged or of a kind that cannot be converted.
+        HubError: The Hub rejects a request or does not answer.
+        UsageError: An option does not apply to the location.
     """
     if is_repository(location):
         return _open_hub(
@@ -66,12 +80,14 @@ def open_source(
     for name, given in (("revision", revision is not None), ("offline", offline), ("keep_source", keep_source)):
         if given:
             raise UsageError(
-                f"{location}: is no repository of the Hub (owner/name), and ", Option(name), " is for those"
+                f"{location}: is not a Hub repository (owner/name). Leave out ",
+                Option(name),
+                ", which applies only to repositories",
             )
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     container = _container_at(path, names)
-    # What is no checkpoint goes to the safetensors source, which tells what is missing.
+    # The safetensors source reports what is missing if this is not a checkpoint.
     opened = container.open(path) if container is not None else _open_safetensors(path)
     try:
         return decoded(opened)
@@ -85,14 +101,15 @@ def _container_at(path: Path, names: list[str]) -> _Container | None:
 
 
 def is_repository(location: Path | str) -> bool:
-    """Whether a location names a repository of the Hub: nothing of that name lies here, and it has the form."""
+    """Return whether a location means a Hub repository: it has the form owner/name and does not exist locally."""
     return isinstance(location, str) and not os.path.lexists(location) and is_repository_name(location)
 
 
 def decoded(source: Source) -> Source:
     """Return a source of 16-bit (or adopted 4-bit) tensors: `source` itself, or one that decodes it and closes it.
 
-    Raises: SourceError if config.json names a quantization that is not in the table.
+    Raises:
+        SourceError: The encoding in config.json is not supported.
     """
     encoding = _encoding_of(source)
     return source if encoding is None else encoding.open(source)
@@ -109,9 +126,9 @@ def _encoding_of(source: Source) -> _Encoding | None:
     raise SourceError(
         Reason.ALREADY_QUANTIZED,
         source.location / CONFIG_NAME,
-        f"the checkpoint is quantized already (quant_method {method!r})",
+        f"the checkpoint is already quantized (quant_method {method!r})",
         field="quantization_config",
-        next_step="Convert the 16-bit checkpoint that it was made from",
+        next_step="Convert the original 16-bit checkpoint",
     )
 
 
@@ -195,13 +212,13 @@ _CONTAINERS = (
     ),
     _Container(
         "torch_bin",
-        f"{SINGLE_TORCH_NAME}, or shards and their index: plain tensors only, their checksums checked",
+        f"{SINGLE_TORCH_NAME}, or shards and their index; plain tensors only, CRC-32 checked",
         lies_at=_is_torch_bin,
         open=_open_torch_bin,
     ),
     _Container(
         "gguf",
-        "a .gguf file, or a folder with one: Llama and Qwen, F32 to Q2_K, decoded to bf16 (F16 and F32 stay)",
+        "a .gguf file, or a directory with one: Llama and Qwen, F32 to Q2_K, decoded to bf16 (F16 and F32 stay)",
         lies_at=_is_gguf,
         open=_open_gguf,
     ),
@@ -211,7 +228,7 @@ _ENCODINGS = (
     _Encoding("fp8", "8-bit floats with block scales (DeepSeek-V3, Qwen3 FP8), decoded to bf16", "fp8", open=_open_fp8),
     _Encoding(
         "bitsandbytes_4bit",
-        "NF4 weights without a manifest (`*-bnb-4bit`), adopted: same codes, same scales",
+        "NF4 weights without a manifest (`*-bnb-4bit`), adopted with the same codes and scales",
         "bitsandbytes",
         open=_open_bitsandbytes,
     ),
@@ -219,7 +236,7 @@ _ENCODINGS = (
 )
 
 _HUB = SourceKind(
-    "owner/name", "a repository of the Hub with safetensors, streamed; others: `qformat convert --keep-source`"
+    "owner/name", "a Hub repository with safetensors, streamed; other files: `qformat convert --keep-source`"
 )
 
 KINDS: tuple[SourceKind, ...] = (*_CONTAINERS, *_ENCODINGS, _HUB)

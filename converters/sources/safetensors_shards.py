@@ -1,4 +1,4 @@
-"""The safetensors source: a folder with `model.safetensors`, or shards and their index, and a `config.json`."""
+"""The safetensors source: a directory with `config.json` and `model.safetensors`, or shards and their index."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OTHER_FORMATS = (
 
 
 class SafetensorsShards(FileSource[CheckpointFiles]):
-    """A checkpoint in safetensors files. Opening reads and checks every header and no weight."""
+    """A checkpoint in safetensors files. Opening reads and checks every header but no weights."""
 
     kind = "safetensors"
 
@@ -46,7 +46,7 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
             raise
 
     def describe(self) -> JsonObject:
-        """Return kind and the shards' names and sizes."""
+        """Return the kind and the shards' names and sizes, as the manifest records them."""
         files: JsonObject = {name: {"nbytes": parsed.file_nbytes} for name, parsed in sorted(self._headers.items())}
         return {"kind": self.kind, "files": files}
 
@@ -59,7 +59,13 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
         return self._digest(lines, self.side_files)
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's bytes from byte `offset` on."""
+        """Fill `out` with bytes of a tensor.
+
+        Args:
+            tensor: The tensor to read.
+            offset: Offset of the first byte in the tensor.
+            out: Buffer to fill.
+        """
         shard, entry = self._entries[tensor.name]
         self._files.read_into(shard, entry.start + offset, out)
 
@@ -79,7 +85,7 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
             raise SourceError(
                 Reason.INDEX_MISMATCH,
                 self.location / INDEX_NAME,
-                f"stands beside {SINGLE_SHARD_NAME}: it is not clear which one is the checkpoint",
+                f"exists together with {SINGLE_SHARD_NAME}, so it is unclear which one is the checkpoint",
                 next_step="Remove the one that is not",
             )
         return weight_map
@@ -92,11 +98,11 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
                 return SourceError(
                     Reason.UNSUPPORTED_SOURCE,
                     self.location / found[0],
-                    f"{meaning}: no kind of source that this version converts (`qformat info` lists them)",
-                    next_step="Save the model with save_pretrained, which writes safetensors, and convert that",
+                    f"{meaning} cannot be converted (`qformat info` lists the supported kinds of source)",
+                    next_step="Save the model with save_pretrained, which writes safetensors, and convert the result",
                 )
         others = [name for name in names if name.endswith(".safetensors")]
-        hint = f"; there is {', '.join(others[:5])}" if others else ""
+        hint = f" (found {', '.join(others[:5])})" if others else ""
         return SourceError(
             Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_SHARD_NAME}{hint}"
         )

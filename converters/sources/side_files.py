@@ -1,4 +1,4 @@
-"""The files of a checkpoint that an artifact carries over: a fixed list of kinds; weights in other formats are none."""
+"""The files that an artifact carries over from its checkpoint: a fixed list of kinds, which includes no weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from qformat.names import GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 
 MAX_SIDE_FILE_NBYTES = 256 * 2**20
-"""A tokenizer or licence is never larger; what is larger is not what its name says."""
+"""Largest accepted size in bytes. Tokenizers and licences are never this large."""
 
 _NAMES = {
     GENERATION_CONFIG_NAME,
@@ -34,5 +34,5 @@ _PATTERNS = re.compile(
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a file of a checkpoint's top folder is carried over into the artifact."""
+    """Return whether a file in a checkpoint's top directory is carried over into the artifact."""
     return name in _NAMES or _PATTERNS.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""What a conversion reads from: the interface that every kind of source implements."""
+"""The interface that every kind of source implements."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from qformat.codec.quant_state import QuantState
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor(TensorSpec):
-    """A tensor of a source: what the header says, and the file that it comes from."""
+    """A tensor of a source: name, dtype and shape from the header, and the file that contains it."""
 
     file: str
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight that a source has in 4 bit already, in the layout of an artifact: it is adopted, not encoded.
+    """A weight that is already in 4 bit in the source and is adopted, not encoded.
 
-    state: what its quant_state says; parts: its other components, to be read like any tensor. Codes may be stored in
-    wider elements than bytes, and a little longer than they are.
+    Codes may be stored in elements wider than bytes, and then be slightly longer than necessary.
+
+    Attributes:
+        layout: Shape, dtype and encoding options.
+        state: Contents of its quant_state.
+        parts: Its other components, which are read like any tensor.
     """
 
     layout: PackedShape
@@ -34,12 +38,12 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the parts."""
+        """Size of the parts in bytes."""
         return sum(part.nbytes for part in self.parts.values())
 
 
 class Source(Protocol):
-    """A checkpoint that can be converted. Raises SourceError for everything that is wrong with its files."""
+    """A checkpoint that can be converted. Every problem with its files raises SourceError."""
 
     @property
     def kind(self) -> str:
@@ -47,42 +51,48 @@ class Source(Protocol):
 
     @property
     def location(self) -> Path:
-        """The folder, for messages."""
+        """Location of the source, for messages."""
 
     @property
     def tensors(self) -> Mapping[str, SourceTensor]:
-        """Every tensor by name, but for those in `packed`."""
+        """Every tensor except the components of `packed` weights, keyed by name."""
 
     @property
     def packed(self) -> Mapping[str, PackedWeight]:
-        """Weights that are in 4 bit already, by name; most kinds of source have none."""
+        """Weights that are already in 4 bit, keyed by name. Most kinds of source have none."""
 
     @property
     def config(self) -> JsonObject:
-        """The model's config.json."""
+        """Contents of the model's config.json."""
 
     @property
     def side_files(self) -> Mapping[str, int]:
-        """Files to carry over unchanged (tokenizer, licence, ...): name and size in bytes."""
+        """Sizes in bytes of the files to carry over unmodified (tokenizer, licence, ...), keyed by name."""
 
     @property
     def state_when_opened(self) -> JsonObject:
-        """What `state` was for each file just before it was first read."""
+        """State of each file just before it was first read, see `state`."""
 
     def describe(self) -> JsonObject:
-        """Return what the manifest records about the source: nothing that depends on where it lies."""
+        """Return what the manifest records about the source. Independent of its location."""
 
     def fingerprint(self) -> str:
-        """Return a digest of everything a plan is made from: headers, config, side files' bytes."""
+        """Return a digest of everything that a plan depends on: headers, config and the bytes of side files."""
 
     def state(self) -> JsonObject:
-        """Return what tells cheaply that no file was changed since (sizes, times): equal means unchanged."""
+        """Return a value (sizes, times) that stays equal as long as no file is changed. Cheap to compute."""
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's bytes from byte `offset` on. Safe to call from several threads."""
+        """Fill `out` with bytes of a tensor. Safe to call from several threads.
+
+        Args:
+            tensor: The tensor to read.
+            offset: Offset of the first byte in the tensor.
+            out: Buffer to fill.
+        """
 
     def read_side_file(self, name: str) -> bytes:
         """Return the bytes of a file to carry over."""
 
     def close(self) -> None:
-        """Let go of open files."""
+        """Close all open files."""

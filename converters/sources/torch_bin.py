@@ -1,7 +1,7 @@
-"""The PyTorch source: `pytorch_model.bin`, or shards and their index, and a `config.json`.
+"""The PyTorch source: `config.json` and `pytorch_model.bin`, or shards and their index.
 
-torch reads the pickle, restricted to weights, and onto its meta device, so that it allocates nothing and only tells
-where each tensor's bytes lie; they are read from there. This is the one source that imports torch.
+torch loads each pickle with weights_only and onto its meta device, so that it allocates nothing and only tells where
+each tensor's bytes are; they are then read from the file. This is the only source that imports torch.
 """
 
 from __future__ import annotations
@@ -40,16 +40,20 @@ _PICKLE_ERRORS = (
     pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError,
     AssertionError, OverflowError, UnicodeDecodeError,
 )  # fmt: skip
-"""What torch raises for a pickle that is not its own."""
+"""Exceptions that torch raises for a pickle that it did not write."""
 
 _UNSUPPORTED_GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where a tensor's elements lie: `start`, the byte of the first in the file, and its strides in elements.
+    """Location of a tensor's elements.
 
-    member: the byte at which the zip member of its storage begins.
+    Attributes:
+        member: Offset in bytes of the zip member that holds its storage.
+        start: Offset in bytes of its first element in the file.
+        strides: Strides in elements.
+        is_contiguous: Whether the elements are in row-major order without gaps.
     """
 
     member: int
@@ -59,7 +63,7 @@ class _Stored:
 
 
 class TorchBin(FileSource[CheckpointFolder]):
-    """A local checkpoint in PyTorch's zip files. Opening reads their pickles and no weight."""
+    """A local checkpoint in PyTorch's zip files. Opening reads their pickles but no weights."""
 
     kind = "torch_bin"
 
@@ -82,19 +86,25 @@ class TorchBin(FileSource[CheckpointFolder]):
         super().close()
 
     def describe(self) -> JsonObject:
-        """Return kind and the shards' names and sizes."""
+        """Return the kind and the shards' names and sizes, as the manifest records them."""
         files: JsonObject = {name: {"nbytes": opened.nbytes} for name, opened in sorted(self._zips.items())}
         return {"kind": self.kind, "files": files}
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of config, tensors with their places, and side files."""
+        """Return the SHA-256 of config, tensors with their locations, and side files."""
         lines = [f"{self.kind} {strict_json.dumps(self.config)}"]
         for name, tensor in sorted(self.tensors.items()):
             lines.append(f"{name} {tensor.file} {tensor.dtype} {tensor.shape} {self._stored[name]}")
         return self._digest(lines, self.side_files)
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's bytes from byte `offset` on. The storage's CRC-32 is checked first, once."""
+        """Fill `out` with bytes of a tensor. The CRC-32 of its storage is checked once, before the first read.
+
+        Args:
+            tensor: The tensor to read.
+            offset: Offset of the first byte in the tensor.
+            out: Buffer to fill.
+        """
         stored = self._stored[tensor.name]
         self._zips[tensor.file].check(stored.member)
         if stored.is_contiguous:
@@ -103,7 +113,7 @@ class TorchBin(FileSource[CheckpointFolder]):
             out[:] = self._gathered(tensor, stored, offset, len(out)).data
 
     def _gathered(self, tensor: SourceTensor, stored: _Stored, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Return bytes of a tensor that is a view of its storage, such as a transpose, in row-major order."""
+        """Return bytes in row-major order of a tensor that is a view of its storage, such as a transpose."""
         item_nbytes = ELEMENT_NBYTES[tensor.dtype]
         reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, stored.strides, strict=True)) + 1
         elements = np.frombuffer(self._mapped[tensor.file], f"<u{item_nbytes}", reach, stored.start)
@@ -127,7 +137,7 @@ class TorchBin(FileSource[CheckpointFolder]):
         path = self.location / shard
         descriptor = self._files.open(shard)
         opened = self._zips[shard] = TorchZip(descriptor, path)
-        opened.read_member("/data.pkl", max_nbytes=_MAX_PICKLE_NBYTES)  # its checksum, before torch sees it
+        opened.read_member("/data.pkl", max_nbytes=_MAX_PICKLE_NBYTES)  # checks its CRC-32 before torch reads it
         if opened.has_member(_BYTE_ORDER) and opened.read_member(_BYTE_ORDER, max_nbytes=16) != b"little":
             raise SourceError(Reason.UNSUPPORTED_SOURCE, path, "was written on a big-endian machine")
         found: dict[str, SourceTensor] = {}
@@ -139,9 +149,9 @@ class TorchBin(FileSource[CheckpointFolder]):
         return found
 
     def _is_tied_output(self, name: str, tensors: Mapping[str, SourceTensor]) -> bool:
-        """Whether this is the output head of a model that says it is tied, and the very storage of another tensor.
+        """Return whether this is the output head of a model with tied embeddings and shares another tensor's storage.
 
-        Pickles hold both names, safetensors files the embedding only, and readers tie the two.
+        Pickles contain both names; safetensors files contain only the embedding, and readers tie the two.
         """
         if name != "lm_head.weight" or self.config.get("tie_word_embeddings") is not True:
             return False
@@ -152,12 +162,12 @@ class TorchBin(FileSource[CheckpointFolder]):
 
 
 def _load(descriptor: int, path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a pickle, without their data. Raises SourceError, naming what a foreign pickle asks for."""
+    """Return the tensors of a pickle without their data. A pickle with other objects raises SourceError."""
     import torch
 
     try:
         with os.fdopen(os.dup(descriptor), "rb") as file:
-            file.seek(0)  # the descriptor's duplicate shares its position
+            file.seek(0)  # the duplicated descriptor shares its position
             loaded = torch.load(file, map_location="meta", weights_only=True)
     except _PICKLE_ERRORS as error:
         asked = _UNSUPPORTED_GLOBAL.search(str(error))
@@ -165,22 +175,26 @@ def _load(descriptor: int, path: Path) -> dict[str, torch.Tensor]:
         raise SourceError(
             Reason.UNSUPPORTED_SOURCE,
             path,
-            f"its pickle asks for {asked[1]}, no part of weights" if asked else f"torch refuses it: {first_line}",
-            next_step="Only a file of plain tensors is read: save the model again with save_pretrained",
+            f"its pickle needs {asked[1]}, which is not part of weights"
+            if asked
+            else f"torch rejects it: {first_line}",
+            next_step="Save the model again with save_pretrained: only files with plain tensors can be read",
         ) from None
     if not isinstance(loaded, dict) or not loaded:
-        raise SourceError(Reason.HEADER_SYNTAX, path, f"holds a {type(loaded).__name__}, expected a dict of tensors")
+        raise SourceError(Reason.HEADER_SYNTAX, path, f"contains a {type(loaded).__name__}, expected a dict of tensors")
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             what = (
-                f"{name[:80]!r} is a {type(value).__name__}" if isinstance(name, str) else f"{str(name)[:80]} is a name"
+                f"{name[:80]!r} is a {type(value).__name__}"
+                if isinstance(name, str)
+                else f"the key {str(name)[:80]} is not a string"
             )
             raise SourceError(Reason.HEADER_SYNTAX, path, f"{what}, expected a dict of tensors")
     return loaded
 
 
 def _place(opened: TorchZip, path: Path, name: str, empty: torch.Tensor) -> tuple[_Stored, SourceTensor]:
-    """Return where a tensor's elements lie, on checked numbers."""
+    """Return where a tensor's elements are in the file, after checking all numbers."""
     import torch
 
     dtypes = {
@@ -189,7 +203,7 @@ def _place(opened: TorchZip, path: Path, name: str, empty: torch.Tensor) -> tupl
         torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     }  # fmt: skip
     if not name or len(name.encode("utf-8", "replace")) > MAX_NAME_NBYTES or not name.isprintable():
-        raise SourceError(Reason.HEADER_LIMIT, path, f"{name[:80]!r} is no name of a tensor")
+        raise SourceError(Reason.HEADER_LIMIT, path, f"{name[:80]!r} is not a valid tensor name")
     if empty.layout is not torch.strided or empty.is_quantized or empty.dtype not in dtypes:
         what = f"{empty.dtype}, {empty.layout}".replace("torch.", "")
         raise SourceError(Reason.UNSUPPORTED_DTYPE, path, f"{what} tensors cannot be converted", tensor=name)
@@ -201,7 +215,7 @@ def _place(opened: TorchZip, path: Path, name: str, empty: torch.Tensor) -> tupl
     tensor = SourceTensor(name, dtype, shape, path.name)
     if member is None:
         raise SourceError(
-            Reason.HEADER_OFFSETS, path, "torch does not say where its data lie in the file", tensor=name,
+            Reason.HEADER_OFFSETS, path, "torch does not report where its data is in the file", tensor=name,
             next_step="Update torch, or save the model again with save_pretrained",
         )  # fmt: skip
     if tensor.nbytes:
@@ -209,7 +223,7 @@ def _place(opened: TorchZip, path: Path, name: str, empty: torch.Tensor) -> tupl
     first = int(empty.storage_offset())
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if min((first, *strides)) < 0 or (tensor.nbytes and (first + reach + 1) * ELEMENT_NBYTES[dtype] > storage_nbytes):
-        raise SourceError(Reason.HEADER_OFFSETS, path, "reaches beyond its storage", tensor=name)
+        raise SourceError(Reason.HEADER_OFFSETS, path, "extends beyond its storage", tensor=name)
     start = member + first * ELEMENT_NBYTES[dtype]
     stored = _Stored(member, start, strides, bool(empty.is_contiguous()))
     return stored, tensor

@@ -1,4 +1,4 @@
-"""The zip file that `torch.save` writes: where its members lie, and the CRC-32 of each, which torch itself ignores."""
+"""The zip file that `torch.save` writes: where its members are, and their CRC-32, which torch itself does not check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LONGEST_COMMENT = 2**16
 
 
 class TorchZip:
-    """The members of an open .bin file: name, place, checksum. Raises SourceError for what torch does not write."""
+    """The members of an open .bin file: name, location and CRC-32. Rejects files that torch did not write."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self._descriptor = descriptor
@@ -33,20 +33,28 @@ class TorchZip:
         self._checked: set[int] = set()
 
     def has_member(self, suffix: str) -> bool:
-        """Whether the name of a member ends so."""
+        """Return whether a member's name ends with `suffix`."""
         return any(member.filename.endswith(suffix) for member in self._starts.values())
 
     def read_member(self, suffix: str, *, max_nbytes: int) -> bytes:
-        """Return the bytes, checked, of the one member whose name ends so."""
+        """Return the bytes of the only member whose name ends with `suffix`, after checking its CRC-32.
+
+        Args:
+            suffix: End of the member's name.
+            max_nbytes: Largest size in bytes that is accepted.
+
+        Raises:
+            SourceError: There is not exactly one such member, or it is too large or damaged.
+        """
         found = [start for start, member in self._starts.items() if member.filename.endswith(suffix)]
         if len(found) != 1:
-            raise self._damaged(f"has {len(found)} members {suffix.removeprefix('/')}, expected one")
+            raise self._damaged(f"has {len(found)} members named {suffix.removeprefix('/')}, expected 1")
         nbytes = self._starts[found[0]].file_size
         if nbytes > max_nbytes:
             raise SourceError(
                 Reason.JSON_LIMIT,
                 self._path,
-                f"{suffix.removeprefix('/')} has {nbytes} bytes, at most {max_nbytes} are read",
+                f"{suffix.removeprefix('/')} has {nbytes} bytes, the limit is {max_nbytes}",
             )
         self.check(found[0])
         data = bytearray(nbytes)
@@ -54,15 +62,27 @@ class TorchZip:
         return bytes(data)
 
     def refuse_wrong_place(self, start: int, nbytes: int, tensor: str) -> None:
-        """Refuse a storage of `nbytes` at byte `start` that is no member of the file."""
+        """Reject a storage that is not a member of the file.
+
+        Args:
+            start: Offset of the storage in bytes.
+            nbytes: Size of the storage in bytes.
+            tensor: Name of the tensor, for the message.
+
+        Raises:
+            SourceError: No member of this size is at this offset.
+        """
         member = self._starts.get(start)
         if member is None or member.file_size != nbytes:
             raise SourceError(
-                Reason.HEADER_OFFSETS, self._path, f"no member of {nbytes} bytes lies at byte {start}", tensor=tensor
+                Reason.HEADER_OFFSETS,
+                self._path,
+                f"no member of {nbytes} bytes begins at byte {start}",
+                tensor=tensor,
             )
 
     def check(self, start: int) -> None:
-        """Compare the CRC-32 of the member at byte `start`, once, whichever thread comes first."""
+        """Compare the CRC-32 of the member at byte `start`. Only the first call for a member reads it."""
         with self._locks[start]:
             if start in self._checked:
                 return
@@ -87,16 +107,16 @@ class TorchZip:
             with os.fdopen(os.dup(self._descriptor), "rb") as file, zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError) as error:
-            raise self._damaged(f"is no whole zip file ({error})") from None
+            raise self._damaged(f"is not a complete zip file ({error})") from None
         if not 0 < len(members) <= _MAX_MEMBERS:
-            raise self._damaged(f"has {len(members)} members")
+            raise self._damaged(f"has {len(members)} members, expected 1 to {_MAX_MEMBERS}")
         for member in members:
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
                 raise self._damaged(f"its member {member.filename!r} is compressed or encrypted")
         return members
 
     def _refuse_large_directory(self) -> None:
-        """Look at what kind of file it is, and at how much `zipfile` would read at once."""
+        """Check the file's type and the amount of data that `zipfile` would read at once."""
         head = bytearray(min(len(_MAGIC), self.nbytes))
         read_exactly(self._descriptor, 0, memoryview(head), path=self._path, error=SourceError)
         if head != _MAGIC:
@@ -110,21 +130,21 @@ class TorchZip:
         read_exactly(self._descriptor, self.nbytes - len(tail), memoryview(tail), path=self._path, error=SourceError)
         end = tail.rfind(b"PK\x05\x06")
         if end < 0 or end + _END_NBYTES > len(tail):
-            raise self._damaged("ends before its directory does: it was cut off")
+            raise self._damaged("has no complete zip directory at its end: it is truncated")
         size = int.from_bytes(tail[end + 12 : end + 16], "little")
         if _MAX_DIRECTORY_NBYTES < size < 2**32 - 1:
-            raise self._damaged(f"has a directory of {size} bytes")
+            raise self._damaged(f"has a zip directory of {size} bytes, the limit is {_MAX_DIRECTORY_NBYTES}")
 
     def _start(self, member: zipfile.ZipInfo) -> int:
-        """Return the byte at which a member's data begins; its own header tells how long that is."""
+        """Return the offset at which a member's data begins, which depends on the length of its local header."""
         if member.header_offset < 0 or member.header_offset + _LOCAL_HEADER.size > self.nbytes:
-            raise self._damaged(f"its member {member.filename!r} lies beyond its end")
+            raise self._damaged(f"its member {member.filename!r} begins beyond the end of the file")
         data = bytearray(_LOCAL_HEADER.size)
         read_exactly(self._descriptor, member.header_offset, memoryview(data), path=self._path, error=SourceError)
         magic, *_, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(data)
         start = member.header_offset + _LOCAL_HEADER.size + int(name_nbytes) + int(extra_nbytes)
         if magic != _MAGIC or start + member.file_size > self.nbytes:
-            raise self._damaged(f"its member {member.filename!r} does not lie where its directory says")
+            raise self._damaged(f"its member {member.filename!r} is not where the zip directory says")
         return start
 
     def _damaged(self, problem: str) -> SourceError:

@@ -1,1 +1,1 @@
-"""How good an artifact is beside its source, and how it gets better within the same bytes."""
+"""Measures how close an artifact is to its source, and improves it without changing its size."""

@@ -1,7 +1,7 @@
-"""A causal model in two parts: what makes hidden states, and the last product, which can be taken a few rows at a time.
+"""Splits a causal model into a body, which computes hidden states, and a head, which computes logits.
 
-The logits of a whole batch are the largest tensor of a step (vocabulary times tokens); with the head apart, losses need
-only those of a chunk of positions.
+The logits of a whole batch are the largest tensor of a step (vocabulary times tokens). With a separate head, losses
+need the logits of only one chunk of positions at a time.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CHUNK_NBYTES = 16 << 20
-"""Several tensors of a chunk of positions exist at a time."""
+"""Size of the float32 logits of a chunk. Several tensors of this size exist at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitModel:
-    """body: ids [B, L] -> hidden states [B, L, H]. head: hidden states [P, H] -> logits [P, V].
+    """A causal model in two parts.
 
-    chunk_nbytes: float32 logits of a chunk of positions.
+    Attributes:
+        body: Maps token ids [B, L] to hidden states [B, L, H].
+        head: Maps hidden states [P, H] to logits [P, V].
+        vocabulary: Size of the vocabulary, V.
+        chunk_nbytes: Size in bytes of the float32 logits of a chunk of positions.
     """
 
     body: Callable[[Tensor], Tensor]
@@ -30,15 +34,16 @@ class SplitModel:
     chunk_nbytes: int = CHUNK_NBYTES
 
     def chunks(self, n_positions: int) -> list[slice]:
-        """Return the ranges of positions to take logits of at a time."""
+        """Return the ranges of positions whose logits are computed together."""
         step = max(1, self.chunk_nbytes // (4 * self.vocabulary))
         return [slice(start, min(start + step, n_positions)) for start in range(0, n_positions, step)]
 
 
 def split_head(model: PreTrainedModel) -> SplitModel:
-    """Split a model whose logits are its output layer's; of another one (scaled or capped logits) the head is nothing.
+    """Split a model into body and head.
 
-    Which it is, is tried out on four tokens.
+    If the logits are not exactly the output layer's product (for example scaled or capped), the whole model becomes the
+    body and the head returns its input. A run on four tokens determines which case applies.
     """
     base, output = model.base_model, model.get_output_embeddings()  # type: ignore[no-untyped-call]
     vocabulary = int(model.config.get_text_config().vocab_size)

@@ -1,4 +1,4 @@
-"""Is a 16-bit checkpoint the one that an artifact was made from? By the digests in the manifest, tensor by tensor."""
+"""Checks whether a 16-bit checkpoint is the source of an artifact, by the digests in the manifest, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ from qformat.errors import Option, Reason, SourceError, UsageError, Words
 
 
 def check_source(manifests: Mapping[str, Manifest], source: Path) -> set[str]:
-    """Compare the weights of `source` with the digests in the manifests of artifacts; each weight is read once.
+    """Compare the weights of a checkpoint with the digests in the manifests of artifacts. Each weight is read once.
 
-    manifests: by the artifact's name. Returns the names of those that have such digests.
-    Raises SourceError for the first weight that is missing or another.
+    Args:
+        manifests: Manifests of the artifacts, keyed by name.
+        source: Directory of the checkpoint.
+
+    Returns:
+        The names of the artifacts whose manifests contain such digests.
+
+    Raises:
+        SourceError: A weight is missing or differs.
     """
     expected = {artifact: _digests_of_weights(manifest) for artifact, manifest in manifests.items()}
     layout = read_headers(source, error=SourceError)
-    next_step = ("Give its source, or ", Option("any_source", True), " to compare with this one all the same")
+    next_step = ("Give the artifact's source, or compare with this one anyway: ", Option("any_source", True))
     for artifact, digests in expected.items():
         _refuse_missing(artifact, digests, layout, next_step)
     found = _digests(layout, set().union(*expected.values()))
@@ -35,22 +42,28 @@ def check_source(manifests: Mapping[str, Manifest], source: Path) -> set[str]:
 
 
 def check_whole_source(artifact: Artifact, source: Path, *, trust: bool) -> str:
-    """Compare every tensor of a checkpoint with the artifact's manifest; return one digest of them all.
+    """Compare every tensor of a checkpoint with an artifact's manifest and return one digest of all tensors.
 
-    trust: take a source on trust whose digests the manifest does not know; those that it knows are compared.
-    Raises SourceError for the first tensor that is missing or another, UsageError for a manifest without digests.
+    Args:
+        artifact: The open artifact.
+        source: Directory of the checkpoint.
+        trust: Whether to accept tensors whose digest the manifest does not contain. All others are compared.
+
+    Raises:
+        SourceError: A tensor is missing or differs.
+        UsageError: The manifest lacks digests and `trust` is False.
     """
     expected = source_digests(artifact.manifest)
     unknown = [name for name, digest in expected.items() if digest is None]
     if unknown and not trust:
         raise UsageError(
-            f"{artifact.path}: its manifest does not name the digest of the source of {unknown[0]} and "
-            f"{len(unknown) - 1} others, so nothing shows that {source} is what it was made from. "
-            "Convert the source anew, or take it on trust with ",
+            f"{artifact.path}: its manifest lacks the source digest of {unknown[0]} and "
+            f"{len(unknown) - 1} other tensors, so it is unknown whether {source} is its source. "
+            "Convert the source again, or trust it with ",
             Option("trust_source", True),
         )
     layout = read_headers(source, error=SourceError)
-    next_step = ("Give the checkpoint that the artifact was made from",)
+    next_step = ("Give the artifact's source checkpoint",)
     _refuse_missing(artifact.path.name, expected, layout, next_step)
     found = _digests(layout, expected)
     _refuse_others(artifact.path.name, expected, found, layout, next_step)
@@ -58,7 +71,7 @@ def check_whole_source(artifact: Artifact, source: Path, *, trust: bool) -> str:
 
 
 def source_digests(manifest: Manifest) -> dict[str, str | None]:
-    """Return the XXH3-128 that each tensor of the source must have, None where the manifest does not know it."""
+    """Return the XXH3-128 of each tensor of the source, or None if the manifest does not contain it."""
     return {
         name: record.source_xxh3 or (record.xxh3 if isinstance(record, KeptRecord) else None)
         for name, record in manifest.tensors.items()
@@ -66,13 +79,13 @@ def source_digests(manifest: Manifest) -> dict[str, str | None]:
 
 
 def _digests_of_weights(manifest: Manifest) -> dict[str, str]:
-    """Of packed weights only: other sources of the same weights may keep the rest in another dtype."""
+    """Return the source digests of packed weights only, since a source may keep other tensors in another dtype."""
     packed = ((name, record) for name, record in manifest.tensors.items() if isinstance(record, PackedRecord))
     return {name: record.source_xxh3 for name, record in packed if record.source_xxh3 is not None}
 
 
 def _digests(layout: ShardLayout, names: Collection[str]) -> dict[str, str]:
-    """Return the XXH3-128 of tensors of a checkpoint, all of which are there."""
+    """Return the XXH3-128 of tensors of a checkpoint, all of which must exist."""
     with ExitStack() as stack:
         files = {
             shard: stack.enter_context(open_regular(layout.path, shard, error=SourceError))
@@ -94,7 +107,7 @@ def _refuse_missing(artifact: str, expected: Mapping[str, str | None], layout: S
             raise SourceError(
                 Reason.SOURCE_MISMATCH,
                 layout.path,
-                f"has no such tensor, but {artifact} was made from one",
+                f"is missing, but {artifact} was converted from it",
                 tensor=name,
                 next_step=next_step,
             )
@@ -112,8 +125,8 @@ def _refuse_others(
         raise SourceError(
             Reason.SOURCE_MISMATCH,
             layout.path / layout.located[wrong[0]].shard,
-            f"is not the tensor that {artifact} was made from: XXH3-128 {found[wrong[0]]}, "
-            f"expected {expected[wrong[0]]}; so are {len(wrong)} of {len(expected)} tensors",
+            f"is not the tensor that {artifact} was converted from: XXH3-128 {found[wrong[0]]}, "
+            f"expected {expected[wrong[0]]} ({len(wrong)} of {len(expected)} tensors differ)",
             tensor=wrong[0],
             next_step=next_step,
         )

@@ -1,8 +1,8 @@
-"""Data files as windows of tokens, all of one length: what quality is measured on and tuned by.
+"""Data files as token windows of one length, which quality is measured on and tuning uses.
 
-A file of plain text is one stream of tokens. The rows of JSON lines and Parquet files (text, prompt and completion,
-conversations) are rendered as for training, and follow one another. The stream is cut into windows without overlap;
-what is left at its end is dropped. Where the tokenizer begins a text with BOS, so does every window.
+A file of plain text is one stream of tokens. The rows of JSON Lines and Parquet files (text, prompt and completion,
+conversations) are rendered as for training and concatenated. The stream is cut into windows without overlap; the
+remainder at its end is dropped. If the tokenizer begins a text with BOS, so does every window.
 """
 
 from __future__ import annotations
@@ -30,20 +30,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-"""Files of other names are plain text."""
+"""Suffixes of files with rows. All other files are plain text."""
 
 PIECE_CHARACTERS = 2**20
-"""Of a plain text that are tokenised at a time: a piece ends with a line, and takes some 50 MB meanwhile."""
+"""Number of characters of plain text to tokenise at a time. A piece ends at a line end and needs about 50 MB."""
 
 _BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class TokenWindows:
-    """Windows of a text. parts: the files, folders or names that it was given as.
+    """Windows of a text.
 
-    ids: int32 [n_windows, length]. numbers: int64 [n_windows], which windows of the whole text they are, from 0.
-    sha256: of the bytes of the data, its files one after the other. n_tokens: of the whole text.
+    Attributes:
+        parts: The files, directories or dataset names that the user gave.
+        ids: Token ids, int32 [n_windows, length].
+        numbers: Index of each window in the whole text, int64 [n_windows].
+        sha256: SHA-256 of the data: the bytes of its files, concatenated.
+        n_tokens: Number of tokens in the whole text.
     """
 
     parts: tuple[str, ...]
@@ -57,32 +61,41 @@ class TokenWindows:
 
     @property
     def name(self) -> str:
-        """The text, for messages."""
+        """Name of the text, for messages."""
         return ", ".join(self.parts)
 
     @property
     def length(self) -> int:
-        """Tokens of a window."""
+        """Number of tokens per window."""
         return int(self.ids.shape[1])
 
     def spread(self, count: int) -> TokenWindows:
-        """Return `count` windows, or all if there are fewer, at even distances over the text."""
+        """Return `count` windows evenly spaced over the text, or all if there are fewer."""
         count = min(count, len(self))
         return self._take((2 * np.arange(count) + 1) * len(self) // (2 * max(count, 1)))
 
     def sample(self, count: int, *, seed: int) -> TokenWindows:
-        """Return `count` windows, or all if there are fewer, chosen and ordered by chance."""
+        """Return `count` randomly chosen windows in random order, or all if there are fewer.
+
+        Args:
+            count: Number of windows.
+            seed: Seed of the random choice.
+        """
         return self._take(np.random.default_rng(seed).permutation(len(self))[:count])
 
     def hold_out(self, count: int) -> tuple[TokenWindows, TokenWindows]:
-        """Return the others, and `count` windows at even distances over the text.
+        """Split off `count` windows evenly spaced over the text.
 
-        Raises UsageError where no other would be left.
+        Returns:
+            The remaining windows and the held-out ones.
+
+        Raises:
+            UsageError: No window would remain.
         """
         if count >= len(self):
             raise UsageError(
-                f"{self.name}: {len(self)} windows of {self.length} tokens, and {count} would be held out. "
-                "Give more text, or make the windows shorter"
+                f"{self.name}: contains {len(self)} windows of {self.length} tokens, but {count} would be held out. "
+                "Give more text or use shorter windows"
             )
         held_out = self.spread(count)
         return self._take(np.flatnonzero(~np.isin(self.numbers, held_out.numbers))), held_out
@@ -99,16 +112,22 @@ def read_windows(
     split: str = "train",
     piece_characters: int = PIECE_CHARACTERS,
 ) -> TokenWindows:
-    """Read all windows of a text. Same data and tokenizer, same windows. Memory: four bytes a token.
+    """Read all windows of a text. The same data and tokenizer give the same windows. Needs 4 bytes of memory per token.
 
-    source: a file of plain text, or what `find_files` takes: a file with rows, a folder of them, a dataset of the Hub;
-        or several of these, which follow one another.
-    length: tokens of a window, BOS included. piece_characters: of a plain text that are tokenised at a time.
-    Raises DataError for a file that is no UTF-8, a row that cannot be used, and for less than one window of text;
-        UsageError for a source that is not there, or a tokenizer that is no fast one.
+    Args:
+        source: A plain text file, or what `find_files` accepts: a file with rows, a directory of such files, a Hub
+            dataset; or several of these, which are concatenated.
+        tokenizer: The tokenizer of the model, which must be a fast one.
+        length: Number of tokens per window, BOS included.
+        split: Split of a Hub dataset.
+        piece_characters: Number of characters of plain text to tokenise at a time.
+
+    Raises:
+        DataError: A file is not valid UTF-8, a row cannot be used, or the text is shorter than one window.
+        UsageError: The source does not exist, or the tokenizer is not a fast one.
     """
     if length < 2:
-        raise UsageError(f"windows of {length} token(s): at least 2 are needed, since the first one predicts nothing")
+        raise UsageError(f"window length {length}: must be at least 2 tokens, because the first one is not predicted")
     backend = own_tokenizer(tokenizer)
     parts = [source] if isinstance(source, (str, Path)) else list(source)
     sha256 = hashlib.sha256()
@@ -124,15 +143,24 @@ def read_windows(
         raise DataError(
             "too_short",
             ", ".join(map(str, parts)),
-            f"{len(stream)} tokens, which is less than one window of {length}",
+            f"contains {len(stream)} tokens, fewer than one window of {length}",
             place=None,
-            next_step="Give more text, or shorter windows",
+            next_step="Give more text or use shorter windows",
         )
     return TokenWindows(tuple(map(str, parts)), ids, np.arange(len(ids)), sha256.hexdigest(), len(stream))
 
 
 def cut(stream: NDArray[np.int32], length: int, *, bos_id: int | None) -> NDArray[np.int32]:
-    """Cut int32 (n_tokens,) into windows, int32 [n_windows, length], each begun with BOS unless its text brings it."""
+    """Cut a stream of tokens into windows. Each begins with BOS, which is added unless the text already has it there.
+
+    Args:
+        stream: Token ids, int32 [n_tokens].
+        length: Number of tokens per window, BOS included.
+        bos_id: Token id of BOS, or None to add none.
+
+    Returns:
+        Windows, int32 [n_windows, length].
+    """
     windows = []
     start = 0
     while start < len(stream):
@@ -150,7 +178,7 @@ def _is_plain_text(path: Path) -> bool:
 
 
 def _text_stream(path: Path, backend: Tokenizer, sha256: hashlib._Hash, piece_characters: int) -> NDArray[np.int32]:
-    """Return the tokens of a file, without special ones, and add its bytes to a digest."""
+    """Return the tokens of a file without special tokens, and add its bytes to a digest."""
     try:
         data = path.read_bytes()
     except OSError as problem:
@@ -161,9 +189,9 @@ def _text_stream(path: Path, backend: Tokenizer, sha256: hashlib._Hash, piece_ch
         raise DataError(
             BadRow.NOT_UTF8,
             path,
-            f"is read as plain text, and is not UTF-8 at byte {problem.start}",
+            f"was read as plain text but is not valid UTF-8 (byte {problem.start})",
             place=None,
-            next_step=f"Convert it, or give it the suffix of what it is: {', '.join(ROW_SUFFIXES)}",
+            next_step=f"Convert it to UTF-8, or give it the suffix of its format: {', '.join(ROW_SUFFIXES)}",
         ) from None
     tokens = [
         np.array(backend.encode(piece, add_special_tokens=False).ids, np.int32)
@@ -174,7 +202,7 @@ def _text_stream(path: Path, backend: Tokenizer, sha256: hashlib._Hash, piece_ch
 
 
 def _pieces(text: str, characters: int) -> Iterator[str]:
-    """Cut a text into pieces of at most so many characters, at line ends, so that hardly a token is cut in two."""
+    """Split a text into pieces of at most `characters`, at line ends if possible, so that few tokens are split."""
     start = 0
     while start < len(text):
         stop = start + characters
@@ -187,7 +215,7 @@ def _pieces(text: str, characters: int) -> Iterator[str]:
 def _row_stream(
     files: list[DataFile], tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, sha256: hashlib._Hash
 ) -> NDArray[np.int32]:
-    """Return the tokens of all rows, as training would see them, and add the files' bytes to a digest."""
+    """Return the tokens of all rows as training sees them, and add the files' bytes to a digest."""
     states = [_hashed(file, sha256) for file in files]
     tokens = [
         example.ids
@@ -210,7 +238,7 @@ def _rendered(files: list[DataFile], renderer: Renderer) -> Iterator[list[Render
 
 
 def _hashed(file: DataFile, sha256: hashlib._Hash) -> FileState:
-    """Add a file's bytes to a digest and return by what a later change is noticed."""
+    """Add a file's bytes to a digest and return the state by which a later change is noticed."""
     try:
         with file.path.open("rb") as opened:
             before = os.fstat(opened.fileno())
@@ -222,7 +250,7 @@ def _hashed(file: DataFile, sha256: hashlib._Hash) -> FileState:
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> int | None:
-    """Return the BOS with which the tokenizer begins a text, None where it does not."""
+    """Return the BOS token that the tokenizer puts at the start of a text, or None."""
     first = backend.encode("", add_special_tokens=True).ids[:1]
     return first[0] if first and first[0] == tokenizer.bos_token_id else None
 

@@ -1,4 +1,4 @@
-"""A disk that fails on purpose, at any single call; and what tests of interrupted conversions share."""
+"""A disk that fails on purpose at any single call, and helpers for tests of interrupted conversions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PRIMITIVES = sorted(name for name in dir(Disk) if name.startswith("raw_"))
 
 
 class Killed(BaseException):
-    """The process is gone: nothing that it does after this reaches the disk."""
+    """The process was killed: nothing that it does afterwards reaches the disk."""
 
 
 class FaultyDisk(Disk):
-    """A disk that does something else at the `fail_at`-th call of a primitive. fsync is counted, but not waited for."""
+    """A disk with a fault at the `fail_at`-th call of a primitive. fsync is counted but not executed."""
 
     def __init__(self, fail_at: int = -1, fault: str = "none") -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class FaultyDisk(Disk):
         return None if name == "raw_fsync" else getattr(Disk, name)(self, *arguments)
 
     def die(self) -> None:
-        """What happens to the disk at the moment of the kill."""
+        """Apply the effects of the kill to the disk."""
 
 
 def _intercepted(name: str) -> Callable[..., object]:
@@ -79,7 +79,7 @@ for primitive in PRIMITIVES:
 
 
 class DiskWithRoom(Disk):
-    """A disk that says how many bytes are free."""
+    """A disk that reports a given number of free bytes."""
 
     def __init__(self, nbytes: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class DiskWithRoom(Disk):
 
 
 class PowerCut(FaultyDisk):
-    """At the kill, part of what was written since each file's last fsync is lost: zeroed, cut off, or with the file."""
+    """A disk on which a kill loses part of what was written since each file's last fsync: zeroed, cut or deleted."""
 
     def __init__(self, fail_at: int, seed: int) -> None:
         super().__init__(fail_at, "kill")
@@ -138,7 +138,7 @@ class PowerCut(FaultyDisk):
 
 
 class KilledAfter(FaultyDisk):
-    """The kill comes when that many lines are in the journal."""
+    """A disk that kills the process once the journal has a given number of lines."""
 
     def __init__(self, *, n_lines: int) -> None:
         super().__init__()

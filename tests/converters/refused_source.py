@@ -1,4 +1,4 @@
-"""The error of a source that is refused, the same from a plan and a conversion."""
+"""The error for a source that is rejected by both plan and conversion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qformat.errors import SourceError
 
 
 def refusal(source: Path, options: ConversionOptions | None = None) -> SourceError:
-    """Return the error of a conversion, which plan finds as well, after which nothing stands under OUT."""
+    """Return the error of a conversion, after checking that plan raises the same and that no output exists."""
     out = source.with_name("out")
     with pytest.raises(SourceError) as refused:
         convert(source, out, options)

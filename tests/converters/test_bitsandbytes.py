@@ -1,4 +1,4 @@
-"""bitsandbytes and transformers as the oracle: same codes, same model, same components back."""
+"""Comparison with bitsandbytes and transformers: same codes, same model, same components after saving."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def absmax_of(weight: torch.Tensor) -> torch.Tensor:
-    """Return the largest magnitude of each block of 64, float64."""
+    """Return the absmax of each block of 64, float64."""
     flat = weight.double().abs().flatten()
     return nn.functional.pad(flat, (0, -flat.numel() % 64)).view(-1, 64).amax(1)
 
@@ -98,7 +98,7 @@ def own_quantization(source: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def logits_of(model: PreTrainedModel) -> torch.Tensor:
-    """With gradients enabled: bitsandbytes' inference path on AVX512-BF16 CPUs rewrites the scales."""
+    """Compute logits with gradients enabled: bitsandbytes' inference path on AVX512-BF16 CPUs rewrites the scales."""
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
     logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.detach().float()

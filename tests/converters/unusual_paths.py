@@ -1,4 +1,4 @@
-"""What may stand where a plain file or folder is expected."""
+"""Unusual entries in place of a plain file or directory."""
 
 from __future__ import annotations
 

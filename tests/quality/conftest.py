@@ -1,4 +1,4 @@
-"""Tiny models and texts that the tests of quality share. Not to be changed by them."""
+"""Tiny models and texts shared by the tests of quality, which must not change them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def artifact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def coarse(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in blocks of 256."""
+    """The same artifact in blocks of 256."""
     return models.write_artifact(source, tmp_path_factory.mktemp("quality") / "coarse", block_size=256)
 
 

@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {"hidden": 64, "intermediate": 128, "vocabulary": runs.V
 
 
 def tensors(*, seed: int = 0, vocabulary: int = runs.VOCABULARY) -> dict[str, Tensor]:
-    """Return a Llama that is not indifferent to what it reads: norms of 1, and logits some units apart."""
+    """Return a Llama whose output depends on its input: norms of 1, and logits some units apart."""
     found = llama_tensors(**{**SIZES, "vocabulary": vocabulary}, seed=seed)
     norms = {name: tensor_of(np.ones(tensor.shape), "BF16") for name, tensor in found.items() if "norm" in name}
     return {**found, **norms, "lm_head.weight": weight((vocabulary, SIZES["hidden"]), scale=0.4, seed=seed + 99)}

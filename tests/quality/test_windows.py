@@ -1,4 +1,4 @@
-"""Data files as windows of tokens, against what transformers' tokenizer makes of the same text."""
+"""Data files as token windows, compared with the output of transformers' tokenizer on the same text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def bos_tokenizer() -> PreTrainedTokenizerFast:
-    """One that begins every text with a BOS, as Llama's do."""
+    """Return a tokenizer that begins every text with BOS, like Llama's."""
     tokenizer = runs.small_tokenizer()
     tokenizer.bos_token = "</s>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ def test_the_digest_is_the_sha256_of_the_bytes(
     assert both.sha256 == hashlib.sha256(whole + rows.read_bytes()).hexdigest()
 
 
-def test_a_window_begins_with_bos_where_the_tokenizer_begins_texts_so(
+def test_windows_begin_with_bos_if_the_tokenizer_adds_it(
     text_file: Path, bos_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     expected = bos_tokenizer(TEXT, add_special_tokens=False)["input_ids"]
@@ -89,7 +89,7 @@ def test_a_window_never_begins_with_two_bos() -> None:
     assert cut(np.array([1, 5, 6, 7, 8], np.int32), 2, bos_id=None).tolist() == [[1, 5], [6, 7]]
 
 
-def test_rows_follow_one_another_as_training_renders_them(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_rows_are_concatenated_as_training_renders_them(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     got = read_windows(write_rows(tmp_path / "rows.jsonl"), tokenizer, length=16)
     assert isinstance(tokenizer.eos_token, str)
     expected = [
@@ -121,7 +121,7 @@ def test_a_text_without_line_ends_keeps_every_character(tmp_path: Path, tokenize
     assert path.read_text().startswith(tokenizer.decode(ids.reshape(-1)).strip())
 
 
-def test_spread_takes_windows_at_even_distances(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_spread_returns_evenly_spaced_windows(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     everything = read_windows(text_file, tokenizer, length=8)
     few = everything.spread(4)
     steps = np.diff(few.numbers)
@@ -143,7 +143,7 @@ def test_a_sample_is_of_different_windows_and_the_same_for_the_same_seed(
     assert np.array_equal(one.ids, everything.ids[one.numbers])
 
 
-def test_held_out_windows_and_the_others_are_all_of_them(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_held_out_and_remaining_windows_are_complete(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     everything = read_windows(text_file, tokenizer, length=8)
     rest, held_out = everything.hold_out(5)
     assert len(held_out) == 5
@@ -152,30 +152,30 @@ def test_held_out_windows_and_the_others_are_all_of_them(text_file: Path, tokeni
         everything.hold_out(len(everything))
 
 
-def test_less_than_one_window_is_refused_with_both_sizes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_less_than_one_window_is_rejected_with_both_sizes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "short.txt"
     path.write_text("the block")
     n_tokens = len(tokenizer("the block")["input_ids"])
-    with pytest.raises(DataError, match=f"short.txt: {n_tokens} tokens, which is less than one window of 64"):
+    with pytest.raises(DataError, match=f"short.txt: contains {n_tokens} tokens, fewer than one window of 64"):
         read_windows(path, tokenizer, length=64)
     path.write_text("")
-    with pytest.raises(DataError, match="0 tokens"):
+    with pytest.raises(DataError, match="contains 0 tokens"):
         read_windows(path, tokenizer, length=64)
 
 
-def test_a_binary_file_is_refused_with_the_position(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_binary_file_is_rejected_with_the_position(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "rows.bin"
     path.write_bytes(b"text" + bytes([0xFF, 0xFE]))
-    with pytest.raises(DataError, match="not UTF-8 at byte 4"):
+    with pytest.raises(DataError, match=r"not valid UTF-8 \(byte 4\)"):
         read_windows(path, tokenizer, length=4)
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl"])
-def test_a_missing_file_is_named(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_missing_file_is_reported(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match=name):
         read_windows(tmp_path / name, tokenizer, length=4)
 
 
-def test_a_window_of_one_token_is_refused(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_window_of_one_token_is_rejected(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match="at least 2"):
         read_windows(text_file, tokenizer, length=1)

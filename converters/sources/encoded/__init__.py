@@ -1,1 +1,1 @@
-"""Checkpoints in the encodings of other programs, decoded while they are read: FP8 and MXFP4 blocks."""
+"""Checkpoints in FP8 and MXFP4, decoded while they are read."""

@@ -1,4 +1,4 @@
-"""A source that decodes another one while it is read: what the fp8, MXFP4 and bitsandbytes sources share."""
+"""A source that decodes another one while it is read; shared by the FP8, MXFP4 and bitsandbytes sources."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qformat.errors import Reason, SourceError
 from qformat.names import CONFIG_NAME
 
 _Encoded = TypeVar("_Encoded")
-"""How a subclass finds the stored tensors of one that it decodes."""
+"""How a subclass describes the stored form of a tensor that it decodes."""
 
 
 class DecodingSource:
-    """The tensors of `stored` as they decode. A subclass says which they are and reads them.
+    """Decoded view of another source, `stored`. A subclass lists the decoded tensors and reads them.
 
-    Whatever is not decoded passes through. Closing it closes `stored`.
+    Everything else passes through. Closing it closes `stored`.
     """
 
     kind = ""
@@ -39,11 +39,11 @@ class DecodingSource:
         self.tensors: Mapping[str, SourceTensor] = stored.tensors
 
     def describe(self) -> JsonObject:
-        """Return what is recorded of the stored source, under this kind, with the container that held it."""
+        """Return the manifest's record of the stored source under this kind, with the stored kind as the container."""
         return {**self.stored.describe(), "kind": self.kind, "container": self.stored.kind}
 
     def fingerprint(self) -> str:
-        """Return the stored source's fingerprint: it holds the config, and with it the encoding."""
+        """Return the stored source's fingerprint, which covers the config and thereby the encoding."""
         return f"{self.kind} {self.stored.fingerprint()}"
 
     def state(self) -> JsonObject:
@@ -51,7 +51,13 @@ class DecodingSource:
         return self.stored.state()
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with stored bytes, for tensors that are not encoded."""
+        """Fill `out` with stored bytes of a tensor that is not encoded.
+
+        Args:
+            tensor: The tensor to read.
+            offset: Offset of the first byte in the tensor.
+            out: Buffer to fill.
+        """
         self.stored.read_into(tensor, offset, out)
 
     def read_side_file(self, name: str) -> bytes:
@@ -70,21 +76,27 @@ class DecodingSource:
 
 
 class BlockFloats(DecodingSource, ABC, Generic[_Encoded]):
-    """Tensors that are stored as codes and scales of blocks, and are bfloat16 to whoever reads them."""
+    """Tensors that are stored as codes and block scales and read as bfloat16."""
 
     def _decode(self, encoded: Mapping[str, _Encoded], tensors: Mapping[str, SourceTensor], *, mark: str) -> None:
-        """Take up what is encoded, and all tensors of the decoded model. mark: what tells that one is encoded.
+        """Set the encoded tensors and all tensors of the decoded model. Raises SourceError if nothing is encoded.
 
-        Raises SourceError where nothing is.
+        mark: completes the message "but no ..." with what an encoded tensor looks like.
         """
         if not encoded:
-            path, problem = self.location / CONFIG_NAME, f"says {self.kind}, but no {mark}"
+            path, problem = self.location / CONFIG_NAME, f"is for {self.kind}, but no {mark}"
             raise SourceError(Reason.CONFIG_FIELD, path, problem, field="quantization_config")
         self._encoded = encoded
         self.tensors = tensors
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with the decoded tensor's bytes from byte `offset` (a whole element) on."""
+        """Fill `out` with bytes of a decoded tensor.
+
+        Args:
+            tensor: The tensor to read.
+            offset: Offset of the first byte in the decoded tensor, at an element boundary.
+            out: Buffer to fill.
+        """
         encoded = self._encoded.get(tensor.name)
         if encoded is None:
             self.stored.read_into(tensor, offset, out)
@@ -93,16 +105,25 @@ class BlockFloats(DecodingSource, ABC, Generic[_Encoded]):
 
     @abstractmethod
     def _decode_into(self, encoded: _Encoded, start: int, out: NDArray[np.uint16]) -> None:
-        """Fill `out` with the bits of bfloat16 elements from element `start` on."""
+        """Fill `out` with the bits of bfloat16 elements, beginning at element `start`."""
 
 
 def refuse_dtype(stored: Source, tensor: SourceTensor, allowed: Collection[str]) -> None:
-    """Refuse codes or scales of a dtype that they cannot have. Raises SourceError."""
+    """Reject codes or scales whose dtype is not allowed.
+
+    Args:
+        stored: The stored source, for the message.
+        tensor: The codes or scales.
+        allowed: Dtypes that are allowed.
+
+    Raises:
+        SourceError: The dtype is not allowed.
+    """
     if tensor.dtype not in allowed:
         expected = next(iter(allowed)) if len(allowed) == 1 else f"one of {', '.join(sorted(allowed))}"
         raise SourceError(
             Reason.COMPONENT_DTYPE,
             stored.location / tensor.file,
-            f"{tensor.dtype}, expected {expected}",
+            f"dtype {tensor.dtype}, expected {expected}",
             tensor=tensor.name,
         )

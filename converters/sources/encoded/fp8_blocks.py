@@ -1,8 +1,9 @@
-"""The fp8 source: E4M3 weights with a scale for each block (DeepSeek-V3, Qwen3 FP8), decoded to bfloat16 in the stream.
+"""The FP8 source: E4M3 weights with one scale per block (DeepSeek-V3, Qwen3 FP8), decoded to bfloat16 while reading.
 
-`X.weight` (F8_E4M3) is multiplied by `X.weight_scale_inv`, one scale for each block of `weight_block_size` elements,
-the last ones possibly partial, or one for the whole tensor. The scales, and those of activations, are no tensors of
-the decoded model. Source: transformers' `Fp8Dequantize`, which computes the same where the blocks divide the weight.
+`X.weight` (F8_E4M3) is multiplied by `X.weight_scale_inv`, which has one scale per block of `weight_block_size`
+elements, with partial blocks at the edges, or one scale for the whole tensor. The decoded model has neither these
+scales nor those of activations. The result is the same as that of transformers' `Fp8Dequantize` if the blocks divide
+the weight evenly.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _DEFAULT_BLOCK = (128, 128)
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """A weight as it is stored, its scales, and the size of a block in rows and columns."""
+    """A stored weight, its scales, and the number of rows and columns of a block."""
 
     weight: SourceTensor
     scales: SourceTensor
@@ -39,7 +40,7 @@ class _Encoded:
 
 
 class _Kept(threading.local):
-    """The scales of the weight that a thread decodes, read once."""
+    """Scales of the weight that a thread is decoding, read once."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -47,7 +48,7 @@ class _Kept(threading.local):
 
 
 class Fp8Blocks(BlockFloats[_Encoded]):
-    """A checkpoint of 8-bit floats, as bfloat16."""
+    """A checkpoint of 8-bit floats, read as bfloat16."""
 
     kind = "fp8"
 
@@ -84,7 +85,7 @@ def _is_scale(name: str, encoded: Collection[str]) -> bool:
 
 
 def _block_size(stored: Source) -> tuple[int, int] | None:
-    """Return rows and columns of a block, None for one scale a tensor."""
+    """Return the number of rows and columns of a block, or None for one scale per tensor."""
     quantization = stored.config["quantization_config"]
     assert isinstance(quantization, dict)
     size = quantization.get("weight_block_size", list(_DEFAULT_BLOCK))
@@ -108,7 +109,7 @@ def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | 
     scales = stored.tensors.get(tensor.name + SCALE_SUFFIX)
     if scales is None:
         raise SourceError(
-            Reason.MISSING_COMPONENT, path, f"{_WEIGHT_DTYPE} without its scales", tensor=tensor.name,
+            Reason.MISSING_COMPONENT, path, f"is in {_WEIGHT_DTYPE} but has no scales", tensor=tensor.name,
             field=SCALE_SUFFIX.removeprefix("_"),
         )  # fmt: skip
     refuse_dtype(stored, scales, _SCALE_DTYPES)
@@ -119,7 +120,7 @@ def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | 
     if grid is None or scales.shape != (*tensor.shape[:-2], *grid):
         expected = f"{[*tensor.shape[:-2], *grid]} (blocks of {block})" if grid is not None else "one scale"
         raise SourceError(
-            Reason.COMPONENT_SHAPE, stored.location / scales.file, f"{list(scales.shape)}, expected {expected}",
+            Reason.COMPONENT_SHAPE, stored.location / scales.file, f"shape {list(scales.shape)}, expected {expected}",
             tensor=scales.name,
         )  # fmt: skip
     assert block is not None
@@ -127,7 +128,7 @@ def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | 
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of the matrices that a tensor of any rank consists of."""
+    """Return the number of rows and columns of the matrices that a tensor of any rank consists of."""
     columns = shape[-1] if shape else 1
     return (shape[-2] if len(shape) > 1 else 1), columns
 

@@ -1,7 +1,7 @@
-"""The MXFP4 source (gpt-oss): expert matrices in 4-bit floats with an 8-bit exponent for 32, decoded to bfloat16.
+"""The MXFP4 source (gpt-oss): expert matrices of 4-bit floats with an 8-bit exponent per 32, decoded to bfloat16.
 
-On disk `X_blocks` is uint8 [experts, n, k / 32, 16] and `X_scales` uint8 [experts, n, k / 32]; in memory `X` is
-[experts, k, n], transposed, as transformers' `convert_moe_packed_tensors` gives it. The other tensors are bfloat16.
+On disk, `X_blocks` is uint8 [experts, n, k / 32, 16] and `X_scales` is uint8 [experts, n, k / 32]. In memory, `X` is
+[experts, k, n]: transposed, as in transformers' `convert_moe_packed_tensors`. All other tensors are bfloat16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLOCK_NBYTES = MXFP4_BLOCK // 2
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """Codes and exponents of a tensor as they are stored: `n_rows` rows of `n_groups` blocks for each expert."""
+    """Stored codes and exponents of a tensor: `n_rows` rows of `n_groups` blocks for each expert."""
 
     blocks: SourceTensor
     scales: SourceTensor
@@ -34,7 +34,7 @@ class _Encoded:
 
 
 class _Kept(threading.local):
-    """The expert that a thread decodes: codes and exponents, read once."""
+    """Codes and exponents of the expert that a thread is decoding, read once."""
 
     def __init__(self) -> None:
         self.expert: tuple[str, int] | None = None
@@ -43,7 +43,7 @@ class _Kept(threading.local):
 
 
 class Mxfp4(BlockFloats[_Encoded]):
-    """A checkpoint with MXFP4 experts, as bfloat16."""
+    """A checkpoint with MXFP4 experts, read as bfloat16."""
 
     kind = "mxfp4"
 
@@ -60,7 +60,7 @@ class Mxfp4(BlockFloats[_Encoded]):
         for name in encoded:
             if name in passed:
                 raise SourceError(
-                    Reason.DUPLICATE_TENSOR, stored.location / passed[name].file, "is also there in MXFP4", tensor=name
+                    Reason.DUPLICATE_TENSOR, stored.location / passed[name].file, "is also stored in MXFP4", tensor=name
                 )
         decoded = {name: _decoded(name, one) for name, one in encoded.items()}
         self._decode(encoded, passed | decoded, mark=f"tensor's name ends in {BLOCKS_SUFFIX}")
@@ -102,13 +102,13 @@ def _with_scales(stored: Source, blocks: SourceTensor) -> _Encoded:
         refuse_dtype(stored, part, {"U8"})
     if len(blocks.shape) != 4 or blocks.shape[-1] != _BLOCK_NBYTES or 0 in blocks.shape:
         raise SourceError(
-            Reason.COMPONENT_SHAPE, path, f"{list(blocks.shape)}, expected [experts, rows, groups, {_BLOCK_NBYTES}]",
-            tensor=blocks.name,
+            Reason.COMPONENT_SHAPE, path,
+            f"shape {list(blocks.shape)}, expected [experts, rows, groups, {_BLOCK_NBYTES}]", tensor=blocks.name,
         )  # fmt: skip
     if scales.shape != blocks.shape[:-1]:
         raise SourceError(
             Reason.COMPONENT_SHAPE, stored.location / scales.file,
-            f"{list(scales.shape)}, expected {list(blocks.shape[:-1])}", tensor=scales.name,
+            f"shape {list(scales.shape)}, expected {list(blocks.shape[:-1])}", tensor=scales.name,
         )  # fmt: skip
     return _Encoded(blocks, scales, blocks.shape[1], blocks.shape[2])
 

@@ -1,8 +1,8 @@
-"""The GGUF source: one file of llama.cpp, or a folder with one, decoded in the stream.
+"""The GGUF source: one file of llama.cpp, or a directory with one, decoded while it is read.
 
-The format of the model is that of its matrices: float16 or float32 where all are, else bfloat16. Rows of the query and
-key projections of Llama models are put back into the order that transformers has; stacked experts become one matrix
-each. The tokenizer comes from the folder, if a folder is given and has one, else from the file.
+The model gets the format of its matrices: float16 or float32 if all have it, otherwise bfloat16. The rows of query and
+key projections of Llama models are put back into transformers' order, and stacked experts become one matrix each. The
+tokenizer comes from the directory, if a directory is given and has one, and otherwise from the file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_FACTORS = 2**16
 
 
 class GgufFile(FileSource[CheckpointFolder]):
-    """A GGUF file as a checkpoint of transformers. Opening reads the header only, not the tokenizer."""
+    """A GGUF file, presented as a transformers checkpoint. Opening reads the header only, not the tokenizer."""
 
     kind = "gguf"
 
@@ -59,11 +59,11 @@ class GgufFile(FileSource[CheckpointFolder]):
 
     @property
     def side_files(self) -> Mapping[str, int]:
-        """Files to carry over: those of the given folder, and a tokenizer, which transformers may have to convert."""
+        """Sizes of the files to carry over: those in the given directory, and a tokenizer, converted if necessary."""
         return {name: len(data) for name, data in self._side_files.items()}
 
     def describe(self) -> JsonObject:
-        """Return kind, the file's name and size, and how its matrices were stored."""
+        """Return the kind, the file's name and size, and the types of its matrices, as the manifest records them."""
         stored = sorted({t.stored.block_type.name for t in self._named.values() if len(t.stored.shape) > 1})
         return {
             "kind": self.kind,
@@ -72,7 +72,7 @@ class GgufFile(FileSource[CheckpointFolder]):
         }
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of config, tensors with their places, and side files."""
+        """Return the SHA-256 of config, tensors with their locations, and side files."""
         lines = [f"{self.kind} {strict_json.dumps(self.config)} {self._header.file_nbytes}"]
         for name, tensor in self._named.items():
             stored = tensor.stored
@@ -80,7 +80,13 @@ class GgufFile(FileSource[CheckpointFolder]):
         return self._digest(lines, self.side_files)
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with the decoded tensor's bytes from byte `offset` (a whole element) on."""
+        """Fill `out` with bytes of a decoded tensor.
+
+        Args:
+            tensor: The tensor to read.
+            offset: Offset of the first byte in the decoded tensor, at an element boundary.
+            out: Buffer to fill.
+        """
         raw = np.frombuffer(out, self._format.raw_dtype)
         named = self._named[tensor.name]
         row = named.stored.shape[-1]
@@ -97,7 +103,7 @@ class GgufFile(FileSource[CheckpointFolder]):
         return self._side_files[name]
 
     def _rows(self, named: NamedTensor, first: int, last: int) -> NDArray[np.float32]:
-        """Return the values of rows first to last, flat."""
+        """Return the values of rows `first` to `last`, flattened."""
         stored = named.stored
         if named.expert is not None:
             first, last = (row + named.expert * stored.shape[-2] for row in (first, last))
@@ -107,7 +113,7 @@ class GgufFile(FileSource[CheckpointFolder]):
         return values[_half_split(stored.shape[0], named.n_heads)] if named.n_heads else values
 
     def _unpermuted_rows(self, named: NamedTensor, first: int, last: int) -> NDArray[np.float32]:
-        """llama.cpp interleaves the two halves of each head's rows: read whole heads, and put them back."""
+        """Read whole heads and undo llama.cpp's interleaving of the two halves of each head's rows."""
         n_rows, row = named.stored.shape
         head = n_rows // named.n_heads
         first_head, last_head = first // head, -(-last // head)
@@ -116,7 +122,7 @@ class GgufFile(FileSource[CheckpointFolder]):
         return values[order[first - first_head * head :][: last - first]].reshape(-1)
 
     def _decode(self, stored: GgufTensor, first: int, last: int) -> NDArray[np.float32]:
-        """Return the values of stored rows first to last, flat; a vector is one row."""
+        """Return the values of stored rows `first` to `last`, flattened. A vector is one row."""
         row = stored.shape[-1]
         row_nbytes = row // stored.block_type.block_size * stored.block_type.block_nbytes
         data = np.empty((last - first) * row_nbytes, np.uint8)
@@ -131,7 +137,8 @@ class GgufFile(FileSource[CheckpointFolder]):
             return None
         if len(stored.shape) != 1 or stored.shape[0] > _MAX_FACTORS:
             path = self.location / self._name
-            raise SourceError(Reason.COMPONENT_SHAPE, path, f"{list(stored.shape)}", tensor=ROPE_FACTORS_NAME)
+            problem = f"shape {list(stored.shape)}, expected at most {_MAX_FACTORS} factors"
+            raise SourceError(Reason.COMPONENT_SHAPE, path, problem, tensor=ROPE_FACTORS_NAME)
         return self._decode(stored, 0, 1)
 
     @cached_property
@@ -145,7 +152,7 @@ class GgufFile(FileSource[CheckpointFolder]):
 
 
 def _half_split(n_rows: int, n_heads: int) -> NDArray[np.intp]:
-    """Return, for each row of transformers' order, the row of llama.cpp's."""
+    """Return the row in llama.cpp's order for each row in transformers' order."""
     return np.arange(n_rows).reshape(n_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -155,7 +162,7 @@ def _only_file(folder: Path) -> str:
         raise SourceError(
             Reason.UNSUPPORTED_SOURCE,
             folder,
-            f"has {len(names)} GGUF files ({', '.join(names[:5])})",
+            f"contains {len(names)} GGUF files ({', '.join(names[:5])})",
             next_step="Give the path of one of them",
         )
     return names[0]

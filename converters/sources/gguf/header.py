@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read strictly: every count, size and offset is checked before anything is made from it.
+"""Reads the header of a GGUF file strictly: every count, size and offset is checked before it is used.
 
-gguf-py's own reader maps whatever a file claims and fails without naming it. Source: ggml's `docs/gguf.md`, versions 2
-and 3, little-endian.
+gguf-py's own reader maps whatever a file claims and fails without saying what is wrong. Format: ggml's `docs/gguf.md`,
+versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Scalar = int | float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class GgufArray:
-    """An array of the metadata; the values of a long one (a vocabulary) are not kept."""
+    """An array in the metadata. The values of a long one, such as a vocabulary, are not kept."""
 
     length: int
     values: tuple[Scalar, ...] | None
@@ -43,7 +43,14 @@ class GgufArray:
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor of the file: shape with the longest stride first, as everywhere but in GGUF; `start` in the file."""
+    """A tensor of the file.
+
+    Attributes:
+        name: Name of the tensor.
+        block_type: How its values are stored.
+        shape: Shape with the contiguous dimension last, unlike in GGUF itself.
+        start: Offset in bytes of its data in the file.
+    """
 
     name: str
     block_type: BlockType
@@ -52,13 +59,13 @@ class GgufTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size in the file."""
+        """Size in bytes in the file."""
         return math.prod(self.shape) // self.block_type.block_size * self.block_type.block_nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says of itself, and its tensors by name."""
+    """The header of a GGUF file: metadata and tensors, each keyed by name."""
 
     metadata: Mapping[str, Scalar | GgufArray]
     tensors: Mapping[str, GgufTensor]
@@ -66,14 +73,22 @@ class GgufHeader:
 
 
 def read_header(descriptor: int, path: Path) -> GgufHeader:
-    """Read the header of an open file and check all of it. Raises SourceError."""
+    """Read the header of an open file and check all of it.
+
+    Args:
+        descriptor: Descriptor of the open file.
+        path: Path of the file, for messages.
+
+    Raises:
+        SourceError: The header is damaged, exceeds a limit, or uses something that is not supported.
+    """
     cursor = _Cursor(descriptor, path)
     if cursor.take(4) != b"GGUF":
         raise SourceError(Reason.HEADER_SYNTAX, path, "does not begin with GGUF")
     version = cursor.integer("I")
     if version not in {2, 3}:
         big = version in {2 << 24, 3 << 24}
-        problem = "is big-endian" if big else f"GGUF version {version}; 2 and 3 are read"
+        problem = "is big-endian" if big else f"GGUF version {version} is not supported, expected 2 or 3"
         raise SourceError(Reason.UNSUPPORTED_VERSION, path, problem)
     n_tensors, n_keys = cursor.count("tensors", _MAX_TENSORS), cursor.count("keys", _MAX_KEYS)
     metadata: dict[str, Scalar | GgufArray] = {}
@@ -92,7 +107,7 @@ def read_header(descriptor: int, path: Path) -> GgufHeader:
         if name in tensors:
             raise SourceError(Reason.DUPLICATE_TENSOR, path, "occurs twice", tensor=name)
         if offset % alignment:
-            raise SourceError(Reason.ALIGNMENT, path, f"offset {offset}, no multiple of {alignment}", tensor=name)
+            raise SourceError(Reason.ALIGNMENT, path, f"offset {offset} is not a multiple of {alignment}", tensor=name)
         tensors[name] = GgufTensor(name, block_type, shape, data_start + offset)
     _check_places(tensors, path, cursor.file_nbytes)
     return GgufHeader(metadata, tensors, cursor.file_nbytes)
@@ -101,34 +116,36 @@ def read_header(descriptor: int, path: Path) -> GgufHeader:
 def _read_info(cursor: _Cursor, path: Path) -> tuple[str, BlockType, tuple[int, ...], int]:
     name = cursor.string()
     if not name or len(name.encode("utf-8")) > MAX_NAME_NBYTES or not name.isprintable():
-        raise SourceError(Reason.HEADER_LIMIT, path, f"{name[:80]!r} is no name of a tensor")
+        raise SourceError(Reason.HEADER_LIMIT, path, f"{name[:80]!r} is not a valid tensor name")
     n_dimensions = cursor.integer("I")
     if not 1 <= n_dimensions <= _MAX_DIMENSIONS:
         raise SourceError(Reason.HEADER_LIMIT, path, f"{n_dimensions} dimensions, expected 1 to 4", tensor=name)
     shape = tuple(reversed([cursor.integer("Q") for _ in range(n_dimensions)]))
     if min(shape) < 1 or math.prod(shape) > _MAX_SIZE:
-        raise SourceError(Reason.HEADER_LIMIT, path, f"shape {list(shape)}", tensor=name)
+        problem = f"shape {list(shape)}, expected 1 to {_MAX_SIZE} elements"
+        raise SourceError(Reason.HEADER_LIMIT, path, problem, tensor=name)
     number = cursor.integer("I")
     if number not in BLOCK_TYPES:
         known = ", ".join(block_type.name for block_type in BLOCK_TYPES.values())
         raise SourceError(
-            Reason.UNSUPPORTED_DTYPE, path, f"ggml type {number}; read are {known}", tensor=name,
-            next_step="Take a GGUF file of one of these types, F16 or Q8_0 for instance",
+            Reason.UNSUPPORTED_DTYPE, path, f"ggml type {number} is not supported (supported: {known})", tensor=name,
+            next_step="Use a GGUF file of one of these types, for example F16 or Q8_0",
         )  # fmt: skip
     block_type = BLOCK_TYPES[number]
     if shape[-1] % block_type.block_size:
         raise SourceError(
             Reason.HEADER_FIELD, path,
-            f"rows of {shape[-1]}, no multiple of the {block_type.block_size} of {block_type.name}", tensor=name,
+            f"rows of {shape[-1]} elements, expected a multiple of {block_type.block_size} for {block_type.name}",
+            tensor=name,
         )  # fmt: skip
     offset = cursor.integer("Q")
     if offset > _MAX_SIZE:
-        raise SourceError(Reason.HEADER_OFFSETS, path, f"offset {offset}", tensor=name)
+        raise SourceError(Reason.HEADER_OFFSETS, path, f"offset {offset} exceeds the limit of {_MAX_SIZE}", tensor=name)
     return name, block_type, shape, offset
 
 
 def _check_places(tensors: Mapping[str, GgufTensor], path: Path, file_nbytes: int) -> None:
-    """Refuse tensors that overlap or lie beyond the file's end."""
+    """Reject tensors that overlap or extend beyond the end of the file."""
     end = 0
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
         if tensor.start < end:
@@ -136,13 +153,13 @@ def _check_places(tensors: Mapping[str, GgufTensor], path: Path, file_nbytes: in
         end = tensor.start + tensor.nbytes
         if end > file_nbytes:
             raise SourceError(
-                Reason.TRUNCATED, path, f"ends at byte {end}, the file at {file_nbytes}", tensor=tensor.name,
+                Reason.TRUNCATED, path, f"ends at byte {end}, but the file has {file_nbytes} bytes", tensor=tensor.name,
                 next_step="Fetch the file again",
             )  # fmt: skip
 
 
 class _Cursor:
-    """Reads a file from its beginning, a buffer at a time; what would lie beyond its end is refused first."""
+    """Reads a file from its beginning in buffers, and rejects reads beyond its end in advance."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self.position = 0
@@ -175,7 +192,7 @@ class _Cursor:
     def count(self, what: str, largest: int) -> int:
         value = self.integer("Q")
         if value > largest:
-            raise SourceError(Reason.HEADER_LIMIT, self._path, f"{value} {what}, at most {largest} are read")
+            raise SourceError(Reason.HEADER_LIMIT, self._path, f"{value} {what}, the limit is {largest}")
         return value
 
     def string(self) -> str:
@@ -184,7 +201,7 @@ class _Cursor:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
             place = self.position - len(data) + error.start
-            raise SourceError(Reason.HEADER_SYNTAX, self._path, f"not UTF-8 at byte {place}") from None
+            raise SourceError(Reason.HEADER_SYNTAX, self._path, f"is not valid UTF-8 at byte {place}") from None
 
     def value(self, kind: int, key: str) -> Scalar | GgufArray:
         if kind == _ARRAY:
@@ -195,7 +212,7 @@ class _Cursor:
         if kind == _STRING:
             return self.string()
         if kind not in _SCALARS:
-            raise SourceError(Reason.HEADER_FIELD, self._path, f"a value of unknown type {kind}", field=key)
+            raise SourceError(Reason.HEADER_FIELD, self._path, f"has a value of unknown type {kind}", field=key)
         code = "<" + _SCALARS[kind]
         value: Scalar = struct.unpack(code, self.take(struct.calcsize(code)))[0]
         return value
@@ -213,5 +230,5 @@ class _Cursor:
             for done in range(0, nbytes, _BUFFER_NBYTES):
                 self.take(min(_BUFFER_NBYTES, nbytes - done))
         else:
-            raise SourceError(Reason.HEADER_FIELD, self._path, f"an array of unknown type {kind}", field=key)
+            raise SourceError(Reason.HEADER_FIELD, self._path, f"has an array of unknown type {kind}", field=key)
         return GgufArray(length, None)

@@ -1,8 +1,9 @@
-"""From GGUF's metadata and tensor names to config.json and the names of transformers: the Llama and Qwen families.
+"""Maps GGUF's metadata and tensor names to config.json and transformers' names, for the Llama and Qwen families.
 
-Tested against gguf-py's map of names and against what transformers makes of the same files. Two things are done that
-transformers leaves out: the frequency factors of Llama 3 (the tensor `rope_freqs.weight`) and the scaling of rotary
-positions go into the config, and numbers that GGUF keeps in float32 are written as short as float32 allows.
+Tested against gguf-py's table of names and against transformers' conversion of the same files. Unlike transformers,
+this module carries the frequency factors of Llama 3 (the tensor `rope_freqs.weight`) and the scaling of rotary
+positions over into the config, and writes numbers that GGUF keeps in float32 with the fewest digits that give the same
+float32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LARGEST_EXPERT_COUNT = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A tensor of a layer: its name in transformers, and its shape by the letters of `_sizes`."""
+    """A tensor of a layer: its name in transformers, and its shape in the letters of `_sizes`."""
 
     name: str
     shape: str
@@ -82,7 +83,7 @@ _SHARED_EXPERT = {
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """An architecture of llama.cpp: the model type and class of transformers, and the tensors of a layer."""
+    """An architecture of llama.cpp: its model type and class in transformers, and the tensors of a layer."""
 
     model_type: str
     model_class: str
@@ -103,10 +104,14 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
-    """A tensor of the model and where it comes from.
+    """A tensor of the model and its stored form.
 
-    expert: which of the matrices of `stored` it is, None for all of it; n_heads: the heads whose rows llama.cpp
-    permuted, 0 where it did not.
+    Attributes:
+        name: Name in transformers.
+        shape: Shape in transformers.
+        stored: Tensor in the file.
+        expert: Index of its matrix in `stored`, or None if it is all of `stored`.
+        n_heads: Number of heads whose rows llama.cpp permuted. 0 if it did not.
     """
 
     name: str
@@ -118,29 +123,39 @@ class NamedTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """A model as transformers names it: config.json but for the dtype, and its tensors."""
+    """A model as transformers describes it.
+
+    Attributes:
+        config: Contents of config.json without the dtype.
+        tensors: All tensors of the model.
+    """
 
     config: JsonObject
     tensors: tuple[NamedTensor, ...]
 
 
 def name_model(header: GgufHeader, path: Path, rope_factors: NDArray[np.float32] | None) -> GgufModel:
-    """Map a GGUF file to a model of transformers.
+    """Map a GGUF file to a transformers model.
 
-    rope_factors: the values of `rope_freqs.weight`, if the file has it.
-    Raises: SourceError for architectures, tensors, shapes and metadata that are not known.
+    Args:
+        header: Header of the file.
+        path: Path of the file, for messages.
+        rope_factors: Values of `rope_freqs.weight`, or None if the file does not have it.
+
+    Raises:
+        SourceError: The architecture, a tensor, a shape or the metadata is not supported.
     """
     metadata = _Metadata(header.metadata, path)
     name = metadata.text("general.architecture")
     if name not in _ARCHITECTURES:
         raise SourceError(
-            Reason.UNSUPPORTED_SOURCE, path, f"architecture {name!r}; read are {', '.join(_ARCHITECTURES)}",
-            field="general.architecture", next_step="Convert the checkpoint that the file was made from",
+            Reason.UNSUPPORTED_SOURCE, path, f"{name!r} is not supported (supported: {', '.join(_ARCHITECTURES)})",
+            field="general.architecture", next_step="Convert the original 16-bit checkpoint",
         )  # fmt: skip
     if "split.count" in header.metadata and metadata.integer("split.count", 1, 2**16) > 1:
         raise SourceError(
-            Reason.UNSUPPORTED_SOURCE, path, "is one part of several",
-            next_step="Join them with `llama-gguf-split --merge`",
+            Reason.UNSUPPORTED_SOURCE, path, "is one part of a split model",
+            next_step="Join the parts with `llama-gguf-split --merge`",
         )  # fmt: skip
     architecture = _ARCHITECTURES[name]
     metadata.prefix = name
@@ -167,13 +182,13 @@ def _tensors(
             continue
         if name not in expected:
             raise SourceError(
-                Reason.UNKNOWN_TENSOR, path, f"is no tensor of a {architecture.model_type} with {n_layers} layers",
-                tensor=name,
+                Reason.UNKNOWN_TENSOR, path,
+                f"is not part of a {architecture.model_type} model with {n_layers} layers", tensor=name,
             )  # fmt: skip
         part = expected[name]
         shape = tuple(sizes[letter] for letter in part.shape)
         if stored.shape != shape:
-            problem = f"{list(stored.shape)}, expected {list(shape)}"
+            problem = f"shape {list(stored.shape)}, expected {list(shape)}"
             raise SourceError(Reason.COMPONENT_SHAPE, path, problem, tensor=name)
         found += _named(stored, part, sizes, architecture)
     return tuple(found)
@@ -191,7 +206,7 @@ def _named(stored: GgufTensor, part: _Part, sizes: Mapping[str, int], architectu
 
 
 def _sizes(metadata: _Metadata, header: GgufHeader, architecture: _Architecture) -> dict[str, int]:
-    """Return the sizes that shapes are spelled in, by letter."""
+    """Return the sizes that the letters in shapes stand for."""
     largest = 2**24
     hidden = metadata.integer("embedding_length", 1, largest)
     n_heads = metadata.integer("attention.head_count", 1, 2**16)
@@ -209,9 +224,13 @@ def _sizes(metadata: _Metadata, header: GgufHeader, architecture: _Architecture)
         "f": metadata.integer("feed_forward_length", 1, largest, default=0),
     }
     if n_heads % n_groups or head % 2:
-        raise metadata.refuse("attention.head_count", f"{n_heads} heads of {head} in {n_groups} groups")
+        raise metadata.refuse(
+            "attention.head_count", f"{n_heads} heads of {head} dimensions in {n_groups} groups are not supported"
+        )
     if (rotated := metadata.integer("rope.dimension_count", 1, 2**16, default=head)) != head:
-        raise metadata.refuse("rope.dimension_count", f"{rotated} of the {head} dimensions of a head are rotated")
+        raise metadata.refuse(
+            "rope.dimension_count", f"{rotated}, expected {head}: every dimension of a head must be rotated"
+        )
     if "ffn_gate_exps.weight" in architecture.parts:
         sizes["e"] = metadata.integer("expert_count", 1, _LARGEST_EXPERT_COUNT)
         sizes["m"] = metadata.integer("expert_feed_forward_length", 1, largest)
@@ -285,13 +304,13 @@ def _rope_scaling(
 
 
 def _llama3_scaling(metadata: _Metadata, theta: float, head: int, factors: NDArray[np.float32]) -> JsonObject:
-    """Return the scaling of Llama 3.1 to 3.3, whose factors the file holds; other factors are refused."""
+    """Return the scaling of Llama 3.1 to 3.3, whose factors the file contains. Other factors are rejected."""
     low, high, original = 1.0, 4.0, 8192
     factor = float(factors.max())
     wavelengths = 2 * np.pi * theta ** (np.arange(0, head, 2) / head)
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     if factors.shape != smooth.shape or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        raise metadata.refuse(ROPE_FACTORS_NAME, "its factors are not those of Llama 3")
+        raise metadata.refuse(ROPE_FACTORS_NAME, "has factors other than those of Llama 3, which cannot be converted")
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -302,7 +321,7 @@ def _llama3_scaling(metadata: _Metadata, theta: float, head: int, factors: NDArr
 
 
 class _Metadata:
-    """The key-value pairs of a file, read with checks. `prefix` is put before a key that has no section of its own."""
+    """The key-value pairs of a file, with type checks. `prefix` is put before keys that lack a section."""
 
     def __init__(self, values: Mapping[str, Scalar | GgufArray], path: Path) -> None:
         self.prefix = ""
@@ -317,24 +336,24 @@ class _Metadata:
         """Return a string."""
         value = self._values.get(self._full(key), default)
         if not isinstance(value, str):
-            raise self.refuse(key, "missing" if value is None else f"{value!r}, expected a string")
+            raise self.refuse(key, "is missing" if value is None else f"{value!r}, expected a string")
         return value
 
     def integer(self, key: str, smallest: int, largest: int, *, default: int | None = None) -> int:
-        """Return an integer, or the default (which may lie outside the bounds) where there is none."""
+        """Return an integer, or the default (which may be outside the bounds) if the key is missing."""
         value = self._values.get(self._full(key))
         if value is None and default is not None:
             return default
         if type(value) is not int or not smallest <= value <= largest:
-            shown = "missing" if value is None else f"{value!r}"
+            shown = "is missing" if value is None else f"{value!r}"
             raise self.refuse(key, f"{shown}, expected an integer from {smallest} to {largest}")
         return value
 
     def number(self, key: str, *, default: float | None = None) -> float:
-        """Return a positive finite number, as the shortest decimal that gives the same float32."""
+        """Return a positive finite number, rounded to the shortest decimal that gives the same float32."""
         value = self._values.get(self._full(key), default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise self.refuse(key, "missing" if value is None else f"{value!r}, expected a positive number")
+            raise self.refuse(key, "is missing" if value is None else f"{value!r}, expected a positive number")
         return float(str(np.float32(value)))
 
     def _full(self, key: str) -> str:

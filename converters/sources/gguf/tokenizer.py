@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, as files that every reader takes: converted by transformers, which knows the kinds."""
+"""The tokenizer of a GGUF file, converted by transformers to files that every reader understands."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from qformat.errors import Reason, SourceError
 from qformat.names import TOKENIZER_NAME
 
 _CIRCUMSTANCES = ("is_local", "local_files_only")
-"""What transformers writes of this machine, not of the tokenizer: whether the Hub could be reached."""
+"""Keys that transformers writes about this machine (whether the Hub was reachable), not about the tokenizer."""
 
 _CONVERSION_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError, OSError)
-"""What transformers and tokenizers raise for a vocabulary that they cannot use."""
+"""Exceptions that transformers and tokenizers raise for a vocabulary that they cannot use."""
 
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
-    """Return the tokenizer's files by name. Imports transformers.
+    """Return the tokenizer's files, keyed by name. Imports transformers.
 
-    Raises: SourceError where transformers or gguf is not installed, or cannot convert this tokenizer.
+    Raises:
+        SourceError: transformers or gguf is not installed, or transformers cannot convert this tokenizer.
     """
-    instead = f"or put the model's own {TOKENIZER_NAME} into the file's folder and give the folder"
+    instead = f"or put the model's own {TOKENIZER_NAME} next to the file and give the directory"
     try:
         import gguf  # noqa: F401
         import transformers
@@ -29,7 +30,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
         raise SourceError(
             Reason.UNSUPPORTED_SOURCE,
             path,
-            f"its tokenizer is converted by transformers, and {error.name} is not installed",
+            f"transformers is needed to convert its tokenizer, and {error.name} is not installed",
             next_step=f"Install it with `pip install 'qformat[gguf]'`, {instead}",
         ) from None
     with tempfile.TemporaryDirectory() as folder:

@@ -1,1 +1,1 @@
-"""Repositories of the Hub as a source."""
+"""Hub repositories as a source."""

@@ -1,7 +1,7 @@
-"""The files of a checkpoint in a repository of the Hub, or in its snapshot in the local cache: one commit, all digests.
+"""The files of a checkpoint in a Hub repository or its snapshot in the local cache, at one commit and with all digests.
 
-Weights reach memory in one of two ways: through a stream that fetches each byte once and in order, while a conversion
-runs (`qformat.converters.sources.hub.reading`), or else by a request for each read.
+Weights are read in one of two ways: through a stream that fetches each byte once and in order while a conversion runs
+(`qformat.converters.sources.hub.reading`), or by a separate request for each read.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from qformat.hub.reading.stream import ByteStream
 from qformat.hub.reading.transfer import Transfer
 
 _MAX_NOT_LFS_NBYTES = 16 * 2**20
-"""Outside of large-file storage the Hub takes no file larger than 10 MB."""
+"""Size limit in bytes for files outside of large-file storage, where the Hub accepts at most 10 MB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A file of weights. head: the bytes before its data. whole: all bytes, where they are few and checked already."""
+    """A file of weights.
+
+    Attributes:
+        file: The file in the repository.
+        head: The bytes before its data.
+        whole: All bytes of a small file, already checked. None for a large one.
+    """
 
     file: RemoteFile
     head: bytes
@@ -36,9 +42,12 @@ class Shard:
 
 
 class HubFiles(CheckpointFiles):
-    """The files of a repository's top folder. Closing it closes the repository.
+    """The files in a repository's top directory. Closing it closes the repository.
 
-    revision: what was asked for. pin: what a later run needs to go on with this commit.
+    Args:
+        repository: The open repository.
+        revision: Branch, tag or commit that the user asked for.
+        transfer: Connections, timeouts and retries.
     """
 
     def __init__(self, repository: Repository, *, revision: str, transfer: Transfer) -> None:
@@ -56,20 +65,25 @@ class HubFiles(CheckpointFiles):
         self.repository.close()
 
     def names(self) -> list[str]:
-        """Return the names of the files in the repository's top folder."""
+        """Return the names of the files in the repository's top directory."""
         return sorted(path for path in self.repository.files if "/" not in path)
 
     def read_small(self, name: str, *, max_nbytes: int) -> bytes:
-        """Return the bytes of a small file, fetched once and checked against the commit's digest."""
+        """Return the bytes of a small file, fetched once and checked against the commit's digest.
+
+        Args:
+            name: Name of the file.
+            max_nbytes: Largest size in bytes that is accepted.
+        """
         if name not in self._small:
             self._small[name] = self.repository.read_small(self._listed(name).path, max_nbytes=max_nbytes)
         return self._small[name]
 
     def read_headers(self, names: Sequence[str]) -> dict[str, Header]:
-        """Fetch the headers of safetensors files, several at a time, in two requests a file."""
+        """Fetch the headers of safetensors files, several at a time, with two requests per file."""
         for name in names:
             self._listed(name)
-        # Closing wakes whoever waits for the next attempt.
+        # Closing wakes threads that wait for their next attempt.
         return run_tasks(
             {name: name for name in names},
             self._read_header,
@@ -79,7 +93,13 @@ class HubFiles(CheckpointFiles):
         )
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` with bytes of a shard by a request of its own."""
+        """Fill `out` with bytes of a shard by a separate request.
+
+        Args:
+            name: Name of the shard.
+            offset: Offset of the first byte in the file.
+            out: Buffer to fill.
+        """
         whole = self.shards[name].whole
         if whole is not None:
             out[:] = whole[offset : offset + len(out)]
@@ -87,20 +107,20 @@ class HubFiles(CheckpointFiles):
             self.repository.read_range(name, offset, out)
 
     def list_side_files(self) -> dict[str, int]:
-        """Return the files to carry over, with their sizes in bytes."""
+        """Return the files to carry over into the artifact, with their sizes in bytes."""
         return {name: self.repository.files[name].nbytes for name in self.names() if is_side_file(name)}
 
     def state(self) -> JsonObject:
-        """Return which commit this is: a commit does not change, and what arrives is compared with its digests."""
+        """Return the commit. Its contents cannot change, and everything fetched is compared with its digests."""
         return self.state_when_opened
 
     def digest(self, name: str) -> str:
-        """Return the digest by which the commit names a file's content."""
+        """Return the digest of a file's content according to the commit."""
         file = self._listed(name)
         return file.sha256 or file.oid
 
     def described_shards(self) -> Mapping[str, JsonObject]:
-        """Return size and SHA-256 of each shard, as the manifest records them."""
+        """Return the size and SHA-256 of each shard, as the manifest records them."""
         described: dict[str, JsonObject] = {}
         for name, shard in sorted(self.shards.items()):
             described[name] = {"nbytes": shard.file.nbytes}

@@ -1,14 +1,14 @@
-"""A conversion's reading of a repository: one stream in the order of the files, each SHA-256 proved on the way.
+"""Reads a repository during a conversion: one stream in the order of the files that verifies each SHA-256 on the way.
 
-The journal of the conversion holds, besides the tensors that are encoded, how far each shard is proved:
+Besides the encoded tensors, the journal of the conversion records how far each shard is verified:
 
     {"hashed": TENSOR, "shard": FILE, "source_xxh3": DIGEST, "sha256_state": STATE}   before {"tensor": TENSOR, ...}
-    {"distrusted": FILE}                                                              its SHA-256 came out wrong
+    {"distrusted": FILE}                                                              its SHA-256 does not match
 
-The state is that of the shard's SHA-256 after the tensor's last byte. So a later run fetches neither what is encoded
-nor, to prove a shard, what comes before its last state. Only a tensor that was hashed but not encoded when the run
-ended is fetched once more; that its bytes are the hashed ones is told by its XXH3-128. When a shard's SHA-256 turns out
-wrong, nothing that came from it is believed any more.
+The state is that of the shard's SHA-256 after the tensor's last byte. A later run therefore fetches neither what is
+encoded nor, to verify a shard, what comes before its last state. Only a tensor that was hashed but not encoded when the
+run ended is fetched again; its XXH3-128 shows that the bytes are the same. If the SHA-256 of a shard does not match,
+nothing that came from this shard is trusted any more.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ from qformat.hub.reading.stream import ByteStream, Span, telling
 
 @dataclass(slots=True)
 class _Proofs:
-    """What the journal says: the XXH3-128 of each hashed tensor, and the furthest state of each shard."""
+    """What the journal says: the XXH3-128 of each hashed tensor, and the latest SHA-256 state of each shard."""
 
     xxh3: dict[str, str] = field(default_factory=dict)
     states: dict[str, ResumableSha256] = field(default_factory=dict)
 
 
 class HubReading(Reading):
-    """The reading of one run. entries: shard and place in its file of every tensor."""
+    """Reads a repository during one run.
+
+    Args:
+        files: The files of the repository.
+        entries: Shard and byte range of every tensor, keyed by name.
+    """
 
     def __init__(self, files: HubFiles, entries: Mapping[str, tuple[str, TensorEntry]]) -> None:
         self._files = files
@@ -52,7 +57,7 @@ class HubReading(Reading):
         self._failure: BaseException | None = None
 
     def trusted(self, entries: Sequence[JsonObject]) -> list[JsonObject]:
-        """Return the encoded tensors whose source bytes were hashed, of shards that did not turn out wrong."""
+        """Return the entries of encoded tensors whose source bytes were hashed, without those of distrusted shards."""
         tensors: dict[str, JsonObject] = {}
         proofs = _Proofs()
         for entry in entries:
@@ -73,7 +78,15 @@ class HubReading(Reading):
         return list(tensors.values())
 
     def begin(self, tensors: Sequence[SourceTensor], record: Record) -> list[str]:
-        """Begin to fetch what these tensors and the proofs of their shards need, and nothing else."""
+        """Start to fetch exactly what these tensors and the verification of their shards need.
+
+        Args:
+            tensors: Tensors that the run will read.
+            record: Appends an entry to the journal.
+
+        Returns:
+            Their names in the order in which they must be started.
+        """
         wanted = {tensor.name for tensor in tensors}
         spans, kept = [], []
         for name in sorted(self._entries, key=self._place):
@@ -91,7 +104,15 @@ class HubReading(Reading):
         return kept + [span.key for span in spans]
 
     def settle(self, tensor: SourceTensor, source_xxh3: str) -> None:
-        """Wait until a tensor is hashed, and compare what was hashed with what was encoded."""
+        """Wait until a tensor is hashed, and compare the hashed bytes with the encoded ones.
+
+        Args:
+            tensor: A tensor that was read to its end.
+            source_xxh3: XXH3-128 of the bytes that were encoded.
+
+        Raises:
+            SourceError: The bytes differ, or a shard's SHA-256 does not match.
+        """
         if self._is_whole(tensor.name):
             return
         with self._proved:
@@ -100,21 +121,25 @@ class HubReading(Reading):
             if self._failure is not None:
                 raise self._failure
             expected = self._proofs.xxh3[tensor.name]
-            if source_xxh3 != expected:  # one of the two arrived damaged, and nobody knows which
+            if source_xxh3 != expected:  # one of the two is damaged, and it is unknown which
                 shown = f"{self._files.path / tensor.file}: tensor {tensor.name!r}"
                 self._failure = digest_error(shown, source_xxh3, expected, SourceError)
                 self._record({"distrusted": tensor.file})
                 raise self._failure
 
     def finish(self) -> None:
-        """Wait for the SHA-256 of the last shard. Raises SourceError if one is not what the commit says."""
+        """Wait for the SHA-256 of the last shard.
+
+        Raises:
+            SourceError: A shard's SHA-256 does not match the commit.
+        """
         assert self._hasher is not None
         self._hasher.join()
         if self._failure is not None:
             raise self._failure
 
     def close(self) -> None:
-        """End the stream; the thread that hashes is gone afterwards and writes to no journal any more."""
+        """Close the stream and wait for the hashing thread, which then no longer writes to the journal."""
         if self._stream is not None and self._hasher is not None:
             self._stream.close()
             self._hasher.join()
@@ -135,7 +160,7 @@ class HubReading(Reading):
     def _hash_all(self, stream: ByteStream) -> None:
         sha256 = dict(self._proofs.states)
         for name, state in sorted(sha256.items()):
-            self._compare_complete(name, state)  # a run that ended before it could
+            self._compare_complete(name, state)  # in case an earlier run ended before its comparison
         xxh3 = Xxh3()
         for span, data in stream.in_order():
             if span.file not in sha256:
@@ -150,7 +175,7 @@ class HubReading(Reading):
             digest, xxh3 = xxh3.hexdigest(), Xxh3()
             entry: JsonObject = {"hashed": span.key, "shard": span.file, "source_xxh3": digest}
             with self._proved:
-                if self._failure is not None:  # nothing may be noted of a shard behind the note that it is distrusted
+                if self._failure is not None:  # no entry about a shard may follow the one that distrusts it
                     return
                 self._record({**entry, "sha256_state": state.to_text()})
                 self._proofs.xxh3[span.key] = digest
@@ -158,7 +183,7 @@ class HubReading(Reading):
             self._compare_complete(span.file, state)
 
     def _compare_complete(self, name: str, state: ResumableSha256) -> None:
-        """Compare the SHA-256 of a shard of which every byte was hashed with the commit's."""
+        """Compare a shard's SHA-256 with the commit's once every byte was hashed."""
         file = self._files.shards[name].file
         if state.nbytes == file.nbytes and (found := state.hexdigest()) != file.sha256:
             self._record({"distrusted": name})

@@ -1,4 +1,4 @@
-"""The Hub source: a safetensors checkpoint in a repository at one commit, streamed, or read from the local cache."""
+"""The Hub source: a safetensors checkpoint in a repository at one commit, streamed or read from the local cache."""
 
 from __future__ import annotations
 
@@ -24,26 +24,32 @@ _TORCH_BIN = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 
 
 class HubRepository(SafetensorsShards):
-    """A checkpoint of the Hub. Opening fetches config.json, the index and every header, and no weight."""
+    """A checkpoint in a Hub repository. Opening fetches config.json, the index and every header, but no weights."""
 
     def __init__(self, files: HubFiles) -> None:
         self.files = files
         super().__init__(files)
 
     def describe(self) -> JsonObject:
-        """Return kind, repository and commit, and size and SHA-256 of each shard."""
+        """Return kind, repository, commit, and the size and SHA-256 of each shard, as the manifest records them."""
         files: JsonObject = {**self.files.described_shards()}
         repository = self.files.repository
         return {"kind": self.kind, "repository": repository.name, "commit": repository.commit, "files": files}
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the commit, and of the digests that it gives to the files that are used."""
+        """Return the SHA-256 of the commit and of the digests of all files that are used."""
         used = sorted({CONFIG_NAME, *self.files.shards, *self.side_files})
         lines = [str(self.files.repository.commit), *(f"{name} {self.files.digest(name)}" for name in used)]
         return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's bytes: those of the stream while a conversion runs, else fetched for it."""
+        """Fill `out` with bytes of a tensor: from the stream while a conversion runs, otherwise by a separate request.
+
+        Args:
+            tensor: The tensor to read.
+            offset: Offset of the first byte in the tensor.
+            out: Buffer to fill.
+        """
         shard, entry = self._entries[tensor.name]
         if self.files.stream is not None and self.files.shards[shard].whole is None:
             self.files.stream.read_into(tensor.name, offset, out)
@@ -55,21 +61,22 @@ class HubRepository(SafetensorsShards):
         return HubReading(self.files, self._entries)
 
     def check_for_any_order(self) -> None:
-        """Make sure that tensors may be read in any order, and more than once: compare whole shards beforehand.
+        """Check all shards in advance, so that tensors can be read in any order and more than once.
 
-        Raises SourceError for a shard that is damaged, or one that is not in the local cache.
+        Raises:
+            SourceError: A shard is damaged or not in the local cache.
         """
         repository = self.files.repository
         if not isinstance(repository, CachedRepository):
             raise SourceError(
-                Reason.UNSUPPORTED_SOURCE, self.location / CONFIG_NAME, "this encoding cannot be decoded in a stream",
+                Reason.UNSUPPORTED_SOURCE, self.location / CONFIG_NAME, "this encoding cannot be streamed",
                 field="quantization_config", next_step=("Download it first with ", Option("keep_source", True)),
             )  # fmt: skip
         repository.check(self.files.shards)
 
     @property
     def pin(self) -> JsonObject:
-        """What a later run needs to go on with this commit, wherever the branch is by then."""
+        """What a later run needs to resume with this commit, even if the branch has moved on."""
         return self.files.pin
 
 
@@ -82,12 +89,22 @@ def open_hub_files(
     pin: JsonObject | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
 ) -> HubFiles:
-    """Find a checkpoint of the Hub at the commit that the revision has now. The caller closes the files.
+    """Find a checkpoint on the Hub at the commit that the revision currently refers to. The caller closes the files.
 
-    offline: make no request, read the local cache; so does HF_HUB_OFFLINE. keep_source: download into the local cache
-    first. pin: of an interrupted run, whose commit is the one to go on with if it asked for the same.
-    Without these, a snapshot in the local cache is used if it has every file that is needed.
-    Raises: HubError, SourceError, UsageError.
+    A snapshot in the local cache is used if it has every file that is needed.
+
+    Args:
+        name: Name of the repository, owner/name.
+        revision: Branch, tag or commit. Defaults to the main branch.
+        offline: Whether to send no requests and read the local cache only. HF_HUB_OFFLINE has the same effect.
+        keep_source: Whether to download the files into the local cache first.
+        pin: Commit recorded by an interrupted run. It is used if that run asked for the same repository and revision.
+        transfer: Connections, timeouts and retries.
+
+    Raises:
+        HubError: The Hub rejects a request or does not answer.
+        SourceError: The repository is not in the local cache and no request may be sent, or a file is damaged.
+        UsageError: The name or the revision is not valid.
     """
     from huggingface_hub import constants
 
@@ -114,8 +131,8 @@ def _at_the_hub(name: str, revision: str, *, is_pinned: bool, transfer: Transfer
     except HubError as refused:
         if is_pinned and refused.code == "RevisionNotFound":
             raise HubError(
-                name, f"commit {revision}, which the interrupted conversion was begun from, is gone",
-                next_step=("Begin anew with ", Option("restart", True)), status=refused.status, code=refused.code,
+                name, f"commit {revision}, which the interrupted conversion started from, no longer exists",
+                next_step=("Start over with ", Option("restart", True)), status=refused.status, code=refused.code,
             ) from None  # fmt: skip
         raise
 
@@ -124,17 +141,17 @@ def _cached(name: str, revision: str) -> CachedRepository:
     cached = find_in_cache(name, revision)
     if cached is None:
         raise SourceError(
-            Reason.MISSING_FILE, f"{name}@{revision}", "is not in the local cache of the Hub's client, and no request "
-            "may be made", next_step=("Fetch it first: leave out ", Option("offline"), ", or unset HF_HUB_OFFLINE"),
+            Reason.MISSING_FILE, f"{name}@{revision}", "is not in the local Hub cache, and offline mode is on",
+            next_step=("Fetch it first: leave out ", Option("offline"), ", or unset HF_HUB_OFFLINE"),
         )  # fmt: skip
     return cached
 
 
 def _whole_in_cache(repository: Repository, needed: list[str]) -> CachedRepository | None:
-    """Return the snapshot in the local cache if it has all the files that are needed, as the commit lists them."""
+    """Return the snapshot in the local cache if it has every needed file with the digest from the commit."""
     try:
         cached = find_in_cache(repository.name, repository.commit)
-    except SourceError:  # what is there is not laid out as the client does it
+    except SourceError:  # the cache does not have the layout of the Hub's client
         return None
     if cached is None:
         return None
@@ -148,7 +165,7 @@ def _whole_in_cache(repository: Repository, needed: list[str]) -> CachedReposito
 
 
 def _needed_files(files: HubFiles) -> list[str]:
-    """Return the files of a repository that a conversion reads, and that exist."""
+    """Return the files of a repository that exist and that a conversion reads."""
     shards = (files.read_weight_map(INDEX_NAME) or {SINGLE_SHARD_NAME: SINGLE_SHARD_NAME}).values()
     named = {CONFIG_NAME, INDEX_NAME, *shards}
     if not any(files.has(shard) for shard in shards):

@@ -1,4 +1,4 @@
-"""A checkpoint of the Hub in files that are not streamed (PyTorch's .bin): read from the local cache, at its commit."""
+"""A Hub checkpoint in files that cannot be streamed (PyTorch's .bin): read from the local cache at its commit."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from qformat.hub.reading.cache import CachedRepository
 
 
 class HubSnapshot(DecodingSource):
-    """What a source finds in a snapshot's folder, with the repository and commit that it is.
+    """A source in a snapshot's directory, with its repository and commit.
 
-    Every file is compared with its digest when it is opened.
+    Every file is compared with its digest when the source is opened.
     """
 
     def __init__(self, files: HubFiles, open_folder: Callable[[Path], Source]) -> None:
         repository = files.repository
         if not isinstance(repository, CachedRepository):
             raise SourceError(
-                Reason.UNSUPPORTED_SOURCE, files.path, "has no safetensors, and its other files cannot be streamed",
+                Reason.UNSUPPORTED_SOURCE, files.path, "has no safetensors files, and others cannot be streamed",
                 next_step=(
                     "Download PyTorch's .bin files first with ", Option("keep_source", True),
-                    "; give a GGUF file by its path",
+                    ", or download a GGUF file and give its path",
                 ),
             )  # fmt: skip
         repository.check(repository.files)
@@ -37,19 +37,19 @@ class HubSnapshot(DecodingSource):
 
     @property
     def pin(self) -> JsonObject:
-        """What a later run needs to go on with this commit."""
+        """What a later run needs to resume with this commit."""
         return self._files.pin
 
     def describe(self) -> JsonObject:
-        """Return what the folder's source records, with repository and commit."""
+        """Return the record of the directory's source, with repository and commit."""
         repository = self._files.repository
         return {**self.stored.describe(), "repository": repository.name, "commit": repository.commit}
 
     def fingerprint(self) -> str:
-        """Return the commit and the folder's fingerprint."""
+        """Return the commit and the fingerprint of the directory's source."""
         return f"{self._files.repository.commit} {self.stored.fingerprint()}"
 
     def close(self) -> None:
-        """Close the folder and the snapshot."""
+        """Close the directory and the snapshot."""
         super().close()
         self._files.close()

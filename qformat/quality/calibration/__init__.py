@@ -1,1 +1,1 @@
-"""Codes and scales chosen on a text, layer by layer."""
+"""Chooses codes and scales on a text, layer by layer."""

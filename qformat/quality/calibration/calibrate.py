@@ -1,12 +1,13 @@
-"""Codes and scales chosen on a text, layer by layer, with the quantized layers before each one in place.
+"""Chooses codes and scales on a text, layer by layer, with the layers before each one already quantized.
 
-The windows' hidden states enter a layer as the quantized layers before it give them. In the order in which its Linears
-run, those that share an input (q, k, v; gate, up) are encoded together: the input is collected as a Hessian, error
-feedback turns their weights into codes, and what these decode to takes the weights' place before the next ones' input
-is collected. Then the layer runs once more, and what comes out enters the next one.
+The hidden states of the windows enter a layer as the quantized layers before it compute them. The layer's Linears are
+encoded in the order in which they run, those that share an input (q, k, v; gate, up) together: the input is accumulated
+as a Hessian, error feedback turns the weights into codes, and the decoded values replace the weights before the input
+of the next Linears is collected. Then the layer runs once more, and its output enters the next layer.
 
-Only one layer has weights at a time. The hidden states lie in files of the work folder; the journal tells which of them
-are whole, and which weights are done, so that an interrupted run continues with the layer it was at, in the same bits.
+Only one layer has weights at a time. The hidden states are in files of the work directory. The journal records which of
+them are complete and which weights are done, so that an interrupted run resumes at the same layer with bit-identical
+results.
 """
 
 from __future__ import annotations
@@ -34,18 +35,25 @@ from qformat.quality.calibration.error_feedback import FeedbackSettings, encode_
 from qformat.quality.calibration.hidden_states import HiddenStates, HiddenStatesWriter
 
 BATCH_TOKENS = 2048
-"""Tokens that run through a layer at a time: enough for full speed, and its activations stay small."""
+"""Number of tokens that run through a layer at a time: enough for full speed, with small activations."""
 
 FOLDER_NAME = "hidden_states"
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Chooses codes and scales of `names`; the encoder that a conversion is given.
+    """Chooses codes and scales; the encoder to pass to a conversion.
 
-    windows: token ids, int64 [n_windows, length]. layouts: of every packed weight of the conversion. workers: threads
-    of torch and of the kernels: another number may give other bits. record: what the manifest tells of it.
-    on_layer: told (layers done, layers).
+    Attributes:
+        decoder: The model, with one layer loaded at a time.
+        tensors: All tensors of the source, keyed by name.
+        layouts: Layouts of all packed weights of the conversion, keyed by name.
+        names: Weights whose codes are chosen on the text.
+        windows: Token ids, int64 [n_windows, length].
+        settings: Options of the error feedback.
+        record: Description of the calibration for the manifest.
+        workers: Number of threads for torch and the kernels. Another number may give other bits.
+        on_layer: Called with the number of calibrated layers and the total number of layers.
     """
 
     decoder: Decoder
@@ -60,13 +68,16 @@ class Calibration:
 
     @property
     def scratch_nbytes(self) -> int:
-        """Bytes that the hidden states take beside the output."""
+        """Disk space in bytes that the hidden states need in addition to the output."""
         return 2 * 4 * self.windows.numel() * int(self.decoder.model.config.get_text_config().hidden_size)
 
     def encode(self, staged: StagedWeights) -> Iterator[tuple[str, PackedArrays]]:
-        """Yield every weight of `names` that is not staged yet; each must be staged before the next is asked for.
+        """Yield every weight of `names` that is not staged yet. Each must be staged before the next is requested.
 
-        Raises: SourceError, TargetError; DivergenceError for activations that are not finite.
+        Raises:
+            SourceError: The layers of the model cannot be run one by one.
+            TargetError: The hidden states cannot be written.
+            DivergenceError: An activation is NaN or Inf.
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(self.workers)
@@ -78,7 +89,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """Weights that share an input, by name in the source. once: it comes once in a run of the layer."""
+    """Weights that share an input, as named in the source. `once`: the input occurs once per run of the layer."""
 
     names: tuple[str, ...]
     once: bool
@@ -116,7 +127,7 @@ class _Run:
 
     @torch.inference_mode()
     def _first_states(self, *, up_to: int) -> tuple[int, HiddenStates]:
-        """Record how layers are called; return the layer to begin with, at most `up_to`, and the states before it."""
+        """Record how layers are called. Returns the layer to begin with, at most `up_to`, and the states before it."""
         left = self._left_behind(up_to)
         if left is not None:
             self._calls = self._decoder.record(self._batches, read=self._read, keep=lambda hidden: None)
@@ -126,7 +137,7 @@ class _Run:
             return 0, writer.finish()
 
     def _left_behind(self, up_to: int) -> tuple[int, HiddenStates] | None:
-        """Return the last layer, at most `up_to`, of which an interrupted run left the hidden states whole."""
+        """Return the last layer, at most `up_to`, whose hidden states an earlier run left intact, and these."""
         for entry in reversed(self._staged.staging.entries):
             layer, shape, digest = (entry.get(key) for key in ("hidden_states_before", "shape", "xxh3"))
             if isinstance(layer, int) and isinstance(shape, list) and isinstance(digest, str) and layer <= up_to:
@@ -135,7 +146,7 @@ class _Run:
         return None
 
     def _layer(self, index: int, hidden: HiddenStates) -> Iterator[tuple[str, PackedArrays]]:
-        """Encode the weights of a layer; it is left with what they decode to."""
+        """Encode the weights of a layer. Afterwards the layer has the decoded values as weights."""
         self._decoder.load_layer(index, self._read)
         chosen = self._chosen(index)
         staged = {name for name in self._decoder.targets[index] if self._staged.is_staged(name)}
@@ -154,12 +165,12 @@ class _Run:
 
     @torch.inference_mode()
     def _stages(self, index: int, hidden: HiddenStates) -> list[_Stage]:
-        """Return the weights of a layer in the order in which they run, those with the same input together.
+        """Return the weights of a layer in the order in which they run, grouped by input.
 
-        Weights that do not run at all, or more than once, come last and alone.
+        Weights that run more than once, or not at all, come last, each in its own stage.
         """
         chosen = self._chosen(index)
-        seen: list[tuple[Tensor, str]] = []  # holds the inputs, so that no other can get the address of one
+        seen: list[tuple[Tensor, str]] = []  # keeps the inputs alive, so that no id is used twice
 
         def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             return lambda module, inputs: seen.append((inputs[0], name))
@@ -176,9 +187,9 @@ class _Run:
 
     @torch.inference_mode()
     def _factor(self, index: int, stage: _Stage, hidden: HiddenStates) -> Tensor | None:
-        """Return the factor U of the input that the weights of a stage share; None if it never came or is zero.
+        """Return the factor U of the input shared by a stage's weights, or None if the input never occurred or is zero.
 
-        Raises: DivergenceError if it is not finite.
+        Raises DivergenceError if it contains NaN or Inf.
         """
         linear = self._decoder.linear(index, stage.names[0])
         width = linear.in_features
@@ -190,7 +201,7 @@ class _Run:
             hessian.addmm_(rows.T, rows)
             n_rows += len(rows)
             if stage.once:
-                raise _EnoughError  # what comes behind is not needed
+                raise _EnoughError  # the rest of the layer need not run
 
         with _Hooks([(linear, collect)]):
             for batch in self._in_batches(hidden):
@@ -203,7 +214,7 @@ class _Run:
         return inverse_factor(hessian, damping=self._calibration.settings.damping)
 
     def _choose(self, index: int, name: str, factor: Tensor | None) -> PackedArrays:
-        """Encode a weight; without a factor as without calibration."""
+        """Encode a weight. Without a factor, it is encoded without calibration."""
         layout = self._calibration.layouts[name]
         if factor is None:
             return encode_plain(self._staged.read_source(name).view(layout.float_format.raw_dtype), layout)
@@ -217,7 +228,7 @@ class _Run:
         )
 
     def _behind(self, index: int, hidden: HiddenStates) -> HiddenStates:
-        """Run a layer on all windows and return the hidden states behind it."""
+        """Run a layer on all windows and return the hidden states after it."""
         with HiddenStatesWriter(self._path(index + 1), self._disk) as writer, torch.inference_mode():
             for batch in self._in_batches(hidden):
                 output = self._forward(index, batch)
@@ -231,7 +242,7 @@ class _Run:
         return states
 
     def _put(self, index: int, name: str, encoded: PackedArrays) -> None:
-        """Let a layer compute with what the codes decode to."""
+        """Replace a layer's weight by its decoded values."""
         layout = self._calibration.layouts[name]
         decoded = _as_tensor(encoded.decode().reshape(-1).view(np.uint8), layout.float_format.value, layout.shape)
         linear = self._decoder.linear(index, name)
@@ -244,7 +255,7 @@ class _Run:
         return torch.split(hidden.read(), len(self._batches[0]))
 
     def _path(self, layer: int) -> Path:
-        """Two files in turn: one is read while the other is written."""
+        """Return one of two files used alternately: one is read while the other is written."""
         return self._folder / str(layer % 2)
 
     def _read(self, name: str) -> Tensor:
@@ -254,12 +265,12 @@ class _Run:
     def _not_finite(self, where: str, what: str) -> DivergenceError:
         return DivergenceError(
             f"{self._decoder.path}: {where}: its {what} on the calibration text is not finite. "
-            "Are the weights whole? If so, convert it without calibration"
+            "Check that the weights are intact. If they are, convert without calibration"
         )
 
 
 class _Hooks:
-    """Forward pre-hooks on modules, for a while."""
+    """Context manager that registers forward pre-hooks on modules."""
 
     def __init__(self, hooks: Iterable[tuple[nn.Module, Callable[[nn.Module, tuple[Any, ...]], None]]]) -> None:
         self._handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
@@ -273,9 +284,9 @@ class _Hooks:
 
 
 class _EnoughError(Exception):
-    """The input that was waited for has come."""
+    """The required input was collected."""
 
 
 def _as_tensor(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Return a tensor of its bytes, in torch's own memory: the bits of a product may depend on how it is aligned."""
+    """Return a tensor in torch's own memory, because the bits of a product may depend on the alignment."""
     return torch.from_numpy(data).view(TORCH_DTYPES[dtype]).view(shape).clone()

@@ -1,4 +1,4 @@
-"""A model without weights but for one decoder layer at a time, which transformers' own rules load."""
+"""A model that has the weights of only one decoder layer at a time, loaded by transformers' own rules."""
 
 from __future__ import annotations
 
@@ -23,19 +23,26 @@ from qformat.quality.calibration.layer_calls import LayerCall, UnsupportedModelE
 NEXT_STEP = "Convert it without calibration"
 
 ReadTensor = Callable[[str], Tensor]
-"""Returns a tensor of the source by its name there."""
+"""Returns a tensor of the source by its name."""
 
 Calls = Mapping[int, tuple[LayerCall, ...]]
-"""How each layer is called, by the number of windows in a batch."""
+"""How each layer is called, keyed by the number of windows in a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """The stack of layers inside a model, which is otherwise without weights.
+    """The decoder layers of a model that otherwise has no weights.
 
-    layer_tensors: for each layer the names in the source of its tensors. targets: for each layer the weights that are
-    `nn.Linear` of it, by name in the source, and where they are in the layer. outside: other tensors that a run up to
-    the first layer takes. elsewhere: weights asked for that are no Linear of a layer, and what they are.
+    Attributes:
+        path: Directory of the source.
+        model: The model.
+        stack: The module that contains the layers and calls them.
+        layers: The decoder layers in order.
+        layer_tensors: Names in the source of each layer's tensors.
+        targets: For each layer, the weights of its `nn.Linear` modules by name in the source, and the paths of these
+            modules in the layer.
+        outside: Names in the source of other tensors that are needed to run up to the first layer.
+        elsewhere: Weights to encode that do not belong to a Linear of a layer, and why not.
     """
 
     path: Path
@@ -48,16 +55,26 @@ class Decoder:
     elsewhere: Mapping[str, str]
 
     def linear(self, index: int, name: str) -> nn.Linear:
-        """Return the layer's Linear whose weight has this name in the source."""
+        """Return the layer's Linear whose weight has this name in the source.
+
+        Args:
+            index: Index of the layer.
+            name: Name of the weight in the source.
+        """
         module = self.layers[index].get_submodule(self.targets[index][name])
         assert isinstance(module, nn.Linear)
         return module
 
     def record(self, batches: Iterable[Tensor], *, read: ReadTensor, keep: Callable[[Tensor], None]) -> Calls:
-        """Run batches of token ids [n, length] up to the first layer, and return how the layers are called.
+        """Run batches of token ids up to the first layer and return how the layers are called.
 
-        keep: takes the hidden states in front of the first layer, float32 [n, length, width], batch by batch.
-        Raises SourceError for a model whose layers cannot be run one by one.
+        Args:
+            batches: Token ids, each [n, length].
+            read: Returns a tensor of the source by its name.
+            keep: Called for each batch with the hidden states before the first layer, float32 [n, length, width].
+
+        Raises:
+            SourceError: The layers cannot be run one by one.
         """
         self._load(self.outside, read)
         calls: dict[int, tuple[LayerCall, ...]] = {}
@@ -66,7 +83,9 @@ class Decoder:
                 run = record_calls(self.stack, self.layers, ids)
                 first = calls.setdefault(len(ids), run.calls)
                 if not all(one.equals(other) for one, other in zip(run.calls, first, strict=True)):
-                    raise UnsupportedModelError("hands its layers more than hidden states that depend on the text")
+                    raise UnsupportedModelError(
+                        "passes inputs to its layers that depend on the text besides hidden states"
+                    )
             except UnsupportedModelError as reason:
                 raise self._refused(f"{type(self.model).__name__} {reason}") from None
             keep(run.hidden)
@@ -76,16 +95,24 @@ class Decoder:
         return calls
 
     def load_layer(self, index: int, read: ReadTensor) -> nn.Module:
-        """Give a layer its weights, in float32."""
+        """Load a layer's weights in float32.
+
+        Args:
+            index: Index of the layer.
+            read: Returns a tensor of the source by its name.
+
+        Raises:
+            SourceError: A tensor is missing, or transformers cannot load one.
+        """
         self._load(self.layer_tensors[index], read)
         layer = self.layers[index]
         for name, tensor in layer.state_dict(keep_vars=True).items():
             if tensor.is_meta:
-                raise self._refused(f"layer {index}: the model needs {name}, and the source has no such tensor")
+                raise self._refused(f"layer {index}: the model needs {name}, which is missing from the source")
         return layer
 
     def drop_layer(self, index: int) -> None:
-        """Take a layer's weights away."""
+        """Release a layer's weights."""
         self.layers[index].to("meta")
 
     def _load(self, names: Iterable[str], read: ReadTensor) -> None:
@@ -113,10 +140,15 @@ class Decoder:
 
 
 def build_decoder(path: Path, names: Sequence[str], packed: Collection[str]) -> Decoder:
-    """Build the model that a folder's config.json names, without weights, and find its decoder layers.
+    """Build the model described by a directory's config.json without weights, and find its decoder layers.
 
-    names: all tensors of the source; packed: those that are to be encoded.
-    Raises: SourceError for an architecture that cannot be calibrated.
+    Args:
+        path: Directory of the source.
+        names: Names of all tensors of the source.
+        packed: Names of the weights to encode.
+
+    Raises:
+        SourceError: The architecture cannot be calibrated.
     """
     model = _build(path)
     renamed = _names_in_model(model, names)
@@ -125,7 +157,7 @@ def build_decoder(path: Path, names: Sequence[str], packed: Collection[str]) -> 
         raise SourceError(
             Reason.CONFIG_FIELD,
             path / CONFIG_NAME,
-            f"{type(model).__name__} has no list of layers with weights to encode in it",
+            f"{type(model).__name__} has no list of layers that contains weights to encode",
             next_step=NEXT_STEP,
         )
     stack_name = prefix.rpartition(".")[0]
@@ -146,7 +178,7 @@ def build_decoder(path: Path, names: Sequence[str], packed: Collection[str]) -> 
             elif index is None and type(module) is nn.Linear:
                 elsewhere[name] = "outside the decoder layers"
             else:
-                elsewhere[name] = "no Linear in transformers' model"
+                elsewhere[name] = "not a Linear in transformers' model"
     return Decoder(
         path=path,
         model=model,
@@ -166,7 +198,7 @@ def _build(path: Path) -> PreTrainedModel:
             raise SourceError(
                 Reason.CONFIG_FIELD,
                 path / CONFIG_NAME,
-                "an encoder-decoder model: only the layers of decoders can be calibrated",
+                "is an encoder-decoder model, but only decoder layers can be calibrated",
                 next_step=NEXT_STEP,
             )
         model = build_on_meta(path, config, dtype=torch.float32, trust_remote_code=False, attention=None)
@@ -179,7 +211,7 @@ def _build(path: Path) -> PreTrainedModel:
 
 
 def _names_in_model(model: PreTrainedModel, names: Sequence[str]) -> dict[str, tuple[str, bool]]:
-    """Return for each tensor of the source its name in the model, and whether it is merged there with others."""
+    """Return each source tensor's name in the model, and whether it is merged with others there."""
     present = model.state_dict()
     rename = name_in_model(model, present)
     found = {}
@@ -190,14 +222,14 @@ def _names_in_model(model: PreTrainedModel, names: Sequence[str]) -> dict[str, t
 
 
 def _find_layers(model: nn.Module, wanted: Collection[str]) -> str | None:
-    """Return the path of the list of modules that has most of the weights, the outermost of equal ones."""
+    """Return the path of the module list with the most weights, or the outermost of several with equally many."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     counts = {name: sum(weight.startswith(f"{name}.") for weight in wanted) for name in lists}
     return max((name for name in lists if counts[name]), key=lambda name: (counts[name], -len(name)), default=None)
 
 
 def _place_in_layers(target: str, prefix: str) -> tuple[int | None, str]:
-    """Return the layer of a tensor and its name in there."""
+    """Return a tensor's layer and its name within that layer."""
     if not target.startswith(f"{prefix}."):
         return None, target
     number, _, within = target.removeprefix(f"{prefix}.").partition(".")

@@ -1,13 +1,13 @@
 """Error feedback (GPTQ, arXiv:2210.17323) onto the NF4 grid, second level included.
 
-A layer y = X Wᵀ is rounded column by column. What a column's rounding does to y is made good, as far as it can be, by
-moving the columns still to be rounded: with H = 2 XᵀX and U the upper Cholesky factor of its inverse, the error
+A layer y = X Wᵀ is rounded column by column. The effect of a column's rounding on y is compensated, as far as possible,
+by adjusting the columns still to be rounded: with H = 2 XᵀX and U the upper Cholesky factor of its inverse, the error
 (w - q) / U[j, j] of column j is subtracted, times U[j, l], from every later column l. Damping makes H invertible.
 
-A block's scale is chosen when its first column's turn comes, after all feedback from the columns before it: the one of
-some multiples of the block's largest magnitude whose squared error, weighted with 1 / U[j, j]^2, is smallest. Scales
-that are double-quantized depend on each other (one offset a tensor, one nested absmax for 256 of them), so there are
-two passes: the first chooses the scales, then all are encoded, and the second rounds against the decoded ones.
+A block's scale is chosen when its first column is due, after all feedback from the columns before it: among several
+multiples of the block's absmax, the one whose squared error, weighted with 1 / U[j, j]^2, is smallest. Scales that are
+double-quantized depend on each other (one offset per tensor, one nested absmax per 256 scales), so there are two
+passes: the first chooses the scales, then all of them are encoded, and the second rounds against the decoded ones.
 """
 
 from __future__ import annotations
@@ -27,27 +27,37 @@ from qformat.codec.nf4 import pack
 from qformat.quality.calibration import feedback_kernels
 
 DAMPING = 0.01
-"""Of the mean of H's diagonal, added to the diagonal."""
+"""Share of the mean of H's diagonal that is added to the diagonal."""
 
 SCALE_FACTORS = tuple(round(0.80 + 0.02 * step, 2) for step in range(14))
-"""0.80 to 1.06: below, weights are cut off; above, the grid gets coarser for nothing."""
+"""0.80 to 1.06: smaller factors clip weights, larger ones make the grid coarser without benefit."""
 
 _SMALLEST_SHARE = 64
-"""Rows that a thread is started for."""
+"""Minimum number of rows per thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeedbackSettings:
-    """How codes and scales are chosen. factors: ascending; a scale is one of them times a block's largest magnitude."""
+    """Options for choosing codes and scales.
+
+    Attributes:
+        damping: Share of the mean of H's diagonal that is added to the diagonal.
+        factors: Candidate scales in ascending order, as multiples of a block's absmax.
+    """
 
     damping: float = DAMPING
     factors: tuple[float, ...] = SCALE_FACTORS
 
 
 def inverse_factor(hessian: Tensor, *, damping: float) -> Tensor | None:
-    """Return U [k, k], upper: UᵀU is the inverse of the damped `hessian` [k, k], which is overwritten.
+    """Return the upper factor U [k, k] such that UᵀU is the inverse of the damped Hessian.
 
-    None where nothing can be learned from it: no input was ever other than zero, or some were not finite.
+    Args:
+        hessian: The Hessian, float32 [k, k]. It is overwritten.
+        damping: Share of the mean of the diagonal that is added to the diagonal.
+
+    Returns:
+        U, or None if the Hessian cannot be used: all inputs were zero, or some were NaN or Inf.
     """
     mean = hessian.diagonal().mean()
     if not (torch.isfinite(mean) and mean > 0):
@@ -69,10 +79,14 @@ def encode_with_feedback(
     settings: FeedbackSettings,
     workers: int,
 ) -> PackedArrays:
-    """Encode weights [n, k], whose rows are whole blocks, with the factor U [k, k] of their inputs' inverse Hessian.
+    """Encode a weight whose rows consist of full blocks with error feedback.
 
-    layout: of the weight; its shape holds n x k elements. workers: threads for the columns' steps; any number gives
-    the same bits.
+    Args:
+        weights: The weight, float32 [n, k].
+        factor: Factor U of the inverse Hessian of the weight's inputs, float32 [k, k].
+        layout: Layout of the weight; its shape has n x k elements.
+        settings: Options of the error feedback.
+        workers: Number of threads for rounding columns. Does not affect the result.
     """
     block_size = layout.block_size
     scales = np.zeros((weights.shape[0], weights.shape[1] // block_size), np.float32)
@@ -88,7 +102,7 @@ def encode_with_feedback(
 
 @dataclass(frozen=True, slots=True)
 class _RowShares:
-    """Calls work(first_row, last_row) for all rows, in threads."""
+    """Calls work(first_row, last_row) for all rows, divided among threads."""
 
     pool: ThreadPoolExecutor
     n_rows: int
@@ -109,9 +123,9 @@ def _feed_back(
     factors: tuple[float, ...] | None,
     in_shares: _RowShares,
 ) -> NDArray[np.uint8]:
-    """Return the codes [n, k] of one pass; with factors, `scales` [n, k / block_size] are chosen on the way."""
-    # The columns that are still to be rounded, feedback included. In torch's memory, since the bits of a product may
-    # depend on the alignment of its operands.
+    """Return the codes [n, k] of one pass. With `factors`, `scales` [n, k / block_size] are chosen in this pass."""
+    # The columns still to be rounded, feedback included. They are in torch's own memory, because the bits of a product
+    # may depend on the alignment of its operands.
     moved = torch.from_numpy(weights).clone()
     errors = torch.empty(weights.shape[0], block_size)
     codes = np.empty(weights.shape, np.uint8)

@@ -1,7 +1,14 @@
-"""The numba kernels of error feedback: scales and codes of one column of blocks, for a range of rows.
+"""numba kernels of error feedback: scales and codes of one column of blocks, for a range of rows.
 
-Tiles of rows are transposed into scratch memory, so that every inner loop runs over rows, which are independent of each
-other: LLVM vectorises it, and neither the number of threads nor the size of a tile changes a bit. fastmath stays off.
+    weights [n, k]         one column of blocks (block_size columns), a tile of 64 rows at a time
+    +----+----+----+
+    |    |tile|    |       choose_scales: scale of each row's block
+    |    +----+    |       round_block:   codes, and the error that later columns compensate for
+    |    |    |    |
+    +----+----+----+
+
+Tiles of rows are transposed into scratch memory, so that every inner loop runs over rows. Rows are independent, so LLVM
+vectorises these loops, and neither the number of threads nor the tile size changes any bit. fastmath stays off.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ from qformat.codec.cpu.scalars import nearest_code
 from qformat.codec.nf4 import SMALLEST_DIVISOR
 
 TILE = 64
-"""Rows at a time: a tile of 64 columns takes 16 KiB, half of a first-level cache."""
+"""Number of rows per tile. A tile of 64 columns takes 16 KiB, half of a first-level cache."""
 
 _inline = numba.njit(inline="always")
 
@@ -30,7 +37,7 @@ _CODES = types.Array(types.uint8, 2, "C", aligned=False)
 
 @_inline
 def _divisor(scale: Any) -> Any:
-    """A scale to divide by: decoded ones may be zero, or negative."""
+    """Return a divisor for a scale. Decoded scales may be zero or negative."""
     if scale < 0:
         return min(scale, -SMALLEST_DIVISOR)
     return max(scale, SMALLEST_DIVISOR)
@@ -42,10 +49,20 @@ def _divisor(scale: Any) -> Any:
 def choose_scales(
     weights: Any, first_row: Any, last_row: Any, start: Any, block_size: Any, precisions: Any, factors: Any, scales: Any
 ) -> None:
-    """Choose the scales of the blocks at column `start`, rows [first_row, last_row): scales[:, start // block_size].
+    """Choose the scales of the blocks at column `start` for rows [first_row, last_row).
 
-    weights [n, k]; precisions [k]: what a squared error of a column counts; factors [f]: a scale is one of these times
-    the block's largest magnitude, the one with the smallest weighted error, the first of equal ones.
+    A scale is the product of the block's absmax and the factor with the smallest weighted error, the first one if there
+    are several.
+
+    Args:
+        weights: Weights with feedback applied, float32 [n, k].
+        first_row: First row.
+        last_row: Row after the last one.
+        start: First column of the blocks.
+        block_size: Number of columns per block.
+        precisions: Weight of a squared error in each column, float32 [k].
+        factors: Candidate factors, float32 [f].
+        scales: Scales to fill in, float32 [n, k / block_size]; column start / block_size is written.
     """
     block = start // block_size
     tile = np.empty((block_size, TILE), np.float32)
@@ -95,11 +112,19 @@ def round_block(
     codes: Any,
     errors: Any,
 ) -> None:
-    """Round the blocks at column `start`, column by column, handing each one's error on to those after it.
+    """Round the blocks at column `start` column by column and pass each column's error on to the later ones.
 
-    weights [n, k]; factor [k, k]: the upper factor U of the inverse Hessian; scales [n, k / block_size]. Fills
-    codes[:, start : start + block_size] and errors [n, block_size]: (weight - rounded) / U[j, j] of each column, by
-    which the columns behind this block are to be moved.
+    Args:
+        weights: Weights with feedback applied, float32 [n, k].
+        first_row: First row.
+        last_row: Row after the last one.
+        start: First column of the blocks.
+        block_size: Number of columns per block.
+        factor: Upper factor U of the inverse Hessian, float32 [k, k].
+        scales: Scales, float32 [n, k / block_size].
+        codes: Codes to fill in, uint8 [n, k]; the columns of these blocks are written.
+        errors: Filled with (weight - rounded) / U[j, j] of each column, float32 [n, block_size], for adjusting the
+            columns after these blocks.
     """
     block = start // block_size
     tile = np.empty((block_size, TILE), np.float32)

@@ -1,4 +1,4 @@
-"""The hidden states of a text in front of a layer, in a file: they need no memory, and survive a crash."""
+"""Hidden states of a text before a layer, kept in a file: they need no memory and survive a crash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from qformat.errors import ArtifactError
 
 @dataclass(frozen=True, slots=True)
 class HiddenStates:
-    """float32 [n_windows, length, width] as a file, and the XXH3-128 of its bytes."""
+    """Hidden states in a file.
+
+    Attributes:
+        path: The file, which contains float32 values.
+        shape: [n_windows, length, width].
+        digest: XXH3-128 of the file.
+    """
 
     path: Path
     shape: tuple[int, ...]
@@ -26,15 +32,15 @@ class HiddenStates:
 
     @property
     def nbytes(self) -> int:
-        """Size of the file."""
+        """Size of the file in bytes."""
         return 4 * int(np.prod(self.shape, dtype=np.int64))
 
     def read(self) -> Tensor:
-        """Return all of them: a view of the mapped file, changes of which never reach it."""
+        """Return all hidden states as a view of the mapped file. Changes to it are not written to the file."""
         return torch.from_numpy(np.memmap(self.path, np.float32, mode="c", shape=self.shape))
 
     def is_whole(self) -> bool:
-        """Whether the file is there and has these very bytes."""
+        """Return whether the file exists and is intact."""
         if not self.path.is_file() or self.path.stat().st_size != self.nbytes:
             return False
         with open_regular(self.path.parent, self.path.name, error=ArtifactError) as file:
@@ -60,7 +66,11 @@ class HiddenStatesWriter:
         os.close(self._descriptor)
 
     def write(self, hidden: Tensor) -> None:
-        """Append windows [n, length, width]. Raises TargetError."""
+        """Append windows [n, length, width].
+
+        Raises:
+            TargetError: The file cannot be written.
+        """
         data = hidden.contiguous().numpy().data.cast("B")
         self._digest.update(data)
         self._disk.write_at(self._descriptor, data, self._written, self._path)
@@ -68,5 +78,5 @@ class HiddenStatesWriter:
         self._shape = (self._shape[0] + len(hidden), *hidden.shape[1:])
 
     def finish(self) -> HiddenStates:
-        """Return what is in the file now."""
+        """Return the hidden states written so far."""
         return HiddenStates(self._path, self._shape, self._digest.hexdigest())

@@ -1,8 +1,8 @@
-"""How a model calls its decoder layers: found by running the model's own forward with every layer's forward replaced.
+"""Finds out how a model calls its decoder layers by running the model's forward with every layer's forward replaced.
 
-Embeddings, positions, masks and rotary tables are the model's business: whatever it hands to a layer besides the hidden
-states is recorded, layer by layer, and handed to that layer again later. This works where it holds that a layer gets
-what the layer before it returned, untouched, and that the rest does not depend on the text; both are checked.
+Embeddings, positions, masks and rotary tables are left to the model: whatever it passes to a layer besides the hidden
+states is recorded for each layer, and passed to that layer again later. This requires that a layer gets the output of
+the layer before it unmodified, and that the other inputs do not depend on the text. Both are checked.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ from torch.utils import _pytree
 
 
 class UnsupportedModelError(Exception):
-    """The model's layers cannot be run one by one; the text says why."""
+    """The layers of the model cannot be run one by one. The text says why and continues a sentence about the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What a layer is called with besides the hidden states. keyword: their name, None where they come first."""
+    """Inputs of a layer besides the hidden states.
+
+    Attributes:
+        others: Further positional arguments.
+        named: Keyword arguments.
+        keyword: Name of the hidden states' argument, or None if they are the first positional one.
+    """
 
     others: tuple[Any, ...]
     named: Mapping[str, Any]
     keyword: str | None
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Run a layer on hidden states [n, length, width] and return those behind it."""
+        """Run a layer on hidden states [n, length, width] and return its output."""
         if self.keyword is None:
             output = layer(hidden, *self.others, **self.named)
         else:
@@ -39,7 +45,7 @@ class LayerCall:
         return found
 
     def equals(self, other: LayerCall) -> bool:
-        """Whether two calls are the same, tensors compared by value."""
+        """Return whether two calls are the same, comparing tensors by value."""
         mine, my_shape = _pytree.tree_flatten((self.others, dict(self.named)))
         others, other_shape = _pytree.tree_flatten((other.others, dict(other.named)))
         return self.keyword == other.keyword and my_shape == other_shape and all(map(_same, mine, others))
@@ -47,18 +53,29 @@ class LayerCall:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """One run of a model: the hidden states in front of its first layer [n, length, width], and each layer's call."""
+    """One run of a model.
+
+    Attributes:
+        hidden: Hidden states before the first layer, [n, length, width].
+        calls: How each layer is called.
+    """
 
     hidden: Tensor
     calls: tuple[LayerCall, ...]
 
 
 def record_calls(decoder: nn.Module, layers: Sequence[nn.Module], ids: Tensor) -> Recorded:
-    """Run `decoder` on token ids [n, length] and record how it calls its `layers`, which do not run.
+    """Run a model on token ids and record how it calls its layers, which are not run.
 
-    Raises: UnsupportedModelError.
+    Args:
+        decoder: The module that calls the layers.
+        layers: The layers in order.
+        ids: Token ids, int64 [n, length].
+
+    Raises:
+        UnsupportedModelError: The layers cannot be run one by one.
     """
-    for in_tuples in (False, True):  # nothing tells what a layer returns: the wrong kind shows in the next call
+    for in_tuples in (False, True):  # it is unknown what a layer returns; the wrong type fails in the next call
         found = _attempt(decoder, layers, ids, in_tuples=in_tuples)
         if found is not None:
             return found
@@ -90,10 +107,10 @@ def _attempt(decoder: nn.Module, layers: Sequence[nn.Module], ids: Tensor, *, in
         except _OtherCallError:
             return None
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
-            if calls:  # it could not work with what the layer returned
+            if calls:  # it could not use the type that the layer returned
                 return None
             problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UnsupportedModelError(f"cannot be run on token ids alone: {problem}") from error
+            raise UnsupportedModelError(f"cannot be run with token ids only: {problem}") from error
     return None
 
 
@@ -121,12 +138,12 @@ def _forwards_replaced(replacements: Mapping[nn.Module, Callable[..., Any]]) -> 
         yield
     finally:
         for module in replacements:
-            del module.forward  # the class's is seen again
+            del module.forward  # restores the class's method
 
 
 class _AllCalledError(Exception):
-    """The last layer was called: what comes behind it need not run."""
+    """The last layer was called, so the rest of the model need not run."""
 
 
 class _OtherCallError(Exception):
-    """A layer was not called with what the one before it returned."""
+    """A layer was not called with the output of the layer before it."""

@@ -1,4 +1,4 @@
-"""From settings and a source's headers to a `Calibration`: text, model, and the weights whose codes it will choose."""
+"""Creates a `Calibration` from settings and a source's headers: text, model, and the weights whose codes it chooses."""
 
 from __future__ import annotations
 
@@ -36,10 +36,20 @@ def prepare_calibration(
     workers: int,
     on_layer: Callable[[int, int], None],
 ) -> Calibration:
-    """Read and tokenise the text, and build the model of the folder `source` without weights.
+    """Read and tokenise the text, and build the source's model without weights.
 
-    tensors: all of the source; layouts: of those that will be packed. workers: threads.
-    Raises: SourceError for a model that cannot be calibrated or has no tokenizer; UsageError, DataError for the text.
+    Args:
+        source: Directory with config.json and tokenizer.
+        tensors: All tensors of the source, keyed by name.
+        layouts: Layouts of the weights to pack, keyed by name.
+        settings: The text and the number of tokens.
+        workers: Number of threads.
+        on_layer: Called with the number of calibrated layers and the total number of layers.
+
+    Raises:
+        SourceError: The model cannot be calibrated or has no tokenizer.
+        UsageError: The text does not exist, or the number of tokens is too small.
+        DataError: The text cannot be used.
     """
     decoder = build_decoder(source, list(tensors), layouts)
     windows = _windows(source, decoder, settings)
@@ -84,20 +94,20 @@ def prepare_calibration(
 
 
 def _windows(source: Path, decoder: Decoder, settings: CalibrationSettings) -> TokenWindows:
-    """Return the windows of the text, chosen by chance if there are more than enough."""
+    """Return the windows of the text, a random choice if there are more than needed."""
     longest = getattr(decoder.model.config.get_text_config(), "max_position_embeddings", None) or WINDOW_LENGTH
     length = min(WINDOW_LENGTH, int(longest))
     count = settings.tokens // length
     if count == 0:
-        raise UsageError(f"{settings.tokens} calibration tokens: a window has {length}. Take at least as many")
+        raise UsageError(f"{settings.tokens} calibration tokens: expected at least {length}, the length of one window")
     windows = read_windows(settings.data, _tokenizer(source), length=length).sample(count, seed=SEED)
     vocabulary = decoder.model.get_input_embeddings().num_embeddings
     if windows.ids.max() >= vocabulary:
         raise SourceError(
             Reason.CONFIG_FIELD,
             source / CONFIG_NAME,
-            f"the tokenizer gives token {windows.ids.max()}, and the model knows {vocabulary}",
-            next_step="The tokenizer is that of another model: put the right one there",
+            f"the tokenizer returns token {windows.ids.max()}, but the vocabulary has only {vocabulary} tokens",
+            next_step="The tokenizer belongs to another model. Replace it",
         )
     return windows
 
@@ -110,6 +120,6 @@ def _tokenizer(source: Path) -> Any:
         raise SourceError(
             Reason.MISSING_FILE,
             source,
-            f"has no tokenizer that transformers can load, and calibration needs one: {first}",
-            next_step=f"Put {TOKENIZER_NAME} and {TOKENIZER_CONFIG_NAME} of the model there",
+            f"calibration needs a tokenizer, but transformers cannot load one: {first}",
+            next_step=f"Put the model's {TOKENIZER_NAME} and {TOKENIZER_CONFIG_NAME} there",
         ) from problem

@@ -1,1 +1,1 @@
-"""How close artifacts are to their 16-bit model, token by token."""
+"""Measures how close artifacts are to their 16-bit model, token by token."""

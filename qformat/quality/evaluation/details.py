@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KL_BOUNDS = (0.0001, 0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Nats, between the columns of the histogram."""
+"""Bounds between the bars of the histogram, in nats."""
 
 _N_BINS = 32
 _N_TOKENS = 15
@@ -29,7 +29,13 @@ _CONTEXT_TOKENS = 24
 
 
 def details(text: TextScores, scores: Scores, tokenizer: PreTrainedTokenizerBase) -> JsonObject:
-    """Return what the page shows of one model on one text. There must be a 16-bit model."""
+    """Return what the HTML report shows for one model on one text. A 16-bit model is required.
+
+    Args:
+        text: Windows and scores of the text.
+        scores: Scores of the model.
+        tokenizer: Tokenizer of the model.
+    """
     assert text.source is not None
     assert scores.kl is not None
     increase = scores.loss - text.source.loss
@@ -42,7 +48,7 @@ def details(text: TextScores, scores: Scores, tokenizer: PreTrainedTokenizerBase
 
 
 def _by_position(increase: NDArray[np.float64], kl: NDArray[np.float64]) -> list[Json]:
-    """Means over neighbouring positions, so that a curve has at most _N_BINS points."""
+    """Return means over neighbouring positions, so that a curve has at most _N_BINS points."""
     n_positions = increase.shape[1]
     bounds = np.linspace(0, n_positions, min(_N_BINS, n_positions) + 1).astype(int)
     return [
@@ -56,7 +62,7 @@ def _by_position(increase: NDArray[np.float64], kl: NDArray[np.float64]) -> list
 
 
 def _by_token(increase: NDArray[np.float64], windows: TokenWindows, tokenizer: PreTrainedTokenizerBase) -> list[Json]:
-    """The tokens that cost most in all, of those that come more than once or twice."""
+    """Return the tokens with the largest total increase in loss, among those that occur at least three times."""
     ids, places, counts = np.unique(windows.ids[:, 1:], return_inverse=True, return_counts=True)
     totals = np.bincount(places.reshape(-1), weights=increase.reshape(-1))
     frequent = np.flatnonzero(counts >= _MIN_OCCURRENCES)
@@ -73,7 +79,7 @@ def _by_token(increase: NDArray[np.float64], windows: TokenWindows, tokenizer: P
 
 
 def _histogram(kl: NDArray[np.float64]) -> list[Json]:
-    """The share of tokens below the first bound, between each two, and above the last."""
+    """Return the share of tokens below the first bound, between neighbouring bounds, and above the last one."""
     counts = np.bincount(np.digitize(kl.reshape(-1), KL_BOUNDS), minlength=len(KL_BOUNDS) + 1)
     return [float(f"{count / kl.size:.6g}") for count in counts]
 

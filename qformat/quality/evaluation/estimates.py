@@ -1,4 +1,4 @@
-"""Means over windows and how far they may be off: tokens of one window are alike, windows are nearly independent."""
+"""Means and their standard errors over windows: tokens of one window are correlated, windows nearly independent."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from qformat.strict_json import Json
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its standard error, which one window alone does not have."""
+    """A mean and its standard error.
+
+    Attributes:
+        mean: The mean.
+        standard_error: Its standard error. None for a single window.
+    """
 
     mean: float
     standard_error: float | None
 
     def to_json(self) -> dict[str, Json]:
-        """Return the two, to six significant digits: what lies behind them differs between machines."""
+        """Return both values, rounded to six significant digits because further digits differ between machines."""
         return {"mean": _rounded(self.mean), "standard_error": _rounded(self.standard_error)}
 
     def exponential(self) -> Estimate:
-        """Return the estimate of e to this, such as a perplexity, by its slope there."""
+        """Return the estimate of the exponential, such as a perplexity, with a linearised standard error."""
         mean = math.exp(self.mean)
         return Estimate(mean, None if self.standard_error is None else mean * self.standard_error)
 
 
 def estimate(values: NDArray[np.floating] | NDArray[np.bool_]) -> Estimate:
-    """Return the mean of values, [n_windows, n_positions], with the standard error over windows.
+    """Return the mean of values [n_windows, n_positions] with the standard error over windows.
 
-    Of paired values, such as the losses of two models on the same tokens, give the differences.
+    For paired values, such as the losses of two models on the same tokens, pass their differences.
     """
     by_window = values.mean(axis=1, dtype=np.float64)
     n_windows = len(by_window)

@@ -1,7 +1,7 @@
-"""`evaluate`: how close artifacts are to their 16-bit model on texts, token by token.
+"""Measures how close artifacts are to their 16-bit model on texts, token by token.
 
-All models are mapped. Of one window at a time there are the logits of the 16-bit model and of one other; what is kept
-of each token are its scores.
+All models are mapped. At any time, memory holds one window's logits of the 16-bit model and of one other model; only
+the scores of each token are kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ _TOKENIZER_FILES = (TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME)
 
 @dataclass(frozen=True, slots=True)
 class TextScores:
-    """One text: its windows, the scores of the 16-bit model if there is one, and those of each model beside it."""
+    """Scores on one text.
+
+    Attributes:
+        windows: The windows that were scored.
+        source: Scores of the 16-bit model, or None without one.
+        models: Scores of each of the other models.
+    """
 
     windows: TokenWindows
     source: Scores | None
@@ -45,10 +51,16 @@ class TextScores:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What was measured. source_checked: the 16-bit model has the bytes that the first model's manifest names.
+    """Result of `evaluate`.
 
-    manifest: the first model's as it was measured, None where it has none. dtype: of the arithmetic. seconds: of the
-    forward passes and scores.
+    Attributes:
+        models: Names of the models, as the user gave them.
+        source: Name of the 16-bit model, or None without one.
+        source_checked: Whether the 16-bit model has the digests in the first model's manifest.
+        manifest: Manifest of the first model before the evaluation, or None if it has none.
+        dtype: Dtype of the arithmetic.
+        texts: Scores on each text.
+        seconds: Duration in seconds of forward passes and scoring.
     """
 
     models: list[str]
@@ -61,7 +73,7 @@ class Evaluation:
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens that all models together went through, a second."""
+        """Tokens per second, counting each token once per model."""
         n_models = len(self.models) + (self.source is not None)
         return n_models * sum(text.windows.ids.size for text in self.texts) / self.seconds
 
@@ -72,7 +84,7 @@ class _Model:
     model: PreTrainedModel
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Return [L, vocabulary] of one window, int64 [L]."""
+        """Return the logits [L, vocabulary] of one window, int64 [L]."""
         found = self.model(input_ids=ids[None], use_cache=False).logits[0]
         assert isinstance(found, Tensor)
         return found
@@ -92,16 +104,26 @@ def evaluate(
     trust_remote_code: bool = False,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Measure an artifact, and others beside it, on each text.
+    """Measure an artifact, and optionally other models, on each text.
 
-    artifact, source, against: folders, or repositories that the Hub's cache has; any of them may be in 4 or 16 bit.
-    texts: see `read_windows`. n_windows: of each text, at even distances; all where it has fewer.
-    any_source: allow a source other than the one that the artifacts were made from.
-    device, dtype: see `load_model`. on_window: called with the number of windows that are done, and of all.
+    Args:
+        artifact: Directory, or Hub repository in the local cache. The model may be in 4 or 16 bit.
+        texts: Texts to measure on, see `read_windows`.
+        source: The 16-bit model to compare with. Without it, only loss and perplexity are measured.
+        against: Further models to measure, like `artifact`.
+        n_windows: Number of evenly spaced windows to score per text, or all if there are fewer.
+        window_length: Number of tokens per window.
+        any_source: Whether to accept a 16-bit model that is not the source of the artifacts.
+        device: Device to run on, see `load_model`.
+        dtype: Dtype of the arithmetic, see `load_model`.
+        trust_remote_code: Whether to run model code from the directories.
+        on_window: Called with the number of scored windows and the total number of windows.
 
-    Raises UsageError for what does not fit together: tokenizers, vocabularies, windows longer than the model's context;
-        DataError for a text that is too short or cannot be read; SourceError for another source;
-        VerificationError for logits that are not finite numbers, naming the window.
+    Raises:
+        UsageError: Tokenizers or vocabularies differ, or windows are longer than the model's context.
+        DataError: A text is too short or cannot be read.
+        SourceError: `source` is not the source of the artifacts.
+        VerificationError: A window has non-finite logits.
     """
     folders = [find_folder(model) for model in (artifact, *against)]
     source_folder = None if source is None else find_folder(source)
@@ -161,8 +183,8 @@ def _checked(scores: Scores, model: _Model, windows: TokenWindows, number: int) 
     position = first_non_finite(scores)
     if position is not None:
         raise VerificationError(
-            f"{model.name}: its logits are no finite numbers in window {number} of {windows.name}, token {position}. "
-            "Check its weights (qformat verify), or compute in another format (--dtype float32)"
+            f"{model.name}: non-finite logits in window {number} of {windows.name}, token {position}. "
+            "Check the weights with qformat verify, or use another dtype (--dtype float32)"
         )
     return scores
 
@@ -176,9 +198,9 @@ def _read_texts(
     *,
     trust_remote_code: bool,
 ) -> list[TokenWindows]:
-    """Read the texts with the first model's tokenizer, after a look whether the others' cut them the same way."""
+    """Read the texts with the first model's tokenizer, and check that the other tokenizers give the same tokens."""
     if n_windows < 1:
-        raise UsageError(f"{n_windows} windows: at least one is needed")
+        raise UsageError(f"{n_windows} windows: expected at least 1")
     tokenizers = {
         folder: load_tokenizer(folder, trust_remote_code=trust_remote_code)
         for folder in dict.fromkeys(everyone)
@@ -186,7 +208,7 @@ def _read_texts(
     }
     if first not in tokenizers:
         raise UsageError(
-            f"{first}: has no tokenizer, neither {' nor '.join(_TOKENIZER_FILES)}. Copy its source's there"
+            f"{first}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Copy these files from its source"
         )
     read = [read_windows(text, tokenizers[first], length=length) for text in texts]
     spelled = own_tokenizer(tokenizers[first]).to_str()
@@ -197,8 +219,8 @@ def _read_texts(
             other = read_windows(text, tokenizer, length=length)
             if other.ids.shape != windows.ids.shape or (other.ids != windows.ids).any():
                 raise UsageError(
-                    f"{folder}: its tokenizer cuts {windows.name} into other tokens than that of {first}, so that the "
-                    "two cannot be compared token by token"
+                    f"{folder}: its tokenizer splits {windows.name} into other tokens than the tokenizer of {first}, "
+                    "so the two models cannot be compared token by token"
                 )
     return [windows.spread(n_windows) for windows in read]
 
@@ -213,13 +235,15 @@ def _check_vocabularies(models: Sequence[_Model], texts: Sequence[TokenWindows])
         expected = first.model.config.get_text_config().vocab_size
         if n_vocabulary != expected:
             raise UsageError(
-                f"{model.name}: has a vocabulary of {n_vocabulary} tokens, but {first.name} one of {expected}. "
-                "Give models of one family"
+                f"{model.name}: has a vocabulary of {n_vocabulary} tokens, but {first.name} has {expected}. "
+                "Compare models of one family"
             )
         if largest >= n_vocabulary:
             raise UsageError(
-                f"{model.name}: has a vocabulary of {n_vocabulary} tokens, and its tokenizer gives token {largest}. "
-                "The tokenizer is another model's"
+                f"{model.name}: has a vocabulary of {n_vocabulary} tokens, but its tokenizer returns token {largest}. "
+                "The tokenizer belongs to another model"
             )
         if context is not None and length > context:
-            raise UsageError(f"{model.name}: takes at most {context} tokens, and windows have {length}. Shorten them")
+            raise UsageError(
+                f"{model.name}: has a context of {context} tokens, but windows have {length}. Use shorter windows"
+            )

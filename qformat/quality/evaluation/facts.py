@@ -12,7 +12,12 @@ from qformat.strict_json import Json
 
 
 def figures(scores: Scores, source: Scores | None) -> dict[str, Estimate]:
-    """Return loss and perplexity of a model on a text and, beside a 16-bit model, how far it is from that."""
+    """Return loss and perplexity of a model on a text and, if there is a 16-bit model, its distance from that.
+
+    Args:
+        scores: Scores of the model.
+        source: Scores of the 16-bit model, or None without one.
+    """
     loss = estimate(scores.loss)
     found = {"loss": loss, "perplexity": loss.exponential()}
     if source is not None and scores.kl is not None:
@@ -28,7 +33,13 @@ def figures(scores: Scores, source: Scores | None) -> dict[str, Estimate]:
 
 
 def differences(scores: Scores, other: Scores, source: Scores | None) -> dict[str, Estimate]:
-    """Return how much more one model has than another on the same tokens, paired."""
+    """Return the paired differences between two models on the same tokens: the first minus the second.
+
+    Args:
+        scores: Scores of the first model.
+        other: Scores of the second model.
+        source: Scores of the 16-bit model, or None without one.
+    """
     found = {"loss": estimate(scores.loss - other.loss)}
     if source is not None and scores.kl is not None and other.kl is not None:
         agreement = (scores.top1 == source.top1).astype(float) - (other.top1 == source.top1)
@@ -37,7 +48,7 @@ def differences(scores: Scores, other: Scores, source: Scores | None) -> dict[st
 
 
 def facts(evaluation: Evaluation) -> JsonObject:
-    """Return everything, each figure with its standard error over windows."""
+    """Return the whole evaluation, each figure with its standard error over windows."""
     return {
         "models": list(evaluation.models),
         "source": evaluation.source,
@@ -51,7 +62,7 @@ def facts(evaluation: Evaluation) -> JsonObject:
 
 
 def record(evaluation: Evaluation) -> JsonObject:
-    """Return the manifest's `evaluation` of the first model: no paths, no times, nothing of the others."""
+    """Return the manifest's `evaluation` of the first model, without paths, durations or other models."""
     kept = ("loss", "source_loss", "loss_increase", "perplexity", "kl", "top1_agreement")
     return {
         "window_length": evaluation.texts[0].windows.length,

@@ -1,9 +1,9 @@
-"""What the logits of a window say about each of its tokens: loss, divergence from the 16-bit model, most likely token.
+"""Scores of each token of a window from its logits: loss, divergence from the 16-bit model, most likely token.
 
     loss[t] = -log q(token t + 1 | tokens 0 ... t)
     kl[t]   = sum over tokens v of p(v) (log p(v) - log q(v)),   p: the 16-bit model, q: the other one
 
-All positions but the last are scored, since nothing tells what would follow the window.
+All positions except the last are scored, since the token after the window is not known.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CPU_CHUNK_NBYTES = 2**21
-"""Of float32 logits at a time on a CPU: what is computed from them stays in the cache (2**19 and 2**23 are slower)."""
+"""Largest size in bytes of the float32 logits to process at a time on a CPU, so that they stay in the cache (2**19 and
+2**23 are slower).
+"""
 
 DEVICE_CHUNK_NBYTES = 2**27
-"""On other devices, whose memory is fast and whose kernels cost some time to start. Not yet measured on a GPU."""
+"""The same for other devices, where memory is fast and starting kernels takes time. Not measured on a GPU yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of a window of L tokens, each [L - 1]; or of several, [n_windows, L - 1].
+    """Scores of one window of L tokens, each [L - 1], or of several windows, each [n_windows, L - 1].
 
-    loss: float64, nats. top1: int64, the most likely token. kl: float64, nats, where there is a 16-bit model.
+    Attributes:
+        loss: Loss in nats, float64.
+        top1: The most likely token, int64.
+        kl: KL divergence from the 16-bit model in nats, float64. None without a 16-bit model.
     """
 
     loss: NDArray[np.float64]
@@ -37,9 +42,13 @@ class Scores:
 def score_window(
     logits: Tensor, ids: Tensor, *, reference: Tensor | None = None, chunk_nbytes: int | None = None
 ) -> Scores:
-    """Score a window. logits, reference: [L, vocabulary], any float dtype; computed in float32. ids: int64 [L].
+    """Score a window. All arithmetic is in float32.
 
-    chunk_nbytes: of float32 logits at a time, by default what suits the device.
+    Args:
+        logits: Logits of the model, [L, vocabulary], any float dtype.
+        ids: Token ids of the window, int64 [L].
+        reference: Logits of the 16-bit model, like `logits`.
+        chunk_nbytes: Size in bytes of the float32 logits to process at a time. The default depends on the device.
     """
     n_positions, n_vocabulary = ids.numel() - 1, logits.shape[-1]
     if chunk_nbytes is None:
@@ -64,12 +73,12 @@ def score_window(
 
 
 def _largest(logits: Tensor) -> Tensor:
-    """Return the first largest of each row. On a CPU numpy takes a tenth of torch's time."""
+    """Return the index of the first maximum of each row. On a CPU, numpy takes a tenth of torch's time."""
     return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
 
 
 def stack(scores: list[Scores]) -> Scores:
-    """Return the scores of several windows of one length as one."""
+    """Combine the scores of several windows of one length."""
     kl = [score.kl for score in scores if score.kl is not None]
     return Scores(
         np.stack([score.loss for score in scores]),
@@ -79,7 +88,7 @@ def stack(scores: list[Scores]) -> Scores:
 
 
 def first_non_finite(scores: Scores) -> int | None:
-    """Return the first position of a window whose logits are not finite numbers, as loss or divergence betray them."""
+    """Return the first position of a window whose loss or divergence shows that its logits are NaN or Inf."""
     bad = ~np.isfinite(scores.loss)
     if scores.kl is not None:
         bad |= ~np.isfinite(scores.kl)

@@ -1,1 +1,1 @@
-"""Better scales and norms for given codes, by the predictions of the 16-bit model."""
+"""Trains scales and norms for fixed codes on the predictions of the 16-bit model."""

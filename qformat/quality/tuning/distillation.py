@@ -2,8 +2,8 @@
 
     KL = sum over tokens v of p[v] * (log p[v] - log q[v]),    d KL / d logit[v] = q[v] - p[v]
 
-p is the 16-bit model's, q the artifact's, both in float32. Losses and their gradients are taken for a chunk of
-positions at a time, so that no float32 logits of a whole batch exist.
+p is the 16-bit model's distribution and q the artifact's, both in float32. Losses and their gradients are computed for
+one chunk of positions at a time, so that the float32 logits of a whole batch never exist.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ IGNORED = -1
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of P positions: kl [P], nats; agrees [P], the same most likely token; gradient [P, V] of the kl by logits."""
+    """Comparison of P positions.
+
+    Attributes:
+        kl: KL divergence in nats, [P].
+        agrees: Whether both models have the same most likely token, [P].
+        gradient: Gradient of the KL with respect to the logits, [P, V], or None if it was not requested.
+    """
 
     kl: Tensor
     agrees: Tensor
@@ -30,29 +36,46 @@ class Comparison:
 
 
 class Target(Protocol):
-    """What the 16-bit model says about the tokens of a batch, position by position."""
+    """Predictions of the 16-bit model for each position of a batch."""
 
     def compare(self, log_q: Tensor, positions: slice, *, gradient: bool) -> Comparison:
-        """Compare log-probabilities [P, V], float32, of a range of positions of the batch. May overwrite them."""
+        """Compare log-probabilities with the predictions.
+
+        Args:
+            log_q: Log-probabilities of the artifact, float32 [P, V]. May be overwritten.
+            positions: Range of positions of the batch.
+            gradient: Whether to compute the gradient.
+        """
 
     def finite(self) -> bool:
-        """Whether the 16-bit model gave finite numbers only."""
+        """Return whether the predictions contain neither NaN nor Inf."""
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory in bytes that the predictions take."""
 
 
 @dataclass(frozen=True, slots=True)
 class DenseTarget:
-    """All of p, by the model's hidden states [N, H] and its head."""
+    """The whole distribution p, represented by the 16-bit model's hidden states and head.
+
+    Attributes:
+        hidden: Hidden states, [N, H].
+        head: Maps hidden states [P, H] to logits [P, V].
+    """
 
     hidden: Tensor
     head: Callable[[Tensor], Tensor]
 
     @torch.no_grad()
     def compare(self, log_q: Tensor, positions: slice, *, gradient: bool) -> Comparison:
-        """Compare with the whole distribution."""
+        """Compare log-probabilities with the whole distribution.
+
+        Args:
+            log_q: Log-probabilities of the artifact, float32 [P, V]. Overwritten.
+            positions: Range of positions of the batch.
+            gradient: Whether to compute the gradient.
+        """
         log_p = torch.log_softmax(self.head(self.hidden[positions]), -1, dtype=torch.float32)
         agrees = log_p.argmax(-1) == log_q.argmax(-1)
         p = log_p.exp()
@@ -60,27 +83,37 @@ class DenseTarget:
         return Comparison(kl, agrees, log_q.exp_().sub_(p) if gradient else None)
 
     def finite(self) -> bool:
-        """Whether all hidden states are, and the logits of one position, where the head's weights show."""
+        """Return whether all hidden states are finite, and the logits of one position, to check the head too."""
         return bool(torch.isfinite(self.hidden).all() and torch.isfinite(self.head(self.hidden[-1:])).all())
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory in bytes that the hidden states take."""
         return self.hidden.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class TopKTarget:
-    """The k largest of p: log_p [N, k], descending, and tokens [N, k], int64. All other tokens count as one.
+    """The k largest probabilities of p. All other tokens count as a single outcome.
 
-    The KL of the distributions over k + 1 outcomes is at most that over all tokens.
+    The KL of these distributions over k + 1 outcomes is at most the KL over all tokens.
+
+    Attributes:
+        log_p: Log-probabilities, descending, float32 [N, k].
+        tokens: Their token ids, int64 [N, k].
     """
 
     log_p: Tensor
     tokens: Tensor
 
     def compare(self, log_q: Tensor, positions: slice, *, gradient: bool) -> Comparison:
-        """Compare with the k largest and the rest as one."""
+        """Compare log-probabilities with the k largest ones and the combined rest.
+
+        Args:
+            log_q: Log-probabilities of the artifact, float32 [P, V]. Overwritten.
+            positions: Range of positions of the batch.
+            gradient: Whether to compute the gradient.
+        """
         log_p, tokens = self.log_p[positions], self.tokens[positions]
         mine = log_q.gather(-1, tokens)
         p, q = log_p.exp(), mine.exp()
@@ -94,17 +127,26 @@ class TopKTarget:
         return Comparison(kl, agrees, slope.scatter_(-1, tokens, q - p))
 
     def finite(self) -> bool:
-        """Whether all log-probabilities are."""
+        """Return whether all log-probabilities are finite."""
         return bool(torch.isfinite(self.log_p).all())
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory in bytes that the log-probabilities and tokens take."""
         return self.log_p.nbytes + self.tokens.nbytes
 
 
 def distil(student: SplitModel, ids: Tensor, target: Target) -> float:
-    """Add the gradient of the mean KL over all positions of ids [B, L] to the student's parameters; return the KL."""
+    """Add the gradient of the mean KL over all positions to the student's parameters.
+
+    Args:
+        student: The model to tune.
+        ids: Token ids, int64 [B, L].
+        target: Predictions of the 16-bit model for this batch.
+
+    Returns:
+        The mean KL in nats per token.
+    """
     hidden = student.body(ids)
     flat = hidden.detach().flatten(0, 1)  # [N, H]
     slopes = torch.empty_like(flat)
@@ -124,9 +166,12 @@ def distil(student: SplitModel, ids: Tensor, target: Target) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Closeness:
-    """How close a model is to the 16-bit one on text: means over positions of each window, float64 [n_windows].
+    """How close a model is to the 16-bit model on a text: means over the positions of each window, float64 [n_windows].
 
-    kl: nats a token. top1: share of positions with the same most likely token. loss: of the next token, nats.
+    Attributes:
+        kl: KL divergence in nats per token.
+        top1: Share of positions with the same most likely token.
+        loss: Loss of the next token in nats.
     """
 
     kl: Tensor
@@ -135,7 +180,7 @@ class Closeness:
 
     @classmethod
     def join(cls, parts: list[Closeness]) -> Closeness:
-        """Return the windows of several one after the other."""
+        """Concatenate the windows of several parts."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("kl", "top1", "loss")))
 
     def mean(self, name: str) -> float:
@@ -143,14 +188,20 @@ class Closeness:
         return float(getattr(self, name).mean())
 
     def error(self, name: str) -> float:
-        """Return the standard error of that mean; NaN for one window."""
+        """Return the standard error of that mean, or NaN for a single window."""
         values: Tensor = getattr(self, name)
         return float(values.std() / len(values) ** 0.5)
 
 
 @torch.no_grad()
 def measure(student: SplitModel, ids: Tensor, target: Target) -> Closeness:
-    """Return how close a model is on windows ids [B, L]."""
+    """Measure how close a model is to the 16-bit model on windows.
+
+    Args:
+        student: The model to measure.
+        ids: Token ids, int64 [B, L].
+        target: Predictions of the 16-bit model for these windows.
+    """
     flat = student.body(ids).flatten(0, 1)
     labels = torch.full_like(ids, IGNORED)
     labels[:, :-1] = ids[:, 1:]

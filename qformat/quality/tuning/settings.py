@@ -1,4 +1,4 @@
-"""What a user can choose about a tuning."""
+"""Options of a tuning."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from qformat.artifact.manifest import JsonObject
 from qformat.errors import Option, UsageError
 
 FREE = ("device", "gradient_checkpointing", "save_every", "trust_remote_code")
-"""May differ when a tuning is continued, and are not told in the manifest."""
+"""Settings that may change when a tuning is resumed. The manifest does not record them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningSettings:
-    """How to tune. Raises UsageError for a value that makes no sense.
+    """Options of a tuning. The defaults were measured on SmolLM2-135M. An invalid value raises UsageError.
 
-    learning_rate: at the end of the warm-up, for relative changes of scales and for norms alike. held_out: windows that
-    are set aside to tell whether it got better. top_k: of a cached teacher. The defaults were measured on SmolLM2-135M.
+    Attributes:
+        steps: Number of optimizer steps.
+        learning_rate: Peak learning rate, for relative changes of scales and for norms.
+        warmup_steps: Number of steps with a linearly increasing learning rate.
+        batch_size: Number of windows per step.
+        seq_len: Number of tokens per window.
+        held_out: Number of windows set aside for measuring.
+        seed: Seed of the order of windows.
+        top_k: Number of log-probabilities per position in a cached teacher.
+        device: Device to run on. None chooses one.
+        gradient_checkpointing: Whether to recompute activations in backward to save memory.
+        save_every: Number of steps between checkpoints.
+        trust_remote_code: Whether to run model code from the directories.
     """
 
     steps: int = 160
@@ -42,5 +53,5 @@ class TuningSettings:
             raise UsageError(Option("learning_rate"), f": {self.learning_rate}, expected a finite number above 0")
 
     def binding(self) -> JsonObject:
-        """Return the settings on which the result depends."""
+        """Return the settings that the result depends on."""
         return {name: value for name, value in asdict(self).items() if name not in FREE}

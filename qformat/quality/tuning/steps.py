@@ -1,9 +1,9 @@
 """The steps of a tuning: Adam on scales and norms, held-out KL at every checkpoint, the best checkpoint kept.
 
-WORK/tuning/checkpoint-40/   trained values and Adam's states; facts: history and what held-out windows said
+WORK/tuning/checkpoint-40/   trained values and Adam's states; facts: history and held-out figures
 
-A step depends on nothing but the state and its number, so that a tuning that goes on from a checkpoint ends in the
-bytes of one that was never stopped.
+A step depends only on the state and its number, so that a tuning resumed from a checkpoint gives the same bytes as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,18 +37,26 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 DIVERGED = 3.0
 DIVERGED_NATS = 0.05
-"""A mean KL of the last steps of this many times the held-out one at the beginning, and this much, is no noise."""
+"""Training has diverged if the mean KL of the last steps exceeds this multiple of the initial held-out KL plus this."""
 
 KEPT_NBYTES = 256 << 20
-"""Of all held-out windows' targets: hidden states take 2 bytes a token and dimension."""
+"""Memory limit in bytes for the targets of all held-out windows. Hidden states take 2 bytes per token and dimension."""
 
 _RECENT = 5
-"""Steps that are averaged to tell."""
+"""Number of steps to average for detecting divergence."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepLine:
-    """What is told about a step. kl: of its batch. memory_nbytes: peak so far."""
+    """Figures of one step.
+
+    Attributes:
+        step: Number of the step, from 1.
+        kl: KL of its batch in nats per token.
+        learning_rate: Learning rate of the step.
+        tokens_per_s: Tokens per second.
+        memory_nbytes: Peak memory in bytes so far.
+    """
 
     step: int
     kl: float
@@ -59,7 +67,12 @@ class StepLine:
 
 @dataclass(slots=True)
 class History:
-    """What a tuning remembers of its steps; a checkpoint's facts. held_out: mean KL at the step of each checkpoint."""
+    """History of a tuning, stored with each checkpoint.
+
+    Attributes:
+        recent_kl: KL of the last steps.
+        held_out: Mean held-out KL at each checkpoint, keyed by step.
+    """
 
     recent_kl: list[float] = field(default_factory=list)
     held_out: dict[str, float] = field(default_factory=dict)
@@ -81,7 +94,7 @@ class History:
 
 
 class HeldOut:
-    """Windows that are set aside, and what the 16-bit model says about them, which is kept where that is small."""
+    """Held-out windows and the 16-bit model's predictions for them, which are kept in memory if they are small."""
 
     def __init__(self, windows: TokenWindows, teacher: Teacher, batch_size: int, device: torch.device) -> None:
         self.device = device
@@ -91,7 +104,7 @@ class HeldOut:
         self._kept: dict[int, Target] = {}
 
     def measure(self, student: SplitModel) -> Closeness:
-        """Return how close a model is to the 16-bit one on them."""
+        """Measure how close a model is to the 16-bit model on these windows."""
         parts = []
         for start in range(0, len(self._windows), self._batch_size):
             ids = _as_ids(self._windows.ids[start : start + self._batch_size], self.device)
@@ -108,7 +121,13 @@ class HeldOut:
 
 
 def rows_of_step(step: int, n_windows: int, settings: TuningSettings) -> NDArray[np.int64]:
-    """Return which windows a step (from 0) takes: each pass over the text in an order of its own."""
+    """Return the windows that a step uses. Each pass over the text has its own random order.
+
+    Args:
+        step: Number of the step, from 0.
+        n_windows: Number of windows to train on.
+        settings: Options of the tuning.
+    """
     places = np.arange(step * settings.batch_size, (step + 1) * settings.batch_size)
     orders = {
         int(turn): np.random.default_rng([settings.seed, int(turn)]).permutation(n_windows)
@@ -118,15 +137,20 @@ def rows_of_step(step: int, n_windows: int, settings: TuningSettings) -> NDArray
 
 
 def learning_rate(step: int, settings: TuningSettings) -> float:
-    """Return the rate of a step (from 0): linear warm-up, then half a cosine to zero."""
+    """Return the learning rate of a step: linear warm-up, then half a cosine down to zero.
+
+    Args:
+        step: Number of the step, from 0.
+        settings: Options of the tuning.
+    """
     warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
     return settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
 class TuningRun:
-    """One tuning: what is trained, its optimizer, and where checkpoints go.
+    """One tuning: the trained values, the optimizer, and the checkpoints.
 
-    measured: what held-out windows said at the checkpoints that this process wrote, by step.
+    `measured` has the held-out figures of the checkpoints that this process wrote, keyed by step.
     """
 
     def __init__(
@@ -154,7 +178,11 @@ class TuningRun:
         self.measured: dict[int, Closeness] = {}
 
     def resume(self) -> int:
-        """Bring back the last checkpoint, if there is one; return how many steps are done. Raises AdapterError."""
+        """Restore the last checkpoint, if there is one, and return the number of completed steps.
+
+        Raises:
+            AdapterError: The checkpoint is damaged.
+        """
         steps = self._checkpoints.steps()
         if not steps:
             return 0
@@ -163,9 +191,16 @@ class TuningRun:
         return checkpoint.step
 
     def run(self, first: int, before: Closeness, on_step: Callable[[StepLine], None]) -> None:
-        """Take the steps from `first` on; before: how close the artifact was.
+        """Run the remaining steps.
 
-        Raises DivergenceError, naming step and best checkpoint; TargetError.
+        Args:
+            first: Number of completed steps.
+            before: Closeness of the artifact before tuning.
+            on_step: Called with the figures of each step.
+
+        Raises:
+            DivergenceError: The training diverges. The message gives the step and the best checkpoint.
+            TargetError: A checkpoint cannot be written.
         """
         settings, device = self._settings, self._held_out.device
         if first == 0:
@@ -186,14 +221,14 @@ class TuningRun:
             self.history.note(kl)
             if self.history.diverged:
                 recent = sum(self.history.recent_kl) / len(self.history.recent_kl)
-                raise self._stopped(step + 1, f"the KL diverges: {recent:.3g} nats a token over the last steps")
+                raise self._stopped(step + 1, f"the KL diverges: {recent:.3g} nats per token over the last steps")
             speed = ids.numel() / max(time.monotonic() - started, 1e-9)
             on_step(StepLine(step + 1, kl, rate, speed, peak_nbytes(device)))
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 self._checkpoint(step + 1, self._held_out.measure(self._student))
 
     def bring_back_best(self) -> tuple[int, Closeness]:
-        """Bring back the values that were closest on held-out windows; return their step, and how close they are."""
+        """Restore the checkpoint with the smallest held-out KL, and return its step and closeness."""
         best = self.history.best()
         self._restore(self._checkpoints.find(f"checkpoint-{best}"), with_optimizer=False)
         return best, self.measured.get(best) or self._held_out.measure(self._student)
@@ -210,7 +245,7 @@ class TuningRun:
             for moment in _MOMENTS:
                 state = self._optimizer.state.get(parameter)
                 states[f"{name}.{moment}"] = torch.zeros_like(parameter) if not state else state[moment]
-        facts: JsonObject = asdict(self.history)  # floats come back from JSON as they were
+        facts: JsonObject = asdict(self.history)  # JSON preserves floats exactly
         with self._checkpoints.writing(step, facts) as folder:
             save_file({name: tensor.cpu().contiguous() for name, tensor in states.items()}, folder / STATE_NAME)
         self._checkpoints.keep_only({step, self.history.best()})
@@ -236,18 +271,18 @@ class TuningRun:
         return math.isfinite(float(total))
 
     def _stopped(self, step: int, what: str) -> DivergenceError:
-        kept: Words = ("no checkpoint is there yet",)
+        kept: Words = ("no checkpoint exists yet",)
         if self.history.held_out:
             best = self.history.best()
             kept = (
-                f"the best checkpoint, after {best} steps, with a held-out KL of "
+                f"the best checkpoint, after {best} steps with a held-out KL of "
                 f"{self.history.held_out[str(best)]:.4f}, is kept in {self._checkpoints.output}; ",
                 Option("use_best", True),
                 " writes it",
             )
         restart = Option("restart", True)
         return DivergenceError(
-            f"step {step}: {what}; ", *kept, ". Lower the learning rate (with ", restart, "), or look at the data"
+            f"step {step}: {what}; ", *kept, ". Lower the learning rate (with ", restart, "), or check the data"
         )
 
 
@@ -266,5 +301,5 @@ def _as_ids(rows: NDArray[np.int32], device: torch.device) -> Tensor:
 
 
 def checkpoint_folder(work: Path) -> Path:
-    """Return where checkpoints lie in the work folder of an output."""
+    """Return the directory for checkpoints in the work directory of an output."""
     return work / "tuning"

@@ -1,4 +1,4 @@
-"""What tuning trains: the scales of packed weights, relative to what they were, and the norms. Codes never change."""
+"""The values that tuning trains: relative changes of the scales of packed weights, and norms. Codes never change."""
 
 from __future__ import annotations
 
@@ -24,15 +24,20 @@ from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import TORCH_DTYPES
 
 LARGEST_CHANGE = 0.5
-"""A scale stays within 1 - this and 1 + this of what it was: `qformat verify --source` checks it."""
+"""Largest relative change of a scale. `qformat verify --source` checks it."""
 
 _PARTS_OF_SCALES = (Component.ABSMAX, Component.NESTED_ABSMAX, Component.NESTED_QUANT_MAP, Component.QUANT_STATE)
+"""Components that change with the scales."""
 
 
 class TunableLinear(nn.Module):
-    """A linear layer of fixed codes whose scales are start * (1 + change): float32 [n_blocks]; change is trained.
+    """A linear layer with fixed codes and scales start * (1 + change), float32 [n_blocks], where `change` is trained.
 
-    start is what the artifact has; a scale that is zero stays zero, and one that is negative stays negative.
+    `start` has the artifact's scales. A scale of zero stays zero, and a negative one stays negative.
+
+    Args:
+        layer: The layer to replace.
+        start: Scales of the artifact, float32 [n_blocks].
     """
 
     start: Tensor
@@ -45,11 +50,11 @@ class TunableLinear(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(start))
 
     def scales(self) -> Tensor:
-        """Return the scales of now, float32 [n_blocks]."""
+        """Return the current scales, float32 [n_blocks]."""
         return torch.addcmul(self.start, self.start, self.change)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [..., in_features] times the weight's transpose, plus bias, in x's dtype."""
+        """Return x [..., in_features] times the transposed weight, plus bias, in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         y: Tensor = linear_nf4_scaled(
             x, self.weight, self.scales(), self.block_size, self.out_features, self.in_features, bias
@@ -58,7 +63,7 @@ class TunableLinear(nn.Module):
 
 
 class _Rounded(nn.Module):
-    """Trained in float32, used in the model's dtype: the forward pass sees what will be stored."""
+    """Rounds a value trained in float32 to the model's dtype, so that the forward pass uses what will be stored."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -70,25 +75,31 @@ class _Rounded(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class TunableModel:
-    """A model and what is trained of it, by the artifact's names of tensors. norms: float32 parameters."""
+    """A model with its trained values, keyed by the artifact's tensor names.
+
+    Attributes:
+        model: The model.
+        linears: Its tunable layers.
+        norms: Its norms, float32.
+    """
 
     model: PreTrainedModel
     linears: Mapping[str, TunableLinear]
     norms: Mapping[str, nn.Parameter]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what is trained, in a fixed order."""
+        """Return the trained parameters in a fixed order."""
         return {**{name: layer.change for name, layer in self.linears.items()}, **self.norms}
 
     @torch.no_grad()
     def limit(self) -> None:
-        """Bring changes of scales back to the allowed range."""
+        """Clamp the changes of scales to the allowed range."""
         torch._foreach_clamp_min_([layer.change for layer in self.linears.values()], -LARGEST_CHANGE)
         torch._foreach_clamp_max_([layer.change for layer in self.linears.values()], LARGEST_CHANGE)
 
     @torch.no_grad()
     def rounded(self, artifact: Artifact) -> dict[str, dict[Component, NDArray[Any]]]:
-        """Round scales and norms to what the artifact stores, also in the model; return the components that changed."""
+        """Round scales and norms to what the artifact stores, also in the model, and return the changed components."""
         found: dict[str, dict[Component, NDArray[Any]]] = {}
         for name, layer in self.linears.items():
             tensor = artifact[name]
@@ -108,9 +119,14 @@ class TunableModel:
 
 
 def make_tunable(model: PreTrainedModel, artifact: Artifact) -> TunableModel:
-    """Replace the packed layers of a model of the artifact, and make its norms trainable; all else is frozen.
+    """Replace the packed layers of a model, make its norms trainable, and freeze everything else.
 
-    Raises UsageError where nothing is packed.
+    Args:
+        model: The model, loaded from the artifact.
+        artifact: The open artifact.
+
+    Raises:
+        UsageError: The model has no packed layers.
     """
     model.requires_grad_(False)
     in_checkpoint = {
@@ -126,7 +142,7 @@ def make_tunable(model: PreTrainedModel, artifact: Artifact) -> TunableModel:
             linears[name] = TunableLinear(layer, start)
             model.set_submodule(module_name, linears[name])
     if not linears:
-        raise UsageError(f"{artifact.path}: holds no packed layer, so there are no scales to tune")
+        raise UsageError(f"{artifact.path}: contains no packed layers and therefore no scales to tune")
     norms = {
         in_checkpoint[name]: _train_norm(module, leaf)
         for name, module, leaf in list(_norm_parameters(model))
@@ -136,9 +152,13 @@ def make_tunable(model: PreTrainedModel, artifact: Artifact) -> TunableModel:
 
 
 def share_kept_tensors(tunable: TunableModel, teacher: PreTrainedModel) -> None:
-    """Let the model use the 16-bit model's own tensors where they are the same: neither packed nor trained.
+    """Make the model use the 16-bit model's tensors that are neither packed nor trained, if they are the same.
 
-    They were compared by their digests; a second copy of a large embedding would only cost memory.
+    Their digests were compared before. A second copy of a large embedding would only cost memory.
+
+    Args:
+        tunable: The model to tune.
+        teacher: The 16-bit model.
     """
     shared = dict(teacher.named_parameters(remove_duplicate=False))
     for name, parameter in list(tunable.model.named_parameters(remove_duplicate=False)):
@@ -151,7 +171,7 @@ def share_kept_tensors(tunable: TunableModel, teacher: PreTrainedModel) -> None:
 
 
 def _norm_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield name, module and the name in it of each one-dimensional parameter of a module that is called a norm."""
+    """Yield full name, module and parameter name of each one-dimensional parameter in modules of a norm class."""
     for module_name, module in model.named_modules():
         if "norm" in type(module).__name__.lower():
             for leaf, parameter in module.named_parameters(recurse=False):

@@ -1,10 +1,10 @@
-"""`tune`: an artifact with the same codes and better scales and norms, by the 16-bit model's own predictions.
+"""Writes an artifact with the same codes and better scales and norms, trained on the 16-bit model's predictions.
 
     artifact ─┐                         ┌─ held out: measured before and after
     source ───┼─► checked by digests ─► tokens ─► steps (checkpoints in OUT.partial/) ─► rounded ─► rewritten as OUT
     data ─────┘                         └─ trained on
 
-OUT appears whole or not at all; the same command goes on where it was stopped, and ends in the same bytes.
+OUT is written atomically. The same command resumes an interrupted run and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -44,14 +44,19 @@ from qformat.training.checkpoints import CheckpointFolder
 from qformat.version import __version__
 
 DTYPE = torch.bfloat16
-"""Of the arithmetic; what is trained, and the losses, are float32."""
+"""Dtype of the arithmetic. Trained values and losses are float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class TuningJob:
-    """What is tuned towards what, on which text, and where to. teacher_cache: keep the 16-bit model's word there.
+    """Inputs and output of a tuning.
 
-    source: a folder, or owner/name that the Hub's cache has. data: see `qformat.quality.windows.read_windows`.
+    Attributes:
+        artifact: Directory of the artifact to tune.
+        source: Its source checkpoint: a directory, or owner/name in the local Hub cache.
+        data: Text to train on, see `qformat.quality.windows.read_windows`.
+        out: Directory of the artifact to write.
+        teacher_cache: Directory in which to cache the 16-bit model's predictions. None computes them in every step.
     """
 
     artifact: Path
@@ -63,9 +68,16 @@ class TuningJob:
 
 @dataclass(frozen=True, slots=True)
 class TuningResult:
-    """What came out, on held-out windows: of the artifact before, of the tuned one before its rounding, and after.
+    """Result of a tuning. Figures are for the held-out windows, and for `TopKTarget` if the teacher was cached.
 
-    step: of the checkpoint that was best and is written. kl of TopKTarget where the teacher was cached.
+    Attributes:
+        out: Directory of the tuned artifact.
+        step: Step of the best checkpoint, which was written.
+        before: Closeness of the artifact before tuning.
+        tuned: Closeness of the best checkpoint before rounding.
+        after: Closeness of the written artifact.
+        tokens: Number of tokens trained on up to that step.
+        memory_nbytes: Peak memory in bytes.
     """
 
     out: Path
@@ -90,16 +102,34 @@ def tune(
     say: Callable[[str], None] = lambda _: None,
     on_step: Callable[[StepLine], None] = lambda _: None,
 ) -> TuningResult | None:
-    """Tune an artifact and write the result to `job.out`; None if an earlier run had finished this very output.
+    """Tune an artifact and write the result to `job.out`.
 
-    force: replace an artifact of that name. restart: drop what an interrupted run left. accept_worse: write it even
-    where held-out text says that it did not get better. use_best: train no further, write the best checkpoint of an
-    interrupted run. trust_source: take tensors of the source on trust whose digests the artifact does not know.
-    say: is told what happens, in sentences.
+    If an error occurs, `out` is left as it was, and calling the function again with the same arguments resumes the
+    tuning.
 
-    Raises: SourceError for a source that is not the artifact's; ArtifactError, DataError, UsageError for what cannot be
-    used; DivergenceError; VerificationError where it did not get better; TargetError. On any error nothing stands under
-    `out` that was not there before, and the same call continues where this one stopped.
+    Args:
+        job: Inputs and output.
+        settings: Options of the training.
+        force: Whether to replace an artifact that exists at `out`.
+        restart: Whether to discard what an interrupted run left behind.
+        accept_worse: Whether to write the result even if it is not better on the held-out text.
+        use_best: Whether to stop training and write the best checkpoint of an interrupted run.
+        trust_source: Whether to accept source tensors whose digests the artifact does not contain.
+        disk: Interface to the file system. Defaults to the real one.
+        say: Called with progress messages for the user.
+        on_step: Called with the figures of each step.
+
+    Returns:
+        The result, or None if an earlier run had already written exactly this output.
+
+    Raises:
+        SourceError: The source is not the artifact's source.
+        ArtifactError: The artifact is damaged.
+        DataError: The text cannot be used.
+        UsageError: An argument is not valid, or the artifact was already tuned.
+        DivergenceError: The loss or a gradient is NaN or Inf, or the training diverges.
+        VerificationError: The result is not better on the held-out text.
+        TargetError: `out` exists, cannot be written, or the disk is full.
     """
     disk = disk or Disk()
     source = find_folder(job.source)
@@ -110,7 +140,7 @@ def tune(
     device = chosen_device(settings.device)
     with open_artifact(job.artifact) as artifact:
         if "tuning" in artifact.manifest.recipe:
-            raise UsageError(f"{job.artifact}: was tuned already. Tune the artifact that it was made from")
+            raise UsageError(f"{job.artifact}: was already tuned. Tune the original artifact instead")
         source_digest = check_whole_source(artifact, source, trust=trust_source)
         tokenizer = load_tokenizer(job.artifact, trust_remote_code=settings.trust_remote_code)
         everything = read_windows(list(job.data), tokenizer, length=settings.seq_len)
@@ -130,7 +160,7 @@ def tune(
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A tuning all of whose input is there, checked and fits together."""
+    """A tuning whose inputs are complete and checked."""
 
     job: TuningJob
     settings: TuningSettings
@@ -145,7 +175,7 @@ class _Ready:
     say: Callable[[str], None]
 
     def fingerprint(self) -> str:
-        """Return a digest of everything that decides the output's bytes."""
+        """Return a digest of everything that determines the output bytes."""
         manifest, record = self.artifact.manifest.to_bytes(), strict_json.dumps(self.record).encode()
         return xxh3(manifest + self.source_digest.encode() + record)
 
@@ -158,7 +188,7 @@ class _Ready:
         use_best: bool,
         on_step: Callable[[StepLine], None],
     ) -> TuningResult:
-        """Take the steps that are left, round, judge, and write and seal the output. `folder` holds checkpoints."""
+        """Run the remaining steps, round and judge the result, and write the output. `folder` has the checkpoints."""
         teacher = self._teacher()
         tunable = self._student(teacher)
         student = split_head(tunable.model)
@@ -167,17 +197,17 @@ class _Ready:
             folder,
             keep=self.settings.steps + 1,
             disk=self.disk,
-            to_continue=("run the same command again: it continues",),
+            to_continue=("run the same command again to resume",),
         )
         run = TuningRun(tunable, student, teacher, self.windows, aside, self.settings, checkpoints)
         before = aside.measure(student)
         self.say(f"{len(self.windows)} windows of {self.settings.seq_len} tokens to tune on")
-        self.say(f"{len(self.held_out)} windows held out: {_figures(before)}")
+        self.say(f"{len(self.held_out)} held-out windows: {_figures(before)}")
         first = run.resume()
         if first:
-            self.say(f"going on after step {first}")
+            self.say(f"resuming after step {first}")
         if use_best and not first:
-            raise UsageError(f"{folder}: holds no checkpoint of a tuning that could be written")
+            raise UsageError(f"{folder}: contains no checkpoint of a tuning that could be written")
         if not use_best:
             run.run(first, before, on_step)
         best, tuned = run.bring_back_best()
@@ -185,8 +215,8 @@ class _Ready:
         after = aside.measure(student)
         if not accept_worse and (best == 0 or not after.mean("kl") < before.mean("kl")):
             raise VerificationError(
-                f"{self.job.out}: not written, since it did not get better: on held-out text {_figures(after)}, before "
-                f"{_figures(before)}. Give more text or other settings (with ",
+                f"{self.job.out}: not written, because tuning did not improve it: on held-out text {_figures(after)}, "
+                f"before {_figures(before)}. Use more text or other settings (with ",
                 Option("restart", True),
                 "), or write it with ",
                 Option("accept_worse", True),
@@ -202,7 +232,7 @@ class _Ready:
         return LiveTeacher(load_checkpoint(self.source, device=self.device, dtype=DTYPE, trust_remote_code=trust))
 
     def _teacher(self) -> Teacher:
-        """Return the 16-bit model, mapped; or, with a cache, fill that first and let go of the model."""
+        """Return the 16-bit model, mapped. With a cache, fill the cache and release the model."""
         if self.job.teacher_cache is None:
             return self._load_teacher()
         settings, windows = self.settings, self.windows
@@ -220,7 +250,9 @@ class _Ready:
         needed |= dict(zip(self.held_out.numbers.tolist(), self.held_out.ids, strict=True))
         missing = cache.missing(np.array(list(needed), np.int64))
         if len(missing):
-            self.say(f"{cache.folder}: {len(missing)} of {len(needed)} windows are read by the 16-bit model first")
+            self.say(
+                f"{cache.folder}: computing the 16-bit model's predictions for {len(missing)} of {len(needed)} windows"
+            )
             cache.begin()
             teacher = self._load_teacher()
             for start in range(0, len(missing), settings.batch_size):
@@ -243,7 +275,7 @@ class _Ready:
 
 
 def _record(settings: TuningSettings, windows: TokenWindows, *, cached: bool) -> JsonObject:
-    """Return what the manifest tells about the tuning: all that its bytes depend on, but for the machine."""
+    """Return the manifest's description of the tuning: everything that its bytes depend on except the machine."""
     chosen = settings.binding()
     if not cached:
         del chosen["top_k"]
@@ -263,7 +295,7 @@ def _record(settings: TuningSettings, windows: TokenWindows, *, cached: bool) ->
 
 
 def checkpoint_gradients(model: PreTrainedModel) -> None:
-    """Compute activations again in backward. Only the layers themselves "train": nothing in them drops out."""
+    """Recompute activations in backward. Only the layers are in training mode; their submodules drop nothing out."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     for module in model.modules():
@@ -275,14 +307,14 @@ def _check_fits(model: PreTrainedModel, path: Path, *, largest_token: int, lengt
     config = model.config.get_text_config()
     if largest_token >= config.vocab_size:
         raise UsageError(
-            f"{path}: its tokenizer gives token {largest_token}, but the model has a vocabulary of {config.vocab_size}"
+            f"{path}: its tokenizer returns token {largest_token}, but the vocabulary has {config.vocab_size} tokens"
         )
     context = getattr(config, "max_position_embeddings", None)
     if context is not None and length > context:
-        raise UsageError(f"{path}: takes at most {context} tokens, and windows have {length}. Shorten them")
+        raise UsageError(f"{path}: has a context of {context} tokens, but windows have {length}. Use shorter windows")
 
 
 def _figures(closeness: Closeness) -> str:
-    """Return the figures of held-out windows in words."""
+    """Format the figures of held-out windows."""
     kl, error = closeness.mean("kl"), closeness.error("kl")
     return f"KL {kl:.4f} ± {error:.4f}, top-1 {closeness.mean('top1'):.1%}, loss {closeness.mean('loss'):.4f}"

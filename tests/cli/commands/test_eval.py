@@ -103,7 +103,7 @@ def test_a_record_is_in_the_manifest_and_the_artifact_stays_whole(
         (["--windows", "0"], "--windows"),
         (["--data", "missing.txt"], "missing.txt"),
         (["--source", "owner/unknown"], "hf download owner/unknown"),
-        (["--seq-len", "129"], "at most 128 tokens"),
+        (["--seq-len", "129"], "has a context of 128 tokens"),
     ],
 )
 def test_wrong_usage_is_said_and_ends_with_2(
@@ -127,7 +127,7 @@ def test_data_that_is_too_short_and_another_source_end_with_1(
 ) -> None:
     short = models.write_text(tmp_path / "short.txt", n_words=2)
     assert run(["eval", str(artifact), "--data", str(short), *FEW]) == 1
-    assert "less than one window" in capsys.readouterr().err
+    assert "fewer than one window" in capsys.readouterr().err
     other = models.write_source(tmp_path / "other", seed=3)
     assert run(["eval", str(artifact), "--data", str(text), "--source", str(other), *FEW]) == 1
     assert "is not the tensor that" in capsys.readouterr().err

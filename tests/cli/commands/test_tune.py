@@ -53,7 +53,7 @@ def test_it_prints_what_was_gained(made: Path, tmp_path: Path, capsys: pytest.Ca
     lines = told.out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["before", "tuned", "as"]
     assert f"{tmp_path / 'out'}: after 6 steps, 768 tokens, " in lines[4]
-    assert "8 windows held out: KL" in told.err
+    assert "8 held-out windows: KL" in told.err
     assert "step 6/6  KL " in told.err
     assert run(["verify", str(tmp_path / "out"), "--source", str(made / "source")]) == 0
     told = capsys.readouterr()
@@ -81,5 +81,5 @@ def test_wrong_usage_and_bad_input_have_their_exit_codes(
     command = arguments(made, tmp_path / "out")
     command[command.index("--source") + 1] = str(other)
     assert run(command) == 1
-    assert "is not the tensor that nf4 was made from" in capsys.readouterr().err
+    assert "is not the tensor that nf4 was converted from" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -210,12 +210,12 @@ def test_a_source_that_is_none_exits_with_1_and_says_why(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["verify", str(artifact), "--source", str(tmp_path / "nothing")]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "nothing: does not exist" in capsys.readouterr().err
 
 
 def test_an_artifact_given_as_its_own_source_is_refused(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(artifact), "--source", str(artifact)]) == 1
-    assert "is a qformat artifact already" in capsys.readouterr().err
+    assert "is already a qformat artifact" in capsys.readouterr().err
 
 
 def test_control_characters_of_a_manifest_do_not_reach_the_terminal(artifact: Path, source: Path) -> None:

@@ -1,4 +1,4 @@
-"""Artifacts and sources changed so that no digest tells it, and what a comparison finds."""
+"""Artifacts and sources changed without a change of any digest, and what a comparison finds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NORM = "model.norm.weight"
 
 
 def reseal(artifact: Path) -> None:
-    """Make every digest of an artifact right again: what remains is what digests cannot tell."""
+    """Update every digest of an artifact, so that only changes that digests do not detect remain."""
     path = artifact / MANIFEST_NAME
     manifest = parse_manifest(path.read_bytes(), path)
     with open_artifact(artifact) as opened:

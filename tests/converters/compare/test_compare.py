@@ -1,4 +1,4 @@
-"""A fresh conversion is good, and neither threads nor chunks change a bit of its comparison."""
+"""A fresh conversion passes, and the result of a comparison does not depend on threads or chunks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.small_models import llama_config, raw_tensor, tensor_of, tiny_tensors
 
 @pytest.mark.parametrize("options", [ConversionOptions(), ConversionOptions(double_quant=False, block_size=32)])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_a_fresh_conversion_is_good(tmp_path: Path, dtype: str, options: ConversionOptions) -> None:
+def test_a_fresh_conversion_passes(tmp_path: Path, dtype: str, options: ConversionOptions) -> None:
     source = write_llama(tmp_path / "source", n_shards=3, dtype=dtype)
     convert(source, tmp_path / "out", options)
     comparison = compare(tmp_path / "out", source)
@@ -32,7 +32,7 @@ def test_a_fresh_conversion_is_good(tmp_path: Path, dtype: str, options: Convers
     assert comparison.source_nbytes == sum(t.nbytes for t in SafetensorsShards(source).tensors.values())
 
 
-def test_odd_tensors_and_every_kept_dtype_are_good(tmp_path: Path) -> None:
+def test_tensors_of_odd_sizes_and_every_kept_dtype_pass(tmp_path: Path) -> None:
     tensors = {
         **tiny_tensors(),
         "model.layers.0.mlp.up_proj.weight": weight((1, 1), "BF16"),
@@ -49,7 +49,7 @@ def test_odd_tensors_and_every_kept_dtype_are_good(tmp_path: Path) -> None:
     assert comparison.n_packed + comparison.n_kept == len(tensors)
 
 
-def test_weights_that_are_all_zero_are_good_and_have_no_relative_error(tmp_path: Path) -> None:
+def test_weights_that_are_all_zero_pass_and_have_no_relative_error(tmp_path: Path) -> None:
     tensors = {DOWN: tensor_of(np.zeros((8, 40)), "BF16"), NORM: weight((8,))}
     source = write_checkpoint(tmp_path / "source", tensors, config=llama_config(n_layers=1))
     convert(source, tmp_path / "out")
@@ -84,7 +84,7 @@ def test_weights_are_grouped_by_kind_of_module(artifact: Path, source: Path) -> 
         (f"h.{'9' * 400}.attn.weight", "attn", None),
     ],
 )
-def test_names_tell_kind_and_layer(name: str, kind: str, layer: int | None) -> None:
+def test_kind_and_layer_are_derived_from_names(name: str, kind: str, layer: int | None) -> None:
     assert (kind_of(name), layer_of(name)) == (kind, layer)
 
 
@@ -108,7 +108,7 @@ def test_progress_counts_every_byte_of_the_source_once(
 
 
 def test_memory_does_not_grow_with_a_tensor(large: tuple[Path, Path]) -> None:
-    """Of 19 MB of weights, only the scales (600 KB) are there at once, and chunks."""
+    """Of 19 MB of weights, only the scales (600 KB) and some chunks are in memory at a time."""
     first = compare(*large, workers=1)
     tracemalloc.start()
     try:
@@ -131,7 +131,7 @@ def test_an_error_in_one_tensor_stops_all(large: tuple[Path, Path]) -> None:
     opened.close()
 
 
-def test_a_real_model_is_what_its_conversion_must_give(smollm2: Path, tmp_path: Path) -> None:
+def test_the_conversion_of_a_real_model_passes(smollm2: Path, tmp_path: Path) -> None:
     convert(smollm2, tmp_path / "out")
     comparison = compare(tmp_path / "out", smollm2)
     assert comparison.findings == ()

@@ -1,4 +1,4 @@
-"""The figures of a comparison equal those of an oracle, also across chunks."""
+"""The figures of a comparison equal those of an independent computation, also across chunks."""
 
 from __future__ import annotations
 

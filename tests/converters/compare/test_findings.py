@@ -27,28 +27,28 @@ from tests.converters.compare.changed_sides import (
 from tests.small_models import Tensor, llama_config, llama_tensors, tensor_of, weight, write_checkpoint
 
 
-def test_a_changed_code_with_right_digests_is_found(artifact: Path, source: Path) -> None:
+def test_a_changed_code_with_valid_digests_is_found(artifact: Path, source: Path) -> None:
     change_byte(artifact, UP, 3, lambda byte: byte ^ 0x11)
     change_byte(artifact, UP, 5, lambda byte: byte ^ 0x80)
     reseal(artifact)
     comparison = compare(artifact, source)
     assert reasons(comparison) == [("codes_mismatch", UP)]
-    assert "3 of 1536 codes and 0 of the scales" in comparison.findings[0].message
+    assert "3 of 1536 codes and 0 of the scales differ" in comparison.findings[0].message
     assert (comparison.n_exact, comparison.n_packed) == (13, 14)
     (found,) = (tensor for tensor in comparison.packed if tensor.name == UP)
     assert (found.n_wrong_codes, found.n_wrong_scales) == (3, 0)
 
 
 @pytest.mark.parametrize("component", [Component.ABSMAX, Component.NESTED_ABSMAX, Component.NESTED_QUANT_MAP])
-def test_a_changed_scale_with_right_digests_is_found(artifact: Path, source: Path, component: Component) -> None:
+def test_a_changed_scale_with_valid_digests_is_found(artifact: Path, source: Path, component: Component) -> None:
     change_byte(artifact, UP + component.value, 1, lambda byte: byte ^ 1)
     reseal(artifact)
     comparison = compare(artifact, source)
     assert reasons(comparison) == [("codes_mismatch", UP)]
-    assert "0 of 1536 codes and 1 of the scales" in comparison.findings[0].message
+    assert "0 of 1536 codes and 1 of the scales differ" in comparison.findings[0].message
 
 
-def test_a_changed_nested_offset_with_right_digests_is_found(artifact: Path, source: Path) -> None:
+def test_a_changed_nested_offset_with_valid_digests_is_found(artifact: Path, source: Path) -> None:
     with open_artifact(artifact) as opened:
         where = opened.located[UP + Component.QUANT_STATE.value]
         packed = opened[UP]
@@ -80,7 +80,7 @@ def test_a_changed_kept_tensor_is_found(artifact: Path, source: Path) -> None:
     assert reasons(compare(artifact, source)) == [("source_mismatch", NORM)]
 
 
-def test_another_source_is_found_once_a_tensor(artifact: Path, tmp_path: Path) -> None:
+def test_another_source_gives_one_finding_per_tensor(artifact: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", llama_tensors(seed=1000), config=llama_config())
     comparison = compare(artifact, other)
     assert {reason for reason, _ in reasons(comparison)} == {"source_mismatch"}
@@ -100,7 +100,7 @@ def test_a_source_whose_one_weight_changed_in_the_last_bit_is_found(
     assert comparison.n_source_named == 20
 
 
-def test_a_manifest_without_source_digests_leaves_the_codes_to_tell(artifact: Path, source: Path) -> None:
+def test_without_source_digests_a_changed_source_is_found_by_its_codes(artifact: Path, source: Path) -> None:
     without_source_digests(artifact)
     comparison = compare(artifact, source)
     assert comparison.passed
@@ -148,7 +148,7 @@ def test_a_source_that_is_not_finite_is_found(
 
 
 def test_float16_codes_that_decode_to_infinity_are_found(tmp_path: Path) -> None:
-    """The second level may round a scale up, here to 65,700: above 65,520, float16 has only infinity."""
+    """The second level may round a scale up, here to 65,700, and float16 represents values above 65,520 as infinity."""
     values = np.zeros((640, 64), np.float32)  # a block a row
     values[::2] = 65504
     values[1:4] = 65504  # a mean of 32,957: the high scales lie 0.9875 times as far from it as the low ones

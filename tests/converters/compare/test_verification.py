@@ -1,4 +1,4 @@
-"""verify_against_source: what the command prints, in one pass over the artifact."""
+"""verify_against_source: what the command prints, in a single pass over the artifact."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def artifact(source: Path, tmp_path: Path) -> Path:
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, module: object, name: str) -> list[object]:
-    """Count the calls of a function of a module; they go on to it."""
+    """Count the calls of a function of a module and forward them."""
     calls: list[object] = []
     function: Callable[..., object] = getattr(module, name)
 
@@ -66,7 +66,7 @@ def test_the_command_prints_the_record(source: Path, artifact: Path, capsys: pyt
     assert {**printed, "seconds": took} == {**found.to_json(), "seconds": took}
 
 
-def test_it_is_what_the_two_checks_find(source: Path, artifact: Path) -> None:
+def test_the_findings_are_those_of_both_checks(source: Path, artifact: Path) -> None:
     found = verify_against_source(artifact, source)
     assert found.integrity.findings == qformat.verify(artifact).findings
     assert found.comparison == qformat.compare(artifact, source)
@@ -90,7 +90,7 @@ def test_an_artifact_that_cannot_be_opened_is_not_compared(source: Path, artifac
     assert found.to_json()["manifest"] is not None
 
 
-def test_each_stage_tells_how_much_it_does(source: Path, artifact: Path) -> None:
+def test_each_stage_reports_its_number_of_bytes(source: Path, artifact: Path) -> None:
     stages: list[tuple[Stage, int]] = []
     done: list[int] = []
 

@@ -1,4 +1,4 @@
-"""What tests of exports share: runs of small shards, whole or killed, the tensors written, and damage before them."""
+"""Helpers for tests of exports: complete and interrupted runs with small shards, the written tensors, and damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports have the bits of the reader, whatever the chunks and the workers, and a plain checkpoint's other files."""
+"""Exports are bit-identical to the reader's weights for all chunk sizes and workers, with the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.small_models import SIDE_FILES, Tensor, tiny_tensors, weight, write_c
 
 @pytest.mark.parametrize("chunk_nbytes", [1024, 4096, CHUNK_SIZES.nbytes])
 @pytest.mark.parametrize("to", TARGETS)
-def test_every_weight_has_the_bits_of_the_reader_whatever_the_chunks(
+def test_every_weight_is_bit_identical_to_the_readers_for_all_chunk_sizes(
     to: str, chunk_nbytes: int, artifact: Path, tmp_path: Path
 ) -> None:
     sizes = ChunkSizes(nbytes=chunk_nbytes, cast_elements=chunk_nbytes // 64)
@@ -55,8 +55,8 @@ def test_every_weight_has_the_bits_of_the_reader_whatever_the_chunks(
             assert dtype == (target.value if dtype in FloatFormat.__members__ else tensor.dtype), name  # type: ignore[union-attr]
 
 
-def test_what_has_the_format_already_is_copied_bit_for_bit(tmp_path: Path) -> None:
-    """NaN payloads and signed zeros included: nothing is computed."""
+def test_tensors_already_in_the_target_format_are_copied_bit_for_bit(tmp_path: Path) -> None:
+    """This includes NaN payloads and signed zeros, because nothing is computed."""
     odd = Tensor("BF16", (4,), np.array([0x7FA1, 0xFF93, 0x8000, 0x7F80], "<u2").tobytes())
     source = write_checkpoint(tmp_path / "source", {**tiny_tensors(), "model.norm.weight": odd}, config={})
     convert(source, tmp_path / "artifact")
@@ -104,7 +104,7 @@ def test_the_dtype_of_the_config_is_the_one_written(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
-def test_the_number_of_workers_changes_no_byte(workers: int, artifact: Path, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_any_byte(workers: int, artifact: Path, tmp_path: Path) -> None:
     assert exported(artifact, tmp_path / "one", workers=1) == exported(artifact, tmp_path / "n", workers=workers)
 
 
@@ -118,7 +118,7 @@ def test_an_export_can_be_converted_again(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Structure, not a measurement: nothing larger than a chunk is read, decoded or written at a time."""
+    """Checks the structure instead of measuring: nothing larger than a chunk is read, decoded or written at a time."""
     source = write_checkpoint(tmp_path / "source", {"model.layers.0.mlp.up_proj.weight": weight((512, 512))}, config={})
     convert(source, tmp_path / "artifact")
     sizes: list[int] = []

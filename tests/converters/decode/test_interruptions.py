@@ -1,4 +1,4 @@
-"""Faults at every call to the disk, and kills: the old or the new stands, and a repetition gives the same bytes."""
+"""Faults at every call to the disk, and kills: the target is the old or the new one, and a retry completes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.standstill import wait_until_held
 
 
 @pytest.mark.parametrize("n_done", range(5))
-def test_a_resumed_export_makes_only_what_the_journal_does_not_have(n_done: int, tiny: Path, tmp_path: Path) -> None:
+def test_a_resumed_export_writes_only_what_the_journal_lacks(n_done: int, tiny: Path, tmp_path: Path) -> None:
     kill_after(tiny, tmp_path / "out", n_done=n_done)
     lines: list[bytes] = []
 
@@ -38,7 +38,7 @@ def test_a_resumed_export_makes_only_what_the_journal_does_not_have(n_done: int,
     assert resumed == exported(tiny, tmp_path / "undisturbed")
 
 
-def test_staged_bytes_that_do_not_have_the_digests_of_the_journal_are_made_again(tiny: Path, tmp_path: Path) -> None:
+def test_staged_bytes_that_do_not_match_the_journal_are_written_again(tiny: Path, tmp_path: Path) -> None:
     work = kill_after(tiny, tmp_path / "out", n_done=4)
     for path in (work / "folder").glob("*.safetensors"):
         data = bytearray(path.read_bytes())
@@ -51,7 +51,7 @@ TARGET = pytest.mark.parametrize("replacing", [False, True], ids=["new OUT", "re
 
 
 class Rehearsal:
-    """What the fault tests share: the artifact, the bytes before and after, and how often the disk is called."""
+    """Shared state of the fault tests: the artifact, the bytes before and after, and the number of calls."""
 
     def __init__(self, artifact: Path, folder: Path, *, replacing: bool) -> None:
         self.artifact = artifact
@@ -85,7 +85,7 @@ class Rehearsal:
 
 @TARGET
 @pytest.mark.parametrize("fault", ["kill", "ENOSPC", "full from here on", "EIO", "short write"])
-def test_a_fault_at_any_call_leaves_the_old_or_the_new_and_a_repetition_gives_the_same_bytes(
+def test_a_fault_at_any_call_leaves_the_old_or_the_new_and_a_retry_gives_the_same_bytes(
     fault: str, replacing: bool, tiny: Path, tmp_path: Path
 ) -> None:
     rehearsal = Rehearsal(tiny, tmp_path, replacing=replacing)
@@ -110,7 +110,7 @@ def test_a_fault_at_any_call_leaves_the_old_or_the_new_and_a_repetition_gives_th
 
 
 @TARGET
-def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_repetition(
+def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_a_retry(
     replacing: bool, tiny: Path, tmp_path: Path
 ) -> None:
     rehearsal = Rehearsal(tiny, tmp_path, replacing=replacing)
@@ -123,7 +123,7 @@ def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_re
 
 
 def test_an_early_sync_that_fails_is_an_error(tiny: Path, tmp_path: Path) -> None:
-    """The kernel reports a lost write to one fsync only: the one of the thread must not be forgotten."""
+    """The kernel reports a lost write to one fsync only, so an error in the syncing thread must not be lost."""
 
     class LostWrite(FaultyDisk):
         def perform(self, name: str, arguments: tuple[object, ...]) -> object:
@@ -151,7 +151,7 @@ export(Path(sys.argv[1]), Path(sys.argv[2]), "bf16", max_shard_nbytes=9000)
 
 
 @pytest.mark.parametrize("n_writes", [0, 9, 20])
-def test_an_export_that_is_killed_continues_and_gives_the_same_bytes(n_writes: int, tmp_path: Path) -> None:
+def test_a_killed_export_resumes_and_gives_the_same_bytes(n_writes: int, tmp_path: Path) -> None:
     convert(write_llama(tmp_path / "source"), tmp_path / "artifact")
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLED_EXPORT, tmp_path / "artifact", out, str(n_writes)]

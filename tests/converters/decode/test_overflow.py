@@ -1,4 +1,4 @@
-"""Values that the target's format cannot hold are counted and named."""
+"""Values that exceed the range of the target format are counted per tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.small_models import tensor_of, tiny_tensors, weight, write_checkpoint
 
 
 def overflowing(folder: Path, **options: Any) -> Path:
-    """An artifact with values beyond 65504: in a packed weight, in a kept one, and one that was infinite before."""
+    """Write an artifact with values beyond 65504 in a packed and in a kept tensor, and with one infinite value."""
     values = widen(np.frombuffer(weight((4, 64)).data, "<u2"), FloatFormat.BF16).reshape(4, 64).copy()
     values[1, 5], values[1, 6], values[3, 7] = 1e5, -1e5, 7e4
     norm = np.array([1, 2e5, np.inf, -3e38], np.float32)
@@ -30,7 +30,7 @@ def overflowing(folder: Path, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_values_too_large_for_fp16_are_counted_and_named(double_quant: bool, tmp_path: Path) -> None:
+def test_values_too_large_for_fp16_are_counted_per_tensor(double_quant: bool, tmp_path: Path) -> None:
     artifact = overflowing(tmp_path, double_quant=double_quant)
     summary = export(artifact, tmp_path / "out", "fp16")
     bits = np.frombuffer(tensors_in(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"][2], "<u2")
@@ -48,7 +48,7 @@ def test_float32_values_too_large_for_bf16_are_counted(tmp_path: Path) -> None:
     assert export(tmp_path / "artifact", tmp_path / "out", "bf16").overflowed == {"model.norm.weight": 1}
 
 
-def test_a_resumed_export_still_knows_what_overflowed(tmp_path: Path) -> None:
+def test_a_resumed_export_still_reports_overflows(tmp_path: Path) -> None:
     artifact = overflowing(tmp_path)
     expected = export(artifact, tmp_path / "undisturbed", "fp16").overflowed
     kill_after(artifact, tmp_path / "out", n_done=3, to="fp16")

@@ -1,4 +1,4 @@
-"""The plan of an export tells every byte and reads no weight."""
+"""The plan of an export predicts every byte and reads no weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.small_models import contents
 
 @pytest.mark.parametrize("max_shard_nbytes", [1, 500, 20_000, 10**9])
 @pytest.mark.parametrize("to", TARGETS)
-def test_a_plan_covers_every_shard_without_holes_and_tells_the_size_to_the_byte(
+def test_a_plan_covers_every_shard_without_holes_and_predicts_the_exact_size(
     to: str, max_shard_nbytes: int, artifact: Path, tmp_path: Path
 ) -> None:
     planned = plan_export(artifact, to, max_shard_nbytes=max_shard_nbytes)

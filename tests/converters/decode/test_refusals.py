@@ -1,4 +1,4 @@
-"""Damaged artifacts, targets and arguments that are refused, with nothing left under OUT."""
+"""Damaged artifacts and invalid targets and arguments are rejected and leave no output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.small_models import contents, names_beside
 
 
 @pytest.mark.parametrize("component", ["packed", "absmax", "nested_absmax", "nested_quant_map", "data"])
-def test_a_changed_bit_is_refused_with_tensor_and_file_and_nothing_stands_under_out(
+def test_a_changed_bit_is_rejected_with_tensor_and_file_and_leaves_no_output(
     component: str, tiny: Path, tmp_path: Path
 ) -> None:
     artifact = place(tmp_path / "artifact", contents(tiny))
@@ -34,7 +34,7 @@ def test_a_changed_bit_is_refused_with_tensor_and_file_and_nothing_stands_under_
 
 
 @pytest.mark.parametrize("name", ["config.json", "LICENSE"])
-def test_a_changed_side_file_is_refused(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_a_changed_side_file_is_rejected(name: str, tiny: Path, tmp_path: Path) -> None:
     artifact = place(tmp_path / "artifact", contents(tiny))
     data = (artifact / name).read_bytes()
     (artifact / name).write_bytes(data.replace(b"llama", b"mamba") if b"llama" in data else data.swapcase())
@@ -54,7 +54,7 @@ def without_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "reason"), [(cut, Reason.FILE_SIZE), (without_manifest, Reason.MISSING_FILE)])
-def test_what_cannot_be_opened_is_refused_before_anything_is_written(
+def test_an_artifact_that_cannot_be_opened_is_rejected_before_anything_is_written(
     spoil: Callable[[Path], None], reason: Reason, tiny: Path, tmp_path: Path
 ) -> None:
     artifact = place(tmp_path / "artifact", contents(tiny))
@@ -82,14 +82,14 @@ def test_a_checkpoint_is_replaced_with_force_and_an_artifact_never(tiny: Path, t
     assert names_beside(out) == {"out", "fresh", "artifact", "thesis"}
 
 
-def test_out_inside_the_artifact_is_refused(tiny: Path) -> None:
+def test_out_inside_the_artifact_is_rejected(tiny: Path) -> None:
     with pytest.raises(TargetError, match="is inside"):
         exported(tiny, tiny / "out")
     with pytest.raises(TargetError, match="contains the source"):
         exported(tiny, tiny.parent)
 
 
-def test_senseless_arguments_are_wrong_usage(tiny: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_are_usage_errors(tiny: Path, tmp_path: Path) -> None:
     arguments: dict[str, Any]
     for to, arguments in (("int8", {}), ("bf16", {"workers": 0}), ("bf16", {"max_shard_nbytes": 0})):
         with pytest.raises(UsageError):
@@ -97,7 +97,7 @@ def test_senseless_arguments_are_wrong_usage(tiny: Path, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_artifact_or_format_does_not_continue_what_is_half_done(tiny: Path, tmp_path: Path) -> None:
+def test_another_artifact_or_format_does_not_resume_a_partial_export(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     kill_after(tiny, out, n_done=2)
     with pytest.raises(TargetError, match=r"a different artifact or options.*restart=True"):

@@ -1,4 +1,4 @@
-"""A small source, the artifact that it must become, and a folder for it."""
+"""A small source, the artifact that it becomes, and a directory for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of a conversion that nothing disturbs."""
+    """Return the bytes of an undisturbed conversion."""
     out = tmp_path_factory.mktemp("whole") / "out"
     convert(source, out, OPTIONS, disk=FaultyDisk())
     assert verify_integrity(out, sha256=True).passed

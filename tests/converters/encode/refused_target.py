@@ -1,4 +1,4 @@
-"""The message of a conversion whose target is refused."""
+"""The message for a target that is rejected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qformat.errors import TargetError
 
 
 def refusal(source: Path, out: Path, **arguments: object) -> str:
-    """Return the message of a conversion that is refused before any byte is written, leaving no trace."""
+    """Return the message of a conversion that is rejected before any byte is written and leaves no trace."""
     before = sorted(out.parent.rglob("*")) if out.parent.is_dir() else None
     with pytest.raises(TargetError) as refused:
         convert(source, out, **arguments)  # type: ignore[arg-type]

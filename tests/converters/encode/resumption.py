@@ -1,4 +1,4 @@
-"""One more run after an interrupted one, and how many tensors it still had to encode."""
+"""Resumes an interrupted conversion and counts the tensors that it still has to encode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CountingDisk(FaultyDisk):
 
 
 def resume(source: Path, out: Path, **arguments: object) -> tuple[ConversionSummary, int]:
-    """Convert once more; return the summary and how many tensors had to be encoded."""
+    """Run the conversion again; return the summary and the number of tensors that were encoded."""
     counting = CountingDisk()
     summary = convert(source, out, OPTIONS, disk=counting, **arguments)  # type: ignore[arg-type]
     return summary, counting.n_tensors

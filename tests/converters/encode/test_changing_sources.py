@@ -1,4 +1,4 @@
-"""Sources that change before a resumption or during a conversion are noticed."""
+"""Sources that change before a resumption or during a conversion are detected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def change_weight(folder: Path, *, keep_times: bool) -> Path:
 
 
 @pytest.mark.parametrize("keep_times", [False, True], ids=["new mtime", "mtime put back"])
-def test_a_source_that_was_changed_before_the_resumption_is_refused_and_restart_takes_it(
+def test_a_source_that_changed_before_resumption_is_rejected_and_accepted_with_restart(
     keep_times: bool, source: Path, tmp_path: Path
 ) -> None:
     mine = copy_of(source, tmp_path / "source")
@@ -52,9 +52,7 @@ def test_a_source_that_was_changed_before_the_resumption_is_refused_and_restart_
     assert contents(out) == contents(tmp_path / "again")
 
 
-def test_a_source_that_was_copied_elsewhere_is_recognised_by_its_bytes(
-    source: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_copied_source_is_recognised_by_its_bytes(source: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     mine = copy_of(source, tmp_path / "source")
     out = tmp_path / "target" / "out"
     out.parent.mkdir()
@@ -65,7 +63,7 @@ def test_a_source_that_was_copied_elsewhere_is_recognised_by_its_bytes(
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "config.json", "model.safetensors.index.json"])
-def test_another_small_file_of_the_source_is_another_plan(name: str, source: Path, tmp_path: Path) -> None:
+def test_a_changed_small_file_of_the_source_changes_the_plan(name: str, source: Path, tmp_path: Path) -> None:
     mine = copy_of(source, tmp_path / "source")
     out = tmp_path / "target" / "out"
     out.parent.mkdir()
@@ -84,7 +82,7 @@ def test_another_small_file_of_the_source_is_another_plan(name: str, source: Pat
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "config.json", "model.safetensors.index.json", "a shard"])
-def test_a_source_that_changes_while_it_is_converted_is_noticed(name: str, source: Path, tmp_path: Path) -> None:
+def test_a_source_that_changes_during_conversion_is_detected(name: str, source: Path, tmp_path: Path) -> None:
     mine = copy_of(source, tmp_path / "source")
     out = tmp_path / "target" / "out"
     out.parent.mkdir()
@@ -99,15 +97,15 @@ def test_a_source_that_changes_while_it_is_converted_is_noticed(name: str, sourc
                 file.seek(0)
                 file.write(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
 
-    with pytest.raises(SourceError, match="was changed while it was converted") as refused:
+    with pytest.raises(SourceError, match="was changed during the conversion") as refused:
         convert(mine, out, OPTIONS, workers=1, on_progress=change_once, disk=FaultyDisk())
     assert refused.value.reason is Reason.SOURCE_CHANGED
     assert Path(refused.value.path) == changed[0]
     assert not out.exists()
 
 
-def test_a_source_that_changes_between_plan_and_conversion_is_noticed(source: Path, tmp_path: Path) -> None:
-    """A look for infinities reads all weights, after the headers and before the run: time enough for a change."""
+def test_a_source_that_changes_between_plan_and_conversion_is_detected(source: Path, tmp_path: Path) -> None:
+    """The search for NaN and Inf reads all weights after the headers, so a change before the conversion is possible."""
     mine = copy_of(source, tmp_path / "source")
     out = tmp_path / "target" / "out"
     out.parent.mkdir()
@@ -116,7 +114,7 @@ def test_a_source_that_changes_between_plan_and_conversion_is_noticed(source: Pa
     assert refused.value.reason is Reason.SOURCE_CHANGED
 
 
-def test_a_source_that_is_cut_while_it_is_converted_is_an_error_and_no_crash(source: Path, tmp_path: Path) -> None:
+def test_a_source_that_is_truncated_during_conversion_raises_an_error(source: Path, tmp_path: Path) -> None:
     mine = copy_of(source, tmp_path / "source")
     out = tmp_path / "target" / "out"
     out.parent.mkdir()

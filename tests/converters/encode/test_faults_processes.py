@@ -52,7 +52,7 @@ def repeat(source: Path, out: Path) -> None:
 
 @contextmanager
 def running(script: str, source: Path, out: Path, *, n_writes: int) -> Iterator[subprocess.Popen[str]]:
-    """Run a conversion whose threads stand still in the write after so many."""
+    """Run a conversion whose threads stop in a write after `n_writes` writes."""
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(source), str(out), str(n_writes)],
         cwd=ROOT,
@@ -73,7 +73,7 @@ def n_journaled(out: Path) -> int:
 
 
 @pytest.mark.parametrize("n_writes", [0, 7, 20, 35, 44])
-def test_a_conversion_that_is_killed_continues_and_gives_the_same_bytes(
+def test_a_killed_conversion_resumes_and_gives_the_same_bytes(
     n_writes: int, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -88,7 +88,7 @@ def test_a_conversion_that_is_killed_continues_and_gives_the_same_bytes(
     assert names_beside(out) == {"out"}
 
 
-def test_a_conversion_that_is_killed_again_and_again_ends_in_the_same_bytes(
+def test_a_conversion_that_is_killed_repeatedly_gives_the_same_bytes(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -104,7 +104,7 @@ def test_a_conversion_that_is_killed_again_and_again_ends_in_the_same_bytes(
 
 @pytest.mark.parametrize("script", [IN_PYTHON, ON_THE_COMMAND_LINE], ids=["Python", "command line"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_an_interrupted_conversion_stops_at_what_it_is_doing_and_continues(
+def test_an_interrupted_conversion_stops_promptly_and_resumes(
     number: signal.Signals, script: str, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -126,7 +126,7 @@ def test_an_interrupted_conversion_stops_at_what_it_is_doing_and_continues(
     assert names_beside(out) == {"out"}
 
 
-def test_another_process_that_writes_the_same_out_is_not_disturbed(
+def test_another_process_that_writes_the_same_output_is_not_disturbed(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""What an interrupted conversion leaves, damaged in every way: the same end or a refusal."""
+"""Partial output damaged in every way: the same bytes in the end, or an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small_models import contents, names_beside
 
 
 @pytest.mark.parametrize("n_done", range(N_TENSORS))
-def test_a_resumed_run_makes_only_what_the_journal_does_not_have(
+def test_a_resumed_run_encodes_only_what_the_journal_lacks(
     n_done: int, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -93,7 +93,7 @@ def deep_line(journal: bytes) -> bytes:
         deep_line,
     ],
 )
-def test_a_damaged_journal_costs_time_and_nothing_else(
+def test_a_damaged_journal_only_costs_time(
     damage: Callable[[bytes], bytes], source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -107,7 +107,7 @@ def test_a_damaged_journal_costs_time_and_nothing_else(
 def test_no_flipped_bit_of_the_journal_reaches_the_artifact(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The journal is believed about the source's digests, which cannot be checked cheaply: so it has its own."""
+    """The journal is trusted for the source's digests, which are expensive to check, so it has a digest of its own."""
     work = interrupt(source, tmp_path / "out", n_done=4)
     intact = {name: (work / "folder" / name).read_bytes() for name in os.listdir(work / "folder")}
     journal = (work / "journal").read_bytes()
@@ -176,7 +176,7 @@ def delete_the_folder(folder: Path) -> None:
         delete_the_folder,
     ],
 )
-def test_staged_bytes_that_do_not_have_the_digests_of_the_journal_are_made_again(
+def test_staged_bytes_that_do_not_match_the_journal_are_written_again(
     damage: Callable[[Path], None], source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -186,7 +186,7 @@ def test_staged_bytes_that_do_not_have_the_digests_of_the_journal_are_made_again
     assert contents(out) == whole
 
 
-def test_what_another_plan_has_begun_is_refused_and_restart_drops_it(
+def test_the_partial_output_of_another_plan_is_rejected_and_discarded_with_restart(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -199,7 +199,7 @@ def test_what_another_plan_has_begun_is_refused_and_restart_drops_it(
     assert contents(out) == whole
 
 
-def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_a_directory_of_that_name_that_is_not_ours_is_left_alone(source: Path, tmp_path: Path) -> None:
     work = place(tmp_path / "out.partial", {"thesis.txt": b"years of work"})
     for restart in (False, True):
         with pytest.raises(TargetError, match="was not created by qformat"):
@@ -207,7 +207,7 @@ def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(source: Path, tmp_
     assert contents(work) == {"thesis.txt": b"years of work"}
 
 
-def test_a_file_of_the_work_folders_name_is_left_alone(source: Path, tmp_path: Path) -> None:
+def test_a_file_with_the_work_folders_name_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").write_bytes(b"mine")
     for restart in (False, True):
         with pytest.raises(TargetError, match="was not created by qformat"):

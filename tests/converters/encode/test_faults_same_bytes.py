@@ -1,4 +1,4 @@
-"""The same input gives the same bytes, and exactly those that the plan foretold."""
+"""The same input gives the same bytes, exactly those that the plan predicts."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ def converted(source: Path, out: Path, **arguments: object) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7, 64])
-def test_the_number_of_workers_changes_no_byte(workers: int, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_any_byte(workers: int, tmp_path: Path) -> None:
     source = write_llama(tmp_path / "source", n_shards=2)
     assert converted(source, tmp_path / "one", workers=1) == converted(source, tmp_path / "n", workers=workers)
 
 
-def test_a_second_run_from_another_place_at_another_time_changes_no_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_at_another_time_and_place_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_llama(tmp_path / "source", n_shards=2)
     first = converted(source, tmp_path / "first")
     elsewhere = tmp_path / "elsewhere" / "another name"
@@ -50,7 +48,7 @@ def test_a_second_run_from_another_place_at_another_time_changes_no_byte(
 
 
 @pytest.mark.parametrize("n_shards", [2, 3, 5])
-def test_other_shards_of_the_same_tensors_give_the_same_shards(n_shards: int, tmp_path: Path) -> None:
+def test_the_same_tensors_in_other_source_shards_give_the_same_output_shards(n_shards: int, tmp_path: Path) -> None:
     one = converted(write_llama(tmp_path / "source 1"), tmp_path / "out 1")
     other = converted(write_llama(tmp_path / "source n", n_shards=n_shards), tmp_path / "out n")
     assert one.keys() == other.keys()
@@ -106,7 +104,7 @@ def models(draw: st.DrawFn) -> dict[str, object]:
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(models())
-def test_a_plan_foretells_every_byte_of_a_random_model(
+def test_a_plan_predicts_every_byte_of_a_random_model(
     tmp_path_factory: pytest.TempPathFactory, model: dict[str, object]
 ) -> None:
     folder = tmp_path_factory.mktemp("model")
@@ -156,7 +154,7 @@ def test_a_plan_reads_no_weight(tmp_path: Path) -> None:
     assert plan(source) == expected
 
 
-def test_a_model_without_anything_to_pack_is_an_artifact_too(tmp_path: Path) -> None:
+def test_a_model_without_weights_to_pack_becomes_an_artifact(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in llama_tensors().items() if "proj" not in name}
     source = write_checkpoint(tmp_path / "source", tensors, config=llama_config())
     convert(source, tmp_path / "out")

@@ -22,7 +22,7 @@ from tests.small_models import contents, names_beside
 
 @pytest.fixture(scope="module")
 def old(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of another artifact, with one file more, to be replaced."""
+    """Return the bytes of another artifact, with one additional file, that is to be replaced."""
     out = tmp_path_factory.mktemp("old") / "out"
     convert(source, out, ConversionOptions(block_size=128, double_quant=False), disk=FaultyDisk())
     assert verify_integrity(out, sha256=True).passed
@@ -31,7 +31,7 @@ def old(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
 
 
 def calls_of(source: Path, out: Path, *, workers: int, force: bool) -> list[str]:
-    """Return the primitives that a whole conversion calls, in order."""
+    """Return the primitives that a complete conversion calls, in order."""
     disk = FaultyDisk()
     convert(source, out, OPTIONS, workers=workers, force=force, disk=disk)
     return disk.names
@@ -40,7 +40,7 @@ def calls_of(source: Path, out: Path, *, workers: int, force: bool) -> list[str]
 def check_and_repeat(
     source: Path, out: Path, *, workers: int, force: bool, old: dict[str, bytes] | None, whole: dict[str, bytes]
 ) -> None:
-    """What stands under OUT after a fault is the old or the new; the same command ends as if nothing had happened."""
+    """Check that the target is the old or the new artifact after a fault, and that the same command completes it."""
     standing = contents(out) if out.exists() else None
     assert standing in (old, whole)
     refused: TargetError | None = None
@@ -66,7 +66,7 @@ WORKERS = pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(
     "fault", ["kill", "ENOSPC", "full from here on", "EIO", "short write", "nothing written from here on"]
 )
-def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_repetition_gives_the_same_bytes(
+def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_retry_gives_the_same_bytes(
     fault: str,
     workers: int,
     replacing: bool,
@@ -108,7 +108,7 @@ def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_repetition
 
 @TARGETS
 @WORKERS
-def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_repetition(
+def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_a_retry(
     workers: int, replacing: bool, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
 ) -> None:
     rehearsal = place(tmp_path / "rehearsal" / "out", old) if replacing else tmp_path / "out"
@@ -122,7 +122,7 @@ def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_the_re
         check_and_repeat(source, out, workers=workers, force=replacing, old=old if replacing else None, whole=whole)
 
 
-def test_a_second_and_a_third_kill_during_the_repetition_change_nothing(
+def test_a_second_and_a_third_kill_during_retries_change_nothing(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     n_calls = len(calls_of(source, tmp_path / "out", workers=1, force=False))
@@ -138,10 +138,10 @@ def test_a_second_and_a_third_kill_during_the_repetition_change_nothing(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.ENOTSUP])
-def test_without_an_exchange_of_names_a_kill_at_any_call_still_loses_neither_artifact(
+def test_without_atomic_exchange_a_kill_at_any_call_still_loses_neither_artifact(
     code: int, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The old artifact is moved aside before the new one takes its name: for one moment OUT is absent, never mixed."""
+    """The old artifact is moved aside before the new one is renamed: the target may be absent, but is never mixed."""
 
     class NoExchange(FaultyDisk):
         def perform(self, name: str, arguments: tuple[object, ...]) -> object:

@@ -1,4 +1,4 @@
-"""Disks that may not be written, or are too small: known before the first byte where that is possible."""
+"""Disks that are read-only or too small: detected before the first byte if possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.small_models import contents, names_beside
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
-def test_a_target_that_may_not_be_written_is_named(code: int, source: Path, parent: Path) -> None:
+def test_a_target_that_cannot_be_written_is_reported(code: int, source: Path, parent: Path) -> None:
     class ReadOnly(Disk):
         def raw_mkdir(self, path: Path) -> None:
             raise OSError(code, os.strerror(code))
@@ -29,7 +29,7 @@ def test_a_target_that_may_not_be_written_is_named(code: int, source: Path, pare
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_refused(source: Path, parent: Path) -> None:
+def test_a_read_only_directory_is_rejected(source: Path, parent: Path) -> None:
     parent.chmod(0o500)
     try:
         assert "Choose a directory with write permission" in refusal(source, parent / "out")
@@ -37,7 +37,7 @@ def test_a_read_only_folder_is_refused(source: Path, parent: Path) -> None:
         parent.chmod(0o700)
 
 
-def test_too_little_space_is_known_before_the_first_byte(source: Path, parent: Path) -> None:
+def test_insufficient_space_is_detected_before_the_first_byte(source: Path, parent: Path) -> None:
     needed = plan(source).nbytes
     message = refusal(source, parent / "out", disk=DiskWithRoom(needed - 1))
     assert f"needs {needed:,} bytes, " in message
@@ -46,7 +46,7 @@ def test_too_little_space_is_known_before_the_first_byte(source: Path, parent: P
     convert(source, parent / "out", disk=DiskWithRoom(needed))
 
 
-def test_what_is_staged_already_is_not_needed_again(source: Path, parent: Path) -> None:
+def test_space_that_is_already_staged_is_not_required_again(source: Path, parent: Path) -> None:
     out = parent / "out"
     needed = plan(source, OPTIONS).nbytes
     work = interrupt(source, out, n_done=4)
@@ -55,8 +55,8 @@ def test_what_is_staged_already_is_not_needed_again(source: Path, parent: Path) 
     assert verify_integrity(out).passed
 
 
-def test_a_finished_run_needs_no_space_to_be_recognised_as_one(source: Path, parent: Path) -> None:
-    """Killed right after the rename, on a disk that is full now: only the cleaning up is left to do."""
+def test_a_finished_run_is_recognised_without_free_space(source: Path, parent: Path) -> None:
+    """The run was killed right after the rename and the disk is full now, so only the cleanup is left."""
     out = parent / "out"
 
     class NoCleaning(FaultyDisk):
@@ -73,8 +73,8 @@ def test_a_finished_run_needs_no_space_to_be_recognised_as_one(source: Path, par
     assert names_beside(out) == {"out"}
 
 
-def test_a_disk_that_fills_up_in_the_middle_is_survived(source: Path, parent: Path) -> None:
-    """As on a tmpfs of the artifact's size less one page: the bytes taken are counted, and no more are given."""
+def test_a_conversion_resumes_after_the_disk_filled_up(source: Path, parent: Path) -> None:
+    """As on a tmpfs one page smaller than the artifact: writes fail once the allowed number of bytes is used."""
     out = parent / "out"
     planned = plan(source, OPTIONS)
 
@@ -104,7 +104,7 @@ def test_a_disk_that_fills_up_in_the_middle_is_survived(source: Path, parent: Pa
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs to write to")
-def test_another_file_system_than_the_sources_is_as_good(source: Path, parent: Path) -> None:
+def test_the_output_may_be_on_another_file_system_than_the_source(source: Path, parent: Path) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

@@ -1,4 +1,4 @@
-"""Where the output goes: what is refused before any work, what is replaced, and what is left on the disk."""
+"""The output's target: what is rejected before any work, what is replaced, and what is left on the disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.converters.unusual_paths import (
 from tests.small_models import contents, names_beside
 
 
-def test_an_artifact_is_refused_and_with_force_replaced_whole(source: Path, parent: Path) -> None:
+def test_an_existing_artifact_is_rejected_and_with_force_replaced_completely(source: Path, parent: Path) -> None:
     out = parent / "out"
     convert(source, out, ConversionOptions(block_size=128))
     (out / "note.txt").write_text("mine")
@@ -42,7 +42,7 @@ def test_an_artifact_is_refused_and_with_force_replaced_whole(source: Path, pare
     assert names_beside(out) == {"out", "fresh"}
 
 
-def test_a_damaged_artifact_is_replaced_like_a_whole_one(source: Path, parent: Path) -> None:
+def test_a_damaged_artifact_is_replaced_like_an_intact_one(source: Path, parent: Path) -> None:
     out = place(parent / "out", {"qformat.json": b"garbage", "model-00001-of-00009.safetensors": b"rest"})
     assert "already exists" in refusal(source, out)
     convert(source, out, force=True)
@@ -50,7 +50,9 @@ def test_a_damaged_artifact_is_replaced_like_a_whole_one(source: Path, parent: P
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_folder_that_is_no_artifact_is_refused_even_with_force(force: bool, source: Path, parent: Path) -> None:
+def test_a_directory_that_is_not_an_artifact_is_rejected_even_with_force(
+    force: bool, source: Path, parent: Path
+) -> None:
     out = place(parent / "out", {"thesis.txt": b"years of work"})
     assert "is not an artifact" in refusal(source, out, force=force)
     assert contents(out) == {"thesis.txt": b"years of work"}
@@ -62,7 +64,7 @@ def test_a_folder_named_like_a_manifest_does_not_make_an_artifact(source: Path, 
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_an_empty_folder_is_as_good_as_none(force: bool, source: Path, parent: Path) -> None:
+def test_an_empty_directory_is_treated_like_a_missing_one(force: bool, source: Path, parent: Path) -> None:
     (parent / "out").mkdir()
     convert(source, parent / "out", force=force)
     assert verify_integrity(parent / "out").passed
@@ -74,7 +76,7 @@ def test_an_empty_folder_is_as_good_as_none(force: bool, source: Path, parent: P
     "make",
     [as_file, as_link_to_a_file, as_link_to_an_empty_folder, as_dangling_link, as_link_to_itself, as_fifo],
 )
-def test_what_is_no_folder_is_refused_even_with_force(
+def test_a_target_that_is_not_a_directory_is_rejected_even_with_force(
     make: Callable[[Path], None], force: bool, source: Path, parent: Path
 ) -> None:
     make(parent / "out")
@@ -94,13 +96,15 @@ def test_a_missing_parent_is_not_created(source: Path, parent: Path) -> None:
     assert not (parent / "missing").exists()
 
 
-def test_a_file_where_the_parent_should_be_is_refused(source: Path, parent: Path) -> None:
+def test_a_file_in_place_of_the_parent_is_rejected(source: Path, parent: Path) -> None:
     as_file(parent / "file")
     assert "does not exist or is not a directory" in refusal(source, parent / "file" / "out")
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_out_inside_the_source_and_the_source_inside_out_are_refused(force: bool, source: Path, parent: Path) -> None:
+def test_output_inside_the_source_and_source_inside_the_output_are_rejected(
+    force: bool, source: Path, parent: Path
+) -> None:
     for out in (source, source / "out", source / "deep" / "out", source / ".." / "source" / "out"):
         assert "is inside the source" in refusal(source, out, force=force)
     assert "contains the source" in refusal(source, source.parent, force=force)
@@ -111,7 +115,7 @@ def test_out_inside_the_source_and_the_source_inside_out_are_refused(force: bool
 
 
 @pytest.mark.parametrize("out", ["", ".", "/", "..", "../.."])
-def test_a_path_that_ends_in_no_name_is_refused(
+def test_a_path_without_a_final_name_is_rejected(
     out: str, source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(parent)
@@ -120,7 +124,7 @@ def test_a_path_that_ends_in_no_name_is_refused(
     assert list(parent.iterdir()) == []
 
 
-def test_a_relative_path_is_taken_from_the_current_folder(
+def test_a_relative_path_is_resolved_against_the_current_directory(
     source: Path, parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(parent)
@@ -130,19 +134,19 @@ def test_a_relative_path_is_taken_from_the_current_folder(
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "x" * 250, "x" * 5000])
-def test_a_name_too_long_for_the_file_system_is_refused(name: str, source: Path, parent: Path) -> None:
+def test_a_name_too_long_for_the_file_system_is_rejected(name: str, source: Path, parent: Path) -> None:
     message = refusal(source, parent / name)
     assert "File name too long" in message
 
 
 @pytest.mark.parametrize("name", ["ö 🦙", "with 'quotes'\" and $", "-rf", "a\nb", "x" * 247, "out.partial"])
-def test_awkward_names_are_as_good_as_others(name: str, source: Path, parent: Path) -> None:
+def test_unusual_names_work_like_any_other(name: str, source: Path, parent: Path) -> None:
     convert(source, parent / name)
     assert verify_integrity(parent / name).passed
     assert names_beside(parent / name) == {name}
 
 
-def test_no_worker_is_a_usage_error(source: Path, parent: Path) -> None:
+def test_zero_workers_are_a_usage_error(source: Path, parent: Path) -> None:
     with pytest.raises(UsageError):
         convert(source, parent / "out", workers=0)
     assert list(parent.iterdir()) == []
@@ -178,8 +182,8 @@ def test_every_file_and_both_folders_are_synced_before_and_after_the_rename(sour
     assert ("sync", "parent") in events[renamed:]
 
 
-def test_nothing_but_a_disk_changes_the_target(source: Path, parent: Path) -> None:
-    """With a disk that does nothing, no file or folder appears: no other code writes."""
+def test_only_the_disk_object_changes_the_target(source: Path, parent: Path) -> None:
+    """With a disk that does nothing, no file or directory appears: no other code writes."""
 
     class Nothing(FaultyDisk):
         def perform(self, name: str, arguments: tuple[object, ...]) -> object:
@@ -193,7 +197,7 @@ def test_nothing_but_a_disk_changes_the_target(source: Path, parent: Path) -> No
 
 
 def test_force_on_a_file_system_that_is_busy_loses_nothing(source: Path, parent: Path) -> None:
-    """OUT may be a mount point, which cannot be renamed."""
+    """The target may be a mount point, which cannot be renamed."""
     out = parent / "out"
     convert(source, out, ConversionOptions(block_size=128))
     old = contents(out)
@@ -227,7 +231,7 @@ def test_an_interrupted_replacement_still_needs_force(source: Path, parent: Path
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_appears_under_out_during_the_conversion_is_not_replaced(force: bool, source: Path, parent: Path) -> None:
+def test_a_target_that_appears_during_the_conversion_is_not_replaced(force: bool, source: Path, parent: Path) -> None:
     out = parent / "out"
 
     def appear(_: object) -> None:

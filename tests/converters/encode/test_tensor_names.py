@@ -1,4 +1,4 @@
-"""Awkward names are converted like any other; names that no reader could use are refused."""
+"""Unusual names are converted like any other; names that readers cannot use are rejected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ AWKWARD_NAMES = [
 ]
 
 
-def test_awkward_names_are_converted_like_any_other(tmp_path: Path) -> None:
+def test_unusual_tensor_names_are_converted_like_any_other(tmp_path: Path) -> None:
     tensors = {name: weight((8, 16), seed=i) for i, name in enumerate(AWKWARD_NAMES)}
     source = write_checkpoint(tmp_path / "source", tensors, n_shards=2)
     convert(source, tmp_path / "out")
@@ -50,7 +50,7 @@ def test_awkward_names_are_converted_like_any_other(tmp_path: Path) -> None:
             assert decoded.shape == tensor.shape
 
 
-def test_a_name_that_a_component_of_another_weight_must_get_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_collides_with_a_component_of_another_weight_is_rejected(tmp_path: Path) -> None:
     packed = "model.layers.0.mlp.down_proj.weight"
     for suffix in (".quant_map", ".nested_quant_map"):
         for double_quant in (True, False):
@@ -65,8 +65,8 @@ def test_a_name_that_a_component_of_another_weight_must_get_is_refused(tmp_path:
             )
 
 
-def test_a_name_that_gets_too_long_with_a_components_suffix_is_refused(tmp_path: Path) -> None:
-    """Such an artifact could be written, but no reader of ours would open it."""
+def test_a_name_that_gets_too_long_with_a_components_suffix_is_rejected(tmp_path: Path) -> None:
+    """Such an artifact could be written, but our own reader would not open it."""
     suffix = ".quant_state.bitsandbytes__nf4"
     leaf = ".down_proj.weight"
     for nbytes in (512 - len(suffix), 513 - len(suffix)):
@@ -82,8 +82,8 @@ def test_a_name_that_gets_too_long_with_a_components_suffix_is_refused(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["(a+)+$", "a{99999999999}", "[[a", "a|b", "\\", "(" * 200, "a(?P<x>b)", "(?i)a", "*"])
-def test_a_module_name_with_regex_syntax_is_refused_before_anybody_compiles_it(name: str, tmp_path: Path) -> None:
-    """transformers matches skip entries as regular expressions: `(a+)+$` would take it for ever."""
+def test_a_module_name_with_regex_syntax_is_rejected_before_it_is_compiled(name: str, tmp_path: Path) -> None:
+    """transformers matches skip entries as regular expressions: `(a+)+$` would never finish."""
     tensors = {f"model.{name}.weight": weight((8, 16)), "model." + "a" * 40 + ".down_proj.weight": weight((8, 16))}
     error = refusal(write_checkpoint(tmp_path / "source", tensors))
     assert error.reason is Reason.SKIP_MODULES

@@ -1,4 +1,4 @@
-"""Weights that are not finite or of another dtype are refused or kept; other tensors keep their bits."""
+"""Weights with NaN or Inf or of another dtype are rejected or kept; other tensors keep their bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def with_value(shape: tuple[int, ...], position: tuple[int, ...], value: float, 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("position", [(0, 0), (17, 5), (31, 31)])
-def test_a_weight_that_is_not_finite_is_refused_with_its_tensor_and_position(
+def test_a_weight_with_nan_or_inf_is_rejected_with_tensor_and_position(
     position: tuple[int, int], value: float, dtype: str, tmp_path: Path
 ) -> None:
     tensors = {**llama_tensors(dtype=dtype), PROJECTION: with_value((32, 32), position, value, dtype)}
@@ -41,17 +41,17 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_tensor_and_position(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_position_is_right_beyond_the_first_chunk(tmp_path: Path) -> None:
+def test_the_reported_position_is_correct_beyond_the_first_chunk(tmp_path: Path) -> None:
     rows, columns = 1400, 2048  # bf16: 5.7 MB, two chunks
     data = np.zeros((rows, columns), np.uint16)
     data[1399, 2047] = 0x7FC0
     name = "model.layers.0.self_attn.o_proj.weight"
     source = write_checkpoint(tmp_path / "source", {name: Tensor("BF16", (rows, columns), data.tobytes())})
-    with pytest.raises(SourceError, match=r"nan at \[1399, 2047\]"):
+    with pytest.raises(SourceError, match=r"the weight at \[1399, 2047\] is nan"):
         convert(source, tmp_path / "out")
 
 
-def test_keep_nonfinite_keeps_the_weight_and_its_fused_partners_and_the_recipe_says_so(tmp_path: Path) -> None:
+def test_keep_nonfinite_keeps_the_weight_and_those_fused_with_it_and_records_this_in_the_recipe(tmp_path: Path) -> None:
     tensors = {**llama_tensors(), PROJECTION: with_value((32, 32), (3, 4), np.inf, "BF16")}
     source = write_checkpoint(tmp_path / "source", tensors)
     convert(source, tmp_path / "out", ConversionOptions(keep_nonfinite=True))
@@ -70,20 +70,20 @@ def test_keep_nonfinite_keeps_the_weight_and_its_fused_partners_and_the_recipe_s
     assert verify_integrity(tmp_path / "out", sha256=True).passed
 
 
-def test_keep_nonfinite_changes_nothing_where_everything_is_finite(single: Path, tmp_path: Path) -> None:
+def test_keep_nonfinite_changes_nothing_if_everything_is_finite(single: Path, tmp_path: Path) -> None:
     convert(single, tmp_path / "one")
     convert(single, tmp_path / "two", ConversionOptions(keep_nonfinite=True))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_infinities_in_a_tensor_that_is_kept_anyway_are_none_of_our_business(tmp_path: Path) -> None:
+def test_infinities_in_a_kept_tensor_are_accepted(tmp_path: Path) -> None:
     tensors = {**llama_tensors(), "model.norm.weight": with_value((32,), (3,), np.nan, "BF16")}
     convert(write_checkpoint(tmp_path / "source", tensors), tmp_path / "out")
     assert verify_integrity(tmp_path / "out").passed
 
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "U8", "I32", "I64", "BOOL"])
-def test_a_weight_of_an_unsupported_dtype_is_refused_with_what_to_do(dtype: str, tmp_path: Path) -> None:
+def test_a_weight_of_an_unsupported_dtype_is_rejected_with_a_next_step(dtype: str, tmp_path: Path) -> None:
     tensors = {**llama_tensors(), PROJECTION: raw_tensor(dtype, (32, 32))}
     error = refusal(write_checkpoint(tmp_path / "source", tensors))
     assert error.reason is Reason.UNSUPPORTED_DTYPE

@@ -17,7 +17,7 @@ from qformat.converters.rules.rules import module_path
 
 N_LAYERS = 2
 
-# Types whose default config leaves out what the model needs.
+# Types whose default config lacks something that the model needs.
 CONFIG_FIELDS: dict[str, dict[str, object]] = {
     "hunyuan_v1_dense": {"head_dim": 64},
     "hunyuan_v1_moe": {"head_dim": 64},
@@ -26,7 +26,7 @@ CONFIG_FIELDS: dict[str, dict[str, object]] = {
     "reformer": {"is_decoder": True},
 }
 
-# Types that the names on disk cannot be had for, so that nothing can be said of them.
+# Types whose names on disk cannot be determined, so that nothing can be checked.
 NOT_COMPARABLE = {
     "shieldgemma2": "a classifier around a whole model, which is not saved under the Hub's names",
     "vision-encoder-decoder": "a pair of any two models, whose own renamings transformers does not revert",
@@ -60,7 +60,7 @@ class Built:
         return module_path(self.memory_name[tensor])
 
     def linear_modules(self) -> set[str]:
-        """Modules that the bitsandbytes integration replaces when nothing stops it."""
+        """Return the modules that the bitsandbytes integration replaces unless they are skipped."""
         return {
             name
             for name, module in self.model.named_modules(remove_duplicate=False)
@@ -85,7 +85,7 @@ def cut_layers(config: Any, depth: int = 0) -> None:
 
 
 def build(name: str, auto_class: Any) -> Built | None:
-    """Build a type on the meta device; None when its own default config does not make a model."""
+    """Build a type on the meta device, or return None if its default config does not describe a model."""
     try:
         config = transformers.AutoConfig.for_model(name, **CONFIG_FIELDS.get(name, {}))
         cut_layers(config)

@@ -1,4 +1,4 @@
-"""Tensors as headers name them, for tests of the rules: those of a Llama, and single matrices."""
+"""Tensors as headers describe them, for tests of the rules: those of a Llama, and single matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: ordered rules over module paths, the default table behind them, and partners that stay alike."""
+"""Recipes: ordered rules over module paths, the default table, and weights that are fused and decided together."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_the_default_options_reach_every_tensor_that_no_rule_matches() -> None:
     assert {choice.options for choice in choices.values()} == {None, NF4Options(128, False)}
 
 
-def test_a_keep_rule_keeps_what_it_matches_and_says_which_rule_did() -> None:
+def test_a_keep_rule_keeps_what_it_matches_and_is_recorded_as_the_deciding_rule() -> None:
     choices = choose(Rule("model.layers.0.*", "keep"))
     kept = modules(choices, KeepReason.SKIPPED_BY_RECIPE)
     assert kept == {f"model.layers.0.{leaf}" for leaf in LEAVES}
     assert {choices[f"{name}.weight"].by_rule for name in kept} == {0}
 
 
-def test_a_star_crosses_dots_and_a_layer_number_is_whole() -> None:
+def test_a_star_matches_dots_and_a_layer_number_matches_completely() -> None:
     choices = choose(Rule("model.layers.1.*_proj", "keep"))
     kept = modules(choices, KeepReason.SKIPPED_BY_RECIPE)
     assert kept == {f"model.layers.1.{leaf}" for leaf in LEAVES}
@@ -98,7 +98,7 @@ def test_the_first_matching_rule_wins() -> None:
     assert choices["model.layers.1.mlp.up_proj.weight"].by_rule == 1
 
 
-def test_an_nf4_rule_sets_the_options_it_names_and_leaves_the_others() -> None:
+def test_an_nf4_rule_sets_its_options_and_leaves_the_others() -> None:
     rules = Rule("*.o_proj", "nf4", double_quant=False), Rule("*.down_proj", "nf4", block_size=256)
     choices = apply(recipe(*rules, block_size=128), TENSORS, CONFIG)
     assert choices["model.layers.0.self_attn.o_proj.weight"].options == NF4Options(128, False)
@@ -137,8 +137,8 @@ def test_a_broad_nf4_rule_leaves_embeddings_experts_routers_and_norms_alone() ->
         ("*.mlp.gate", "router"),
     ],
 )
-def test_an_nf4_rule_that_may_quantize_nothing_it_matches_is_an_error(pattern: str, phrase: str) -> None:
-    with pytest.raises(UsageError, match=f"nothing that may be quantized .*{phrase}"):
+def test_an_nf4_rule_that_matches_nothing_quantizable_is_an_error(pattern: str, phrase: str) -> None:
+    with pytest.raises(UsageError, match=f"no tensor that can be quantized .*{phrase}"):
         choose(Rule(pattern, "nf4"))
 
 
@@ -146,20 +146,20 @@ def test_a_keep_rule_may_match_only_what_is_kept_anyway() -> None:
     assert choose(Rule("lm_head", "keep")) == choose()
 
 
-def test_a_pattern_that_matches_nothing_names_the_nearest_tensors() -> None:
+def test_the_error_for_a_pattern_without_matches_lists_the_nearest_modules() -> None:
     with pytest.raises(UsageError) as error:
         choose(Rule("model.layers.0.mlp.upproj", "keep", origin="r.toml: rule 3"))
     assert str(error.value).startswith("r.toml: rule 3: the pattern 'model.layers.0.mlp.upproj' matches no tensor")
-    assert "nearest: model.layers.0.mlp.up_proj" in str(error.value)
+    assert "Nearest: model.layers.0.mlp.up_proj" in str(error.value)
 
 
-def test_the_nearest_tensors_are_named_once_for_all_layers() -> None:
+def test_the_nearest_modules_are_listed_once_for_all_layers() -> None:
     with pytest.raises(UsageError) as error:
         choose(Rule("model.layers.99.mlp.up_proj", "keep"))
     assert str(error.value).count("mlp.up_proj") == 2  # the pattern and one of three layers
 
 
-def test_a_keep_rule_spreads_to_the_partners_that_vllm_fuses() -> None:
+def test_a_keep_rule_extends_to_the_weights_that_vllm_fuses() -> None:
     choices = choose(Rule("*.1.*.k_proj", "keep"), Rule("*.10.mlp.up_proj", "keep"))
     coupled = {
         "model.layers.1.self_attn.q_proj",
@@ -170,13 +170,13 @@ def test_a_keep_rule_spreads_to_the_partners_that_vllm_fuses() -> None:
     assert {choices[f"{name}.weight"].by_rule for name in coupled} == {None}
 
 
-def test_keep_spreads_to_a_partner_that_another_rule_wants_in_nf4() -> None:
+def test_keep_extends_to_a_fused_weight_that_another_rule_quantizes() -> None:
     choices = choose(Rule("*.k_proj", "keep"), Rule("*.q_proj", "nf4", block_size=32))
     assert choices["model.layers.0.self_attn.q_proj.weight"].reason == KeepReason.COUPLED
 
 
 @pytest.mark.parametrize("options", [{"block_size": 128}, {"double_quant": False}])
-def test_partners_with_different_options_are_an_error_that_names_them(options: dict[str, int]) -> None:
+def test_fused_weights_with_different_options_are_an_error_that_lists_them(options: dict[str, int]) -> None:
     with pytest.raises(UsageError) as error:
         choose(Rule("*.0.self_attn.q_proj", "nf4", **options, origin="r.toml: rule 1"))  # type: ignore[arg-type]
     message = str(error.value)
@@ -185,7 +185,7 @@ def test_partners_with_different_options_are_an_error_that_names_them(options: d
     assert "(by r.toml: rule 1)" in message
 
 
-def test_partners_may_all_have_other_options_than_their_neighbours() -> None:
+def test_fused_weights_may_share_options_that_differ_from_other_weights() -> None:
     choices = choose(Rule("*.self_attn.[qkv]_proj", "nf4", block_size=32))
     sizes = {name: choice.options.block_size for name, choice in choices.items() if choice.options is not None}
     assert sizes["model.layers.0.self_attn.v_proj.weight"] == 32
@@ -222,7 +222,7 @@ def test_an_empty_file_is_an_empty_recipe(tmp_path: Path) -> None:
     assert load_recipe(written(tmp_path, "# nothing\n")) == Recipe(NF4Options(), ())
 
 
-def test_skip_patterns_stand_in_front_of_the_file(tmp_path: Path) -> None:
+def test_skip_patterns_take_precedence_over_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, rule_text('pattern = "*"\naction = "nf4"'))
     loaded = load_recipe(path, skip=["*.o_proj", "*.0.*"])
     assert loaded.rules == (Rule("*.o_proj", "keep"), Rule("*.0.*", "keep"), Rule("*", "nf4"))
@@ -233,7 +233,7 @@ def test_skip_patterns_stand_in_front_of_the_file(tmp_path: Path) -> None:
     ]
 
 
-def test_a_skip_pattern_that_matches_nothing_is_named_as_the_user_wrote_it() -> None:
+def test_a_skip_pattern_without_matches_is_reported_as_the_user_wrote_it() -> None:
     with pytest.raises(UsageError, match=r"^skip=\('\*.nothing',\): the pattern"):
         apply(load_recipe(None, skip=["*.nothing"]), TENSORS, CONFIG)
 
@@ -256,12 +256,12 @@ def test_a_skip_pattern_that_matches_nothing_is_named_as_the_user_wrote_it() -> 
         ('pattern = "*"\naction = "nf4"\nblock_size = true', "block_size must be one of"),
         ('pattern = "*"\naction = "nf4"\nblock_size = "64"', "block_size must be one of"),
         ('pattern = "*"\naction = "nf4"\ndouble_quant = 1', "double_quant must be true or false, got 1"),
-        ('pattern = "*"\naction = "keep"\nblock_size = 64', "block_size means nothing"),
-        ('pattern = "*"\naction = "keep"\ndouble_quant = true', "double_quant means nothing"),
+        ('pattern = "*"\naction = "keep"\nblock_size = 64', "block_size has no effect"),
+        ('pattern = "*"\naction = "keep"\ndouble_quant = true', "double_quant has no effect"),
         ('pattern = "*"\naction = "nf4"\nblocksize = 64', "unknown key 'blocksize'"),
     ],
 )
-def test_a_wrong_rule_is_named_by_file_and_number(tmp_path: Path, body: str, problem: str) -> None:
+def test_an_invalid_rule_is_reported_with_file_and_number(tmp_path: Path, body: str, problem: str) -> None:
     path = written(tmp_path, rule_text('pattern = "*"\naction = "keep"') + rule_text(body))
     with pytest.raises(UsageError) as error:
         load_recipe(path)
@@ -273,14 +273,14 @@ def test_a_wrong_rule_is_named_by_file_and_number(tmp_path: Path, body: str, pro
     ("text", "problem"),
     [
         ("block_size = 64\n", "unknown key 'block_size'"),
-        ('[rule]\npattern = "*"\n', "write [[rule]], not [rule]"),
+        ('[rule]\npattern = "*"\n', "Write [[rule]], not [rule]"),
         ('rule = ["*"]\n', "must be a table"),
-        ("[[rule]\n", "is not TOML"),
-        ('[[rule]]\npattern = "*"\npattern = "x"\n', "is not TOML"),
-        ("a = " + "[" * 5000 + "]" * 5000 + "\n", "is not TOML"),
+        ("[[rule]\n", "is not valid TOML"),
+        ('[[rule]]\npattern = "*"\npattern = "x"\n', "is not valid TOML"),
+        ("a = " + "[" * 5000 + "]" * 5000 + "\n", "is not valid TOML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, problem: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_rejected(tmp_path: Path, text: str, problem: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(UsageError) as error:
         load_recipe(path)
@@ -288,10 +288,10 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, problem:
     assert problem in str(error.value)
 
 
-def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"# \xff\n")
-    with pytest.raises(UsageError, match="is not TOML"):
+    with pytest.raises(UsageError, match="is not valid TOML"):
         load_recipe(path)
 
 
@@ -313,7 +313,7 @@ def test_an_empty_skip_pattern_is_a_usage_error() -> None:
         load_recipe(None, skip=[""])
 
 
-def test_the_canonical_form_is_plain_json_and_names_only_what_was_set() -> None:
+def test_the_canonical_form_is_plain_json_with_only_the_options_that_were_set() -> None:
     canonical = recipe(Rule("a", "keep", origin="x"), Rule("b", "nf4", 32, False), Rule("c", "nf4")).canonical()
     assert json.loads(json.dumps(canonical)) == {
         "defaults": {"block_size": 64, "double_quant": True},
@@ -325,7 +325,7 @@ def test_the_canonical_form_is_plain_json_and_names_only_what_was_set() -> None:
     }
 
 
-def test_where_a_rule_came_from_is_no_part_of_the_recipe() -> None:
+def test_the_origin_of_a_rule_is_not_part_of_the_recipe() -> None:
     assert Rule("a", "keep", origin="x") == Rule("a", "keep", origin="y")
     assert "origin" not in json.dumps(recipe(Rule("a", "keep", origin="x")).canonical())
 

@@ -69,7 +69,7 @@ def test_a_llama_is_quantized_but_for_its_embeddings_and_norms() -> None:
         ("transformer.h.0.attn.c_attn.weight", KeepReason.NOT_KNOWN_TO_BE_LINEAR),
     ],
 )
-def test_what_is_no_certain_linear_is_kept_with_its_reason(name: str, reason: KeepReason) -> None:
+def test_a_weight_that_may_not_be_a_linear_is_kept_with_a_reason(name: str, reason: KeepReason) -> None:
     assert decide(name).reason == reason
 
 
@@ -90,7 +90,7 @@ def test_what_is_no_certain_linear_is_kept_with_its_reason(name: str, reason: Ke
         "model.layers.0.mamba.in_proj.weight",
     ],
 )
-def test_a_certain_linear_is_quantized(name: str) -> None:
+def test_a_known_linear_is_quantized(name: str) -> None:
     assert decide(name).quantize
 
 
@@ -110,7 +110,7 @@ def test_falcon_keeps_its_subclass_of_linear() -> None:
     assert decision.reason == KeepReason.LINEAR_SUBCLASS
 
 
-def test_what_transformers_cuts_while_loading_is_kept() -> None:
+def test_a_weight_that_transformers_splits_while_loading_is_kept() -> None:
     assert decide("model.layers.0.mlp.gate_up_proj.weight", "phi3").quantize
     decision = decide("model.H_module.layers.0.mlp.gate_up_proj.weight", "hrm_text")
     assert decision.reason == KeepReason.REWRITTEN_ON_LOAD
@@ -155,7 +155,7 @@ def test_fused_experts_are_kept_as_experts(name: str) -> None:
     assert decide(name, shape=(4, 64, 128)).reason == KeepReason.EXPERT
 
 
-def test_a_tied_output_is_told_from_an_untied_one() -> None:
+def test_tied_and_untied_outputs_are_distinguished() -> None:
     for tied, embedding, output in (
         (True, KeepReason.TIED_EMBEDDING, KeepReason.TIED_EMBEDDING),
         (False, KeepReason.EMBEDDING, KeepReason.OUTPUT_EMBEDDING),
@@ -171,7 +171,7 @@ def test_the_text_config_says_whether_embeddings_are_tied() -> None:
     assert default_decisions(llama(), config)["lm_head.weight"].reason == KeepReason.OUTPUT_EMBEDDING
 
 
-def test_an_output_that_is_absent_on_disk_is_taken_for_tied() -> None:
+def test_an_output_that_is_absent_on_disk_counts_as_tied() -> None:
     tensors = [tensor for tensor in llama() if tensor.name != "lm_head.weight"]
     decisions = default_decisions(tensors, {"model_type": "llama"})
     assert decisions["model.embed_tokens.weight"].reason == KeepReason.TIED_EMBEDDING
@@ -195,7 +195,7 @@ def test_a_config_without_a_model_type_is_decided_by_names_alone() -> None:
         ("mlp.up_proj", ("mlp.gate_proj",)),
     ],
 )
-def test_one_kept_partner_keeps_the_others(kept: str, partners: tuple[str, ...]) -> None:
+def test_one_kept_weight_keeps_those_fused_with_it(kept: str, partners: tuple[str, ...]) -> None:
     tensors = [
         TensorSpec(tensor.name, "I8", tensor.shape) if tensor.name == f"model.layers.0.{kept}.weight" else tensor
         for tensor in llama()
@@ -217,13 +217,13 @@ def test_one_kept_partner_keeps_the_others(kept: str, partners: tuple[str, ...])
         (("w1", "w3"), "w1"),
     ],
 )
-def test_what_vllm_fuses_is_one_group(leaves: tuple[str, ...], fused: str) -> None:
+def test_weights_that_vllm_fuses_form_one_group(leaves: tuple[str, ...], fused: str) -> None:
     (group,) = coupled_groups([f"a.0.{leaf}.weight" for leaf in reversed(leaves)] + ["a.1.q_proj.weight"])
     assert group.tensors == tuple(f"a.0.{leaf}.weight" for leaf in leaves)
     assert group.fused_module == f"a.0.{fused}"
 
 
-def test_partners_of_different_layers_are_not_coupled() -> None:
+def test_weights_of_different_layers_are_not_coupled() -> None:
     assert coupled_groups(["a.0.q_proj.weight", "a.1.k_proj.weight", "a.1.k_proj.bias", "a.2.up_proj"]) == []
 
 

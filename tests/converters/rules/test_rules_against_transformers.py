@@ -201,7 +201,7 @@ def test_most_linear_weights_of_most_types_are_quantized(types: list[Built]) -> 
     assert mean > 0.87
 
 
-def test_the_types_of_which_nothing_is_quantized_are_listed_by_name(types: list[Built]) -> None:
+def test_the_types_without_any_quantized_weight_are_listed(types: list[Built]) -> None:
     names = {one.name for one in types}
     quantized = {
         one.name

@@ -1,4 +1,4 @@
-"""The list of modules that stay in 16 bit: every name that a reader may have for them, and none of a quantized one."""
+"""The list of modules that stay in 16 bit: every name that a reader may use, and none of a quantized module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_skip_list_of_a_llama_is_its_head() -> None:
     assert skip_modules(default_decisions(llama(), LLAMA), LLAMA) == ["lm_head"]
 
 
-def test_a_tied_head_is_listed_though_it_is_absent_on_disk() -> None:
+def test_a_tied_head_is_listed_although_it_is_absent_on_disk() -> None:
     tensors = [tensor for tensor in llama() if tensor.name != "lm_head.weight"]
     config = {"model_type": "llama", "tie_word_embeddings": True}
     assert skip_modules(default_decisions(tensors, config), config) == ["lm_head"]
@@ -27,7 +27,7 @@ def test_a_head_of_another_name_is_listed_beside_lm_head() -> None:
     assert skip_modules(decisions, config) == ["embed_out", "lm_head"]
 
 
-def test_kept_partners_are_listed_under_their_own_and_their_fused_names() -> None:
+def test_kept_fused_weights_are_listed_under_their_own_and_their_fused_names() -> None:
     decisions = default_decisions(
         [TensorSpec(t.name, "I8" if ".1.self_attn.q_proj" in t.name else t.dtype, t.shape) for t in llama()],
         LLAMA,
@@ -84,7 +84,7 @@ def test_the_skip_list_does_not_depend_on_the_order_of_tensors() -> None:
         ("a.b.c", "a.bxc"),  # a dot is any character
     ],
 )
-def test_an_entry_that_would_also_match_a_quantized_module_is_refused(kept: str, quantized: str) -> None:
+def test_an_entry_that_also_matches_a_quantized_module_is_rejected(kept: str, quantized: str) -> None:
     decisions = {
         f"{kept}.weight": Decision(quantize=False, reason=KeepReason.NOT_KNOWN_TO_BE_LINEAR, is_linear=True),
         f"{quantized}.weight": Decision(quantize=True, reason=None, is_linear=True),
@@ -94,7 +94,7 @@ def test_an_entry_that_would_also_match_a_quantized_module_is_refused(kept: str,
     assert error.value.reason == Reason.SKIP_MODULES
 
 
-def test_a_name_that_is_no_regular_expression_is_refused() -> None:
+def test_a_name_that_is_not_a_regular_expression_is_rejected() -> None:
     decisions = default_decisions([matrix("a(b.mystery.weight")], LLAMA)
     with pytest.raises(SourceError, match="not a regular expression"):
         skip_modules(decisions, LLAMA)

@@ -1,4 +1,4 @@
-"""Small checkpoints of the kinds that are decoded before they are converted, and how tests read them."""
+"""Small checkpoints of the kinds that are decoded while they are read, and how tests read them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def torch_llama(dtype: str = "BF16") -> dict[str, torch.Tensor]:
-    """Return the tensors of `llama_tensors` as torch has them."""
+    """Return the tensors of `llama_tensors` as torch tensors."""
     return {
         name: torch.frombuffer(bytearray(tensor.data), dtype=DTYPES[dtype]).reshape(tensor.shape)
         for name, tensor in llama_tensors(dtype=dtype).items()

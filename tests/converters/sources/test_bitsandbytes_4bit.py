@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes wrote: adopted with the same codes and scales, and read back with the same logits."""
+"""Checkpoints written by bitsandbytes: adopted with the same codes and scales, and loaded with the same logits."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_odd_sizes_in_wide_storage(shape: tuple[int, int], storage: torch.dtype,
         assert found.packed.tobytes() == stored[: -(-weight.numel() // 2)]  # type: ignore[union-attr]
 
 
-def test_a_second_level_that_was_kept_in_bfloat16_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_second_level_stored_in_bfloat16_stays_unmodified(tmp_path: Path) -> None:
     tensors = bnb_llama()
     state = json.loads(as_bytes(tensors[STATE]))
     state |= {"nested_dtype": "bfloat16", "nested_offset": 0.052978515625}
@@ -99,7 +99,7 @@ def test_the_config_keeps_what_readers_of_the_file_rely_on(tmp_path: Path) -> No
     assert verify_integrity(tmp_path / "out").passed
 
 
-def test_experts_that_are_packed_one_by_one_are_adopted_and_not_skipped_as_a_whole(tmp_path: Path) -> None:
+def test_individually_packed_experts_are_adopted_and_not_on_the_skip_list(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.{}.down_proj.weight"
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     tensors = bnb_llama()
@@ -115,7 +115,7 @@ def test_experts_that_are_packed_one_by_one_are_adopted_and_not_skipped_as_a_who
 
 def test_a_recipe_cannot_change_what_is_adopted(tmp_path: Path) -> None:
     source = write_bnb(tmp_path / "source", bnb_llama())
-    with pytest.raises(UsageError, match="adopted as it is"):
+    with pytest.raises(UsageError, match=r"adopted unmodified\. Leave out recipe and skip"):
         plan(source, ConversionOptions(skip=["model.layers.0.*"]))
 
 
@@ -128,7 +128,7 @@ def test_an_artifact_without_its_manifest_is_adopted_into_the_same_shards(tmp_pa
     assert first == second
 
 
-def test_an_interrupted_adoption_continues_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_adoption_resumes_and_gives_the_same_bytes(tmp_path: Path) -> None:
     source = write_bnb(tmp_path / "source", bnb_llama())
     convert(source, tmp_path / "whole")
     for n_done in (1, 7, 16):
@@ -148,7 +148,7 @@ def test_codes_that_differ_from_the_adopted_ones_are_found(tmp_path: Path) -> No
     (finding,) = compared.findings
     assert finding.reason is Reason.CODES_MISMATCH
     assert finding.tensor == PROJECTION
-    assert "1 of 1536 codes and 1 of the scales" in finding.message
+    assert "1 of 1536 codes and 1 of the scales differ" in finding.message
 
 
 def replaced(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -176,13 +176,13 @@ def without(name: str) -> dict[str, torch.Tensor]:
         (
             replaced(PROJECTION + ".nested_absmax", torch.full((1,), torch.inf)),
             Reason.NONFINITE_SCALE,
-            "inf at entry 0",
+            "entry 0 is inf",
         ),
         (replaced(STATE, torch.zeros(5000, dtype=torch.uint8)), Reason.QUANT_STATE, "5000 bytes"),
         (replaced(STATE, torch.zeros(50, dtype=torch.uint8)), Reason.JSON_SYNTAX, "not valid JSON"),
     ],
 )
-def test_what_bitsandbytes_would_misread_is_refused(
+def test_checkpoints_that_bitsandbytes_would_misread_are_rejected(
     tensors: dict[str, torch.Tensor], reason: Reason, said: str, tmp_path: Path
 ) -> None:
     source = write_bnb(tmp_path / "source", tensors)
@@ -194,7 +194,7 @@ def test_what_bitsandbytes_would_misread_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_skip_list_that_names_a_packed_module_is_refused(tmp_path: Path) -> None:
+def test_a_skip_list_with_a_packed_module_is_rejected(tmp_path: Path) -> None:
     source = write_bnb(tmp_path / "source", bnb_llama(), llm_int8_skip_modules=["lm_head", "model.layers.0"])
     with pytest.raises(SourceError, match=r"model\.layers\.0"):
         plan(source)

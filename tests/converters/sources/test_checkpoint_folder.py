@@ -1,4 +1,4 @@
-"""Folders that hold no checkpoint, a quantized one or another kind, and their config.json: refused by name."""
+"""Directories without a checkpoint, with a quantized one or one of another kind, and their config.json."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_tensors_of_a_quantized_checkpoint_are_recognised_without_a_config(
     assert error.reason is Reason.ALREADY_QUANTIZED
     assert error.tensor == name
     assert what in str(error)
-    assert "16-bit checkpoint that it was made from" in str(error)
+    assert "Convert the original 16-bit checkpoint" in str(error)
 
 
 @pytest.mark.parametrize("quantization", [{"quant_method": "gptq"}, {"quant_method": "awq"}, {}, 5, [], "bitsandbytes"])
-def test_a_config_of_a_quantized_checkpoint_is_refused(quantization: object, tmp_path: Path) -> None:
+def test_a_config_of_a_quantized_checkpoint_is_rejected(quantization: object, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", config={"quantization_config": quantization})
     error = refusal(source)
     assert error.reason is Reason.ALREADY_QUANTIZED
@@ -66,7 +66,7 @@ def test_an_artifact_is_not_converted_again(single: Path, tmp_path: Path) -> Non
 # config.json
 
 
-def test_a_missing_config_is_named(single: Path) -> None:
+def test_a_missing_config_is_reported(single: Path) -> None:
     (single / "config.json").unlink()
     error = refusal(single)
     assert error.reason is Reason.MISSING_FILE
@@ -96,7 +96,7 @@ def test_a_missing_config_is_named(single: Path) -> None:
         (b'{"a": [' + b"1," * 2**20 + b"1]}", Reason.JSON_LIMIT),
     ],
 )
-def test_a_broken_config_is_refused_by_name(text: bytes, reason: Reason, single: Path) -> None:
+def test_a_broken_config_is_rejected_with_a_reason(text: bytes, reason: Reason, single: Path) -> None:
     (single / "config.json").write_bytes(text)
     error = refusal(single)
     assert error.reason is reason, error
@@ -119,7 +119,7 @@ def test_a_broken_config_is_refused_by_name(text: bytes, reason: Reason, single:
         {"vocab_size": 99999999999999999999, "small": -9999999999999999999, "x": 1e308, "y": -0.0, "z": 5e-324},
     ],
 )
-def test_a_config_with_unexpected_values_is_carried_over_as_it_is(config: dict[str, object], tmp_path: Path) -> None:
+def test_a_config_with_unexpected_values_is_carried_over_unmodified(config: dict[str, object], tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", config=config)
     convert(source, tmp_path / "out")
     assert verify_integrity(tmp_path / "out").passed
@@ -140,7 +140,7 @@ def test_a_config_with_unexpected_values_is_carried_over_as_it_is(config: dict[s
         ("tf_model.h5", "TensorFlow"),
     ],
 )
-def test_weights_of_another_format_are_named_with_what_to_do(name: str, what: str, single: Path) -> None:
+def test_weights_of_another_format_are_reported_with_a_next_step(name: str, what: str, single: Path) -> None:
     (single / "model.safetensors").unlink()
     (single / name).write_bytes(b"")
     error = refusal(single)
@@ -150,14 +150,14 @@ def test_weights_of_another_format_are_named_with_what_to_do(name: str, what: st
     assert "save_pretrained" in str(error)
 
 
-def test_a_folder_without_weights_says_what_it_has_instead(single: Path) -> None:
+def test_the_error_for_a_directory_without_weights_lists_what_it_contains(single: Path) -> None:
     (single / "model.safetensors").rename(single / "adapter_model.safetensors")
     error = refusal(single)
     assert error.reason is Reason.MISSING_FILE
     assert "adapter_model.safetensors" in str(error)
 
 
-def test_files_that_are_not_known_are_not_carried_over(tmp_path: Path) -> None:
+def test_unknown_files_are_not_carried_over(tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "source", side_files=SIDE_FILES)
     for name in ("training_args.bin", "optimizer.pt", "adapter_model.safetensors", ".gitattributes", "README.md"):
         (source / name).write_bytes(b"x")
@@ -175,6 +175,6 @@ def test_files_that_are_not_known_are_not_carried_over(tmp_path: Path) -> None:
     assert set(contents(tmp_path / "out")) == expected
 
 
-def test_every_bad_source_is_a_qformat_error() -> None:
+def test_every_source_error_is_a_qformat_error() -> None:
     assert issubclass(SourceError, QformatError)
     assert len(tiny_tensors()) == 5

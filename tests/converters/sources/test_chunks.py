@@ -1,4 +1,4 @@
-"""The loop over the chunks of a source tensor: all bytes in order, hashed, counted once used, and stopped on demand."""
+"""The loop over the chunks of a source tensor: all bytes in order, hashed, counted, and stopped on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_chunks_are_the_tensor_in_order_and_its_digest(source: SafetensorsShards
     assert sum(sizes) == NBYTES
 
 
-def test_bytes_count_as_progress_once_they_are_used(source: SafetensorsShards) -> None:
+def test_progress_counts_bytes_after_they_were_used(source: SafetensorsShards) -> None:
     sizes: list[int] = []
     chunks = read_chunks(source, source.tensors[NAME], np.empty(1000, np.uint8), progress=sizes.append)
     next(chunks)

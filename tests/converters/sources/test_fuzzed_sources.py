@@ -1,4 +1,4 @@
-"""Fuzzing sources: whatever a checkpoint's files hold, plan and convert end well or in an error of qformat."""
+"""Fuzzed sources: whatever files a checkpoint has, plan and convert succeed or raise an error of qformat."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def fuzz_files(folder: Path, pristine: dict[str, bytes], data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("fuzz", [fuzz_config, fuzz_tensors, fuzz_files])
-def test_no_source_makes_a_conversion_end_in_anything_but_an_error_of_ours(
+def test_any_source_is_converted_or_raises_one_of_our_errors(
     fuzz: Any, folder: Path, pristine: dict[str, bytes]
 ) -> None:
     @FUZZ
@@ -185,7 +185,9 @@ def test_no_source_makes_a_conversion_end_in_anything_but_an_error_of_ours(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fuzz", [fuzz_config, fuzz_tensors, fuzz_files])
-def test_no_source_at_length(fuzz: Any, folder: Path, pristine: dict[str, bytes]) -> None:
+def test_any_source_is_converted_or_raises_one_of_our_errors_at_length(
+    fuzz: Any, folder: Path, pristine: dict[str, bytes]
+) -> None:
     @SOAK
     @given(st.data())
     def run(data: st.DataObject) -> None:

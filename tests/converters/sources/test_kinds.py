@@ -1,4 +1,4 @@
-"""What holds for every kind of source: the same bytes however it is converted, changes noticed, damage named."""
+"""Properties of every kind of source: deterministic output, changes detected, damage reported."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def source(kind: str, tmp_path: Path) -> Path:
     return BUILDERS[kind](tmp_path / "source")
 
 
-def test_every_kind_is_built_here() -> None:
+def test_every_kind_of_source_is_tested_here() -> None:
     assert {listed.name for listed in KINDS} == {*BUILDERS, "owner/name"}
 
 
-def test_the_kind_is_told_from_what_lies_there_and_recorded(kind: str, source: Path, tmp_path: Path) -> None:
+def test_the_kind_is_detected_from_the_files_and_recorded(kind: str, source: Path, tmp_path: Path) -> None:
     opened = open_source(source)
     assert opened.kind == kind
     opened.close()
@@ -91,20 +91,20 @@ def test_any_number_of_workers_and_any_interruption_give_the_same_bytes(source: 
     assert compare(tmp_path / "out", source).passed
 
 
-def test_a_source_that_changes_meanwhile_gives_no_artifact(source: Path, tmp_path: Path) -> None:
+def test_a_source_that_changes_during_conversion_gives_no_artifact(source: Path, tmp_path: Path) -> None:
     path = weights_of(source)
 
     def touch(_: object) -> None:
         os.utime(path, ns=(0, 0))
 
-    with pytest.raises(SourceError, match="was changed while it was converted") as refused:
+    with pytest.raises(SourceError, match="was changed during the conversion") as refused:
         convert(source, tmp_path / "out", on_plan=touch)
     assert refused.value.reason is Reason.SOURCE_CHANGED
     assert path.name in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_was_read_before_an_interruption_must_be_the_same_after_it(source: Path, tmp_path: Path) -> None:
+def test_bytes_read_before_an_interruption_must_be_the_same_after_it(source: Path, tmp_path: Path) -> None:
     interrupt(source, tmp_path / "out", n_done=5, options=ConversionOptions())
     path = weights_of(source)
     data = np.fromfile(path, np.uint8)
@@ -115,7 +115,7 @@ def test_what_was_read_before_an_interruption_must_be_the_same_after_it(source: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_was_cut_off_is_refused_by_name(source: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_rejected_and_reported(source: Path, tmp_path: Path) -> None:
     path, pick = weights_of(source), random.Random(0)
     whole = path.read_bytes()
     for length in (0, 1, 7, 30, len(whole) - 1, *(pick.randrange(len(whole)) for _ in range(12))):
@@ -126,7 +126,7 @@ def test_a_file_that_was_cut_off_is_refused_by_name(source: Path, tmp_path: Path
         assert not (tmp_path / "out").exists()
 
 
-def test_flipped_bits_in_the_header_end_in_our_error_or_in_a_model(kind: str, source: Path) -> None:
+def test_flipped_bits_in_the_header_raise_our_error_or_give_a_model(kind: str, source: Path) -> None:
     path, pick = weights_of(source), random.Random(1)
     whole = path.read_bytes()
     header_nbytes = 3000 if kind in WEIGHTS else 8 + int.from_bytes(whole[:8], "little")
@@ -144,7 +144,7 @@ def test_flipped_bits_in_the_header_end_in_our_error_or_in_a_model(kind: str, so
 
 
 @pytest.mark.parametrize("kind", sorted(BUILDERS.keys() - {"gguf"}), indirect=True)  # that one brings its own config
-def test_a_config_of_another_encoding_is_refused(source: Path) -> None:
+def test_a_config_of_another_encoding_is_rejected(source: Path) -> None:
     path = source / "config.json"
     config = json.loads(path.read_text())
     stored = config.get("quantization_config", {}).get("quant_method")

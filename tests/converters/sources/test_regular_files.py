@@ -1,4 +1,4 @@
-"""Only regular files are opened: inside the folder, or where the links of the Hub's cache lead."""
+"""Only regular files are opened: inside the directory, or through the links of the Hub's cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.converters.unusual_paths import (
 from tests.small_models import INDEX, SIDE_FILES, contents, write_tiny
 
 
-def test_a_folder_that_does_not_exist_or_is_a_file_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_or_is_a_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("missing", "file", "x" * 5000, "file/below"):
         with pytest.raises(SourceError) as refused:
@@ -92,7 +92,7 @@ def test_the_links_of_the_hub_cache_are_followed_through_a_link_to_the_cache(sin
     "target",
     ["/dev/zero", "../../../outside", "../../blobs/../../outside", "../../blobs/sub/blob", "../../blobs"],
 )
-def test_a_hub_cache_whose_links_lead_elsewhere_is_refused(target: str, single: Path, tmp_path: Path) -> None:
+def test_a_hub_cache_with_links_that_lead_elsewhere_is_rejected(target: str, single: Path, tmp_path: Path) -> None:
     (tmp_path / "outside").write_bytes(b"{}")
     snapshot = hub_cache(tmp_path, contents(single))
     (snapshot.parents[1] / "blobs" / "sub").mkdir()
@@ -102,7 +102,7 @@ def test_a_hub_cache_whose_links_lead_elsewhere_is_refused(target: str, single: 
     assert refusal(snapshot).reason in {Reason.PATH_ESCAPES, Reason.NOT_A_REGULAR_FILE}
 
 
-def test_a_blob_that_is_itself_a_link_or_a_fifo_is_refused(single: Path, tmp_path: Path) -> None:
+def test_a_blob_that_is_itself_a_link_or_a_fifo_is_rejected(single: Path, tmp_path: Path) -> None:
     for number, make in enumerate((as_fifo, as_link_to_zero, as_link_to_itself)):
         folder = tmp_path / str(number)
         folder.mkdir()

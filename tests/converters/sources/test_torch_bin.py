@@ -1,4 +1,4 @@
-"""PyTorch .bin checkpoints: the same artifact as from safetensors, and every damage found that torch.load overlooks."""
+"""PyTorch .bin checkpoints: the same artifact as from safetensors, and all damage found that torch.load overlooks."""
 
 from __future__ import annotations
 
@@ -108,18 +108,20 @@ class _Call:
     [
         ({PROJECTION: _Call()}, "system"),
         ({"a": torch.zeros(2), "epoch": 3}, "'epoch' is a int"),
-        ({3: torch.zeros(2)}, "3 is a name"),
-        ([torch.zeros(2)], "holds a list"),
+        ({3: torch.zeros(2)}, "the key 3 is not a string"),
+        ([torch.zeros(2)], "contains a list"),
         ({}, "expected a dict of tensors"),
         ({"state_dict": {"a": torch.zeros(2)}}, "'state_dict' is a dict"),
         ({"a": torch.zeros(2).to_sparse()}, "sparse"),
         ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64"),
-        ({"a": torch.zeros(2, device="meta")}, "where its data lie"),
-        ({"a\nb": torch.zeros(2)}, "is no name"),
+        ({"a": torch.zeros(2, device="meta")}, "where its data is"),
+        ({"a\nb": torch.zeros(2)}, "is not a valid tensor name"),
         ({"a": torch.zeros((1,) * 9)}, "9 dimensions"),
     ],
 )
-def test_a_pickle_of_anything_but_plain_tensors_is_refused_by_name(content: object, said: str, tmp_path: Path) -> None:
+def test_a_pickle_with_anything_but_plain_tensors_is_rejected_with_a_reason(
+    content: object, said: str, tmp_path: Path
+) -> None:
     source = write_bin(tmp_path / "bin", content)
     with pytest.raises(SourceError) as refused:
         plan(source)
@@ -127,7 +129,7 @@ def test_a_pickle_of_anything_but_plain_tensors_is_refused_by_name(content: obje
     assert str(source / "pytorch_model.bin") in str(refused.value)
 
 
-def test_the_format_before_torch_1_6_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_the_format_before_torch_1_6_is_rejected_with_a_next_step(tmp_path: Path) -> None:
     source = write_bin(tmp_path / "bin", torch_llama())
     torch.save(torch_llama(), source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     with pytest.raises(SourceError, match="save_pretrained") as refused:
@@ -135,7 +137,7 @@ def test_the_format_before_torch_1_6_is_refused_with_what_to_do(tmp_path: Path) 
     assert refused.value.reason is Reason.UNSUPPORTED_SOURCE
 
 
-def test_an_index_that_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_an_inconsistent_index_is_reported(tmp_path: Path) -> None:
     source = shard(write_bin(tmp_path / "bin", torch_llama()), 2)
     index = source / "pytorch_model.bin.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
@@ -169,7 +171,7 @@ def storage_ranges(path: Path) -> list[tuple[int, int]]:
     return ranges
 
 
-def test_a_flipped_bit_in_any_storage_is_found_and_the_file_named(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_any_storage_is_reported_with_the_file(tmp_path: Path) -> None:
     source = write_bin(tmp_path / "bin", torch_llama())
     path = source / "pytorch_model.bin"
     whole, pick = path.read_bytes(), random.Random(0)
@@ -184,7 +186,7 @@ def test_a_flipped_bit_in_any_storage_is_found_and_the_file_named(tmp_path: Path
         assert not (tmp_path / "out").exists()
 
 
-def test_whatever_is_damaged_is_refused_by_name_or_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_any_damage_is_rejected_or_gives_the_same_bytes(tmp_path: Path) -> None:
     source = write_bin(tmp_path / "bin", torch_llama())
     path = source / "pytorch_model.bin"
     whole, pick = path.read_bytes(), random.Random(1)
@@ -214,7 +216,7 @@ def test_whatever_is_damaged_is_refused_by_name_or_gives_the_same_bytes(tmp_path
     assert not [message for message in messages if str(path) not in message]
 
 
-def test_zip_files_that_torch_does_not_write_are_refused(tmp_path: Path) -> None:
+def test_zip_files_that_torch_does_not_write_are_rejected(tmp_path: Path) -> None:
     source = write_bin(tmp_path / "bin", torch_llama())
     path = source / "pytorch_model.bin"
     with zipfile.ZipFile(path) as archive:
@@ -231,7 +233,7 @@ def test_zip_files_that_torch_does_not_write_are_refused(tmp_path: Path) -> None
         plan(source)
 
 
-def test_safetensors_beside_bin_files_are_what_is_read(tmp_path: Path) -> None:
+def test_safetensors_files_take_precedence_over_bin_files(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "both")
     torch.save(torch_llama("F32"), source / "pytorch_model.bin")
     opened = open_source(source)

@@ -1,4 +1,4 @@
-"""Tiny calibrated conversions, and what tests ask of them."""
+"""Tiny calibrated conversions, and helpers for tests of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def weights_of(artifact: Path) -> dict[str, torch.Tensor]:
 
 
 def inputs_of(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what each Linear of a model is given, float32 [rows, k], by the name of its weight."""
+    """Return the input of each Linear of a model, float32 [rows, k], keyed by the name of its weight."""
     found: dict[str, torch.Tensor] = {}
     handles = [
         module.register_forward_pre_hook(

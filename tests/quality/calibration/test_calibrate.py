@@ -1,4 +1,4 @@
-"""Calibrated conversions of tiny models: what they write, how near it comes, and what is refused."""
+"""Calibrated conversions of tiny models: their contents, their accuracy, and what is rejected."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def windows_of(source: Path, text: Path) -> torch.Tensor:
     return torch.from_numpy(windows.ids).long()
 
 
-def test_it_is_whole_and_has_the_tensors_of_the_plain_artifact_in_the_same_places(
-    calibrated: Path, artifact: Path
-) -> None:
+def test_it_is_intact_and_has_the_same_layout_as_the_plain_artifact(calibrated: Path, artifact: Path) -> None:
     assert verify_integrity(calibrated, sha256=True).passed
     with qformat.open(calibrated) as ours, qformat.open(artifact) as plain:
         assert ours.located == plain.located
@@ -57,7 +55,9 @@ def test_it_is_whole_and_has_the_tensors_of_the_plain_artifact_in_the_same_place
     }
 
 
-def test_the_manifest_tells_how_and_on_which_text_but_not_the_text(calibrated: Path, text: Path, source: Path) -> None:
+def test_the_manifest_records_method_and_digest_of_the_text_but_not_the_text(
+    calibrated: Path, text: Path, source: Path
+) -> None:
     record = record_of(calibrated)
     assert record["method"] == "error_feedback"
     assert record["data_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
@@ -130,7 +130,7 @@ def test_other_formats_and_options_of_the_source_and_the_conversion(
     load_model(out, device="cpu")(torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_weights_whose_blocks_run_across_rows_are_encoded_as_ever_and_named(text: Path, tmp_path: Path) -> None:
+def test_weights_whose_blocks_run_across_rows_are_encoded_plainly_and_listed(text: Path, tmp_path: Path) -> None:
     sizes = {"hidden": 64, "intermediate": 96, "vocabulary": runs.VOCABULARY}
     source = write_checkpoint(tmp_path / "source", llama_tensors(**sizes), config=llama_config(**sizes))
     runs.small_tokenizer().save_pretrained(source)
@@ -146,7 +146,7 @@ def test_weights_whose_blocks_run_across_rows_are_encoded_as_ever_and_named(text
 
 
 def gpt_neox(folder: Path) -> Path:
-    """Another architecture: fused q, k, v, parallel blocks, biases, its own names, a final norm in the stack."""
+    """Another architecture: fused q, k, v, parallel blocks, biases, other names, a final norm in the stack."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     torch.manual_seed(0)
@@ -158,7 +158,7 @@ def gpt_neox(folder: Path) -> Path:
 
 
 def opt(folder: Path) -> Path:
-    """One whose layers return tuples, or take positions from an embedding."""
+    """An architecture whose layers return tuples and whose positions come from an embedding."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
@@ -171,7 +171,7 @@ def opt(folder: Path) -> Path:
 
 
 def gemma3(folder: Path) -> Path:
-    """One whose layers get different masks and rotary tables, and whose embeddings are scaled."""
+    """An architecture whose layers get different masks and rotary tables, and whose embeddings are scaled."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def gemma3(folder: Path) -> Path:
 
 
 def mixtral(folder: Path) -> Path:
-    """A mixture of experts: they stay in 16 bit, and transformers merges them while it loads."""
+    """A mixture of experts, which stay in 16 bit and are merged by transformers while loading."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -242,7 +242,7 @@ def test_other_architectures_come_nearer_in_every_layer(make: Any, text: Path, t
         assert errors[1] < errors[0], name
 
 
-def test_a_weight_whose_input_is_always_zero_is_encoded_as_ever(text: Path, tmp_path: Path) -> None:
+def test_a_weight_whose_input_is_always_zero_is_encoded_plainly(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     for layer in (0, 1):
         name = f"model.layers.{layer}.mlp.gate_proj.weight"
@@ -266,7 +266,7 @@ def test_progress_counts_all_layers(source: Path, text: Path, tmp_path: Path) ->
     assert seen == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_the_plan_names_what_is_not_calibrated_and_writes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
+def test_the_plan_lists_what_is_not_calibrated_and_writes_nothing(source: Path, text: Path, tmp_path: Path) -> None:
     options = ConversionOptions(calibration=CalibrationSettings(text), block_size=128)
     planned = plan(source, options)
     record = planned.recipe["calibration"]
@@ -275,37 +275,35 @@ def test_the_plan_names_what_is_not_calibrated_and_writes_nothing(source: Path, 
     assert planned.nbytes > plan(source, ConversionOptions(block_size=128)).nbytes
 
 
-def test_a_text_shorter_than_a_window_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_text_shorter_than_a_window_is_rejected(source: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the block holds one scale")
-    with pytest.raises(DataError, match="less than one window of 128"):
+    with pytest.raises(DataError, match="fewer than one window of 128"):
         calibrate(source, tmp_path / "out", short)
 
 
-def test_fewer_tokens_than_a_window_are_refused(source: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="100 calibration tokens: a window has 128"):
+def test_fewer_tokens_than_a_window_are_rejected(source: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="100 calibration tokens: expected at least 128"):
         calibrate(source, tmp_path / "out", text, tokens=100)
     with pytest.raises(UsageError, match="0 calibration tokens"):
         calibrate(source, tmp_path / "out", text, tokens=0)
 
 
-def test_a_source_without_a_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
+def test_a_source_without_a_tokenizer_is_rejected(text: Path, tmp_path: Path) -> None:
     source = models.write_source(tmp_path / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
-    with pytest.raises(SourceError, match="has no tokenizer that transformers can load"):
+    with pytest.raises(SourceError, match="calibration needs a tokenizer, but transformers cannot load one"):
         calibrate(source, tmp_path / "out", text)
 
 
-def test_a_tokenizer_of_another_model_is_refused(text: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_rejected(text: Path, tmp_path: Path) -> None:
     source = models.write_source(tmp_path / "source", vocabulary=200)
-    with pytest.raises(SourceError, match="the model knows 200"):
+    with pytest.raises(SourceError, match="the vocabulary has only 200 tokens"):
         calibrate(source, tmp_path / "out", text)
 
 
-def test_an_architecture_that_transformers_does_not_know_is_refused_by_name(
-    source: Path, text: Path, tmp_path: Path
-) -> None:
+def test_an_architecture_unknown_to_transformers_is_rejected(source: Path, text: Path, tmp_path: Path) -> None:
     other = shutil.copytree(source, tmp_path / "source")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "wonder", "architectures": ["Wonder"]}))
@@ -313,7 +311,7 @@ def test_an_architecture_that_transformers_does_not_know_is_refused_by_name(
         calibrate(other, tmp_path / "out", text)
 
 
-def test_an_encoder_decoder_is_refused_by_name(text: Path, tmp_path: Path) -> None:
+def test_an_encoder_decoder_model_is_rejected(text: Path, tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(d_model=64, d_ff=128, num_layers=1, num_heads=2, d_kv=32, vocab_size=runs.VOCABULARY)
@@ -323,7 +321,7 @@ def test_an_encoder_decoder_is_refused_by_name(text: Path, tmp_path: Path) -> No
         calibrate(tmp_path / "source", tmp_path / "out", text)
 
 
-def test_activations_that_are_not_finite_are_refused_with_the_layer(text: Path, tmp_path: Path) -> None:
+def test_non_finite_activations_are_reported_with_the_layer(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     name = "model.layers.1.input_layernorm.weight"  # a kept tensor: the conversion itself does not look at it
     tensors[name] = tensor_of(np.full(64, np.inf, np.float32), "BF16")
@@ -335,7 +333,7 @@ def test_activations_that_are_not_finite_are_refused_with_the_layer(text: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_that_is_not_finite_is_refused_before_any_layer_runs(text: Path, tmp_path: Path) -> None:
+def test_a_weight_with_nan_or_inf_is_rejected_before_any_layer_runs(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     values = np.zeros((64, 64), np.float32)
     values[3, 4] = np.nan
@@ -344,6 +342,6 @@ def test_a_weight_that_is_not_finite_is_refused_before_any_layer_runs(text: Path
     source = write_checkpoint(tmp_path / "source", tensors, config=config)
     runs.small_tokenizer().save_pretrained(source)
     seen: list[int] = []
-    with pytest.raises(SourceError, match=r"o_proj.*nan at \[3, 4\]"):
+    with pytest.raises(SourceError, match=r"o_proj.*the weight at \[3, 4\] is nan"):
         calibrate(source, tmp_path / "out", text, on_layer=lambda done, total: seen.append(done))
     assert not seen

@@ -1,4 +1,4 @@
-"""`verify --source` of calibrated artifacts: what must still hold is checked, and what was chosen is said."""
+"""`verify --source` of calibrated artifacts: what must hold is checked, and chosen codes are reported."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_calibrated_artifact_is_near_its_source(calibrated: Path, source: Path
     assert all(tensor.n_far_scales == 0 for tensor in found.packed)
 
 
-def test_the_summary_says_that_codes_were_chosen(
+def test_the_summary_reports_that_codes_were_chosen(
     calibrated: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "report.html"
@@ -66,7 +66,7 @@ def test_the_summary_says_that_codes_were_chosen(
     assert "Calibrated codes and scales are close to the source: 14 of 14" in page.read_text()
 
 
-def test_weights_that_are_encoded_as_ever_must_be_exact(source: Path, text: Path, tmp_path: Path) -> None:
+def test_weights_encoded_without_calibration_must_be_exact(source: Path, text: Path, tmp_path: Path) -> None:
     out = calibrate(source, tmp_path / "out", text, block_size=128)
     found = compare(out, source)
     assert found.passed
@@ -99,14 +99,12 @@ def test_scales_of_another_size_are_found(calibrated: Path, source: Path, tmp_pa
     assert "128 of 128 scales are far" in found.findings[0].message
 
 
-def test_a_kept_tensor_that_is_not_the_sources_is_found(calibrated: Path, tmp_path: Path) -> None:
+def test_a_kept_tensor_that_differs_from_the_source_is_found(calibrated: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "source", seed=5)
     assert {finding.reason for finding in compare(calibrated, other).findings} == {Reason.SOURCE_MISMATCH}
 
 
-def test_a_calibrated_artifact_that_was_tuned_holds_as_well(
-    calibrated: Path, source: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_calibrated_and_tuned_artifact_passes(calibrated: Path, source: Path, text: Path, tmp_path: Path) -> None:
     run(calibrated, source, text, tmp_path / "tuned", accept_worse=True)
     found = compare(tmp_path / "tuned", source)
     assert found.passed
@@ -126,5 +124,7 @@ def test_bounds_of_scales() -> None:
     ({}, None), ({"calibration": 3}, None), ({"calibration": {}}, frozenset()),
     ({"calibration": {"plain": {"a": "why"}}}, frozenset({"a"})), ({"calibration": {"plain": ["a"]}}, frozenset()),
 ])  # fmt: skip
-def test_what_the_recipe_says_was_not_chosen(recipe: dict[str, object], expected: frozenset[str] | None) -> None:
+def test_the_recipe_lists_the_weights_that_were_not_chosen(
+    recipe: dict[str, object], expected: frozenset[str] | None
+) -> None:
     assert not_chosen(recipe) == expected  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ SETTINGS = FeedbackSettings()
 
 
 def correlated_inputs(n_columns: int, *, n_rows: int = 1000, seed: int = 0) -> np.ndarray:
-    """float64 [n_rows, n_columns]: a few directions carry most of it, as in a model."""
+    """Return float64 [n_rows, n_columns] in which a few directions dominate, as in a model."""
     random = np.random.default_rng(seed)
     directions = random.normal(size=(n_rows, n_columns // 8)) @ random.normal(size=(n_columns // 8, n_columns))
     return directions + 0.3 * random.normal(size=(n_rows, n_columns))
@@ -69,13 +69,7 @@ def moved_by_dense_inverses(weights: np.ndarray, hessian: np.ndarray, rounded: n
 
 
 def rounding_of_moves(weights: np.ndarray, upper: np.ndarray, rounded: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    """Return how far float32 may lie from the exact columns [n, k].
-
-    The errors e of a row solve e U = w - q, column by column. Whatever the order of the sums, the computed ones solve
-    it up to a residual of sum_error(k) (|w| + |q| + |e| |U|), which the inverse of U carries into e (Higham, section
-    8.2); a column was e U[j, j] + q. The four more terms are the roundings of q, of e's quotient, and of the product
-    with the reciprocal of the scale that is compared with the midpoints.
-    """
+    """Return how far float32 may be from the exact columns [n, k]."""
     errors = (moved - rounded) / upper.diagonal()
     sums = np.abs(weights) + np.abs(rounded) + np.abs(errors) @ np.abs(upper)
     carried = sums @ np.abs(np.linalg.inv(upper)) * np.abs(upper.diagonal())
@@ -83,7 +77,7 @@ def rounding_of_moves(weights: np.ndarray, upper: np.ndarray, rounded: np.ndarra
 
 
 def farther_than_nearest(wanted: np.ndarray, rounded: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Return by how much another code of the block would have been nearer to what was wanted, [n, k]; 0 for none."""
+    """Return how much nearer the best code of the block is to the wanted value, [n, k]; 0 if it was chosen."""
     block_size = wanted.shape[1] // scales.shape[1]
     grid = NF4_CODEBOOK.astype(np.float64) * np.repeat(scales.astype(np.float64), block_size, axis=1)[..., None]
     return np.abs(wanted - rounded) - np.abs(wanted[..., None] - grid).min(-1)
@@ -189,7 +183,7 @@ def test_blocks_of_zeros_and_scales_that_decode_to_less_than_zero_are_finite() -
 
 
 @pytest.mark.parametrize("diagonal", [0.0, float("nan"), float("inf")])
-def test_a_hessian_of_nothing_or_of_no_numbers_has_no_factor(diagonal: float) -> None:
+def test_a_hessian_that_is_zero_or_not_finite_has_no_factor(diagonal: float) -> None:
     hessian = torch.zeros(64, 64)
     hessian.diagonal().fill_(diagonal)
     assert inverse_factor(hessian, damping=0.01) is None

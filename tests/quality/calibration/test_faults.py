@@ -1,4 +1,4 @@
-"""Calibrated conversions that are killed, or run out of disk, at chosen or random points, and are then continued."""
+"""Calibrated conversions that are killed, or run out of disk, at chosen or random points, and are then resumed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_fault_at_any_call(fault: str, source: Path, text: Path, disk_calls: U
 
 
 def interrupt(source: Path, text: Path, out: Path, *, n_layers: int) -> None:
-    """Stop a calibrated conversion when that many layers are done."""
+    """Stop a calibrated conversion once `n_layers` layers are done."""
 
     def stop(done: int, total: int) -> None:
         if done == n_layers:
@@ -88,7 +88,7 @@ def interrupt(source: Path, text: Path, out: Path, *, n_layers: int) -> None:
         calibrate(source, out, text, tokens=TOKENS, on_layer=stop, workers=2)
 
 
-def test_interrupted_between_layers_it_continues_with_the_layer_and_its_hidden_states(
+def test_interrupted_between_layers_it_resumes_with_the_layer_and_its_hidden_states(
     source: Path, text: Path, disk_calls: Undisturbed, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -113,7 +113,7 @@ def test_without_the_hidden_states_they_are_computed_from_the_staged_layers(
     assert contents(out) == disk_calls[1]
 
 
-def test_a_full_disk_says_how_much_is_needed_and_leaves_nothing_under_out(
+def test_a_full_disk_is_reported_with_the_required_space_and_leaves_no_output(
     source: Path, text: Path, disk_calls: Undisturbed, tmp_path: Path
 ) -> None:
     names, whole = disk_calls
@@ -124,7 +124,7 @@ def test_a_full_disk_says_how_much_is_needed_and_leaves_nothing_under_out(
     continue_and_compare(source, text, tmp_path / "out", whole)
 
 
-def test_what_was_begun_otherwise_is_not_continued(source: Path, text: Path, tmp_path: Path) -> None:
+def test_a_partial_output_of_other_settings_is_not_resumed(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     interrupt(source, text, out, n_layers=1)
     for options in (ConversionOptions(), ConversionOptions(calibration=CalibrationSettings(text, 2 * TOKENS))):

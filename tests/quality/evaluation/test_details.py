@@ -1,4 +1,4 @@
-"""Where a model differs from its 16-bit model: sums, shares and names worked out beside the code."""
+"""Where a model differs from its 16-bit model: sums, shares and names computed independently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means and standard errors, worked out by hand."""
+"""Means and standard errors, computed by hand."""
 
 from __future__ import annotations
 

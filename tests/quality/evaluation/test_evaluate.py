@@ -1,4 +1,4 @@
-"""`evaluate` on tiny models: against transformers on the same windows, in pairs, and what it refuses."""
+"""`evaluate` on tiny models: compared with transformers on the same windows, in pairs, and what is rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {"n_windows": 5, "window_length": 64, "device": "cpu"}
 
 
 def logits_of(model: Any, ids: np.ndarray) -> torch.Tensor:
-    """float64 [windows, L - 1, vocabulary]; of one window at a time, since more add up in another order."""
+    """Return float64 [windows, L - 1, vocabulary], one window at a time, because a batch is summed in another order."""
     with torch.no_grad():
         logits = torch.cat([model(torch.from_numpy(window[None]).long(), use_cache=False).logits for window in ids])
     return logits[:, :-1].double()
@@ -59,7 +59,7 @@ def test_figures_are_those_of_transformers_on_the_same_windows(source: Path, art
 
 
 @pytest.mark.parametrize("which", ["source", "artifact"])
-def test_a_model_beside_itself_has_no_divergence(which: str, text: Path, request: pytest.FixtureRequest) -> None:
+def test_a_model_compared_with_itself_has_no_divergence(which: str, text: Path, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(which)
     found = evaluate(model, [text], source=model, any_source=True, **SMALL).texts[0]
     assert found.source is not None
@@ -83,7 +83,7 @@ def test_models_are_compared_in_pairs(source: Path, artifact: Path, coarse: Path
     assert second["more_than_first"]["kl"]["mean"] == pytest.approx(got["kl"].mean, rel=1e-5)
 
 
-def test_without_a_source_there_is_the_loss_alone(artifact: Path, text: Path) -> None:
+def test_without_a_source_only_the_loss_is_measured(artifact: Path, text: Path) -> None:
     found = evaluate(artifact, [text], **SMALL)
     assert found.texts[0].source is None
     assert set(figures(found.texts[0].models[0], None)) == {"loss", "perplexity"}
@@ -96,7 +96,7 @@ def test_every_text_has_its_own_figures(source: Path, artifact: Path, text: Path
     assert found[0]["sha256"] != found[1]["sha256"]  # type: ignore[index, call-overload]
 
 
-def test_the_record_names_no_path_and_is_the_same_each_time(source: Path, artifact: Path, text: Path) -> None:
+def test_the_record_contains_no_path_and_is_deterministic(source: Path, artifact: Path, text: Path) -> None:
     one, two = (record(evaluate(artifact, [text], source=source, **SMALL)) for _ in range(2))
     assert one == two
     assert one["source_checked"] is True
@@ -104,43 +104,43 @@ def test_the_record_names_no_path_and_is_the_same_each_time(source: Path, artifa
     assert one["texts"][0]["predicted_tokens"] == 5 * 63  # type: ignore[index, call-overload]
 
 
-def test_another_source_is_refused_unless_it_is_wanted(artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_another_source_is_rejected_unless_any_source_is_set(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other", seed=1)
-    with pytest.raises(SourceError, match=r"is not the tensor that .* was made from.*any_source=True"):
+    with pytest.raises(SourceError, match=r"is not the tensor that .* was converted from.*any_source=True"):
         evaluate(artifact, [text], source=other, **SMALL)
     assert not evaluate(artifact, [text], source=other, any_source=True, **SMALL).source_checked
     of_other = models.write_artifact(other, tmp_path / "of_other")
-    with pytest.raises(SourceError, match=r"is not the tensor that \S+nf4 was made from"):
+    with pytest.raises(SourceError, match=r"is not the tensor that \S+nf4 was converted from"):
         evaluate(of_other, [text], source=other, against=[artifact], **SMALL)
 
 
-def test_a_source_without_a_weight_of_the_artifact_is_refused(artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_a_source_that_lacks_a_weight_of_the_artifact_is_rejected(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other")
     tensors = models.tensors()
     del tensors["model.layers.0.mlp.up_proj.weight"]
     write_checkpoint(other, tensors, side_files={})
-    with pytest.raises(SourceError, match=r"up_proj.weight.*has no such tensor"):
+    with pytest.raises(SourceError, match=r"up_proj.weight.*is missing"):
         evaluate(artifact, [text], source=other, **SMALL)
 
 
-def test_a_text_that_is_too_short_is_refused(artifact: Path, tmp_path: Path) -> None:
+def test_a_text_that_is_too_short_is_rejected(artifact: Path, tmp_path: Path) -> None:
     short = models.write_text(tmp_path / "short.txt", n_words=3)
-    with pytest.raises(DataError, match="less than one window of 64"):
+    with pytest.raises(DataError, match="fewer than one window of 64"):
         evaluate(artifact, [short], **SMALL)
 
 
-def test_windows_longer_than_the_models_context_are_refused(artifact: Path, text: Path) -> None:
-    with pytest.raises(UsageError, match="at most 128 tokens"):
+def test_windows_longer_than_the_models_context_are_rejected(artifact: Path, text: Path) -> None:
+    with pytest.raises(UsageError, match="has a context of 128 tokens, but windows have 129"):
         evaluate(artifact, [text], **{**SMALL, "window_length": 129})
 
 
-def test_another_vocabulary_is_refused(artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_is_rejected(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other", vocabulary=400)
-    with pytest.raises(UsageError, match=r"a vocabulary of 320 tokens, but .*other one of 400"):
+    with pytest.raises(UsageError, match=r"a vocabulary of 320 tokens, but .*other has 400"):
         evaluate(artifact, [text], source=other, any_source=True, **SMALL)
 
 
-def test_another_tokenizer_is_refused_if_it_cuts_the_text_in_another_way(
+def test_a_tokenizer_that_splits_the_text_differently_is_rejected(
     source: Path, artifact: Path, text: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -152,11 +152,11 @@ def test_another_tokenizer_is_refused_if_it_cuts_the_text_in_another_way(
     assert evaluate(artifact, [text], source=other, **SMALL).source_checked
     state["model"]["merges"] = []
     (other / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(UsageError, match=r"other: its tokenizer cuts .*words.txt into other tokens"):
+    with pytest.raises(UsageError, match=r"other: its tokenizer splits .*words.txt into other tokens"):
         evaluate(artifact, [text], source=other, **SMALL)
 
 
-def test_a_source_without_a_tokenizer_is_taken(source: Path, artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_a_source_without_a_tokenizer_is_accepted(source: Path, artifact: Path, text: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(source, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     assert evaluate(artifact, [text], source=bare, **SMALL).source_checked
@@ -164,7 +164,7 @@ def test_a_source_without_a_tokenizer_is_taken(source: Path, artifact: Path, tex
         evaluate(bare, [text], **SMALL)
 
 
-def test_a_teacher_that_gives_no_numbers_is_named_with_the_window(
+def test_non_finite_logits_are_reported_with_the_window(
     source: Path, artifact: Path, text: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -175,12 +175,12 @@ def test_a_teacher_that_gives_no_numbers_is_named_with_the_window(
     write_checkpoint(broken, tensors, config=config, side_files={})
     first = read_windows(text, AutoTokenizer.from_pretrained(source), length=64).spread(5).numbers[0]
     assert first > 0
-    expected = rf"broken: .*no finite numbers in window {first} of .*words.txt, token 0"
+    expected = rf"broken: non-finite logits in window {first} of .*words.txt, token 0"
     with pytest.raises(VerificationError, match=expected):
         evaluate(artifact, [text], source=broken, **SMALL)
 
 
-def test_logits_are_those_of_one_window_and_two_models_at_a_time(
+def test_memory_holds_logits_of_one_window_and_two_models_at_a_time(
     source: Path, artifact: Path, coarse: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []

@@ -1,4 +1,4 @@
-"""The scores of a window against transformers' own loss and against sums in float64."""
+"""The scores of a window compared with transformers' own loss and with sums in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_divergence_and_agreement_are_those_of_float64(dtype: torch.dtype, chunk
 
 
 def test_small_divergences_keep_their_digits() -> None:
-    """The logarithms' errors are larger than such a KL in the worst case: torch's own function is the yardstick."""
+    """In the worst case, the errors of the logarithms exceed such a KL: torch's own function is the reference."""
     reference, ids = random_logits(1, n_positions=513), random_ids(513)
     logits = reference + 1e-2 * random_logits(2, n_positions=513, scale=1.0)
     (log_p, log_q), (exact_p, exact_q) = (
@@ -84,14 +84,14 @@ def test_logits_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["model", "reference"])
-def test_the_first_position_that_is_no_number_is_found(bad: float, side: str) -> None:
+def test_the_first_non_finite_position_is_found(bad: float, side: str) -> None:
     logits, reference = random_logits(1), random_logits(2)
     (logits if side == "model" else reference)[7, 5] = bad
     assert first_non_finite(score_window(logits, random_ids(), reference=reference)) == 7
     assert first_non_finite(score_window(random_logits(1), random_ids(), reference=random_logits(2))) is None
 
 
-def test_stacked_scores_are_one_row_a_window() -> None:
+def test_stacked_scores_have_one_row_per_window() -> None:
     one, two = (score_window(random_logits(seed), random_ids()) for seed in (1, 2))
     both = stack([one, two])
     assert both.kl is None

@@ -1,4 +1,4 @@
-"""A tuning that nothing disturbs, and one thread for all of them."""
+"""An undisturbed tuning, and one thread for all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def result(artifact: Path, source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> TuningResult:
-    """A tuning that nothing disturbs. Not to be changed."""
+    """An undisturbed tuning. Not to be changed."""
     torch.set_num_threads(1)
     found = run(artifact, source, text, tmp_path_factory.mktemp("tuned") / "out")
     assert found is not None

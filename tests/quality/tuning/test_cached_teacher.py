@@ -1,4 +1,4 @@
-"""The 16-bit model's word on disk, instead of the model in memory."""
+"""The 16-bit model's predictions from disk, instead of the model in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small_models import contents
 
 
 class TestCachedTeacher:
-    """The 16-bit model's word on disk."""
+    """The 16-bit model's predictions from disk."""
 
     def test_it_tunes_nearly_as_well_without_the_model_in_memory(
         self, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path,
@@ -32,7 +32,7 @@ class TestCachedTeacher:
         run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
         assert contents(tmp_path / "second") == contents(tmp_path / "first")
 
-    def test_with_all_tokens_it_is_the_live_one(
+    def test_with_all_tokens_it_equals_the_live_teacher(
         self, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
     ) -> None:
         vocabulary = tuned_vocabulary(source)
@@ -47,7 +47,7 @@ class TestCachedTeacher:
         # Rounding alone leads the two trainings apart: by less than either of them gains.
         assert (found.after.kl - result.after.kl).abs().mean() < result.before.mean("kl") - result.after.mean("kl")
 
-    def test_a_damaged_window_is_named_and_made_again_once_removed(
+    def test_a_damaged_window_is_reported_and_computed_again_once_deleted(
         self, artifact: Path, source: Path, text: Path, tmp_path: Path
     ) -> None:
         cache = tmp_path / "cache"
@@ -57,20 +57,20 @@ class TestCachedTeacher:
         data = bytearray(window.read_bytes())
         data[100] ^= 1
         window.write_bytes(bytes(data))
-        with pytest.raises(TargetError, match=rf"{window.name}: was damaged\. Remove it"):
+        with pytest.raises(TargetError, match=rf"{window.name}: is damaged\. Delete it"):
             run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
         window.unlink()
         run(artifact, source, text, tmp_path / "second", teacher_cache=cache)
         assert contents(tmp_path / "second") == contents(tmp_path / "first")
 
-    def test_other_settings_have_a_folder_of_their_own(
+    def test_other_settings_have_their_own_directory(
         self, artifact: Path, source: Path, text: Path, tmp_path: Path
     ) -> None:
         cache = tmp_path / "cache"
         for k in (8, 16):
             run(artifact, source, text, tmp_path / f"out{k}", teacher_cache=cache, top_k=k, steps=2)
         assert len(list(cache.iterdir())) == 2
-        with pytest.raises(UsageError, match="a vocabulary of"):
+        with pytest.raises(UsageError, match="top_k: 10000, but the vocabulary of the 16-bit model has"):
             run(artifact, source, text, tmp_path / "out", teacher_cache=cache, top_k=10_000)
 
 

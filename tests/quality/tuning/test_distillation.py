@@ -1,4 +1,4 @@
-"""KL and its gradient in chunks: against float64 over whole logits, for all tokens and for the k most likely."""
+"""KL and its gradient in chunks, compared with float64 over whole logits, for all tokens and for the k most likely."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCABULARY = 50
 
 
 def linear_model(*, seed: int = 0, chunk_nbytes: int = 16 << 20) -> tuple[nn.ModuleDict, SplitModel]:
-    """Return a model of an embedding and a head, in float32: its hidden states are what is embedded."""
+    """Return a float32 model of an embedding and a head: its hidden states are the embeddings."""
     torch.manual_seed(seed)
     parts = nn.ModuleDict({"body": nn.Embedding(VOCABULARY, 12), "head": nn.Linear(12, VOCABULARY, bias=False)})
     return parts, SplitModel(parts["body"], parts["head"], VOCABULARY, chunk_nbytes)
@@ -66,7 +66,7 @@ def error_of_kl(logits: Tensor, teacher: Tensor, k: int | None, off: float) -> T
 
 
 def error_of_head(hidden: Tensor, head: nn.Module) -> float:
-    """Return how far a logit in float32 may lie from exact."""
+    """Return how far a float32 logit may be from the exact one."""
     weight = head.weight
     assert isinstance(weight, Tensor)
     return float(sum_error(weight.shape[1]) * (hidden.detach().abs() @ weight.detach().abs().t()).max())
@@ -77,7 +77,7 @@ KINDS = {"all": None, "k": 8, "every one of k": VOCABULARY}
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk_nbytes", [16 << 20, 1200])
-def test_the_gradient_is_that_of_the_kl_however_it_is_cut(kind: str, chunk_nbytes: int) -> None:
+def test_the_gradient_is_that_of_the_kl_for_all_chunk_sizes(kind: str, chunk_nbytes: int) -> None:
     teacher_parts, teacher = linear_model(seed=1, chunk_nbytes=chunk_nbytes)
     student_parts, student = linear_model(seed=2, chunk_nbytes=chunk_nbytes)
     student_parts["head"].requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What is trained: scales relative to what they were, norms of any model; how both end as stored bytes."""
+"""What is trained: relative changes of scales, norms of any model; and how both are stored."""
 
 from __future__ import annotations
 
@@ -118,11 +118,11 @@ def test_kept_tensors_are_shared_with_the_16_bit_model(artifact: Path, source: P
     assert not {p.data_ptr() for p in tunable.parameters().values()} & {p.data_ptr() for p in teacher.parameters()}
 
 
-def test_an_artifact_without_packed_layers_is_refused(tmp_path: Path) -> None:
+def test_an_artifact_without_packed_layers_is_rejected(tmp_path: Path) -> None:
     source = models.write_source(tmp_path / "source")
     (tmp_path / "recipe.toml").write_text('[[rule]]\npattern = "*"\naction = "keep"\n')
     artifact = models.write_artifact(source, tmp_path / "kept", recipe=tmp_path / "recipe.toml")
-    with pytest.raises(UsageError, match="holds no packed layer"):
+    with pytest.raises(UsageError, match="contains no packed layers"):
         tunable_of(artifact)
 
 

@@ -1,4 +1,4 @@
-"""`tune`: closer on held-out text with the same codes and size, the same bytes however it is stopped, refusals."""
+"""`tune`: closer on held-out text with the same codes and size, and the same bytes after interruptions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.rounding import rounds_like
 from tests.small_models import contents
 
 
-def test_it_gets_closer_by_more_than_chance(result: TuningResult) -> None:
+def test_it_gets_closer_significantly(result: TuningResult) -> None:
     assert result.step == tuned.SHORT["steps"]
     # If chance decided, before and after could change places in any of the 8 windows. Fewer than one in a hundred of
     # these 256 exchanges gain as much (Fisher's exact test of paired figures).
@@ -36,13 +36,13 @@ def test_it_gets_closer_by_more_than_chance(result: TuningResult) -> None:
 
 
 def rounding_costs_less_than_tuning_gains(result: TuningResult) -> bool:
-    """Whether the bytes that are stored are nearer to what was trained than to the artifact before tuning."""
+    """Return whether the stored values are nearer to the trained ones than to the artifact before tuning."""
     before, trained, after = (which.mean("kl") for which in (result.before, result.tuned, result.after))
     return abs(after - trained) < abs(before - after)
 
 
 def test_the_figures_are_those_of_the_stored_artifact(result: TuningResult, source: Path, text: Path) -> None:
-    """An oracle that shares nothing with tuning: both models loaded anew, all logits, torch's own KL."""
+    """An independent check that shares no code with tuning: both models loaded again, all logits, torch's own KL."""
     from transformers import AutoModelForCausalLM
 
     _, held_out = read_windows(text, load_tokenizer(source), length=32).hold_out(8)
@@ -108,7 +108,7 @@ def test_only_scales_and_norms_change_and_no_byte_is_added(result: TuningResult,
     assert norms == 5  # two a layer and the last one
 
 
-def test_the_manifest_tells_what_was_done_and_nothing_of_the_machine(result: TuningResult, text: Path) -> None:
+def test_the_manifest_records_the_tuning_but_not_the_machine(result: TuningResult, text: Path) -> None:
     import hashlib
 
     with open_artifact(result.out) as opened:
@@ -142,7 +142,7 @@ def test_the_same_command_gives_the_same_bytes(
     assert contents(tmp_path / "other") != contents(result.out)
 
 
-def test_other_layouts_and_formats_are_tuned_as_well(source: Path, text: Path, tmp_path: Path) -> None:
+def test_other_layouts_and_formats_can_be_tuned(source: Path, text: Path, tmp_path: Path) -> None:
     for name, options in (
         ("single", {"double_quant": False}),
         ("coarse", {"block_size": 256, "max_shard_nbytes": 60_000}),

@@ -1,4 +1,4 @@
-"""A tuning that is stopped, killed or out of disk goes on and ends in the same bytes."""
+"""A tuning that is stopped, killed or out of disk resumes and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Stop(Exception):
 
 
 @pytest.mark.parametrize("at", [7, pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_a_stopped_tuning_goes_on_and_ends_in_the_same_bytes(
+def test_a_stopped_tuning_resumes_and_gives_the_same_bytes(
     at: int, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     def stop(line: Any) -> None:
@@ -49,7 +49,7 @@ run(*map(Path, sys.argv[1:5]), on_step=lambda line: print(line.step, flush=True)
 """
 
 
-def test_a_killed_process_is_continued(
+def test_a_killed_process_is_resumed(
     result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", TUNE, *map(str, (artifact, source, text, tmp_path / "out"))]
@@ -67,7 +67,7 @@ def test_a_killed_process_is_continued(
 @pytest.mark.parametrize(
     "share", [0.5, 0.9, *(pytest.param(share, marks=pytest.mark.slow) for share in (0, 0.1, 0.3, 0.7, 0.99))]
 )
-def test_a_full_disk_is_told_and_nothing_is_lost(
+def test_a_full_disk_is_reported_and_nothing_is_lost(
     share: float, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     counting = FaultyDisk()
@@ -82,7 +82,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(
     assert contents(tmp_path / "out") == contents(result.out)
 
 
-def test_other_settings_do_not_continue_a_tuning(artifact: Path, source: Path, text: Path, tmp_path: Path) -> None:
+def test_other_settings_do_not_resume_a_tuning(artifact: Path, source: Path, text: Path, tmp_path: Path) -> None:
     def stop(line: Any) -> None:
         raise _Stop
 

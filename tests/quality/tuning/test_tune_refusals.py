@@ -1,4 +1,4 @@
-"""What is not tuned, or not written: other sources, too little text, results that got worse or are no numbers."""
+"""What is not tuned or not written: other sources, too little text, results that are worse or not finite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.quality.tuning.tuned import run
 from tests.small_models import contents, names_beside, write_checkpoint
 
 
-def test_an_output_that_is_there_is_replaced_only_with_force(
+def test_an_existing_output_is_replaced_only_with_force(
     result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     out = models.write_artifact(source, tmp_path / "out", block_size=256)
@@ -34,18 +34,20 @@ def test_an_output_that_is_there_is_replaced_only_with_force(
         run(artifact, source, text, artifact / "out")
 
 
-def test_another_source_is_refused_with_the_difference(artifact: Path, text: Path, tmp_path: Path) -> None:
+def test_another_source_is_rejected_with_the_difference(artifact: Path, text: Path, tmp_path: Path) -> None:
     other = models.write_source(tmp_path / "other", seed=5)
-    with pytest.raises(SourceError, match=r"is not the tensor that nf4 was made from: XXH3-128 \w+, expected \w+; so"):
+    with pytest.raises(
+        SourceError, match=r"is not the tensor that nf4 was converted from: XXH3-128 \w+, expected \w+ \("
+    ):
         run(artifact, other, text, tmp_path / "out")
     smaller = write_checkpoint(tmp_path / "smaller", dict(list(models.tensors().items())[:-3]))
-    with pytest.raises(SourceError, match="has no such tensor") as refused:
+    with pytest.raises(SourceError, match="is missing, but nf4 was converted from it") as refused:
         run(artifact, smaller, text, tmp_path / "out")
     assert refused.value.reason is Reason.SOURCE_MISMATCH
     assert names_beside(tmp_path / "out") == {"other", "smaller"}
 
 
-def test_an_artifact_without_digests_of_its_source_is_taken_on_trust_only(
+def test_an_artifact_without_source_digests_needs_trust_source(
     result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     nameless = tmp_path / "nameless"
@@ -57,34 +59,34 @@ def test_an_artifact_without_digests_of_its_source_is_taken_on_trust_only(
     unsealed = "\n".join(text_of[:-2]) + '\n  "manifest_sha256": "' + "0" * 64 + '"\n}\n'
     (nameless / "qformat.json").write_bytes(seal(unsealed.encode()))
     assert "source_xxh3" not in json.dumps(json.loads((nameless / "qformat.json").read_text()))
-    with pytest.raises(UsageError, match=r"does not name the digest of the source .* trust_source=True"):
+    with pytest.raises(UsageError, match=r"lacks the source digest of .* trust_source=True"):
         run(nameless, source, text, tmp_path / "out")
     run(nameless, source, text, tmp_path / "out", trust_source=True)
     shard = "model-00001-of-00001.safetensors"
     assert contents(tmp_path / "out")[shard] == contents(result.out)[shard]
 
 
-def test_text_that_is_too_short_is_refused(artifact: Path, source: Path, tmp_path: Path) -> None:
+def test_text_that_is_too_short_is_rejected(artifact: Path, source: Path, tmp_path: Path) -> None:
     short = models.write_text(tmp_path / "short.txt", n_words=5)
-    with pytest.raises(DataError, match="less than one window of 32"):
+    with pytest.raises(DataError, match="fewer than one window of 32"):
         run(artifact, source, short, tmp_path / "out")
     few = models.write_text(tmp_path / "few.txt", n_words=100)
     with pytest.raises(UsageError, match="8 would be held out"):
         run(artifact, source, few, tmp_path / "out")
-    with pytest.raises(UsageError, match="takes at most 128 tokens, and windows have 130"):
+    with pytest.raises(UsageError, match="has a context of 128 tokens, but windows have 130"):
         run(artifact, source, models.write_text(tmp_path / "t"), tmp_path / "out", seq_len=130, held_out=2)
 
 
 def test_a_tuned_artifact_is_not_tuned_again(result: TuningResult, source: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="was tuned already"):
+    with pytest.raises(UsageError, match="was already tuned"):
         run(result.out, source, text, tmp_path / "out")
 
 
-def test_what_did_not_get_better_is_written_only_when_asked(
+def test_a_result_that_is_not_better_is_written_only_with_accept_worse(
     artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     changed = {"learning_rate": 0.7, "warmup_steps": 0, "steps": 3}
-    with pytest.raises(VerificationError, match=r"did not get better.*accept_worse=True"):
+    with pytest.raises(VerificationError, match=r"tuning did not improve it.*accept_worse=True"):
         run(artifact, source, text, tmp_path / "out", **changed)
     assert not (tmp_path / "out").exists()
     found = run(artifact, source, text, tmp_path / "out", **changed, accept_worse=True)
@@ -93,7 +95,7 @@ def test_what_did_not_get_better_is_written_only_when_asked(
     assert verify_integrity(tmp_path / "out", sha256=True).passed
 
 
-def test_a_tuning_that_diverges_names_the_step_and_keeps_the_best_checkpoint(
+def test_a_diverging_tuning_reports_the_step_and_keeps_the_best_checkpoint(
     artifact: Path, source: Path, text: Path, tmp_path: Path
 ) -> None:
     changed = {"steps": 30, "save_every": 2, "learning_rate": 0.05}
@@ -113,7 +115,7 @@ def test_a_tuning_that_diverges_names_the_step_and_keeps_the_best_checkpoint(
     assert found.after.mean("kl") < found.before.mean("kl")
 
 
-def test_a_teacher_that_gives_no_numbers_is_named(text: Path, tmp_path: Path) -> None:
+def test_a_teacher_with_non_finite_outputs_is_reported(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     for name, position in (("model.norm.weight", 4), ("lm_head.weight", 64)):
         broken = dict(tensors)
@@ -124,14 +126,12 @@ def test_a_teacher_that_gives_no_numbers_is_named(text: Path, tmp_path: Path) ->
         source = models.write_source(folder / "source")
         write_checkpoint(source, broken, config=json.loads((source / "config.json").read_text()), side_files={})
         artifact = models.write_artifact(source, folder / "nf4")
-        with pytest.raises(
-            DivergenceError, match="the 16-bit model gives values that are not finite on a window among"
-        ):
+        with pytest.raises(DivergenceError, match="the 16-bit model computes NaN or Inf for a window among"):
             run(artifact, source, text, folder / "out")
         assert not (folder / "out").exists()
 
 
-def test_nothing_is_left_behind_by_refusals(artifact: Path, source: Path, tmp_path: Path) -> None:
+def test_rejected_runs_leave_nothing_behind(artifact: Path, source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         run(artifact, source, tmp_path / "missing.txt", tmp_path / "out")
     with pytest.raises(UsageError, match="steps: 0, expected at least 1"):

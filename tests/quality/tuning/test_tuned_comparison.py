@@ -1,4 +1,4 @@
-"""`verify --source` of a tuned artifact: what was tuned is known and named, what must still hold is checked."""
+"""`verify --source` of a tuned artifact: tuned tensors are recognised and listed, and what must hold is checked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def changed(artifact: Path, out: Path, replacements: Replacements, recipe: dict[
     return out
 
 
-def test_a_tuned_artifact_is_what_its_manifest_says(tuned: Path, source: Path) -> None:
+def test_a_tuned_artifact_matches_its_manifest(tuned: Path, source: Path) -> None:
     found = compare(tuned, source)
     assert found.passed
     assert found.scale_change == 0.5
@@ -71,9 +71,9 @@ def test_another_code_is_found(tuned: Path, source: Path, tmp_path: Path) -> Non
     packed[7] ^= 0x10
     found = compare(changed(tuned, tmp_path / "out", {WEIGHT: {Component.PACKED: packed}}), source)
     assert [(f.reason, f.tensor) for f in found.findings] == [(Reason.CODES_MISMATCH, WEIGHT)]
-    assert "1 of 8192 codes and 0 of the scales are not what encoding the source gives (scales: within 50%" in (
-        found.findings[0].message
-    )
+    message = found.findings[0].message
+    assert "1 of 8192 codes and 0 of the scales differ from what encoding the source gives" in message
+    assert "(tolerance for scales: 50%" in message
 
 
 def test_a_scale_out_of_the_stated_range_is_found(tuned: Path, source: Path, tmp_path: Path) -> None:
@@ -96,15 +96,15 @@ def test_only_vectors_may_be_tuned_among_kept_tensors(tuned: Path, source: Path,
     assert [(f.reason, f.tensor) for f in found.findings] == [(Reason.SOURCE_MISMATCH, "lm_head.weight")]
 
 
-def test_another_source_is_another_source(tuned: Path, tmp_path: Path) -> None:
+def test_another_source_is_found(tuned: Path, tmp_path: Path) -> None:
     found = compare(tuned, models.write_source(tmp_path / "other", seed=9))
     assert not found.passed
-    assert all("is not the tensor that the artifact was made from" in finding.message for finding in found.findings)
+    assert all("is not the tensor that was converted" in finding.message for finding in found.findings)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_change_in_the_range_is_allowed_whatever_the_scales(seed: int) -> None:
-    """As tuning does it: from the decoded scales, both ways to the limit, encoded again."""
+    """As in tuning: from the decoded scales to the limit in both directions, encoded again."""
     generator = np.random.default_rng(seed)
     absmax = np.abs(generator.standard_normal(700)).astype(np.float32) * np.float32(10.0 ** generator.integers(-6, 3))
     absmax[::50] = 0

@@ -1,4 +1,4 @@
-"""Tunings of the tiny Llama that take a second or two."""
+"""Tunings of the tiny Llama that take one or two seconds."""
 
 from __future__ import annotations
 

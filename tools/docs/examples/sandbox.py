@@ -102,22 +102,18 @@ class Sandbox:
 def sandbox(source: Path) -> Iterator[Sandbox]:
     """Make a working directory with the source checkpoint and a stand-in of the Hub; remove both at the end.
 
+    Examples get a copy of the source: a hard link would change its files' times, and a conversion that another process
+    runs at the same time would stop because its source changed.
+
     Raises:
-        RuntimeError: The stand-in did not start, or a command changed the source checkpoint, whose files the working
-            directory shares.
+        RuntimeError: The stand-in did not start.
     """
-    before = _state(source)
-    # Hard links need the file system of the source.
-    scratch = ROOT / "build"
-    scratch.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="docs-check-", dir=scratch) as name, _hub(source) as endpoint:
+    with tempfile.TemporaryDirectory(prefix="docs-check-") as name, _hub(source) as endpoint:
         home = Path(name)
         folder = home / "models"
-        shutil.copytree(source, folder / SOURCE_NAME, copy_function=_link_or_copy)
+        shutil.copytree(source, folder / SOURCE_NAME)
         replaced = ((str(home), HOME_SHOWN), (endpoint, HUB_SHOWN))
         yield Sandbox(folder, _environment(home, endpoint), replaced)
-    if _state(source) != before:
-        raise RuntimeError(f"{source}: an example changed the source checkpoint; delete the directory to build it anew")
 
 
 @contextmanager
@@ -155,19 +151,3 @@ def _environment(home: Path, endpoint: str) -> dict[str, str]:
         "LC_ALL": "C.UTF-8",
         "NO_COLOR": "1",
     }
-
-
-def _state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of every file."""
-    return {
-        path.name: (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

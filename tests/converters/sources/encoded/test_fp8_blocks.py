@@ -1,4 +1,4 @@
-"""fp8 checkpoints: decoded as transformers decodes them, then converted like the same checkpoint in bfloat16."""
+"""FP8 checkpoints: decoded as transformers does it, then converted like the same checkpoint in bfloat16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALES = PROJECTION + "_scale_inv"
 
 
 def decoded_by_transformers(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> np.ndarray:
-    """Return the bytes that transformers decodes to; ragged edges are filled up for it and cut off again."""
+    """Return the bytes that transformers decodes to. Partial blocks are padded for it and cut off again."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8}
@@ -100,13 +100,13 @@ def test_an_fp8_checkpoint_converts_to_the_bytes_of_its_bfloat16_twin(tmp_path: 
     assert compare(tmp_path / "out", source).passed
 
 
-def test_a_nan_among_the_codes_is_named(tmp_path: Path) -> None:
+def test_a_nan_among_the_codes_is_reported(tmp_path: Path) -> None:
     codes = bytearray(fp8((48, 32)).data)
     codes[70] = 0x7F
     source = write_fp8(
         tmp_path / "source", {PROJECTION: Tensor("F8_E4M3", (48, 32), bytes(codes)), SCALES: scales((1, 1))}
     )
-    with pytest.raises(SourceError, match=r"nan at \[2, 6\]") as refused:
+    with pytest.raises(SourceError, match=r"the weight at \[2, 6\] is nan") as refused:
         convert(source, tmp_path / "out")
     assert refused.value.reason is Reason.NONFINITE_WEIGHT
 
@@ -114,7 +114,7 @@ def test_a_nan_among_the_codes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "quantization", "reason", "said"),
     [
-        ({PROJECTION: fp8((48, 32))}, FP8, Reason.MISSING_COMPONENT, "without its scales"),
+        ({PROJECTION: fp8((48, 32))}, FP8, Reason.MISSING_COMPONENT, "has no scales"),
         ({PROJECTION: fp8((48, 32)), SCALES: scales((2, 1))}, FP8, Reason.COMPONENT_SHAPE, "[2, 1], expected [1, 1]"),
         ({PROJECTION: fp8((48, 32)), SCALES: fp8((1, 1))}, FP8, Reason.COMPONENT_DTYPE, "F8_E4M3"),
         ({}, FP8, Reason.CONFIG_FIELD, "no tensor is F8_E4M3"),
@@ -126,7 +126,7 @@ def test_a_nan_among_the_codes_is_named(tmp_path: Path) -> None:
          Reason.ALREADY_QUANTIZED, "model.lost.weight_scale_inv"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(
+def test_inconsistent_tensors_are_rejected_with_a_reason(
     tensors: dict[str, Tensor], quantization: dict[str, object], reason: Reason, said: str, tmp_path: Path
 ) -> None:
     source = write_fp8(tmp_path / "source", tensors, quantization)

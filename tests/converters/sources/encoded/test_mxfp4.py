@@ -1,4 +1,4 @@
-"""MXFP4 checkpoints (gpt-oss): experts decoded as transformers decodes them, under its names and shapes."""
+"""MXFP4 checkpoints (gpt-oss): experts decoded as transformers does it, with its names and shapes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ GOOD = experts("gate_up_proj", n_experts=2, n_rows=12, n_groups=1)
         ({**GOOD, EXPERTS + "gate_up_proj": weight((2, 32, 12))}, Reason.DUPLICATE_TENSOR, "MXFP4"),
     ],
 )
-def test_what_does_not_fit_is_named(tensors: dict[str, Tensor], reason: Reason, said: str, tmp_path: Path) -> None:
+def test_inconsistent_tensors_are_rejected_with_a_reason(
+    tensors: dict[str, Tensor], reason: Reason, said: str, tmp_path: Path
+) -> None:
     source = write_mxfp4(tmp_path / "source", tensors)
     with pytest.raises(SourceError) as refused:
         plan(source)

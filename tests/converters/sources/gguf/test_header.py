@@ -1,4 +1,4 @@
-"""Headers with hostile counts, tensors and bytes are refused by name before anything is allocated."""
+"""Headers with hostile counts, tensors and bytes are rejected with a reason before anything is allocated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def damaged(folder: Path, place: int, data: bytes) -> Path:
         (24, struct.pack("<Q", 4_000_000), Reason.TRUNCATED),
     ],
 )
-def test_hostile_counts_are_refused_before_anything_is_allocated(
+def test_hostile_counts_are_rejected_before_anything_is_allocated(
     place: int, data: bytes, reason: Reason, tmp_path: Path
 ) -> None:
     path = damaged(write_gguf(tmp_path / "gguf"), place, data)
@@ -50,7 +50,7 @@ def test_hostile_counts_are_refused_before_anything_is_allocated(
 
 
 def info_place(path: Path, name: str) -> int:
-    """Return where the entry of a tensor begins behind its name."""
+    """Return the offset behind the name in a tensor's entry."""
     return path.read_bytes().index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
 
 
@@ -70,7 +70,9 @@ def info_place(path: Path, name: str) -> int:
         (24, struct.pack("<Q", 0), Reason.HEADER_OFFSETS),
     ],
 )
-def test_hostile_tensors_are_refused_and_named(skipped: int, data: bytes, reason: Reason, tmp_path: Path) -> None:
+def test_hostile_tensors_are_rejected_with_their_name(
+    skipped: int, data: bytes, reason: Reason, tmp_path: Path
+) -> None:
     folder = write_gguf(tmp_path / "gguf")
     name = "blk.1.attn_v.weight"
     damaged(folder, info_place(folder / "model.gguf", name) + skipped, data)
@@ -81,7 +83,7 @@ def test_hostile_tensors_are_refused_and_named(skipped: int, data: bytes, reason
     assert name in str(refused.value) or refused.value.tensor is not None
 
 
-def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_tensors_with_the_same_name_are_rejected(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf")
     damaged(folder, info_place(folder / "model.gguf", "blk.1.attn_v.weight") - 8, b"k.weight"[:8])
     with pytest.raises(SourceError) as refused:
@@ -89,7 +91,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     assert refused.value.reason is Reason.DUPLICATE_TENSOR
 
 
-def test_whatever_is_damaged_in_the_header_ends_in_our_error_or_in_a_model(tmp_path: Path) -> None:
+def test_any_damage_to_the_header_raises_our_error_or_gives_a_model(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf")
     path, pick = folder / "model.gguf", random.Random(0)
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Names, config and every value are those of transformers."""
+"""Names, config and every value are the same as in transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 
 
 def loaded_by_transformers(folder: Path, dtype: torch.dtype) -> Any:
-    """Return the model that transformers makes of the file, decoded."""
+    """Return the decoded model that transformers loads from the file."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     return AutoModelForCausalLM.from_pretrained(
@@ -29,7 +29,7 @@ def loaded_by_transformers(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def stored_names(model: Any) -> dict[str, torch.Tensor]:
-    """Return a model's tensors as a checkpoint has them: experts one by one, and no tied head."""
+    """Return a model's tensors as a checkpoint stores them: individual experts, and no tied head."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         head, fused, which = name.partition(".experts.")
@@ -85,7 +85,7 @@ def test_names_and_config_are_those_of_transformers(architecture: str, sizes: Si
     assert_equals_transformers(write_gguf(tmp_path / "gguf", architecture, "Q4_0", sizes))
 
 
-def test_biases_of_a_llama_are_put_back_in_order_like_its_rows(tmp_path: Path) -> None:
+def test_biases_of_a_llama_are_reordered_like_its_rows(tmp_path: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
     rng = np.random.default_rng(3)
@@ -115,7 +115,7 @@ def test_the_table_of_names_is_that_of_gguf() -> None:
 
 
 def llama3_factors(factor: float) -> np.ndarray:
-    """The loop of llama.cpp's converter."""
+    """Compute the factors with the loop of llama.cpp's converter."""
     found = []
     for frequency in 1 / 10000.0 ** (np.arange(0, 64, 2) / 64):
         wavelength = 2 * np.pi / frequency
@@ -139,9 +139,9 @@ def test_the_frequency_factors_of_llama_3_become_its_scaling(tmp_path: Path) -> 
     source.close()
 
 
-def test_other_frequency_factors_are_refused(tmp_path: Path) -> None:
+def test_other_frequency_factors_are_rejected(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf", extra={"rope_freqs.weight": np.linspace(1, 9, 32, dtype=np.float32)})
-    with pytest.raises(SourceError, match="not those of Llama 3"):
+    with pytest.raises(SourceError, match="factors other than those of Llama 3"):
         plan(folder)
 
 

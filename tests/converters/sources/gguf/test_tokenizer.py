@@ -1,4 +1,4 @@
-"""The tokenizer is taken from the folder, or converted from the file where transformers is installed."""
+"""The tokenizer is read from the directory, or converted from the file if transformers is installed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.small_models import SIDE_FILES, contents
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 
 
-def test_a_tokenizer_in_the_folder_is_taken_and_the_folder_may_be_named(tmp_path: Path) -> None:
+def test_a_tokenizer_in_the_directory_is_used(tmp_path: Path) -> None:
     folder = write_gguf(tmp_path / "gguf")
     convert(folder, tmp_path / "out")
     found = contents(tmp_path / "out")
     assert all(found[name] == data for name, data in SIDE_FILES.items())
 
 
-def test_without_transformers_a_tokenizer_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_a_tokenizer_file_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_gguf(tmp_path / "gguf")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     plan(folder)  # the tokenizer lies beside the file

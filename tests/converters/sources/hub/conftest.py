@@ -1,4 +1,4 @@
-"""A small repository, the stand-ins that serve it, and what its local conversion gives."""
+"""A small repository, the stand-ins that serve it, and the result of its local conversion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(source: Path) -> dict[str, object]:
-    """What its local conversion gives."""
+    """Return the result of the local conversion."""
     return converted(source, source.parent / "local")
 
 

@@ -1,4 +1,4 @@
-"""What tests of Hub sources share: a stand-in, small pieces and short waits, and the local conversion."""
+"""Helpers for tests of Hub sources: a stand-in, small pieces and short waits, and the local conversion."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def serving(
 
 
 def without_source(folder: Path) -> dict[str, object]:
-    """Return the bytes of an artifact's files, the manifest as an object without what tells the source."""
+    """Return the bytes of an artifact's files, with the manifest as an object without its record of the source."""
     files: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = json.loads((folder / "qformat.json").read_bytes())
     del manifest["source"], manifest["manifest_sha256"]
@@ -86,13 +86,13 @@ def without_source(folder: Path) -> dict[str, object]:
 
 
 def converted(source: Path, out: Path) -> dict[str, object]:
-    """Return what the local conversion gives."""
+    """Return the result of the local conversion."""
     convert(source, out)
     return without_source(out)
 
 
 def fetched_ranges(hub: Hub, requests: list[Request] | None = None) -> list[tuple[str, int, int]]:
-    """Return (path, start, stop) of what was sent of shards."""
+    """Return path, start and stop of the parts of shards that were sent."""
     found = []
     for one in hub.requests(DATA) if requests is None else requests:
         if one.status == 206 and one.nbytes_sent:
@@ -102,7 +102,7 @@ def fetched_ranges(hub: Hub, requests: list[Request] | None = None) -> list[tupl
 
 
 def sealed_ranges(work: Path, source: Path) -> tuple[list[tuple[str, int, int]], int]:
-    """Return (shard, start, stop) of what the journal says is encoded, and how many lines it has."""
+    """Return shard, start and stop of what is encoded according to the journal, and the number of its lines."""
     lines = [json.loads(line.split(" ", 1)[1]) for line in (work / "journal").read_text().splitlines()]
     sealed = {entry["tensor"] for entry in lines if "tensor" in entry}
     ranges = []
@@ -117,7 +117,7 @@ def sealed_ranges(work: Path, source: Path) -> tuple[list[tuple[str, int, int]],
 
 
 def by_shard(hub: Hub, source: Path, requests: list[Request] | None = None) -> list[tuple[str, int, int]]:
-    """Return what was fetched, the storage's addresses replaced by the names of the shards."""
+    """Return what was fetched, with the storage's addresses replaced by the names of the shards."""
     files = hub.repositories.by_name[NAME].head.files
     names = {f"/{files[path.name].sha256}": path.name for path in source.glob("*.safetensors")}
     return [
@@ -127,5 +127,5 @@ def by_shard(hub: Hub, source: Path, requests: list[Request] | None = None) -> l
 
 
 def overlap(ranges: list[tuple[str, int, int]], others: list[tuple[str, int, int]]) -> int:
-    """Return the bytes that are in both."""
+    """Return the number of bytes that are in both."""
     return sum(max(0, min(b, d) - max(a, c)) for f, a, b in ranges for g, c, d in others if f == g)

@@ -1,4 +1,4 @@
-"""The local cache of the Hub's client beside the repository: what it has is read from it, and nothing is believed."""
+"""The local cache of the Hub's client: files in it are used, but never trusted without a check."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_the_cache_is_filled_by_keep_source_and_read_without_any_request_offline
     assert len(manifests) == 1
 
 
-def test_what_is_not_in_the_cache_is_named_offline(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_repository_missing_from_the_cache_is_reported_offline(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.add_folder(NAME, source)
-    with pytest.raises(SourceError, match=r"is not in the local cache.*leave out offline,"):
+    with pytest.raises(SourceError, match=r"is not in the local Hub cache.*leave out offline,"):
         convert(NAME, tmp_path / "out", ConversionOptions(offline=True))
     convert(NAME, tmp_path / "kept", ConversionOptions(keep_source=True))
     snapshot = next((tmp_path / "home" / "hub" / "models--owner--model" / "snapshots").iterdir())
@@ -71,7 +71,9 @@ def test_what_is_not_in_the_cache_is_named_offline(hub: Hub, source: Path, tmp_p
     assert hub.requests(DATA)
 
 
-def test_a_cached_blob_with_another_bit_is_named_and_leaves_no_artifact(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_cached_blob_with_a_flipped_bit_is_reported_and_gives_no_artifact(
+    hub: Hub, source: Path, tmp_path: Path
+) -> None:
     hub.add_folder(NAME, source)
     convert(NAME, tmp_path / "kept", ConversionOptions(keep_source=True))
     snapshot = next((tmp_path / "home" / "hub" / "models--owner--model" / "snapshots").iterdir())
@@ -86,11 +88,11 @@ def test_a_cached_blob_with_another_bit_is_named_and_leaves_no_artifact(hub: Hub
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_the_name_comes_first_and_a_path_is_never_a_repository(
+def test_a_local_directory_takes_precedence_and_a_path_is_never_a_repository(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SourceError, match="no such folder"):
+    with pytest.raises(SourceError, match="does not exist"):
         open_source(Path("owner/model"))
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "model").symlink_to(source)
@@ -105,13 +107,13 @@ def test_a_folder_of_the_name_comes_first_and_a_path_is_never_a_repository(
     "options",
     [ConversionOptions(revision="main"), ConversionOptions(offline=True), ConversionOptions(keep_source=True)],
 )
-def test_options_of_repositories_are_refused_for_folders(source: Path, options: ConversionOptions) -> None:
-    with pytest.raises(UsageError, match="is no repository"):
+def test_options_for_repositories_are_rejected_for_directories(source: Path, options: ConversionOptions) -> None:
+    with pytest.raises(UsageError, match="is not a Hub repository"):
         plan(source, options)
 
 
 @pytest.mark.parametrize("keep_source", [False, True])
-def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
+def test_another_encoding_is_decoded_from_the_cache_and_rejected_as_a_stream(
     hub: Hub, tmp_path: Path, keep_source: bool
 ) -> None:
     from tests.converters.sources.decoded_kinds import fp8_source
@@ -119,7 +121,7 @@ def test_another_encoding_is_decoded_from_the_cache_and_refused_as_a_stream(
     hub.add_folder(NAME, fp8_source(tmp_path / "source"))
     options = ConversionOptions(keep_source=keep_source)
     if not keep_source:
-        with pytest.raises(SourceError, match=r"cannot be decoded in a stream.*keep_source=True"):
+        with pytest.raises(SourceError, match=r"cannot be streamed.*keep_source=True"):
             convert(NAME, tmp_path / "out", options)
         assert not hub.requests("tokenizer")
         return

@@ -1,4 +1,4 @@
-"""Servers that fail, refuse or send damaged bytes: each ends in the same bytes or in a clear error."""
+"""Servers that fail, reject requests or send damaged bytes: each case gives the same bytes or a clear error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PASSING = {
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_what_passes_is_waited_out_and_the_bytes_are_the_same(
+def test_temporary_faults_are_retried_and_give_the_same_bytes(
     hub: Hub, expected: dict[str, object], tmp_path: Path, fault: str
 ) -> None:
     hub.faults.add(**PASSING[fault])  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def test_what_passes_is_waited_out_and_the_bytes_are_the_same(
         ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
     ],
 )
-def test_the_pause_that_a_busy_server_asks_for_is_made(
+def test_the_pause_requested_by_a_busy_server_is_respected(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], seconds: float | None
 ) -> None:
     pauses: list[float | None] = []
@@ -85,7 +85,7 @@ LASTING = {
 
 
 @pytest.mark.parametrize("fault", LASTING)
-def test_what_lasts_is_named_after_a_bounded_number_of_attempts_and_the_same_command_continues(
+def test_permanent_faults_are_reported_after_a_bounded_number_of_attempts_and_the_same_command_resumes(
     hub: Hub, expected: dict[str, object], tmp_path: Path, fault: str
 ) -> None:
     switches, message = LASTING[fault]
@@ -100,13 +100,13 @@ def test_what_lasts_is_named_after_a_bounded_number_of_attempts_and_the_same_com
     assert without_source(tmp_path / "out") == expected
 
 
-def test_a_server_without_ranges_is_refused_where_it_would_send_too_much(hub: Hub, tmp_path: Path) -> None:
+def test_a_server_without_ranges_is_rejected_if_it_would_send_too_much(hub: Hub, tmp_path: Path) -> None:
     hub.faults.add("whole", route="cdn/")
     with pytest.raises(HubError, match=r"sends the complete file instead of a range.*keep_source=True"):
         convert(NAME, tmp_path / "out", transfer=replace(SMALL, max_skipped_nbytes=20_000))
 
 
-def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+def test_a_silent_server_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     with serving(monkeypatch, tmp_path / "home") as hub:
         hub.add_folder(NAME, source)
         hub.faults.add("stall", route="cdn/", after=6, nbytes=10, seconds=GUARD_S)
@@ -116,7 +116,7 @@ def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
             )
 
 
-def test_a_host_that_does_not_answer_at_all_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_does_not_answer_at_all_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(monkeypatch, tmp_path / "home"):
         pass
     with pytest.raises(HubError, match=r"owner/model: revision 'main': no connection .*2 times in a row"):
@@ -124,7 +124,7 @@ def test_a_host_that_does_not_answer_at_all_is_named(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", "tokenizer.json"])
-def test_a_flipped_bit_names_the_file_and_leaves_no_artifact_and_is_not_believed_later(
+def test_a_flipped_bit_is_reported_with_the_file_and_the_bytes_are_not_trusted_later(
     plain_hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, name: str
 ) -> None:
     n_before = 3 if name == SHARD else 0  # past the requests for the header
@@ -143,7 +143,7 @@ def test_a_flipped_bit_names_the_file_and_leaves_no_artifact_and_is_not_believed
         assert sum(stop - start for _, start, stop in again) == (source / SHARD).stat().st_size
 
 
-def test_a_shard_that_changes_between_two_requests_is_named(plain_hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_a_shard_that_changes_between_two_requests_is_reported(plain_hub: Hub, source: Path, tmp_path: Path) -> None:
     changed = bytearray((source / SHARD).read_bytes())
     changed[-1] ^= 1
     plain_hub.faults.add(
@@ -159,7 +159,9 @@ def test_a_shard_that_changes_between_two_requests_is_named(plain_hub: Hub, sour
     assert not (tmp_path / "out").exists()
 
 
-def test_an_answer_of_another_commit_or_another_size_is_refused(plain_hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_an_answer_from_another_commit_or_of_another_size_is_rejected(
+    plain_hub: Hub, source: Path, tmp_path: Path
+) -> None:
     data = (source / SHARD).read_bytes()
     plain_hub.faults.add(
         "call",
@@ -207,14 +209,14 @@ def test_a_token_that_the_server_sends_back_is_not_shown(hub: Hub, tmp_path: Pat
 
 
 @pytest.mark.parametrize("location", ["ftp://127.0.0.1/x", "javascript:1", "", "http://[", "http://127.0.0.1:x/"])
-def test_redirects_lead_to_http_hosts_and_nowhere_else_and_end(hub: Hub, tmp_path: Path, location: str) -> None:
+def test_redirects_lead_only_to_http_hosts_and_end(hub: Hub, tmp_path: Path, location: str) -> None:
     hub.faults.add("status", route="revision/", status=302, headers={"Location": location})
     with pytest.raises(HubError, match=r"redirect|InvalidURL"):
         plan(NAME)
 
 
 @pytest.mark.parametrize("missing", ["config.json", SHARD, "model.safetensors.index.json"])
-def test_a_file_that_the_repository_lacks_is_named(
+def test_a_file_missing_from_the_repository_is_reported(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     with serving(monkeypatch, tmp_path / "home") as hub:

@@ -1,4 +1,4 @@
-"""Runs that are stopped, die or find a full disk: the next one goes on, and fetches nothing that is encoded."""
+"""Runs that are stopped, killed or find a full disk: the next one resumes and fetches nothing that is encoded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.hub_stand_in import Hub
 
 
 @pytest.mark.parametrize("stop_after", range(1, 29, 3))
-def test_a_run_that_is_stopped_anywhere_goes_on_without_fetching_what_is_encoded(
+def test_a_run_stopped_anywhere_resumes_without_fetching_encoded_tensors(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, stop_after: int
 ) -> None:
     calls = 0
@@ -44,7 +44,7 @@ def test_a_run_that_is_stopped_anywhere_goes_on_without_fetching_what_is_encoded
     assert len(sealed) > 0 or stop_after < 10
 
 
-def test_a_full_disk_is_named_and_the_same_command_goes_on_without_fetching_what_is_encoded(
+def test_a_full_disk_is_reported_and_the_same_command_resumes_without_fetching_encoded_tensors(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     with pytest.raises(TargetError, match="not enough disk space"):
@@ -61,7 +61,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_without_fetching_what
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("fail_at", range(15, 180, 33))
-def test_a_process_that_dies_at_any_change_of_the_disk_leaves_what_the_next_one_goes_on_with(
+def test_a_process_killed_at_any_change_of_the_disk_can_be_resumed(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, fail_at: int
 ) -> None:
     disk = FaultyDisk(fail_at, "kill")
@@ -74,7 +74,7 @@ def test_a_process_that_dies_at_any_change_of_the_disk_leaves_what_the_next_one_
     assert without_source(tmp_path / "out") == expected
 
 
-def test_staged_bytes_that_were_damaged_are_fetched_again_and_compared_with_what_was_hashed(
+def test_damaged_staged_bytes_are_fetched_again_and_compared_with_the_hashed_ones(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     hub.faults.add("status", route="cdn/", after=30, status=404)
@@ -93,7 +93,7 @@ def test_staged_bytes_that_were_damaged_are_fetched_again_and_compared_with_what
     assert overlap(by_shard(hub, source), sealed) > 0
 
 
-def test_a_tensor_that_is_fetched_again_must_have_the_bytes_that_were_hashed(
+def test_a_tensor_fetched_again_must_have_the_hashed_bytes(
     plain_hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
     plain_hub.faults.add("status", route=r"00003-of-00003\.safetensors$", after=3, status=404)

@@ -1,4 +1,4 @@
-"""Repositories of the Hub as sources, from the stand-in: streamed and pinned; the local conversion's bytes."""
+"""Hub repositories as sources, served by the stand-in: streamed, pinned, and byte-identical to the local conversion."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_several_pieces_are_fetched_at_a_time(
     assert without_source(tmp_path / "out") == expected
 
 
-def test_the_storage_is_asked_directly_once_its_address_is_known(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_requests_go_directly_to_the_storage_once_its_address_is_known(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.add_folder(NAME, source)
 
     convert(NAME, tmp_path / "out")
@@ -132,7 +132,7 @@ def test_the_storage_is_asked_directly_once_its_address_is_known(hub: Hub, sourc
 
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_no_order_of_tensors_and_no_size_of_one_makes_the_stream_stand_still(
+def test_the_stream_never_stalls_for_any_order_and_size_of_tensors(
     hub: Hub, tmp_path: Path, workers: int, order: str
 ) -> None:
     tensors = {
@@ -202,7 +202,7 @@ def test_a_revision_is_pinned_and_a_resumed_conversion_stays_at_its_commit(
     assert json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]["commit"] == first
 
 
-def test_restart_takes_the_branch_as_it_is_now(hub: Hub, source: Path, tmp_path: Path) -> None:
+def test_restart_uses_the_current_state_of_the_branch(hub: Hub, source: Path, tmp_path: Path) -> None:
     repository = hub.add_folder(NAME, source)
     first = repository.head.oid
     hub.faults.add("status", route="cdn/", after=20, status=404)
@@ -213,7 +213,7 @@ def test_restart_takes_the_branch_as_it_is_now(hub: Hub, source: Path, tmp_path:
     hub.repositories.commit(NAME, {"README.md": b"changed"})
     del repository.commits[first]  # the history was squashed
     with pytest.raises(
-        HubError, match=f"commit {first}, which the interrupted .* is gone. Begin anew with restart=True"
+        HubError, match=f"commit {first}, which the interrupted .* no longer exists. Start over with restart=True"
     ):
         convert(NAME, tmp_path / "out")
 
@@ -223,7 +223,7 @@ def test_restart_takes_the_branch_as_it_is_now(hub: Hub, source: Path, tmp_path:
 
 
 @pytest.mark.parametrize("revision", ["a-branch", "refs/pr/1", "commit"])
-def test_a_branch_a_pull_request_and_a_commit_can_be_named(
+def test_a_revision_may_be_a_branch_a_pull_request_or_a_commit(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, revision: str
 ) -> None:
     hub.repositories.create(NAME)
@@ -235,13 +235,13 @@ def test_a_branch_a_pull_request_and_a_commit_can_be_named(
     assert without_source(tmp_path / "out") == expected
 
 
-def test_keep_nonfinite_would_fetch_everything_twice_and_is_refused(hub: Hub, source: Path) -> None:
+def test_keep_nonfinite_is_rejected_because_it_would_fetch_everything_twice(hub: Hub, source: Path) -> None:
     hub.add_folder(NAME, source)
     with pytest.raises(UsageError, match="keep_source=True"):
         plan(NAME, ConversionOptions(keep_nonfinite=True))
 
 
-def test_a_nonfinite_weight_is_named_and_ends_the_stream(hub: Hub, tmp_path: Path) -> None:
+def test_a_non_finite_weight_is_reported_and_ends_the_stream(hub: Hub, tmp_path: Path) -> None:
     from tests.small_models import tensor_of
 
     bad = np.ones((64, 64), np.float32)
@@ -249,7 +249,7 @@ def test_a_nonfinite_weight_is_named_and_ends_the_stream(hub: Hub, tmp_path: Pat
     tensors = {**llama_tensors(hidden=64, n_layers=2), "model.layers.1.self_attn.o_proj.weight": tensor_of(bad, "BF16")}
     hub.add_folder(NAME, write_checkpoint(tmp_path / "source", tensors))
 
-    with pytest.raises(SourceError, match=r"o_proj.weight': inf at \[3, 5\]"):
+    with pytest.raises(SourceError, match=r"o_proj.weight': the weight at \[3, 5\] is inf"):
         convert(NAME, tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
@@ -265,7 +265,7 @@ def test_tensors_of_a_repository_can_be_read_in_any_order_outside_of_a_conversio
     source.close()
 
 
-def test_an_artifact_is_compared_with_the_commit_that_it_was_made_from(
+def test_an_artifact_is_compared_with_its_source_commit(
     hub: Hub, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.add_folder(NAME, source)
