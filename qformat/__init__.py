@@ -1,4 +1,4 @@
-"""qformat: small, verifiable 4-bit artifacts from 16-bit model checkpoints.
+"""Convert 16-bit language models to small, verifiable 4-bit artifacts, and run, evaluate and fine-tune them.
 
     import qformat
 
@@ -8,7 +8,7 @@
     assert qformat.verify("SmolLM2-135M-Instruct-nf4").passed
     model = qformat.load_model("SmolLM2-135M-Instruct-nf4")
 
-Public names are imported when they are first used: `import qformat` itself loads nothing heavy.
+Public names are imported on first use, so that `import qformat` stays fast.
 """
 
 from __future__ import annotations

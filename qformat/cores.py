@@ -1,4 +1,4 @@
-"""Work on several threads: how many cores this process may use, and tasks that stop together."""
+"""The number of CPU cores that this process may use, and tasks on threads that stop together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 
 
 def usable_cores() -> int:
-    """Return one for each core that this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -27,10 +27,18 @@ def run_tasks(
     stopping: threading.Event | None = None,
     on_stop: Callable[[], None] = lambda: None,
 ) -> dict[_Key, _Result]:
-    """Run tasks on threads and return the results by key, in the order of the tasks.
+    """Run tasks on threads and return their results by key, in the order of the tasks.
 
-    On the first error no further task is begun and `stopping` is set, for those tasks that look at it; `on_stop` wakes
-    those that wait for something else. The error is raised once every thread has ended.
+    After the first error, no further task starts, `stopping` is set and `on_stop` is called. The error is raised when
+    every thread has ended.
+
+    Args:
+        tasks: Tasks by key.
+        do: Function that runs one task.
+        workers: Number of threads.
+        thread_name: Prefix of the names of the threads.
+        stopping: Event that running tasks can check in order to end early.
+        on_stop: Function that wakes tasks that wait for something else.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix=thread_name) as pool:
         futures = {key: pool.submit(do, task) for key, task in tasks.items()}

@@ -1,24 +1,25 @@
-"""The errors that qformat raises, all of them.
+"""Every error that qformat raises on purpose.
 
     QformatError
-    ├── UsageError              the caller asked for something that makes no sense           (exit code 2)
+    ├── UsageError              the arguments contradict each other or have no meaning       (exit code 2)
     │   └── BackendError        the forced backend cannot run here
-    ├── InvalidFileError        a file does not say what it must; carries a `Reason`         (exit code 1)
-    │   ├── SourceError         ... a file of the checkpoint that is converted
-    │   └── ArtifactError       ... a file of a 4-bit artifact
-    ├── DataError               a row of training data cannot be used; names file and line   (exit code 1)
-    ├── HubError                the Hub refuses, does not answer or answers nonsense         (exit code 1)
-    ├── TargetError             the output cannot be written where it was asked for          (exit code 1)
-    ├── VerificationError       a check was run to its end and failed                        (exit code 1)
-    ├── DeviceMemoryError       a device's memory is too small for what was asked            (exit code 1)
-    ├── AdapterError            an adapter or a checkpoint of one is damaged or does not fit (exit code 1)
-    ├── DivergenceError         a loss, gradient or activation is no longer a finite number  (exit code 1)
-    └── Interrupted             the user stopped it; the same command continues              (exit code 130)
+    ├── InvalidFileError        a file is damaged or unsupported; carries a `Reason`         (exit code 1)
+    │   ├── SourceError         ... a file of the source checkpoint
+    │   └── ArtifactError       ... a file of an artifact
+    ├── DataError               a row of training data cannot be used; has the file and line (exit code 1)
+    ├── HubError                a request to the Hub failed, or its answer is invalid        (exit code 1)
+    ├── TargetError             the output cannot be written to the requested place          (exit code 1)
+    ├── VerificationError       a check ran to its end and failed                            (exit code 1)
+    ├── DeviceMemoryError       the memory of a device is too small                          (exit code 1)
+    ├── AdapterError            an adapter or a training checkpoint is damaged or unsuitable (exit code 1)
+    ├── DivergenceError         a loss, gradient or activation is NaN or Inf                 (exit code 1)
+    └── Interrupted             the user stopped the run; the same command resumes it        (exit code 130)
 
-`Reason` is the closed list of reason codes of the format (spec section 9): stable names for machines.
+`Reason` is the closed list of reason codes of the format (spec section 9). They are stable, so that programs can rely
+on them.
 
-A message that tells the caller to choose another option holds that option as a value, an `Option`. Its text is what
-Python callers write, `force=True`; the command line spells the same option `--force`.
+A message that recommends another option holds the option as a value, an `Option`. In text it has the form that Python
+callers write, `force=True`; the command line shows the same option as `--force`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option that a message names, under its name in the library.
+    """An option that a message recommends or mentions, under its name in the library.
 
-    value: what the message tells the caller to set it to; None where the message only names the option.
+    Attributes:
+        name: Name of the keyword argument.
+        value: Value that the message recommends; None if the message only mentions the option.
     """
 
     name: str
@@ -44,63 +47,189 @@ class Option:
 
 
 Words = tuple[str | Option, ...]
-"""The parts of a message, in order."""
+"""Parts of a message, in order."""
 
 
 def spelled(words: Words, spell: Callable[[Option], str] = str) -> str:
-    """Return a message with its options as `spell` writes them, by default as Python callers do."""
+    """Return a message as one text.
+
+    Args:
+        words: Parts of the message.
+        spell: Function that returns the text of an option. By default an option has the form of a Python argument.
+    """
     return "".join(part if isinstance(part, str) else spell(part) for part in words)
 
 
 class Reason(StrEnum):
-    """Why a file is refused. The values are stable: vectors, `--json` and callers rely on them."""
+    """Why a file is rejected. The values are stable: vectors, `--json` and callers rely on them.
+
+    Each member says what the code means and then what to do.
+    """
 
     MISSING_FILE = "missing_file"
+    """A required file or directory does not exist or cannot be opened. Check the path and the permissions, or
+    fetch the file again."""
+
     EXTRA_FILE = "extra_file"
+    """The directory contains a file that the manifest does not list. Move the file elsewhere; the artifact itself
+    may be intact."""
+
     NOT_A_REGULAR_FILE = "not_a_regular_file"
+    """A directory, FIFO, device or socket has the name of a required file. Replace it with the regular file."""
+
     PATH_ESCAPES = "path_escapes"
+    """A file name inside a file is not a plain name, or a symbolic link leads outside the Hub's cache. Copy the
+    linked file into the directory; do not use a file from an untrusted author that contains such a name."""
+
     FILE_SIZE = "file_size"
+    """The size of a file differs from the size in the manifest. Fetch the file again."""
+
     FILE_DIGEST = "file_digest"
+    """The contents of a file or of a shard's header differ from the digest in the manifest. Fetch the file
+    again."""
+
     COMPONENT_DIGEST = "component_digest"
+    """The bytes of a component or a kept tensor differ from the digest in the manifest. Fetch the shard
+    again."""
+
     MANIFEST_DIGEST = "manifest_digest"
+    """The manifest does not end with its own digest, so it was edited or damaged. Fetch the manifest again;
+    never edit it by hand."""
+
     MANIFEST_FIELD = "manifest_field"
+    """A member of the manifest is missing or has a value that is not allowed. Report it to the author of the
+    artifact, or convert the model again."""
+
     UNSUPPORTED_VERSION = "unsupported_version"
+    """The format version of the artifact is not 1.x. Install a version of qformat that reads it."""
+
     UNSUPPORTED_FEATURE = "unsupported_feature"
+    """The artifact requires a feature that this version of qformat does not know. Install a newer qformat."""
+
     JSON_SYNTAX = "json_syntax"
+    """A text that must be JSON is not valid UTF-8 or not valid JSON. Fetch the file again, or correct it if you
+    wrote it."""
+
     JSON_LIMIT = "json_limit"
+    """A JSON text exceeds a limit on its size, its nesting, its number of values or the length of a number. Check
+    that the file is the right one; a file of an ordinary model is far below every limit."""
+
     JSON_DUPLICATE_KEY = "json_duplicate_key"
+    """A key occurs twice in one JSON object. Remove one of the two, or fetch the file again."""
+
     HEADER_LENGTH = "header_length"
+    """The length field of a safetensors header exceeds its limit. Check that the file is a safetensors file, or
+    download it again."""
+
     HEADER_SYNTAX = "header_syntax"
+    """A safetensors header does not begin with `{` or contains no tensor. Check that the file is a safetensors
+    file, or download it again."""
+
     HEADER_FIELD = "header_field"
+    """An entry of a safetensors header has missing, unknown or invalid fields. Fetch the file again, or save it
+    again with a current safetensors library."""
+
     HEADER_LIMIT = "header_limit"
+    """The name of a tensor or its number of dimensions exceeds a limit. Rename or reshape the tensor in the source
+    checkpoint."""
+
     HEADER_OFFSETS = "header_offsets"
+    """The offsets of a tensor contradict its shape and dtype, or leave a gap or an overlap. Fetch the file
+    again, or save it again with a current safetensors library."""
+
     TRUNCATED = "truncated"
+    """A file ends too early. Fetch the file again."""
+
     UNREADABLE = "unreadable"
+    """The disk reports an error when a file is read. Check the disk, then restore the file from a copy."""
+
     TRAILING_BYTES = "trailing_bytes"
+    """A file continues after the end of its data. Fetch the file again."""
+
     ALIGNMENT = "alignment"
+    """The data of a tensor does not begin at a multiple of its required alignment. Convert the model again, or save
+    the file again with a current safetensors library."""
+
     INDEX_MISMATCH = "index_mismatch"
+    """The index and the shards do not contain the same tensors. Fetch the index and the shards again, from the
+    same revision."""
+
     DUPLICATE_TENSOR = "duplicate_tensor"
+    """A tensor occurs in two shards. Remove files of another revision from the directory, or fetch the shards
+    again."""
+
     CONFIG_FIELD = "config_field"
+    """`config.json` has a missing or unexpected field. Fetch the file again, or correct the field that the
+    message names."""
+
     SKIP_MODULES = "skip_modules"
+    """The list of modules that stay in 16 bit is missing from `config.json`, or contains a packed module. Download
+    the file again, or convert the model again."""
+
     MISSING_COMPONENT = "missing_component"
+    """No shard contains a required component or kept tensor. Download all shards again, from the same revision."""
+
     UNKNOWN_TENSOR = "unknown_tensor"
+    """A shard contains a tensor that the manifest does not imply. Fetch the shard and the manifest again, from
+    the same revision."""
+
     COMPONENT_DTYPE = "component_dtype"
+    """The dtype of a tensor is not the one that the manifest or its quant_state implies. Fetch the shard and the
+    manifest again, from the same revision."""
+
     COMPONENT_SHAPE = "component_shape"
+    """The shape of a tensor is not the one that the manifest or its quant_state implies. Fetch the shard and the
+    manifest again, from the same revision."""
+
     QUANT_STATE = "quant_state"
+    """The quant_state record of a packed tensor is invalid, unsupported or contradicts the manifest. Convert the
+    16-bit model again with qformat."""
+
     CODEBOOK = "codebook"
+    """A stored codebook is not the NF4 codebook. Convert the 16-bit model again with qformat."""
+
     NONFINITE_SCALE = "nonfinite_scale"
+    """A stored scale or an entry of a scale map is NaN or Inf. Fetch the shard again, or convert the model
+    again."""
+
     NONFINITE_WEIGHT = "nonfinite_weight"
+    """A weight is NaN or Inf, and 4 bits cannot represent it. Repair the source checkpoint, or keep the tensor in
+    16 bit."""
+
     UNSUPPORTED_DTYPE = "unsupported_dtype"
+    """The dtype of a tensor is not supported. Save the checkpoint again in bfloat16, float16 or float32."""
+
     ALREADY_QUANTIZED = "already_quantized"
+    """The source checkpoint is already quantized, in a form that this command does not accept. Use the 16-bit
+    checkpoint of the model."""
+
     UNSUPPORTED_SOURCE = "unsupported_source"
+    """The file format, the architecture or another property of the source checkpoint is not supported. Use a
+    checkpoint of the model in safetensors files."""
+
     SOURCE_CHANGED = "source_changed"
+    """A file of the source changed while it was read, or after an interrupted run began. Restore the old file and
+    run the same command again, or start again without the interrupted run."""
+
     CODES_MISMATCH = "codes_mismatch"
+    """The codes or scales of the artifact are not the ones that its source checkpoint gives. Check that it is the
+    right source checkpoint, or convert the model again."""
+
     SOURCE_MISMATCH = "source_mismatch"
+    """The artifact and the source checkpoint belong to different models or different revisions. Use the source
+    checkpoint that the manifest names."""
+
     SIGNATURE = "signature"
+    """The signature was not made with the given key, or does not cover exactly the files of the manifest. Check the
+    public key, and do not trust the artifact until its author explains the difference."""
 
 
 class QformatError(Exception):
-    """Base of every error that qformat raises on purpose. words: the message, with the options that it names."""
+    """Base class of every error that qformat raises on purpose.
+
+    Attributes:
+        words: Message in parts, so that the options in it can be shown in another form.
+    """
 
     def __init__(self, *words: str | Option) -> None:
         super().__init__(spelled(words))
@@ -108,17 +237,26 @@ class QformatError(Exception):
 
 
 class UsageError(QformatError):
-    """The caller's arguments do not fit together or name nothing."""
+    """The caller's arguments contradict each other, are out of range or refer to something that does not exist."""
 
 
 class BackendError(UsageError):
-    """A backend was asked for by name and cannot run on this machine or device."""
+    """The requested backend cannot run on this machine or device."""
 
 
 class InvalidFileError(QformatError):
-    """A file does not say what it must.
+    """A file is damaged, unsupported or inconsistent.
 
-    The message reads `FILE: tensor 'NAME': field 'FIELD': PROBLEM. NEXT STEP`, leaving out what does not apply.
+    The message has the form `FILE: tensor 'NAME': field 'FIELD': PROBLEM. NEXT STEP`, without the parts that do not
+    apply.
+
+    Attributes:
+        reason: Stable code of the problem.
+        path: File or directory.
+        problem: What is wrong.
+        tensor: Name of the tensor, None if the problem concerns no single tensor.
+        field: Field of the record or header, None if the problem concerns no single field.
+        next_step: What the user can do, None if nothing is known to help.
     """
 
     def __init__(
@@ -160,14 +298,18 @@ class SourceError(InvalidFileError):
 
 
 class ArtifactError(InvalidFileError):
-    """A file of an artifact is damaged, unsupported or inconsistent with the specification."""
+    """A file of an artifact is damaged, unsupported or violates the specification."""
 
 
 class DataError(QformatError):
-    """Training data cannot be used. The message reads `FILE: line N: PROBLEM. NEXT STEP`.
+    """Training data cannot be used. The message has the form `FILE: line N: PROBLEM. NEXT STEP`.
 
-    reason: a stable name to count by (`qformat.training.data.reading.rows.BadRow`).
-    place: `line 17` or `row 17`, both counted from 1, or None where it concerns the whole file.
+    Attributes:
+        reason: Stable name of the problem, for counting (`qformat.training.data.reading.rows.BadRow`).
+        path: File of the data.
+        problem: What is wrong.
+        place: `line 17` or `row 17`, counted from 1; None if the problem concerns the whole file.
+        next_step: What the user can do.
     """
 
     def __init__(self, reason: str, path: Path | str, problem: str, *, place: str | None, next_step: str) -> None:
@@ -181,10 +323,16 @@ class DataError(QformatError):
 
 
 class HubError(QformatError):
-    """The Hub refuses a request, does not answer, or answers what makes no sense.
+    """The Hub rejected a request, did not answer, or sent an invalid answer.
 
-    The message reads `REPOSITORY: PROBLEM. NEXT STEP` and never holds a token.
-    status: of the HTTP answer, None where there was none. code: what the Hub calls it, such as `GatedRepo`, if it says.
+    The message has the form `REPOSITORY: PROBLEM. NEXT STEP` and never contains a token.
+
+    Attributes:
+        repository: Repository of the request.
+        problem: What is wrong.
+        next_step: What the user can do.
+        status: HTTP status of the answer, None if there was no answer.
+        code: Error code of the Hub, such as `GatedRepo`, None if the answer has none.
     """
 
     def __init__(
@@ -205,24 +353,24 @@ class HubError(QformatError):
 
 
 class TargetError(QformatError):
-    """The output cannot be written where it was asked for: it exists, is locked, is read-only or is full."""
+    """The output cannot be written: it exists, or its directory is locked, read-only or on a full disk."""
 
 
 class VerificationError(QformatError):
-    """A check was run to its end and failed."""
+    """A check ran to its end and failed."""
 
 
 class DeviceMemoryError(QformatError):
-    """The device's memory does not suffice, and nothing is left that could be moved away."""
+    """The memory of the device is too small, and nothing is left that could be moved out of it."""
 
 
 class AdapterError(QformatError):
-    """An adapter, or a checkpoint of its training, is damaged, or was made for another model. Names the difference."""
+    """An adapter, or a checkpoint of its training, is damaged or belongs to another model."""
 
 
 class DivergenceError(QformatError):
-    """A loss, a gradient or an activation is no longer a finite number; names the step, or the layer."""
+    """A loss, a gradient or an activation is NaN or Inf. The message has the step or the layer."""
 
 
 class Interrupted(QformatError):
-    """The work was stopped on request; nothing is lost and the same command continues it."""
+    """The user stopped the run. Nothing is lost, and the same command resumes it."""

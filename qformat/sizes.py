@@ -1,10 +1,11 @@
-"""Sizes in bytes, as people write and read them: one grammar for every option, and one formatter whose output it reads.
+"""Parsing and formatting of sizes in bytes. Every option uses the same grammar, and the parser reads the formatter's
+output.
 
-A size is a number, with a fraction if need be, and a unit, with a space between them if need be. Upper and lower case
-mean the same.
+A size is a number, optionally with a fraction, followed by an optional space and an optional unit. Case does not
+matter.
 
-    5GB  5 gb  5G     decimal units: kB, MB, GB, TB, PB, EB; the letter alone means the same, as disks and the Hub count
-    512MiB  1.5 GiB   binary units: KiB, MiB, GiB, TiB, PiB, EiB, as devices count
+    5GB  5 gb  5G     decimal units, as for disks and the Hub: kB, MB, GB, TB, PB, EB, or their first letter
+    512MiB  1.5 GiB   binary units, as for the memory of devices: KiB, MiB, GiB, TiB, PiB, EiB
     7  7B             bytes
 """
 
@@ -25,35 +26,43 @@ _NBYTES = {
     **{unit[0].lower(): 1000**power for power, unit in enumerate(_DECIMAL_UNITS)},
     **{unit.lower(): 1024**power for power, unit in enumerate(_BINARY_UNITS)},
 }
-"""Bytes of a unit in lower case."""
+"""Number of bytes by unit, in lower case."""
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]*)")
 _LIMIT = 2**63
 
 Rounding = Literal["nearest", "up", "down"]
-"""Which way a size is rounded when it is shown: what is needed goes up, what is there goes down."""
+"""Direction in which a formatted size is rounded: up for a size that is needed, down for one that is available."""
 
 _DECIMAL_ROUNDING: Mapping[Rounding, str] = {"nearest": ROUND_HALF_EVEN, "up": ROUND_CEILING, "down": ROUND_FLOOR}
 
 
 def parse_nbytes(option: str | Option, text: str, *, or_else: str = "") -> int:
-    """Return the bytes of a size such as `5GB`, `512MiB` or `7`, rounded down.
+    """Return the number of bytes of a size such as `5GB`, `512MiB` or `7`, rounded down.
 
-    option: what the size was given for, and or_else: what else may stand there; both are for the message.
-    Raises UsageError.
+    Args:
+        option: Option that the size was given for, for the error message.
+        text: Size as the user wrote it.
+        or_else: Beginning of the list of accepted values in the error message, such as `auto, or `.
+
+    Raises:
+        UsageError: The text is not a size, or the size is 2^63 bytes or more.
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _NBYTES.get(match[2].lower()) if match is not None else None
     nbytes = int(Decimal(match[1]) * unit) if match is not None and unit is not None else _LIMIT
     if nbytes >= _LIMIT:
-        raise UsageError(option, f" {text!r}: expected {or_else}bytes with or without a unit, such as 0, 512MiB or 5GB")
+        raise UsageError(option, f" {text!r}: expected {or_else}a size such as 0, 512MiB or 5GB")
     return nbytes
 
 
 def format_nbytes(nbytes: float, *, binary: bool = False, rounding: Rounding = "nearest") -> str:
-    """Return a size, or a rate per second, for people: three digits and a unit, such as `116 MB`.
+    """Return a size with three significant digits and a unit, such as `116 MB`.
 
-    binary: in KiB, MiB, GiB as devices count, instead of the decimal units of disks and the Hub.
+    Args:
+        nbytes: Size in bytes, or a rate in bytes per second.
+        binary: Use the binary units of device memory (KiB, MiB, GiB) instead of the decimal units of disks.
+        rounding: Direction of the rounding.
     """
     step, units = (1024, _BINARY_UNITS) if binary else (1000, _DECIMAL_UNITS)
     digits = Context(prec=3, rounding=_DECIMAL_ROUNDING[rounding])

@@ -1,4 +1,7 @@
-"""The one JSON loader of the code base (spec section 8): bounded, no NaN, no duplicate keys, no deep nesting."""
+"""The strict JSON parser and writer that all of qformat uses (spec section 8).
+
+The parser limits the size, the nesting and the numbers of a text, and rejects NaN and duplicate keys.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ MAX_INTEGER_DIGITS = 20
 MAX_FLOAT_LITERAL = 64
 
 MIN_NBYTES_PER_VALUE = 16
-"""A file of at most n bytes may hold n / 16 values: Python spends up to a hundred bytes on each, and a list of a
-million empty lists is no file of ours. The densest real one, a header of 40,000 tensors, has a seventh of that."""
+"""A text with a limit of n bytes may contain at most n / 16 values, because Python needs up to 100 bytes of memory for
+each value. The densest real file, a header of 40,000 tensors, has a seventh of that limit."""
 
-# Possessive: a greedy loop would remember each character of a string, a hundred bytes for every byte of the file.
+# Possessive quantifiers save memory: a greedy loop would need about 100 bytes for every character of a string.
 _STRINGS = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS = re.compile(r"[^\[\]{}]++")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -40,50 +43,64 @@ def loads(
     error: type[InvalidFileError],
     tensor: str | None = None,
 ) -> Json:
-    """Parse UTF-8 JSON bytes that come from a file.
+    """Parse a JSON text from a file.
 
-    Raises: `error` with reason json_limit, json_duplicate_key or json_syntax, naming `path` (and `tensor`).
+    Args:
+        data: Text in UTF-8.
+        path: File of the text, for error messages.
+        max_nbytes: Largest size of such a text, in bytes.
+        error: Class of the error to raise.
+        tensor: Tensor that the text describes, for error messages.
+
+    Raises:
+        InvalidFileError: The text is invalid or exceeds a limit. The class of the error is `error`; the reason is
+            json_limit, json_duplicate_key or json_syntax.
     """
 
     def refuse(reason: Reason, problem: str) -> NoReturn:
         raise error(reason, path, problem, tensor=tensor) from None
 
     if len(data) > max_nbytes:
-        refuse(Reason.JSON_LIMIT, f"{len(data)} bytes of JSON, at most {max_nbytes} are read")
+        refuse(Reason.JSON_LIMIT, f"the JSON text has {len(data)} bytes (the limit is {max_nbytes})")
     try:
         text = data.decode("utf-8")
         _check_structure(text, max_nbytes // MIN_NBYTES_PER_VALUE)
-        # The one place where the standard parser is called.
+        # All JSON texts are parsed by this call, so that none bypasses the checks.
         value: Json = _DECODER.decode(text)
         if _SURROGATE_ESCAPE.search(text):
-            dumps(value).encode("utf-8")  # half a surrogate pair is no character and cannot be written again
+            dumps(value).encode("utf-8")  # fails on half a surrogate pair, which UTF-8 cannot represent
     except _Refused as refused:
         refuse(refused.reason, str(refused))
     except UnicodeDecodeError as broken:
-        refuse(Reason.JSON_SYNTAX, f"not UTF-8 at byte {broken.start}")
+        refuse(Reason.JSON_SYNTAX, f"is not valid UTF-8 at byte {broken.start}")
     except UnicodeEncodeError as broken:
         half = ord(broken.object[broken.start])
-        refuse(Reason.JSON_SYNTAX, f"a string with half a surrogate pair (\\u{half:04x})")
+        refuse(Reason.JSON_SYNTAX, f"a string contains half a surrogate pair (\\u{half:04x})")
     except json.JSONDecodeError as broken:
-        refuse(Reason.JSON_SYNTAX, f"not JSON at character {broken.pos}: {broken.msg}")
+        refuse(Reason.JSON_SYNTAX, f"is not valid JSON at character {broken.pos}: {broken.msg}")
     return value
 
 
 def dumps(value: object, *, indent: int | None = None) -> str:
-    """Write JSON the one way qformat writes it: given key order, no NaN, non-ASCII as it is."""
+    """Return a value as JSON text: keys in the given order, non-ASCII characters unescaped, no NaN or Inf.
+
+    Args:
+        value: Value to write.
+        indent: Number of spaces per level; None for compact text on one line.
+    """
     separators = (",", ":") if indent is None else (",", ": ")
     return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
 
 
 def _check_structure(text: str, max_values: int) -> None:
-    """Refuse deep nesting and too many values before the recursive parser sees them; strings do not count."""
+    """Reject deep nesting and too many values outside strings, before the recursive parser runs."""
     n_open = text.count("[") + text.count("{")
     if n_open <= MAX_DEPTH and n_open + text.count(",") < max_values:
-        return  # whatever of it lies in strings
+        return  # within the limits even if no bracket or comma is part of a string
     skeleton = _STRINGS.sub("", text)
     n_values = 1 + skeleton.count(",") + skeleton.count("[") + skeleton.count("{")
     if n_values > max_values:
-        raise _Refused(Reason.JSON_LIMIT, f"{n_values} values, at most {max_values} are read")
+        raise _Refused(Reason.JSON_LIMIT, f"the JSON text has {n_values} values (the limit is {max_values})")
     brackets = _NOT_BRACKETS.sub("", skeleton)
     if _is_shallow(brackets):
         return
@@ -91,14 +108,14 @@ def _check_structure(text: str, max_values: int) -> None:
     for bracket in brackets:
         depth += 1 if bracket in "[{" else -1
         if depth > MAX_DEPTH:
-            raise _Refused(Reason.JSON_LIMIT, f"nested deeper than {MAX_DEPTH}")
+            raise _Refused(Reason.JSON_LIMIT, f"the JSON text is nested deeper than {MAX_DEPTH} levels")
 
 
 def _is_shallow(brackets: str) -> bool:
-    """Whether brackets are certainly nested no deeper than allowed; a header's thousands are looked at at once."""
+    """Return True only if the nesting is within the limit; fast for the thousands of brackets of a header."""
     if len(brackets) <= MAX_DEPTH:
         return True
-    for _ in range(MAX_DEPTH // 2):  # each replacement takes off one level where it finds any
+    for _ in range(MAX_DEPTH // 2):  # each replacement removes the innermost level
         brackets = brackets.replace("[]", "").replace("{}", "")
         if not brackets:
             return True
@@ -106,21 +123,21 @@ def _is_shallow(brackets: str) -> bool:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise _Refused(Reason.JSON_SYNTAX, f"{text} is not JSON")
+    raise _Refused(Reason.JSON_SYNTAX, f"{text} is not valid JSON")
 
 
 def _bounded_int(text: str) -> int | float:
     if len(text) > MAX_INTEGER_DIGITS:
-        raise _Refused(Reason.JSON_LIMIT, f"an integer of {len(text)} digits, at most {MAX_INTEGER_DIGITS} are read")
-    return -0.0 if text == "-0" else int(text)  # as other parsers have it: minus zero is no integer
+        raise _Refused(Reason.JSON_LIMIT, f"an integer has {len(text)} digits (the limit is {MAX_INTEGER_DIGITS})")
+    return -0.0 if text == "-0" else int(text)  # minus zero is a float, as in other parsers
 
 
 def _bounded_float(text: str) -> float:
     if len(text) > MAX_FLOAT_LITERAL:
-        raise _Refused(Reason.JSON_LIMIT, f"a number of {len(text)} characters, at most {MAX_FLOAT_LITERAL} are read")
+        raise _Refused(Reason.JSON_LIMIT, f"a number has {len(text)} characters (the limit is {MAX_FLOAT_LITERAL})")
     value = float(text)
     if not math.isfinite(value):
-        raise _Refused(Reason.JSON_LIMIT, f"{text} does not fit a float64")
+        raise _Refused(Reason.JSON_LIMIT, f"{text} is outside the range of float64")
     return value
 
 
@@ -141,4 +158,4 @@ _DECODER = json.JSONDecoder(
     parse_float=_bounded_float,
     object_pairs_hook=_unique_keys,
 )
-"""Made once: an artifact has a JSON text for each packed tensor."""
+"""Shared decoder, because an artifact has one JSON text for each packed tensor."""

@@ -1,3 +1,3 @@
-"""The version of qformat, which pyproject.toml reads from here."""
+"""The version of qformat. pyproject.toml reads it from here."""
 
 __version__ = "0.1.0"

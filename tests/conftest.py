@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share."""
+"""Fixtures that several test directories share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 from tests.repository import ROOT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Several processes test at once: threads that spin for each other would take the cores from the rest.
+# Several processes run tests at the same time. Threads that spin would take the cores from the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# A shell lets what it starts in the background ignore Ctrl-C, and children inherit that: tests that interrupt one would
-# wait for ever.
+# A process that a shell starts in the background ignores Ctrl-C, and so do its children: tests that interrupt a child
+# would wait forever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,4 +1,4 @@
-"""Tiny work of torch on one thread: in two test processes, more threads than cores would wait for each other."""
+"""Runs torch on one thread: with several test processes, more threads than cores would wait for each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch use one thread meanwhile, and as many as before afterwards."""
+    """Let torch use one thread, and restore the previous number afterwards."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

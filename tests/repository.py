@@ -1,4 +1,4 @@
-"""Where the repository lies: tests read the spec, start tools and copy sources from there."""
+"""Path of the repository, from which tests read the specification, run tools and copy sources."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Tensor:
 
 
 def weight(shape: Sequence[int], dtype: str = "BF16", *, seed: int = 0, scale: float = 0.05) -> Tensor:
-    """Return normally distributed weights; bfloat16 by cutting float32 off."""
+    """Return normally distributed weights. bfloat16 weights are truncated float32."""
     values = np.random.default_rng(seed).normal(0, scale, tuple(shape)).astype(np.float32)
     return tensor_of(values, dtype)
 
@@ -69,7 +69,7 @@ def header_bytes(record: object, *, alignment: int = 8) -> bytes:
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return a safetensors file as the library writes it: wide dtypes first, so that everything is aligned."""
+    """Return a safetensors file as the library writes it: wide dtypes first, so that all tensors are aligned."""
     record: dict[str, object] = {"__metadata__": {"format": "pt"} if metadata is None else dict(metadata)}
     ordered = sorted(tensors.items(), key=lambda item: (-ELEMENT_NBYTES[item[1].dtype], item[0]))
     offset = 0
@@ -166,7 +166,7 @@ def write_checkpoint(
 
 
 def write_llama(folder: Path, *, n_shards: int = 1, n_layers: int = 2, dtype: str = "BF16") -> Path:
-    """Write a small Llama with tokenizer stubs and licence."""
+    """Write a small Llama with tokenizer stubs and a licence."""
     config = llama_config(n_layers=n_layers)
     return write_checkpoint(folder, llama_tensors(n_layers=n_layers, dtype=dtype), n_shards=n_shards, config=config)
 
@@ -177,12 +177,12 @@ def write_index(folder: Path, weight_map: Mapping[str, object]) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file of a folder, by name."""
+    """Return the bytes of every file of a directory, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def names_beside(path: Path) -> set[str]:
-    """Return the names in the folder that holds `path`."""
+    """Return the names in the directory that contains `path`."""
     return {entry.name for entry in path.parent.iterdir()}
 
 

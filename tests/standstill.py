@@ -1,7 +1,6 @@
-"""Points at which a child process of a test stands still, so that the test kills or interrupts it there.
+"""Points at which a child process of a test pauses, so that the test can kill or interrupt it there.
 
-A child that stands still has said so in a line on stdout. It cannot come to its end before the test has acted, however
-slow or fast the machine is.
+A paused child prints a line on stdout. It cannot end before the test has acted, however fast or slow the machine is.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from typing import Any
 from qformat.artifact.writing.disk import Disk
 
 HELD = "held"
-"""What a child says when it stands still."""
+"""Line that a paused child prints."""
 
 GUARD_S = 300
-"""A child that says nothing for so long hangs. No verdict depends on it."""
+"""Time after which a silent child is assumed to hang. No result depends on it."""
 
 
 def _say_held() -> None:
-    os.write(1, f"{HELD}\n".encode())  # one call: the lines of two threads do not mix
+    os.write(1, f"{HELD}\n".encode())  # one call, so that the lines of two threads do not mix
 
 
 def hold_writes(after: int) -> None:
-    """In the child: let its threads write `after` times to shards, then hold each further write halfway.
+    """In the child: let its threads write `after` times to shards, then pause every further write halfway.
 
-    So a kill finds half a write on the disk. Writes go on once the threads' pool gives up what it still has to do,
-    which it does when the main thread is interrupted, or once the test has sent a line (`go_on`).
+    A kill therefore leaves half a write on the disk. Writes continue when the pool of threads discards its remaining
+    work, which happens when the main thread is interrupted, or when the test has sent a line (`go_on`).
     """
     write, numbers, may_go_on = Disk.raw_pwrite, itertools.count(), threading.Event()
     on_stop(may_go_on.set)
@@ -50,7 +49,7 @@ def hold_writes(after: int) -> None:
 
 
 def hold_call(module: ModuleType, names: tuple[str, ...], number: int) -> None:
-    """In the child: stand still for ever before the call of this number, counted from 0, to one of the functions."""
+    """In the child: pause forever before a call to one of the functions, given by its number, counted from 0."""
     numbers = itertools.count()
 
     def held(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +66,7 @@ def hold_call(module: ModuleType, names: tuple[str, ...], number: int) -> None:
 
 
 def on_stop(do: Callable[[], object]) -> None:
-    """In the child: call a function once a pool of threads gives up what it still has to do."""
+    """In the child: call a function when a pool of threads discards its remaining work."""
     shutdown = ThreadPoolExecutor.shutdown
 
     def announced(pool: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -79,7 +78,7 @@ def on_stop(do: Callable[[], object]) -> None:
 
 
 def wait_until_held(process: subprocess.Popen[str], n_threads: int = 1) -> None:
-    """In the test: wait until so many threads of the child stand still. Fails the test if the child ends."""
+    """In the test: wait until a number of threads of the child have paused. Fails the test if the child ends."""
     assert process.stdout is not None
     for _ in range(n_threads):
         line = process.stdout.readline()
@@ -89,7 +88,7 @@ def wait_until_held(process: subprocess.Popen[str], n_threads: int = 1) -> None:
 
 
 def go_on(process: subprocess.Popen[str]) -> None:
-    """In the test: let the held writes of the child go on."""
+    """In the test: let the paused writes of the child continue."""
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()

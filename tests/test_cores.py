@@ -1,4 +1,4 @@
-"""Tasks on threads: results in order, the first error for all, and nothing begun after it."""
+"""Tasks on threads: results are in order, the first error is raised, and no task starts after it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from qformat.cores import run_tasks, usable_cores
 LONG_S = 60.0
 
 
-def test_at_least_one_core_may_be_used() -> None:
+def test_at_least_one_core_is_usable() -> None:
     assert usable_cores() >= 1
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
-def test_results_come_in_the_order_of_the_tasks_under_their_keys(workers: int) -> None:
+def test_results_have_the_keys_and_the_order_of_the_tasks(workers: int) -> None:
     tasks = {number: number for number in range(20)}
     found = run_tasks(tasks, lambda number: number * number, workers=workers, thread_name="test")
     assert list(found.items()) == [(number, number * number) for number in range(20)]
 
 
-def test_no_task_at_all_gives_no_results() -> None:
+def test_no_tasks_give_no_results() -> None:
     assert run_tasks({}, lambda task: task, workers=2, thread_name="test") == {}
 
 
-def test_an_error_stops_those_that_run_and_those_that_wait() -> None:
+def test_an_error_stops_running_and_waiting_tasks() -> None:
     stopping, second_runs = threading.Event(), threading.Event()
     begun: list[str] = []
     woken: list[bool] = []

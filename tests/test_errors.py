@@ -78,14 +78,14 @@ def test_every_reason_code_is_used() -> None:
         ({"tensor": "a\nb\u202e"}, "f.json: tensor 'a\\nb\\u202e': broken"),
     ],
 )
-def test_a_message_names_file_tensor_field_problem_and_next_step(arguments: dict[str, str], message: str) -> None:
+def test_a_message_has_the_file_tensor_field_problem_and_next_step(arguments: dict[str, str], message: str) -> None:
     error = SourceError(Reason.JSON_SYNTAX, Path("f.json"), "broken", **arguments)
     assert str(error) == message
     assert error.reason is Reason.JSON_SYNTAX
     assert (error.path, error.tensor, error.field) == ("f.json", arguments.get("tensor"), arguments.get("field"))
 
 
-def test_a_message_names_options_as_python_writes_them_and_keeps_them_as_values() -> None:
+def test_a_message_shows_options_as_python_arguments_and_keeps_them_as_values() -> None:
     error = UsageError(
         "out: holds something. Use ", Option("force_it", True), ", ", Option("rank"), " or ", Option("to", "x")
     )
@@ -97,7 +97,7 @@ def test_a_message_names_options_as_python_writes_them_and_keeps_them_as_values(
     SourceError(Reason.TRUNCATED, "f.bin", "broken", next_step=("Try ", Option("keep_source", True))),
     HubError("f.bin", "broken", next_step=("Try ", Option("keep_source", True))),
 ])  # fmt: skip
-def test_a_next_step_may_name_options(error: SourceError | HubError) -> None:
+def test_a_next_step_may_contain_options(error: SourceError | HubError) -> None:
     assert str(error) == "f.bin: broken. Try keep_source=True"
     assert error.next_step == "Try keep_source=True"
     assert spelled(error.words, lambda option: "...") == "f.bin: broken. Try ..."

@@ -1,4 +1,4 @@
-"""Wheel and sdist build, and an installation puts nothing but `qformat` into site-packages."""
+"""The wheel and the sdist can be built, and an installation adds only `qformat` to site-packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.repository import ROOT
 
 
-def test_wheel_and_sdist_build_and_the_wheel_has_only_qformat_at_its_top(tmp_path: Path) -> None:
+def test_wheel_and_sdist_build_and_the_wheel_contains_only_qformat(tmp_path: Path) -> None:
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
     copy = tmp_path / "copy"
     for name in filter(None, listing.stdout.split("\0")):

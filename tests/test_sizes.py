@@ -1,4 +1,4 @@
-"""Sizes: one grammar for whatever takes one, and an output that it reads."""
+"""Sizes: every option uses the same grammar, and the parser reads the formatter's output."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_a_size_is_a_number_and_a_unit_in_any_case(text: str, nbytes: int) -> No
         "5iB", "5GBs", "5  GB", "5\nGB", "٥GB", "0x10", str(2**63), "9.3EB", "1" * 10_000,
     ],
 )  # fmt: skip
-def test_anything_else_is_refused_under_the_name_of_its_option(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^--size '.*': expected auto, or bytes .* such as 0, 512MiB or 5GB$"):
+def test_anything_else_is_rejected_with_the_name_of_its_option(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--size '.*': expected auto, or a size such as 0, 512MiB or 5GB$"):
         parse_nbytes("--size", text, or_else="auto, or ")
 
 
@@ -61,7 +61,7 @@ def test_a_size_is_shown_in_three_digits(nbytes: float, decimal: str, binary: st
     assert format_nbytes(nbytes, binary=True) == binary
 
 
-def test_what_is_needed_is_rounded_up_and_what_is_there_down() -> None:
+def test_a_needed_size_is_rounded_up_and_an_available_size_down() -> None:
     assert format_nbytes(10_000_001, rounding="up") == "10.1 MB"
     assert format_nbytes(10_099_999, rounding="down") == "10 MB"
     assert format_nbytes(999_001, rounding="up") == "1 MB"
@@ -69,11 +69,11 @@ def test_what_is_needed_is_rounded_up_and_what_is_there_down() -> None:
 
 
 @given(st.integers(0, 9 * 10**18), st.booleans(), st.sampled_from(get_args(Rounding)))
-def test_what_is_shown_can_be_read_back_within_its_three_digits(nbytes: int, binary: bool, rounding: Rounding) -> None:
+def test_a_formatted_size_can_be_parsed_within_its_three_digits(nbytes: int, binary: bool, rounding: Rounding) -> None:
     shown = format_nbytes(nbytes, binary=binary, rounding=rounding)
     again = parse_nbytes("--size", shown)
-    # One unit of the third digit is at most a hundredth of the value, half of it if the nearest is shown; a fraction of
-    # a byte is cut off when the text is read.
+    # One unit of the third digit is at most a hundredth of the value; rounding to nearest halves the error. Parsing
+    # drops a fraction of a byte.
     bound = Fraction(nbytes, 200 if rounding == "nearest" else 100) + 1
     assert abs(again - nbytes) <= bound
     assert rounding != "down" or again <= nbytes

@@ -1,4 +1,4 @@
-"""The one JSON loader: what is valid, what is refused and why, and what a small file may cost."""
+"""The strict JSON parser: what is valid, what is rejected and why, and how much memory a hostile file can cost."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SYNTAX = [
 
 
 @pytest.mark.parametrize("data", SYNTAX)
-def test_what_is_no_json_is_refused(data: bytes) -> None:
+def test_invalid_json_is_rejected(data: bytes) -> None:
     assert refusal(data).reason is Reason.JSON_SYNTAX
 
 
@@ -82,7 +82,7 @@ def test_what_is_no_json_is_refused(data: bytes) -> None:
         b'{"fine": "\\ud83e\\udd99", "not": "\\ud83e"}',
     ],
 )
-def test_half_a_surrogate_pair_is_refused_since_nothing_could_write_or_print_it(data: bytes) -> None:
+def test_half_a_surrogate_pair_is_rejected_because_it_cannot_be_written_or_printed(data: bytes) -> None:
     error = refusal(data)
     assert error.reason is Reason.JSON_SYNTAX
     assert "surrogate" in str(error)
@@ -97,7 +97,7 @@ def test_half_a_surrogate_pair_is_refused_since_nothing_could_write_or_print_it(
         b'{"\\ud83e\\udd99": 0, "\xf0\x9f\xa6\x99": 1}',
     ],
 )
-def test_a_key_that_occurs_twice_is_refused_wherever_it_is(data: bytes) -> None:
+def test_a_duplicate_key_is_rejected_at_every_level(data: bytes) -> None:
     assert refusal(data).reason is Reason.JSON_DUPLICATE_KEY
 
 
@@ -119,39 +119,39 @@ def test_a_key_that_occurs_twice_is_refused_wherever_it_is(data: bytes) -> None:
         b'["\\"", ' + b"[" * 40 + b"]" * 41,
     ],
 )
-def test_numbers_and_depths_beyond_the_limits_are_refused(data: bytes) -> None:
+def test_numbers_and_depths_beyond_the_limits_are_rejected(data: bytes) -> None:
     assert refusal(data).reason is Reason.JSON_LIMIT
 
 
-def test_brackets_and_quotes_inside_strings_are_no_depth() -> None:
+def test_brackets_and_quotes_inside_strings_do_not_count_as_depth() -> None:
     text = '["' + "[{" * 100 + '", "\\"[[[[", "\\\\", [["]]"]]]'
     assert loads(text.encode()) == ["[{" * 100, '"[[[[', "\\", [["]]"]]]
 
 
-def test_a_size_is_read_at_the_limit_and_refused_one_past_it() -> None:
+def test_a_text_is_accepted_at_the_size_limit_and_rejected_one_byte_past_it() -> None:
     data = b'"' + b"x" * 98 + b'"'
     assert loads(data, max_nbytes=100) == "x" * 98
     assert refusal(data + b" ", max_nbytes=100).reason is Reason.JSON_LIMIT
 
 
-def test_values_are_read_up_to_one_for_sixteen_bytes_of_the_limit() -> None:
+def test_one_value_per_sixteen_bytes_of_the_limit_is_accepted() -> None:
     at_limit = b"[" + b",".join([b"1"] * 62) + b"]"
     assert loads(at_limit, max_nbytes=1024) == [1] * 62
     one_more = b"[" + b",".join([b"1"] * 64) + b"]"
     assert refusal(one_more, max_nbytes=1024).reason is Reason.JSON_LIMIT
 
 
-def test_minus_zero_is_no_integer_as_other_parsers_have_it() -> None:
+def test_minus_zero_is_a_float_as_in_other_parsers() -> None:
     assert type(loads(b"-0")) is float
 
 
-def test_the_error_names_the_tensor_when_there_is_one() -> None:
-    with pytest.raises(SourceError, match=r"x.json: tensor 'w': .*not JSON") as refused:
+def test_the_error_has_the_tensor_if_there_is_one() -> None:
+    with pytest.raises(SourceError, match=r"x.json: tensor 'w': .*not valid JSON") as refused:
         strict_json.loads(b"{", path=Path("x.json"), max_nbytes=100, error=SourceError, tensor="w")
     assert refused.value.tensor == "w"
 
 
-def test_what_is_written_is_read_again_and_has_no_nan() -> None:
+def test_written_json_can_be_parsed_and_has_no_nan() -> None:
     value = {"b": [1, -2.5, None, True], "a": {"ö🦙": "\x7f\u2028"}}
     assert strict_json.dumps(value) == '{"b":[1,-2.5,null,true],"a":{"ö🦙":"\x7f\u2028"}}'
     assert loads(strict_json.dumps(value, indent=2).encode()) == value
@@ -160,7 +160,7 @@ def test_what_is_written_is_read_again_and_has_no_nan() -> None:
 
 
 def reference(data: bytes) -> object:
-    """What the standard parser makes of it, without its extensions."""
+    """Return the result of the standard parser without its extensions."""
 
     def refuse(text: str) -> object:
         raise ValueError(text)
@@ -181,7 +181,7 @@ JSON_TEXT = st.recursive(
 
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(JSON_TEXT, st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3))
-def test_damaged_json_is_read_as_the_standard_parser_reads_it_or_refused(
+def test_damaged_json_is_parsed_as_by_the_standard_parser_or_rejected(
     data: bytes, edits: list[tuple[int, int]]
 ) -> None:
     changed = bytearray(data)
@@ -195,12 +195,12 @@ def test_damaged_json_is_read_as_the_standard_parser_reads_it_or_refused(
     else:
         assert found == reference(bytes(changed))
         return
-    assert edits or reason is Reason.JSON_LIMIT  # a number of more than 64 characters
+    assert edits or reason is Reason.JSON_LIMIT  # the number has more than 64 characters
 
 
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(st.binary(max_size=64) | st.text('[]{}",:\\u0123d8 -.eEntrfals\n', max_size=64).map(str.encode))
-def test_any_bytes_are_read_or_refused_and_never_crash(data: bytes) -> None:
+def test_any_bytes_are_parsed_or_rejected_without_a_crash(data: bytes) -> None:
     try:
         found = loads(data)
     except ArtifactError as caught:
@@ -244,8 +244,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_thirty_megabytes_of_hostile_json_cost_no_more_than_a_few_hundred(bomb: str) -> None:
-    """In a process of its own, for its peak of memory; the limit of time is far above what it takes."""
+def test_thirty_megabytes_of_hostile_json_cost_at_most_a_few_hundred_megabytes(bomb: str) -> None:
+    """Runs in a separate process to measure its peak memory. The time limit is far above the actual time."""
     result = subprocess.run(
         [sys.executable, "-c", MEASURE.format(expression=BOMBS[bomb])],
         cwd=ROOT,

@@ -1,1 +1,1 @@
-"""Bytes on disk: layout, headers, manifest, digests, staging, reading and verifying (spec sections 2, 3, 7, 8)."""
+"""Files of an artifact: layout, headers, manifest, digests, reading and writing (spec sections 2, 3, 7 and 8)."""

@@ -1,4 +1,4 @@
-"""The components of a packed tensor: names, dtypes and shapes, as bitsandbytes writes them (spec section 3.2)."""
+"""Names, dtypes and shapes of the components of a packed tensor, as bitsandbytes writes them (spec section 3.2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qformat.codec.quant_state import QuantState
 
 
 class Component(StrEnum):
-    """The parts of a packed tensor `X.weight`; the value is what follows `X.weight` in the part's name."""
+    """Components of a packed tensor `X.weight`. The value is the suffix that follows `X.weight` in a shard."""
 
     PACKED = ""
     ABSMAX = ".absmax"
@@ -26,7 +26,7 @@ class Component(StrEnum):
 
     @property
     def label(self) -> str:
-        """The name in manifests and messages: `packed`, `absmax`, ..., `quant_state`."""
+        """Name in manifests and messages: `packed`, `absmax`, ..., `quant_state`."""
         return _LABELS[self]
 
 
@@ -38,7 +38,14 @@ DOUBLE_QUANT = tuple(Component)
 
 @dataclass(frozen=True, slots=True)
 class PackedShape:
-    """What decides the components of a packed tensor: shape and float format of the weight, and the options."""
+    """Properties of a packed tensor that determine its components.
+
+    Attributes:
+        shape: Shape of the weight.
+        float_format: Float format of the source tensor.
+        block_size: Number of elements per block.
+        double_quant: Whether the absmax values are quantized as well.
+    """
 
     shape: tuple[int, ...]
     float_format: FloatFormat
@@ -47,31 +54,35 @@ class PackedShape:
 
     @classmethod
     def of_state(cls, state: QuantState) -> PackedShape:
-        """Return the layout of the tensor that a quant_state describes."""
+        """Return the properties of the tensor that a quant_state describes."""
         return cls(state.shape, state.float_format, state.block_size, state.nested_offset is not None)
 
     def state(self, *, nested_offset: float | None) -> QuantState:
-        """Return the quant_state of a tensor of this layout; an offset just with double quantization."""
+        """Return the quant_state of a tensor with these properties.
+
+        Args:
+            nested_offset: Mean of the absmax values with double quantization, otherwise None.
+        """
         assert (nested_offset is not None) == self.double_quant
         return QuantState(self.block_size, self.float_format, self.shape, nested_offset)
 
     @property
     def n_elements(self) -> int:
-        """Weights in the tensor."""
+        """Number of elements of the weight."""
         return math.prod(self.shape)
 
     @property
     def n_blocks(self) -> int:
-        """Blocks, the last one possibly partial."""
+        """Number of blocks, including a partial last one."""
         return block_count(self.n_elements, self.block_size)
 
     @property
     def n_nested_blocks(self) -> int:
-        """Groups of absmax values that share a nested absmax."""
+        """Number of groups of absmax values that share a nested absmax."""
         return block_count(self.n_blocks, NESTED_BLOCK_SIZE)
 
     def components(self, name: str) -> dict[Component, TensorSpec]:
-        """Return every component of the packed tensor `name` as the shard's header names it."""
+        """Return the name, dtype and shape of every component of the packed tensor `name` in a shard."""
         state_nbytes = quant_state.padded_nbytes(
             block_size=self.block_size,
             float_format=self.float_format,

@@ -1,6 +1,7 @@
-"""The safetensors header, read strictly and written deterministically (spec section 3).
+"""Strict reading and deterministic writing of safetensors headers (spec section 3).
 
-Stricter than the safetensors library: no repeated name, no unknown field, no leading space, aligned elements.
+The reader is stricter than the safetensors library: it also rejects repeated names, unknown fields, leading spaces and
+misaligned elements.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec, data_nbytes
 from qformat.errors import InvalidFileError, Reason
 
 DATA_ALIGNMENT = 4096
-"""Tensor data of an artifact's shard starts at a multiple of this many bytes."""
+"""Alignment of the first byte of tensor data in a shard of an artifact, in bytes."""
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
@@ -27,7 +28,12 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry(TensorSpec):
-    """One tensor of a header; `start` and `stop` are byte offsets in the file, `nbytes` apart."""
+    """Entry of one tensor in a header.
+
+    Attributes:
+        start: Offset of the first byte of its data in the file.
+        stop: Offset after the last byte of its data in the file.
+    """
 
     start: int
     stop: int
@@ -35,7 +41,15 @@ class TensorEntry(TensorSpec):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header: tensors by name, in the order of their data; the data fills [data_start, file_nbytes)."""
+    """Header of a safetensors file, parsed and checked.
+
+    Attributes:
+        path: Path of the file.
+        data_start: Offset of the first byte after the header.
+        file_nbytes: Size of the file in bytes; the data of the tensors ends there.
+        tensors: Entries by name, in the order of their data.
+        metadata: Strings of `__metadata__`.
+    """
 
     path: Path
     data_start: int
@@ -45,7 +59,7 @@ class Header:
 
 
 def build(tensors: Iterable[TensorSpec]) -> bytes:
-    """Return the length prefix and header of a file that holds these tensors in this order without holes."""
+    """Return the length field and the header of a file that contains these tensors in this order, without gaps."""
     entries: dict[str, object] = {_METADATA: {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -61,7 +75,16 @@ def build(tensors: Iterable[TensorSpec]) -> bytes:
 
 
 def read(descriptor: int, path: Path, *, error: type[InvalidFileError]) -> Header:
-    """Read and check the header of an open safetensors file. Raises `error` with a header_* or truncated reason."""
+    """Read and check the header of an open safetensors file.
+
+    Args:
+        descriptor: File descriptor.
+        path: Path of the file, for error messages.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The header is invalid (spec section 3.1). The class is `error`.
+    """
 
     def read_into(offset: int, out: memoryview) -> None:
         read_exactly(descriptor, offset, out, path=path, error=error)
@@ -73,23 +96,34 @@ def read(descriptor: int, path: Path, *, error: type[InvalidFileError]) -> Heade
 def read_text(
     read_into: Callable[[int, memoryview], None], *, file_nbytes: int, path: Path, error: type[InvalidFileError]
 ) -> bytes:
-    """Return the JSON bytes of a header, in two reads: of the length field and of the text.
+    """Return the JSON text of a header. The length field and the text are read separately.
 
-    read_into: fills memory with the file's bytes from an offset on, wherever the file lies.
+    Args:
+        read_into: Function that fills a buffer with the bytes of the file from an offset on. The file may be remote.
+        file_nbytes: Size of the file in bytes.
+        path: Path of the file, for error messages.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The length field is too large or the file too short (header_length, truncated). The class is
+            `error`.
     """
     if file_nbytes < _LENGTH.size:
-        raise error(Reason.TRUNCATED, path, f"{file_nbytes} bytes, shorter than a safetensors file's length field")
+        raise error(
+            Reason.TRUNCATED, path,
+            f"the file has {file_nbytes} bytes, but the length field of a safetensors file alone has {_LENGTH.size}",
+        )  # fmt: skip
     prefix = bytearray(_LENGTH.size)
     read_into(0, memoryview(prefix))
     (nbytes,) = _LENGTH.unpack(prefix)
     if nbytes > MAX_HEADER_NBYTES:
         raise error(
-            Reason.HEADER_LENGTH, path, f"header length {nbytes}, at most {MAX_HEADER_NBYTES} is read",
-            next_step="This is no safetensors file, or its first bytes are damaged",
+            Reason.HEADER_LENGTH, path, f"the header length is {nbytes} bytes (the limit is {MAX_HEADER_NBYTES})",
+            next_step="This is not a safetensors file, or its first bytes are damaged",
         )  # fmt: skip
     if nbytes > file_nbytes - _LENGTH.size:
         raise error(
-            Reason.TRUNCATED, path, f"header length {nbytes}, but the file has only {file_nbytes} bytes",
+            Reason.TRUNCATED, path, f"the header length is {nbytes} bytes, but the file has only {file_nbytes} bytes",
             next_step="Fetch the file again",
         )  # fmt: skip
     text = bytearray(nbytes)
@@ -98,12 +132,22 @@ def read_text(
 
 
 def framed(text: bytes) -> bytes:
-    """Return a header's text behind its length field, as a file begins."""
+    """Return the length field of a header followed by its text: the beginning of a file."""
     return _LENGTH.pack(len(text)) + text
 
 
 def parse(text: bytes, *, file_nbytes: int, path: Path, error: type[InvalidFileError]) -> Header:
-    """Parse the JSON bytes of a header that follow the length field of a file of `file_nbytes`."""
+    """Parse and check the JSON text of a header.
+
+    Args:
+        text: Bytes between the length field and the data.
+        file_nbytes: Size of the file in bytes.
+        path: Path of the file, for error messages.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The header is invalid (spec section 3.1). The class is `error`.
+    """
     if not text.startswith(b"{"):
         raise error(Reason.HEADER_SYNTAX, path, "the header does not begin with '{'")
     record = strict_json.loads(text.rstrip(b" "), path=path, max_nbytes=MAX_HEADER_NBYTES, error=error)
@@ -111,9 +155,9 @@ def parse(text: bytes, *, file_nbytes: int, path: Path, error: type[InvalidFileE
         raise error(Reason.HEADER_SYNTAX, path, "the header is not a JSON object")
     metadata = record.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise error(Reason.HEADER_FIELD, path, "not an object of strings", field=_METADATA)
+        raise error(Reason.HEADER_FIELD, path, "is not an object of strings", field=_METADATA)
     if not record:
-        raise error(Reason.HEADER_SYNTAX, path, "the header names no tensor")
+        raise error(Reason.HEADER_SYNTAX, path, "the header contains no tensor")
     data_start = _LENGTH.size + len(text)
     entries = [_entry(name, value, data_start, path, error) for name, value in record.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
@@ -138,20 +182,20 @@ def _entry(
         raise error(
             Reason.HEADER_LIMIT,
             path,
-            f"a name must have 1 to {MAX_NAME_NBYTES} printable characters",
+            f"the name must have 1 to {MAX_NAME_NBYTES} bytes of printable characters",
             tensor=shown,
         )
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse(Reason.HEADER_FIELD, "must have exactly dtype, shape and data_offsets")
+        raise refuse(Reason.HEADER_FIELD, "must have exactly the fields dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ELEMENT_NBYTES:
-        raise refuse(Reason.UNSUPPORTED_DTYPE, f"{dtype!r} is not a dtype that qformat reads", "dtype")
+        raise refuse(Reason.UNSUPPORTED_DTYPE, f"the dtype {dtype!r} is not supported", "dtype")
     if not isinstance(shape, list) or not _are_sizes(shape):
-        raise refuse(Reason.HEADER_FIELD, f"not a list of sizes up to {MAX_SIZE}", "shape")
+        raise refuse(Reason.HEADER_FIELD, f"is not a list of integers from 0 to {MAX_SIZE}", "shape")
     if len(shape) > MAX_DIMENSIONS:
-        raise refuse(Reason.HEADER_LIMIT, f"{len(shape)} dimensions, at most {MAX_DIMENSIONS} are read", "shape")
+        raise refuse(Reason.HEADER_LIMIT, f"has {len(shape)} dimensions (the limit is {MAX_DIMENSIONS})", "shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets):
-        raise refuse(Reason.HEADER_FIELD, "not a pair of byte offsets", "data_offsets")
+        raise refuse(Reason.HEADER_FIELD, "is not a pair of byte offsets", "data_offsets")
     sizes = tuple(shape)
     begin, end = offsets
     expected = data_nbytes(dtype, sizes)
@@ -162,12 +206,16 @@ def _entry(
             "data_offsets",
         )
     if (data_start + begin) % ELEMENT_NBYTES[dtype]:
-        raise refuse(Reason.ALIGNMENT, f"{dtype} data at byte {data_start + begin} of the file", "data_offsets")
+        raise refuse(
+            Reason.ALIGNMENT,
+            f"the data begins at byte {data_start + begin} of the file, not a multiple of {ELEMENT_NBYTES[dtype]}",
+            "data_offsets",
+        )
     return TensorEntry(name, dtype, sizes, data_start + begin, data_start + end)
 
 
 def _are_sizes(values: list[strict_json.Json]) -> TypeGuard[list[int]]:
-    # A loop: a generator takes twice as long, and a header has thousands of these.
+    # A generator takes twice as long as this loop, and a header has thousands of these lists.
     for value in values:  # noqa: SIM110
         if type(value) is not int or not 0 <= value <= MAX_SIZE:
             return False
@@ -177,23 +225,23 @@ def _are_sizes(values: list[strict_json.Json]) -> TypeGuard[list[int]]:
 def _check_coverage(
     entries: list[TensorEntry], data_start: int, file_nbytes: int, path: Path, error: type[InvalidFileError]
 ) -> None:
-    """The entries, in the order of their data, must cover the data without holes or overlaps."""
+    """Reject entries, given in the order of their data, that leave gaps or overlap."""
     position = data_start
     for entry in entries:
         if entry.start != position:
-            kind = "a hole" if entry.start > position else "an overlap"
+            kind = "a gap" if entry.start > position else "an overlap"
             raise error(
                 Reason.HEADER_OFFSETS,
                 path,
-                f"{kind}: data begins at {entry.start - data_start}, expected {position - data_start}",
+                f"there is {kind}: the data begins at {entry.start - data_start}, expected {position - data_start}",
                 tensor=entry.name,
                 field="data_offsets",
             )
         position = entry.stop
     if position > file_nbytes:
         raise error(
-            Reason.TRUNCATED, path, f"{file_nbytes} bytes, expected {position}", tensor=entries[-1].name,
+            Reason.TRUNCATED, path, f"the file has {file_nbytes} bytes, expected {position}", tensor=entries[-1].name,
             next_step="Fetch the file again",
         )  # fmt: skip
     if position < file_nbytes:
-        raise error(Reason.TRAILING_BYTES, path, f"{file_nbytes} bytes, expected {position}")
+        raise error(Reason.TRAILING_BYTES, path, f"the file has {file_nbytes} bytes, expected {position}")

@@ -1,4 +1,4 @@
-"""Which tensor lies in which shard and at which offset: a pure function of names and sizes (spec section 3.3)."""
+"""Placement of tensors in shards, computed from their names and sizes alone (spec section 3.3)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,41 @@ from qformat.artifact import header
 from qformat.artifact.tensor_spec import TensorSpec
 
 LARGEST_ALIGNMENT = 4096
-"""Components are aligned to the largest power of two that divides their size, up to a page."""
+"""Largest alignment of a component in bytes: one page."""
 
 MAX_TENSORS_PER_SHARD = 40_000
-"""Keeps a shard's header far below its limit, whatever the names."""
+"""Largest number of tensors per shard. It keeps a header far below its limit even with long names."""
 
 _DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedTensor:
-    """A tensor in its place; `start` and `stop` are byte offsets in the shard's file."""
+    """Tensor with its place in a shard.
+
+    Attributes:
+        tensor: Name, dtype and shape.
+        start: Offset of the first byte of its data in the file.
+    """
 
     tensor: TensorSpec
     start: int
 
     @property
     def stop(self) -> int:
-        """Byte offset behind the tensor's data."""
+        """Offset after the last byte of its data in the file."""
         return self.start + self.tensor.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of the artifact: header bytes (length prefix included) and tensors in the order of their data."""
+    """Plan of one shard.
+
+    Attributes:
+        name: Name of the file.
+        header: Bytes before the data: length field, JSON text and padding.
+        tensors: Tensors in the order of their data.
+    """
 
     name: str
     header: bytes
@@ -41,26 +52,33 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Size of the file."""
+        """Size of the file in bytes."""
         return self.tensors[-1].stop
 
 
 def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that puts `layers.2` before `layers.10`."""
+    """Return a sort key that puts `layers.2` before `layers.10`."""
     parts = _DIGITS.split(name)
     return tuple((1, int(part), part) if _DIGITS.fullmatch(part) else (0, 0, part) for part in parts)
 
 
 def alignment(nbytes: int) -> int:
-    """Return the largest power of two that divides a size, at most a page; an empty tensor aligns to anything."""
+    """Return the alignment of a component: the largest power of two that divides its size, at most one page.
+
+    Args:
+        nbytes: Size of the component in bytes. An empty component has the largest alignment.
+    """
     return min(nbytes & -nbytes, LARGEST_ALIGNMENT) if nbytes else LARGEST_ALIGNMENT
 
 
 def place(groups: Sequence[Sequence[TensorSpec]], *, max_shard_nbytes: int) -> tuple[Shard, ...]:
-    """Lay groups of tensors out in shards, in the given order; a group (one weight) never crosses shards.
+    """Place groups of tensors in shards, in the given order.
 
-    Inside a shard tensors are sorted by descending alignment, so that each lies aligned and there are no holes.
-    A group that is larger than `max_shard_nbytes` gets a shard of its own.
+    Inside a shard, tensors are sorted by descending alignment. Each tensor is then aligned, and no gaps remain.
+
+    Args:
+        groups: Tensors that must be in the same shard, such as the components of one weight.
+        max_shard_nbytes: Size in bytes at which a shard is full. A larger group gets its own shard.
     """
     bins: list[list[TensorSpec]] = []
     room = 0

@@ -1,6 +1,6 @@
-"""`qformat.json`, the manifest: its records, and how they are written (spec section 7).
+"""Records of the manifest, `qformat.json`, and their JSON form (spec section 7).
 
-`qformat.artifact.reading.manifest_parser` reads it.
+`qformat.artifact.reading.manifest_parser` parses them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ JsonObject = dict[str, strict_json.Json]
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file of the artifact. Shards also carry the XXH3-128 of their header, length prefix and padding included."""
+    """Entry of a file.
+
+    Attributes:
+        nbytes: Size in bytes.
+        sha256: SHA-256 of the file.
+        header_xxh3: XXH3-128 of everything before the data of a shard (length field, JSON text and padding). None for
+            every other file.
+    """
 
     nbytes: int
     sha256: str
@@ -32,7 +39,13 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class PackedRecord:
-    """A packed tensor: its layout, the XXH3-128 of each component, and that of the source's bytes if known."""
+    """Entry of a packed tensor.
+
+    Attributes:
+        layout: Shape, float format and options.
+        components: XXH3-128 of each component.
+        source_xxh3: XXH3-128 of the source tensor's bytes, None if it is unknown.
+    """
 
     layout: PackedShape
     components: Mapping[Component, str]
@@ -41,9 +54,14 @@ class PackedRecord:
 
 @dataclass(frozen=True, slots=True)
 class KeptRecord:
-    """A tensor that is not packed: dtype and shape as in the shard, its XXH3-128, and why it was kept.
+    """Entry of a kept tensor.
 
-    source_xxh3: None for the source's bytes; of one that was tuned, the XXH3-128 of the source's.
+    Attributes:
+        dtype: Dtype in the header of the shard.
+        shape: Shape in the header of the shard.
+        xxh3: XXH3-128 of its bytes.
+        reason: Why the tensor is not packed.
+        source_xxh3: XXH3-128 of the source tensor's bytes if tuning changed them, otherwise None.
     """
 
     dtype: str
@@ -54,7 +72,7 @@ class KeptRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
+        """Size of the tensor's data in bytes."""
         return data_nbytes(self.dtype, self.shape)
 
 
@@ -63,7 +81,19 @@ TensorRecord = PackedRecord | KeptRecord
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The contents of `qformat.json`. `extra` holds optional top-level members that this version does not know."""
+    """Contents of `qformat.json`.
+
+    Attributes:
+        tensors: Entries of the tensors by name, in natural order.
+        files: Entries of the files by name.
+        recipe: Options of the conversion.
+        source: Description of the source checkpoint.
+        generator: Program and version that wrote the artifact.
+        format_version: Version of the format.
+        must_understand: Features that a reader has to know.
+        evaluation: Results on held-out text, None if the artifact was not evaluated.
+        extra: Optional members that this version of qformat does not know.
+    """
 
     tensors: Mapping[str, TensorRecord]
     files: Mapping[str, FileRecord]
@@ -76,7 +106,7 @@ class Manifest:
     extra: Mapping[str, strict_json.Json] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """Return the sealed file: deterministic, ending with the SHA-256 of itself."""
+        """Return the bytes of the file. They are deterministic and end with their own SHA-256."""
         record: dict[str, object] = {
             "format": FORMAT_NAME,
             "format_version": self.format_version,
@@ -118,7 +148,7 @@ def _tensor_json(record: TensorRecord) -> dict[str, object]:
 
 
 def file_json(record: FileRecord) -> dict[str, object]:
-    """Return a file's entry as it stands in the manifest."""
+    """Return the JSON form of a file's entry."""
     entry: dict[str, object] = {"nbytes": record.nbytes, "sha256": record.sha256}
     if record.header_xxh3 is not None:
         entry["header_xxh3"] = record.header_xxh3

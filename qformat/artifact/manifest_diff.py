@@ -1,4 +1,4 @@
-"""What differs between two artifacts, as far as their manifests tell: every digest is there, no weight is read."""
+"""Comparison of two artifacts by the digests in their manifests, without reading any weights."""
 
 from __future__ import annotations
 
@@ -12,25 +12,30 @@ from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord, Tensor
 
 
 class Aspect(StrEnum):
-    """In what two tensors of the same name can differ."""
+    """Properties in which two tensors of the same name can differ."""
 
     SHAPE = "shape"
     DTYPE = "dtype"
     ENCODING = "encoding"
-    """Packed in one and kept in the other, or packed with other options."""
+    """One tensor is packed and the other is kept, or both are packed with different options."""
 
     CODES = "codes"
     SCALES = "scales"
     DATA = "data"
-    """The bytes of a kept tensor."""
+    """Bytes of a kept tensor."""
 
     SOURCE = "source"
-    """The source's bytes, where both manifests know them."""
+    """Bytes of the source tensor, if both manifests have their digest."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """A tensor that both have, and in what it differs."""
+    """Difference between two tensors of the same name.
+
+    Attributes:
+        name: Name of the tensor.
+        aspects: Properties that differ.
+    """
 
     name: str
     aspects: tuple[Aspect, ...]
@@ -38,10 +43,20 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class ManifestDifference:
-    """The result of `diff_manifests`. `members`: what differs besides tensors and files, with both values.
+    """Result of `diff_manifests`.
 
-    n_tensors: that both have. n_sources: of these, how many have a source digest in both; n_same_sources: the same.
-    changed_files: that both list with other bytes; shards are left out, since their tensors are compared.
+    Attributes:
+        only_in_a: Tensors that only the first artifact has.
+        only_in_b: Tensors that only the second artifact has.
+        tensors: Tensors in both artifacts that differ.
+        n_tensors: Number of tensors in both artifacts.
+        n_sources: Number of those that have a source digest in both manifests.
+        n_same_sources: Number of those whose source digests are equal.
+        members: Other members of the manifests that differ, with both values.
+        files_only_in_a: Files other than shards that only the first artifact has.
+        files_only_in_b: Files other than shards that only the second artifact has.
+        changed_files: Files other than shards that differ. Shards are compared by their tensors.
+        same_shards: Whether the shards have the same names, sizes and digests.
     """
 
     only_in_a: tuple[str, ...]
@@ -58,31 +73,36 @@ class ManifestDifference:
 
     @property
     def same_model(self) -> bool:
-        """Whether both have the same tensors, by name and shape."""
+        """Whether both artifacts have tensors of the same names and shapes."""
         shapes = any(Aspect.SHAPE in tensor.aspects for tensor in self.tensors)
         return not (self.only_in_a or self.only_in_b or shapes)
 
     @property
     def same_source(self) -> bool | None:
-        """Whether both were made from the same weights; None where the manifests do not tell of any tensor."""
+        """Whether both artifacts come from the same source weights; None if the manifests have no source digests."""
         if not self.same_model:
             return False
         return None if self.n_sources == 0 else self.n_same_sources == self.n_sources
 
     @property
     def same_weights(self) -> bool:
-        """Whether every tensor has the same bytes, wherever in the shards it lies."""
+        """Whether every tensor has the same bytes. Its place in the shards does not matter."""
         return self.same_model and all(tensor.aspects == (Aspect.SOURCE,) for tensor in self.tensors)
 
     @property
     def equal(self) -> bool:
-        """Whether the artifacts are the same, byte for byte."""
+        """Whether the artifacts are byte-identical."""
         files = self.files_only_in_a or self.files_only_in_b or self.changed_files
         return self.same_weights and not (self.tensors or self.members or files) and self.same_shards
 
 
 def diff_manifests(a: Manifest, b: Manifest) -> ManifestDifference:
-    """Compare two manifests."""
+    """Compare two manifests.
+
+    Args:
+        a: Manifest of the first artifact.
+        b: Manifest of the second artifact.
+    """
     common = [name for name in a.tensors if name in b.tensors]
     found = {name: _aspects(a.tensors[name], b.tensors[name]) for name in common}
     sources = [(_source(a.tensors[name]), _source(b.tensors[name])) for name in common]
@@ -121,7 +141,7 @@ def _aspects(a: TensorRecord, b: TensorRecord) -> tuple[Aspect, ...]:
             aspects.append(Aspect.ENCODING)
         if a.components[Component.PACKED] != b.components[Component.PACKED]:
             aspects.append(Aspect.CODES)
-        # The nested offset, a part of the scales, is in the quant_state.
+        # The quant_state counts as part of the scales because it contains the nested offset.
         if _without_codes(a) != _without_codes(b):
             aspects.append(Aspect.SCALES)
     elif isinstance(a, KeptRecord) and isinstance(b, KeptRecord):

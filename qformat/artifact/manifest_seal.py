@@ -1,4 +1,4 @@
-"""The bytes of a manifest, and its last member: the SHA-256 of all that stands before it (spec section 7.4)."""
+"""Bytes of a manifest and its last member, the SHA-256 of the manifest itself (spec sections 7.3 and 7.4)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from qformat.errors import ArtifactError, Reason
 _SEAL = re.compile(rb'  "manifest_sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 _UNSEALED = b'  "manifest_sha256": "' + b"0" * 64 + b'"\n}\n'
-"""The last bytes of a manifest that is to be sealed."""
+"""Last bytes of a manifest before its digest is inserted."""
 
 
 def sealed(record: Mapping[str, object]) -> bytes:
-    """Write the members of a manifest but the last (spec section 7.4), and seal it."""
-    # One line a member and one line a tensor: small, and readable with ordinary tools.
+    """Return the bytes of a manifest, including its digest (spec section 7.4).
+
+    Args:
+        record: All members except the last one, in their order.
+    """
+    # One line per member and per tensor keeps the file small and readable with ordinary tools.
     lines = ["{"]
     for key, value in record.items():
         if key in {"tensors", "files"}:
@@ -31,13 +35,21 @@ def sealed(record: Mapping[str, object]) -> bytes:
 
 
 def seal(unsealed: bytes) -> bytes:
-    """Put the SHA-256 of a manifest, taken with 64 zeros in its place, into its last member."""
+    """Insert the digest of a manifest that has 64 zeros in place of its digest."""
     digest = hashlib.sha256(unsealed).hexdigest().encode("ascii")
     return unsealed[: -len(_UNSEALED)] + _UNSEALED.replace(b"0" * 64, digest)
 
 
 def check_seal(data: bytes, path: Path) -> None:
-    """Refuse a manifest that does not end with its own SHA-256. Raises ArtifactError (manifest_digest)."""
+    """Check that a manifest ends with its own SHA-256.
+
+    Args:
+        data: Bytes of the manifest.
+        path: Path of the manifest, for error messages.
+
+    Raises:
+        ArtifactError: The digest is missing or wrong (manifest_digest).
+    """
     match = _SEAL.search(data)
     if match is None:
         raise ArtifactError(Reason.MANIFEST_DIGEST, path, "does not end with its own digest", field="manifest_sha256")
@@ -47,7 +59,7 @@ def check_seal(data: bytes, path: Path) -> None:
         raise ArtifactError(
             Reason.MANIFEST_DIGEST,
             path,
-            f"says {found}, but the file's digest is {expected}: the manifest was changed",
+            f"the manifest was changed: it contains the digest {found}, expected {expected}",
             field="manifest_sha256",
             next_step="Fetch or convert the artifact again",
         )

@@ -1,7 +1,6 @@
-"""A packed weight in memory: the arrays of its components, and what they decode to (spec sections 3.2, 4 and 5).
+"""Packed weights in memory: the arrays of their components, encoding and decoding (spec sections 3.2, 4 and 5).
 
-Opening an artifact makes these records from a mapped file and must stay cheap, so that the numba kernels are imported
-when something is encoded or decoded.
+The numba kernels are imported on the first use, because opening an artifact creates these records and must stay fast.
 """
 
 from __future__ import annotations
@@ -21,16 +20,21 @@ from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 
 ReadComponent = Callable[[Component], NDArray[np.uint8]]
-"""Gives the bytes of a component."""
+"""Function that returns the bytes of a component."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockScales:
-    """The scales of a packed weight as they are stored: those of all its blocks, or of a run of them.
+    """Stored scales of a packed weight, for all of its blocks or for a run of consecutive blocks.
 
-    state: what the numbers mean. absmax: uint8 codes [n_blocks], or float32 [n_blocks] without double quantization.
-    nested_absmax: float32 [n_nested_blocks] of the whole weight, and nested_quant_map: float32 [256]; both are None
-    without double quantization. first_block: the block of the weight at which the run begins.
+    Attributes:
+        state: quant_state of the weight.
+        absmax: Codes of the absmax values, uint8 [n_blocks]; without double quantization the absmax values, float32
+            [n_blocks].
+        nested_absmax: Nested absmax values of the entire weight, float32 [n_nested_blocks]; None without double
+            quantization.
+        nested_quant_map: Codebook of the absmax values, float32 [256]; None without double quantization.
+        first_block: Index of the run's first block in the weight.
     """
 
     state: QuantState
@@ -41,7 +45,13 @@ class BlockScales:
 
     @classmethod
     def from_bytes(cls, state: QuantState, read: ReadComponent, *, first_block: int = 0) -> BlockScales:
-        """Take the scales from the bytes of their components; those of absmax may be of a run of blocks."""
+        """Return the scales whose components have the given bytes.
+
+        Args:
+            state: quant_state of the weight.
+            read: Function that returns the bytes of a component. Those of absmax may belong to a run of blocks.
+            first_block: Index of the run's first block in the weight.
+        """
         if state.nested_offset is None:
             return BlockScales(state=state, absmax=read(Component.ABSMAX).view("<f4"), first_block=first_block)
         return BlockScales(
@@ -54,18 +64,18 @@ class BlockScales:
 
     @property
     def layout(self) -> PackedShape:
-        """Shape, float format and options of the whole weight."""
+        """Shape, float format and options of the entire weight."""
         return PackedShape.of_state(self.state)
 
     @property
     def second_level(self) -> tuple[NDArray[np.float32], NDArray[np.float32], np.float32] | None:
-        """nested_absmax, nested_quant_map and the offset; None without double quantization."""
+        """Nested absmax values, their codebook and the nested offset; None without double quantization."""
         if self.nested_absmax is None or self.nested_quant_map is None or self.state.nested_offset is None:
             return None
         return self.nested_absmax, self.nested_quant_map, np.float32(self.state.nested_offset)
 
     def scales(self) -> NDArray[np.float32]:
-        """Return what a reader multiplies with: the decoded absmax of each block, float32 [n_blocks]."""
+        """Return the decoded absmax of each block, float32 [n_blocks]."""
         if self.second_level is None:
             return self.absmax.astype(np.float32, copy=False)
         out = np.empty(self.absmax.size, np.float32)
@@ -73,15 +83,20 @@ class BlockScales:
         return out
 
     def largest_scale(self) -> float:
-        """Return a number that no scale of the run exceeds in magnitude."""
+        """Return an upper bound of the magnitudes of the run's scales."""
         if self.second_level is None:
             return float(np.abs(self.absmax).max(initial=0))
         nested_absmax, nested_quant_map, offset = self.second_level
         largest = float(np.abs(nested_quant_map).max()) * float(np.abs(nested_absmax).max(initial=0))
-        return 1.001 * (largest + abs(float(offset)))  # a margin for rounding
+        return 1.001 * (largest + abs(float(offset)))  # includes a margin for rounding
 
     def with_codes(self, packed: NDArray[np.uint8], *, first_block: int | None = None) -> PackedArrays:
-        """Return codes uint8 [ceil(n/2)] with their scales; the codes begin at `first_block`, by default ours."""
+        """Return packed codes together with their scales.
+
+        Args:
+            packed: Packed codes, uint8 [ceil(n / 2)].
+            first_block: Index of the codes' first block in the weight, by default the first block of the scales.
+        """
         start = self.first_block if first_block is None else first_block
         n_elements = min(2 * packed.size, self.layout.n_elements - start * self.state.block_size)
         first = start - self.first_block
@@ -97,7 +112,11 @@ class BlockScales:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedArrays(BlockScales):
-    """Codes and scales of a packed weight, or of a run of its blocks. packed: uint8 [ceil(n/2)]."""
+    """Codes and scales of a packed weight or of a run of its blocks.
+
+    Attributes:
+        packed: Packed codes, uint8 [ceil(n / 2)].
+    """
 
     packed: NDArray[np.uint8]
 
@@ -107,10 +126,14 @@ class PackedArrays(BlockScales):
         return self.state.shape
 
     def decode_into(self, out: Raw, float_format: FloatFormat | None = None) -> None:
-        """Decode all elements of the run, as a reader does, into `out` [n].
+        """Decode all elements of the run.
 
-        float_format: of `out`'s raw elements, by default what the source was.
-        Raises UsageError for arrays that do not fit together.
+        Args:
+            out: Array for the raw elements [n].
+            float_format: Float format of `out`, by default that of the source tensor.
+
+        Raises:
+            UsageError: The sizes of the arrays do not match.
         """
         float_format = float_format or self.state.float_format
         block_size = self.state.block_size
@@ -139,9 +162,12 @@ class PackedArrays(BlockScales):
         )
 
     def decode(self, float_format: FloatFormat | None = None, out: Raw | None = None) -> Raw:
-        """Return the whole weight in its shape: raw elements of `float_format` (default: what the source was).
+        """Return the decoded weight in its shape, as raw elements.
 
-        bf16 comes as its bits in uint16, fp16 as its bits in uint16, fp32 as float32. `out`: a flat buffer to reuse.
+        Args:
+            float_format: Float format of the result, by default that of the source tensor. Elements in bfloat16 and
+                float16 are returned as their bits in uint16, elements in float32 as float32.
+            out: Array for the elements [n]. Allocated if omitted.
         """
         float_format = float_format or self.state.float_format
         if out is None:
@@ -150,7 +176,7 @@ class PackedArrays(BlockScales):
         return out.reshape(self.shape)
 
     def components(self) -> dict[Component, NDArray[Any]]:
-        """Return every component of the whole weight, as its bytes lie in a shard."""
+        """Return every component of the entire weight, with the bytes that a shard contains."""
         parts: dict[Component, NDArray[Any]] = {Component.PACKED: self.packed, Component.ABSMAX: self.absmax}
         if self.nested_absmax is not None and self.nested_quant_map is not None:
             parts[Component.NESTED_ABSMAX] = self.nested_absmax
@@ -161,7 +187,12 @@ class PackedArrays(BlockScales):
 
 
 def store_scales(scales: NDArray[np.float32], layout: PackedShape) -> BlockScales:
-    """Return scales float32 [n_blocks] of a whole weight as an artifact stores them."""
+    """Return the scales of a weight in the form that an artifact stores.
+
+    Args:
+        scales: Scales of all blocks, float32 [n_blocks].
+        layout: Shape, float format and options of the weight.
+    """
     if not layout.double_quant:
         return BlockScales(state=layout.state(nested_offset=None), absmax=scales)
     nested = encode_absmax(scales)
@@ -174,7 +205,12 @@ def store_scales(scales: NDArray[np.float32], layout: PackedShape) -> BlockScale
 
 
 def encode_plain(raw: Raw, layout: PackedShape) -> PackedArrays:
-    """Encode finite raw weights [n] as a writer does by default: a scale is its block's largest magnitude."""
+    """Encode a weight with the default scales: the largest magnitude of each block (spec section 4.2).
+
+    Args:
+        raw: Raw elements of the weight [n], all finite.
+        layout: Shape, float format and options of the weight.
+    """
     packed = np.empty(packed_nbytes(layout.n_elements), np.uint8)
     absmax = np.empty(layout.n_blocks, np.float32)
     _kernels().encode_into(raw, layout.float_format, block_size=layout.block_size, packed=packed, absmax=absmax)

@@ -1,4 +1,4 @@
-"""What a safetensors header says of one tensor: its name, dtype and shape, and what follows from them."""
+"""Name, dtype and shape of a tensor in a safetensors header, and the sizes that follow from them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ ELEMENT_NBYTES = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-"""Bytes of one element of each dtype that a header may name."""
+"""Size of one element in bytes, for each supported dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor without its data. dtype: safetensors' name, as in "BF16"."""
+    """Description of a tensor without its data.
+
+    Attributes:
+        name: Name of the tensor.
+        dtype: Name of its dtype in safetensors, such as "BF16".
+        shape: Shape of the tensor.
+    """
 
     name: str
     dtype: str
@@ -25,15 +31,27 @@ class TensorSpec:
 
     @property
     def n_elements(self) -> int:
-        """Elements of the tensor; a scalar has one."""
+        """Number of elements; a scalar has one."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data. Raises KeyError for a dtype that no header may name."""
+        """Size of the tensor's data in bytes.
+
+        Raises:
+            KeyError: The dtype is not supported.
+        """
         return data_nbytes(self.dtype, self.shape)
 
 
 def data_nbytes(dtype: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a tensor's data. Raises KeyError for a dtype that no header may name."""
+    """Return the size of a tensor's data in bytes.
+
+    Args:
+        dtype: Name of the dtype in safetensors.
+        shape: Shape of the tensor.
+
+    Raises:
+        KeyError: The dtype is not supported.
+    """
     return math.prod(shape) * ELEMENT_NBYTES[dtype]

@@ -1,4 +1,4 @@
-"""How many codes and scales of a tensor differ between two artifacts on this machine."""
+"""Comparison of the codes, scales and values of a tensor in two local artifacts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from numpy.typing import NDArray
 from qformat.artifact.reading.reader import Artifact, KeptTensor, PackedTensor
 
 _CHUNK_NBYTES = 2**24
-"""Bytes compared at a time: numpy makes several copies of that size."""
+"""Number of bytes to compare at a time. numpy makes several copies of this size."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValueDifference:
-    """What differs within a tensor; None where the two cannot be compared element by element.
+    """Numbers of values that differ between two tensors. A number is None if it cannot be determined.
 
-    n_codes: codes, of n_elements. n_scales: decoded scales, of n_blocks. n_values: elements of a kept tensor.
+    Attributes:
+        name: Name of the tensor.
+        n_elements: Number of elements.
+        n_codes: Number of codes that differ.
+        n_blocks: Number of blocks.
+        n_scales: Number of decoded scales that differ.
+        n_values: Number of elements of a kept tensor that differ.
     """
 
     name: str
@@ -30,7 +36,16 @@ class ValueDifference:
 
 
 def diff_values(a: Artifact, b: Artifact, name: str) -> ValueDifference | None:
-    """Count what differs in a tensor that both artifacts have; None where shape or encoding are not the same."""
+    """Count the values that differ in a tensor of both artifacts.
+
+    Args:
+        a: First artifact.
+        b: Second artifact.
+        name: Name of the tensor.
+
+    Returns:
+        The counts, or None if the tensors have different shapes or encodings.
+    """
     one, other = a[name], b[name]
     if one.shape != other.shape:
         return None
@@ -48,7 +63,7 @@ def diff_values(a: Artifact, b: Artifact, name: str) -> ValueDifference | None:
 
 
 def _n_other_codes(a: NDArray[np.uint8], b: NDArray[np.uint8], n_elements: int) -> int:
-    """Count the 4-bit codes that differ; of an odd number of elements the last low nibble is none."""
+    """Count the codes that differ. With an odd number of elements the last low nibble is not a code."""
     count = 0
     for start in range(0, a.size, _CHUNK_NBYTES):
         changed = a[start : start + _CHUNK_NBYTES] ^ b[start : start + _CHUNK_NBYTES]

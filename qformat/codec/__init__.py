@@ -1,1 +1,1 @@
-"""Numbers to codes and back: the NF4 codec of spec sections 4 to 6. Pure functions on arrays, no I/O."""
+"""The NF4 codec: pure functions that encode arrays of numbers and decode them, without I/O (spec sections 4 to 6)."""

@@ -1,4 +1,4 @@
-"""The two tables of the format: the NF4 codebook and the 8-bit dynamic map (spec sections 4.1 and 5.1).
+"""The two codebooks of the format: NF4 and the 8-bit dynamic map (spec sections 4.1 and 5.1).
 
 Sources: NF4 is the table of QLoRA (arXiv:2305.14314, appendix E); the dynamic map is the signed tree data type of
 "8-bit Approximations for Parallelism in Deep Learning" (arXiv:1511.04561) as bitsandbytes builds it.
@@ -16,10 +16,11 @@ _NF4_BITS = (
 
 
 def dynamic_map(*, signed: bool) -> NDArray[np.float32]:
-    """Build 256 ascending values: 7 decades of means between linear boundaries, 0 and 1; 0 and 1 are exact.
+    """Return the 256 ascending values of a dynamic map: means between linear boundaries in 7 decades, 0 and 1.
 
-    signed: the map of spec section 5.1, whose values have both signs. Without a sign, which is no part of the format,
-    each decade has twice as many values: optimizer states use that map for the second moment.
+    Args:
+        signed: Return the map of spec section 5.1, whose values have both signs. Otherwise return the map with twice as
+            many values per decade, which is not part of the format: optimizer states use it for the second moment.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -41,13 +42,13 @@ def _frozen(table: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 NF4_CODEBOOK = _frozen(np.array(_NF4_BITS, dtype=np.uint32).view(np.float32))
-"""float32 [16]: the value of each code, ascending; code 7 is exactly 0."""
+"""Value of each code in ascending order, float32 [16]. Code 7 is exactly 0."""
 
 NF4_THRESHOLDS = _frozen((NF4_CODEBOOK[:-1] + NF4_CODEBOOK[1:]) / np.float32(2))
-"""float32 [15]: the midpoints between neighbouring values; a scaled weight's code is the number of them below it."""
+"""Midpoints of neighbouring values, float32 [15]. The code of a scaled weight is the number of midpoints below it."""
 
 DYNAMIC_MAP = _frozen(dynamic_map(signed=True))
-"""float32 [256]: the value of each 8-bit absmax code, ascending; code 127 is exactly 0."""
+"""Value of each 8-bit absmax code in ascending order, float32 [256]. Code 127 is exactly 0."""
 
 DYNAMIC_THRESHOLDS = _frozen((DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / np.float32(2))
-"""float32 [255]: the midpoints between neighbouring values of the dynamic map."""
+"""Midpoints of neighbouring values of the dynamic map, float32 [255]."""

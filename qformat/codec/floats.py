@@ -1,10 +1,10 @@
-"""The three float formats that a weight may have, and exact conversions from and to float32 (spec section 6).
+"""The three float formats of weights, and their conversions from and to float32 (spec section 6).
 
-numpy has no bfloat16: 16-bit formats travel as their bit patterns in uint16 arrays ("raw"), fp32 as float32.
+numpy has no bfloat16. Arrays of raw elements therefore hold 16-bit formats as bits in uint16, and float32 as float32.
 
-The one rule for float32 to bfloat16, whoever rounds: to the nearest value, ties to the even one; what is too large
-becomes infinity; subnormals are kept. A NaN stays a NaN: it keeps its sign and the upper bits of its payload, and is
-quiet. `narrow` is the definition; `cpu.scalars.rounded_to_bf16` and `cpu.lanes.narrowed` give the same bits.
+All code rounds float32 to bfloat16 in the same way: to the nearest value, ties to even; overflow gives infinity, and
+subnormals are kept. A NaN keeps its sign and the upper bits of its payload, and becomes quiet. `narrow` is the
+reference; `cpu.scalars.rounded_to_bf16` and `cpu.lanes.narrowed` are bit-identical to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Raw = NDArray[np.uint16] | NDArray[np.float32]
 
 
 class FloatFormat(Enum):
-    """A float format: its value is the name that safetensors headers use."""
+    """Float format of a weight. The value is its name in safetensors headers."""
 
     BF16 = "BF16"
     F16 = "F16"
@@ -26,22 +26,26 @@ class FloatFormat(Enum):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one element."""
+        """Size of one element in bytes."""
         return 4 if self is FloatFormat.F32 else 2
 
     @property
     def raw_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.float32]:
-        """The little-endian numpy dtype that holds elements of this format as they lie in a file."""
+        """Little-endian numpy dtype of raw elements, as in a file."""
         return np.dtype("<f4") if self is FloatFormat.F32 else np.dtype("<u2")
 
     @property
     def torch_name(self) -> str:
-        """The name that bitsandbytes and transformers write: `bfloat16`, `float16` or `float32`."""
+        """Name in torch, bitsandbytes and transformers: `bfloat16`, `float16` or `float32`."""
         return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[self.value]
 
     @classmethod
     def from_torch_name(cls, name: str) -> FloatFormat:
-        """Return the format of a torch dtype name. Raises KeyError for any other name."""
+        """Return the format with the name of a torch dtype.
+
+        Raises:
+            KeyError: No format has this name.
+        """
         return TORCH_NAMES[name]
 
 
@@ -49,7 +53,12 @@ TORCH_NAMES = {member.torch_name: member for member in FloatFormat}
 
 
 def widen(raw: Raw, float_format: FloatFormat) -> NDArray[np.float32]:
-    """Return the float32 values (same shape) of raw elements. Exact."""
+    """Convert raw elements to float32. The conversion is exact.
+
+    Args:
+        raw: Raw elements, any shape.
+        float_format: Float format of the elements.
+    """
     if float_format is FloatFormat.F32:
         return raw.astype(np.float32, copy=False)
     if float_format is FloatFormat.F16:
@@ -58,7 +67,12 @@ def widen(raw: Raw, float_format: FloatFormat) -> NDArray[np.float32]:
 
 
 def narrow(values: NDArray[np.float32], float_format: FloatFormat) -> Raw:
-    """Round float32 values (same shape) to nearest, ties to even; overflow gives infinity, NaN stays NaN."""
+    """Round float32 values to raw elements: to nearest, ties to even. Overflow gives infinity, and NaN stays NaN.
+
+    Args:
+        values: Values, any shape.
+        float_format: Float format of the result.
+    """
     if float_format is FloatFormat.F32:
         return values
     if float_format is FloatFormat.F16:

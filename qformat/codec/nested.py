@@ -1,4 +1,4 @@
-"""Double quantization, reference: a tensor's absmax values as 8-bit codes (spec section 5; QLoRA, section 3)."""
+"""Reference implementation of double quantization: absmax values as 8-bit codes (spec section 5; QLoRA, section 3)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from numpy.typing import NDArray
 from qformat.codec.codebooks import DYNAMIC_MAP, DYNAMIC_THRESHOLDS
 
 NESTED_BLOCK_SIZE = 256
-"""How many absmax values share one nested absmax."""
+"""Number of absmax values that share one nested absmax."""
 
 
 @dataclass(frozen=True, slots=True)
 class NestedAbsmax:
-    """The second level of one tensor.
+    """Quantized absmax values of one tensor.
 
-    codes: uint8 [n_blocks]; nested_absmax: float32 [ceil(n_blocks/256)]; offset: a float32 value.
+    Attributes:
+        codes: Codes of the absmax values, uint8 [n_blocks].
+        nested_absmax: Nested absmax values, float32 [ceil(n_blocks / 256)].
+        offset: Mean of the absmax values.
     """
 
     codes: NDArray[np.uint8]
@@ -26,10 +29,10 @@ class NestedAbsmax:
 
 
 def encode_absmax(absmax: NDArray[np.float32]) -> NestedAbsmax:
-    """Encode absmax float32 [n_blocks]; the mean is summed in float64 in index order."""
+    """Encode absmax values, float32 [n_blocks]. Their mean is summed in float64, in index order."""
     if absmax.size == 0:
         return NestedAbsmax(np.empty(0, np.uint8), np.empty(0, np.float32), np.float32(0))
-    total = np.cumsum(absmax, dtype=np.float64)[-1]  # cumsum adds in index order; sum() adds pairwise
+    total = np.cumsum(absmax, dtype=np.float64)[-1]  # cumsum adds in index order, unlike the pairwise sum()
     offset = np.float32(total / absmax.size)
     centered = absmax - offset
     starts = np.arange(0, absmax.size, NESTED_BLOCK_SIZE)
@@ -48,6 +51,13 @@ def decode_absmax(
     *,
     nested_quant_map: NDArray[np.float32] = DYNAMIC_MAP,
 ) -> NDArray[np.float32]:
-    """Return absmax float32 [n_blocks]: map value times nested absmax, plus offset, each step rounded to float32."""
+    """Decode absmax values, float32 [n_blocks]. The product and the sum are each rounded to float32.
+
+    Args:
+        codes: Codes of the absmax values, uint8 [n_blocks].
+        nested_absmax: Nested absmax values, float32 [ceil(n_blocks / 256)].
+        offset: Mean of the absmax values.
+        nested_quant_map: Codebook, float32 [256].
+    """
     scale = np.repeat(nested_absmax, NESTED_BLOCK_SIZE)[: codes.size]
     return nested_quant_map[codes] * scale + offset

@@ -1,4 +1,4 @@
-"""What tests of digests share: a file of several reads, and its descriptor."""
+"""Fixtures for tests of digests: a file that needs several reads, and its descriptor."""
 
 from __future__ import annotations
 

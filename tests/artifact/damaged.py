@@ -1,4 +1,4 @@
-"""A tiny artifact whose bytes are all accounted for, without the code under test; and how tests damage it."""
+"""A tiny artifact with a list of all its byte regions, made without the code under test, and functions to damage it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPONENTS = {
 
 
 def make_tiny_artifact(folder: Path, *, max_shard_nbytes: int = 1500) -> Path:
-    """Make an artifact of two shards and about 15 KB below `folder`."""
+    """Create an artifact of two shards and about 15 kB in `folder`."""
     source = write_tiny(folder / "source")
     convert(source, folder / "artifact", ConversionOptions(max_shard_nbytes=max_shard_nbytes), workers=1)
     return folder / "artifact"
@@ -31,7 +31,7 @@ def make_tiny_artifact(folder: Path, *, max_shard_nbytes: int = 1500) -> Path:
 
 @dataclass(frozen=True)
 class Region:
-    """A range of bytes of a file, and what it holds; tensor and component are None outside of tensor data."""
+    """Byte range of a file. The tensor and the component are None outside of tensor data."""
 
     file: str
     start: int
@@ -41,7 +41,7 @@ class Region:
 
 
 def regions(folder: Path) -> list[Region]:
-    """Return the regions of an artifact, which together are all of its bytes."""
+    """Return the regions of an artifact, which together cover all of its bytes."""
     found = []
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
@@ -66,16 +66,19 @@ def regions(folder: Path) -> list[Region]:
 
 
 def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:
-    """Change a JSON file as an object."""
+    """Change the object in a JSON file."""
     record = json.loads(path.read_bytes())
     change(record)
     path.write_text(json.dumps(record))
 
 
 def reseal(folder: Path, record: dict[str, object] | None = None, *, update_files: bool = True) -> None:
-    """Write a manifest that agrees with the files: sizes and digests as an honest but wrong writer would put them.
+    """Write a manifest whose sizes and digests match the files, as an honest but faulty writer would.
 
-    record: the manifest as an object (default: the one that is there). Component digests are left as they are.
+    Args:
+        folder: Directory of the artifact.
+        record: Manifest as an object, by default the existing one. Digests of components are not updated.
+        update_files: Update the sizes and digests of the files.
     """
     path = folder / "qformat.json"
     if record is None:
@@ -98,7 +101,7 @@ def reseal(folder: Path, record: dict[str, object] | None = None, *, update_file
 
 
 def rewrite_shard(path: Path, change: Callable[[dict[str, dict[str, object]], dict[str, bytes]], object]) -> None:
-    """Take a shard apart into header entries and data, change them, and put it together with right offsets."""
+    """Split a shard into header entries and data, change them, and write it again with correct offsets."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -120,7 +123,7 @@ def shards(folder: Path) -> Iterator[Path]:
 
 
 def shard_of(folder: Path, tensor: str) -> Path:
-    """Return the shard that holds a tensor."""
+    """Return the shard that contains a tensor."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     return folder / index["weight_map"][tensor]
 

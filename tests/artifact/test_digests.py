@@ -1,4 +1,4 @@
-"""The digests of ranges and files."""
+"""Digests of byte ranges and files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_range_has_the_digest_of_its_bytes(start: int, stop: int, path: Path, 
     assert xxh3(path.read_bytes()[start:stop]) == expected
 
 
-def test_a_range_beyond_the_end_is_an_error(path: Path, descriptor: int) -> None:
+def test_a_range_beyond_the_end_raises_an_error(path: Path, descriptor: int) -> None:
     for digest in (
         lambda: xxh3_of_range(descriptor, 0, NBYTES + 1, path=path, error=ArtifactError),
         lambda: sha256_of_file(descriptor, NBYTES + 1, path=path, error=ArtifactError),

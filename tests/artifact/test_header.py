@@ -1,6 +1,6 @@
-"""The strict header against the safetensors library: whatever is accepted here, it accepts and reads the same.
+"""The strict header reader accepts only files that the safetensors library accepts, and reads the same from them.
 
-Where the library accepts and this reader refuses, the case must be in a closed list.
+If the library accepts a file that this reader rejects, the reason must be in a closed list.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ STRICTER = {
     Reason.HEADER_FIELD: "unknown fields of an entry, metadata that is null, and sizes beyond 2^48",
     Reason.HEADER_LIMIT: "names that are empty, too long or unprintable, and more than eight dimensions",
     Reason.UNSUPPORTED_DTYPE: "the sub-byte dtypes F4 and F6",
-    Reason.ALIGNMENT: "elements at an offset that is no multiple of their size",
+    Reason.ALIGNMENT: "elements at an offset that is not a multiple of their size",
     Reason.HEADER_LENGTH: "headers of more than 32 MiB",
 }
-"""Why a file that safetensors reads is refused. The list is closed: no other reason may appear."""
+"""Why a file that safetensors accepts is rejected. The list is closed: no other reason may appear."""
 
 
 @pytest.fixture(scope="module")
 def file() -> Iterator[Path]:
-    """A file in memory, where there is such a thing: it is written thousands of times."""
+    """Return a file in memory, if the system has one, because it is written thousands of times."""
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as temporary:
         yield Path(temporary.name)
@@ -69,7 +69,7 @@ def library_reads(data: bytes) -> dict[str, Json] | None:
 
 
 def check(path: Path, data: bytes) -> Header | Reason:
-    """Read the file in both ways and compare."""
+    """Read the file with both readers and compare the results."""
     path.write_bytes(data)
     mine, theirs = read(path), library_reads(data)
     if isinstance(mine, Reason):
@@ -106,7 +106,7 @@ ODD_VALUES = st.one_of(
 
 @st.composite
 def valid_records(draw: st.DrawFn) -> tuple[Json, int]:
-    """Draw a header as an object, with its number of data bytes: tensors without holes, aligned if sizes fall so."""
+    """Draw a header as an object with its number of data bytes. Tensors have no gaps and may be aligned by chance."""
     names = draw(
         st.lists(
             st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=8),
@@ -134,7 +134,7 @@ def valid_records(draw: st.DrawFn) -> tuple[Json, int]:
 
 @st.composite
 def mutated_files(draw: st.DrawFn) -> bytes:
-    """Draw a valid file and change its header as an object, its text or its frame."""
+    """Draw a valid file and change the object of its header, the text or the length field."""
     record, nbytes = draw(valid_records())
     record = copy.deepcopy(record)
     for _ in range(draw(st.integers(0, 2))):
@@ -199,24 +199,24 @@ def test_a_valid_header_is_read_as_safetensors_reads_it(file: Path, drawn: tuple
 
 @settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(mutated_files())
-def test_whatever_is_accepted_safetensors_accepts_and_reads_the_same(file: Path, data: bytes) -> None:
+def test_safetensors_accepts_every_accepted_file_and_reads_the_same(file: Path, data: bytes) -> None:
     check(file, data)
 
 
 @pytest.mark.slow
 @settings(max_examples=30_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(mutated_files())
-def test_whatever_is_accepted_safetensors_accepts_at_length(file: Path, data: bytes) -> None:
+def test_safetensors_accepts_every_accepted_file_in_a_long_run(file: Path, data: bytes) -> None:
     check(file, data)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=100), st.booleans())
-def test_any_bytes_are_refused_or_read_and_never_crash(file: Path, data: bytes, framed: bool) -> None:
+def test_any_bytes_are_rejected_or_read_without_a_crash(file: Path, data: bytes, framed: bool) -> None:
     check(file, struct.pack("<Q", len(data)) + data if framed else data)
 
 
-def test_a_truncation_at_every_length_is_refused(file: Path) -> None:
+def test_a_truncation_to_every_length_is_rejected(file: Path) -> None:
     whole = header_bytes({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}) + bytes(16)
     for nbytes in range(len(whole)):
         assert check(file, whole[:nbytes]) is Reason.TRUNCATED
@@ -242,9 +242,7 @@ A = '"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
         ("{" + A.replace("F32", "F4").replace("[4]", "[32]") + "}", Reason.UNSUPPORTED_DTYPE),
     ],
 )  # fmt: skip
-def test_what_the_library_accepts_and_a_strict_reader_should_not_is_refused(
-    text: str, reason: Reason, file: Path
-) -> None:
+def test_dubious_files_that_the_library_accepts_are_rejected(text: str, reason: Reason, file: Path) -> None:
     data = text.encode()
     data = data.ljust(-(-len(data) // 8) * 8)
     whole = struct.pack("<Q", len(data)) + data + bytes(16)
@@ -252,18 +250,18 @@ def test_what_the_library_accepts_and_a_strict_reader_should_not_is_refused(
     assert check(file, whole) is reason
 
 
-def test_an_empty_header_is_refused(file: Path) -> None:
+def test_an_empty_header_is_rejected(file: Path) -> None:
     assert check(file, struct.pack("<Q", 2) + b"{}") is Reason.HEADER_SYNTAX
 
 
-def test_ninety_megabytes_of_spaces_are_refused_unread(file: Path) -> None:
+def test_ninety_megabytes_of_spaces_are_rejected_without_reading_them(file: Path) -> None:
     file.write_bytes(struct.pack("<Q", 90 * 2**20) + b"{" + A.encode() + b"}")
     os.truncate(file, 8 + 90 * 2**20 + 16)
     assert read(file) is Reason.HEADER_LENGTH
     file.write_bytes(b"")
 
 
-def test_what_build_writes_is_read_and_begins_at_a_page() -> None:
+def test_a_built_header_can_be_read_and_its_data_begins_at_a_page() -> None:
     tensors = [
         TensorSpec("empty", "BF16", (0, 4)),
         TensorSpec("b", "F32", (3, 5)),

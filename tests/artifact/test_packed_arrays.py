@@ -1,4 +1,4 @@
-"""Components in memory: from bytes and back, whole and in runs of blocks, against the reference codec."""
+"""Packed weights in memory, complete and in runs of blocks, agree with the reference codec."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def arrays(float_format: FloatFormat, *, double_quant: bool, block_size: int = 3
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("float_format", list(FloatFormat))
-def test_it_encodes_and_decodes_as_the_reference(float_format: FloatFormat, double_quant: bool) -> None:
+def test_a_weight_is_encoded_and_decoded_as_by_the_reference(float_format: FloatFormat, double_quant: bool) -> None:
     raw, made = weights(float_format), arrays(float_format, double_quant=double_quant)
     packed, absmax = nf4.encode(widen(raw, float_format), block_size=32)
     if double_quant:
@@ -43,7 +43,7 @@ def test_it_encodes_and_decodes_as_the_reference(float_format: FloatFormat, doub
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_its_components_have_the_sizes_of_the_layout_and_make_it_again(double_quant: bool) -> None:
+def test_components_have_the_sizes_of_the_layout_and_give_the_weight_again(double_quant: bool) -> None:
     made = arrays(FloatFormat.BF16, double_quant=double_quant)
     parts = {part: np.frombuffer(data.tobytes(), np.uint8) for part, data in made.components().items()}
     assert {part: data.nbytes for part, data in parts.items()} == {
@@ -62,7 +62,7 @@ def test_a_run_of_blocks_decodes_to_that_part_of_the_weight(first_block: int, do
     whole, start = made.decode().reshape(-1), 32 * first_block
     for n_elements in (32, 32 * 7, whole.size - start):
         codes = made.packed[start // 2 : (start + n_elements + 1) // 2]
-        # The scales of the whole weight, and only those of the run: both say where it begins.
+        # The scales of the entire weight, and those of the run only: both know where the run begins.
         of_whole = made.with_codes(codes, first_block=first_block)
         parts = {part: np.frombuffer(data.tobytes(), np.uint8) for part, data in made.components().items()}
         width = made.absmax.itemsize

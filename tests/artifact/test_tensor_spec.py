@@ -18,6 +18,6 @@ def test_elements_and_bytes_follow_from_dtype_and_shape(
     assert (spec.n_elements, spec.nbytes) == (n_elements, nbytes)
 
 
-def test_a_dtype_that_no_header_may_name_has_no_size() -> None:
+def test_an_unsupported_dtype_has_no_size() -> None:
     with pytest.raises(KeyError):
         _ = TensorSpec("w", "F4", (8,)).nbytes

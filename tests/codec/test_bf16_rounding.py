@@ -1,4 +1,4 @@
-"""One rounding from float32 to bfloat16: every implementation against torch, and against the rule for NaN."""
+"""All implementations round float32 to bfloat16 like torch, and follow the rule for NaN."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.codec.cpu.sample_blocks import RUNNABLE
 
 Bits = NDArray[np.uint16]
 
-# Every upper half - all signs, exponents and NaN payloads - with lower halves on, just beside and far from a tie.
+# Every upper half (all signs, exponents and NaN payloads) with lower halves on, next to and far from a tie.
 LOWER_HALVES = np.array([0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
 PATTERNS = ((np.arange(1 << 16, dtype=np.uint32) << 16)[:, None] | LOWER_HALVES).reshape(-1)
 VALUES = PATTERNS.view(np.float32)
 
 
 def expected() -> Bits:
-    """torch's rounding of all that is a number; a NaN keeps sign and upper payload and is quiet."""
+    """Return torch's rounding; a NaN keeps its sign and upper payload and is quiet."""
     rounded = torch.from_numpy(VALUES).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     return np.where(np.isnan(VALUES), (PATTERNS >> 16 | 0x40).astype(np.uint16), rounded)
 
@@ -40,7 +40,7 @@ def by_the_ggml_kernel() -> Bits:
 
 
 def by_the_fp8_decoder() -> Bits:
-    """A matrix of ones whose blocks are single columns: each one's scale is the value."""
+    """Decode a matrix of ones with single columns as blocks: the scale of each block is the value."""
     one = int(np.flatnonzero(E4M3 == 1)[0])
     found = []
     for scales in np.array_split(VALUES, 96):
@@ -52,7 +52,7 @@ def by_the_fp8_decoder() -> Bits:
 
 def by_the_decoder(instructions: Instructions) -> Callable[[], Bits]:
     def decode() -> Bits:
-        """Blocks of code 15, which is 1: each one's scale is the value."""
+        """Decode blocks of code 15, which is 1: the scale of each block is the value."""
         out = np.empty(VALUES.size * 32, np.uint16)
         decode_into(
             np.full(out.size // 2, 0xFF, np.uint8),
@@ -85,7 +85,7 @@ def test_every_pattern_is_rounded_to_the_same_bits(implementation: str) -> None:
     assert not wrong.size, shown
 
 
-def test_the_patterns_hold_every_kind_of_number() -> None:
+def test_the_patterns_include_every_kind_of_number() -> None:
     upper, lower = PATTERNS >> 16, PATTERNS & 0xFFFF
     signalling = np.isnan(VALUES) & ((upper & 0x40) == 0)
     overflowing = (upper & 0x7FFF == 0x7F7F) & (lower >= 0x8000)

@@ -1,4 +1,4 @@
-"""The two tables: pinned byte for byte, and equal to those that bitsandbytes writes into its files."""
+"""The two codebooks have fixed bytes and are the same as those that bitsandbytes writes."""
 
 from __future__ import annotations
 

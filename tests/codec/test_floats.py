@@ -1,4 +1,4 @@
-"""Conversions of the three formats, against torch: every 16-bit pattern, every rounding boundary."""
+"""Conversions of the three formats agree with torch for every 16-bit pattern and every rounding boundary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def torch_values(raw: NDArray[np.uint16], float_format: FloatFormat) -> torch.Te
 
 
 def rounding_boundaries(float_format: FloatFormat) -> NDArray[np.float32]:
-    """Each value of a 16-bit format, half way to the next one, and one float32 step around both; both signs."""
+    """Return all values of a 16-bit format, the midpoints, and one float32 step around each, with both signs."""
     dropped = 16 if float_format is FloatFormat.BF16 else 13
     finite = widen(ALL_PATTERNS[: 0x7F80 if float_format is FloatFormat.BF16 else 0x7C00], float_format)
     half_way = (finite.astype(np.float64)[:-1] + finite[1:].astype(np.float64)) / 2
@@ -47,7 +47,7 @@ def test_all_16_bit_patterns_widen_as_in_torch(float_format: FloatFormat) -> Non
 
 
 @pytest.mark.parametrize("float_format", SIXTEEN_BITS)
-def test_all_16_bit_patterns_but_nans_survive_the_way_to_float32_and_back(float_format: FloatFormat) -> None:
+def test_all_16_bit_patterns_except_nans_survive_a_round_trip_through_float32(float_format: FloatFormat) -> None:
     wide = widen(ALL_PATTERNS, float_format)
     numbers = ~np.isnan(wide)
     assert np.array_equal(narrow(wide, float_format)[numbers], ALL_PATTERNS[numbers])
@@ -80,7 +80,7 @@ def test_narrow_overflows_to_infinity_and_keeps_nan(float_format: FloatFormat) -
     )
 
 
-def test_float32_passes_unchanged() -> None:
+def test_float32_is_returned_unmodified() -> None:
     values: Raw = np.array([-0.0, 1e-45, 3.4e38], np.float32)
     assert widen(values, FloatFormat.F32) is values
     assert narrow(values.astype(np.float32), FloatFormat.F32).tobytes() == values.tobytes()
@@ -94,6 +94,6 @@ def test_names_and_sizes_agree_with_torch(float_format: FloatFormat) -> None:
     assert FloatFormat.from_torch_name(float_format.torch_name) is float_format
 
 
-def test_other_torch_names_are_refused() -> None:
+def test_other_torch_names_are_rejected() -> None:
     with pytest.raises(KeyError):
         FloatFormat.from_torch_name("float64")

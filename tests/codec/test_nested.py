@@ -1,4 +1,4 @@
-"""The second level, reference: against bitsandbytes' codes, offset and decoded absmax values."""
+"""The reference of the second level agrees with bitsandbytes: codes, offset and decoded absmax values."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from qformat.codec.nested import NESTED_BLOCK_SIZE, decode_absmax, encode_absmax
 SIZES = (1, 2, 255, 256, 257, 511, 1009, 4096, 100_003)
 MOST_DIFFERING_CODES = 0.003
 MOST_ADDED_ERROR = 4e-5
-"""bitsandbytes searches the map approximately on AVX-512 CPUs: 0.16% of its codes are not the nearest. Nearly all are
-one off, around zero, where the map is dense, two or three. Their values are up to 3e-5 of the nested absmax farther."""
+"""bitsandbytes searches the map approximately on AVX-512 CPUs: 0.16% of its codes are not the nearest. Nearly all
+of them differ by one; around zero, where the map is dense, by two or three. This adds an error of up to 3e-5 of the
+nested absmax."""
 
 
 def absmax_values(n: int) -> NDArray[np.float32]:
-    """n values as blocks of 64 Gaussian weights give them."""
+    """Return n absmax values of blocks of 64 Gaussian weights."""
     weights = np.random.default_rng(n).standard_normal((n, 64), np.float32) * np.float32(0.02)
     return np.abs(weights).max(axis=1)
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_codes_are_those_of_bitsandbytes_but_for_its_approximate_search(n: int) -> None:
+def test_codes_are_those_of_bitsandbytes_except_for_its_approximate_search(n: int) -> None:
     absmax = absmax_values(n)
     ours = encode_absmax(absmax)
     theirs, state = F.quantize_blockwise(torch.from_numpy(absmax - ours.offset), blocksize=NESTED_BLOCK_SIZE)
     assert ours.nested_absmax.tobytes() == state.absmax.numpy().tobytes()
     differ = np.flatnonzero(ours.codes != theirs.numpy())
-    if n % NESTED_BLOCK_SIZE == 1:  # a group of one zero: bitsandbytes divides zero by zero
+    if n % NESTED_BLOCK_SIZE == 1:  # a group with one zero: bitsandbytes divides zero by zero
         differ = differ[differ < n - 1] if ours.nested_absmax[-1] == 0 else differ
     scaled = (absmax - ours.offset)[differ] / ours.nested_absmax[differ // NESTED_BLOCK_SIZE]
     our_error = np.abs(DYNAMIC_MAP[ours.codes[differ]] - scaled)

@@ -1,4 +1,4 @@
-"""The NF4 reference, against bitsandbytes: the same codes byte for byte, the same absmax, the same decoded weights."""
+"""The NF4 reference agrees with bitsandbytes: the same codes, absmax values and decoded weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qformat.codec import nf4
 from qformat.codec.codebooks import NF4_CODEBOOK, NF4_THRESHOLDS
 from qformat.codec.floats import FloatFormat, narrow, widen
 
-STEADY = settings(deadline=None)  # a first example may compile, and test machines stall
+STEADY = settings(deadline=None)  # the first example may compile, and test machines stall
 DTYPES = {
     FloatFormat.BF16: torch.bfloat16,
     FloatFormat.F16: torch.float16,
@@ -25,7 +25,7 @@ ZERO_TAIL_OF_BITSANDBYTES = np.float32(1e-38)
 
 
 def weights(n: int, *, seed: int) -> torch.Tensor:
-    """n Gaussian weights in which every fifth block of 32 is zero, of both signs."""
+    """Return n Gaussian weights; every fifth block of 32 is zero, with both signs."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(n, generator=generator) * 0.02
     values[(torch.arange(n) // 32 % 5) == 3] *= 0.0
@@ -46,7 +46,7 @@ def test_codes_are_those_of_bitsandbytes(float_format: FloatFormat, n: int, bloc
     assert packed.tobytes() == theirs.numpy().tobytes()
     if (
         absmax[-1] == 0 and n % block_size
-    ):  # bitsandbytes raises the absmax of a partial block of zeros: same decoded zeros
+    ):  # bitsandbytes raises the absmax of a partial block of zeros; the decoded zeros are the same
         assert state.absmax[-1] == ZERO_TAIL_OF_BITSANDBYTES
         state.absmax[-1] = 0
     assert absmax.tobytes() == state.absmax.float().numpy().tobytes()
@@ -55,7 +55,7 @@ def test_codes_are_those_of_bitsandbytes(float_format: FloatFormat, n: int, bloc
 @pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
 @pytest.mark.parametrize("float_format", DTYPES)
 def test_decoded_weights_are_those_of_bitsandbytes(float_format: FloatFormat, block_size: int) -> None:
-    # Rows are whole blocks: where they are not, bitsandbytes 0.50.2 on AVX-512 CPUs takes wrong scales for a matrix.
+    # Rows are complete blocks. Otherwise bitsandbytes 0.50.2 uses wrong scales for a matrix on AVX-512 CPUs.
     tensor = weights(24 * 768, seed=2).reshape(24, 768).to(DTYPES[float_format])
     theirs, state = F.quantize_4bit(tensor, blocksize=block_size, quant_type="nf4")
     decoded = F.dequantize_4bit(theirs, state)
@@ -80,7 +80,7 @@ def test_zero_blocks_decode_to_zeros() -> None:
     assert not nf4.decode(packed, absmax, n_elements=80, block_size=64).any()
 
 
-def test_the_first_of_a_pair_lies_in_the_high_nibble() -> None:
+def test_the_first_of_a_pair_is_in_the_high_nibble() -> None:
     packed, _ = nf4.encode(np.array([1.0, -1.0], np.float32), block_size=32)
     assert packed.tolist() == [0xF0]
 
@@ -90,7 +90,7 @@ def test_an_odd_last_code_is_paired_with_that_of_zero() -> None:
     assert packed.tolist() == [0x07]
 
 
-def test_a_weight_on_a_threshold_takes_the_lower_code() -> None:
+def test_a_weight_on_a_threshold_gets_the_lower_code() -> None:
     block = np.zeros(32, np.float32)
     block[0], block[1:16] = 1, NF4_THRESHOLDS
     block[16:31] = np.nextafter(NF4_THRESHOLDS, np.float32(2))
@@ -99,7 +99,7 @@ def test_a_weight_on_a_threshold_takes_the_lower_code() -> None:
     assert codes[16:31].tolist() == list(range(1, 16))
 
 
-def test_whole_blocks_multiply_and_a_partial_block_divides() -> None:
+def test_complete_blocks_multiply_and_a_partial_block_divides() -> None:
     absmax, weight = np.float32(0.9), NF4_THRESHOLDS[9] * np.float32(0.9)
     candidates = weight.view(np.uint32) + np.arange(-8, 8).astype(np.uint32)
     candidates = candidates.view(np.float32)
@@ -130,7 +130,7 @@ def test_unpack_undoes_pack(codes: list[int]) -> None:
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=130),
     st.sampled_from(nf4.BLOCK_SIZES),
 )
-def test_decoded_weights_are_the_nearest_that_their_block_offers(numbers: list[float], block_size: int) -> None:
+def test_decoded_weights_are_the_nearest_values_of_their_block(numbers: list[float], block_size: int) -> None:
     values = np.array(numbers, np.float32)
     packed, absmax = nf4.encode(values, block_size=block_size)
     scale = np.repeat(absmax, block_size)[: values.size].astype(np.float64)

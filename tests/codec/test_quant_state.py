@@ -1,4 +1,4 @@
-"""The quant_state record: bitsandbytes' own bytes out, nothing but them in."""
+"""The quant_state record: its bytes are those of bitsandbytes, and the parser rejects everything else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.codec.quant_state import ALIGNMENT, MAX_NBYTES, QuantState, padded_nbytes, parse
 from qformat.errors import ArtifactError, Reason
 
-STEADY = settings(deadline=None)  # a first example may compile, and test machines stall
+STEADY = settings(deadline=None)  # the first example may compile, and test machines stall
 DTYPES = {
     FloatFormat.BF16: torch.bfloat16,
     FloatFormat.F16: torch.float16,
@@ -83,7 +83,7 @@ def test_parse_undoes_writing(
     assert parse(state.to_padded_json(), path="file", tensor="w") == state
 
 
-def test_a_bfloat16_second_level_is_read_as_such() -> None:
+def test_a_bfloat16_second_level_is_accepted() -> None:
     data = json.dumps(RECORD | {"nested_dtype": "bfloat16"}).encode()
     assert parse(data, path="file", tensor="w").nested_dtype == "bfloat16"
 
@@ -120,7 +120,7 @@ REFUSED_FIELDS: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED_FIELDS)
-def test_parse_refuses_and_names_the_field(case: str) -> None:
+def test_parse_rejects_invalid_records_and_reports_the_field(case: str) -> None:
     record, field = REFUSED_FIELDS[case]
     with pytest.raises(ArtifactError) as caught:
         parse(json.dumps(record).encode(), path="shard.safetensors", tensor="h.0.q.weight")
@@ -144,16 +144,16 @@ def test_parse_refuses_and_names_the_field(case: str) -> None:
         (json.dumps(RECORD | {"shape": [1] * MAX_NBYTES}).encode(), Reason.JSON_LIMIT),
     ],
 )
-def test_parse_refuses_what_is_not_strict_json(data: bytes, reason: Reason) -> None:
+def test_parse_rejects_texts_that_are_not_strict_json(data: bytes, reason: Reason) -> None:
     with pytest.raises(ArtifactError) as caught:
         parse(data, path="file", tensor="w")
     assert caught.value.reason is reason
 
 
-def test_the_largest_float32_is_an_offset_and_the_next_number_is_none() -> None:
+def test_the_largest_float32_is_accepted_as_an_offset_and_the_next_number_is_rejected() -> None:
     largest = float(np.finfo(np.float32).max)
     assert (
         parse(json.dumps(RECORD | {"nested_offset": largest}).encode(), path="f", tensor="w").nested_offset == largest
     )
-    with pytest.raises(ArtifactError, match="does not fit float32"):
+    with pytest.raises(ArtifactError, match="is outside the range of float32"):
         parse(json.dumps(RECORD | {"nested_offset": math.nextafter(largest, math.inf)}).encode(), path="f", tensor="w")

@@ -225,7 +225,7 @@ def test_an_older_artifact_is_replaced_atomically_on_request(
     assert contents(tmp_path / "out") == published
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
-    with pytest.raises(TargetError, match="is no artifact"):
+    with pytest.raises(TargetError, match="is not an artifact"):
         do_fetch(tmp_path / "mine", force=True)
 
 

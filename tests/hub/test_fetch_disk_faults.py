@@ -17,7 +17,7 @@ from tests.small_models import contents, names_beside
 def test_a_full_disk_is_rejected_before_a_byte_is_fetched(
     hub: Hub, published: dict[str, bytes], tmp_path: Path
 ) -> None:
-    with pytest.raises(TargetError, match="no space"):
+    with pytest.raises(TargetError, match="not enough disk space"):
         do_fetch(tmp_path / "out", disk=DiskWithRoom(1000))
     assert not hub.requests(BODY)
     assert names_beside(tmp_path / "out") == {"small-nf4"}

@@ -1,4 +1,4 @@
-"""The conformance corpus of spec/vectors. Reading it never makes it: a file that is missing or short fails."""
+"""The conformance corpus of spec/vectors. A missing or short file fails a test and is never created."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ VECTORS = ROOT / "spec" / "vectors"
 ARTIFACTS = VECTORS / "artifacts"
 
 AT_LEAST = {"tensors.json": 45, "artifacts.json": 10, "edited.json": 300}
-"""How many vectors a file has at least: an empty corpus would pass every test."""
+"""Smallest number of vectors per file, because an empty corpus would pass every test."""
 
 Vector = dict[str, Any]
 
 
 def load(file: str, member: str = "vectors") -> list[Vector]:
-    """The vectors of one file."""
+    """Return the vectors of one file."""
     vectors: list[Vector] = json.loads((VECTORS / file).read_text("utf-8"))[member]
     assert len(vectors) >= AT_LEAST[file], f"{file} has {len(vectors)} vectors, expected {AT_LEAST[file]} or more"
     names = [vector["name"] for vector in vectors]
@@ -42,12 +42,12 @@ def edited() -> list[Vector]:
 
 
 def name_of(vector: Vector) -> str:
-    """The id of a vector in pytest's output."""
+    """Return the id of a vector in the output of pytest."""
     return str(vector["name"])
 
 
 def copy_of(base: str, tmp_path: Path) -> Path:
-    """A copy of an artifact in a folder that could be the Hub's cache."""
+    """Return a copy of an artifact in a directory with the layout of the Hub's cache."""
     folder = tmp_path / "models--test" / "snapshots" / ("0" * 40)
     shutil.copytree(ARTIFACTS / base, folder)
     return folder

@@ -1,4 +1,4 @@
-"""The artifacts of spec/vectors/edited.json, made, and which of them open and verify refuse."""
+"""The artifacts of spec/vectors/edited.json, and which of them opening and verification reject."""
 
 from __future__ import annotations
 

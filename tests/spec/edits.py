@@ -1,6 +1,6 @@
-"""The edit operations of spec/vectors/edited.json (its README lists them): how a base artifact is broken or changed.
+"""The edit operations of spec/vectors/edited.json, which its README describes.
 
-Shares no code with qformat, so that a fault there cannot hide here.
+They share no code with qformat, so that a bug there cannot be hidden here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LABELS = {
 
 
 def apply(edits: list[Edit], folder: Path) -> None:
-    """Apply edits one after the other to the artifact in `folder`."""
+    """Apply edits in order to the artifact in `folder`."""
     for edit in edits:
         OPERATIONS[edit["op"]](folder, edit)
 
@@ -56,7 +56,7 @@ def _append(folder: Path, edit: Edit) -> None:
 
 
 def _resize(folder: Path, edit: Edit) -> None:
-    """Cut, or extend with zeros; a negative size counts from the end."""
+    """Truncate a file, or extend it with zeros. A negative size counts from the end."""
     path = folder / edit["file"]
     nbytes = edit["nbytes"] if edit["nbytes"] >= 0 else path.stat().st_size + edit["nbytes"]
     os.truncate(path, nbytes)
@@ -124,7 +124,7 @@ def _at(document: Any, keys: list[str | int]) -> Any:
 
 
 def _read_shard(path: Path) -> tuple[bytes, bytes]:
-    """The header's bytes and the data."""
+    """Return the bytes of the header and the data."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     return content[8:start], content[start:]
@@ -158,14 +158,14 @@ def _header_replace(folder: Path, edit: Edit) -> None:
 
 
 def _header_write(folder: Path, edit: Edit) -> None:
-    """Put a whole header text there, padded to a multiple of `multiple` (4096)."""
+    """Replace the text of the header, padded to a multiple of `multiple` (4096)."""
     path = folder / edit["file"]
     _, data = _read_shard(path)
     _write_shard(path, _content(edit), data, multiple=edit.get("multiple", 4096))
 
 
 def _header_pad(folder: Path, edit: Edit) -> None:
-    """Pad the header to another multiple than 4096."""
+    """Pad the header to a multiple other than 4096."""
     path = folder / edit["file"]
     header, data = _read_shard(path)
     _write_shard(path, header.rstrip(b" "), data, multiple=edit["multiple"])
@@ -177,7 +177,7 @@ def _header_length(folder: Path, edit: Edit) -> None:
 
 
 def _reorder(folder: Path, edit: Edit) -> None:
-    """Lay a shard's tensors out in the order of `names`, without holes; tensors not named are dropped."""
+    """Write the tensors of a shard in the order of `names`, without gaps. Other tensors are dropped."""
     path = folder / edit["file"]
     header, data = _read_shard(path)
     document = json.loads(header)
@@ -191,7 +191,7 @@ def _reorder(folder: Path, edit: Edit) -> None:
 
 
 def _drop(folder: Path, edit: Edit) -> None:
-    """Take a tensor out of its shard; what lies behind it moves up."""
+    """Remove a tensor from its shard. The data after it moves up."""
     path = _shard_of(folder, edit["tensor"])
     document = json.loads(_read_shard(path)[0])
     names = [name for name in document if name not in {"__metadata__", edit["tensor"]}]
@@ -200,7 +200,7 @@ def _drop(folder: Path, edit: Edit) -> None:
 
 
 def _add(folder: Path, edit: Edit) -> None:
-    """Put a tensor behind the others of a shard."""
+    """Add a tensor after the others of a shard."""
     path = folder / edit["file"]
     header, data = _read_shard(path)
     document = json.loads(header)
@@ -211,7 +211,7 @@ def _add(folder: Path, edit: Edit) -> None:
 
 
 def _data(folder: Path, edit: Edit) -> None:
-    """Overwrite bytes of a tensor from byte `at` on."""
+    """Overwrite bytes of a tensor from offset `at` on."""
     path, start, nbytes = _range_of(folder, edit["tensor"])
     new = _content(edit)
     assert edit["at"] + len(new) <= nbytes
@@ -221,7 +221,7 @@ def _data(folder: Path, edit: Edit) -> None:
 
 
 def _state(folder: Path, edit: Edit) -> None:
-    """Replace text in a quant_state record (or all of it) and pad it to the size that it had."""
+    """Replace text in a quant_state record, or all of it, and pad it to its old size."""
     path, start, nbytes = _range_of(folder, edit["tensor"] + ".quant_state.bitsandbytes__nf4")
     content = bytearray(path.read_bytes())
     text = bytes(content[start : start + nbytes]).rstrip(b" ")
@@ -247,7 +247,7 @@ def _range_of(folder: Path, tensor: str) -> tuple[Path, int, int]:
 
 
 def _seal(folder: Path, _: Edit) -> None:
-    """Bring the manifest's digest of itself up to date."""
+    """Update the manifest's digest of itself."""
     path = folder / MANIFEST
     data = path.read_bytes()
     (start,) = (match.end() for match in re.finditer(rb'"manifest_sha256": "(?=[0-9a-f]{64}"\n}\n\Z)', data))
@@ -256,7 +256,7 @@ def _seal(folder: Path, _: Edit) -> None:
 
 
 def _refresh(folder: Path, edit: Edit) -> None:
-    """Bring every size and digest of the manifest up to date, as far as the files can be read, and seal it."""
+    """Update every size and digest of the manifest, as far as the files can be read, and seal it."""
     path = folder / MANIFEST
     manifest = json.loads(path.read_bytes())
     digests: dict[str, str] = {}
@@ -278,7 +278,7 @@ def _refresh(folder: Path, edit: Edit) -> None:
 
 
 def _data_digests(header: bytes, data: bytes) -> dict[str, str]:
-    """The digest of each tensor whose header entry can be understood."""
+    """Return the digest of each tensor with a readable header entry."""
     try:
         document = json.loads(header)
     except ValueError:

@@ -1,4 +1,4 @@
-"""An encoder in plain Python, from sections 4 to 6 of spec/README.md alone: the text is enough to encode, too."""
+"""An encoder in plain Python, written from sections 4 to 6 of spec/README.md to show that they are sufficient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CODEBOOK_BITS = """
 
 
 def f32(value: float) -> float:
-    """Round to float32. One operation on float32 values, done in float64 and rounded again, is rounded right."""
+    """Round to float32. A single operation on float32 values in float64, rounded again, is rounded correctly."""
     return ctypes.c_float(value).value
 
 

@@ -1,4 +1,4 @@
-"""spec/vectors/artifacts: valid artifacts open, verify and decode to the expected bits; qformat would write most so."""
+"""spec/vectors/artifacts: valid artifacts open, verify and decode to the expected bits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = corpus.artifacts()
 AS_WRITTEN = [vector for vector in ALL if vector["as_written"]]
 
 
-def test_every_folder_is_described_and_every_description_has_its_folder() -> None:
+def test_directories_and_descriptions_match() -> None:
     assert {path.name for path in corpus.ARTIFACTS.iterdir()} == {vector["name"] for vector in ALL}
 
 
@@ -30,7 +30,7 @@ def test_the_corpus_stays_small() -> None:
 
 
 @pytest.mark.parametrize("vector", ALL, ids=corpus.name_of)
-def test_no_fault_is_found_in_a_valid_artifact(vector: corpus.Vector) -> None:
+def test_a_valid_artifact_has_no_findings(vector: corpus.Vector) -> None:
     report = verify_integrity(corpus.ARTIFACTS / vector["name"], sha256=True)
     assert report.findings == ()
 
@@ -60,7 +60,7 @@ def new_tensors(name: str, record: TensorRecord) -> list[TensorSpec]:
 
 
 @pytest.mark.parametrize("vector", AS_WRITTEN, ids=corpus.name_of)
-def test_the_layout_of_a_written_artifact_follows_from_names_and_sizes(vector: corpus.Vector) -> None:
+def test_the_layout_of_a_written_artifact_depends_on_names_and_sizes_only(vector: corpus.Vector) -> None:
     folder = corpus.ARTIFACTS / vector["name"]
     parsed = parse(folder)
     names = sorted(parsed.tensors, key=layout.natural_order)
@@ -75,7 +75,7 @@ def test_the_layout_of_a_written_artifact_follows_from_names_and_sizes(vector: c
 
 
 @pytest.mark.parametrize("vector", AS_WRITTEN, ids=corpus.name_of)
-def test_a_written_manifest_comes_back_byte_for_byte(vector: corpus.Vector) -> None:
+def test_a_written_manifest_is_byte_identical_after_a_round_trip(vector: corpus.Vector) -> None:
     folder = corpus.ARTIFACTS / vector["name"]
     assert parse(folder).to_bytes() == (folder / MANIFEST_NAME).read_bytes()
 

@@ -1,4 +1,4 @@
-"""spec/vectors/edited.json: artifacts that are broken in one way each are refused with the reason, file and tensor."""
+"""spec/vectors/edited.json: artifacts with a single fault are rejected with the reason, the file and the tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_edit_operation_is_used() -> None:
 
 
 @pytest.mark.parametrize("vector", refused_by("open"), ids=corpus.name_of)
-def test_reader_refuses_with_the_reason_the_file_and_the_tensor(vector: corpus.Vector, tmp_path: Path) -> None:
+def test_reader_rejects_with_the_reason_the_file_and_the_tensor(vector: corpus.Vector, tmp_path: Path) -> None:
     folder = make(vector, tmp_path)
     with pytest.raises(ArtifactError) as refusal:
         open_artifact(folder)
@@ -36,7 +36,7 @@ def test_reader_refuses_with_the_reason_the_file_and_the_tensor(vector: corpus.V
 
 
 @pytest.mark.parametrize("vector", refused_by("verify"), ids=corpus.name_of)
-def test_verify_finds_what_the_reader_cannot_see(vector: corpus.Vector, tmp_path: Path) -> None:
+def test_verify_finds_faults_that_the_reader_cannot_detect(vector: corpus.Vector, tmp_path: Path) -> None:
     folder = make(vector, tmp_path)
     open_artifact(folder).close()
     findings = verify_integrity(folder, sha256=True).findings

@@ -1,4 +1,4 @@
-"""spec/README.md against the vectors and the code: every rule is shown, every code, limit and section is the same."""
+"""spec/README.md agrees with the vectors and the code: rules, reason codes, limits, numbers and sections."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def vectors() -> list[corpus.Vector]:
 
 
 def section(number: str) -> str:
-    """The text of one section, its subsections included."""
+    """Return the text of one section, including its subsections."""
     start = TEXT.index(f"\n## {number}. ")
     end = TEXT.find("\n## ", start + 1)
     return TEXT[start : end if end >= 0 else len(TEXT)]
@@ -35,18 +35,20 @@ def test_every_rule_is_stated_once() -> None:
     assert sorted(rules) == sorted(set(rules))
 
 
-def test_every_rule_is_shown_by_a_vector_and_no_vector_names_another() -> None:
+def test_every_rule_has_a_vector_and_vectors_have_no_other_rules() -> None:
     assert {rule for vector in vectors() for rule in vector["rules"]} == set(RULE.findall(TEXT))
 
 
-def test_every_vector_names_a_rule() -> None:
+def test_every_vector_has_a_rule() -> None:
     unnamed = [vector["name"] for vector in vectors() if not vector["rules"]]
     assert set(unnamed) <= {"unchanged", "resealed"}
 
 
 def reasons_in_the_text() -> tuple[list[str], list[str]]:
-    """The codes of the table, and those that are not about artifacts."""
-    table, rest = section("9").split("Of the same list, but not about what an artifact says:")
+    """Return the codes of the table, and those that do not describe artifacts."""
+    table, rest = section("9").split(
+        "These codes belong to the same list, but do not describe the contents of an artifact:"
+    )
     return re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE), re.findall(r"`(\w+)`", rest)
 
 

@@ -1,4 +1,4 @@
-"""spec/vectors/tensors.json: the same codes, scales, records and decoded bits from every implementation."""
+"""spec/vectors/tensors.json: every implementation gives the same codes, scales, records and decoded bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def raw_input(vector: corpus.Vector) -> tuple[Raw, FloatFormat]:
 
 
 def second_level(vector: corpus.Vector) -> tuple[Array, Array, Array, np.float32]:
-    """Codes, nested absmax, map and offset."""
+    """Return the codes, the nested absmax values, the map and the offset."""
     stored_map = array(vector["nested_quant_map"], "<f4") if "nested_quant_map" in vector else DYNAMIC_MAP
     offset: np.float32 = np.uint32(int(vector["nested_offset_bits"], 16)).view(np.float32)
     return array(vector["absmax"], "u1"), array(vector["nested_absmax"], "<f4"), stored_map, offset
@@ -74,7 +74,7 @@ def test_kernels_encode_the_expected_bytes(vector: corpus.Vector) -> None:
 
 
 @pytest.mark.parametrize("vector", ENCODED, ids=corpus.name_of)
-def test_an_encoder_from_the_text_alone_gives_the_expected_bytes(vector: corpus.Vector) -> None:
+def test_an_encoder_written_from_the_specification_gives_the_expected_bytes(vector: corpus.Vector) -> None:
     data = bytes.fromhex(vector["input"])
     encoded = encoder.encode(data, vector["dtype"], vector["block_size"], double_quant=vector["double_quant"])
     assert encoded.packed.hex() == vector["packed"]
@@ -84,7 +84,7 @@ def test_an_encoder_from_the_text_alone_gives_the_expected_bytes(vector: corpus.
 
 
 @pytest.mark.parametrize("vector", REFUSED, ids=corpus.name_of)
-def test_kernels_refuse_weights_that_are_not_finite(vector: corpus.Vector) -> None:
+def test_kernels_reject_non_finite_weights(vector: corpus.Vector) -> None:
     assert vector["reason"] == "nonfinite_weight"
     raw, float_format = raw_input(vector)
     packed = np.empty(nf4.packed_nbytes(raw.size), np.uint8)
@@ -134,7 +134,7 @@ def test_kernels_decode_the_expected_bits(vector: corpus.Vector, decoder: Litera
 
 
 @pytest.mark.parametrize("vector", DECODED, ids=corpus.name_of)
-def test_quant_state_records_say_what_the_vector_says(vector: corpus.Vector) -> None:
+def test_quant_state_records_have_the_values_of_the_vector(vector: corpus.Vector) -> None:
     text = vector["quant_state"].encode("ascii")
     try:
         state = quant_state.parse(text, path="vector", tensor=vector["name"])

@@ -1,4 +1,4 @@
-"""The encode vectors against bitsandbytes itself: the same packed codes, and the same float32 scales."""
+"""The encoding vectors agree with bitsandbytes: the same packed codes and float32 scales."""
 
 from __future__ import annotations
 

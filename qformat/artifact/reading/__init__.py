@@ -1,1 +1,1 @@
-"""Opening and checking what is on the disk: structure, digests, mapped tensors."""
+"""Opening and checking artifacts on disk: structure, digests and mapped tensors."""

@@ -1,4 +1,4 @@
-"""Folders that bitsandbytes + transformers wrote: the same components without a manifest, so without digests."""
+"""Reading of directories that bitsandbytes and transformers wrote: the same components, but no manifest or digests."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from qformat.errors import ArtifactError, Reason
 _FP4_STATE = ".quant_state.bitsandbytes__fp4"
 
 _STORAGE_ITEMSIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
-"""By dtype of the packed codes (`bnb_4bit_quant_storage`): FSDP needs that of the model, the bytes are the same."""
+"""Size of an element in bytes, by dtype of the packed codes (`bnb_4bit_quant_storage`). FSDP needs the codes in the
+model's dtype; the bytes are the same."""
 
 
 def read_bitsandbytes_folder(path: Path) -> ShardLayout:
-    """Read the headers and small maps of a folder of NF4 weights that has no manifest, and check them.
+    """Read and check the headers and small components of a directory with NF4 weights and no manifest.
 
-    Raises: ArtifactError with the reason, the file, the tensor and the field; also for a folder without NF4 weights.
+    Raises:
+        ArtifactError: A file is damaged, or the directory has no NF4 weights.
     """
     shards = read_headers(path, error=ArtifactError)
     located = shards.located
@@ -50,15 +52,15 @@ def _nothing_packed(path: Path, located: Mapping[str, Located]) -> ArtifactError
         return ArtifactError(
             Reason.QUANT_STATE,
             path,
-            "holds FP4 codes, and only NF4 is read",
+            "contains FP4 codes, but only NF4 is supported",
             tensor=fp4.removesuffix(_FP4_STATE),
             next_step="Convert the 16-bit model with qformat convert",
         )
     return ArtifactError(
         Reason.MISSING_COMPONENT,
         path,
-        "holds no 4-bit weights and no manifest",
-        next_step="Convert it with qformat convert",
+        "contains no 4-bit weights and no manifest",
+        next_step="Convert the model with qformat convert",
     )
 
 
@@ -66,7 +68,12 @@ def _packed_shape(path: Path, name: str, located: Mapping[str, Located], descrip
     where = located[name + Component.QUANT_STATE]
     shard = path / where.shard
     if where.entry.nbytes > quant_state.MAX_NBYTES:
-        raise ArtifactError(Reason.QUANT_STATE, shard, f"{where.entry.nbytes} bytes of state", tensor=name)
+        raise ArtifactError(
+            Reason.QUANT_STATE,
+            shard,
+            f"the quant_state has {where.entry.nbytes} bytes (the limit is {quant_state.MAX_NBYTES})",
+            tensor=name,
+        )
     data = bytearray(where.entry.nbytes)
     read_exactly(descriptors[where.shard], where.entry.start, memoryview(data), path=shard, error=ArtifactError)
     state = quant_state.parse(bytes(data), path=shard, tensor=name)
@@ -78,7 +85,7 @@ def _check_components(path: Path, name: str, layout: PackedShape, located: Mappi
         where = located.get(new.name)
         if where is None:
             raise ArtifactError(
-                Reason.MISSING_COMPONENT, path, f"no shard has its {part.label}", tensor=name, field=part.label
+                Reason.MISSING_COMPONENT, path, f"no shard contains its {part.label}", tensor=name, field=part.label
             )
         if part is Component.QUANT_STATE:
             continue
@@ -87,27 +94,32 @@ def _check_components(path: Path, name: str, layout: PackedShape, located: Mappi
             _check_packed(shard, name, entry, new.shape[0])
         elif entry.dtype != new.dtype:
             raise ArtifactError(
-                Reason.COMPONENT_DTYPE, shard, f"{entry.dtype}, expected {new.dtype}", tensor=name, field=part.label
+                Reason.COMPONENT_DTYPE,
+                shard,
+                f"the dtype is {entry.dtype}, expected {new.dtype}",
+                tensor=name,
+                field=part.label,
             )
         elif entry.shape != new.shape:
             raise ArtifactError(
-                Reason.COMPONENT_SHAPE, shard, f"{list(entry.shape)}, expected {list(new.shape)}",
+                Reason.COMPONENT_SHAPE, shard, f"the shape is {list(entry.shape)}, expected {list(new.shape)}",
                 tensor=name, field=part.label,
             )  # fmt: skip
 
 
 def _check_packed(shard: Path, name: str, entry: TensorEntry, nbytes: int) -> None:
-    """The codes may be stored under another dtype and as a vector; they are bytes all the same."""
+    """Check the packed codes, which may be stored under another dtype and as a vector."""
     if entry.dtype not in _STORAGE_ITEMSIZES:
         raise ArtifactError(
-            Reason.COMPONENT_DTYPE, shard, f"{entry.dtype}, expected {' or '.join(_STORAGE_ITEMSIZES)}",
+            Reason.COMPONENT_DTYPE, shard, f"the dtype is {entry.dtype}, expected {' or '.join(_STORAGE_ITEMSIZES)}",
             tensor=name, field=Component.PACKED.label,
         )  # fmt: skip
-    # A storage of wider elements is filled up to a whole one.
+    # The last element of a wider dtype is padded.
     spare = entry.nbytes - nbytes
     is_column = len(entry.shape) == 1 or (len(entry.shape) == 2 and entry.shape[1] == 1)
     if not is_column or not 0 <= spare < _STORAGE_ITEMSIZES[entry.dtype]:
         raise ArtifactError(
-            Reason.COMPONENT_SHAPE, shard, f"{list(entry.shape)} of {entry.dtype}, expected {nbytes} bytes in a column",
+            Reason.COMPONENT_SHAPE, shard,
+            f"the shape is {list(entry.shape)} of {entry.dtype}, expected {nbytes} bytes in one column",
             tensor=name, field=Component.PACKED.label,
         )  # fmt: skip

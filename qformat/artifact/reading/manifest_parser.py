@@ -1,4 +1,4 @@
-"""`qformat.json`, the manifest: parsed and checked (spec section 7)."""
+"""Parsing and checking of the manifest, `qformat.json` (spec section 7)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME
 
 KNOWN_FEATURES: frozenset[str] = frozenset()
-"""Features that this reader understands when a manifest lists them under `must_understand`."""
+"""Features of `must_understand` that this reader supports."""
 
 _HEX128 = re.compile(r"[0-9a-f]{32}")
 _HEX256 = re.compile(r"[0-9a-f]{64}")
@@ -41,12 +41,18 @@ _SINGLE_LEVEL_BY_LABEL = {part.label: part for part in SINGLE_LEVEL}
 def parse(data: bytes, path: Path) -> Manifest:
     """Parse and check the bytes of a manifest.
 
-    Raises: ArtifactError with json_*, unsupported_version, manifest_digest, unsupported_feature or manifest_field.
+    Args:
+        data: Bytes of the manifest.
+        path: Path of the manifest, for error messages.
+
+    Raises:
+        ArtifactError: The manifest is invalid (json_*, unsupported_version, manifest_digest, unsupported_feature,
+            manifest_field, path_escapes).
     """
     record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     fields = _Fields(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT_NAME:
-        fields.refuse("format", f"not {FORMAT_NAME!r}")
+        fields.refuse("format", f"is not {FORMAT_NAME!r}")
     version = _check_version(record.get("format_version"), path)
     check_seal(data, path)
     must_understand = fields.strings(record, "must_understand")
@@ -55,17 +61,17 @@ def parse(data: bytes, path: Path) -> Manifest:
             raise ArtifactError(
                 Reason.UNSUPPORTED_FEATURE,
                 path,
-                f"{feature!r} must be understood to read this artifact, and this version does not know it",
+                f"the artifact requires the feature {feature!r}, which this version of qformat does not support",
                 field="must_understand",
                 next_step="Install a newer qformat",
             )
     tensors = fields.mapping(record, "tensors")
     files = fields.mapping(record, "files")
     if not tensors:
-        fields.refuse("tensors", "names no tensor")
+        fields.refuse("tensors", "lists no tensor")
     _check_component_names(fields, tensors)
     if MANIFEST_NAME in files:
-        fields.refuse("files", "names the manifest itself")
+        fields.refuse("files", "lists the manifest itself")
     known = {
         "format", "format_version", "must_understand", "generator",
         "source", "recipe", "evaluation", "tensors", "files", "manifest_sha256",
@@ -85,7 +91,7 @@ def parse(data: bytes, path: Path) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Checked access to members of JSON objects; every refusal names the manifest, the tensor and the field."""
+    """Checked access to members of JSON objects. Errors have the manifest, the tensor and the field."""
 
     path: Path
     tensor: str | None = None
@@ -95,16 +101,16 @@ class _Fields:
 
     def mapping(self, record: JsonObject, name: str) -> JsonObject:
         value = record.get(name)
-        return value if isinstance(value, dict) else self.refuse(name, "missing or not an object")
+        return value if isinstance(value, dict) else self.refuse(name, "is missing or is not an object")
 
     def string(self, record: JsonObject, name: str) -> str:
         value = record.get(name)
-        return value if isinstance(value, str) else self.refuse(name, "missing or not a string")
+        return value if isinstance(value, str) else self.refuse(name, "is missing or is not a string")
 
     def strings(self, record: JsonObject, name: str) -> list[str]:
         value = record.get(name)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self.refuse(name, "missing or not a list of strings")
+            self.refuse(name, "is missing or is not a list of strings")
         return [str(item) for item in value]
 
     def matching(self, record: JsonObject, name: str, pattern: re.Pattern[str], meaning: str) -> str:
@@ -117,7 +123,7 @@ class _Fields:
     def size(self, record: JsonObject, name: str) -> int:
         value = record.get(name)
         if type(value) is not int or not 0 <= value <= MAX_SIZE:
-            self.refuse(name, f"missing or not a size of 0 to {MAX_SIZE}")
+            self.refuse(name, f"is missing or is not an integer from 0 to {MAX_SIZE}")
         return value
 
     def shape(self, record: JsonObject) -> tuple[int, ...]:
@@ -127,7 +133,7 @@ class _Fields:
             or len(value) > MAX_DIMENSIONS
             or not all(type(size) is int and 0 <= size <= MAX_SIZE for size in value)
         ):
-            self.refuse("shape", f"missing or not a list of up to {MAX_DIMENSIONS} sizes")
+            self.refuse("shape", f"is missing or is not a list of at most {MAX_DIMENSIONS} sizes")
         return tuple(int(size) for size in value if isinstance(size, int))
 
 
@@ -137,7 +143,7 @@ def _check_version(value: strict_json.Json, path: Path) -> str:
         raise ArtifactError(
             Reason.UNSUPPORTED_VERSION,
             path,
-            f"{value!r}, this qformat reads {MAJOR_VERSION}.x",
+            f"the format version is {value!r}, but this version of qformat reads only {MAJOR_VERSION}.x",
             field="format_version",
             next_step="Install a qformat that reads this version",
         )
@@ -145,7 +151,7 @@ def _check_version(value: strict_json.Json, path: Path) -> str:
 
 
 def _check_component_names(fields: _Fields, tensors: JsonObject) -> None:
-    """No tensor may have the name of another one's component: the same bytes would be both."""
+    """Reject a tensor that has the name of another tensor's component."""
     suffixes = tuple(part.value for part in DOUBLE_QUANT if part.value)
     for name in tensors:
         if not name.endswith(suffixes):
@@ -159,7 +165,7 @@ def _check_component_names(fields: _Fields, tensors: JsonObject) -> None:
 def _parse_tensor(fields: _Fields, name: str, value: strict_json.Json) -> TensorRecord:
     fields = _Fields(fields.path, tensor=name)
     if not isinstance(value, dict):
-        fields.refuse("tensors", "not an object")
+        fields.refuse("tensors", "is not an object")
     encoding = value.get("encoding")
     if encoding == "kept":
         return KeptRecord(
@@ -170,22 +176,22 @@ def _parse_tensor(fields: _Fields, name: str, value: strict_json.Json) -> Tensor
             source_xxh3=fields.source_digest(value),
         )
     if encoding != "nf4":
-        fields.refuse("encoding", f"{encoding!r}, expected 'nf4' or 'kept'")
+        fields.refuse("encoding", f"is {encoding!r}, expected 'nf4' or 'kept'")
     if not name.endswith(".weight"):
-        fields.refuse("tensors", "only a weight can be packed")
+        fields.refuse("tensors", "is packed, but its name does not end in '.weight'")
     dtype = fields.string(value, "dtype")
     if dtype not in FloatFormat.__members__:
-        fields.refuse("dtype", f"{dtype!r}, expected BF16, F16 or F32")
+        fields.refuse("dtype", f"is {dtype!r}, expected BF16, F16 or F32")
     block_size = value.get("block_size")
     if type(block_size) is not int or block_size not in BLOCK_SIZES:
-        fields.refuse("block_size", f"{block_size!r}, expected one of {BLOCK_SIZES}")
+        fields.refuse("block_size", f"is {block_size!r}, expected one of {BLOCK_SIZES}")
     double_quant = value.get("double_quant")
     if type(double_quant) is not bool:
-        fields.refuse("double_quant", f"{double_quant!r}, expected true or false")
+        fields.refuse("double_quant", f"is {double_quant!r}, expected true or false")
     components = fields.mapping(value, "components")
     expected = _DOUBLE_QUANT_BY_LABEL if double_quant else _SINGLE_LEVEL_BY_LABEL
     if components.keys() != expected.keys():
-        fields.refuse("components", f"{sorted(components)}, expected {sorted(expected)}")
+        fields.refuse("components", f"lists {sorted(components)}, expected {sorted(expected)}")
     return PackedRecord(
         layout=PackedShape(fields.shape(value), FloatFormat[dtype], block_size, double_quant),
         components={
@@ -200,7 +206,7 @@ def _parse_file(fields: _Fields, name: str, value: strict_json.Json) -> FileReco
     if not isinstance(value, dict):
         fields.refuse("files", f"{name!r} is not an object")
     if name.endswith(".safetensors") and "header_xxh3" not in value:
-        fields.refuse("files", f"{name!r} has no header_xxh3: other readers would take it for a shard")
+        fields.refuse("files", f"{name!r} has no header_xxh3, but other readers would open it as a shard")
     return FileRecord(
         nbytes=fields.size(value, "nbytes"),
         sha256=fields.matching(value, "sha256", _HEX256, "a SHA-256"),

@@ -1,4 +1,4 @@
-"""An open artifact: mapped, lazy, read-only tensors, behind every structural check (spec sections 2, 3 and 7)."""
+"""Open artifacts: read-only tensors, mapped on first use after all structural checks (spec sections 2, 3 and 7)."""
 
 from __future__ import annotations
 
@@ -29,20 +29,29 @@ _NUMPY_DTYPES = {
 }  # fmt: skip
 
 _PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-"""No swap is set aside for pages that hardly anybody writes to: a file larger than the memory can be mapped."""
+"""Flags of a private mapping. No swap is reserved for it, so that a file larger than the memory can be mapped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedTensor(PackedArrays):
-    """A 4-bit weight of an artifact; every array is a read-only view of the mapped file."""
+    """Packed weight of an artifact. Every array is a read-only view of the mapped file.
+
+    Attributes:
+        name: Name of the weight.
+    """
 
     name: str
 
     def decode(self, float_format: FloatFormat | None = None, out: Raw | None = None) -> Raw:
-        """Return the weight in its shape: raw elements of `float_format` (default: what the source was).
+        """Return the decoded weight in its shape, as raw elements.
 
-        bf16 comes as its bits in uint16, fp16 as its bits in uint16, fp32 as float32. `out`: a flat buffer to reuse.
-        Raises UsageError for a buffer that does not fit.
+        Args:
+            float_format: Float format of the result, by default that of the source tensor. Elements in bfloat16 and
+                float16 are returned as their bits in uint16, elements in float32 as float32.
+            out: Array for the elements [n]. Allocated if omitted.
+
+        Raises:
+            UsageError: `out` has the wrong size or dtype.
         """
         raw_dtype = (float_format or self.state.float_format).raw_dtype
         if out is not None and (out.size != self.layout.n_elements or out.dtype != raw_dtype):
@@ -55,7 +64,13 @@ class PackedTensor(PackedArrays):
 
 @dataclass(frozen=True, slots=True)
 class KeptTensor:
-    """A tensor kept bit for bit: a read-only view of the mapped file in its shape; BF16 and F8 as unsigned bits."""
+    """Kept tensor of an artifact.
+
+    Attributes:
+        name: Name of the tensor.
+        dtype: Dtype in the header of the shard.
+        data: Read-only view of the mapped file, in the shape of the tensor. BF16 and F8 elements are unsigned bits.
+    """
 
     name: str
     dtype: str
@@ -67,7 +82,7 @@ class KeptTensor:
         return self.data.shape
 
     def decode(self) -> NDArray[Any]:
-        """Return the values: float32 for BF16, F16 and F32, the data itself for every other dtype."""
+        """Return the values as float32 for BF16, F16 and F32, and the data itself for every other dtype."""
         if self.dtype not in FloatFormat.__members__:
             return self.data
         float_format = FloatFormat(self.dtype)
@@ -75,7 +90,7 @@ class KeptTensor:
 
 
 class MappedShards:
-    """The shards of a folder, mapped when they are first looked at. `watch` tells whether the files changed since."""
+    """Shards of a directory, each mapped on first use. `watch` detects later changes to the files."""
 
     def __init__(self, layout: ShardLayout) -> None:
         self.path = layout.path
@@ -84,15 +99,19 @@ class MappedShards:
         self._maps: dict[str, mmap.mmap] = {}
 
     def close(self) -> None:
-        """Let go of the mapped files."""
+        """Release the mapped files."""
         self._maps.clear()
 
     def quant_state(self, name: str) -> QuantState:
-        """Return what the codes of a packed tensor mean. Raises KeyError for a name that is no packed tensor."""
+        """Return the quant_state of a packed tensor.
+
+        Raises:
+            KeyError: No packed tensor has this name.
+        """
         return self.layout.states[name]
 
     def mapped(self, shard: str) -> mmap.mmap:
-        """Return the mapping of a whole shard file. It is private: what is written to it never reaches the file."""
+        """Return the mapping of an entire shard. It is private: data written to it does not reach the file."""
         if shard not in self._maps:
             expected = self.layout.shard_nbytes[shard]
             with open_regular(self.path, shard, error=ArtifactError) as descriptor:
@@ -106,7 +125,7 @@ class MappedShards:
         return self._maps[shard]
 
     def view(self, name: str) -> NDArray[Any]:
-        """Return a component as a read-only view of its mapped file; BF16 and F8 as unsigned bits."""
+        """Return a component as a read-only view of its mapped file. BF16 and F8 elements are unsigned bits."""
         located = self.layout.located[name]
         entry = located.entry
         data = np.frombuffer(self.mapped(located.shard), np.uint8, entry.nbytes, entry.start)
@@ -115,10 +134,10 @@ class MappedShards:
 
 
 class Artifact(MappedShards, Mapping[str, PackedTensor | KeptTensor]):
-    """An open artifact: a mapping from tensor names to tensors. Close it, or use it as a context manager.
+    """Open artifact: a mapping from tensor names to tensors. Close it, or use it as a context manager.
 
-    Views stay valid after `close` for as long as somebody holds them. The files must not be changed or cut while
-    they are mapped: that is the one thing a mapping cannot survive.
+    Views stay valid after `close`. The files must not be changed or truncated while a view exists, because a mapping
+    cannot protect against that.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -155,8 +174,9 @@ class Artifact(MappedShards, Mapping[str, PackedTensor | KeptTensor]):
 
 
 def open_artifact(path: Path | str) -> Artifact:
-    """Open an artifact after checking its whole structure. Reads headers and small maps, no weights.
+    """Open an artifact after checking its structure. Only headers and small components are read, no weights.
 
-    Raises: ArtifactError with the reason, the file, the tensor and the field.
+    Raises:
+        ArtifactError: The artifact is damaged or not supported.
     """
     return Artifact(check_structure(Path(path)))

@@ -1,4 +1,4 @@
-"""Open files of a folder that somebody else made: plain names, regular files, nothing outside (spec section 2.3)."""
+"""Safe opening of files in an untrusted directory: plain names and regular files only (spec sections 2.2 and 2.3)."""
 
 from __future__ import annotations
 
@@ -12,34 +12,51 @@ from pathlib import Path
 from qformat.errors import InvalidFileError, Reason
 
 MAX_FILE_NAME_NBYTES = 255
-"""What file systems take."""
+"""Longest file name of common file systems, in bytes."""
 
 _RESERVED = {"", ".", ".."}
 
 
 def check_plain_name(name: str, *, path: Path | str, error: type[InvalidFileError]) -> None:
-    """Refuse a file name, taken from inside the file `path`, that is not a plain name in the same folder."""
+    """Check that a name from the contents of a file is the plain name of a file in the same directory.
+
+    Args:
+        name: Name to check.
+        path: File that contains the name, for error messages.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The name is not plain (path_escapes). The class is `error`.
+    """
     plain = name not in _RESERVED and "/" not in name and "\\" not in name and name.isprintable()
     if not plain or len(name.encode("utf-8")) > MAX_FILE_NAME_NBYTES:
         shown = name if len(name) <= 80 else name[:77] + "..."
-        raise error(Reason.PATH_ESCAPES, path, f"{shown!r} is not the plain name of a file in the same folder")
+        raise error(Reason.PATH_ESCAPES, path, f"{shown!r} is not the plain name of a file in the same directory")
 
 
 @contextmanager
 def open_regular(folder: Path, name: str, *, error: type[InvalidFileError]) -> Iterator[int]:
-    """Open `folder/name` for reading and yield its file descriptor.
+    """Open a regular file for reading and yield its file descriptor.
 
-    Only a regular file is opened. A symbolic link is followed only where the Hub's cache makes one: from
-    `REPO/snapshots/REVISION/` into `REPO/blobs/`. Raises `error`: missing_file, not_a_regular_file, path_escapes.
+    A symbolic link is followed only inside the Hub's cache, from `REPO/snapshots/REVISION/` into `REPO/blobs/`.
+
+    Args:
+        folder: Directory of the file.
+        name: Name of the file.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The file cannot be opened (missing_file, not_a_regular_file, path_escapes). The class is
+            `error`.
     """
     path = folder / name
     check_plain_name(name, path=path, error=error)
     try:
         opened = _hub_blob(path, error) if path.is_symlink() else path
-        # O_NONBLOCK: opening a FIFO must not wait for a writer; fstat refuses it afterwards.
+        # With O_NONBLOCK, opening a FIFO does not wait for a writer. The check of its type follows below.
         descriptor = os.open(opened, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise error(Reason.MISSING_FILE, path, "there is no such file") from None
+        raise error(Reason.MISSING_FILE, path, "does not exist") from None
     except OSError as problem:
         reason = Reason.NOT_A_REGULAR_FILE if problem.errno in {errno.ELOOP, errno.ENXIO} else Reason.MISSING_FILE
         raise error(reason, path, f"cannot be opened: {problem.strerror}") from None
@@ -52,11 +69,21 @@ def open_regular(folder: Path, name: str, *, error: type[InvalidFileError]) -> I
 
 
 def read_small(folder: Path, name: str, *, max_nbytes: int, error: type[InvalidFileError]) -> bytes:
-    """Return the bytes of a regular file of at most `max_nbytes`. Raises `error` (also json_limit when larger)."""
+    """Return the bytes of a small regular file.
+
+    Args:
+        folder: Directory of the file.
+        name: Name of the file.
+        max_nbytes: Largest size of the file in bytes.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The file cannot be opened or read, or is too large (json_limit). The class is `error`.
+    """
     with open_regular(folder, name, error=error) as descriptor:
         nbytes = os.fstat(descriptor).st_size
         if nbytes > max_nbytes:
-            raise error(Reason.JSON_LIMIT, folder / name, f"{nbytes} bytes, at most {max_nbytes} are read")
+            raise error(Reason.JSON_LIMIT, folder / name, f"the file has {nbytes} bytes (the limit is {max_nbytes})")
         data = bytearray(nbytes)
         read_exactly(descriptor, 0, memoryview(data), path=folder / name, error=error)
         return bytes(data)
@@ -65,9 +92,18 @@ def read_small(folder: Path, name: str, *, max_nbytes: int, error: type[InvalidF
 def read_exactly(
     descriptor: int, offset: int, out: memoryview, *, path: Path | str, error: type[InvalidFileError]
 ) -> None:
-    """Fill `out` from `offset`.
+    """Fill a buffer with bytes of an open file.
 
-    Raises `error`: truncated where the file ends early, unreadable where the disk does not give its bytes.
+    Args:
+        descriptor: File descriptor.
+        offset: Offset of the first byte in the file.
+        out: Buffer to fill.
+        path: Path of the file, for error messages.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The file ends too early (truncated), or the disk reports an error (unreadable). The class is
+            `error`.
     """
     done = 0
     while done < len(out):
@@ -78,13 +114,13 @@ def read_exactly(
                 Reason.UNREADABLE,
                 path,
                 f"cannot be read at byte {offset + done}: {problem.strerror}",
-                next_step="Check the disk that holds it",
+                next_step="Check the disk",
             ) from None
         if count == 0:
             raise error(
                 Reason.TRUNCATED,
                 path,
-                f"ends at byte {offset + done}, expected {len(out) - done} bytes more",
+                f"ends at byte {offset + done}, expected {len(out) - done} more bytes",
                 next_step="Fetch the file again",
             )
         done += count
@@ -93,9 +129,18 @@ def read_exactly(
 def read_chunks(
     descriptor: int, start: int, stop: int, *, chunk_nbytes: int, path: Path | str, error: type[InvalidFileError]
 ) -> Iterator[tuple[int, memoryview]]:
-    """Yield (position, bytes) of the file's bytes [start, stop) in order, in scratch memory that is used again.
+    """Yield the bytes of a range in order, as pairs of offset and bytes. The buffer is reused for every pair.
 
-    Raises `error` (truncated, unreadable).
+    Args:
+        descriptor: File descriptor.
+        start: Offset of the first byte.
+        stop: Offset after the last byte.
+        chunk_nbytes: Number of bytes to read at a time.
+        path: Path of the file, for error messages.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The range cannot be read (truncated, unreadable). The class is `error`.
     """
     buffer = memoryview(bytearray(min(chunk_nbytes, max(stop - start, 0))))
     for position in range(start, stop, chunk_nbytes):
@@ -110,4 +155,6 @@ def _hub_blob(path: Path, error: type[InvalidFileError]) -> Path:
     resolved = Path(os.path.realpath(target))
     if snapshots.name == "snapshots" and resolved.parent == Path(os.path.realpath(snapshots.parent / "blobs")):
         return resolved
-    raise error(Reason.PATH_ESCAPES, path, f"is a link to {target}; only the Hub cache's own links are followed")
+    raise error(
+        Reason.PATH_ESCAPES, path, f"is a symbolic link to {target}, but only links inside the Hub's cache are followed"
+    )

@@ -1,4 +1,4 @@
-"""The shards of a folder in the layout of the Hub, by their headers: `model.safetensors`, or an index and its files."""
+"""Headers of the shards of a directory in the Hub's layout: `model.safetensors`, or an index and its shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from qformat.names import INDEX_NAME, SINGLE_SHARD_NAME
 
 
 def read_headers(path: Path, *, error: type[InvalidFileError]) -> ShardLayout:
-    """Read the headers of all shards of a folder and check them. Raises `error`."""
+    """Read and check the headers of all shards of a directory.
+
+    Args:
+        path: Directory.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: A file is damaged, or a tensor occurs twice. The class is `error`.
+    """
     located: dict[str, Located] = {}
     shard_nbytes: dict[str, int] = {}
     for shard in _shard_names(path, error):
@@ -24,14 +32,14 @@ def read_headers(path: Path, *, error: type[InvalidFileError]) -> ShardLayout:
             entries = header.read(descriptor, path / shard, error=error).tensors
         for name, entry in entries.items():
             if name in located:
-                raise error(Reason.DUPLICATE_TENSOR, path / shard, f"is in {located[name].shard}, too", tensor=name)
+                raise error(Reason.DUPLICATE_TENSOR, path / shard, f"also occurs in {located[name].shard}", tensor=name)
             located[name] = Located(shard, entry)
     return ShardLayout(path, shard_nbytes, located, {})
 
 
 def _shard_names(path: Path, error: type[InvalidFileError]) -> list[str]:
     if not path.is_dir():
-        raise error(Reason.MISSING_FILE, path, "there is no such folder")
+        raise error(Reason.MISSING_FILE, path, "does not exist or is not a directory")
     index_path = path / INDEX_NAME
     if not os.path.lexists(index_path):
         return [SINGLE_SHARD_NAME]
@@ -39,12 +47,12 @@ def _shard_names(path: Path, error: type[InvalidFileError]) -> list[str]:
     index = strict_json.loads(data, path=index_path, max_nbytes=MAX_INDEX_NBYTES, error=error)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
-        raise error(Reason.INDEX_MISMATCH, index_path, "missing or not an object", field="weight_map")
+        raise error(Reason.INDEX_MISMATCH, index_path, "is missing or is not an object", field="weight_map")
     names = set()
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
             raise error(
-                Reason.INDEX_MISMATCH, index_path, f"{shard!r} is no file name", tensor=tensor, field="weight_map"
+                Reason.INDEX_MISMATCH, index_path, f"{shard!r} is not a file name", tensor=tensor, field="weight_map"
             )
         check_plain_name(shard, path=index_path, error=error)
         names.add(shard)

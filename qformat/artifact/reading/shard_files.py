@@ -1,7 +1,7 @@
-"""The shards of an artifact, open for reading at any place: for whoever streams them into memory that is used again.
+"""Random access to the shards of an artifact, for streaming them through reused buffers.
 
-Buffers that are used again are faster than a mapping, since a fresh page costs more than copying or decoding it, and
-the pages of a mapped file would count as memory of the process.
+Reused buffers are faster than a mapping, because a new page costs more than copying or decoding its contents. The pages
+of a mapped file would also count as memory of the process.
 """
 
 from __future__ import annotations
@@ -19,10 +19,18 @@ from qformat.errors import ArtifactError
 
 
 class ShardFiles:
-    """Reads components and kept tensors by their names in the shards. Any thread may call it."""
+    """Reads components and kept tensors by their names in the shards. Its methods are thread-safe."""
 
     def __init__(self, structure: Structure, stack: ExitStack) -> None:
-        """Open every shard; `stack` closes them. Raises ArtifactError."""
+        """Open every shard.
+
+        Args:
+            structure: Checked structure of the artifact.
+            stack: Exit stack that closes the shards.
+
+        Raises:
+            ArtifactError: A shard cannot be opened.
+        """
         self._structure = structure
         self._descriptors = {
             name: stack.enter_context(open_regular(structure.path, name, error=ArtifactError))
@@ -30,21 +38,34 @@ class ShardFiles:
         }
 
     def path_of(self, name: str) -> Path:
-        """Return the file in which a component lies."""
+        """Return the path of the shard that contains a component."""
         return self._structure.path / self._structure.located[name].shard
 
     def entry_of(self, name: str) -> TensorEntry:
-        """Return where in its file a component lies."""
+        """Return the header entry of a component."""
         return self._structure.located[name].entry
 
     def read_into(self, name: str, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill `out` with bytes of a component from its byte `offset` on. Raises ArtifactError."""
+        """Fill an array with bytes of a component.
+
+        Args:
+            name: Name of the component in the shards.
+            offset: Offset of the first byte within the component.
+            out: Array to fill, uint8.
+
+        Raises:
+            ArtifactError: The shard cannot be read.
+        """
         located = self._structure.located[name]
         path, start = self._structure.path / located.shard, located.entry.start + offset
         read_exactly(self._descriptors[located.shard], start, out.data, path=path, error=ArtifactError)
 
     def read(self, name: str) -> NDArray[np.uint8]:
-        """Return all bytes of a component. Raises ArtifactError."""
+        """Return all bytes of a component.
+
+        Raises:
+            ArtifactError: The shard cannot be read.
+        """
         out = np.empty(self.entry_of(name).nbytes, np.uint8)
         self.read_into(name, 0, out)
         return out

@@ -1,7 +1,7 @@
-"""The structural checks of an artifact: a few KB of reading a tensor, no weights (spec sections 2, 3, 7 and 10).
+"""Structural checks of an artifact, which read a few kB per tensor and no weights (spec sections 2, 3, 7 and 10).
 
-Names, dtypes, shapes, counts, offsets, alignment, limits, quant_state, codebook, finiteness of the small maps. Digests
-are the business of `qformat.artifact.reading.verify`.
+They cover names, dtypes, shapes, offsets, alignment, limits, the quant_state, the codebook and NaN or Inf among the
+scales. `qformat.artifact.reading.verify` checks the digests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ _DYNAMIC_MAP = DYNAMIC_MAP.astype("<f4").tobytes()
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Where a component lies: its shard and header entry."""
+    """Place of a component.
+
+    Attributes:
+        shard: Name of the shard.
+        entry: Entry in the header of the shard.
+    """
 
     shard: str
     entry: TensorEntry
@@ -44,8 +49,14 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """Checked shards of a folder: their sizes, where every component lies, by its name in them, and what the codes of
-    each packed tensor mean."""
+    """Checked shards of a directory.
+
+    Attributes:
+        path: Directory.
+        shard_nbytes: Size of each shard in bytes.
+        located: Place of each component, by its name in the shards.
+        states: quant_state of each packed tensor.
+    """
 
     path: Path
     shard_nbytes: Mapping[str, int]
@@ -55,16 +66,24 @@ class ShardLayout:
 
 @dataclass(frozen=True, slots=True)
 class Structure(ShardLayout):
-    """A checked artifact: its shards and its manifest."""
+    """Checked shards and manifest of an artifact.
+
+    Attributes:
+        manifest: Manifest.
+    """
 
     manifest: Manifest
 
 
 def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
-    """Read headers and small maps of an artifact and check all that can be checked without its weights.
+    """Read the headers and small components of an artifact and check everything that needs no weights.
 
-    parsed: its manifest, where that was read already.
-    Raises: ArtifactError with the reason, the file, the tensor and the field.
+    Args:
+        path: Directory of the artifact.
+        parsed: Manifest of the artifact, if the caller has already read it.
+
+    Raises:
+        ArtifactError: The artifact is damaged or not supported.
     """
     parsed = parsed or read_manifest(path)
     with ExitStack() as stack:
@@ -97,17 +116,21 @@ def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and parse the manifest of an artifact. Raises ArtifactError."""
+    """Read and parse the manifest of an artifact.
+
+    Raises:
+        ArtifactError: The directory does not exist, or the manifest is missing or invalid.
+    """
     if not os.path.isdir(path):
-        raise ArtifactError(Reason.MISSING_FILE, path, "there is no such folder")
+        raise ArtifactError(Reason.MISSING_FILE, path, "does not exist or is not a directory")
     data = read_small(path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     return manifest_parser.parse(data, path / MANIFEST_NAME)
 
 
 def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, TensorSpec]]:
-    """Return what the shards must hold: by name in the shards, the tensor, the component, and its dtype and shape.
+    """Return a dict from the name of every tensor in the shards to its owner, its component and its description.
 
-    No two tensors of a parsed manifest have a component of the same name.
+    The names are unique, because parsing a manifest rejects tensors that share the name of a component.
     """
     expected: dict[str, tuple[str, Component, TensorSpec]] = {}
     for name, record in parsed.tensors.items():
@@ -120,16 +143,28 @@ def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, Tensor
 
 
 def size_error(path: Path, found: int, expected: int) -> ArtifactError:
-    """Return the error of a file that does not have the size that the manifest gives."""
+    """Return the error for a file whose size differs from the manifest.
+
+    Args:
+        path: Path of the file.
+        found: Size of the file in bytes.
+        expected: Size in the manifest in bytes.
+    """
     return ArtifactError(
-        Reason.FILE_SIZE, path, f"{found} bytes, expected {expected}", next_step="Fetch the file again"
+        Reason.FILE_SIZE, path, f"the file has {found} bytes, expected {expected}", next_step="Fetch the file again"
     )
 
 
 def check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) -> None:
-    """Check that the shards, by name, hold just what a manifest implies, each where it may lie. Raises ArtifactError.
+    """Check that the shards contain exactly the components that a manifest implies, correctly aligned.
 
-    path: the folder, or whatever messages name as the artifact.
+    Args:
+        path: Directory of the artifact, or its name in error messages.
+        parsed: Manifest.
+        headers: Headers by name of the shard.
+
+    Raises:
+        ArtifactError: A tensor is missing, unknown, in two shards or misaligned, or has the wrong dtype or shape.
     """
     expected = expected_tensors(parsed)
     seen: dict[str, str] = {}
@@ -138,18 +173,18 @@ def check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) -
             raise ArtifactError(
                 Reason.ALIGNMENT,
                 read.path,
-                f"data begins at byte {read.data_start}, no multiple of {DATA_ALIGNMENT}",
+                f"the data begins at byte {read.data_start}, not a multiple of {DATA_ALIGNMENT}",
             )
         for name, entry in read.tensors.items():
             if name in seen:
-                raise ArtifactError(Reason.DUPLICATE_TENSOR, read.path, f"is in {seen[name]}, too", tensor=name)
+                raise ArtifactError(Reason.DUPLICATE_TENSOR, read.path, f"also occurs in {seen[name]}", tensor=name)
             seen[name] = shard
             if name not in expected:
                 raise ArtifactError(Reason.UNKNOWN_TENSOR, read.path, "is not in the manifest", tensor=name)
             _check_entry(read.path, entry, expected[name][2])
     for name, (tensor, part, _) in expected.items():
         if name not in seen:
-            what = f"no shard has its {part.label}" if part.value else "no shard has it"
+            what = f"no shard contains its {part.label}" if part.value else "no shard contains it"
             raise ArtifactError(Reason.MISSING_COMPONENT, path, what, tensor=tensor, field=part.label)
 
 
@@ -158,49 +193,65 @@ def _check_entry(path: Path, entry: TensorEntry, expected: TensorSpec) -> None:
         raise ArtifactError(
             Reason.COMPONENT_DTYPE,
             path,
-            f"{entry.dtype}, expected {expected.dtype}",
+            f"is {entry.dtype}, expected {expected.dtype}",
             tensor=entry.name,
             field="dtype",
         )
     if entry.shape != expected.shape:
         raise ArtifactError(
-            Reason.COMPONENT_SHAPE, path, f"{list(entry.shape)}, expected {list(expected.shape)}",
+            Reason.COMPONENT_SHAPE, path, f"is {list(entry.shape)}, expected {list(expected.shape)}",
             tensor=entry.name, field="shape",
         )  # fmt: skip
     if entry.start % alignment(entry.nbytes):
         raise ArtifactError(
-            Reason.ALIGNMENT, path, f"lies at byte {entry.start}, no multiple of {alignment(entry.nbytes)}",
+            Reason.ALIGNMENT, path, f"begins at byte {entry.start}, not a multiple of {alignment(entry.nbytes)}",
             tensor=entry.name,
         )  # fmt: skip
 
 
 def check_index(data: bytes, path: Path, headers: Mapping[str, Header]) -> None:
-    """Check that the bytes of an index name just the tensors of the shards. Raises ArtifactError."""
+    """Check that an index lists exactly the tensors of the shards.
+
+    Args:
+        data: Bytes of the index.
+        path: Path of the index, for error messages.
+        headers: Headers by name of the shard.
+
+    Raises:
+        ArtifactError: The index is invalid, or differs from the shards (index_mismatch).
+    """
     index = strict_json.loads(data, path=path, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
-        raise ArtifactError(Reason.INDEX_MISMATCH, path, "missing or not an object", field="weight_map")
+        raise ArtifactError(Reason.INDEX_MISMATCH, path, "is missing or is not an object", field="weight_map")
     found = {name: shard for shard, read in headers.items() for name in read.tensors}
     for name in sorted(weight_map.keys() | found.keys()):
         if name not in found or weight_map.get(name) != found[name]:
             raise ArtifactError(
                 Reason.INDEX_MISMATCH,
                 path,
-                f"{weight_map.get(name, 'missing')!r}, but it is in {found.get(name, 'no shard')!r}",
+                f"the index has {repr(weight_map[name]) if name in weight_map else 'no entry'}, "
+                f"but the tensor is in {repr(found[name]) if name in found else 'no shard'}",
                 tensor=name,
                 field="weight_map",
             )
 
 
 def check_config(data: bytes, where: Path, parsed: Manifest) -> None:
-    """Check the fields that make a bitsandbytes reader read the artifact as what it is. Raises ArtifactError.
+    """Check the fields of `config.json` that other readers of bitsandbytes checkpoints rely on (spec section 10).
 
-    data, where: config.json and its path (spec section 10).
+    Args:
+        data: Bytes of `config.json`.
+        where: Path of the file, for error messages.
+        parsed: Manifest of the artifact.
+
+    Raises:
+        ArtifactError: The file is invalid (config_field, skip_modules).
     """
     config = strict_json.loads(data, path=where, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict):
-        raise ArtifactError(Reason.CONFIG_FIELD, where, "missing or not an object", field="quantization_config")
+        raise ArtifactError(Reason.CONFIG_FIELD, where, "is missing or is not an object", field="quantization_config")
     required = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -213,26 +264,26 @@ def check_config(data: bytes, where: Path, parsed: Manifest) -> None:
             raise ArtifactError(
                 Reason.CONFIG_FIELD,
                 where,
-                f"{found!r}, expected {value!r}",
+                f"is {found!r}, expected {value!r}",
                 field=f"quantization_config.{name}",
             )
     field = "quantization_config.llm_int8_skip_modules"
     skip = quantization.get("llm_int8_skip_modules")
     if not isinstance(skip, list) or not all(isinstance(entry, str) for entry in skip):
-        raise ArtifactError(Reason.SKIP_MODULES, where, "missing or not a list of module paths", field=field)
+        raise ArtifactError(Reason.SKIP_MODULES, where, "is missing or is not a list of module paths", field=field)
     for name, record in parsed.tensors.items():
         if isinstance(record, PackedRecord) and not _parents(name.removesuffix(".weight")).isdisjoint(skip):
             raise ArtifactError(
                 Reason.SKIP_MODULES,
                 where,
-                "is listed to stay in 16 bit, but it is packed",
+                "the tensor is packed, but the list says that its module stays in 16 bit",
                 tensor=name,
                 field=field,
             )
 
 
 def _parents(module: str) -> set[str]:
-    """Return the path of a module and those of the modules that hold it."""
+    """Return the path of a module and of all modules that contain it."""
     parts = module.split(".")
     return {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
 
@@ -244,9 +295,20 @@ def check_small_parts(
     descriptors: Mapping[str, int],
     paths: Mapping[str, Path],
 ) -> QuantState:
-    """Check quant_state, codebook and finiteness of the scales' maps of one packed tensor; return the first.
+    """Check the quant_state, the codebook and the stored scales of one packed tensor.
 
-    Raises: ArtifactError. descriptors, paths: open files, and their names, by shard.
+    Args:
+        name: Name of the tensor.
+        layout: Shape, float format and options that the tensor must have.
+        located: Places of all components.
+        descriptors: File descriptors by name of the shard.
+        paths: Paths by name of the shard, for error messages.
+
+    Returns:
+        The quant_state.
+
+    Raises:
+        ArtifactError: A component is invalid (quant_state, codebook, nonfinite_scale).
     """
 
     def read(part: Component) -> tuple[Path, bytes]:
@@ -268,7 +330,7 @@ def check_small_parts(
             raise ArtifactError(
                 Reason.QUANT_STATE,
                 shard,
-                f"{found}, but the manifest says {expected}",
+                f"the quant_state has {found}, but the manifest has {expected}",
                 tensor=name,
                 field=field,
             )
@@ -286,7 +348,7 @@ def check_small_parts(
             raise ArtifactError(
                 Reason.NONFINITE_SCALE,
                 shard,
-                f"{values[index]} at entry {index}",
+                f"contains {values[index]} at index {index}",
                 tensor=name,
                 field=part.label,
             )

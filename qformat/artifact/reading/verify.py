@@ -1,7 +1,7 @@
-"""Prove that an artifact is whole: structure, every digest, every byte of every file (spec section 7.3).
+"""Verification of an artifact's integrity: its structure and the digests of every byte (spec section 7.3).
 
-Every byte is covered twice: by an XXH3-128 (of a component or of a shard's header), which is as fast as memory and
-finds every accident, and by the SHA-256 of its file, which also withstands intent once the manifest is authentic.
+Two digests cover every byte of a shard. The XXH3-128 of a component or header is as fast as memory and detects
+accidental damage. The SHA-256 of the file also detects deliberate tampering, if the manifest is authentic.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ _Check = TypeVar("_Check")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong: a stable reason, where (file, tensor, component), and a sentence."""
+    """One problem of an artifact.
+
+    Attributes:
+        reason: Stable reason code.
+        file: Name of the file.
+        message: Description of the problem.
+        tensor: Name of the tensor, None if the problem concerns no single tensor.
+        component: Component of the tensor, or field; None if the problem concerns no single one.
+    """
 
     reason: Reason
     file: str
@@ -36,7 +44,11 @@ class Finding:
     component: str | None = None
 
     def as_error(self, folder: Path) -> ArtifactError:
-        """Return an error that says the same of an artifact's file."""
+        """Return the finding as an error.
+
+        Args:
+            folder: Directory of the artifact.
+        """
         file = folder / self.file
         error = ArtifactError(self.reason, file, self.message.removeprefix(f"{file}: "))
         error.tensor, error.field = self.tensor, self.component
@@ -45,9 +57,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class IntegrityReport:
-    """The result of `verify_integrity`: good if nothing was found.
+    """Result of `verify_integrity`.
 
-    manifest, structure: what was read on the way, None where it is damaged.
+    Attributes:
+        path: Directory of the artifact.
+        findings: All problems.
+        n_files: Number of files, including the manifest.
+        nbytes: Total size of the files that the manifest lists, in bytes.
+        sha256_checked: Whether the SHA-256 of every shard was checked.
+        manifest: Manifest, None if it is damaged.
+        structure: Checked structure, None if it is damaged.
     """
 
     path: Path
@@ -60,13 +79,23 @@ class IntegrityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no problem was found."""
         return not self.findings
 
 
 @dataclass(frozen=True, slots=True)
 class RangeCheck:
-    """A byte range and what its XXH3-128 must be."""
+    """Check of the XXH3-128 of one byte range.
+
+    Attributes:
+        descriptor: File descriptor.
+        file: Path of the file, for messages.
+        start: Offset of the first byte.
+        stop: Offset after the last byte.
+        expected: Expected XXH3-128.
+        tensor: Name of the tensor, None for a header.
+        component: Label of the component, or `header`.
+    """
 
     descriptor: int
     file: Path
@@ -100,10 +129,17 @@ def verify_integrity(
     on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> IntegrityReport:
-    """Check the structure and every digest of an artifact; every problem is a finding, not an exception.
+    """Check the structure and every digest of an artifact.
 
-    manifest: the artifact's, where it was read already. sha256: also take the SHA-256 of every shard (that of every
-    other file is always taken). on_plan: once, the bytes of all shards. on_progress: bytes done.
+    Every problem of the artifact becomes a finding in the report, not an exception.
+
+    Args:
+        path: Directory of the artifact.
+        manifest: Manifest of the artifact, if the caller has already read it.
+        sha256: Also check the SHA-256 of every shard. The SHA-256 of every other file is always checked.
+        workers: Number of threads.
+        on_plan: Function that is called once, with the total size of the shards in bytes.
+        on_progress: Function that is called from the threads, with the number of bytes checked since the last call.
     """
     path = Path(path)
     try:
@@ -136,7 +172,7 @@ def verify_integrity(
     try:
         structure = check_structure(path, parsed=manifest)
     except ArtifactError as error:
-        # What the reader finds often only repeats what a digest has told about the same file.
+        # A structural problem is often the consequence of a wrong digest that was already found in the same file.
         found = finding_of(error)
         findings += [found] if all(found.file != earlier.file for earlier in findings) else []
     nbytes = sum(record.nbytes for record in manifest.files.values())
@@ -146,13 +182,18 @@ def verify_integrity(
 
 
 def _found(checks: Sequence[_Check], run: Callable[[_Check], Finding | None], workers: int) -> list[Finding]:
-    """Run checks on threads and return what they find, in their order."""
+    """Run checks on threads and return their findings in the order of the checks."""
     found = run_tasks(dict(enumerate(checks)), run, workers=workers, thread_name="qformat-verify")
     return [finding for finding in found.values() if finding is not None]
 
 
 def verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
-    """Check every file that is no shard: the SHA-256 of those in the manifest, and that there is no other."""
+    """Check the files other than shards: the SHA-256 of those in the manifest, and the absence of others.
+
+    Args:
+        path: Directory of the artifact.
+        manifest: Manifest of the artifact.
+    """
     names = [name for name, record in manifest.files.items() if record.header_xxh3 is None]
     findings: list[Finding] = []
     with ExitStack() as stack:
@@ -168,7 +209,7 @@ def verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
 
 
 def finding_of(error: ArtifactError) -> Finding:
-    """Return an error of the reader as a finding."""
+    """Return a finding with the contents of an error."""
     return Finding(error.reason, Path(error.path).name, str(error), error.tensor, error.field)
 
 
@@ -185,7 +226,14 @@ def _open_files(path: Path, manifest: Manifest, stack: ExitStack, findings: list
 def range_checks(
     path: Path, manifest: Manifest, descriptors: Mapping[str, int], findings: list[Finding]
 ) -> Iterator[RangeCheck]:
-    """Yield the checks of every shard whose header is what it was, in the order of the bytes."""
+    """Yield the checks of every shard with an intact header, in the order of their bytes.
+
+    Args:
+        path: Directory of the artifact.
+        manifest: Manifest of the artifact.
+        descriptors: File descriptors by name of the file. Shards without one are skipped.
+        findings: List to which problems of the headers are appended.
+    """
     expected = expected_tensors(manifest)
     for name, record in manifest.files.items():
         if record.header_xxh3 is None or name not in descriptors:
@@ -227,7 +275,7 @@ def _check_whole(path: Path, descriptor: int, record: FileRecord) -> Finding | N
 def _extra_files(path: Path, manifest: Manifest) -> Iterable[Finding]:
     known = {*manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
     for entry in sorted(path.iterdir()):
-        # What begins with a dot was put there by git or a client of the Hub, and no reader looks at it.
+        # Names that begin with a dot belong to git or to clients of the Hub. No reader opens them.
         if entry.name not in known and not entry.name.startswith("."):
-            name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")  # a file's name need not be text
+            name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")  # the name may be invalid UTF-8
             yield Finding(Reason.EXTRA_FILE, name, f"{path / name}: is not in the manifest. Move it elsewhere")

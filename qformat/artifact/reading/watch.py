@@ -1,8 +1,8 @@
-"""Mapped files that must stay what they were: a change is noticed before it is computed with, where it can be.
+"""Detection of changes to mapped files before a computation uses them.
 
-A mapping follows its file. Bytes that another process writes in place appear in the model; where the file was cut,
-touching the mapping kills the process (SIGBUS), which no program survives. Both are against the specification (2.4:
-files are replaced by renaming, never changed in place), and a look at size and time of change tells before.
+A mapping shows later changes to its file. If another process writes in place, the new bytes appear in the model; if it
+truncates the file, access to the mapping kills the process (SIGBUS). The specification forbids both (section 2.4:
+files are replaced by renaming, never changed in place). The size and the modification time reveal such a change.
 """
 
 from __future__ import annotations
@@ -29,23 +29,34 @@ class _Seen:
 
 
 class MappedFileWatch:
-    """What mapped files were when they were mapped. Copies and pickles of a model map no files, and watch nothing."""
+    """State of mapped files at the time of mapping. Copies and pickles are empty, because they map no files."""
 
     def __init__(self) -> None:
         self._files: dict[Path, tuple[mmap.mmap, _Seen]] = {}
 
     def add(self, path: Path, mapped: mmap.mmap, status: os.stat_result) -> None:
-        """Watch a file. status: of the descriptor that was mapped, taken before."""
+        """Watch a file.
+
+        Args:
+            path: Path of the file.
+            mapped: Mapping of the file.
+            status: Status of the descriptor, taken before it was mapped.
+        """
         self._files[path] = (mapped, _Seen.of(status))
 
     def check(self) -> None:
-        """Raise ArtifactError (file_size, file_digest) for a file that was cut or written to since it was mapped.
+        """Check that no file was truncated or written to since it was mapped.
 
-        A file that was replaced or removed under its name is no concern: the mapping keeps the old one.
+        A file that was replaced or removed passes, because the mapping keeps the old file.
+
+        Raises:
+            ArtifactError: A file was changed (file_size, file_digest).
         """
         for path, (mapped, seen) in self._files.items():
-            if (nbytes := mapped.size()) != seen.nbytes:  # of the mapped file itself, whatever its name is now
-                raise _changed(path, Reason.FILE_SIZE, f"{nbytes} bytes, and {seen.nbytes} when it was mapped")
+            if (nbytes := mapped.size()) != seen.nbytes:  # size of the mapped file, even if its path was reused
+                raise _changed(
+                    path, Reason.FILE_SIZE, f"the file has {nbytes} bytes, but had {seen.nbytes} when it was mapped"
+                )
             try:
                 now = _Seen.of(os.stat(path))
             except OSError:
@@ -68,5 +79,5 @@ def _changed(path: Path, reason: Reason, problem: str) -> ArtifactError:
         reason,
         path,
         problem,
-        next_step="The model in memory changed with it: load it again, and replace files by renaming, never in place",
+        next_step="The model in memory changed too: load it again, and replace files by renaming, never in place",
     )

@@ -1,1 +1,1 @@
-"""Everything that writes a folder: the disk, staging, and rewriting an artifact."""
+"""Writing output directories: disk operations, staging and rewriting artifacts."""

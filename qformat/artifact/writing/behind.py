@@ -1,4 +1,4 @@
-"""Threads that work behind those who write: one hashes what is still cached, one brings it to the disk."""
+"""Background threads that follow the writers of files: one hashes bytes that are still cached, one syncs the files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Work = TypeVar("_Work")
 
 
 class BehindWriters(ABC, Generic[_Work]):
-    """A thread that is told which bytes are written, and works on them until it is finished or closed."""
+    """Background thread that processes written bytes until it is finished or closed."""
 
     def __init__(self, thread_name: str) -> None:
         self._changed = threading.Condition()
@@ -30,13 +30,19 @@ class BehindWriters(ABC, Generic[_Work]):
         self._thread.start()
 
     def mark_written(self, name: str, start: int, stop: int) -> None:
-        """Note that bytes [start, stop) of a file are written."""
+        """Record that a range of a file has been written.
+
+        Args:
+            name: Name of the file.
+            start: Offset of the first byte.
+            stop: Offset after the last byte.
+        """
         with self._changed:
             self._note(name, start, stop)
             self._changed.notify()
 
     def finish(self) -> None:
-        """Wait until all that is left to do is done, and raise what the thread failed with."""
+        """Wait until all work is done. Raises the exception that ended the thread, if there is one."""
         with self._changed:
             self._finishing = True
             self._changed.notify()
@@ -45,7 +51,7 @@ class BehindWriters(ABC, Generic[_Work]):
             raise self._failure
 
     def close(self) -> None:
-        """Stop the thread once what it has begun is done, whatever is left."""
+        """Stop the thread after its current piece of work and discard the rest."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -53,21 +59,21 @@ class BehindWriters(ABC, Generic[_Work]):
 
     @abstractmethod
     def _note(self, name: str, start: int, stop: int) -> None:
-        """Take in that bytes are written; no other thread looks meanwhile."""
+        """Record that bytes have been written. Called while the lock is held."""
 
     @abstractmethod
     def _take(self, *, finishing: bool) -> _Work | None:
-        """Return work that is worth doing now, None for none. finishing: no more bytes will be written."""
+        """Return the next piece of work, None if there is not enough. With `finishing`, no more bytes will follow."""
 
     @abstractmethod
     def _do(self, work: _Work) -> None:
-        """Do a piece of work, while others write."""
+        """Do a piece of work. Called without the lock, while other threads write."""
 
     def _run(self) -> None:
         try:
             while (work := self._next()) is not None:
                 self._do(work)
-        except BaseException as failure:  # noqa: BLE001 - raised again by `finish`
+        except BaseException as failure:  # noqa: BLE001 - `finish` raises it again
             self._failure = failure
 
     def _next(self) -> _Work | None:
@@ -82,7 +88,7 @@ class BehindWriters(ABC, Generic[_Work]):
 
 
 class WrittenFile:
-    """A file that is filled in any order and hashed in order, behind the writers, while its bytes are still cached."""
+    """File that is written in any order and hashed from its beginning, while its bytes are still cached."""
 
     def __init__(self, path: Path, descriptor: int, nbytes: int) -> None:
         self.path = path
@@ -94,23 +100,28 @@ class WrittenFile:
         self._ahead: list[tuple[int, int]] = []
 
     def mark_written(self, start: int, stop: int) -> None:
-        """Note that bytes [start, stop) are in the file."""
+        """Record that a range of the file has been written.
+
+        Args:
+            start: Offset of the first byte.
+            stop: Offset after the last byte.
+        """
         heapq.heappush(self._ahead, (start, stop))
         while self._ahead and self._ahead[0][0] <= self._ready:
             self._ready = max(self._ready, heapq.heappop(self._ahead)[1])
 
     @property
     def pending(self) -> int:
-        """Bytes that could be hashed now."""
+        """Number of bytes that can be hashed now."""
         return self._ready - self._hashed
 
     @property
     def complete(self) -> bool:
-        """Whether every byte was hashed."""
+        """Whether every byte has been hashed."""
         return self._hashed == self.nbytes
 
     def hash_some(self, buffer: memoryview) -> None:
-        """Read and hash at most one buffer of what is ready."""
+        """Read and hash the next bytes that can be hashed, at most one buffer of them."""
         part = buffer[: min(len(buffer), self.pending)]
         read_exactly(self._descriptor, self._hashed, part, path=self.path, error=ArtifactError)
         self._state.update(part)
@@ -123,7 +134,7 @@ class WrittenFile:
 
 
 class Follower(BehindWriters[WrittenFile]):
-    """Hashes `WrittenFile`s behind the threads that write them: nothing is read twice from the disk."""
+    """Hashes files while other threads write them, so that no byte has to be read from the disk later."""
 
     def __init__(self, files: Mapping[str, WrittenFile]) -> None:
         self._files = files
@@ -131,7 +142,7 @@ class Follower(BehindWriters[WrittenFile]):
         super().__init__("qformat-sha256")
 
     def sha256(self) -> dict[str, str]:
-        """Wait until every complete file is hashed and return the SHA-256 of each file by name."""
+        """Wait until every file is hashed and return the SHA-256 digests by file name."""
         self.finish()
         return {name: file.hexdigest() for name, file in self._files.items()}
 
@@ -139,7 +150,7 @@ class Follower(BehindWriters[WrittenFile]):
         self._files[name].mark_written(start, stop)
 
     def _take(self, *, finishing: bool) -> WrittenFile | None:
-        """Return a file worth a read: with a full buffer ready, or any byte once no more will come."""
+        """Return a file with a full buffer of bytes to hash; at the end, one with any."""
         ready = (file for file in self._files.values() if file.pending >= (1 if finishing else READ_NBYTES))
         return next(ready, None)
 
@@ -148,12 +159,12 @@ class Follower(BehindWriters[WrittenFile]):
 
 
 class WriteBehind(BehindWriters[list[str]]):
-    """Syncs files whenever another batch was written: the disk works at the same time as the CPU.
+    """Syncs files after every batch of written bytes, so that the disk works at the same time as the CPU.
 
-    Without it the kernel keeps gigabytes until the seal's fsync, which then waits for all of them. 2.2 GB exported on
-    two cores, six runs of each in mixed order: 1.40 s with it and 2.81 s without (medians), 1.01 s and 1.26 s (best).
-    What is less than a batch at the end is left to the seal. The failure of a sync must not be lost: the kernel tells
-    of a lost write only once. `descriptors` and paths (below `folder`) are by name.
+    Without it, the kernel keeps gigabytes until the seal's fsync, which then waits for all of them. Export of 2.2 GB on
+    two cores, six runs each in mixed order: median 1.40 s with it and 2.81 s without, best 1.01 s and 1.26 s. Less than
+    a batch at the end is left to the seal. A failed sync must be raised, because the kernel reports a lost write only
+    once.
     """
 
     def __init__(self, disk: Disk, folder: Path, descriptors: Mapping[str, int], *, batch_nbytes: int) -> None:

@@ -1,6 +1,6 @@
-"""Every change that qformat makes to a disk goes through a `Disk`: one place for short writes, fsync and messages.
+"""File system operations, through which qformat writes everything: complete writes, fsync and error messages.
 
-Tests replace the primitives (`raw_*`) to inject a fault at every single call.
+Tests replace the primitives (`raw_*`) to inject a fault at every call.
 """
 
 from __future__ import annotations
@@ -27,46 +27,82 @@ _Result = TypeVar("_Result")
 
 
 class Disk:
-    """Writes to a file system. Raises TargetError naming the path, with needed and free bytes when it is full."""
+    """Writes to a file system.
+
+    Every method raises TargetError with the path if an operation fails; on a full disk also with the needed and the
+    free space.
+    """
 
     def __init__(self, needed_nbytes: int = 0) -> None:
         self.needed_nbytes = needed_nbytes
 
     def make_folder(self, path: Path) -> None:
-        """Create a folder; one that exists is fine."""
+        """Create a directory, if it does not exist."""
         self._call(path, lambda: self.raw_mkdir(path))
 
     def make_folders(self, path: Path) -> None:
-        """Create a folder and those above it that are not there."""
+        """Create a directory and its missing parents."""
         for folder in reversed([path, *path.parents]):
             if not folder.is_dir():
                 self.make_folder(folder)
 
     def open_for_writing(self, path: Path, *, append: bool = False) -> int:
-        """Open a file for reading and writing, creating it if it does not exist."""
+        """Open a file for reading and writing, and create it if it does not exist.
+
+        Args:
+            path: Path of the file.
+            append: Write at the end of the file.
+
+        Returns:
+            A file descriptor.
+        """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_APPEND if append else 0)
         return self._call(path, lambda: self.raw_open(path, flags))
 
     def set_size(self, descriptor: int, nbytes: int, path: Path) -> None:
-        """Cut a file to, or extend it with zeros to, a size."""
+        """Truncate a file to a size, or extend it with zeros.
+
+        Args:
+            descriptor: File descriptor.
+            nbytes: New size in bytes.
+            path: Path of the file, for error messages.
+        """
         self._call(path, lambda: self.raw_truncate(descriptor, nbytes))
 
     def write_at(self, descriptor: int, data: memoryview, offset: int, path: Path) -> None:
-        """Write all of `data` at a byte offset."""
+        """Write bytes at an offset, completely.
+
+        Args:
+            descriptor: File descriptor.
+            data: Bytes to write.
+            offset: Offset of the first byte in the file.
+            path: Path of the file, for error messages.
+        """
         while data:
             count = self._call_write(path, partial(self.raw_pwrite, descriptor, data, offset))
             data = data[count:]
             offset += count
 
     def append(self, descriptor: int, data: bytes, path: Path) -> None:
-        """Write all of `data` at the end of a file that was opened for appending."""
+        """Write bytes at the end of a file, completely.
+
+        Args:
+            descriptor: File descriptor, opened with `append`.
+            data: Bytes to write.
+            path: Path of the file, for error messages.
+        """
         view = memoryview(data)
         while view:
             count = self._call_write(path, partial(self.raw_write, descriptor, view))
             view = view[count:]
 
     def write_file(self, path: Path, data: bytes | bytearray) -> None:
-        """Write a whole small file and bring it to the disk."""
+        """Write and sync a small file.
+
+        Args:
+            path: Path of the file. An existing file is overwritten in place.
+            data: Contents of the file.
+        """
         descriptor = self.open_for_writing(path)
         try:
             self.set_size(descriptor, 0, path)
@@ -76,9 +112,13 @@ class Disk:
             os.close(descriptor)
 
     def replace_file(self, path: Path, data: bytes | bytearray) -> None:
-        """Give a file other bytes in one step: after a crash it has the old ones or the new ones.
+        """Replace the contents of a file atomically: after a crash it has the old or the new ones.
 
-        The new bytes are written beside it, under a hidden name, which whoever verifies a folder passes over.
+        The new contents are first written next to it under a hidden name, which verification ignores.
+
+        Args:
+            path: Path of the file.
+            data: New contents of the file.
         """
         unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
         try:
@@ -91,17 +131,27 @@ class Disk:
         self.sync_folder(path.parent)
 
     def replace_folder(self, made: Path, final: Path) -> None:
-        """Give a finished folder its name; a folder that has the name is removed first."""
+        """Rename a finished directory to its final name.
+
+        Args:
+            made: Finished directory.
+            final: Final path. An existing directory is removed first.
+        """
         self.remove_folder(final)
         self.rename(made, final)
         self.sync_folder(final.parent)
 
     def sync(self, descriptor: int, path: Path) -> None:
-        """Bring a file's bytes to the disk."""
+        """Sync the contents of an open file to the disk.
+
+        Args:
+            descriptor: File descriptor.
+            path: Path of the file, for error messages.
+        """
         self._call(path, lambda: self.raw_fsync(descriptor))
 
     def sync_file(self, path: Path) -> None:
-        """Bring the bytes of a file that somebody else has written to the disk."""
+        """Sync the contents of a closed file to the disk."""
         descriptor = self.open_for_writing(path)
         try:
             self.sync(descriptor, path)
@@ -109,7 +159,7 @@ class Disk:
             os.close(descriptor)
 
     def sync_folder(self, path: Path) -> None:
-        """Bring a folder's entries to the disk."""
+        """Sync the entries of a directory to the disk."""
         descriptor = self._call(path, lambda: os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         try:
             self.sync(descriptor, path)
@@ -117,11 +167,22 @@ class Disk:
             os.close(descriptor)
 
     def rename(self, old: Path, new: Path) -> None:
-        """Give a file or folder its new name."""
+        """Rename a file or directory.
+
+        Args:
+            old: Current path.
+            new: New path.
+        """
         self._call(new, lambda: self.raw_rename(old, new))
 
     def exchange(self, one: Path, other: Path, *, aside: Path) -> None:
-        """Exchange two folders in one step; where the file system cannot, move `other` to `aside` first."""
+        """Exchange two directories atomically. If the file system cannot do that, use two renames.
+
+        Args:
+            one: First directory.
+            other: Second directory.
+            aside: Path to which the second directory moves in the case of two renames.
+        """
         try:
             self._call(other, lambda: self.raw_exchange(one, other))
         except TargetError as refused:
@@ -136,11 +197,11 @@ class Disk:
             self.rename(one, other)
 
     def remove_file(self, path: Path) -> None:
-        """Remove a file; one that does not exist is fine."""
+        """Remove a file, if it exists."""
         self._call(path, lambda: self.raw_unlink(path))
 
     def remove_folder(self, path: Path) -> None:
-        """Remove a folder with everything in it; one that does not exist is fine."""
+        """Remove a directory with its contents, if it exists."""
         if not path.exists():
             return
         for entry in sorted(path.iterdir()):
@@ -151,7 +212,7 @@ class Disk:
         self._call(path, lambda: self.raw_rmdir(path))
 
     def free_nbytes(self, path: Path) -> int:
-        """Return the bytes free for us on the file system of the nearest existing folder of a path."""
+        """Return the free space in bytes on the file system of a path, which need not exist yet."""
         while not os.path.exists(path) and path != path.parent:
             path = path.parent
         return shutil.disk_usage(path).free
@@ -164,54 +225,85 @@ class Disk:
 
     def _call_write(self, path: Path, operation: Callable[[], int]) -> int:
         nbytes = self._call(path, operation)
-        if nbytes == 0:  # asking again could go on for ever
-            raise TargetError(f"{path}: the file system takes no more bytes and does not say why")
+        if nbytes == 0:  # another attempt could loop forever
+            raise TargetError(f"{path}: cannot be written: the file system accepts no more bytes and reports no error")
         return nbytes
 
     def _explain(self, path: Path, problem: OSError) -> str:
         if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
             free = self.free_nbytes(path)
-            needed = f"{self.needed_nbytes:,} bytes are needed in all, " if self.needed_nbytes else ""
+            needed = f"the output needs {self.needed_nbytes:,} bytes in total, " if self.needed_nbytes else ""
             return (
-                f"{path}: no space left: {needed}{free:,} bytes are free. "
-                "Make room and run the same command again: it continues"
+                f"{path}: not enough disk space: {needed}{free:,} bytes are free. "
+                "Free some space and run the same command again: it resumes"
             )
         if problem.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            return f"{path}: cannot be written: {problem.strerror}. Choose a folder that you may write to"
+            return f"{path}: cannot be written: {problem.strerror}. Choose a directory with write permission"
         return f"{path}: {problem.strerror}"
 
-    # The primitives, one system call each.
+    # Primitives: one system call each.
 
     def raw_mkdir(self, path: Path) -> None:
-        """Create a folder."""
+        """Create a directory."""
         path.mkdir(exist_ok=True)
 
     def raw_open(self, path: Path, flags: int) -> int:
-        """Open a file."""
+        """Open a file.
+
+        Args:
+            path: Path of the file.
+            flags: Flags of `os.open`.
+        """
         return os.open(path, flags, FILE_MODE)
 
     def raw_truncate(self, descriptor: int, nbytes: int) -> None:
-        """Set a file's size."""
+        """Set the size of a file.
+
+        Args:
+            descriptor: File descriptor.
+            nbytes: New size in bytes.
+        """
         os.ftruncate(descriptor, nbytes)
 
     def raw_pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
-        """Write at an offset; may write less than asked."""
+        """Write at an offset and return the number of bytes written, which may be smaller than the data.
+
+        Args:
+            descriptor: File descriptor.
+            data: Bytes to write.
+            offset: Offset of the first byte in the file.
+        """
         return os.pwrite(descriptor, data, offset)
 
     def raw_write(self, descriptor: int, data: memoryview) -> int:
-        """Write at the end; may write less than asked."""
+        """Write at the end and return the number of bytes written, which may be smaller than the data.
+
+        Args:
+            descriptor: File descriptor.
+            data: Bytes to write.
+        """
         return os.write(descriptor, data)
 
     def raw_fsync(self, descriptor: int) -> None:
-        """Bring to the disk."""
+        """Sync a file to the disk."""
         os.fsync(descriptor)
 
     def raw_rename(self, old: Path, new: Path) -> None:
-        """Rename."""
+        """Rename a file or directory.
+
+        Args:
+            old: Current path.
+            new: New path.
+        """
         old.rename(new)
 
     def raw_exchange(self, one: Path, other: Path) -> None:
-        """Exchange two names atomically (Linux: renameat2)."""
+        """Exchange two directories atomically (renameat2 of Linux).
+
+        Args:
+            one: First directory.
+            other: Second directory.
+        """
         if sys.platform != "linux":
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         libc = ctypes.CDLL(None, use_errno=True)
@@ -226,15 +318,15 @@ class Disk:
         path.unlink(missing_ok=True)
 
     def raw_rmdir(self, path: Path) -> None:
-        """Remove an empty folder."""
+        """Remove an empty directory."""
         path.rmdir()
 
 
 def allocated_nbytes(folder: Path) -> int:
-    """Return the bytes that the files below a folder take on the disk, holes left out; 0 where there is none."""
+    """Return the disk space that the files below a directory occupy, in bytes; 0 if it does not exist."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(OSError):  # another process may be clearing it away
+            with contextlib.suppress(OSError):  # another process may be removing it
                 total += os.lstat(os.path.join(parent, name)).st_blocks * 512
     return total

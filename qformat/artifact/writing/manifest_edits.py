@@ -1,4 +1,4 @@
-"""A manifest with one member changed; all else that it says stays, known to this version or not (spec section 7)."""
+"""Changes of single members of a manifest. All other members stay, even unknown ones (spec section 7)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from qformat.errors import ArtifactError
 
 
 def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
-    """Return a manifest that lists one file more (or another file of that name); nothing else in it changes.
+    """Return a manifest with the entry of one file added or replaced.
 
-    data, path: an artifact's manifest, which is checked, and where it lies. Members that this version does not know
-    stay as they are. Raises ArtifactError.
+    Args:
+        data: Bytes of the manifest.
+        path: Path of the manifest, for error messages.
+        name: Name of the file.
+        file: Entry of the file.
+
+    Raises:
+        ArtifactError: The manifest is invalid.
     """
     record = _checked_record(data, path)
     assert isinstance(record["files"], dict)
@@ -24,9 +30,15 @@ def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
 
 
 def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
-    """Return the bytes of a manifest with another `evaluation` and all else that it says, known or not.
+    """Return a manifest with another `evaluation`.
 
-    Raises: ArtifactError, as `parse`.
+    Args:
+        data: Bytes of the manifest.
+        evaluation: New value of the member.
+        path: Path of the manifest, for error messages.
+
+    Raises:
+        ArtifactError: The manifest is invalid.
     """
     written: dict[str, object] = {}
     for key, value in _checked_record(data, path).items():
@@ -38,7 +50,7 @@ def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
 
 
 def _checked_record(data: bytes, path: Path) -> JsonObject:
-    """Return all members of a good manifest but its digest, those that this version does not know included."""
+    """Check a manifest and return all of its members except its digest, including unknown ones."""
     parse(data, path)
     record = strict_json.loads(data, path=path, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     assert isinstance(record, dict)

@@ -1,7 +1,7 @@
-"""What an output folder is going to be: what may be replaced by it, and what tells after a crash that it is there.
+"""Kinds of output directories: what each kind may replace, and how it is recognised after a crash.
 
-An artifact is recognised under its final name by its manifest, which names every byte; a plain checkpoint by its
-folder's inode, which a rename keeps, and its index.
+An artifact is recognised by its manifest, which covers every byte. A plain checkpoint is recognised by its index and
+by the inode of its directory, which a rename does not change.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from qformat.strict_json import Json
 
 @dataclass(frozen=True, slots=True)
 class OutputKind:
-    """A kind of output folder.
+    """Kind of output directory.
 
-    made_from: what its bytes depend on, for messages. obstacle: why a folder with something in it cannot be replaced
-    by one of this kind, None where it can. identity: tells a finished folder from every other one that may stand under
-    its name, None where there is none.
+    Attributes:
+        made_from: What its contents depend on, for messages.
+        obstacle: Function that returns why a directory that is not empty cannot be replaced, None if it can be.
+        identity: Function that returns a value by which a finished directory can be recognised, None if it does not
+            exist.
     """
 
     made_from: str
@@ -32,40 +34,52 @@ class OutputKind:
 
 
 def check_target(out: Path, *, replace: bool, kind: OutputKind) -> None:
-    """Refuse an output path that holds something: anything, or with `replace` anything that is not of its kind.
+    """Check that an output path is free, or that its contents may be replaced.
 
-    Raises TargetError.
+    Args:
+        out: Output path.
+        replace: Accept an existing directory of the same kind.
+        kind: Kind of the output.
+
+    Raises:
+        TargetError: The path exists and must not be replaced.
     """
     if not os.path.lexists(out):
         return
     if not os.path.isdir(out) or os.path.islink(out):
-        raise TargetError(f"{out}: exists and is no folder. Choose another name")
+        raise TargetError(f"{out}: exists and is not a directory. Choose another name")
     if not holds_something(out):
         return
     if (obstacle := kind.obstacle(out)) is not None:
         raise TargetError(f"{out}: {obstacle}. Choose another name")
     if not replace:
-        raise TargetError(f"{out}: exists already. Choose another name, or replace it with ", Option("force", True))
+        raise TargetError(f"{out}: already exists. Choose another name, or replace it with ", Option("force", True))
 
 
 def holds_something(folder: Path) -> bool:
-    """Return whether a folder has an entry; false for one that is gone. Raises TargetError: cannot be listed."""
+    """Return whether a directory exists and is not empty.
+
+    Raises:
+        TargetError: The directory cannot be listed.
+    """
     try:
         return bool(os.listdir(folder))
-    except FileNotFoundError:  # another process has just finished there
+    except FileNotFoundError:  # another process has just removed it
         return False
     except OSError as problem:
         raise TargetError(f"{folder}: cannot be listed: {problem.strerror}. Choose another name") from None
 
 
 def _no_artifact(folder: Path) -> str | None:
-    return None if os.path.isfile(folder / MANIFEST_NAME) else "exists, is not empty and is no artifact"
+    return None if os.path.isfile(folder / MANIFEST_NAME) else "exists, is not empty and is not an artifact"
 
 
 def _no_checkpoint(folder: Path) -> str | None:
     if os.path.lexists(folder / MANIFEST_NAME):
         return "is a 4-bit artifact, which an export does not replace"
-    return None if os.path.isfile(folder / INDEX_NAME) else "exists, is not empty and is no checkpoint with an index"
+    if os.path.isfile(folder / INDEX_NAME):
+        return None
+    return "exists, is not empty and is not a checkpoint with an index"
 
 
 def _manifest_digest(folder: Path) -> Json:

@@ -1,4 +1,4 @@
-"""Put an evaluation into the manifest of an artifact that is in use: another file under the same name, in one step."""
+"""Recording of evaluation results in the manifest of an artifact, which may be in use: an atomic replacement."""
 
 from __future__ import annotations
 
@@ -17,25 +17,31 @@ from qformat.names import MANIFEST_NAME
 
 
 def record_evaluation(path: Path, evaluation: JsonObject, *, of: Manifest, disk: Disk | None = None) -> None:
-    """Write `evaluation` into the manifest in folder `path`, and renew the manifest's digest of itself.
+    """Write evaluation results to the manifest of an artifact.
 
-    of: the manifest of what was measured; nothing is written where other weights stand there by now.
-    Raises TargetError, also for a manifest in the Hub's cache, whose files belong to their digests; ArtifactError for
-        a damaged manifest.
+    Args:
+        path: Directory of the artifact.
+        evaluation: New value of the member `evaluation`.
+        of: Manifest of the weights that were evaluated.
+        disk: File system operations.
+
+    Raises:
+        TargetError: The manifest cannot be written, is a link into the Hub's cache, or now has other weights.
+        ArtifactError: The manifest is damaged.
     """
     disk = disk or Disk()
     target = path / MANIFEST_NAME
     if target.is_symlink():
-        raise TargetError(f"{target}: is a link into the Hub's cache. Copy the artifact to a folder of your own first")
+        raise TargetError(f"{target}: is a link into the Hub's cache. Copy the artifact to another directory first")
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TargetError(f"{path}: another process is recording an evaluation there. Try again") from None
+            raise TargetError(f"{path}: another process is recording an evaluation. Try again") from None
         data = read_small(path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
         if parse(data, target).tensors != of.tensors:
-            raise TargetError(f"{path}: holds other weights than those that were measured. Evaluate it again")
+            raise TargetError(f"{path}: the weights are not the ones that were evaluated. Evaluate the artifact again")
         disk.replace_file(target, with_evaluation(data, evaluation, target))
     finally:
         os.close(folder)

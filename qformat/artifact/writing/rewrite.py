@@ -1,10 +1,9 @@
-"""A folder of shards written once more with other bytes in some places (spec section 2.4): those that a running model
-holds, or those that a tuning found.
+"""Writing a copy of an artifact or of a bitsandbytes checkpoint with the new bytes of a loaded or tuned model.
 
-Every component keeps its place and size, so that headers and index stay as they are, byte for byte. What is not
-replaced is copied, and its digest checked. Where no byte differs, every file is the same, the manifest included; where
-one does, the manifest is renewed. A byte that was damaged in the file and not replaced by another one is refused: a new
-digest must not make it look right. The files are streamed; memory does not depend on the size of the model.
+Every component keeps its place and size, so the headers and the index stay byte-identical. Components that are not
+replaced are copied, and their digests are checked: a damaged component must not get a new, valid digest. If no byte
+changes, all files are byte-identical; otherwise the manifest is updated. The output is written atomically (spec
+section 2.4). Files are streamed, so memory use does not depend on the size of the model.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ from qformat.version import __version__
 FETCH_AGAIN = "Fetch the file again"
 
 _FILES_WITHOUT_MANIFEST = (INDEX_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME)
-"""What is carried over beside the shards where no manifest says what belongs to the model."""
+"""Files to copy besides the shards if no manifest lists the files of the model."""
 
 Held = Callable[[str, Located], Buffer | None]
-"""Returns the bytes that a component has now, by its name in the shards; None: those of the file. Codes may
-come without the bytes that fill up a wider element."""
+"""Function that returns the new bytes of a component, given its name and its place; None to keep those of the file.
+Codes may be without the padding of a wider element."""
 
 Replacements = Mapping[str, Mapping[Component, NDArray[Any]]]
-"""By tensor and component, other bytes. Those of a kept tensor stand under `Component.PACKED`."""
+"""New arrays by tensor and component. The array of a kept tensor has the key `Component.PACKED`."""
 
 
 def rewrite(
@@ -60,14 +59,25 @@ def rewrite(
     recipe: JsonObject | None = None,
     next_step: str = FETCH_AGAIN,
 ) -> bool:
-    """Write shards and the files beside them into a staged folder and seal it; return whether every byte is the same.
+    """Write the shards and all other files to an output directory and seal it.
 
-    files: what other files hold now, by name; those that are not named are copied. recipe: another one for the
-    manifest. A renewed manifest has no evaluation, if that was of other bytes, and a kept tensor that changes names the
-    digest of its source.
-    next_step: what a user is told to do about a file that was changed.
+    If a tensor changes, the new manifest has no evaluation, and the entry of a changed kept tensor gets the digest of
+    its source tensor.
 
-    Raises: ArtifactError for damage in what is copied, and for a file that is gone; TargetError.
+    Args:
+        layout: Checked shards of the directory to copy.
+        staging: Output directory.
+        held: Function that returns the new bytes of a component.
+        files: New contents of files by name, without shards. All others are copied.
+        recipe: New recipe for the manifest, None to keep the old one.
+        next_step: Advice in the error about a file that was changed.
+
+    Returns:
+        Whether all tensors and files are the same as before.
+
+    Raises:
+        ArtifactError: A file is damaged or missing.
+        TargetError: The output cannot be written.
     """
     files, disk = files or {}, staging.disk
     copy = _Copy(layout, staging, held, _expected_digests(layout), next_step)
@@ -89,23 +99,39 @@ def rewrite(
 
 
 def replaced_by(structure: Structure, replacements: Replacements) -> Held:
-    """Return what `rewrite` asks for, of arrays that are there. Raises UsageError for bytes that do not fit."""
+    """Return the function `held` of `rewrite` for arrays in memory.
+
+    Args:
+        structure: Checked structure of the artifact.
+        replacements: New arrays by tensor and component.
+
+    Raises:
+        UsageError: An array has the wrong size or is not C-contiguous, or the component does not exist.
+    """
     for name, parts in replacements.items():
         for part, data in parts.items():
             located = structure.located.get(name + part.value)
             if located is None or located.entry.nbytes != data.nbytes or not data.flags.c_contiguous:
-                has = "no such component" if located is None else f"{located.entry.nbytes} bytes there"
-                raise UsageError(f"{structure.path}: {name}: {part.label}: {data.nbytes} new bytes, but it has {has}")
+                expected = "no such component" if located is None else f"{located.entry.nbytes} contiguous bytes"
+                raise UsageError(
+                    f"{structure.path}: tensor {name!r}: the new {part.label} has {data.nbytes} bytes, "
+                    f"but the artifact has {expected}"
+                )
     new = {name + part.value: data for name, parts in replacements.items() for part, data in parts.items()}
     return lambda name, _: new.get(name)
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A copy in the making.
+    """State of one copy.
 
-    expected: XXH3-128 and tensor by the component's name in the shards; nothing where there is no manifest.
-    changed: the new XXH3-128 of each component whose bytes are not those of the manifest.
+    Attributes:
+        layout: Checked shards of the directory to copy.
+        staging: Output directory.
+        held: Function that returns the new bytes of a component.
+        expected: XXH3-128 and tensor, by the name of the component in the shards. Empty without a manifest.
+        next_step: Advice in the error about a file that was changed.
+        changed: New XXH3-128 of each component that differs from the manifest.
     """
 
     layout: ShardLayout
@@ -116,15 +142,23 @@ class _Copy:
     changed: dict[str, str] = field(default_factory=dict)
 
     def read_manifest(self, layout: Structure) -> bytes:
-        """Return the bytes of the manifest. Raises ArtifactError if they are no longer those that were opened."""
+        """Return the bytes of the manifest. Raises ArtifactError if it changed after it was opened."""
         path = layout.path / MANIFEST_NAME
         data = read_small(layout.path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
         if parse(data, path) != layout.manifest:
-            raise self._damaged(path, "it says something else than when it was opened")
+            raise self._damaged(path, "its contents differ from those at the time of opening")
         return data
 
     def read_other(self, name: str, record: FileRecord | None) -> bytearray:
-        """Return the bytes of a file that is no shard. Raises ArtifactError (also file_digest)."""
+        """Return the bytes of a file other than a shard.
+
+        Args:
+            name: Name of the file.
+            record: Entry of the file in the manifest, None without a manifest.
+
+        Raises:
+            ArtifactError: The file is missing or damaged.
+        """
         path = self.layout.path / name
         with open_regular(self.layout.path, name, error=ArtifactError) as descriptor:
             data = bytearray(os.fstat(descriptor).st_size)
@@ -134,9 +168,13 @@ class _Copy:
         return data
 
     def write_shard(self, name: str) -> str:
-        """Write a shard from its beginning on and return its SHA-256. Raises ArtifactError, TargetError.
+        """Write a shard from its beginning and return its SHA-256.
 
-        What an interrupted run left of it is written again.
+        A shard from an interrupted run is overwritten.
+
+        Raises:
+            ArtifactError: The shard to copy is damaged.
+            TargetError: The output cannot be written.
         """
         disk, path, nbytes = self.staging.disk, self.staging.folder / name, self.layout.shard_nbytes[name]
         sha256 = hashlib.sha256()
@@ -157,7 +195,7 @@ class _Copy:
         return sha256.hexdigest()
 
     def _contents(self, shard: str, source: int) -> Iterator[memoryview]:
-        """Yield the bytes of a new shard from its beginning on, in scratch memory."""
+        """Yield the bytes of a new shard from its beginning, in reused buffers."""
         places = [located for located in self.layout.located.values() if located.shard == shard]
         places.sort(key=lambda located: (located.entry.start, located.entry.stop))
         path = self.layout.path / shard
@@ -174,7 +212,7 @@ class _Copy:
                 yield from self._replaced(source, located, path, _as_bytes(data))
 
     def _replaced(self, source: int, located: Located, path: Path, data: memoryview) -> Iterator[memoryview]:
-        """Yield the new bytes of a component, filled up with those of the file, and note their digest if it is new."""
+        """Yield the new bytes of a component, padded with bytes of the file, and record their digest if it changed."""
         name, start, stop = located.entry.name, located.entry.start, located.entry.stop
         assert len(data) <= stop - start, f"{name}: {len(data)} bytes, expected {stop - start}"
         fill = memoryview(bytearray(stop - start - len(data)))
@@ -193,7 +231,7 @@ class _Copy:
     def _copied(
         self, source: int, start: int, stop: int, path: Path, expected: str | None, *, tensor: str | None
     ) -> Iterator[memoryview]:
-        """Yield bytes [start, stop) of a file. Raises ArtifactError at their end if their XXH3-128 is another one."""
+        """Yield bytes [start, stop) of a file. Raises ArtifactError after them if their XXH3-128 is wrong."""
         digest = Xxh3()
         for _, part in read_chunks(source, start, stop, chunk_nbytes=READ_NBYTES, path=path, error=ArtifactError):
             digest.update(part)
@@ -207,7 +245,7 @@ class _Copy:
 
 
 def _has(descriptor: int, start: int, data: memoryview, path: Path) -> bool:
-    """Return whether a file has the very bytes of `data` from `start` on."""
+    """Return whether a file contains the bytes of `data` at offset `start`."""
     stop = start + len(data)
     chunks = read_chunks(descriptor, start, stop, chunk_nbytes=READ_NBYTES, path=path, error=ArtifactError)
     return all(part == data[position - start :][: len(part)] for position, part in chunks)
@@ -246,7 +284,7 @@ def _renewed(
     files: Mapping[str, bytes],
     recipe: JsonObject | None,
 ) -> Manifest:
-    """Return the manifest of what was written; sha256: of the shards."""
+    """Return the manifest of the copy, given the changed digests of components, shards and other files."""
     tensors: dict[str, TensorRecord] = dict(old.tensors)
     for name, (tensor, part, _) in expected_tensors(old).items():
         if name in changed:

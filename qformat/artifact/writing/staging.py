@@ -1,18 +1,20 @@
-"""One way to write a folder: staged files, a journal, a seal, and resumption (spec section 2.4 tells what readers see).
+"""Atomic writing of an output directory: staged files, a journal, a final rename, and resumption after a crash.
 
-Artifacts and plain checkpoints go the same way; `output_kind` tells in what they differ.
+Spec section 2.4 describes what readers see. Artifacts and plain checkpoints use the same procedure; `output_kind`
+defines the differences.
 
-While `OUT` is being made, `OUT.partial/` holds
+While `OUT` is being written, `OUT.partial/` contains
 
-    lock       held by the one process that writes
-    journal    JSON lines, each behind its XXH3-128: what was begun, and each part that is complete, with its digests
+    lock       locked by the process that writes
+    journal    JSON lines, each preceded by its XXH3-128: the fingerprint of the run, then each complete part with its
+               digests
     folder/    the files under their final names
 
-The seal brings every file to the disk, notes in the journal that it is about to happen, and renames `folder/` to
-`OUT` in one step (or exchanges the two, when an old `OUT` is replaced). So `OUT` is always absent, the old one, or
-the whole new one. After a crash the same command finds the journal, checks what it says against the bytes that are
-there, and goes on; nothing else needs to reach the disk in any order, since a part whose bytes do not have the
-journal's digests is simply made again.
+The seal syncs every file, records in the journal that the rename follows, and renames `folder/` to `OUT`, or exchanges
+the two if an old `OUT` is replaced. At any time `OUT` is therefore absent, the old directory or the complete new one.
+
+After a crash, the same command reads the journal, compares its digests with the staged bytes, and resumes. The order in
+which other writes reach the disk does not matter, because a part with wrong digests is written again.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _LOCK_ATTEMPTS = 100
 
 
 class Staging:
-    """An output folder in the making. Use as a context manager: leaving it without `seal` keeps it resumable."""
+    """Unfinished output directory. Use it as a context manager; after leaving it without `seal`, it can be resumed."""
 
     def __init__(self, out: Path, work: Path, disk: Disk, lock: int, *, kind: OutputKind, replace: bool) -> None:
         self.out = out
@@ -57,21 +59,28 @@ class Staging:
         cls, out: Path, fingerprint: str, *, disk: Disk, kind: OutputKind = ARTIFACT, replace: bool = False,
         restart: bool = False, note: JsonObject | None = None,
     ) -> Staging:  # fmt: skip
-        """Start writing `out`, or continue an interrupted run with the same fingerprint.
+        """Start to write `out`, or resume an interrupted run with the same fingerprint.
 
-        replace: a folder of the same kind (or an empty one) may have that name and is exchanged at the seal.
-        restart: drop what an interrupted run left instead of continuing it.
-        note: kept in the journal's first entry, where `begun_with` finds it.
-        Raises TargetError: `out` exists, its parent does not, another process writes it, or what an interrupted run
-        left was begun from something else.
+        Args:
+            out: Path of the output directory.
+            fingerprint: Digest of everything that the contents depend on.
+            disk: File system operations.
+            kind: Kind of the output.
+            replace: Accept an existing directory of the same kind and replace it at the seal.
+            restart: Discard an interrupted run instead of resuming it.
+            note: Values to keep in the journal's first entry, which `begun_with` returns.
+
+        Raises:
+            TargetError: `out` exists, its parent does not, another process writes to it, or an interrupted run has
+                another fingerprint.
         """
         work = work_folder(out)
         if not os.path.isdir(out.parent):
-            raise TargetError(f"{out.parent}: there is no such folder. Create it first")
+            raise TargetError(f"{out.parent}: does not exist or is not a directory. Create it first")
         if not os.path.lexists(work):
             check_target(out, replace=replace, kind=kind)
         elif work.is_symlink() or not work.is_dir() or (not (work / "lock").is_file() and holds_something(work)):
-            raise TargetError(f"{work}: is in the way, and qformat did not make it. Move it or choose another OUT")
+            raise TargetError(f"{work}: exists and was not created by qformat. Move it or choose another OUT")
         disk.make_folder(work)
         staging = cls(out, work, disk, _take_lock(work, disk), kind=kind, replace=replace)
         try:
@@ -89,19 +98,19 @@ class Staging:
         self.close()
 
     def record(self, entry: JsonObject) -> None:
-        """Append an entry to the journal. Any thread may call it."""
+        """Append an entry to the journal. Thread-safe."""
         assert self._journal is not None
         text = strict_json.dumps(entry).encode("utf-8")
         with self._journal_lock:
             self.disk.append(self._journal, xxh3(text).encode("ascii") + b" " + text + b"\n", self._journal_path)
 
     def seal(self) -> None:
-        """Bring everything to the disk and give the folder its final name."""
+        """Sync everything to the disk and rename the directory to its final name."""
         assert self._journal is not None
         for path in sorted(self.folder.iterdir()):
             self.disk.sync_file(path)
         self.disk.sync_folder(self.folder)
-        self._check_target()  # hours may have passed: what stands there now?
+        self._check_target()  # hours may have passed since the first check
         self.record({"sealing": self._kind.identity(self.folder)})
         self.disk.sync(self._journal, self._journal_path)
         if os.path.isdir(self.out) and holds_something(self.out):
@@ -112,7 +121,7 @@ class Staging:
         self._clean_up()
 
     def close(self) -> None:
-        """Let go of the journal and the lock; what is staged stays for a later run."""
+        """Release the journal and the lock. Staged files stay for a later run."""
         for descriptor in (self._journal, self._lock):
             if descriptor is not None:
                 os.close(descriptor)
@@ -123,8 +132,8 @@ class Staging:
         if entries and entries[0].get("fingerprint") != fingerprint:
             self._check_target()
             raise TargetError(
-                f"{self.work}: was begun from another {self._kind.made_from} than these. "
-                "Continue with the same ones, or drop what is there with ",
+                f"{self.work}: contains an interrupted run with a different {self._kind.made_from}. "
+                "Resume it with the same ones, or discard it with ",
                 Option("restart", True),
             )
         sealing = [entry["sealing"] for entry in entries if "sealing" in entry]
@@ -135,7 +144,7 @@ class Staging:
         try:
             self._check_target()
         except TargetError:
-            if not entries:  # a crash in the very last step of an earlier run left an empty work folder
+            if not entries:  # an earlier run crashed in its last step and left an empty work directory
                 self._clean_up()
             raise
         if not entries:
@@ -152,7 +161,7 @@ class Staging:
         check_target(self.out, replace=self._replace, kind=self._kind)
 
     def _clean_up(self) -> None:
-        """Remove the work folder, the journal last: until then a crash is recognised as one after the seal."""
+        """Remove the work directory. The journal goes last, because it shows that the seal was complete."""
         self.disk.remove_folder(self.folder)
         self.disk.remove_folder(self.work / "replaced")
         self.disk.remove_file(self._journal_path)
@@ -162,39 +171,61 @@ class Staging:
 
 
 def begun_with(out: Path) -> JsonObject:
-    """Return the journal's first entry if an interrupted run left one: its fingerprint and its note."""
+    """Return the fingerprint and the note of an interrupted run, or nothing if there is none."""
     work = work_folder(out)
     entries, _ = _read_journal(work / "journal") if os.path.isdir(work) else ([], 0)
     return entries[0] if entries else {}
 
 
 def refuse_nested(source: Path, out: Path) -> None:
-    """Refuse an output that lies inside what it is made from, or holds it. Raises TargetError."""
+    """Check that an output is not inside its source and does not contain it.
+
+    Args:
+        source: Path of the source.
+        out: Path of the output directory.
+
+    Raises:
+        TargetError: One of the two directories contains the other.
+    """
     inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if inside == outside or inside.is_relative_to(outside):
-        raise TargetError(f"{out}: lies inside the source. Choose a folder beside it")
+        raise TargetError(f"{out}: is inside the source. Choose a directory next to it")
     if outside.is_relative_to(inside):
-        raise TargetError(f"{out}: holds the source. Choose a folder beside it")
+        raise TargetError(f"{out}: contains the source. Choose a directory next to it")
 
 
 def refuse_full_disk(out: Path, nbytes: int, disk: Disk) -> None:
-    """Refuse an output for which the disk has no room; what is staged already counts as there. Raises TargetError."""
+    """Check that the disk has enough space for an output. The space of staged files counts as available.
+
+    Args:
+        out: Path of the output directory.
+        nbytes: Size of the output in bytes.
+        disk: File system operations.
+
+    Raises:
+        TargetError: There is not enough space.
+    """
     needed, free = nbytes - allocated_nbytes(work_folder(out)), disk.free_nbytes(out.parent)
     if needed > free:
         raise TargetError(
-            f"{out}: no space: {needed:,} bytes are needed, {free:,} are free. Make room or choose another disk"
+            f"{out}: not enough disk space: needs {needed:,} bytes, {free:,} bytes are free. "
+            "Free some space or choose another disk"
         )
 
 
 def work_folder(out: Path) -> Path:
-    """Return the folder beside `out` in which it is made. Raises TargetError for a path that ends in no name."""
+    """Return the path of the work directory, next to `out`.
+
+    Raises:
+        TargetError: The path does not end in a name.
+    """
     if out.name in {"", ".."}:
-        raise TargetError(f"{out}: does not end in a name. Give the name of the folder that is to be made")
+        raise TargetError(f"{out}: does not end in a name. Give the path of the directory to create")
     return out.with_name(out.name + PARTIAL_SUFFIX)
 
 
 def _take_lock(work: Path, disk: Disk) -> int:
-    """Lock the work folder for this process; the lock is gone when the process is."""
+    """Lock the work directory for this process. The lock ends with the process."""
     path = work / "lock"
     for _ in range(_LOCK_ATTEMPTS):
         descriptor = disk.open_for_writing(path)
@@ -202,13 +233,13 @@ def _take_lock(work: Path, disk: Disk) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(descriptor)
-            raise TargetError(f"{work}: another process is writing there. Wait for it or choose another OUT") from None
-        # Whoever held it before may have finished and removed the folder between our open and our lock.
+            raise TargetError(f"{work}: another process is writing to it. Wait for it or choose another OUT") from None
+        # Another process may have finished and removed the directory between the open and the lock.
         if path.exists() and _same_file(descriptor, path):
             return descriptor
         os.close(descriptor)
         disk.make_folder(work)
-    raise TargetError(f"{work}: others write there again and again. Wait for them or choose another OUT")
+    raise TargetError(f"{work}: other processes keep writing to it. Wait for them or choose another OUT")
 
 
 def _same_file(descriptor: int, path: Path) -> bool:
@@ -217,7 +248,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _read_journal(path: Path) -> tuple[list[JsonObject], int]:
-    """Return the entries of a journal up to the first damaged or torn line, and how many bytes they take."""
+    """Return the entries of a journal before the first damaged or incomplete line, and their size in bytes."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

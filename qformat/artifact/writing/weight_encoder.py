@@ -1,4 +1,4 @@
-"""Where a conversion hands the choice of codes to somebody else: what it offers, and what it expects."""
+"""Interface between a conversion and a method that chooses the codes of weights, such as calibration."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from qformat.artifact.writing.staging import Staging
 
 
 class StagedWeights(Protocol):
-    """What an `WeightEncoder` is offered: the folder in the making, the source, and what is encoded already."""
+    """Access of a `WeightEncoder` to the output directory, the source and the weights that are already encoded."""
 
     @property
     def staging(self) -> Staging:
-        """The folder in the making: its journal, and room beside it."""
+        """Unfinished output directory, with its journal and space for temporary files."""
 
     def read_source(self, name: str) -> NDArray[np.uint8]:
-        """Return the bytes of a tensor of the source."""
+        """Return the bytes of a source tensor."""
 
     def is_staged(self, name: str) -> bool:
-        """Whether a weight is encoded and staged already."""
+        """Return whether a weight is already encoded and staged."""
 
     def read_encoded(self, name: str) -> PackedArrays:
-        """Return a weight that is staged."""
+        """Return the codes and scales of a staged weight."""
 
 
 class WeightEncoder(Protocol):
-    """Chooses the codes of some weights otherwise than one by one from their own values."""
+    """Method that chooses the codes of some weights from more than their own values."""
 
     @property
     def names(self) -> frozenset[str]:
-        """The weights that it encodes."""
+        """Names of the weights that it encodes."""
 
     def encode(self, staged: StagedWeights) -> Iterator[tuple[str, PackedArrays]]:
-        """Yield each of its weights that is not staged, in its own order; each is staged before the next is asked for.
+        """Yield each of its weights that is not staged yet, in any order.
 
-        All other tensors of the plan are staged before the first one.
+        The conversion stages all other tensors before the first one, and each weight before it requests the next.
         """

@@ -1,1 +1,1 @@
-"""The codec on CPUs: numba kernels, vector instructions, products and sums straight from the codes."""
+"""The codec on CPUs: numba kernels, vector instructions, and products and sums computed directly from packed codes."""

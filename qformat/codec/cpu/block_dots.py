@@ -1,8 +1,8 @@
-"""Sums over blocks: each block's values times what its codes mean, which is the gradient of the block's scale.
+"""Dot products of each block of values with the codebook values of its codes: the gradients of the scales.
 
-A weight is codebook[code] * scale, so the gradient of a scale is the sum, over its block, of the weight's gradient
-times codebook[code]. Codes are decoded with scales of 1 by the codec's fast decoder, a cache's worth at a time. Sums
-are float32, in an order that depends on the CPU, but on nothing else.
+A weight is codebook[code] * scale. The gradient of a scale is therefore the sum, over its block, of the gradient of
+each weight times codebook[code]. The fast decoder decodes the codes with scales of 1, in parts that fit the cache. Sums
+are float32, in an order that depends only on the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qformat.codec.nf4 import block_count, packed_nbytes
 from qformat.errors import UsageError
 
 TILE = 1 << 15
-"""Weights decoded at a time: 128 KiB of float32, a part of the L2 cache. A multiple of every block's size."""
+"""Number of weights to decode at a time: 128 KiB of float32 fit the L2 cache. A multiple of every block size."""
 
 
 def block_dots_into(
@@ -34,9 +34,17 @@ def block_dots_into(
     block_size: int,
     out: NDArray[np.float32],
 ) -> None:
-    """Fill out [n_blocks] with the sums of values [n], bf16 or fp32, times codebook[codes]; block j begins at j * size.
+    """Compute the dot product of each block of values with the codebook values of its codes.
 
-    packed: uint8 [ceil(n/2)]. Raises UsageError for arrays that do not fit together.
+    Args:
+        values: Raw elements [n].
+        float_format: Float format of the values, bfloat16 or float32.
+        packed: Packed codes, uint8 [ceil(n / 2)].
+        block_size: Number of elements per block.
+        out: Array for the dot products, float32 [ceil(n / block_size)].
+
+    Raises:
+        UsageError: The dtypes or sizes of the arrays do not match.
     """
     _require("values", values, float_format.raw_dtype, values.size)
     _require("packed", packed, np.uint8, packed_nbytes(values.size))
@@ -71,12 +79,12 @@ def _ones(n: int) -> NDArray[np.float32]:
 def _require(name: str, array: NDArray[Any], dtype: type | np.dtype[np.generic], size: int) -> None:
     if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
         raise UsageError(
-            f"{name}: {array.dtype} array of shape {array.shape}, expected contiguous {np.dtype(dtype)} [{size}]"
+            f"{name}: found {array.dtype} of shape {list(array.shape)}, expected contiguous {np.dtype(dtype)} [{size}]"
         )
 
 
-# Slices per block: with indices into the whole array numba keeps a branch for negative ones, and LLVM does not
-# vectorise (450 against 12,000 M weights/s on one thread with AVX-512).
+# Each block is a slice. With indices into the entire array, numba keeps a branch for negative indices and LLVM does not
+# vectorise the loop (450 instead of 12,000 M weights/s on one thread with AVX-512).
 def _block_dots(values: Any, factors: Any, block_size: Any, out: Any, float_format: Any) -> None:
     for block in range(out.size):
         theirs = values[block * block_size : (block + 1) * block_size]
@@ -91,7 +99,7 @@ _DISPATCHER = jit(_block_dots, any_order=True)
 
 
 def _kernel(float_format: FloatFormat) -> Kernel:
-    """values [n], factors [n], block_size, out [n / block_size]."""
+    """Return the kernel (values [n], factors [n], block_size, out [n / block_size])."""
     arrays = taken(raw_type(float_format)), taken(types.float32)
     name = format_literal(float_format)
     return Kernel(_DISPATCHER, types.void(*arrays, types.int64, filled(types.float32), name))

@@ -1,6 +1,17 @@
-"""The codec on CPUs: typed, checked entrances to the numba kernels. Same bits as the reference, into given buffers.
+"""Encoding and decoding on CPUs: functions that check their arrays and call the numba kernels (spec sections 4 and 5).
 
-Kernels take whole blocks. A last partial block, at most one of a tensor, goes through the reference itself.
+The results are bit-identical to the reference implementation. The arrays of a weight, here with blocks of 64:
+
+                      block 0            block 1                    block 255         block 256
+    elements       | w0 w1 ... w63    | w64 w65 ... w127  | ...  | ... w16383       | w16384 ...   row-major order
+    packed         | w0:w1 ... w62:w63| w64:w65 ...       | ...  | ...              | ...          high:low nibble
+    absmax         | a0               | a1                | ...  | a255             | a256 ...     1 per block
+    nested_absmax  | n0                                                             | n1 ...       1 per 256 absmax
+
+An element is decoded as codebook[code] * scale. The scale of block j is its absmax; with double quantization `absmax`
+contains 8-bit codes, and the scale is map[absmax[j]] * nested_absmax[j // 256] + offset.
+
+The kernels process complete blocks. The reference implementation processes a partial last block.
 """
 
 from __future__ import annotations
@@ -27,10 +38,10 @@ from qformat.errors import UsageError
 Instructions = Literal["avx512", "avx2", "plain"]
 
 SMALLEST_SHARE = 1 << 21
-"""Weights that a thread is started for: 2^20 decode at 20,000 M/s on one thread, at 9,000 split between two."""
+"""Smallest number of weights per thread: one thread decodes 2^20 weights at 20,000 M/s, two at 9,000 M/s."""
 
 _SCALES_AT_ONCE = 64 * NESTED_BLOCK_SIZE
-"""Scales of a double-quantized tensor that exist at a time: 64 KiB stay in the cache, a call costs 2% of its work."""
+"""Number of scales of a double-quantized tensor to decode at a time: 64 KiB fit the cache, and calls cost only 2%."""
 
 
 def encode_into(
@@ -42,11 +53,21 @@ def encode_into(
     absmax: NDArray[np.float32],
     encoder: Instructions | None = None,
 ) -> bool:
-    """Encode raw weights [n] that begin at a block into `packed` [ceil(n/2)] and `absmax` [ceil(n/block_size)].
+    """Encode a weight, or a part of it that begins at a block.
 
-    encoder: the instructions to use, by default the best that this CPU has.
-    Returns False, with useless outputs, if a weight is infinite or NaN.
-    Raises UsageError for arrays that do not fit together, or instructions that this CPU lacks.
+    Args:
+        raw: Raw elements [n].
+        float_format: Float format of the elements.
+        block_size: Number of elements per block.
+        packed: Array for the packed codes, uint8 [ceil(n / 2)].
+        absmax: Array for the absmax values, float32 [ceil(n / block_size)].
+        encoder: Instructions to use, by default the best of this CPU.
+
+    Returns:
+        False if an element is NaN or Inf. The outputs are then undefined.
+
+    Raises:
+        UsageError: The dtypes or sizes of the arrays do not match, or this CPU lacks the instructions.
     """
     _require("raw", raw, float_format.raw_dtype, raw.size)
     _require("packed", packed, np.uint8, packed_nbytes(raw.size))
@@ -63,7 +84,15 @@ def encode_into(
 
 
 def add_in_order(values: NDArray[np.float32], total: float) -> float:
-    """Return the float64 `total` plus float32 values [n], added one after another in index order."""
+    """Add values to a sum in index order.
+
+    Args:
+        values: Values to add, float32 [n].
+        total: Sum so far, in float64.
+
+    Returns:
+        The new sum.
+    """
     _require("values", values, np.float32, values.size)
     return float(kernels.add_in_order(values, total))
 
@@ -75,9 +104,16 @@ def encode_absmax_into(
     codes: NDArray[np.uint8],
     nested_absmax: NDArray[np.float32],
 ) -> None:
-    """Encode absmax [n] that begins at a nested block into `codes` [n] and `nested_absmax` [ceil(n/256)].
+    """Encode the absmax values of a weight, or of a part of it that begins at a group of 256.
 
-    Raises UsageError for arrays that do not fit together.
+    Args:
+        absmax: Absmax values, float32 [n].
+        offset: Mean of the absmax values of the entire weight.
+        codes: Array for the codes, uint8 [n].
+        nested_absmax: Array for the nested absmax values, float32 [ceil(n / 256)].
+
+    Raises:
+        UsageError: The dtypes or sizes of the arrays do not match.
     """
     _require("absmax", absmax, np.float32, absmax.size)
     _require("codes", codes, np.uint8, absmax.size)
@@ -94,9 +130,18 @@ def decode_scales_into(
     *,
     first_block: int = 0,
 ) -> None:
-    """Decode absmax codes [n] of blocks `first_block`, ... into `out` [n]; the nested arrays are the whole tensor's.
+    """Decode the absmax codes of consecutive blocks.
 
-    Raises UsageError for arrays that do not fit together.
+    Args:
+        absmax_codes: Codes of the absmax values, uint8 [n].
+        nested_absmax: Nested absmax values of the entire weight, float32.
+        nested_quant_map: Codebook of the absmax values, float32 [256].
+        nested_offset: Mean of the absmax values of the entire weight.
+        out: Array for the scales, float32 [n].
+        first_block: Index of the first block in the weight.
+
+    Raises:
+        UsageError: The dtypes or sizes of the arrays do not match.
     """
     _require("absmax_codes", absmax_codes, np.uint8, absmax_codes.size)
     _require_nested(nested_absmax, nested_quant_map, first_block, absmax_codes.size)
@@ -116,11 +161,21 @@ def decode_into(
     workers: int = 1,
     smallest_share: int = SMALLEST_SHARE,
 ) -> None:
-    """Decode `packed` [ceil(n/2)] with `scales` [ceil(n/block_size)] into `out` [n], raw elements of `float_format`.
+    """Decode a weight, or a part of it that begins at a block, with given scales.
 
-    decoder: the instructions to use, by default the best that this CPU has. workers: threads that share the work, each
-    at least `smallest_share` weights.
-    Raises UsageError for arrays that do not fit together, or instructions that this CPU lacks.
+    Args:
+        packed: Packed codes, uint8 [ceil(n_elements / 2)].
+        scales: Scale of each block, float32 [ceil(n_elements / block_size)].
+        n_elements: Number of elements.
+        block_size: Number of elements per block.
+        float_format: Float format of the result.
+        out: Array for the raw elements [n_elements].
+        decoder: Instructions to use, by default the best of this CPU.
+        workers: Largest number of threads.
+        smallest_share: Smallest number of elements per thread.
+
+    Raises:
+        UsageError: The dtypes or sizes of the arrays do not match, or this CPU lacks the instructions.
     """
     _require_block_size(block_size)
     _require("packed", packed, np.uint8, packed_nbytes(n_elements))
@@ -156,10 +211,25 @@ def decode_nested_into(
     workers: int = 1,
     smallest_share: int = SMALLEST_SHARE,
 ) -> None:
-    """Decode a double-quantized tensor, or a part of it that begins at a block, without an array of all its scales.
+    """Decode a double-quantized weight, or a part of it that begins at a block, without an array of all scales.
 
-    packed [ceil(n/2)] and absmax_codes [ceil(n/block_size)] are those of the part, which begins at block
-    `first_block` of the tensor; nested_absmax is the whole tensor's. The rest is as in `decode_into`.
+    Args:
+        packed: Packed codes of the part, uint8 [ceil(n_elements / 2)].
+        absmax_codes: Codes of the part's absmax values, uint8 [ceil(n_elements / block_size)].
+        nested_absmax: Nested absmax values of the entire weight, float32.
+        nested_offset: Mean of the absmax values of the entire weight.
+        n_elements: Number of elements of the part.
+        block_size: Number of elements per block.
+        float_format: Float format of the result.
+        out: Array for the raw elements [n_elements].
+        nested_quant_map: Codebook of the absmax values, float32 [256].
+        first_block: Index of the part's first block in the weight.
+        decoder: Instructions to use, by default the best of this CPU.
+        workers: Largest number of threads.
+        smallest_share: Smallest number of elements per thread.
+
+    Raises:
+        UsageError: The dtypes or sizes of the arrays do not match, or this CPU lacks the instructions.
     """
     _require_block_size(block_size)
     n_blocks = block_count(n_elements, block_size)
@@ -192,14 +262,14 @@ def decode_nested_into(
 
 
 def warm_up(float_format: FloatFormat) -> None:
-    """Load from the cache, or compile, what a conversion from a format needs."""
+    """Load the kernels of a conversion from a float format from the cache, or compile them."""
     for kernel in (_encoder(float_format, None), kernels.add_in_order, kernels.encode_absmax):
         kernel.compile()
 
 
 @cache
 def decoder_name() -> Instructions:
-    """Return the name of the instructions that encode and decode on this CPU."""
+    """Return the name of the best instructions of this CPU for encoding and decoding."""
     features = lanes.cpu_features()
     return next((name for name, needed in lanes.NEEDED_FEATURES.items() if needed <= features), "plain")
 
@@ -215,7 +285,7 @@ def _decoder(float_format: FloatFormat, name: Instructions | None) -> Kernel:
 
 
 def _available(name: Instructions) -> Instructions:
-    """Return the name if this CPU can run it. Raises UsageError if not: never a silent replacement."""
+    """Return the name if this CPU has the instructions. Raises UsageError otherwise, never a silent replacement."""
     if name == "plain":
         return name
     if name not in lanes.NEEDED_FEATURES:
@@ -227,11 +297,12 @@ def _available(name: Instructions) -> Instructions:
 
 
 def _require(name: str, array: NDArray[np.generic], dtype: type | np.dtype[np.generic], size: int) -> None:
-    """Refuse what the kernels would misread: they trust dtype, size and contiguity."""
+    """Raise UsageError for an array that the kernels would misread, because they do not check their arrays."""
     if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
         kind = "contiguous" if array.flags.c_contiguous else "strided"
         raise UsageError(
-            f"{name}: {kind} {array.dtype} array of shape {array.shape}, expected contiguous {np.dtype(dtype)} [{size}]"
+            f"{name}: found {kind} {array.dtype} of shape {list(array.shape)}, "
+            f"expected contiguous {np.dtype(dtype)} [{size}]"
         )
 
 
@@ -247,12 +318,13 @@ def _require_nested(
     _require("nested_quant_map", nested_quant_map, np.float32, DYNAMIC_MAP.size)
     if first_block < 0 or nested_absmax.size < block_count(first_block + n_blocks, NESTED_BLOCK_SIZE):
         raise UsageError(
-            f"blocks {first_block} to {first_block + n_blocks}: only {nested_absmax.size} nested absmax values"
+            f"nested_absmax: has {nested_absmax.size} values, too few for blocks {first_block} to "
+            f"{first_block + n_blocks}"
         )
 
 
 def _in_shares(decode_blocks: Callable[[int, int], None], n_blocks: int, *, n_shares: int, workers: int) -> None:
-    """Call decode_blocks(first, last) for all blocks: the first share in this thread, the others in the pool's."""
+    """Call decode_blocks(first, last) for each share of the blocks, the first share in this thread."""
     bounds = [n_blocks * share // n_shares for share in range(n_shares + 1)]
     others = [_pool(workers).submit(decode_blocks, *share) for share in pairwise(bounds[1:])]
     decode_blocks(bounds[0], bounds[1])
@@ -275,5 +347,5 @@ def _decode_tail(
 
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child has the pool, but none of its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked child inherits the pool, but not its threads
     return ThreadPoolExecutor(workers - 1, thread_name_prefix="qformat-decode")

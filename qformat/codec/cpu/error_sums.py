@@ -1,7 +1,7 @@
-"""How far decoded weights are from their source: sums that give the error figures, and counts of codes.
+"""Errors of decoded weights against their source, and counts of codes.
 
-Sums are taken in float64, in columns that are added in one fixed order and without fastmath, so that a figure depends
-neither on the CPU nor on the number of threads.
+Sums are float64, in columns that are added in a fixed order and without fastmath. A result therefore depends neither on
+the CPU nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -21,18 +21,26 @@ from qformat.codec.floats import FloatFormat, Raw
 from qformat.codec.nf4 import packed_nbytes
 
 TILE = 4096
-"""Elements widened at a time: the float32 weights and values of a tile stay in the L1 cache."""
+"""Number of elements to widen at a time: the float32 values of a tile fit the L1 cache."""
 
 COLUMNS = 64
-"""Running sums beside each other: LLVM adds them as vectors without reordering any addition. A divisor of TILE.
-One core adds 1,470 M bf16 weights/s in 64 columns, 560 in 8."""
+"""Number of independent sums, which LLVM adds as vectors without reordering any addition. A divisor of TILE.
+One core adds 1,470 M bf16 weights/s in 64 columns and 560 M in 8."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorSums:
-    """Sums over weights w and their decoded values q, and the figures that they give.
+    """Sums over weights w and their decoded values q, and the errors that follow from them.
 
-    A figure is None where it does not exist: of no weights, of zero weights, of values that are not finite.
+    An error is None if it is undefined: without weights, if all weights are zero, or with NaN or Inf.
+
+    Attributes:
+        n_weights: Number of weights.
+        weights_squared: Sum of w^2.
+        decoded_squared: Sum of q^2.
+        products: Sum of w * q.
+        errors_squared: Sum of (w - q)^2.
+        largest_error: Largest |w - q|.
     """
 
     n_weights: int = 0
@@ -44,38 +52,38 @@ class ErrorSums:
 
     @property
     def finite(self) -> bool:
-        """Whether every weight and every decoded value is finite (their squares cannot overflow float64)."""
+        """Whether all weights and decoded values are finite. Squares of float32 cannot overflow float64."""
         return math.isfinite(self.errors_squared)
 
     @property
     def relative_rms(self) -> float | None:
-        """Root of the sum of (w - q)^2 over the sum of w^2."""
+        """Square root of the sum of (w - q)^2 divided by the sum of w^2."""
         if not self.finite or not self.weights_squared:
             return None
         return math.sqrt(self.errors_squared / self.weights_squared)
 
     @property
     def snr_db(self) -> float | None:
-        """The sum of w^2 over the sum of (w - q)^2, in decibels; None also where there is no error at all."""
+        """Sum of w^2 divided by the sum of (w - q)^2, in decibels. Also None if all errors are zero."""
         if not self.finite or not self.weights_squared or not self.errors_squared:
             return None
         return 10 * math.log10(self.weights_squared / self.errors_squared)
 
     @property
     def cosine(self) -> float | None:
-        """Cosine of the angle between weights and decoded values, each taken as one vector."""
+        """Cosine similarity of the weights and the decoded values."""
         if not self.finite or not self.weights_squared or not self.decoded_squared:
             return None
         return self.products / math.sqrt(self.weights_squared * self.decoded_squared)
 
     @property
     def max_abs_error(self) -> float | None:
-        """The largest |w - q|."""
+        """Largest |w - q|."""
         return self.largest_error if self.finite and self.n_weights else None
 
 
 def add_up(parts: Iterable[ErrorSums]) -> ErrorSums:
-    """Return the sums of several tensors, added in the given order. What is not finite is left out."""
+    """Return the total of the sums of several tensors, in the given order. Tensors with NaN or Inf are skipped."""
     total = ErrorSums()
     for part in parts:
         if part.finite:
@@ -91,7 +99,7 @@ def add_up(parts: Iterable[ErrorSums]) -> ErrorSums:
 
 
 class RunningErrors:
-    """The sums of one tensor, fed chunk by chunk in order."""
+    """Sums of one tensor, computed chunk by chunk in order."""
 
     def __init__(self, float_format: FloatFormat) -> None:
         self._add = _ADDERS[float_format]
@@ -100,19 +108,32 @@ class RunningErrors:
         self._n_weights = 0
 
     def add(self, weights: Raw, decoded: Raw) -> None:
-        """Add raw weights [n] and the raw values [n] that their codes decode to."""
+        """Add the next chunk.
+
+        Args:
+            weights: Raw weights of the source [n].
+            decoded: Raw decoded values [n].
+        """
         assert weights.size == decoded.size
         self._add(weights, decoded, self._columns, self._largest)
         self._n_weights += weights.size
 
     def sums(self) -> ErrorSums:
-        """Return the sums of all that was added."""
+        """Return the sums of all chunks."""
         weights, decoded, products, errors = (sum(column) for column in self._columns.tolist())
         return ErrorSums(self._n_weights, weights, decoded, products, errors, max(self._largest.tolist(), default=0.0))
 
 
 def count_codes(packed: NDArray[np.uint8], *, n_elements: int) -> NDArray[np.int64]:
-    """Return how often each code occurs, int64 [16], among the first `n_elements` of packed bytes [ceil(n/2)]."""
+    """Count how often each code occurs.
+
+    Args:
+        packed: Packed codes, uint8 [ceil(n_elements / 2)].
+        n_elements: Number of codes.
+
+    Returns:
+        The counts, int64 [16].
+    """
     assert packed.size == packed_nbytes(n_elements)
     counts_of_bytes = np.zeros((4, 256), np.int64)
     _count_bytes(packed, counts_of_bytes)
@@ -123,13 +144,13 @@ def count_codes(packed: NDArray[np.uint8], *, n_elements: int) -> NDArray[np.int
     return counts
 
 
-# The kernels loop over slices that begin at 0: numba cannot vectorise `array[start + i]`, which might be negative
-# and then count from the end (610 instead of 8,000 M elements/s where 16 bits are widened to 32).
+# The kernels loop over slices that begin at 0. An index `start + i` could be negative and then count from the end, so
+# numba would not vectorise the loop (610 instead of 8,000 M elements/s when 16 bits are widened to 32).
 
 
 @jit
 def _add_tile(weights: Any, decoded: Any, n: Any, columns: Any, largest: Any) -> None:
-    """Add weights[:n] and decoded[:n], both [TILE], to columns [4, COLUMNS] and largest [COLUMNS]."""
+    """Add weights[:n] and decoded[:n] of tiles [TILE] to columns [4, COLUMNS] and largest [COLUMNS]."""
     for i in range(n, n + (-n) % COLUMNS):
         weights[i] = 0
         decoded[i] = 0
@@ -151,7 +172,7 @@ def _add_tile(weights: Any, decoded: Any, n: Any, columns: Any, largest: Any) ->
 
 @jit
 def _widen(raw: Any, values: Any, float_format: Any) -> None:
-    """Widen raw elements [n] into values[:n]; infinities and NaNs become NaN, since only `finite` asks for them."""
+    """Widen raw elements [n] into values[:n]. Inf becomes NaN, because only `finite` uses such values."""
     for i in range(raw.size):
         values[i] = widened_or_nan(raw[i], float_format)
 
@@ -169,7 +190,7 @@ def _add(weights: Any, decoded: Any, columns: Any, largest: Any, float_format: A
 
 @jit
 def _count_bytes(packed: Any, counts: Any) -> None:
-    """Add to counts [4, 256] how often each byte occurs; in one table, equal neighbours would wait on each other."""
+    """Add the number of occurrences of each byte to counts [4, 256]. In one table, equal neighbours would stall."""
     whole = packed.size - packed.size % 4
     for i in range(0, whole, 4):
         counts[0, packed[i]] += 1
@@ -181,7 +202,7 @@ def _count_bytes(packed: Any, counts: Any) -> None:
 
 
 def _adder(float_format: FloatFormat) -> Kernel:
-    """add(weights [n], decoded [n], columns [4, COLUMNS], largest [COLUMNS])."""
+    """Return the kernel (weights [n], decoded [n], columns [4, COLUMNS], largest [COLUMNS])."""
     raw = taken(raw_type(float_format))
     columns = types.Array(types.float64, 2, "C", aligned=False)
     return Kernel(_add, types.void(raw, raw, columns, filled(types.float32), format_literal(float_format)))

@@ -1,11 +1,19 @@
-"""The plain numba kernels of the codec, for every CPU: bit for bit the reference, on plain arrays, without the GIL.
+"""Portable numba kernels of the codec, bit-identical to the reference implementation. They run without the GIL.
 
-They check nothing and take whole blocks only: sizes, and the last partial block of a tensor, are the business of
-`qformat.codec.cpu.blocks`, their only caller. fastmath stays off: reassociation or a fused multiply-add would change
-bits.
-Each loop does one simple thing on the few hundred bytes of a block, so that LLVM vectorises it. Loops run over slices
-that begin at 0: an index `start + i` might be negative and then count from the end (950 against 1,370 million float16
-weights encoded a second and thread, measured on AVX-512).
+    block j of a weight                                               one byte of `packed`
+
+    raw     [j * size ...... (j + 1) * size)                           7 6 5 4   3 2 1 0
+              | largest magnitude  -> absmax[j]                       +---------+---------+
+              | * 1 / absmax[j]    -> scaled weights in [-1, 1]       | code of | code of |
+              | thresholds below   -> codes 0 ... 15                  | w[2i]   | w[2i+1] |
+    packed  [j * size / 2 .. (j + 1) * size / 2)                      +---------+---------+
+
+The kernels process complete blocks and check nothing. `qformat.codec.cpu.blocks` checks the sizes and handles a partial
+last block. fastmath is off, because reassociation or a fused multiply-add would change bits.
+
+Each loop does one simple operation on the few hundred bytes of a block, so that LLVM vectorises it. Loops run over
+slices that begin at 0, because an index `start + i` could be negative and then count from the end (950 instead of
+1,370 M float16 weights encoded per second and thread with AVX-512).
 """
 
 from __future__ import annotations
@@ -29,10 +37,10 @@ LARGEST_BLOCK = max(BLOCK_SIZES)
 
 
 class Kernel:
-    """A numba function and the one signature it is compiled for, at its first call at the latest.
+    """A numba function with a single signature, compiled on the first call or before.
 
-    The signature says that inputs may be read-only and that no array need be aligned: views of a mapped file run the
-    same machine code as fresh arrays. Literal arguments choose among variants of one function: they end the list.
+    The signature allows read-only inputs and unaligned arrays, so that views of a mapped file run the same machine code
+    as other arrays. Literal arguments at the end of the signature select a variant of the function.
     """
 
     def __init__(self, dispatcher: Any, signature: Signature) -> None:
@@ -42,40 +50,42 @@ class Kernel:
         self._entry: Callable[..., Any] | None = None
 
     def compile(self) -> Callable[..., Any]:
-        """Load the machine code from the cache on disk, or compile it (about half a second)."""
+        """Load the machine code from the cache on disk, or compile it (about 0.5 s)."""
         if self._entry is None:
             self._entry = self._dispatcher.compile(self._signature)
         return self._entry
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run with all arguments but the literal ones. Types are not checked: a wrong dtype would be misread."""
+        """Run the kernel. The literal arguments are added. Types are not checked: a wrong dtype would be misread."""
         return (self._entry or self.compile())(*arguments, *self.constants)
 
 
 def jit(function: Callable[..., Any], *, any_order: bool = False) -> Any:
-    """Hand a function to numba, to be compiled on demand, cached beside the source or in the user's cache folder.
+    """Compile a function with numba on demand. The cache is next to the source or in the user's cache directory.
 
-    any_order: sums may be taken in the order that suits the CPU, for results that need not be the reference's bits.
+    Args:
+        function: Function to compile.
+        any_order: Allow the order of additions to depend on the CPU, for results that need not be bit-identical.
     """
     fastmath: Any = {"reassoc", "contract"} if any_order else False
     try:
         return numba.njit(nogil=True, error_model="numpy", cache=True, fastmath=fastmath)(function)
-    except RuntimeError:  # neither folder can be written: compile in every process
+    except RuntimeError:  # neither directory is writable: compile in every process
         return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
 
 
 def kernel(signature: Signature) -> Callable[[Callable[..., Any]], Kernel]:
-    """Make a function with one signature a `Kernel`."""
+    """Return a decorator that turns a function into a `Kernel` with a signature."""
     return lambda function: Kernel(jit(function), signature)
 
 
 def taken(element: types.Type) -> types.Array:
-    """Return the type of a one-dimensional array that is only read."""
+    """Return numba's type of a one-dimensional array that is only read."""
     return types.Array(element, 1, "C", readonly=True, aligned=False)
 
 
 def filled(element: types.Type) -> types.Array:
-    """Return the type of a one-dimensional array that is written."""
+    """Return numba's type of a one-dimensional array that is written."""
     return types.Array(element, 1, "C", aligned=False)
 
 
@@ -85,23 +95,33 @@ def raw_type(float_format: FloatFormat) -> types.Type:
 
 
 def format_literal(float_format: FloatFormat) -> Any:
-    """Return numba's type of the literal argument that names a float format."""
+    """Return numba's type of the literal argument that selects a float format."""
     return types.literal(float_format.value)
 
 
 def encoder_signature(element: types.Type, *variant: types.Type) -> Signature:
-    """all_finite = encode(raw [n], block_size, packed [n/2], absmax [n/block_size])."""
+    """Return the signature of encode(raw [n], block_size, packed [n/2], absmax [n/block_size]) -> all finite.
+
+    Args:
+        element: Type of a raw element.
+        variant: Types of literal arguments.
+    """
     return types.boolean(taken(element), types.int64, filled(types.uint8), filled(types.float32), *variant)
 
 
 def decoder_signature(element: types.Type, *variant: types.Type) -> Signature:
-    """decode(packed [n/2], scales [n/block_size], block_size, out [n])."""
+    """Return the signature of decode(packed [n/2], scales [n/block_size], block_size, out [n]).
+
+    Args:
+        element: Type of a raw element.
+        variant: Types of literal arguments.
+    """
     return types.void(taken(types.uint8), taken(types.float32), types.int64, filled(element), *variant)
 
 
 @jit
 def _encode(raw: Any, block_size: Any, packed: Any, absmax: Any, float_format: Any) -> Any:
-    """Encode whole blocks of raw elements; return whether all are finite."""
+    """Encode complete blocks of raw elements and return whether all elements are finite."""
     codes = np.empty(LARGEST_BLOCK, np.uint8)
     pairs = codes.view(np.uint16)  # little-endian: the first code of a pair is the low byte
     all_finite = True
@@ -125,25 +145,33 @@ def _encode(raw: Any, block_size: Any, packed: Any, absmax: Any, float_format: A
 
 @kernel(types.float64(taken(types.float32), types.float64))
 def add_in_order(values: Any, total: Any) -> Any:
-    """Return the float64 `total` plus float32 values [n], added one after another in index order."""
+    """Add values to a sum in index order.
+
+    Args:
+        values: Values to add, float32 [n].
+        total: Sum so far, in float64.
+
+    Returns:
+        The new sum.
+    """
     for i in range(values.size):
         total += np.float64(values[i])
     return total
 
 
-# A value's sign, exponent and first 6 fraction bits choose its bucket. No bucket holds more than one threshold of the
-# dynamic map (their distance is 0.014 near 1, a bucket's width 0.008), so a look at one threshold finishes the search:
-# 410 million values a second, 170 with eight halvings of 256.
+# The sign, the exponent and the first 6 fraction bits of a value select its bucket. A bucket contains at most one
+# threshold of the dynamic map (near 1, thresholds are 0.014 apart and a bucket is 0.008 wide), so one comparison
+# completes the search: 410 M values/s instead of 170 M with a binary search.
 _BUCKET_SHIFT = np.uint32(17)
 _FIRST_BUCKET = np.uint32((127 - 23) << 6)
-"""Of 2**-23 and all that is smaller: the smallest threshold is 2**-21."""
+"""Bucket of 2**-23 and everything smaller. The smallest threshold is 2**-21."""
 _LAST_BUCKET = np.uint32(127 << 6)
-"""Of 1: no value is larger."""
+"""Bucket of 1, the largest value."""
 _N_BUCKETS = np.uint32(_LAST_BUCKET - _FIRST_BUCKET + 1)
 
 
 def _bucket_codes() -> NDArray[np.uint8]:
-    """Return the code of the least value of each bucket: those of positive values, then those of negative values."""
+    """Return the code of the least value of each bucket, for positive values and then for negative values."""
     prefixes = np.arange(_FIRST_BUCKET, _LAST_BUCKET + 1, dtype=np.uint32) << _BUCKET_SHIFT
     nearest_zero = prefixes.view(np.float32).copy()
     nearest_zero[0] = 0
@@ -157,7 +185,14 @@ _THRESHOLD_ABOVE = np.append(DYNAMIC_THRESHOLDS, np.float32(np.inf)).astype(np.f
 
 @kernel(types.void(taken(types.float32), types.float32, filled(types.uint8), filled(types.float32)))
 def encode_absmax(absmax: Any, offset: Any, codes: Any, nested_absmax: Any) -> None:
-    """Encode absmax float32 [n] into codes uint8 [n] and nested_absmax float32 [ceil(n/256)]."""
+    """Encode absmax values.
+
+    Args:
+        absmax: Absmax values, float32 [n].
+        offset: Mean of the absmax values of the entire weight.
+        codes: Array for the codes, uint8 [n].
+        nested_absmax: Array for the nested absmax values, float32 [ceil(n / 256)].
+    """
     scaled = np.empty(NESTED_BLOCK_SIZE, np.float32)
     bits = scaled.view(np.uint32)
     for group in range(nested_absmax.size):
@@ -194,14 +229,23 @@ def encode_absmax(absmax: Any, offset: Any, codes: Any, nested_absmax: Any) -> N
 def decode_scales(
     codes: Any, nested_absmax: Any, nested_quant_map: Any, offset: Any, first_block: Any, scales: Any
 ) -> None:
-    """Decode absmax codes uint8 [n] of blocks first_block, ... into float32 [n]: product and sum each rounded."""
+    """Decode the absmax codes of consecutive blocks. The product and the sum are each rounded to float32.
+
+    Args:
+        codes: Codes of the absmax values, uint8 [n].
+        nested_absmax: Nested absmax values, float32.
+        nested_quant_map: Codebook of the absmax values, float32 [256].
+        offset: Mean of the absmax values.
+        first_block: Index of the first block relative to `nested_absmax`.
+        scales: Array for the scales, float32 [n].
+    """
     for i in range(codes.size):
         scales[i] = nested_quant_map[codes[i]] * nested_absmax[(first_block + i) // NESTED_BLOCK_SIZE] + offset
 
 
 @jit
 def _decode(packed: Any, scales: Any, block_size: Any, out: Any, float_format: Any) -> None:
-    """Decode whole blocks: each one's 16 products are rounded once, then looked up."""
+    """Decode complete blocks. The 16 possible values of a block are computed and rounded once, then looked up."""
     table = np.empty(16, out.dtype)
     for block in range(scales.size):
         for i in range(16):

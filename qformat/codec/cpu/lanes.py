@@ -1,4 +1,4 @@
-"""Vector operations that numba has not, written as LLVM instructions: lanes, lookups in registers, rounding."""
+"""Vector operations that numba lacks, written as LLVM instructions: lanes, lookups in registers, rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEEDED_FEATURES: dict[Shuffle, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512bw"}),
     "avx2": frozenset({"avx2", "fma", "f16c"}),
 }
-"""LLVM's names of what each needs, the best one first."""
+"""CPU features that each kind of instructions needs, by LLVM's names. The best kind is first."""
 
 BIT, I8, I16, I32, I64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -28,13 +28,13 @@ F16, F32 = ir.HalfType(), ir.FloatType()
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """Return LLVM's names of the features that numba compiles for: those of this CPU, or of NUMBA_CPU_FEATURES."""
+    """Return the CPU features that numba compiles for, by LLVM's names: those of this CPU or of NUMBA_CPU_FEATURES."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return frozenset(name[1:] for name in features.split(",") if name.startswith("+"))
 
 
 class Lanes:
-    """A vector in the LLVM function under construction; each operator appends an instruction and gives its result."""
+    """Vector in an LLVM function under construction. Each operator appends an instruction and returns its result."""
 
     def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
         self.builder = builder
@@ -44,13 +44,25 @@ class Lanes:
 
     @classmethod
     def constant(cls, builder: ir.IRBuilder, element: ir.Type, numbers: Iterable[Any]) -> Lanes:
-        """Return the given numbers as lanes."""
+        """Return constant lanes.
+
+        Args:
+            builder: Builder of the LLVM function.
+            element: Type of a lane.
+            numbers: Value of each lane.
+        """
         plain = [float(number) if element == F32 else int(number) for number in numbers]
         return cls(builder, ir.Constant(ir.VectorType(element, len(plain)), plain))
 
     @classmethod
     def repeat(cls, builder: ir.IRBuilder, scalar: Any, count: int) -> Lanes:
-        """Return `count` lanes that all hold a scalar value."""
+        """Return lanes that all have the same value.
+
+        Args:
+            builder: Builder of the LLVM function.
+            scalar: Value of the lanes.
+            count: Number of lanes.
+        """
         undefined = ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined)
         first = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
         return cls(builder, first).pick([0] * count)
@@ -87,32 +99,42 @@ class Lanes:
         return self._of(self.builder.fcmp_ordered(">", self.value, other.value))
 
     def is_nan(self) -> Lanes:
-        """Return one-bit lanes."""
+        """Return one-bit lanes that are set for NaN."""
         return self._of(self.builder.fcmp_unordered("uno", self.value, self.value))
 
     def has_bit(self, bit: int) -> Lanes:
-        """Return one-bit lanes."""
+        """Return one-bit lanes that are set if a bit of the integer is set."""
         return self._of(self.builder.icmp_unsigned("!=", (self & (1 << bit)).value, self._same(0)))
 
     def choose(self, if_true: Lanes, if_false: Lanes) -> Lanes:
-        """Return lanes of the one or the other; these are one-bit lanes."""
+        """Select between two vectors by these one-bit lanes.
+
+        Args:
+            if_true: Lanes to return for bits that are set.
+            if_false: Lanes to return for the others.
+        """
         return self._of(self.builder.select(self.value, if_true.value, if_false.value))
 
     def times_plus(self, factor: Lanes | float, summand: Lanes | float) -> Lanes:
-        """Multiply and add with one rounding: for what need not equal the reference's bits."""
+        """Multiply and add with a single rounding, for results that need not be bit-identical to the reference.
+
+        Args:
+            factor: Factor.
+            summand: Summand.
+        """
         arguments = (self.value, self._same(factor), self._same(summand))
         return self.call(f"llvm.fma.v{self.count}f32", self.value.type, *arguments)
 
     def widen(self, element: ir.Type) -> Lanes:
-        """Return the unsigned integers with more bits."""
+        """Extend unsigned integers to a wider type."""
         return self._of(self.builder.zext(self.value, self._vector(element)))
 
     def cut(self, element: ir.Type) -> Lanes:
-        """Return the lowest bits of each integer."""
+        """Truncate integers to a narrower type."""
         return self._of(self.builder.trunc(self.value, self._vector(element)))
 
     def to_half(self) -> Lanes:
-        """Round float32 to float16, nearest even; return the bits."""
+        """Round float32 to float16, ties to even, and return the bits."""
         return self._of(self.builder.fptrunc(self.value, self._vector(F16))).reread(I16)
 
     def from_half(self) -> Lanes:
@@ -120,34 +142,52 @@ class Lanes:
         return self._of(self.builder.fpext(self.reread(F16).value, self._vector(F32)))
 
     def reread(self, element: ir.Type) -> Lanes:
-        """Return the same bits as lanes of another type."""
+        """Reinterpret the bits as lanes of another type."""
         widths = {F16: 16, F32: 32}
         old, new = (widths.get(each) or each.width for each in (self.element, element))
         return self._of(self.builder.bitcast(self.value, ir.VectorType(element, self.count * old // new)))
 
     def pick(self, lanes: Sequence[int], other: Lanes | None = None) -> Lanes:
-        """Return lanes by number; those of `other` are counted on after these."""
+        """Return selected lanes.
+
+        Args:
+            lanes: Numbers of the lanes.
+            other: Second vector, whose lanes are numbered after those of this one.
+        """
         second = ir.Constant(self.value.type, ir.Undefined) if other is None else other.value
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
         return self._of(self.builder.shuffle_vector(self.value, second, mask))
 
     def join(self, other: Lanes) -> Lanes:
-        """Return these lanes and after them those of another vector."""
+        """Concatenate these lanes and those of another vector."""
         return self.pick(range(2 * self.count), other)
 
     def call(self, name: str, returns: ir.Type, *arguments: Any) -> Lanes:
-        """Call an LLVM intrinsic that returns a vector."""
+        """Call an LLVM intrinsic that returns a vector.
+
+        Args:
+            name: Name of the intrinsic.
+            returns: Type of the result.
+            arguments: LLVM values of the arguments.
+        """
         return self._of(call(self.builder, name, returns, *arguments))
 
 
 def call(builder: ir.IRBuilder, name: str, returns: ir.Type, *arguments: Any) -> Any:
-    """Call an LLVM intrinsic, declared on first use."""
+    """Call an LLVM intrinsic and declare it on first use.
+
+    Args:
+        builder: Builder of the LLVM function.
+        name: Name of the intrinsic.
+        returns: Type of the result.
+        arguments: LLVM values of the arguments.
+    """
     signature = ir.FunctionType(returns, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
 
 
 class Memory:
-    """A numba array argument as memory to load lanes from and store them to, aligned or not."""
+    """Memory of a numba array argument, for loading and storing lanes without alignment."""
 
     def __init__(self, context: Any, builder: ir.IRBuilder, array_type: types.Array, array: Any) -> None:
         self._builder = builder
@@ -157,26 +197,43 @@ class Memory:
         return self._builder.bitcast(self._builder.gep(self._data, [index]), ir.VectorType(element, count).as_pointer())
 
     def load(self, index: Any, element: ir.Type, count: int) -> Lanes:
-        """Return the lanes that begin at an index of the array."""
+        """Load lanes from the array.
+
+        Args:
+            index: Index of the first element.
+            element: Type of a lane.
+            count: Number of lanes.
+        """
         loaded = self._builder.load(self._pointer(index, element, count))
         loaded.align = 1
         return Lanes(self._builder, loaded)
 
     def prefetch(self, index: Any) -> None:
-        """Ask for the cache line at an index, which may lie past the end."""
+        """Prefetch the cache line at an index, which may be past the end."""
         pointer = self._builder.bitcast(self._builder.gep(self._data, [index]), ir.IntType(8).as_pointer())
-        flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]  # to read, into all levels, data
+        flags = [ir.Constant(I32, flag) for flag in (0, 3, 1)]  # for reading, into all cache levels, data
         signature = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         function = cgutils.get_or_insert_function(self._builder.module, signature, "llvm.prefetch.p0")
         self._builder.call(function, [pointer, *flags])
 
     def store(self, index: Any, lanes: Lanes) -> None:
-        """Write lanes to the array from an index on."""
+        """Store lanes in the array.
+
+        Args:
+            index: Index of the first element.
+            lanes: Lanes to store.
+        """
         self._builder.store(lanes.value, self._pointer(index, lanes.element, lanes.count)).align = 1
 
 
 def look_up_floats(table: Lanes, index: Lanes, shuffle: Shuffle) -> Lanes:
-    """Return table[index & 15] of a table of 16 floats; index is <16 x i32> with AVX-512, <8 x i32> with AVX2."""
+    """Look up floats in a table.
+
+    Args:
+        table: Table, <16 x float>.
+        index: Indices, <16 x i32> with AVX-512 and <8 x i32> with AVX2. Only their lower 4 bits count.
+        shuffle: Instructions to use.
+    """
     if shuffle == "avx512":
         return table.call("llvm.x86.avx512.permvar.sf.512", table.value.type, table.value, index.value)
     lower, upper = (
@@ -187,13 +244,22 @@ def look_up_floats(table: Lanes, index: Lanes, shuffle: Shuffle) -> Lanes:
 
 
 def look_up_shorts(table: Lanes, packed: Lanes, shuffle: Shuffle) -> Lanes:
-    """Return the <32 x i16> of a table <16 x i16> that 16 packed bytes name, the high nibbles first."""
+    """Look up the entries of 32 packed codes in a table of 16-bit values.
+
+    Args:
+        table: Table, <16 x i16>.
+        packed: Packed codes, <16 x i8>, the first of a pair in the high nibble.
+        shuffle: Instructions to use.
+
+    Returns:
+        The entries in the order of the codes, <32 x i16>.
+    """
     if shuffle == "avx512":
-        # vpermw reads 5 bits of an index, so the table stands there twice and the fifth bit may be anything.
+        # vpermw uses 5 bits of an index. The table is doubled, so that the fifth bit does not matter.
         both = table.join(table)
         index = (packed.widen(I32) >> 4 | packed.widen(I32) << 16).reread(I16)
         return both.call("llvm.x86.avx512.permvar.hi.512", both.value.type, both.value, index.value)
-    # vpshufb finds bytes within each half of its register: both halves hold the table, one byte of each entry.
+    # vpshufb looks up bytes within each half of its register. Both halves contain the table, one byte of each entry.
     index = (packed >> 4).pick([lane for i in range(16) for lane in (i, 16 + i)], packed & 15)
     first, second = (
         half.call("llvm.x86.avx2.pshuf.b", half.value.type, half.value, index.value)
@@ -203,14 +269,24 @@ def look_up_shorts(table: Lanes, packed: Lanes, shuffle: Shuffle) -> Lanes:
 
 
 def widened(raw: Lanes, float_format: FloatFormat) -> Lanes:
-    """Return the float32 values of raw lanes."""
+    """Convert raw lanes to float32.
+
+    Args:
+        raw: Raw lanes.
+        float_format: Float format of the lanes.
+    """
     if float_format is FloatFormat.F32:
         return raw
     return raw.from_half() if float_format is FloatFormat.F16 else (raw.widen(I32) << 16).reread(F32)
 
 
 def narrowed(values: Lanes, float_format: FloatFormat) -> Lanes:
-    """Round to nearest even, as `floats.narrow`; 16-bit formats as bits."""
+    """Round float32 lanes to raw lanes, bit-identical to `floats.narrow`.
+
+    Args:
+        values: Lanes of float32.
+        float_format: Float format of the result. 16-bit formats are returned as bits.
+    """
     if float_format is FloatFormat.F32:
         return values
     if float_format is FloatFormat.F16:
@@ -221,7 +297,7 @@ def narrowed(values: Lanes, float_format: FloatFormat) -> Lanes:
 
 
 def steps(typed: Callable[..., Any]) -> Any:
-    """Offer LLVM code to numba as a function; strings and numbers written out in a call reach it as literal types."""
+    """Return LLVM code as a numba function. String and number literals in a call arrive as literal types."""
     return intrinsic(prefer_literal=True)(typed)
 
 
@@ -233,5 +309,5 @@ def as_bits(_: Any, value: Any) -> Any:
 
 @steps
 def as_float(_: Any, bits: Any) -> Any:
-    """Return the float32 that uint32 bits mean."""
+    """Return the float32 with the bits of a uint32."""
     return types.float32(bits), lambda _context, builder, _signature, arguments: builder.bitcast(arguments[0], F32)

@@ -1,4 +1,17 @@
-"""The product of a few rows with a packed weight on the CPU: typed, checked entrance to `product_kernels`."""
+"""Products of a few rows with a packed weight on the CPU: functions that check their arrays and call the kernels.
+
+    x [M, K]             W [N, K], packed                         out [M, N]
+
+    +-----------+        +------+------+------+------+            +-----------+
+    | row m     |   x    | s0   | s1   | ...         |  row n  =  | [m, n]    |
+    +-----------+        +------+------+------+------+            +-----------+
+                           blocks of a row, one scale each
+
+    out[m, n] = sum over k of x[m, k] * codebook[code[n, k]] * scale of the block of [n, k]
+
+K is a multiple of the block size, so that no block extends over two rows. Threads share the rows of W. The arrays of W
+are described in `qformat.codec.cpu.blocks`, the order of the work inside a row in `product_rows`.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +33,11 @@ from qformat.codec.nf4 import BLOCK_SIZES, block_count
 from qformat.errors import UsageError
 
 SMALLEST_SHARE = 1 << 17
-"""Weights that a thread takes at a time: 8 us of work."""
+"""Number of weights that a thread processes at a time: 8 us of work."""
 
 Team = Callable[[int, int, int], bool]
-"""team(function, data, n_threads): calls the C function void(void*) at an address on the data at another, once in each
-of n threads, and waits for them; or returns False, having called nothing."""
+"""Function team(function, data, n_threads) that calls a C function void(void*), given by its address, on the data at
+another address, once in each of n threads, and waits for them. It returns False if it did not call the function."""
 
 _C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -32,28 +45,31 @@ _NO_FLOATS = np.zeros(0, np.float32)
 
 
 def unsupported(columns: int, block_size: int, float_format: FloatFormat) -> str | None:
-    """Return why there is no product for weights with so many columns on this CPU, or None if there is one."""
+    """Return why this CPU cannot multiply with a weight, or None if it can.
+
+    Args:
+        columns: Number of columns of the weight (K).
+        block_size: Number of elements per block.
+        float_format: Float format of the weight.
+    """
     if best_instructions(float_format) is None:
         return "this CPU has neither AVX2 nor AVX-512"
     if columns == 0 or columns % GROUP or columns % block_size:
-        return f"K = {columns} is no multiple of {max(GROUP, block_size)}"
+        return f"K = {columns} is not a multiple of {max(GROUP, block_size)}"
     return None
 
 
 @cache
 def best_instructions(float_format: FloatFormat) -> ProductInstructions | None:
-    """Return the fastest instructions that this CPU has for weights in a format."""
+    """Return the fastest instructions of this CPU for weights in a float format, None if it has none."""
     return next((name for name in get_args(ProductInstructions) if _missing(name, float_format) is None), None)
 
 
 class Product:
-    """A packed weight W [N, K] made ready for products with few rows, its arrays checked once.
+    """Packed weight W [N, K], checked and prepared for products with a few rows.
 
-    The arrays are those of `cpu.decode_into` and `cpu.decode_nested_into`, nested_absmax None without the second level.
-    W is, bit for bit, what they decode to in `float_format`; but instructions "bf16" take subnormal numbers for zero.
-
-    Raises UsageError for arrays that do not fit together, a K that is no multiple of the block and of 64, or
-    instructions that this CPU lacks.
+    The values of W are bit-identical to its decoded values in the float format, except that the instructions "bf16"
+    treat subnormal numbers as zero.
     """
 
     def __init__(
@@ -69,10 +85,28 @@ class Product:
         nested_quant_map: NDArray[np.float32] = DYNAMIC_MAP,
         instructions: ProductInstructions | None = None,
     ) -> None:
+        """Check the arrays of a weight and prepare its kernel.
+
+        Args:
+            packed: Packed codes, uint8 [N * K / 2].
+            absmax: Scales, float32 [N * K / block_size]; with double quantization codes, uint8.
+            nested_absmax: Nested absmax values, float32; None without double quantization.
+            nested_offset: Mean of the absmax values with double quantization.
+            shape: N and K.
+            block_size: Number of elements per block.
+            float_format: Float format of the weight, the rows and the result.
+            nested_quant_map: Codebook of the absmax values, float32 [256].
+            instructions: Instructions to use, by default the best of this CPU.
+
+        Raises:
+            UsageError: The dtypes or sizes of the arrays do not match, K is not a multiple of the block size and of 64,
+                or this CPU lacks the instructions.
+        """
         self._check_weight(packed, absmax, nested_absmax, nested_quant_map, shape, block_size)
         name = instructions or best_instructions(float_format)
         if name is None or (reason := _missing(name, float_format)) is not None:
-            raise UsageError(f"instructions {name!r}: {'this CPU has none' if name is None else reason}")
+            problem = "this CPU has neither AVX2 nor AVX-512" if name is None else f"instructions {name!r}: {reason}"
+            raise UsageError(problem)
         self.shape = shape
         self.float_format = float_format
         self.instructions = name
@@ -81,7 +115,7 @@ class Product:
         self._call = _C_FUNCTION(self._address)
         self._n_shares = max(1, shape[0] * shape[1] // SMALLEST_SHARE)
         nested = _NO_FLOATS if nested_absmax is None else nested_absmax
-        self._arrays = (packed, absmax, nested, nested_quant_map)  # the job has only their addresses
+        self._arrays = (packed, absmax, nested, nested_quant_map)  # keeps them alive: the job has only addresses
         self._job = bytes(
             Job(
                 n_shares=self._n_shares,
@@ -97,23 +131,40 @@ class Product:
         )
 
     def __call__(self, x: Raw, out: Raw, *, team: Team | None = None, n_threads: int = 1) -> None:
-        """Write x [M * K] times W's transpose into `out` [M * N], both raw elements of the float format.
+        """Multiply rows with the transpose of W.
 
-        Sums are float32, in an order that depends on K only, and rounded once: the same bits for any number of threads.
-        team: what runs the work in n_threads threads, where there is enough of it.
-        Raises UsageError for arrays of another dtype or size.
+        Sums are float32, in an order that depends only on K, and rounded once. The result is bit-identical for any
+        number of threads.
+
+        Args:
+            x: Rows, raw elements [M * K].
+            out: Array for the result, raw elements [M * N].
+            team: Function that runs the work in several threads, if there is enough of it.
+            n_threads: Number of threads.
+
+        Raises:
+            UsageError: An array has the wrong dtype or size.
         """
         n, k = self.shape
         dtype = self.float_format.raw_dtype
         if x.dtype != dtype or x.ndim != 1 or x.size % k or not x.flags.c_contiguous:
-            raise UsageError(f"x: {x.dtype} {list(x.shape)}, expected contiguous {dtype} [M * {k}]")
+            raise UsageError(f"x: found {x.dtype} {list(x.shape)}, expected contiguous {dtype} [M * {k}]")
         if out.dtype != dtype or out.shape != (x.size // k * n,) or not out.flags.c_contiguous:
-            raise UsageError(f"out: {out.dtype} {list(out.shape)}, expected contiguous {dtype} [{x.size // k * n}]")
+            size = x.size // k * n
+            raise UsageError(f"out: found {out.dtype} {list(out.shape)}, expected contiguous {dtype} [{size}]")
         values = x if self.instructions == "bf16" else widen(x, self.float_format)
         self.at(values.ctypes.data, x.size, out.ctypes.data, team=team, n_threads=n_threads)
 
     def at(self, x: int, x_size: int, out: int, *, team: Team | None = None, n_threads: int = 1) -> None:
-        """`__call__` on addresses, unchecked: x_size values at `x`, bf16 for instructions "bf16", else float32."""
+        """Multiply rows with the transpose of W, given addresses instead of arrays and without checks.
+
+        Args:
+            x: Address of the rows: bfloat16 with the instructions "bf16", otherwise float32.
+            x_size: Number of elements of the rows.
+            out: Address of the result.
+            team: Function that runs the work in several threads, if there is enough of it.
+            n_threads: Number of threads.
+        """
         job = Job.from_buffer_copy(self._job)
         job.x, job.x_size, job.out = x, x_size, out
         address = ctypes.addressof(job)
@@ -129,10 +180,12 @@ class Product:
         shape: tuple[int, int],
         block_size: int,
     ) -> None:
-        """Refuse what the kernels would misread: they trust dtypes, sizes and contiguity."""
+        """Raise UsageError for arrays that the kernels would misread, because they do not check their arrays."""
         n, k = shape
         if block_size not in BLOCK_SIZES or k % GROUP or k % block_size or min(n, k) <= 0:
-            raise UsageError(f"{n} x {k} weights: K must be a multiple of the block, {block_size}, and of {GROUP}")
+            raise UsageError(
+                f"weight of shape [{n}, {k}]: K must be a multiple of the block size {block_size} and of {GROUP}"
+            )
         n_blocks = n * k // block_size
         expected: list[tuple[str, NDArray[Any], Any, int]] = [
             ("packed", packed, np.uint8, n * k // 2),
@@ -145,7 +198,7 @@ class Product:
             ]
         for name, array, dtype, size in expected:
             if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
-                found = f"{array.dtype} {list(array.shape)}"
+                found = f"found {array.dtype} {list(array.shape)}"
                 raise UsageError(f"{name}: {found}, expected contiguous {np.dtype(dtype)} [{size}]")
 
 

@@ -1,4 +1,4 @@
-"""Products as C functions: what a job says, and the rows of W that each thread takes of it."""
+"""Products as C functions, and the division of their rows among threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qformat.codec.nested import NESTED_BLOCK_SIZE
 
 @register_jitable
 def _deinterleave(x: Any, out: Any) -> None:
-    """Write x to `out` in groups of 64, each with its even elements first."""
+    """Copy x to `out` in groups of 64 elements, with the even elements of each group first."""
     for group in range(0, x.size, 64):
         for i in range(32):
             out[group + i] = x[group + 2 * i]
@@ -28,7 +28,7 @@ def _deinterleave(x: Any, out: Any) -> None:
 
 @steps
 def _pointer_to(_: Any, address: Any, element: Any) -> Any:
-    """Return an address (int64) as a pointer to elements of a type."""
+    """Return a pointer to elements of a type from an address (int64)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -37,7 +37,7 @@ def _pointer_to(_: Any, address: Any, element: Any) -> Any:
 
 
 class Job(ctypes.Structure):
-    """A product, as all threads that share it see it: addresses of arrays, sizes, and the next share to be taken."""
+    """Description of a product that all of its threads share: addresses, sizes, and the number of the next share."""
 
     _fields_ = (
         ("next_share", ctypes.c_int64),
@@ -61,7 +61,7 @@ _JOB_POINTER = types.CPointer(from_dtype(np.dtype(Job)))
 
 @steps
 def _take_share(_: Any, job: Any) -> Any:
-    """Return the next share of a job, and count it as taken, both at once for all threads."""
+    """Return the number of the next share of a job and increment it atomically."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         start = builder.ptrtoint(arguments[0], I64)
@@ -73,10 +73,15 @@ def _take_share(_: Any, job: Any) -> Any:
 
 @cache
 def product_function(instructions: ProductInstructions, float_format: FloatFormat, *, double_quant: bool) -> Any:
-    """Return a C function void(Job*), which has an `address` and owns its code: the product that a job describes.
+    """Return a C function void(Job*) that computes a product. It has the attribute `address` and owns its code.
 
-    Any number of threads may run it at once on one job: each takes the next share of W's rows until none is left.
-    Compiled when first asked for (0.5 s), then loaded from numba's cache.
+    Several threads may run it on the same job. Each thread repeatedly takes the next share of the rows of W. The first
+    call for a variant on a machine compiles it (0.5 s); later calls load it from numba's cache.
+
+    Args:
+        instructions: Instructions to use.
+        float_format: Float format of the weight, the rows and the result.
+        double_quant: Whether the absmax values are quantized as well.
     """
     x_type = np.uint16 if instructions == "bf16" else np.float32
     out_type = np.float32 if float_format is FloatFormat.F32 else np.uint16
@@ -88,7 +93,7 @@ def product_function(instructions: ProductInstructions, float_format: FloatForma
         job = carray(address, (1,))[0]
         n_rows, n_columns, n_shares = job.n_rows, job.n_columns, job.n_shares
         n_blocks, m_rows = n_rows * n_columns // job.block_size, job.x_size // n_columns
-        # Every thread for itself: it takes less time than waiting for another.
+        # Every thread makes its own copy, which is faster than waiting for another thread.
         x = np.empty(job.x_size, x_type)
         _deinterleave(carray(_pointer_to(job.x, x_type), (job.x_size,)), x)
         out = carray(_pointer_to(job.out, out_type), (m_rows * n_rows,))
@@ -119,5 +124,5 @@ def product_function(instructions: ProductInstructions, float_format: FloatForma
 
     try:
         return cfunc(types.void(_JOB_POINTER), cache=True, error_model="numpy")(run)
-    except RuntimeError:  # no folder for the cache can be written
+    except RuntimeError:  # no cache directory is writable
         return cfunc(types.void(_JOB_POINTER), error_model="numpy")(run)

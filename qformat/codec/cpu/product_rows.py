@@ -1,14 +1,23 @@
-"""Products of a few rows with packed weights, straight from the codes: the decoded weight never leaves the registers.
+"""Products of a few rows with a packed weight, computed from the codes. Decoded weights exist only in registers.
 
-A row of W is read 64 weights (32 bytes) at a time. The high nibbles are the even elements and the low ones the odd
-ones, so x lies there with its even elements first in each group of 64 (`deinterleave`), and no nibble has to be moved.
-A table of the block's 16 products, rounded as the decoder rounds them, is looked up by the codes, one shuffle for 16 or
-32 weights, and multiplied with x:
+A row of W is processed in groups of 64 weights (32 bytes):
 
-- "bf16": `vdpbf16ps`, 32 products of bf16 at a time (AVX512-BF16). It takes subnormal numbers for zero.
+    packed     | w0:w1 | w2:w3 | w4:w5 | ...                | w62:w63 |     high:low nibble of each byte
+                  |  '------ low nibbles:  w1 w3 w5 ... w63
+                  '--------- high nibbles: w0 w2 w4 ... w62
+    x, copied  | x0 x2 x4 ... x62 | x1 x3 x5 ... x63 |                      even elements first in each group
+
+    table      | c0*s  c1*s ... c15*s |        the 16 possible values of a block with scale s, rounded to the format
+    weights  = table[nibbles]                  one shuffle instruction for 16 or 32 weights
+    sums    += weights * x
+
+High nibbles are even elements and low nibbles are odd elements. With the even elements of x first, no nibble has to
+move. The products are computed by:
+
+- "bf16": `vdpbf16ps`, 32 products of bfloat16 at a time (AVX512-BF16). It treats subnormal numbers as zero.
 - "avx512", "avx2": fused multiply-adds in float32.
 
-Sums are float32 in an order that depends on nothing but K, so rows can be shared among threads in any way.
+Sums are float32, in an order that depends only on K, so threads can share the rows in any way.
 """
 
 from __future__ import annotations
@@ -45,19 +54,19 @@ NEEDED_FEATURES: dict[ProductInstructions, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512bw"}),
     "avx2": frozenset({"avx2", "fma", "f16c"}),
 }
-"""LLVM's names of what each needs, the best one first."""
+"""CPU features that each kind of instructions needs, by LLVM's names. The best kind is first."""
 
 GROUP = 64
-"""Weights of a row that are taken together; K is a multiple of it."""
+"""Number of weights of a row that are processed together. K is a multiple of it."""
 
 
 PREFETCH_NBYTES = 1024
-"""How far ahead codes are asked for: 16 instead of 10 G weights/s where they come from memory. The hardware looks
-ahead, too, but stops at the end of each 4 KB page."""
+"""Distance of prefetching in bytes of codes: 16 instead of 10 G weights/s for codes in memory. The hardware also
+prefetches, but stops at the end of each 4 KiB page."""
 
 
 class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
+    """LLVM's type bfloat, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -70,18 +79,18 @@ class _BFloat(ir.Type):
 
 
 def _as_bfloats(lanes: Lanes) -> Any:
-    """Return <32 x i16> as <32 x bfloat>."""
+    """Reinterpret <32 x i16> as <32 x bfloat>."""
     return lanes.builder.bitcast(lanes.value, ir.VectorType(_BFloat(), 32))
 
 
 def _as_bits(floats: Lanes) -> Lanes:
-    """Round 16 lanes to bfloat16 in one instruction: `narrowed`, but for subnormal numbers, which become zero."""
+    """Round 16 lanes to bfloat16 in one instruction. Unlike in `narrowed`, subnormal numbers become zero."""
     rounded = floats.call("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), 16), floats.value)
     return Lanes(floats.builder, floats.builder.bitcast(rounded.value, ir.VectorType(I16, 16)))
 
 
 def _sum(lanes: Lanes) -> Lanes:
-    """Return one lane: the sum of all, in a tree."""
+    """Return one lane with the sum of all, added pairwise."""
     while lanes.count > 1:
         half = lanes.count // 2
         lanes = lanes.pick(range(half)) + lanes.pick(range(half, lanes.count))
@@ -89,7 +98,17 @@ def _sum(lanes: Lanes) -> Lanes:
 
 
 class Weight(NamedTuple):
-    """A packed weight as the kernels see it: arrays, the second level's offset, and sizes."""
+    """Arguments of the kernels that describe a packed weight.
+
+    Attributes:
+        packed: Packed codes, uint8 [N * K / 2].
+        absmax: Scales, float32 [N * K / block_size]; with double quantization codes, uint8.
+        nested_absmax: Nested absmax values, float32.
+        nested_quant_map: Codebook of the absmax values, float32 [256].
+        offset: Mean of the absmax values.
+        n_columns: K.
+        block_size: Number of elements per block.
+    """
 
     packed: Any
     absmax: Any
@@ -102,7 +121,7 @@ class Weight(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """What of a product is fixed when it is compiled. n_x: rows of x; double_quant: absmax holds codes."""
+    """Properties of a product that are fixed at compile time; `n_x` is the number of rows of x."""
 
     float_format: FloatFormat
     instructions: ProductInstructions
@@ -111,17 +130,17 @@ class _Variant:
 
     @property
     def count(self) -> int:
-        """Lanes of float32 in a register."""
+        """Number of float32 lanes in a register."""
         return 8 if self.instructions == "avx2" else 16
 
     @property
     def shuffle(self) -> Shuffle:
-        """The instructions that look up a table of floats."""
+        """Instructions for looking up floats in a table."""
         return "avx2" if self.instructions == "avx2" else "avx512"
 
 
 class _RowProduct:
-    """The LLVM code of one row of W times some rows of x. Values of LLVM are i64 unless they say otherwise."""
+    """Generates the LLVM code of one row of W times some rows of x. LLVM values are i64 unless noted otherwise."""
 
     def __init__(
         self, context: Any, builder: ir.IRBuilder, variant: _Variant, weight_type: Any, weight: Any, x: Memory
@@ -133,13 +152,13 @@ class _RowProduct:
         self._weight = Weight(*(builder.extract_value(weight, i) for i in range(len(Weight._fields))))
         self._x = x
         self._codes = Memory(context, builder, self._types.packed, self._weight.packed)
-        # Block sizes are powers of two, and a division takes as long as all the rest of a block.
+        # Block sizes are powers of two: a shift replaces a division that would take as long as the rest of a block.
         self._block_shift = builder.cttz(self._weight.block_size, ir.Constant(ir.IntType(1), 1))
         zero = ir.Constant(ir.VectorType(F32, variant.count), [0.0] * variant.count)
         self._totals = [cgutils.alloca_once_value(builder, zero) for _ in range(2 * variant.n_x)]
 
     def add_row(self, row: Any) -> None:
-        """Add all products of a row of W, a group at a time."""
+        """Add the products of a row of W, one group at a time."""
         builder, n_columns = self._builder, self._weight.n_columns
         row_start = builder.mul(row, n_columns)
         small_blocks = builder.icmp_unsigned("==", self._weight.block_size, ir.Constant(I64, 32))
@@ -157,7 +176,7 @@ class _RowProduct:
                     add_group(group, code_index, (table, table))
 
     def sums(self) -> list[Any]:
-        """Return the raw element of each row of x: its sum, rounded to the format."""
+        """Return the sum for each row of x, rounded to a raw element."""
         found = []
         for m in range(self._variant.n_x):
             even, odd = (Lanes(self._builder, self._builder.load(total)) for total in self._totals[2 * m : 2 * m + 2])
@@ -166,7 +185,7 @@ class _RowProduct:
         return found
 
     def _scale_of(self, element: Any) -> Any:
-        """Return the decoded scale, a float, of the block that holds an element of W."""
+        """Return the decoded scale (a float) of the block that contains an element of W."""
         builder = self._builder
         block = builder.lshr(element, self._block_shift)
         value = self._entry("absmax", block)
@@ -183,7 +202,7 @@ class _RowProduct:
         return self._builder.load(self._builder.gep(array.data, [index]))
 
     def _table_of(self, element: Any) -> Lanes:
-        """Return what the 16 codes of an element's block mean, rounded as the decoder rounds: raw lanes."""
+        """Return the 16 possible values of an element's block as raw lanes, rounded as in decoding."""
         scale = Lanes.repeat(self._builder, self._scale_of(element), 16)
         products = Lanes.constant(self._builder, F32, NF4_CODEBOOK) * scale
         if self._variant.instructions == "bf16":
@@ -191,17 +210,17 @@ class _RowProduct:
         return narrowed(products, self._variant.float_format)
 
     def _x_index(self, group: Any, m: int, offset: int) -> Any:
-        """Return where in row `m` of x an element of a group lies."""
+        """Return the index of an element of a group in row `m` of x."""
         at = self._builder.add(group, self._builder.mul(ir.Constant(I64, m), self._weight.n_columns))
         return self._builder.add(at, ir.Constant(I64, offset))
 
     def _add_group_bf16(self, group: Any, code_index: Any, tables: tuple[Lanes, Lanes]) -> None:
-        """Add the products of 64 weights with the tables of each half, 32 products at a time."""
+        """Add the products of 64 weights, 32 products at a time. Each half of the group has a table."""
         builder = self._builder
         both = tables[0].join(tables[1])
         low = self._codes.load(code_index, I8, 32).widen(I16)
         high = low >> 4
-        if tables[0] is not tables[1]:  # blocks of 32: the upper half looks up in the second table
+        if tables[0] is not tables[1]:  # blocks of 32: the second half uses the second table
             second_half = Lanes.constant(builder, I16, [0] * 16 + [16] * 16)
             low, high = (low & 15) | second_half, high | second_half
         for parity, index in enumerate((high, low)):
@@ -215,7 +234,7 @@ class _RowProduct:
                 builder.store(added.value, place)
 
     def _add_group_float(self, group: Any, code_index: Any, tables: tuple[Lanes, Lanes]) -> None:
-        """Add the products of 64 weights with the tables of each half, a register of them at a time."""
+        """Add the products of 64 weights, one register of them at a time. Each half of the group has a table."""
         builder, count = self._builder, self._variant.count
         floats = tuple(widened(table, self._variant.float_format) for table in tables)
         for part in range(32 // count):
@@ -233,9 +252,17 @@ class _RowProduct:
 def dot_row(
     _: Any, weight: Any, row: Any, x: Any, n_x: Any, sums: Any, levels: Any, float_format: Any, instructions: Any
 ) -> Any:
-    """sums[m] = row `row` of W times x[m * n_columns:], rounded to the format; m < n_x (a literal), x deinterleaved.
+    """Compute the products of one row of W with rows of x, rounded to the float format.
 
-    levels, a literal: "two" if absmax holds codes of the second level, "one" if it is float32.
+    Args:
+        weight: `Weight`.
+        row: Index of the row of W.
+        x: Rows of x, flat, with the even elements of each group of 64 first.
+        n_x: Number of rows of x, a literal.
+        sums: Array for the products, raw elements [n_x].
+        levels: Literal "two" with double quantization, otherwise "one".
+        float_format: Literal name of the float format.
+        instructions: Literal name of the instructions.
     """
     variant = _Variant(
         FloatFormat(float_format.literal_value),

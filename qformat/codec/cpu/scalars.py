@@ -1,7 +1,8 @@
-"""Steps on single numbers that the numba kernels share: the nearest code of a weight, and the three float formats.
+"""Operations on single numbers that the numba kernels share: the nearest code, and conversions of the float formats.
 
-`widened` and `narrowed` are chosen by a literal argument, the name of a float format (`FloatFormat.value`), so that one
-body of a kernel serves all three. They are inlined into the kernels, whose loops LLVM then vectorises.
+A literal argument, the name of a float format (`FloatFormat.value`), selects the implementation of `widened`,
+`narrowed` and the like, so that one kernel serves all formats. They are inlined into the kernels, whose loops LLVM then
+vectorises.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from qformat.codec.codebooks import NF4_THRESHOLDS
 from qformat.codec.cpu.lanes import as_bits, as_float
 
 F32_INFINITY = np.uint32(0x7F800000)
-"""Its bits: those of a larger magnitude are a NaN's."""
+"""Bits of infinity in float32. The bits of a NaN have a larger magnitude."""
 _F16_SCALE = np.float32(2.0**112)
-"""float16 bits moved to float32's place, times this, are the value: it corrects the exponent, subnormals included."""
+"""Factor that corrects the exponent of float16 bits after a shift to their place in float32, even for subnormals."""
 
 _inline = numba.njit(inline="always")
 (_T0, _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8, _T9, _T10, _T11, _T12, _T13, _T14) = NF4_THRESHOLDS
@@ -27,7 +28,7 @@ _inline = numba.njit(inline="always")
 
 @_inline
 def nearest_code(value: Any) -> Any:
-    """Count the thresholds below a scaled weight; LLVM turns the sum of comparisons into vector masks."""
+    """Return the number of thresholds below a scaled weight. LLVM turns the sum of comparisons into vector masks."""
     return (
         np.int32(value > _T0)
         + np.int32(value > _T1)
@@ -49,7 +50,7 @@ def nearest_code(value: Any) -> Any:
 
 @_inline
 def rounded_to_bf16(value: Any) -> Any:
-    """Return the bfloat16 bits of a float32, as `floats.narrow` rounds it."""
+    """Return the bfloat16 bits of a float32, rounded as in `floats.narrow`."""
     bits = as_bits(value)
     upper = bits >> np.uint32(16)
     rounded = (bits + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
@@ -59,7 +60,7 @@ def rounded_to_bf16(value: Any) -> Any:
 
 @_inline
 def _rounded_to_f16(value: Any) -> Any:
-    """Return the float16 bits of a float32; from 65520 on it becomes infinity."""
+    """Return the float16 bits of a float32. Values of 65520 and more become infinity."""
     bits = as_bits(value)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     magnitude = bits & np.uint32(0x7FFFFFFF)
@@ -67,7 +68,7 @@ def _rounded_to_f16(value: Any) -> Any:
         half = np.uint32(0x7E00)
     elif magnitude >= np.uint32(0x477FF000):  # 65520, half way between the largest value and the next
         half = np.uint32(0x7C00)
-    elif magnitude < np.uint32(0x38800000):  # below 2**-14: a sum with 0.5 has units of 2**-24
+    elif magnitude < np.uint32(0x38800000):  # below 2**-14: adding 0.5 rounds to units of 2**-24
         half = as_bits(abs(value) + np.float32(0.5)) - np.uint32(0x3F000000)
     else:
         odd = (magnitude >> np.uint32(13)) & np.uint32(1)
@@ -82,7 +83,7 @@ def _bf16_value(raw: Any) -> Any:
 
 @_inline
 def _f16_value(raw: Any) -> Any:
-    """Return the value of float16 bits; an infinity or NaN gives a useless number."""
+    """Return the value of float16 bits. The result is undefined for Inf and NaN."""
     half = np.uint32(raw)
     moved = ((half & np.uint32(0x8000)) << np.uint32(16)) | ((half & np.uint32(0x7FFF)) << np.uint32(13))
     return as_float(np.uint32(moved)) * _F16_SCALE
@@ -95,13 +96,13 @@ def _f16_value_or_nan(raw: Any) -> Any:
 
 
 def _by_format(*, bf16: Callable[..., Any], f16: Callable[..., Any], f32: Callable[..., Any]) -> Any:
-    """Return a function (value, float_format) of compiled kernels: one of three, as the literal format says."""
+    """Return a function (value, float_format) for compiled kernels with one implementation per float format."""
     implementations = {"BF16": bf16, "F16": f16, "F32": f32}
 
     def chosen(value: Any, float_format: Any) -> Any:
         raise NotImplementedError("only compiled kernels call this")
 
-    # numba compares the parameters with those of the implementations: neither may be annotated.
+    # numba compares the parameters with those of the implementations, so neither may have annotations.
     overload(chosen, inline="always", prefer_literal=True)(
         lambda value, float_format: implementations.get(getattr(float_format, "literal_value", ""))
     )
@@ -113,39 +114,39 @@ widened = _by_format(
     f16=lambda value, float_format: _f16_value(value),
     f32=lambda value, float_format: value,
 )
-"""The float32 value of a raw element; an infinity or NaN of float16 gives a useless number."""
+"""Function that returns the float32 value of a raw element. It is undefined for Inf and NaN in float16."""
 
 widened_or_nan = _by_format(
     bf16=lambda value, float_format: _bf16_value(value),
     f16=lambda value, float_format: _f16_value_or_nan(value),
     f32=lambda value, float_format: value,
 )
-"""The float32 value of a raw element; an infinity or NaN of float16 gives NaN."""
+"""Function that returns the float32 value of a raw element. Inf and NaN in float16 give NaN."""
 
 narrowed = _by_format(
     bf16=lambda value, float_format: rounded_to_bf16(value),
     f16=lambda value, float_format: _rounded_to_f16(value),
     f32=lambda value, float_format: value,
 )
-"""The raw element nearest to a float32, as `floats.narrow` rounds it."""
+"""Function that rounds a float32 to a raw element, as in `floats.narrow`."""
 
 magnitude_bits = _by_format(
     bf16=lambda value, float_format: np.uint16(value & np.uint16(0x7FFF)),
     f16=lambda value, float_format: np.uint16(value & np.uint16(0x7FFF)),
     f32=lambda value, float_format: np.uint32(as_bits(value) & np.uint32(0x7FFFFFFF)),
 )
-"""A raw element without its sign, as an unsigned integer: ordered as magnitudes are."""
+"""Function that returns a raw element without its sign, as an unsigned integer with the order of the magnitudes."""
 
 magnitude = _by_format(
     bf16=lambda value, float_format: _bf16_value(value),
     f16=lambda value, float_format: _f16_value(value),
     f32=lambda value, float_format: as_float(value),
 )
-"""The float32 value of what `magnitude_bits` gave, if it is finite."""
+"""Function that returns the float32 value of a finite result of `magnitude_bits`."""
 
 is_finite = _by_format(
     bf16=lambda value, float_format: value < np.uint16(0x7F80),
     f16=lambda value, float_format: value < np.uint16(0x7C00),
     f32=lambda value, float_format: value < F32_INFINITY,
 )
-"""Whether what `magnitude_bits` gave is the magnitude of a finite number."""
+"""Function that returns whether a result of `magnitude_bits` is finite."""

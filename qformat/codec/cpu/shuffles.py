@@ -1,11 +1,19 @@
-"""Encode and decode with AVX-512 or AVX2: whole blocks, bit for bit the plain kernels, many times as fast.
+"""Encoding and decoding with AVX-512 or AVX2, bit-identical to the portable kernels and many times faster.
 
-LLVM vectorises simple loops by itself, but finds no table lookup inside registers. So the inner steps are written as
-LLVM vector operations, with one shuffle instruction each, and offered to numba as intrinsics:
+    decode   bytes of `packed`   | hi:lo | hi:lo | hi:lo | ...
+             codes               | c0 c1 | c2 c3 | c4 c5 | ...            4 bits each, the high nibble first
+             table of a block    | v0 v1 v2 ... v15 |                     codebook * scale, rounded once
+             values              | table[c0] table[c1] table[c2] ...      one shuffle instruction
 
-- decode: a code is an index into its block's 16 products, rounded beforehand (`vpermw`, `vpshufb`, `vpermps`);
-- encode: a cubic guesses how many thresholds lie below a scaled weight, to within one; a lookup of one threshold
-  and one comparison settle it, in place of fifteen comparisons (`vpermps`).
+    encode   scaled weight s     -> k = round(cubic(s))                   the code is k or k + 1
+             code                 = k + (s > thresholds[k])               one shuffle and one comparison
+
+LLVM vectorises simple loops, but does not use table lookups in registers. The inner steps are therefore written as LLVM
+vector operations and given to numba as intrinsics:
+
+- Decoding uses a code as the index into the 16 possible values of its block (`vpermw`, `vpshufb`, `vpermps`).
+- Encoding estimates the number of thresholds below a scaled weight with a cubic polynomial. The lookup of one threshold
+  and one comparison replace fifteen comparisons (`vpermps`).
 """
 
 from __future__ import annotations
@@ -44,13 +52,14 @@ from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import SMALLEST_DIVISOR
 
 GUESS = (-4.3935, 0.5644, 11.5123, 6.6778)
-"""Cubic, highest power first: at threshold i it is within 0.21 of i. Rounded to an integer k, it says that a scaled
-weight has the code k or k + 1, as long as the error stays below 0.5: float32 rounding (1e-6) has ample room."""
+"""Coefficients of the cubic polynomial, highest power first. At threshold i its value differs from i by at most 0.21.
+While the error is below 0.5, a scaled weight has the code k or k + 1, where k is the rounded value. float32 rounding
+adds only 1e-6."""
 _ROUND_TO_INTEGER = 1.5 * 2**23
-"""Added to a small float32, this leaves the nearest integer in the lowest bits."""
+"""The sum of this and a small float32 has the nearest integer in its lowest bits."""
 
 ENCODED_AT_ONCE = 64
-"""Weights; the encoder takes a multiple of them, also for blocks of 32."""
+"""Number of weights to encode at a time, even with blocks of 32. The encoder processes multiples of it."""
 _DECODED_AT_ONCE = 32
 
 
@@ -59,7 +68,7 @@ def _raw_element(float_format: FloatFormat) -> ir.Type:
 
 
 def _codes(scaled: Lanes, shuffle: Shuffle) -> Lanes:
-    """Count the thresholds below each scaled weight: <i32>."""
+    """Return the number of thresholds below each scaled weight, as i32 lanes."""
     cubic, square, linear, constant = GUESS
     guess = Lanes.constant(scaled.builder, F32, [cubic] * scaled.count)
     for coefficient in (square, linear, constant):
@@ -72,7 +81,7 @@ def _codes(scaled: Lanes, shuffle: Shuffle) -> Lanes:
 
 @steps
 def _largest_magnitude(_: Any, raw: Any, start: Any, count: Any, float_format: Any) -> Any:
-    """Return the largest magnitude of raw[start:start + count], as the bits of a float32; count is a literal."""
+    """Return the largest magnitude of raw[start:start + count] as the bits of a float32. `count` is a literal."""
     source = FloatFormat(float_format.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -94,7 +103,7 @@ def _largest_magnitude(_: Any, raw: Any, start: Any, count: Any, float_format: A
 def _encode_64(
     _: Any, raw: Any, start: Any, first_factor: Any, second_factor: Any, packed: Any, float_format: Any, shuffle: Any
 ) -> Any:
-    """Encode raw[start:start + 64] into packed[start / 2:]; each half is multiplied by a reciprocal of its own."""
+    """Encode raw[start:start + 64] into packed[start / 2:]. Each half has its own factor."""
     source = FloatFormat(float_format.literal_value)
     count = 16 if shuffle.literal_value == "avx512" else 8
 
@@ -154,7 +163,7 @@ def _decode_block(
 
 @jit
 def _encode(raw: Any, block_size: Any, packed: Any, absmax: Any, float_format: Any, shuffle: Any) -> Any:
-    """Encode whole blocks, a multiple of 64 weights; return whether all are finite."""
+    """Encode complete blocks, a multiple of 64 weights, and return whether all weights are finite."""
     largest_of_all = np.uint32(0)
     if block_size == 32:
         for pair in range(absmax.size // 2):
@@ -182,7 +191,7 @@ def _encode(raw: Any, block_size: Any, packed: Any, absmax: Any, float_format: A
 
 @jit
 def _decode(packed: Any, scales: Any, block_size: Any, out: Any, float_format: Any, shuffle: Any) -> None:
-    """Decode whole blocks."""
+    """Decode complete blocks."""
     for block in range(scales.size):
         _decode_block(packed, block * block_size, block_size, scales[block], out, float_format, shuffle)
 

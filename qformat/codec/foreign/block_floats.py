@@ -1,8 +1,8 @@
-"""Decoders of the 8- and 4-bit float blocks of published checkpoints: FP8 (E4M3) and MXFP4 (E2M1), to bfloat16.
+"""Decoders of the 8- and 4-bit float blocks of published checkpoints to bfloat16: FP8 (E4M3) and MXFP4 (E2M1).
 
-The values are those of the formats, widened exactly to float32, times the block's scale in float32, rounded once to
-bfloat16 (to nearest, ties to even): what transformers computes when it loads such a checkpoint dequantized. Plain
-numba, on flat arrays, without the GIL; the sizes are checked by the callers.
+Each value is widened to float32, multiplied with the scale of its block in float32, and rounded once to bfloat16 (to
+nearest, ties to even), as transformers does when it dequantizes such a checkpoint. The kernels are plain numba on flat
+arrays and run without the GIL. Callers check the sizes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from qformat.codec.cpu.scalars import rounded_to_bf16
 from qformat.codec.floats import FloatFormat, narrow
 
 MXFP4_BLOCK = 32
-"""Weights that share an exponent; 16 bytes of codes."""
+"""Number of weights that share an exponent. Their codes take 16 bytes."""
 
 _TILE_ROWS = 64
 
 
 def _e4m3_values() -> NDArray[np.float32]:
-    """Return the 256 values: sign, 4 bits of exponent biased by 7, 3 of fraction; all ones is NaN."""
+    """Return the 256 values: a sign bit, 4 exponent bits with bias 7, 3 fraction bits. All ones is NaN."""
     code = np.arange(256)
     exponent, fraction = code >> 3 & 15, code & 7
     magnitude = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8 + fraction, exponent - 10))
@@ -34,14 +34,14 @@ def _e4m3_values() -> NDArray[np.float32]:
 
 
 def _e8m0_values() -> NDArray[np.float32]:
-    """Return the 256 powers of two; 255 gives infinity, as transformers computes it."""
+    """Return the 256 powers of two. Code 255 is infinity, as in transformers."""
     with np.errstate(over="ignore"):
         powers: NDArray[np.float32] = np.ldexp(np.float32(1), np.arange(256) - 127).astype(np.float32)
     return powers
 
 
 def _mxfp4_values() -> NDArray[np.uint16]:
-    """Return the bfloat16 bits of each code under each exponent, at 16 * exponent + code. Exact, but for overflow."""
+    """Return the bfloat16 bits of each code with each exponent, at 16 * exponent + code. Exact except for overflow."""
     positive = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
         products = E8M0[:, None] * np.concatenate([positive, -positive])
@@ -68,10 +68,19 @@ _MXFP4_BF16 = _mxfp4_values()
 def decode_e4m3(
     codes: Any, first: Any, n_rows: Any, n_columns: Any, block_rows: Any, block_columns: Any, scales: Any, out: Any
 ) -> Any:
-    """Decode E4M3 codes [n], the elements from `first` on of matrices [..., n_rows, n_columns], to bfloat16 bits [n].
+    """Decode consecutive elements of FP8 matrices [..., n_rows, n_columns].
 
-    scales: float32 [..., ceil(n_rows / block_rows), ceil(n_columns / block_columns)], flat. A block has many more
-    elements than there are codes: what each code means is computed once for each block of a row of blocks.
+    A block has many more elements than there are codes, so the value of each code is computed once per block.
+
+    Args:
+        codes: E4M3 codes, uint8 [n].
+        first: Index of the first element in the flat matrices.
+        n_rows: Number of rows of a matrix.
+        n_columns: Number of columns of a matrix.
+        block_rows: Number of rows of a block.
+        block_columns: Number of columns of a block.
+        scales: Scales of the blocks, flat float32 [..., ceil(n_rows / block_rows), ceil(n_columns / block_columns)].
+        out: Array for the bfloat16 bits, uint16 [n].
     """
     grid_rows = (n_rows + block_rows - 1) // block_rows
     grid_columns = (n_columns + block_columns - 1) // block_columns
@@ -103,11 +112,19 @@ def decode_e4m3(
 def decode_mxfp4_transposed(
     blocks: Any, exponents: Any, n_rows: Any, n_groups: Any, start: Any, stop: Any, out: Any
 ) -> Any:
-    """Decode columns start to stop of a matrix [n_rows, n_groups * 32] of MXFP4 into rows of its transpose.
+    """Decode columns of an MXFP4 matrix [n_rows, n_groups * 32] into rows of its transpose.
 
-    blocks: uint8 [n_rows, n_groups, 16], low nibble first; exponents: uint8 [n_rows, n_groups], biased by 127; out:
-    bfloat16 bits [stop - start, n_rows]. All flat. A block of each of 64 rows is decoded into a tile of 4 KiB, whose
-    rows are then written: of the transpose, a whole cache line is written at a time.
+    One block of each of 64 rows is decoded into a tile of 4 KiB. The rows of the tile are then written, so that every
+    write to the transpose fills a cache line.
+
+    Args:
+        blocks: Packed codes, flat uint8 [n_rows, n_groups, 16], the first of a pair in the low nibble.
+        exponents: Exponents with bias 127, flat uint8 [n_rows, n_groups].
+        n_rows: Number of rows of the matrix.
+        n_groups: Number of blocks per row.
+        start: Index of the first column.
+        stop: Index after the last column.
+        out: Array for the bfloat16 bits, flat uint16 [stop - start, n_rows].
     """
     tile = np.empty((MXFP4_BLOCK, _TILE_ROWS), np.uint16)
     for first_row in range(0, n_rows, _TILE_ROWS):

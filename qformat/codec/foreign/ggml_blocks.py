@@ -1,8 +1,9 @@
-"""Decoders of ggml's quantized blocks (what a GGUF file holds) to float32: each value as ggml and gguf-py compute it.
+"""Decoders of ggml's quantized blocks, as in a GGUF file, to float32. The values are those of ggml and gguf-py.
 
-A row is cut into blocks of 32 or 256 weights; a block holds its float16 scales and its codes, laid out so that ggml's
-own kernels read them fast. The formula of each kernel's docstring is computed in float32 in the order written; nothing
-is fused. Plain numba, on flat arrays of whole blocks, without the GIL; sizes are checked by the callers.
+A row is divided into blocks of 32 or 256 weights. A block contains its float16 scales and its codes, in an order that
+suits ggml's kernels. The docstring of each kernel describes the bytes of a block and the formula of a value, which is
+computed in float32 in the written order, without fused operations. The kernels are plain numba on flat arrays of
+complete blocks and run without the GIL. Callers check the sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qformat.codec.cpu.scalars import rounded_to_bf16
 _HALF_VALUES = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 _decoder: Callable[..., Any] = kernel(types.void(taken(types.uint8), filled(types.float32)))
-"""decode(blocks [n_blocks * block_nbytes], out [n_blocks * block_size])."""
+"""Compiles a function decode(blocks uint8 [n_blocks * block_nbytes], out float32 [n_blocks * block_size])."""
 
 _inline = njit(inline="always")
 
@@ -37,7 +38,14 @@ def _signed(byte: Any) -> Any:
 
 @_decoder
 def decode_q8_0(blocks: Any, out: Any) -> None:
-    """scale f16, 32 signed codes: code * scale."""
+    """Decode Q8_0 blocks: code * scale.
+
+    Layout: scale (float16), 32 signed codes (1 byte each).
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 34].
+        out: Array for the values, float32 [n_blocks * 32].
+    """
     for i in range(out.size // 32):
         scale = _half(blocks, i * 34)
         for j in range(32):
@@ -46,7 +54,14 @@ def decode_q8_0(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_q4_0(blocks: Any, out: Any) -> None:
-    """scale f16, 16 bytes of two codes, the first half's in the low nibbles: scale * (code - 8)."""
+    """Decode Q4_0 blocks: scale * (code - 8).
+
+    Layout: scale (float16), 16 bytes of two codes each. The low nibbles are the first 16 codes.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 18].
+        out: Array for the values, float32 [n_blocks * 32].
+    """
     for i in range(out.size // 32):
         scale = _half(blocks, i * 18)
         for j in range(16):
@@ -57,7 +72,14 @@ def decode_q4_0(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_q4_1(blocks: Any, out: Any) -> None:
-    """scale f16, minimum f16, 16 bytes of two codes: scale * code + minimum."""
+    """Decode Q4_1 blocks: scale * code + minimum.
+
+    Layout: scale (float16), minimum (float16), 16 bytes of two codes each.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 20].
+        out: Array for the values, float32 [n_blocks * 32].
+    """
     for i in range(out.size // 32):
         scale, minimum = _half(blocks, i * 20), _half(blocks, i * 20 + 2)
         for j in range(16):
@@ -68,7 +90,14 @@ def decode_q4_1(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_q5_0(blocks: Any, out: Any) -> None:
-    """scale f16, 32 fifth bits, 16 bytes of two codes: scale * (code - 16)."""
+    """Decode Q5_0 blocks: scale * (code - 16).
+
+    Layout: scale (float16), 32 fifth bits, 16 bytes with the lower four bits of two codes each.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 22].
+        out: Array for the values, float32 [n_blocks * 32].
+    """
     for i in range(out.size // 32):
         at = i * 22
         scale = _half(blocks, at)
@@ -82,7 +111,14 @@ def decode_q5_0(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_q5_1(blocks: Any, out: Any) -> None:
-    """scale f16, minimum f16, 32 fifth bits, 16 bytes of two codes: scale * code + minimum."""
+    """Decode Q5_1 blocks: scale * code + minimum.
+
+    Layout: scale (float16), minimum (float16), 32 fifth bits, 16 bytes with the lower four bits of two codes each.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 24].
+        out: Array for the values, float32 [n_blocks * 32].
+    """
     for i in range(out.size // 32):
         at = i * 24
         scale, minimum = _half(blocks, at), _half(blocks, at + 2)
@@ -96,7 +132,14 @@ def decode_q5_1(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_q2_k(blocks: Any, out: Any) -> None:
-    """16 bytes of 4-bit (scale, minimum), 64 of 2-bit codes, two f16: (d * scale) * code - (dmin * minimum)."""
+    """Decode Q2_K blocks: (d * scale) * code - (dmin * minimum).
+
+    Layout: 16 bytes with a scale and a minimum of 4 bits each, 64 bytes of 2-bit codes, d and dmin (float16).
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 84].
+        out: Array for the values, float32 [n_blocks * 256].
+    """
     for i in range(out.size // 256):
         at = i * 84
         d, dmin = _half(blocks, at + 80), _half(blocks, at + 82)
@@ -112,7 +155,14 @@ def decode_q2_k(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_q3_k(blocks: Any, out: Any) -> None:
-    """256 third bits, 64 bytes of 2-bit codes, 16 scales of 6 bits, one f16: (d * (scale - 32)) * (code - 4 or 0)."""
+    """Decode Q3_K blocks: (d * (scale - 32)) * (code - 4), or * code if its third bit is set.
+
+    Layout: 256 third bits, 64 bytes of 2-bit codes, 16 scales of 6 bits each, d (float16).
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 110].
+        out: Array for the values, float32 [n_blocks * 256].
+    """
     for i in range(out.size // 256):
         at = i * 110
         d = _half(blocks, at + 108)
@@ -131,14 +181,14 @@ def decode_q3_k(blocks: Any, out: Any) -> None:
 
 @_inline
 def _six_bits(blocks: Any, at: Any, group: Any) -> Any:
-    """The number of one of 8 groups: all 6 bits of the first four, the 2 upper bits of the others."""
+    """Return the number of one of 8 groups: all 6 bits for the first four groups, the upper 2 bits for the others."""
     low = np.int32(blocks[at + group % 4])
     return low & 63 if group < 4 else low >> 6 << 4
 
 
 @_inline
 def _scale_and_minimum(blocks: Any, at: Any, group: Any) -> Any:
-    """(d * scale, dmin * minimum) of one of 8 groups: d and dmin f16 at `at`, then 12 bytes of 6-bit numbers."""
+    """Return (d * scale, dmin * minimum) of one of 8 groups: d and dmin are at `at`, then 12 bytes of 6-bit numbers."""
     scale, minimum = _six_bits(blocks, at + 4, group), _six_bits(blocks, at + 8, group)
     if group >= 4:
         rest = np.int32(blocks[at + 12 + group - 4])
@@ -148,7 +198,14 @@ def _scale_and_minimum(blocks: Any, at: Any, group: Any) -> Any:
 
 @_decoder
 def decode_q4_k(blocks: Any, out: Any) -> None:
-    """d, dmin f16, 12 bytes of 6-bit (scale, minimum), 128 of two codes: (d * scale) * code - (dmin * minimum)."""
+    """Decode Q4_K blocks: (d * scale) * code - (dmin * minimum).
+
+    Layout: d and dmin (float16), 12 bytes with scales and minimums of 6 bits each, 128 bytes of two codes each.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 144].
+        out: Array for the values, float32 [n_blocks * 256].
+    """
     for i in range(out.size // 256):
         at = i * 144
         for group in range(8):
@@ -161,7 +218,14 @@ def decode_q4_k(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_q5_k(blocks: Any, out: Any) -> None:
-    """As q4_k, with 32 bytes of fifth bits between scales and codes."""
+    """Decode Q5_K blocks: (d * scale) * code - (dmin * minimum).
+
+    Layout: that of Q4_K, with 32 bytes of fifth bits between the scales and the codes.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 176].
+        out: Array for the values, float32 [n_blocks * 256].
+    """
     for i in range(out.size // 256):
         at = i * 176
         for group in range(8):
@@ -175,7 +239,15 @@ def decode_q5_k(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_q6_k(blocks: Any, out: Any) -> None:
-    """128 bytes of low nibbles, 64 of 2 high bits, 16 signed scales, d f16: (d * scale) * (code - 32)."""
+    """Decode Q6_K blocks: (d * scale) * (code - 32).
+
+    Layout: 128 bytes with the lower four bits of two codes each, 64 bytes with the upper two bits of four codes each,
+    16 signed scales (1 byte each), d (float16).
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 210].
+        out: Array for the values, float32 [n_blocks * 256].
+    """
     for i in range(out.size // 256):
         at = i * 210
         d = _half(blocks, at + 208)
@@ -192,14 +264,24 @@ def decode_q6_k(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_f16(blocks: Any, out: Any) -> None:
-    """float16 values."""
+    """Convert float16 values, exactly.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 2].
+        out: Array for the values, float32 [n_blocks].
+    """
     for i in range(out.size):
         out[i] = _half(blocks, 2 * i)
 
 
 @_decoder
 def decode_bf16(blocks: Any, out: Any) -> None:
-    """bfloat16 values."""
+    """Convert bfloat16 values, exactly.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 2].
+        out: Array for the values, float32 [n_blocks].
+    """
     bits = out.view(np.uint32)
     for i in range(out.size):
         bits[i] = (np.uint32(blocks[2 * i]) << np.uint32(16)) | (np.uint32(blocks[2 * i + 1]) << np.uint32(24))
@@ -207,7 +289,12 @@ def decode_bf16(blocks: Any, out: Any) -> None:
 
 @_decoder
 def decode_f32(blocks: Any, out: Any) -> None:
-    """float32 values."""
+    """Copy float32 values.
+
+    Args:
+        blocks: Blocks, uint8 [n_blocks * 4].
+        out: Array for the values, float32 [n_blocks].
+    """
     words = out.view(np.uint8)
     for i in range(words.size):
         words[i] = blocks[i]
@@ -215,14 +302,26 @@ def decode_f32(blocks: Any, out: Any) -> None:
 
 @kernel(types.void(taken(types.float32), filled(types.uint16)))
 def round_to_bf16(values: Any, out: Any) -> None:
-    """Round float32 values to bfloat16 bits, as `floats.narrow` does."""
+    """Round float32 values to bfloat16, as `floats.narrow` does.
+
+    Args:
+        values: Values, float32 [n].
+        out: Array for the bfloat16 bits, uint16 [n].
+    """
     for i in range(out.size):
         out[i] = rounded_to_bf16(values[i])
 
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """How ggml stores a tensor: `block_size` weights in `block_nbytes` bytes."""
+    """Storage format of a tensor in ggml.
+
+    Attributes:
+        name: Name in ggml.
+        block_size: Number of weights per block.
+        block_nbytes: Size of a block in bytes.
+        decode: Kernel that decodes complete blocks to float32.
+    """
 
     name: str
     block_size: int
@@ -245,4 +344,4 @@ BLOCK_TYPES = {
     14: BlockType("Q6_K", 256, 210, decode_q6_k),
     30: BlockType("BF16", 1, 2, decode_bf16),
 }
-"""By the number that stands in the file (`ggml_type`)."""
+"""Storage formats by their number in a file (`ggml_type`)."""

@@ -25,7 +25,7 @@ def artifact(pristine: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """A folder in memory, where there is such a thing: its files are written thousands of times."""
+    """Return a directory in memory, if the system has one, because its files are written thousands of times."""
     base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=base) as temporary:
         yield Path(temporary)

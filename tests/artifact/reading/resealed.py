@@ -1,4 +1,4 @@
-"""Artifacts that lie and are sealed again, and the error that refuses them."""
+"""Invalid artifacts with correct digests, and the errors that reject them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ H32, H64 = "0" * 32, "0" * 64
 
 
 def refusal(artifact: Path) -> ArtifactError:
-    """Return why the artifact is not opened; verify must find something as well."""
+    """Return the error of opening the artifact. Verification must report a finding as well."""
     with pytest.raises(ArtifactError) as refused:
         open_artifact(artifact)
     assert not verify(artifact).passed

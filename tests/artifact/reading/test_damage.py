@@ -1,6 +1,6 @@
-"""Accidents: every flipped bit, every cut, every lost sector of an artifact is found and said where it is.
+"""Accidental damage: every flipped bit, truncation and lost sector of an artifact is found and attributed.
 
-The kinds of damage are those that other readers were measured with, most of which they let through in silence.
+Most of these kinds of damage go unnoticed in other readers.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from tests.artifact.damaged import Region, regions, shard_of, shards, verify
 from tests.small_models import contents
 
 N_PARTS = 16
-"""Into how many tests the exhaustive runs are cut, for several processes."""
+"""Number of tests into which an exhaustive run is divided, for several processes."""
 
 DATA_REASONS = {Reason.COMPONENT_DIGEST}
-SAMPLE_EVERY = 61  # of the bits in the normal run: a prime, so that every bit of a byte has its turn
+SAMPLE_EVERY = 61  # bits in a normal run; a prime, so that every bit of a byte is tested
 
 
 @pytest.fixture(scope="module")
 def scratch(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy for tests that put every byte back."""
+    """Return a copy for tests that restore every byte."""
     return shutil.copytree(pristine, tmp_path_factory.mktemp("scratch") / "artifact")
 
 
 def check_attribution(report: IntegrityReport, region: Region, what: str) -> None:
-    """Check that the damage is found, in this file and no other, and for tensor data in this very component."""
+    """Check that the damage is found in this file only, and for tensor data in this component."""
     assert not report.passed, f"{what} of {region} was not found"
     assert {finding.file for finding in report.findings} == {region.file}, (what, region, report.findings)
     if region.tensor is not None:
@@ -63,7 +63,7 @@ def check_flip(folder: Path, region: Region, bit: int) -> None:
         os.close(descriptor)
 
 
-def test_the_tiny_artifact_is_whole_and_its_regions_are_all_of_its_bytes(pristine: Path) -> None:
+def test_the_tiny_artifact_is_intact_and_its_regions_cover_all_bytes(pristine: Path) -> None:
     assert verify(pristine).passed
     for path in pristine.iterdir():
         position = 0
@@ -110,8 +110,8 @@ def cuts(folder: Path) -> list[tuple[str, int]]:
     return [(path.name, nbytes) for path in sorted(folder.iterdir()) for nbytes in range(path.stat().st_size)]
 
 
-def test_a_file_that_is_cut_is_found_by_open_and_by_verify(scratch: Path) -> None:
-    """A sample of the lengths, the first and last few of every file among them."""
+def test_a_truncated_file_is_found_by_open_and_by_verify(scratch: Path) -> None:
+    """Tests a sample of the lengths, including the first and last few of every file."""
     for number, (file, nbytes) in enumerate(cuts(scratch)):
         size = (scratch / file).stat().st_size
         if number % 41 == 0 or nbytes < 9 or size - nbytes < 3:
@@ -120,7 +120,7 @@ def test_a_file_that_is_cut_is_found_by_open_and_by_verify(scratch: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(N_PARTS))
-def test_a_file_that_is_cut_at_any_length_is_found_by_open_and_by_verify(part: int, scratch: Path) -> None:
+def test_a_file_truncated_to_any_length_is_found_by_open_and_by_verify(part: int, scratch: Path) -> None:
     for file, nbytes in cuts(scratch)[part::N_PARTS]:
         check_cut(scratch, file, nbytes)
 
@@ -158,7 +158,7 @@ def test_every_damaged_component_is_reported(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("nbytes", [512, 4096])
-def test_a_zeroed_sector_is_found_wherever_it_lies(nbytes: int, artifact: Path) -> None:
+def test_a_zeroed_sector_is_found_at_every_position(nbytes: int, artifact: Path) -> None:
     for path in sorted(artifact.iterdir()):
         data = path.read_bytes()
         for start in range(0, len(data), nbytes):
@@ -171,7 +171,7 @@ def test_a_zeroed_sector_is_found_wherever_it_lies(nbytes: int, artifact: Path) 
         path.write_bytes(data)
 
 
-def test_two_shards_with_exchanged_names_are_found(artifact: Path) -> None:
+def test_two_shards_with_swapped_names_are_found(artifact: Path) -> None:
     first, second = shards(artifact)
     one, two = first.read_bytes(), second.read_bytes()
     first.write_bytes(two)
@@ -182,7 +182,7 @@ def test_two_shards_with_exchanged_names_are_found(artifact: Path) -> None:
 
 
 def test_a_shard_of_another_artifact_of_the_same_layout_is_found(artifact: Path, tmp_path: Path) -> None:
-    """The mixture of two models that an interrupted save leaves elsewhere; the sizes and headers are the same."""
+    """Other programs leave such a mixture of two models after an interrupted save. Sizes and headers are the same."""
     shard = shard_of(artifact, "model.norm.weight")
     data = bytearray(shard.read_bytes())
     data[4096:] = bytes(byte ^ 0x55 for byte in data[4096:])
@@ -194,7 +194,7 @@ def test_a_shard_of_another_artifact_of_the_same_layout_is_found(artifact: Path,
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["missing", "dangling link"])
-def test_a_missing_file_is_named_by_open_and_by_verify(link: bool, artifact: Path) -> None:
+def test_a_missing_file_is_reported_by_open_and_by_verify(link: bool, artifact: Path) -> None:
     for path in sorted(artifact.iterdir()):
         data = path.read_bytes()
         path.unlink()
@@ -210,9 +210,9 @@ def test_a_missing_file_is_named_by_open_and_by_verify(link: bool, artifact: Pat
         path.write_bytes(data)
 
 
-def test_an_extra_file_or_folder_is_found(artifact: Path) -> None:
+def test_an_extra_file_or_directory_is_found(artifact: Path) -> None:
     (artifact / "model-00003-of-00002.safetensors").write_bytes(b"x")
-    (artifact / ".gitattributes").write_bytes(b"")  # put there by git or a client of the Hub: no reader looks at it
+    (artifact / ".gitattributes").write_bytes(b"")  # created by git or a client of the Hub; no reader opens it
     (artifact / "folder").mkdir()
     (artifact / "link").symlink_to("config.json")
     report = verify(artifact)
@@ -222,7 +222,7 @@ def test_an_extra_file_or_folder_is_found(artifact: Path) -> None:
     open_artifact(artifact).close()
 
 
-def test_a_name_that_is_no_text_is_found_and_can_be_printed(artifact: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_found_and_can_be_printed(artifact: Path) -> None:
     try:
         Path(os.fsdecode(os.fsencode(artifact) + b"/\xff\xfe")).write_bytes(b"")
     except OSError:
@@ -233,7 +233,7 @@ def test_a_name_that_is_no_text_is_found_and_can_be_printed(artifact: Path) -> N
     finding.file.encode("utf-8")
 
 
-def test_a_file_that_is_no_file_is_found(artifact: Path) -> None:
+def test_a_required_file_that_is_not_a_regular_file_is_found(artifact: Path) -> None:
     for path in sorted(artifact.iterdir()):
         data = path.read_bytes()
         for make in (lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
@@ -248,8 +248,8 @@ def test_a_file_that_is_no_file_is_found(artifact: Path) -> None:
     assert verify(artifact).passed
 
 
-def test_exchanged_bytes_of_two_components_are_found(artifact: Path) -> None:
-    """Right bytes in the wrong place: both nested_quant_maps are the same, both quant_states are not."""
+def test_swapped_bytes_of_two_components_are_found(artifact: Path) -> None:
+    """Correct bytes in the wrong place. The nested_quant_maps are the same, the quant_states differ."""
     states = [region for region in regions(artifact) if region.component == "quant_state"]
     assert len(states) == 2
     texts = [(artifact / state.file).read_bytes()[state.start : state.stop] for state in states]
@@ -264,7 +264,7 @@ def test_exchanged_bytes_of_two_components_are_found(artifact: Path) -> None:
     assert refused.value.reason is Reason.QUANT_STATE
 
 
-def test_sha256_finds_what_the_fast_digests_find(artifact: Path) -> None:
+def test_sha256_finds_the_same_damage_as_the_fast_digests(artifact: Path) -> None:
     from qformat.artifact.reading.verify import verify_integrity
 
     shard = next(shards(artifact))
@@ -276,7 +276,7 @@ def test_sha256_finds_what_the_fast_digests_find(artifact: Path) -> None:
     assert report.sha256_checked
 
 
-def test_verify_reports_all_bytes_as_progress(artifact: Path) -> None:
+def test_verify_reports_progress_for_all_bytes(artifact: Path) -> None:
     from qformat.artifact.reading.verify import verify_integrity
 
     done: list[int] = []
@@ -286,7 +286,7 @@ def test_verify_reports_all_bytes_as_progress(artifact: Path) -> None:
     assert report.n_files == len(contents(artifact))
 
 
-def test_what_is_no_folder_is_a_finding(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_directory_is_a_finding(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     for name in ("missing", "file", "empty", "x" * 5000, "file/below", "a\0b"):

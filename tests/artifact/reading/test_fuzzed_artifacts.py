@@ -1,7 +1,7 @@
-"""Fuzzing whole artifacts: random changes to the objects in the JSON files, sealed again, and to raw bytes.
+"""Fuzzing of artifacts: random changes to the objects in the JSON files, with updated digests, and to raw bytes.
 
-Only an ArtifactError may come out, and what opens must be usable to the last tensor. Unusual artifacts that follow the
-rules must open: a generator of them is as important as damage.
+Only an ArtifactError may be raised, and every tensor of an artifact that opens must be usable. Unusual artifacts that
+follow the rules must open: generating them is as important as generating damage.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def restore(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def use(folder: Path) -> bool:
-    """Open the artifact and touch all of it; only an ArtifactError may come out. Return whether it opened."""
+    """Open the artifact and read all of it. Only an ArtifactError may be raised. Return whether it opened."""
     report = verify_integrity(folder, sha256=True, workers=1)
     for finding in report.findings:
         finding.message.encode("utf-8")
@@ -100,7 +100,7 @@ def paths_in(value: Json, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]
 
 
 def mutate(data: st.DataObject, record: Json) -> Json:
-    """Change one to three values anywhere inside."""
+    """Change one to three values at any level."""
     record = copy.deepcopy(record)
     for _ in range(data.draw(st.integers(1, 3))):
         places = paths_in(record)
@@ -198,7 +198,7 @@ def fuzz_bytes(folder: Path, pristine: dict[str, bytes], data: st.DataObject) ->
 
 @FUZZ
 @given(st.data())
-def test_changed_objects_in_manifest_index_and_config_give_nothing_but_an_artifact_error(
+def test_changed_objects_in_manifest_index_and_config_raise_only_an_artifact_error(
     folder: Path, pristine: dict[str, bytes], data: st.DataObject
 ) -> None:
     fuzz_objects(folder, pristine, data)
@@ -206,7 +206,7 @@ def test_changed_objects_in_manifest_index_and_config_give_nothing_but_an_artifa
 
 @FUZZ
 @given(st.data())
-def test_changed_objects_in_quant_states_give_nothing_but_an_artifact_error(
+def test_changed_objects_in_quant_states_raise_only_an_artifact_error(
     folder: Path, pristine: dict[str, bytes], data: st.DataObject
 ) -> None:
     fuzz_quant_state(folder, pristine, data)
@@ -214,7 +214,7 @@ def test_changed_objects_in_quant_states_give_nothing_but_an_artifact_error(
 
 @FUZZ
 @given(st.data())
-def test_changed_bytes_of_any_file_give_nothing_but_an_artifact_error(
+def test_changed_bytes_of_any_file_raise_only_an_artifact_error(
     folder: Path, pristine: dict[str, bytes], data: st.DataObject
 ) -> None:
     fuzz_bytes(folder, pristine, data)
@@ -222,9 +222,7 @@ def test_changed_bytes_of_any_file_give_nothing_but_an_artifact_error(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fuzz", [fuzz_objects, fuzz_quant_state, fuzz_bytes])
-def test_fuzzing_at_length_gives_nothing_but_an_artifact_error(
-    folder: Path, pristine: dict[str, bytes], fuzz: Any
-) -> None:
+def test_long_fuzzing_raises_only_an_artifact_error(folder: Path, pristine: dict[str, bytes], fuzz: Any) -> None:
     @SOAK
     @given(st.data())
     def soak(data: st.DataObject) -> None:

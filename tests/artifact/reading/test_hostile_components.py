@@ -1,7 +1,7 @@
-"""Components and quant states that agree with every digest, and still do not say what they must say.
+"""Components and quant_states that match every digest but are invalid.
 
-Each case is made against a whole artifact and sealed again, as a wrong or hostile writer would; opening must refuse it
-with the reason, the file and the tensor. Other readers load most of these in silence or crash on them.
+Each case changes an intact artifact and updates its digests, as a faulty or hostile writer would. Opening must reject
+the result with the reason, the file and the tensor. Other readers load most of these without an error, or crash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.small_models import INDEX
 STATE = ".quant_state.bitsandbytes__nf4"
 
 
-def test_sealing_again_without_a_change_keeps_an_artifact_whole(artifact: Path) -> None:
+def test_updating_digests_without_a_change_keeps_an_artifact_intact(artifact: Path) -> None:
     reseal(artifact)
     assert verify(artifact).passed
     for path in shards(artifact):
@@ -31,11 +31,11 @@ def test_sealing_again_without_a_change_keeps_an_artifact_whole(artifact: Path) 
     assert verify(artifact).passed
 
 
-# Components that are missing, too short, too long, of another dtype (crashes, garbage or silence elsewhere)
+# Missing components, and components of the wrong size or dtype. Other readers crash or load garbage.
 
 
 @pytest.mark.parametrize("suffix", ["", ".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", STATE])
-def test_a_missing_component_is_named(suffix: str, artifact: Path) -> None:
+def test_a_missing_component_is_reported(suffix: str, artifact: Path) -> None:
     def drop(header: Json, parts: dict[str, bytes]) -> None:
         del header[W + suffix], parts[W + suffix]
 
@@ -48,7 +48,7 @@ def test_a_missing_component_is_named(suffix: str, artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
-def test_a_missing_kept_tensor_is_named(name: str, artifact: Path) -> None:
+def test_a_missing_kept_tensor_is_reported(name: str, artifact: Path) -> None:
     def drop(header: Json, parts: dict[str, bytes]) -> None:
         del header[name], parts[name]
 
@@ -61,7 +61,7 @@ def test_a_missing_kept_tensor_is_named(name: str, artifact: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", STATE])
 @pytest.mark.parametrize("factor", [0, 0.5, 2])
-def test_a_component_of_another_length_is_named(factor: float, suffix: str, artifact: Path) -> None:
+def test_a_component_of_the_wrong_length_is_reported(factor: float, suffix: str, artifact: Path) -> None:
     name = W + suffix
 
     def resize(header: Json, parts: dict[str, bytes]) -> None:
@@ -95,7 +95,7 @@ def test_a_component_of_another_length_is_named(factor: float, suffix: str, arti
         (STATE, "I8", [192]),
     ],
 )
-def test_a_component_of_another_dtype_or_shape_is_named(
+def test_a_component_of_the_wrong_dtype_or_shape_is_reported(
     suffix: str, dtype: str, shape: list[int], artifact: Path
 ) -> None:
     name = W + suffix
@@ -111,7 +111,7 @@ def test_a_component_of_another_dtype_or_shape_is_named(
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("suffix", [".nested_absmax", ".nested_quant_map"])
-def test_a_scale_that_is_not_finite_is_named(suffix: str, value: float, artifact: Path) -> None:
+def test_a_non_finite_scale_is_reported(suffix: str, value: float, artifact: Path) -> None:
     patch(artifact, W + suffix, np.float32(value).tobytes())
     error = refusal(artifact)
     assert error.reason is Reason.NONFINITE_SCALE
@@ -121,9 +121,9 @@ def test_a_scale_that_is_not_finite_is_named(suffix: str, value: float, artifact
 
 @pytest.mark.parametrize("entry", range(16))
 @pytest.mark.parametrize("change", [np.nan, -0.0, 5.0])
-def test_a_codebook_that_is_not_nf4_in_every_bit_is_refused(entry: int, change: float, artifact: Path) -> None:
+def test_a_codebook_that_is_not_bit_identical_to_nf4_is_rejected(entry: int, change: float, artifact: Path) -> None:
     if entry == 7 and np.float32(change) == 0:
-        change = -0.0  # the entry is 0.0: the sign is a bit, too
+        change = -0.0  # the entry is 0.0: its sign is also a bit
     patch(artifact, W + ".quant_map", np.float32(change).tobytes(), offset=4 * entry)
     error = refusal(artifact)
     assert error.reason is Reason.CODEBOOK
@@ -197,7 +197,7 @@ def state_with(**changes: object) -> Callable[[bytes], bytes]:
         ({"": ""}, Reason.QUANT_STATE),
     ],
 )
-def test_a_quant_state_that_lies_is_refused(changes: Json, reason: Reason | None, artifact: Path) -> None:
+def test_a_quant_state_with_wrong_values_is_rejected(changes: Json, reason: Reason | None, artifact: Path) -> None:
     patch(artifact, W + STATE, state_with(**changes))
     if reason is None:
         open_artifact(artifact).close()
@@ -227,7 +227,7 @@ def test_a_quant_state_that_lies_is_refused(changes: Json, reason: Reason | None
         (b"\xef\xbb\xbf{}", Reason.JSON_SYNTAX),
     ],
 )
-def test_a_quant_state_that_is_no_json_object_is_refused(text: bytes, reason: Reason, artifact: Path) -> None:
+def test_a_quant_state_that_is_not_a_json_object_is_rejected(text: bytes, reason: Reason, artifact: Path) -> None:
     patch(artifact, W + STATE, lambda part: text[: len(part)].ljust(len(part)))
     error = refusal(artifact)
     assert error.reason is reason

@@ -1,4 +1,4 @@
-"""Shards, index and config that disagree with each other, sealed again, and files that change once they are open."""
+"""Shards, index and config with correct digests that contradict each other, and files that change while open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.small_models import INDEX
 # Shards and index
 
 
-def test_the_same_tensor_in_two_shards_is_refused(artifact: Path) -> None:
+def test_the_same_tensor_in_two_shards_is_rejected(artifact: Path) -> None:
     first, second = shards(artifact)
     stolen: dict[str, tuple[Json, bytes]] = {}
     rewrite_shard(
@@ -42,7 +42,7 @@ def test_the_same_tensor_in_two_shards_is_refused(artifact: Path) -> None:
     assert Path(error.path) == second
 
 
-def test_a_tensor_that_the_manifest_does_not_have_is_refused(artifact: Path) -> None:
+def test_a_tensor_that_is_not_in_the_manifest_is_rejected(artifact: Path) -> None:
     def add(header: Json, parts: dict[str, bytes]) -> None:
         header["stowaway"] = {"dtype": "U8", "shape": [1]}
         parts["stowaway"] = b"x"
@@ -54,7 +54,7 @@ def test_a_tensor_that_the_manifest_does_not_have_is_refused(artifact: Path) -> 
     assert error.tensor == "stowaway"
 
 
-def test_data_that_does_not_begin_at_a_page_is_refused(artifact: Path) -> None:
+def test_data_that_does_not_begin_at_a_page_is_rejected(artifact: Path) -> None:
     path = next(shards(artifact))
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -65,7 +65,7 @@ def test_data_that_does_not_begin_at_a_page_is_refused(artifact: Path) -> None:
     assert Path(error.path) == path
 
 
-def test_a_component_that_is_not_aligned_to_its_size_is_refused(artifact: Path) -> None:
+def test_a_component_that_is_not_aligned_to_its_size_is_rejected(artifact: Path) -> None:
     def reverse(header: Json, parts: dict[str, bytes]) -> None:
         entries = sorted(header.items(), key=lambda item: len(parts[item[0]]))
         aligned = [item for item in entries if item[1]["dtype"] != "U8"] + [
@@ -104,7 +104,7 @@ def index_change(change: Callable[[Json], object]) -> Callable[[Path], None]:
         lambda index: index.pop("weight_map"),
     ],
 )
-def test_an_index_that_disagrees_with_the_shards_is_refused(change: Callable[[Json], object], artifact: Path) -> None:
+def test_an_index_that_contradicts_the_shards_is_rejected(change: Callable[[Json], object], artifact: Path) -> None:
     index_change(change)(artifact)
     error = refusal(artifact)
     assert error.reason is Reason.INDEX_MISMATCH
@@ -126,7 +126,7 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(change: Callable[[Js
         (b'{"a": NaN}', Reason.JSON_SYNTAX),
     ],
 )
-def test_a_small_file_that_is_no_good_json_is_refused(
+def test_a_small_file_with_invalid_json_is_rejected(
     name: str, text: bytes, reason: Reason | None, artifact: Path
 ) -> None:
     (artifact / name).write_bytes(text)
@@ -156,7 +156,7 @@ def test_a_small_file_that_is_no_good_json_is_refused(
         lambda q: q["llm_int8_skip_modules"].append(W.removesuffix(".weight")),
     ],
 )
-def test_a_config_that_other_readers_would_read_otherwise_is_refused(
+def test_a_config_that_other_readers_would_interpret_differently_is_rejected(
     change: Callable[[Json], object], artifact: Path
 ) -> None:
     edit_json(artifact / "config.json", lambda config: change(config["quantization_config"]))  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_a_config_that_other_readers_would_read_otherwise_is_refused(
 
 
 def test_thousands_of_files_are_all_checked_and_closed(artifact: Path) -> None:
-    """More files than a process may have open at a time are refused and not a crash; descriptors are given back."""
+    """More files than a process may open are rejected without a crash, and descriptors are closed."""
     before = len(os.listdir("/proc/self/fd"))
     for number in range(300):
         (artifact / f"LICENSE.{number}").write_bytes(b"x")
@@ -180,7 +180,7 @@ def test_thousands_of_files_are_all_checked_and_closed(artifact: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_file_that_shrinks_after_it_was_opened_is_an_error_and_no_bus_error(artifact: Path) -> None:
+def test_a_file_that_shrinks_after_opening_raises_an_error_and_not_sigbus(artifact: Path) -> None:
     with open_artifact(artifact) as opened:
         for path in shards(artifact):
             os.truncate(path, path.stat().st_size - 1)
@@ -194,7 +194,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_an_error_and_no_bus_error(ar
             opened[W]
 
 
-def test_a_file_that_vanishes_after_it_was_opened_is_an_error(artifact: Path) -> None:
+def test_a_file_that_is_removed_after_opening_raises_an_error(artifact: Path) -> None:
     with open_artifact(artifact) as opened:
         shutil.rmtree(artifact)
         with pytest.raises(ArtifactError) as refused:

@@ -1,4 +1,4 @@
-"""Manifests that lie, are not sealed, or are none: refused with the reason."""
+"""Manifests with wrong values or digests, and files that are not manifests, are rejected with the reason."""
 
 from __future__ import annotations
 
@@ -120,13 +120,15 @@ MANIFEST_LIES: list[tuple[str, Callable[[Json], object], Reason]] = [
 @pytest.mark.parametrize(
     ("change", "reason"), [lie[1:] for lie in MANIFEST_LIES], ids=[lie[0] for lie in MANIFEST_LIES]
 )
-def test_a_manifest_that_lies_is_refused(change: Callable[[Json], object], reason: Reason, artifact: Path) -> None:
+def test_a_manifest_with_wrong_values_is_rejected(
+    change: Callable[[Json], object], reason: Reason, artifact: Path
+) -> None:
     change_manifest(artifact, change)
     error = refusal(artifact)
     assert error.reason is reason, error
 
 
-def test_a_manifest_that_was_changed_and_not_sealed_again_is_refused(artifact: Path) -> None:
+def test_a_changed_manifest_with_its_old_digest_is_rejected(artifact: Path) -> None:
     path = artifact / "qformat.json"
     path.write_bytes(path.read_bytes().replace(b'"reason":"not_a_matrix"', b'"reason":"not_b_matrix"'))
     assert refusal(artifact).reason is Reason.MANIFEST_DIGEST
@@ -143,7 +145,9 @@ def test_a_manifest_that_was_changed_and_not_sealed_again_is_refused(artifact: P
         lambda data: data[:-70] + b"F" * 64 + data[-6:],
     ],
 )
-def test_a_manifest_that_does_not_end_in_its_seal_is_refused(change: Callable[[bytes], bytes], artifact: Path) -> None:
+def test_a_manifest_that_does_not_end_with_its_digest_is_rejected(
+    change: Callable[[bytes], bytes], artifact: Path
+) -> None:
     path = artifact / "qformat.json"
     path.write_bytes(change(path.read_bytes()))
     assert refusal(artifact).reason in {Reason.MANIFEST_DIGEST, Reason.JSON_SYNTAX}
@@ -152,7 +156,7 @@ def test_a_manifest_that_does_not_end_in_its_seal_is_refused(change: Callable[[b
 @pytest.mark.parametrize(
     "data", [b"", b"{}", b"[]", b"null", b"{", b"\0" * 100, b"[" * 10**6, b'{"format": "qformat"}']
 )
-def test_a_manifest_that_is_none_is_refused(data: bytes, artifact: Path) -> None:
+def test_a_file_that_is_not_a_manifest_is_rejected(data: bytes, artifact: Path) -> None:
     (artifact / "qformat.json").write_bytes(data)
     assert Path(refusal(artifact).path).name == "qformat.json"
 
@@ -162,7 +166,7 @@ def test_a_manifest_beyond_the_limit_is_not_read(artifact: Path) -> None:
     assert refusal(artifact).reason is Reason.JSON_LIMIT
 
 
-def test_a_shard_listed_twice_is_refused(artifact: Path) -> None:
+def test_a_shard_listed_twice_is_rejected(artifact: Path) -> None:
     path = artifact / "qformat.json"
     data = path.read_bytes()
     line = next(line for line in data.splitlines() if b'"LICENSE"' in line)
@@ -170,7 +174,7 @@ def test_a_shard_listed_twice_is_refused(artifact: Path) -> None:
     assert refusal(artifact).reason is Reason.JSON_DUPLICATE_KEY
 
 
-def test_a_shard_under_two_names_is_refused(artifact: Path) -> None:
+def test_a_shard_under_two_names_is_rejected(artifact: Path) -> None:
     first = next(shards(artifact))
     shutil.copy(first, artifact / "copy.safetensors")
     change_manifest(artifact, lambda r: r["files"].update({"copy.safetensors": r["files"][first.name]}))

@@ -1,4 +1,4 @@
-"""Reading a file's bytes: a file that ends early and a disk that does not give its bytes are two different things."""
+"""Reading of files: a file that ends too early and a disk that reports an error have different reason codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read(path: Path, nbytes: int) -> bytes:
 
 
 class FailingReads:
-    """Takes the place of `os.preadv`: what lies at or behind a byte of a file cannot be read."""
+    """Replacement of `os.preadv` for which the bytes of a file from an offset on cannot be read."""
 
     def __init__(self, name: str, first: int) -> None:
         self._name = name
@@ -40,28 +40,26 @@ class FailingReads:
         return self._preadv(descriptor, buffers, offset)
 
 
-def test_a_disk_that_gives_no_bytes_is_not_a_file_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_is_not_reported_as_the_end_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
     monkeypatch.setattr(os, "preadv", FailingReads("file", 60))
     with pytest.raises(ArtifactError) as refused:
         read(path, 100)
     assert refused.value.reason is Reason.UNREADABLE
-    assert str(refused.value) == f"{path}: cannot be read at byte 60: {os.strerror(errno.EIO)}. " + (
-        "Check the disk that holds it"
-    )
+    assert str(refused.value) == f"{path}: cannot be read at byte 60: {os.strerror(errno.EIO)}. " + ("Check the disk")
 
 
-def test_a_file_that_ends_early_says_where(tmp_path: Path) -> None:
+def test_the_error_of_a_truncated_file_has_the_offset(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(60))
     with pytest.raises(ArtifactError) as refused:
         read(path, 100)
     assert refused.value.reason is Reason.TRUNCATED
-    assert str(refused.value) == f"{path}: ends at byte 60, expected 40 bytes more. Fetch the file again"
+    assert str(refused.value) == f"{path}: ends at byte 60, expected 40 more bytes. Fetch the file again"
 
 
-def test_the_verifier_and_a_conversion_name_the_file_that_the_disk_does_not_give(
+def test_verification_and_conversion_report_the_unreadable_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_tiny(tmp_path / "source")

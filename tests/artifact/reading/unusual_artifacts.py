@@ -1,4 +1,4 @@
-"""Random artifacts that follow the rules of the format, and that qformat's own converter does not make all of."""
+"""Random artifacts that follow the rules of the format, including ones that qformat's converter never creates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Json = Any
 
 
 def quant_state_text(data: st.DataObject, record: Json) -> bytes:
-    """Spell the record in one of the ways that JSON allows, padded with spaces to any multiple of 64."""
+    """Draw one of the JSON forms of a record, padded with spaces to any multiple of 64."""
     separators = data.draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t:  ")]))
     items = data.draw(st.permutations(list(record.items())))
     text = json.dumps(dict(items), separators=separators).encode()
@@ -38,7 +38,7 @@ def pad_to(text: bytes, nbytes: int) -> bytes | None:
 
 @st.composite
 def unusual_tensors(draw: st.DrawFn) -> list[tuple[str, Json]]:
-    """Draw names with shapes and options that qformat's own converter does not make all of."""
+    """Draw names with shapes and options, including ones that qformat's converter never creates."""
     characters = st.characters(categories=["L", "N", "P", "S"])
     names = draw(
         st.lists(
@@ -72,11 +72,11 @@ def unusual_tensors(draw: st.DrawFn) -> list[tuple[str, Json]]:
 
 
 Parts = dict[str, tuple[str, list[int], bytes]]
-"""Dtype, shape and bytes of what the shards hold, by name."""
+"""Dtype, shape and bytes of the tensors in the shards, by name."""
 
 
 def write_artifact(folder: Path, tensors: list[tuple[str, Json]], data: st.DataObject) -> None:
-    """Write an artifact by the rules of the format and nothing of the code under test but its two tables of numbers."""
+    """Write an artifact that follows the rules of the format, using only the two codebooks of the code under test."""
     random = np.random.default_rng(len(tensors))
     parts: Parts = {}
     records: dict[str, Json] = {}
@@ -92,7 +92,7 @@ def n_elements(what: Json) -> int:
 
 
 def kept(what: Json, data: st.DataObject, random: np.random.Generator) -> tuple[Parts, Json]:
-    """Return a kept tensor, under the empty suffix, and its record."""
+    """Return a kept tensor, with an empty suffix, and its record."""
     raw = random.integers(0, 2, n_elements(what) * ELEMENT_NBYTES[what["dtype"]], np.uint8).tobytes()
     record = {
         "encoding": "kept",
@@ -136,7 +136,7 @@ def packed(what: Json, data: st.DataObject, random: np.random.Generator) -> tupl
 
 
 def quant_state(what: Json, block_size: int, data: st.DataObject) -> bytes:
-    """Return the padded text of a quant state, in an unusual spelling where that fits."""
+    """Return the padded text of a quant_state, in an unusual form if that fits."""
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     state = {"quant_type": "nf4", "blocksize": block_size, "dtype": names[what["dtype"]], "shape": what["shape"]}
     if what["double"]:

@@ -1,4 +1,4 @@
-"""The threads behind the writers: what one hashes and the other syncs, how they end, and what they failed with."""
+"""Background threads that hash and sync written files: their results, their end and their errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.artifact.conftest import NBYTES
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 7, 100])
-def test_parts_written_in_any_order_give_the_digest_of_the_whole(n_parts: int, path: Path, descriptor: int) -> None:
+def test_parts_written_in_any_order_give_the_digest_of_the_file(n_parts: int, path: Path, descriptor: int) -> None:
     data = path.read_bytes()
     follower = Follower({"file": WrittenFile(path, descriptor, NBYTES)})
     bounds = [NBYTES * i // n_parts for i in range(n_parts + 1)]
@@ -35,7 +35,7 @@ def test_parts_written_in_any_order_give_the_digest_of_the_whole(n_parts: int, p
     assert follower.sha256() == {"file": hashlib.sha256(data).hexdigest()}
 
 
-def test_a_file_that_was_cut_behind_the_writer_is_an_error(path: Path, descriptor: int) -> None:
+def test_a_file_that_was_truncated_after_writing_raises_an_error(path: Path, descriptor: int) -> None:
     follower = Follower({"file": WrittenFile(path, descriptor, NBYTES)})
     os.ftruncate(descriptor, 100)
     follower.mark_written("file", 0, NBYTES)
@@ -44,8 +44,8 @@ def test_a_file_that_was_cut_behind_the_writer_is_an_error(path: Path, descripto
     assert refused.value.reason is Reason.TRUNCATED
 
 
-def test_closing_does_not_wait_for_what_could_still_be_hashed(path: Path, descriptor: int) -> None:
-    """After an interruption nobody wants the digest: a resumed run may have tens of gigabytes to go."""
+def test_closing_does_not_wait_for_bytes_that_are_not_hashed_yet(path: Path, descriptor: int) -> None:
+    """After an interruption the digest is not needed, and a resumed run may have tens of gigabytes left."""
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(WrittenFile):
@@ -66,14 +66,14 @@ def test_closing_does_not_wait_for_what_could_still_be_hashed(path: Path, descri
     assert Slow.n_hashed == 1
 
 
-def test_closing_twice_is_fine(path: Path, descriptor: int) -> None:
+def test_closing_twice_has_no_effect(path: Path, descriptor: int) -> None:
     follower = Follower({"file": WrittenFile(path, descriptor, NBYTES)})
     follower.close()
     follower.close()
 
 
 class Noting(Disk):
-    """A disk that notes what is synced, and fails at it if told to."""
+    """Disk that records the synced files and can be made to fail."""
 
     def __init__(self, *, fails: bool = False) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Noting(Disk):
 
 
 @pytest.mark.parametrize(("nbytes", "n_syncs"), [(9, 0), (10, 1), (11, 1)])
-def test_files_are_synced_once_a_batch_is_written(tmp_path: Path, nbytes: int, n_syncs: int) -> None:
+def test_files_are_synced_after_every_batch(tmp_path: Path, nbytes: int, n_syncs: int) -> None:
     disk = Noting()
     behind = WriteBehind(disk, tmp_path, {"a": 1, "b": 2}, batch_nbytes=10)
     behind.mark_written("b", 100, 100 + nbytes)
@@ -95,7 +95,7 @@ def test_files_are_synced_once_a_batch_is_written(tmp_path: Path, nbytes: int, n
     assert disk.synced == [2] * n_syncs
 
 
-def test_a_sync_that_fails_is_raised_at_the_end(tmp_path: Path) -> None:
+def test_a_failed_sync_is_raised_at_the_end(tmp_path: Path) -> None:
     behind = WriteBehind(Noting(fails=True), tmp_path, {"a": 1}, batch_nbytes=1)
     behind.mark_written("a", 0, 1)
     with pytest.raises(TargetError, match="Input/output error"):

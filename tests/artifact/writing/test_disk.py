@@ -1,4 +1,4 @@
-"""Replacing a file or folder in one step: whatever fails, there is the old one or the new one, and nothing else."""
+"""Atomic replacement of a file or directory: after any failure, only the old one or the new one exists."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "file.json"
 
 
-def test_a_file_that_is_there_or_not_gets_the_new_bytes(path: Path) -> None:
+def test_an_existing_or_missing_file_gets_the_new_bytes(path: Path) -> None:
     Disk().replace_file(path, NEW)
     Disk().replace_file(path.with_name("other.json"), NEW)
     assert path.read_bytes() == path.with_name("other.json").read_bytes() == NEW
     assert {entry.name for entry in path.parent.iterdir()} == {"file.json", "other.json"}
 
 
-def test_the_new_bytes_are_on_the_disk_before_they_get_the_name(path: Path) -> None:
+def test_the_new_bytes_are_synced_before_the_rename(path: Path) -> None:
     disk = FaultyDisk()
     disk.replace_file(path, NEW)
     assert disk.names == ["raw_open", "raw_truncate", "raw_pwrite", "raw_fsync", "raw_rename", "raw_fsync"]
@@ -34,9 +34,7 @@ def test_the_new_bytes_are_on_the_disk_before_they_get_the_name(path: Path) -> N
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "nothing written from here on"])
 @pytest.mark.parametrize("call", range(6))
-def test_a_refused_call_leaves_the_old_file_or_the_new_one_alone_in_its_folder(
-    path: Path, call: int, fault: str
-) -> None:
+def test_a_failed_call_leaves_only_the_old_or_the_new_file_in_the_directory(path: Path, call: int, fault: str) -> None:
     try:
         FaultyDisk(call, fault).replace_file(path, NEW)
     except TargetError:
@@ -55,7 +53,7 @@ def test_a_power_cut_leaves_the_old_file_or_the_new_one(path: Path, call: int) -
     assert path.read_bytes() in (OLD, NEW)
 
 
-def test_a_folder_takes_the_place_of_the_one_that_has_its_name(tmp_path: Path) -> None:
+def test_a_directory_replaces_an_existing_one_of_the_same_name(tmp_path: Path) -> None:
     for name, data in (("made", NEW), ("final", OLD)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_bytes(data)

@@ -1,4 +1,4 @@
-"""An evaluation is put into a manifest in one step, whatever happens, and changes nothing else of it."""
+"""An evaluation is written to a manifest atomically and changes nothing else in it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def record(path: Path, evaluation: dict[str, object] = EVALUATION, disk: FaultyD
         record_evaluation(path, evaluation, of=opened.manifest, disk=disk)  # type: ignore[arg-type]
 
 
-def test_a_recorded_evaluation_is_read_back_and_the_artifact_is_whole(artifact: Path) -> None:
+def test_a_recorded_evaluation_can_be_read_and_the_artifact_is_intact(artifact: Path) -> None:
     before = contents(artifact)
     record(artifact)
     assert qformat.verify(artifact, sha256=True).passed
@@ -46,7 +46,7 @@ def test_a_recorded_evaluation_is_read_back_and_the_artifact_is_whole(artifact: 
     assert lines[lines.index('  "tensors": {') - 1].startswith('  "evaluation": ')
 
 
-def test_the_manifest_object_writes_an_evaluation_as_the_recording_does(artifact: Path) -> None:
+def test_the_manifest_object_and_the_recording_write_the_same_bytes(artifact: Path) -> None:
     record(artifact)
     with qformat.open(artifact) as opened:
         assert opened.manifest.to_bytes() == (artifact / "qformat.json").read_bytes()
@@ -61,7 +61,7 @@ def test_recording_twice_replaces_and_gives_the_same_bytes(artifact: Path) -> No
     assert contents(artifact) == once
 
 
-def test_members_of_later_versions_survive(artifact: Path) -> None:
+def test_members_of_later_versions_are_kept(artifact: Path) -> None:
     path = artifact / "qformat.json"
     manifest = json.loads(path.read_bytes())
     name = next(iter(manifest["tensors"]))
@@ -112,18 +112,18 @@ def test_after_a_power_cut_the_manifest_is_the_old_or_the_new_one(artifact: Path
         assert qformat.verify(artifact).passed
 
 
-def test_other_weights_than_those_measured_are_not_written_to(artifact: Path, tmp_path: Path) -> None:
+def test_an_artifact_with_other_weights_is_rejected(artifact: Path, tmp_path: Path) -> None:
     with qformat.open(artifact) as opened:
         measured = opened.manifest
     options = qformat.ConversionOptions(block_size=32)
     convert(tmp_path / "source", artifact, options, force=True)
     before = contents(artifact)
-    with pytest.raises(TargetError, match="other weights"):
+    with pytest.raises(TargetError, match="the weights are not the ones that were evaluated"):
         record_evaluation(artifact, {}, of=measured)
     assert contents(artifact) == before
 
 
-def test_a_manifest_in_the_cache_of_the_hub_is_left_alone(artifact: Path) -> None:
+def test_a_manifest_in_the_cache_of_the_hub_is_not_changed(artifact: Path) -> None:
     blob = artifact.parent / "blob"
     (artifact / "qformat.json").rename(blob)
     (artifact / "qformat.json").symlink_to(blob)
@@ -131,7 +131,7 @@ def test_a_manifest_in_the_cache_of_the_hub_is_left_alone(artifact: Path) -> Non
         record_evaluation(artifact, {}, of=None)  # type: ignore[arg-type]
 
 
-def test_a_second_recording_at_the_same_time_is_refused(artifact: Path) -> None:
+def test_a_concurrent_recording_is_rejected(artifact: Path) -> None:
     folder = os.open(artifact, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     try:

@@ -1,4 +1,4 @@
-"""An artifact with some other bytes: the rest copied under its digests, the manifest right, faults of the disk."""
+"""Copies of an artifact with some new bytes: the rest is checked and copied, and faults leave no partial copy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def other_bytes(artifact: Path) -> dict[str, dict[Component, np.ndarray[Any, Any]]]:
-    """Twice the scales of one weight, and another norm."""
+    """Return doubled scales of one weight and a changed norm."""
     with open_artifact(artifact) as opened:
         tensor = opened[WEIGHT]
         assert isinstance(tensor, PackedTensor)
@@ -57,7 +57,7 @@ def rewrite(artifact: Path, out: Path, replacements: Replacements, disk: Disk | 
             )
 
 
-def test_only_what_is_replaced_changes(artifact: Path, tmp_path: Path) -> None:
+def test_only_replaced_components_change(artifact: Path, tmp_path: Path) -> None:
     rewrite(artifact, tmp_path / "out", other_bytes(artifact))
     assert verify_integrity(tmp_path / "out", sha256=True).passed
     before, after = contents(artifact), contents(tmp_path / "out")
@@ -81,7 +81,7 @@ def test_only_what_is_replaced_changes(artifact: Path, tmp_path: Path) -> None:
         assert (kept.source_xxh3, source.source_xxh3) == (source.xxh3, None)
 
 
-def test_the_same_bytes_give_the_same_artifact_but_for_the_recipe(artifact: Path, tmp_path: Path) -> None:
+def test_the_same_bytes_give_the_same_artifact_except_for_the_recipe(artifact: Path, tmp_path: Path) -> None:
     with open_artifact(artifact) as opened:
         norm = opened.view(NORM).copy()
         with Staging.begin(tmp_path / "out", "f", disk=Disk()) as staging:
@@ -94,7 +94,7 @@ def test_the_same_bytes_give_the_same_artifact_but_for_the_recipe(artifact: Path
     assert contents(tmp_path / "out") == contents(artifact)
 
 
-def test_a_damaged_component_is_named_and_nothing_is_written(artifact: Path, tmp_path: Path) -> None:
+def test_a_damaged_component_is_reported_and_nothing_is_written(artifact: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()
     for name, data in contents(artifact).items():
@@ -111,7 +111,7 @@ def test_a_damaged_component_is_named_and_nothing_is_written(artifact: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_changed_side_file_is_named(artifact: Path, tmp_path: Path) -> None:
+def test_a_changed_side_file_is_reported(artifact: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()
     for name, data in contents(artifact).items():
@@ -125,12 +125,12 @@ def test_a_changed_side_file_is_named(artifact: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "part", "nbytes", "message"),
     [
-        (NORM, Component.PACKED, 8, "16 bytes there"),
+        (NORM, Component.PACKED, 8, "has 8 bytes, but the artifact has 16 contiguous bytes"),
         (NORM, Component.ABSMAX, 8, "no such component"),
         ("x", Component.PACKED, 1, "no such component"),
     ],
 )
-def test_bytes_that_do_not_fit_are_refused(
+def test_arrays_of_the_wrong_size_are_rejected(
     artifact: Path, tmp_path: Path, name: str, part: Component, nbytes: int, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -138,7 +138,7 @@ def test_bytes_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "kill", "short write"])
-def test_a_fault_at_any_call_to_the_disk_leaves_nothing_or_the_whole(
+def test_a_fault_at_any_disk_operation_leaves_nothing_or_the_complete_artifact(
     artifact: Path, tmp_path: Path, fault: str
 ) -> None:
     new = other_bytes(artifact)

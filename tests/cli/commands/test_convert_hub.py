@@ -190,7 +190,7 @@ def test_of_two_processes_one_writes_and_the_other_says_so(
     hub.faults.clear()
     code, _, errors = finish(start(hub, tmp_path / "home", NAME, tmp_path / "out"))
     assert code == 1
-    assert "another process is writing there" in errors
+    assert "another process is writing to it" in errors
     gate.open()
     assert finish(first)[0] == 0
     assert without_source(tmp_path / "out") == expected

@@ -1,4 +1,4 @@
-"""Weights, codes and scales to encode and decode, and memory that shows what is written beside it."""
+"""Weights, codes and scales for tests, and memory that reveals writes outside of an array."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qformat.codec.cpu.blocks import Instructions
 from qformat.codec.floats import FloatFormat, Raw, narrow
 from qformat.codec.nested import NESTED_BLOCK_SIZE
 
-STEADY = settings(deadline=None)  # a first example may compile, and test machines stall
+STEADY = settings(deadline=None)  # the first example may compile, and test machines stall
 FORMATS = list(FloatFormat)
 RUNNABLE: list[Instructions] = [
     *(name for name, needed in lanes.NEEDED_FEATURES.items() if needed <= lanes.cpu_features()),
@@ -26,7 +26,7 @@ def sizes_around(block_size: int) -> list[int]:
 
 
 def weights(n: int, float_format: FloatFormat, *, seed: int = 0) -> Raw:
-    """n raw weights among which whole blocks are zero, negative zeros and subnormals occur."""
+    """Return n raw weights that include blocks of zeros, negative zeros and subnormals."""
     generator = np.random.default_rng(seed)
     values = generator.standard_normal(n, np.float32) * np.float32(0.02)
     values[generator.random(n) < 0.05] = -0.0
@@ -36,7 +36,7 @@ def weights(n: int, float_format: FloatFormat, *, seed: int = 0) -> Raw:
 
 
 class Guarded:
-    """Memory for an array, at an address that is no multiple of its item size, between bytes that must stay."""
+    """Return an unaligned array between guard bytes that must not change."""
 
     def __init__(self, size: int, dtype: np.dtype[np.generic] | type) -> None:
         nbytes = size * np.dtype(dtype).itemsize
@@ -51,7 +51,7 @@ class Guarded:
 
 
 def as_mapped(array: NDArray[np.generic]) -> NDArray[np.generic]:
-    """A read-only, unaligned copy: what a view of a mapped file may look like."""
+    """Return a read-only, unaligned copy, as a view of a mapped file may be."""
     copy = Guarded(array.size, array.dtype).array
     copy[:] = array
     copy.setflags(write=False)
@@ -59,7 +59,7 @@ def as_mapped(array: NDArray[np.generic]) -> NDArray[np.generic]:
 
 
 def double_quantized(n: int, block_size: int, *, seed: int = 0) -> tuple[NDArray[np.uint8], nested.NestedAbsmax]:
-    """Random packed codes and a second level, in which negative scales occur."""
+    """Return random packed codes and a second level that includes negative scales."""
     generator = np.random.default_rng(seed)
     packed = generator.integers(0, 256, nf4.packed_nbytes(n), dtype=np.uint8)
     n_blocks = nf4.block_count(n, block_size)

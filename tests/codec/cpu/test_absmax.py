@@ -1,4 +1,4 @@
-"""The second level on CPUs: scales decoded and encoded with the reference's bits, sums in index order."""
+"""The second level on CPUs: scales are bit-identical to the reference, and sums are in index order."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def test_scales_are_a_product_and_a_sum_each_rounded() -> None:
     product = DYNAMIC_MAP[codes] * np.repeat(scales, 256)[: codes.size]
     fused = (DYNAMIC_MAP[codes].astype(np.float64) * np.repeat(scales, 256)[: codes.size] + offset).astype(np.float32)
     assert out.tobytes() == (product + offset).tobytes()
-    assert not np.array_equal(out, fused)  # the data would show a fused multiply-add
+    assert not np.array_equal(out, fused)  # the data can reveal a fused multiply-add
 
 
 @pytest.mark.parametrize("first_block", [0, 1, 255, 256, 300])
-def test_scales_of_a_part_use_the_groups_of_the_tensor(first_block: int) -> None:
+def test_scales_of_a_part_use_the_groups_of_the_entire_tensor(first_block: int) -> None:
     _, second = double_quantized(64 * 1009, 64)
     whole = nested.decode_absmax(second.codes, second.nested_absmax, second.offset)
     out = Guarded(1009 - first_block, np.float32)
@@ -58,7 +58,7 @@ def test_encode_absmax_equals_the_reference_at_every_size(n: int) -> None:
 
 
 def test_encode_absmax_equals_the_reference_around_every_threshold() -> None:
-    """Values around the mean 1, one of them at distance 1, the rest at a threshold's distance or a step beside it."""
+    """Values around the mean 1: one at distance 1, the others at the distance of a threshold or one step from it."""
     points = np.concatenate([DYNAMIC_THRESHOLDS, DYNAMIC_MAP])
     around = np.concatenate([points, np.nextafter(points, np.float32(2)), np.nextafter(points, np.float32(-2))])
     for offset in (np.float32(0), np.float32(0.5)):
@@ -70,7 +70,7 @@ def test_encode_absmax_equals_the_reference_around_every_threshold() -> None:
             assert np.array_equal(largest, np.abs(centered).max(axis=1))
             divisor = np.where(largest == 0, np.float32(1), largest)[:, None]
             expected = np.searchsorted(DYNAMIC_THRESHOLDS, centered / divisor, side="left")
-            expected[largest == 0] = 0  # 1e-42 vanishes beside 0.5
+            expected[largest == 0] = 0  # 1e-42 vanishes next to 0.5
             assert np.array_equal(codes, expected.reshape(-1))
 
 

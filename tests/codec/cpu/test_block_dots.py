@@ -1,4 +1,4 @@
-"""Sums over blocks on the CPU: against float64, for every block size, format and tail."""
+"""Dot products of blocks on the CPU agree with float64 for every block size, format and tail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qformat.errors import UsageError
 @pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
 @pytest.mark.parametrize("float_format", [FloatFormat.BF16, FloatFormat.F32])
 @pytest.mark.parametrize("n", [0, 1, 31, 64, 257, TILE, TILE + 33, 3 * TILE + 64])
-def test_every_block_has_its_sum(n: int, float_format: FloatFormat, block_size: int) -> None:
+def test_every_block_has_its_dot_product(n: int, float_format: FloatFormat, block_size: int) -> None:
     generator = np.random.default_rng(n)
     raw = narrow(generator.standard_normal(n).astype(np.float32), float_format)
     packed = generator.integers(0, 256, nf4.packed_nbytes(n), dtype=np.uint8)
@@ -29,7 +29,7 @@ def test_every_block_has_its_sum(n: int, float_format: FloatFormat, block_size: 
     assert (np.abs(out - blocks.sum(1)) <= np.abs(blocks).sum(1) * block_size * 2.0**-24).all()
 
 
-def test_read_only_values_of_a_mapped_file_are_taken() -> None:
+def test_read_only_values_of_a_mapped_file_are_accepted() -> None:
     values, packed, out = np.ones(64, np.float32), np.zeros(32, np.uint8), np.empty(1, np.float32)
     values.flags.writeable = packed.flags.writeable = False
     block_dots_into(values, FloatFormat.F32, packed, block_size=64, out=out)
@@ -39,12 +39,12 @@ def test_read_only_values_of_a_mapped_file_are_taken() -> None:
 @pytest.mark.parametrize(
     ("values", "packed", "out", "message"),
     [
-        (np.ones(64), np.zeros(32, np.uint8), np.zeros(1, np.float32), "values: float64"),
-        (np.ones(64, np.float32), np.zeros(31, np.uint8), np.zeros(1, np.float32), "packed: uint8"),
-        (np.ones(65, np.float32), np.zeros(33, np.uint8), np.zeros(1, np.float32), r"out: float32 .*\[2\]"),
+        (np.ones(64), np.zeros(32, np.uint8), np.zeros(1, np.float32), "values: found float64"),
+        (np.ones(64, np.float32), np.zeros(31, np.uint8), np.zeros(1, np.float32), "packed: found uint8"),
+        (np.ones(65, np.float32), np.zeros(33, np.uint8), np.zeros(1, np.float32), r"out: found float32 .*\[2\]"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(
+def test_arrays_of_the_wrong_size_or_dtype_are_rejected(
     values: np.ndarray, packed: np.ndarray, out: np.ndarray, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):

@@ -1,4 +1,4 @@
-"""Who waits for kernels to be compiled is told, once, and nobody who waits for nothing."""
+"""Users are notified once if kernels are compiled, and not otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qformat.codec.floats import FloatFormat
 LONG_S = 3600.0
 
 
-def test_what_takes_long_is_told_of_once_while_it_goes_on() -> None:
+def test_a_long_wait_is_reported_once_while_it_lasts() -> None:
     told: list[str] = []
     arrived = threading.Event()
 
@@ -24,7 +24,7 @@ def test_what_takes_long_is_told_of_once_while_it_goes_on() -> None:
     assert told == ["compiling"]
 
 
-def test_kernels_that_are_ready_are_not_told_of() -> None:
+def test_cached_kernels_are_not_reported() -> None:
     told: list[str] = []
     with telling_of_compilation(lambda: told.append("compiling"), after_s=LONG_S):
         for float_format in FloatFormat:
@@ -32,7 +32,7 @@ def test_kernels_that_are_ready_are_not_told_of() -> None:
     assert not told
 
 
-def test_nothing_is_told_after_the_end() -> None:
+def test_nothing_is_reported_after_the_end() -> None:
     told: list[str] = []
     with telling_of_compilation(lambda: told.append("compiling"), after_s=LONG_S):
         (timer,) = (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer))

@@ -1,4 +1,4 @@
-"""Decoding on CPUs: the reference's bits at every size, in given memory only, from parts and from threads."""
+"""Decoding on CPUs is bit-identical to the reference at every size, in parts and in threads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_decode_equals_the_reference_at_every_size_and_writes_nothing_else(
 
 @pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
 def test_any_range_of_blocks_decodes_to_that_part_of_the_tensor(block_size: int) -> None:
-    n_blocks = 64 * NESTED_BLOCK_SIZE + 777  # more scales than one pass holds
+    n_blocks = 64 * NESTED_BLOCK_SIZE + 777  # more scales than fit in one pass
     n = n_blocks * block_size - 5
     packed, second = double_quantized(n, block_size)
     whole = decoded_by_reference(packed, second, n, block_size, FloatFormat.BF16)
@@ -81,8 +81,8 @@ def test_any_number_of_workers_gives_the_same_bytes(workers: int) -> None:
     assert np.array_equal(from_nested, expected)
 
 
-def test_workers_serve_a_forked_child_too() -> None:
-    """A child has its parent's pool without the threads: taking it would wait for ever."""
+def test_threads_work_in_a_forked_child() -> None:
+    """A child inherits its parent's pool without the threads: using it would wait forever."""
     script = """
 import os, numpy as np
 from qformat.codec.cpu import blocks

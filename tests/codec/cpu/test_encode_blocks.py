@@ -1,4 +1,4 @@
-"""Encoding on CPUs: the reference's bits at every size, in given memory only, from parts and from threads."""
+"""Encoding on CPUs is bit-identical to the reference at every size, in parts and in threads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_encode_equals_the_reference_at_every_size_and_writes_nothing_else(
 
 @st.composite
 def awkward_weights(draw: st.DrawFn) -> NDArray[np.float32]:
-    """Up to 200 finite float32 weights: anything, and thresholds times some absmax or one step beside them."""
+    """Draw up to 200 finite float32 weights: any values, and thresholds times an absmax or one step from them."""
     scale = np.float32(draw(st.floats(width=32, min_value=0, max_value=F32_LARGEST)))
     near = st.builds(
         lambda i, step: float(
@@ -74,7 +74,7 @@ def test_encode_equals_the_reference_on_awkward_weights(
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("float_format", FORMATS)
-def test_a_weight_that_is_not_finite_is_reported_wherever_it_stands(
+def test_a_non_finite_weight_is_reported_at_every_position(
     float_format: FloatFormat, bad: float, name: Instructions
 ) -> None:
     n = 64 * 4 + 37
@@ -89,7 +89,7 @@ def test_a_weight_that_is_not_finite_is_reported_wherever_it_stands(
 
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("float_format", FORMATS)
-def test_encoding_chunk_by_chunk_gives_the_bytes_of_the_whole(float_format: FloatFormat, name: Instructions) -> None:
+def test_encoding_in_chunks_gives_the_bytes_of_encoding_at_once(float_format: FloatFormat, name: Instructions) -> None:
     raw = weights(256 * 37 + 11, float_format)
     packed, absmax = nf4.encode(widen(raw, float_format), block_size=256)
     for chunk in (256, 512, 256 * 9):
@@ -108,7 +108,7 @@ def test_encoding_chunk_by_chunk_gives_the_bytes_of_the_whole(float_format: Floa
         assert scales.tobytes() == absmax.tobytes()
 
 
-def test_threads_that_encode_at_once_do_not_disturb_each_other() -> None:
+def test_concurrent_encoding_in_threads_gives_the_same_bytes() -> None:
     raws = [weights(64 * 5000, FloatFormat.BF16, seed=seed) for seed in range(6)]
 
     def encode(raw: Raw) -> tuple[bytes, bytes]:

@@ -1,4 +1,4 @@
-"""Sums of errors and counts of codes are right at every size, and none is given where a value is not finite."""
+"""Error sums and counts of codes are correct at every size, and errors are None if a value is not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qformat.codec.floats import FloatFormat, narrow, widen
 
 
 @pytest.mark.parametrize("n_elements", [0, 1, 2, 7, 8, 9, 61])
-def test_the_padding_of_an_odd_tensor_is_no_code(n_elements: int) -> None:
+def test_the_padding_of_an_odd_tensor_is_not_counted_as_a_code(n_elements: int) -> None:
     codes = np.arange(n_elements) * 5 % 16
     even = np.append(codes, 7) if n_elements % 2 else codes
     packed = (even[0::2] << 4 | even[1::2]).astype(np.uint8)
@@ -21,7 +21,7 @@ def test_the_padding_of_an_odd_tensor_is_no_code(n_elements: int) -> None:
 
 @pytest.mark.parametrize("float_format", list(FloatFormat))
 @pytest.mark.parametrize("n_weights", [0, 1, 63, 64, 65, 4095, 4096, 4097, 10007])
-def test_sums_are_right_at_every_size(float_format: FloatFormat, n_weights: int) -> None:
+def test_sums_are_correct_at_every_size(float_format: FloatFormat, n_weights: int) -> None:
     random = np.random.default_rng(n_weights)
     weights = narrow(random.normal(0, 1, n_weights).astype(np.float32), float_format)
     decoded = narrow(random.normal(0, 1, n_weights).astype(np.float32), float_format)
@@ -40,7 +40,7 @@ def test_sums_are_right_at_every_size(float_format: FloatFormat, n_weights: int)
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("at", [0, 5000])
 @pytest.mark.parametrize("side", ["weights", "decoded"])
-def test_values_that_are_not_finite_have_no_figures(float_format: FloatFormat, bad: float, at: int, side: str) -> None:
+def test_non_finite_values_have_no_errors(float_format: FloatFormat, bad: float, at: int, side: str) -> None:
     values = np.ones(5001, np.float32)
     changed = values.copy()
     changed[at] = bad

@@ -1,4 +1,4 @@
-"""The small-M product on CPUs: its weights read out bit for bit, its sums against float64 and their bound."""
+"""The product on CPUs: its weights are bit-identical to the decoder, and its sums agree with float64."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEEDS_A_PRODUCT = pytest.mark.skipif(not RUNNABLE, reason="this CPU has neither 
 
 
 class Weight:
-    """A random weight, its product and its decoded form."""
+    """Random weight with its product and its decoded values."""
 
     def __init__(
         self, n: int, k: int, block_size: int, name: ProductInstructions | None, float_format: FloatFormat,
@@ -72,7 +72,7 @@ class Weight:
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize(("name", "float_format"), RUNNABLE)
-def test_unit_vectors_read_every_weight_out(
+def test_products_with_unit_vectors_return_every_weight_exactly(
     name: ProductInstructions, float_format: FloatFormat, block_size: int, double_quant: bool
 ) -> None:
     k = max(192, block_size) if block_size <= 64 else 2 * block_size
@@ -96,9 +96,9 @@ def test_sums_stay_within_their_bound(name: ProductInstructions, float_format: F
 def bound_of_sums(
     n: int, float_format: FloatFormat, exact: NDArray[np.float64], magnitudes: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Return how far sums of n products may lie from the exact ones; magnitudes: the sums of the products' sizes."""
+    """Return the largest error of sums of n products, given the sums of the magnitudes of the products."""
     rounding = {FloatFormat.BF16: 2.0**-8, FloatFormat.F16: 2.0**-11, FloatFormat.F32: 0.0}[float_format]
-    # n roundings of float32 in any order, a subnormal product lost each time, and one rounding to the format.
+    # n roundings of float32 in any order, one lost subnormal product each, and one rounding to the format.
     bound = n * (2.0**-23 * magnitudes + 2.0**-126)
     result: NDArray[np.float64] = bound + rounding * (np.abs(exact) + bound)
     return result
@@ -116,7 +116,7 @@ def three_threads(function: int, data: int, n_threads: int) -> bool:
 
 
 @pytest.mark.parametrize(("name", "float_format"), RUNNABLE)
-def test_threads_change_no_bit(name: ProductInstructions, float_format: FloatFormat) -> None:
+def test_the_number_of_threads_changes_no_bit(name: ProductInstructions, float_format: FloatFormat) -> None:
     weight = Weight(2048, 1088, 64, name, float_format)  # 17 shares
     x = np.random.default_rng(0).standard_normal((3, 1088)).astype(np.float32)
     expected = weight.times(x)
@@ -142,9 +142,14 @@ def test_all_instructions_agree_with_a_sum_in_float64(n: int, groups: int, m: in
 
 @pytest.mark.parametrize(
     ("columns", "block_size", "reason"),
-    [(576, 64, None), (96, 32, "no multiple of 64"), (192, 128, "no multiple of 128"), (0, 64, "no multiple of 64")],
+    [
+        (576, 64, None),
+        (96, 32, "not a multiple of 64"),
+        (192, 128, "not a multiple of 128"),
+        (0, 64, "not a multiple of 64"),
+    ],
 )
-def test_what_it_cannot_multiply_has_a_reason(
+def test_an_unsupported_weight_has_a_reason(
     columns: int, block_size: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best_instructions.cache_clear()
@@ -156,7 +161,7 @@ def test_what_it_cannot_multiply_has_a_reason(
     assert found is None if reason is None else reason in str(found)
 
 
-def test_a_cpu_without_vector_instructions_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_vector_instructions_has_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     best_instructions.cache_clear()
     monkeypatch.setattr(lanes, "cpu_features", frozenset)
     try:
@@ -165,7 +170,7 @@ def test_a_cpu_without_vector_instructions_has_none(monkeypatch: pytest.MonkeyPa
         best_instructions.cache_clear()
 
 
-def test_instructions_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_instructions_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "cpu_features", lambda: frozenset({"avx2", "fma", "f16c"}))
     with pytest.raises(UsageError, match="this CPU lacks avx512bf16, avx512bw, avx512f"):
         Product(
@@ -174,18 +179,18 @@ def test_instructions_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyP
         )  # fmt: skip
 
 
-def test_bf16_instructions_multiply_no_other_format() -> None:
+def test_bf16_instructions_reject_other_formats() -> None:
     with pytest.raises(UsageError, match="they multiply bfloat16, not float16"):
         Weight(1, 64, 64, "bf16", FloatFormat.F16)
 
 
 @NEEDS_A_PRODUCT
-def test_arrays_that_do_not_fit_are_refused() -> None:
+def test_arrays_of_the_wrong_size_or_dtype_are_rejected() -> None:
     weight = Weight(4, 64, 64, None, FloatFormat.BF16)
     x, out = np.zeros(64, np.uint16), np.zeros(4, np.uint16)
-    with pytest.raises(UsageError, match="x: uint16"):
+    with pytest.raises(UsageError, match="x: found uint16"):
         weight.product(x[:63], out)
-    with pytest.raises(UsageError, match="x: float32"):
+    with pytest.raises(UsageError, match="x: found float32"):
         weight.product(x.astype(np.float32), out)
     with pytest.raises(UsageError, match="out: "):
         weight.product(x, out[:3])
@@ -194,7 +199,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
             np.zeros(127, np.uint8), np.zeros(4, np.float32), None, 0.0, shape=(4, 64), block_size=64,
             float_format=FloatFormat.BF16,
         )  # fmt: skip
-    with pytest.raises(UsageError, match="K must be a multiple of the block"):
+    with pytest.raises(UsageError, match="K must be a multiple of the block size 128 and of 64"):
         Product(
             np.zeros(128, np.uint8), np.zeros(2, np.float32), None, 0.0, shape=(4, 64), block_size=128,
             float_format=FloatFormat.BF16,

@@ -1,4 +1,4 @@
-"""Every set of instructions that this CPU has, bit for bit the reference: all codes, all weights, all magnitudes."""
+"""All instructions of this CPU are bit-identical to the reference for all codes, weights and magnitudes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LARGEST = np.float32(np.finfo(np.float32).max)
 
 
 def scales_of_all_magnitudes() -> NDArray[np.float32]:
-    """Both signs of every float32 exponent with random fractions, and the ends of the range."""
+    """Return both signs of every float32 exponent with random fractions, and the ends of the range."""
     fractions = np.random.default_rng(5).integers(0, 1 << 23, (4, 255), dtype=np.uint32)
     positive = ((np.arange(255, dtype=np.uint32) << np.uint32(23)) | fractions).view(np.float32).reshape(-1)
     ends = np.array([0.0, 1e-45, 1.1754944e-38, 65504, 65519.996, 65520, LARGEST], np.float32)
@@ -64,9 +64,7 @@ def test_every_byte_decodes_at_every_magnitude(float_format: FloatFormat, block_
 
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("float_format", FORMATS)
-def test_scales_that_are_not_finite_decode_to_what_the_reference_gives(
-    float_format: FloatFormat, name: Instructions
-) -> None:
+def test_non_finite_scales_decode_as_in_the_reference(float_format: FloatFormat, name: Instructions) -> None:
     scales = np.array([np.inf, -np.inf, np.nan, np.uint32(0x7FFFFFFF).view(np.float32)], np.float32)
     packed = np.tile(ALL_BYTES, 2)
     with np.errstate(invalid="ignore"):
@@ -78,7 +76,7 @@ def test_scales_that_are_not_finite_decode_to_what_the_reference_gives(
 
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
-def test_every_bfloat16_encodes_under_many_scales(block_size: int, name: Instructions) -> None:
+def test_every_bfloat16_encodes_correctly_with_many_scales(block_size: int, name: Instructions) -> None:
     finite = np.concatenate([np.arange(0x7F80), np.arange(0x8000, 0xFF80)]).astype(np.uint16)
     for largest in (0x0001, 0x007F, 0x0080, 0x3C97, 0x3F80, 0x477F, 0x7F7F):
         weights = finite[(finite & 0x7FFF) <= largest]
@@ -89,7 +87,7 @@ def test_every_bfloat16_encodes_under_many_scales(block_size: int, name: Instruc
 
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("block_size", nf4.BLOCK_SIZES)
-def test_every_float16_encodes_under_many_scales(block_size: int, name: Instructions) -> None:
+def test_every_float16_encodes_correctly_with_many_scales(block_size: int, name: Instructions) -> None:
     finite = np.concatenate([np.arange(0x7C00), np.arange(0x8000, 0xFC00)]).astype(np.uint16)
     for largest in (0x0001, 0x03FF, 0x0400, 0x2A66, 0x3C00, 0x7BFF):
         weights = finite[(finite & 0x7FFF) <= largest]
@@ -100,7 +98,7 @@ def test_every_float16_encodes_under_many_scales(block_size: int, name: Instruct
 
 @pytest.mark.parametrize("name", RUNNABLE)
 @pytest.mark.parametrize("float_format", FORMATS)
-def test_weights_around_every_threshold_encode_at_every_magnitude(
+def test_weights_around_every_threshold_encode_correctly_at_every_magnitude(
     float_format: FloatFormat, name: Instructions
 ) -> None:
     magnitudes = np.abs(scales_of_all_magnitudes())
@@ -113,13 +111,13 @@ def test_weights_around_every_threshold_encode_at_every_magnitude(
     around = np.concatenate([integers - 1, integers, integers + 1, integers], axis=1)
     blocks = np.concatenate([around, around[:, :4]], axis=1).view(float_format.raw_dtype)  # [scales, 64]
     blocks[:, -1] = narrow(magnitudes, float_format)
-    too_large = ~(np.abs(widen(blocks, float_format)) <= magnitudes[:, None])  # a step below zero, or past the end
+    too_large = ~(np.abs(widen(blocks, float_format)) <= magnitudes[:, None])  # one step below zero or past the end
     blocks[too_large] = 0
     assert_encodes_as_reference(blocks.reshape(-1), float_format, 64, name)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
-def test_a_dense_sweep_of_float32_encodes_as_the_reference(name: Instructions) -> None:
+def test_a_dense_sweep_of_float32_encodes_as_in_the_reference(name: Instructions) -> None:
     weights = np.linspace(-1, 1, 1 << 21, dtype=np.float32)
     weights[::64] = 1
     assert_encodes_as_reference(weights, FloatFormat.F32, 64, name)
@@ -134,7 +132,7 @@ def assert_encodes_as_reference(raw: Raw, float_format: FloatFormat, block_size:
     assert packed.tobytes() == expected_packed.tobytes()
 
 
-def test_the_guess_is_the_code_or_one_less_with_room_for_rounding() -> None:
+def test_the_estimate_is_the_code_or_one_less_with_a_margin_for_rounding() -> None:
     thresholds = NF4_THRESHOLDS.astype(np.float64)
     assert np.abs(np.polyval(shuffles.GUESS, thresholds) - np.arange(15)).max() < 0.21
     scaled = np.union1d(np.linspace(-1.0001, 1.0001, 2_000_001), thresholds)
@@ -148,7 +146,7 @@ def test_the_guess_is_the_code_or_one_less_with_room_for_rounding() -> None:
 
 
 @pytest.mark.parametrize("name", lanes.NEEDED_FEATURES)
-def test_forcing_instructions_that_the_cpu_lacks_is_an_error(
+def test_forcing_instructions_that_the_cpu_lacks_raises_an_error(
     name: Instructions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lacking = sorted(lanes.NEEDED_FEATURES[name])[0]  # type: ignore[index]
@@ -160,7 +158,7 @@ def test_forcing_instructions_that_the_cpu_lacks_is_an_error(
         assert_encodes_as_reference(np.ones(64, np.float32), FloatFormat.F32, 64, name)
 
 
-def test_instructions_that_do_not_exist_are_an_error() -> None:
+def test_unknown_instructions_raise_an_error() -> None:
     with pytest.raises(UsageError, match="'neon': must be one of avx512, avx2, plain"):
         decode(ALL_BYTES, np.ones(2, np.float32), 256, FloatFormat.BF16, "neon")  # type: ignore[arg-type]
 
@@ -185,7 +183,7 @@ def test_the_best_instructions_of_a_cpu_are_chosen(
         blocks.decoder_name.cache_clear()
 
 
-def test_this_cpu_uses_the_first_that_it_can_run() -> None:
+def test_this_cpu_uses_the_first_instructions_that_it_has() -> None:
     assert blocks.decoder_name() == RUNNABLE[0]
 
 

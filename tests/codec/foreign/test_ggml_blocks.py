@@ -1,4 +1,4 @@
-"""ggml's blocks: every kernel against gguf-py's own decoder, bit for bit, over random bytes."""
+"""The kernels for ggml's blocks are bit-identical to the decoder of gguf-py on random bytes."""
 
 from __future__ import annotations
 

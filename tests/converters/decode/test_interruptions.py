@@ -78,7 +78,7 @@ class Rehearsal:
         if refused is not None:
             # The fault came behind the very last mark of the finished run: it is as if the command were given twice.
             assert standing == self.whole
-            assert "exists already" in str(refused)
+            assert "already exists" in str(refused)
         assert contents(out) == self.whole
         assert names_beside(out) == {"out"}
 

@@ -133,7 +133,7 @@ def test_another_process_that_writes_the_same_output_is_not_disturbed(
     with running(IN_PYTHON, source, out, n_writes=3) as process:
         wait_until_held(process)
         for arguments in ({}, {"force": True}, {"restart": True}):
-            with pytest.raises(TargetError, match="another process is writing there"):
+            with pytest.raises(TargetError, match="another process is writing to it"):
                 convert(source, out, **arguments)
         assert process.poll() is None
         go_on(process)

@@ -191,7 +191,7 @@ def test_the_partial_output_of_another_plan_is_rejected_and_discarded_with_resta
 ) -> None:
     out = tmp_path / "out"
     interrupt(source, out, n_done=2, options=ConversionOptions(block_size=128))
-    with pytest.raises(TargetError, match=r"another source, recipe or options.*restart=True"):
+    with pytest.raises(TargetError, match=r"a different source, recipe or options.*restart=True"):
         resume(source, out)
     assert not out.exists()
     _, n_encoded = resume(source, out, restart=True)
@@ -202,7 +202,7 @@ def test_the_partial_output_of_another_plan_is_rejected_and_discarded_with_resta
 def test_a_directory_of_that_name_that_is_not_ours_is_left_alone(source: Path, tmp_path: Path) -> None:
     work = place(tmp_path / "out.partial", {"thesis.txt": b"years of work"})
     for restart in (False, True):
-        with pytest.raises(TargetError, match="qformat did not make it"):
+        with pytest.raises(TargetError, match="was not created by qformat"):
             convert(source, tmp_path / "out", OPTIONS, restart=restart)
     assert contents(work) == {"thesis.txt": b"years of work"}
 
@@ -210,6 +210,6 @@ def test_a_directory_of_that_name_that_is_not_ours_is_left_alone(source: Path, t
 def test_a_file_with_the_work_folders_name_is_left_alone(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").write_bytes(b"mine")
     for restart in (False, True):
-        with pytest.raises(TargetError, match="qformat did not make it"):
+        with pytest.raises(TargetError, match="was not created by qformat"):
             convert(source, tmp_path / "out", OPTIONS, restart=restart)
     assert (tmp_path / "out.partial").read_bytes() == b"mine"

@@ -52,7 +52,7 @@ def check_and_repeat(
         # The fault came behind the very last mark of the finished run: it is as if the command were given twice.
         assert standing == whole
         assert not force
-        assert "exists already" in str(refused)
+        assert "already exists" in str(refused)
     assert contents(out) == whole
     assert names_beside(out) == {out.name}
 
@@ -99,7 +99,7 @@ def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_retry_give
             assert fault not in {"kill", "short write"}
             assert str(parent) in str(failure)
             if fault in {"ENOSPC", "full from here on"}:
-                assert "bytes are needed" in str(failure)
+                assert "not enough disk space" in str(failure)
                 assert "are free" in str(failure)
         else:
             assert fault == "kill"

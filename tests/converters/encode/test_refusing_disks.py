@@ -25,14 +25,14 @@ def test_a_target_that_cannot_be_written_is_reported(code: int, source: Path, pa
 
     message = refusal(source, parent / "out", disk=ReadOnly())
     assert str(parent / "out.partial") in message
-    assert "Choose a folder that you may write to" in message
+    assert "Choose a directory with write permission" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_directory_is_rejected(source: Path, parent: Path) -> None:
     parent.chmod(0o500)
     try:
-        assert "Choose a folder that you may write to" in refusal(source, parent / "out")
+        assert "Choose a directory with write permission" in refusal(source, parent / "out")
     finally:
         parent.chmod(0o700)
 
@@ -40,8 +40,8 @@ def test_a_read_only_directory_is_rejected(source: Path, parent: Path) -> None:
 def test_insufficient_space_is_detected_before_the_first_byte(source: Path, parent: Path) -> None:
     needed = plan(source).nbytes
     message = refusal(source, parent / "out", disk=DiskWithRoom(needed - 1))
-    assert f"{needed:,} bytes are needed" in message
-    assert f"{needed - 1:,} are free" in message
+    assert f"needs {needed:,} bytes, " in message
+    assert f"{needed - 1:,} bytes are free" in message
     assert str(parent / "out") in message
     convert(source, parent / "out", disk=DiskWithRoom(needed))
 
@@ -94,9 +94,9 @@ def test_a_conversion_resumes_after_the_disk_filled_up(source: Path, parent: Pat
         convert(source, out, OPTIONS, disk=Full())
     message = str(refused.value)
     assert str(parent / "out.partial") in message
-    assert f"{planned.nbytes:,} bytes are needed in all" in message
+    assert f"the output needs {planned.nbytes:,} bytes in total" in message
     assert "are free" in message
-    assert "it continues" in message
+    assert "it resumes" in message
     assert not out.exists()
     convert(source, out, OPTIONS)
     convert(source, parent / "undisturbed", OPTIONS)

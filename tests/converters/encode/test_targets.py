@@ -32,7 +32,7 @@ def test_an_existing_artifact_is_rejected_and_with_force_replaced_completely(sou
     convert(source, out, ConversionOptions(block_size=128))
     (out / "note.txt").write_text("mine")
     old = contents(out)
-    assert "exists already" in refusal(source, out)
+    assert "already exists" in refusal(source, out)
     assert contents(out) == old
     convert(source, out, force=True)
     assert verify_integrity(out, sha256=True).passed
@@ -44,7 +44,7 @@ def test_an_existing_artifact_is_rejected_and_with_force_replaced_completely(sou
 
 def test_a_damaged_artifact_is_replaced_like_an_intact_one(source: Path, parent: Path) -> None:
     out = place(parent / "out", {"qformat.json": b"garbage", "model-00001-of-00009.safetensors": b"rest"})
-    assert "exists already" in refusal(source, out)
+    assert "already exists" in refusal(source, out)
     convert(source, out, force=True)
     assert verify_integrity(out).passed
 
@@ -54,13 +54,13 @@ def test_a_directory_that_is_not_an_artifact_is_rejected_even_with_force(
     force: bool, source: Path, parent: Path
 ) -> None:
     out = place(parent / "out", {"thesis.txt": b"years of work"})
-    assert "is no artifact" in refusal(source, out, force=force)
+    assert "is not an artifact" in refusal(source, out, force=force)
     assert contents(out) == {"thesis.txt": b"years of work"}
 
 
 def test_a_folder_named_like_a_manifest_does_not_make_an_artifact(source: Path, parent: Path) -> None:
     (parent / "out" / "qformat.json").mkdir(parents=True)
-    assert "is no artifact" in refusal(source, parent / "out", force=True)
+    assert "is not an artifact" in refusal(source, parent / "out", force=True)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -80,14 +80,14 @@ def test_a_target_that_is_not_a_directory_is_rejected_even_with_force(
     make: Callable[[Path], None], force: bool, source: Path, parent: Path
 ) -> None:
     make(parent / "out")
-    assert "is no folder" in refusal(source, parent / "out", force=force)
+    assert "is not a directory" in refusal(source, parent / "out", force=force)
 
 
 def test_a_link_to_an_artifact_is_not_followed(source: Path, parent: Path) -> None:
     convert(source, parent / "real")
     before = contents(parent / "real")
     (parent / "out").symlink_to("real")
-    assert "is no folder" in refusal(source, parent / "out", force=True)
+    assert "is not a directory" in refusal(source, parent / "out", force=True)
     assert contents(parent / "real") == before
 
 
@@ -98,7 +98,7 @@ def test_a_missing_parent_is_not_created(source: Path, parent: Path) -> None:
 
 def test_a_file_in_place_of_the_parent_is_rejected(source: Path, parent: Path) -> None:
     as_file(parent / "file")
-    assert "no such folder" in refusal(source, parent / "file" / "out")
+    assert "does not exist or is not a directory" in refusal(source, parent / "file" / "out")
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -106,12 +106,12 @@ def test_output_inside_the_source_and_source_inside_the_output_are_rejected(
     force: bool, source: Path, parent: Path
 ) -> None:
     for out in (source, source / "out", source / "deep" / "out", source / ".." / "source" / "out"):
-        assert "lies inside the source" in refusal(source, out, force=force)
-    assert "holds the source" in refusal(source, source.parent, force=force)
+        assert "is inside the source" in refusal(source, out, force=force)
+    assert "contains the source" in refusal(source, source.parent, force=force)
     (parent / "link").symlink_to(source)
-    assert "lies inside the source" in refusal(source, parent / "link" / "out", force=force)
+    assert "is inside the source" in refusal(source, parent / "link" / "out", force=force)
     (parent / "up").symlink_to(source.parent)
-    assert "holds the source" in refusal(source, parent / "up", force=force)
+    assert "contains the source" in refusal(source, parent / "up", force=force)
 
 
 @pytest.mark.parametrize("out", ["", ".", "/", "..", "../.."])
@@ -238,6 +238,6 @@ def test_a_target_that_appears_during_the_conversion_is_not_replaced(force: bool
         if not out.exists():
             place(out, {"thesis.txt": b"years of work"})
 
-    with pytest.raises(TargetError, match="is no artifact"):
+    with pytest.raises(TargetError, match="is not an artifact"):
         convert(source, out, workers=1, force=force, on_progress=appear)
     assert contents(out) == {"thesis.txt": b"years of work"}

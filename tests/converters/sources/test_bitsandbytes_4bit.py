@@ -179,7 +179,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
             "entry 0 is inf",
         ),
         (replaced(STATE, torch.zeros(5000, dtype=torch.uint8)), Reason.QUANT_STATE, "5000 bytes"),
-        (replaced(STATE, torch.zeros(50, dtype=torch.uint8)), Reason.JSON_SYNTAX, "not JSON"),
+        (replaced(STATE, torch.zeros(50, dtype=torch.uint8)), Reason.JSON_SYNTAX, "not valid JSON"),
     ],
 )
 def test_checkpoints_that_bitsandbytes_would_misread_are_rejected(

@@ -75,7 +75,7 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(
     writing = {"raw_pwrite", "raw_write", "raw_open", "raw_mkdir"}
     calls = [number for number, name in enumerate(counting.names) if name in writing]
     number = calls[int(share * len(calls))]
-    with pytest.raises(TargetError, match="Make room and run the same command again"):
+    with pytest.raises(TargetError, match="Free some space and run the same command again"):
         run(artifact, source, text, tmp_path / "out", disk=FaultyDisk(number, "full from here on"))
     assert not (tmp_path / "out").exists()
     run(artifact, source, text, tmp_path / "out")

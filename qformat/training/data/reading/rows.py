@@ -133,7 +133,7 @@ def parse_line(line: bytes, place: Place) -> Row:
     except InvalidFileError as refused:
         if refused.reason is Reason.JSON_LIMIT:
             place.refuse(BadRow.TOO_LARGE, refused.problem)
-        place.refuse(BadRow.NOT_UTF8 if "UTF-8 at byte" in refused.problem else BadRow.NOT_JSON, refused.problem)
+        place.refuse(BadRow.NOT_UTF8 if "not valid UTF-8" in refused.problem else BadRow.NOT_JSON, refused.problem)
     if not isinstance(value, dict):
         place.refuse(
             BadRow.NOT_AN_OBJECT,

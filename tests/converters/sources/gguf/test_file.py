@@ -82,5 +82,5 @@ def test_a_directory_with_two_files_is_rejected(tmp_path: Path) -> None:
     (folder / "other.gguf").write_bytes(b"")
     with pytest.raises(SourceError, match=r"2 GGUF files \(model\.gguf, other\.gguf\)"):
         plan(folder)
-    with pytest.raises(SourceError, match="there is no such file"):
+    with pytest.raises(SourceError, match="does not exist"):
         plan(tmp_path / "none.gguf")

@@ -47,7 +47,7 @@ def test_a_run_stopped_anywhere_resumes_without_fetching_encoded_tensors(
 def test_a_full_disk_is_reported_and_the_same_command_resumes_without_fetching_encoded_tensors(
     hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path
 ) -> None:
-    with pytest.raises(TargetError, match="no space left"):
+    with pytest.raises(TargetError, match="not enough disk space"):
         convert(NAME, tmp_path / "out", disk=FaultyDisk(60, "full from here on"))
     sealed, _ = sealed_ranges(tmp_path / "out.partial", source)
     assert sealed
