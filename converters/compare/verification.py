@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Literal
 from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.structure import read_manifest
-from qformat.artifact.reading.verify import Finding, IntegrityReport, finding_of, verify_integrity
+from qformat.artifact.reading.verify import (
+    Finding,
+    IntegrityReport,
+    finding_of,
+    signed_differences,
+    verify_integrity,
+)
 from qformat.artifact.verification_facts import (
     ComparisonFacts,
     ErrorFacts,
@@ -74,6 +80,7 @@ class Verification:
             "path": str(integrity.path),
             "passed": self.passed,
             "findings": [_finding_json(finding) for finding in self.findings],
+            "notices": [_finding_json(notice) for notice in self.integrity.notices],
             "integrity": {
                 "passed": integrity.passed,
                 "n_files": integrity.n_files,
@@ -173,12 +180,14 @@ def _recorded_commit(manifest: Manifest | None, source: str) -> str | None:
 
 
 def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityReport:
-    """Return the report with a finding about the signature, if there is one."""
+    """Return the report with findings about the signature and about signed files that only accompany the model."""
+    signed = signed_differences(integrity.notices)
+    notices = tuple(notice for notice in integrity.notices if notice not in signed)
     try:
         check_local_signature(integrity.path, public_key)
     except ArtifactError as error:
-        return replace(integrity, findings=(*integrity.findings, finding_of(error)))
-    return integrity
+        signed.append(finding_of(error))
+    return replace(integrity, findings=(*integrity.findings, *signed), notices=notices)
 
 
 def _nbytes(source: Source) -> int:

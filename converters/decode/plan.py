@@ -12,8 +12,10 @@ from qformat import strict_json
 from qformat.artifact.layout import Shard, natural_order, place
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.artifact.manifest import JsonObject, PackedRecord, TensorRecord
+from qformat.artifact.reading.file_roles import accompanies
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import read_small
+from qformat.artifact.reading.structure import next_step_for
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.encode.small_files import index_bytes, small_json
@@ -131,14 +133,19 @@ def _new_tensor(name: str, record: TensorRecord, target: FloatFormat) -> TensorS
 
 
 def _side_files(artifact: Artifact) -> dict[str, int]:
-    """Return the files to copy: the model card, and all files in the manifest except weights, config and index."""
+    """Return the files to copy: the model card, and all files in the manifest except weights, config and index.
+
+    Files that only accompany the model are copied as they are, if they exist.
+    """
     found = {
         name: record.nbytes
         for name, record in artifact.manifest.files.items()
-        if record.header_xxh3 is None and name not in {CONFIG_NAME, INDEX_NAME}
+        if record.header_xxh3 is None and name not in {CONFIG_NAME, INDEX_NAME} and not accompanies(name, record)
     }
-    if os.path.isfile(artifact.path / CARD_NAME):
-        found[CARD_NAME] = len(read_small_file(artifact, CARD_NAME))
+    accompanying = {name for name, record in artifact.manifest.files.items() if accompanies(name, record)}
+    for name in {*accompanying, CARD_NAME}:
+        if os.path.isfile(artifact.path / name):
+            found[name] = len(read_small_file(artifact, name))
     return dict(sorted(found.items()))
 
 
@@ -150,14 +157,16 @@ def read_small_file(artifact: Artifact, name: str) -> bytes:
         name: Name of the file.
 
     Raises:
-        ArtifactError: The file cannot be read, or its digest does not match (file_digest).
+        ArtifactError: The file cannot be read, or it belongs to the model and its digest does not match (file_digest).
     """
     data = read_small(artifact.path, name, max_nbytes=MAX_SIDE_FILE_NBYTES, error=ArtifactError)
     record = artifact.manifest.files.get(name)
-    if record is not None and (found := hashlib.sha256(data).hexdigest()) != record.sha256:
+    if record is None or accompanies(name, record):
+        return data
+    if (found := hashlib.sha256(data).hexdigest()) != record.sha256:
         raise ArtifactError(
             Reason.FILE_DIGEST, artifact.path / name, f"was changed: SHA-256 {found}, expected {record.sha256}",
-            next_step="Fetch the file again",
+            next_step=next_step_for(artifact.path / name),
         )  # fmt: skip
     return data
 

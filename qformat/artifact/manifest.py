@@ -92,6 +92,7 @@ class Manifest:
         format_version: Version of the format.
         must_understand: Features that a reader has to know.
         evaluation: Results on held-out text, None if the artifact was not evaluated.
+        sealed: Accepted changes of files, None if there are none.
         extra: Optional members that this version of qformat does not know.
     """
 
@@ -103,6 +104,7 @@ class Manifest:
     format_version: str = FORMAT_VERSION
     must_understand: tuple[str, ...] = ()
     evaluation: JsonObject | None = None
+    sealed: tuple[JsonObject, ...] | None = None
     extra: Mapping[str, strict_json.Json] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -115,6 +117,7 @@ class Manifest:
             "source": self.source,
             "recipe": self.recipe,
             **({} if self.evaluation is None else {"evaluation": self.evaluation}),
+            **({} if self.sealed is None else {"sealed": list(self.sealed)}),
             **self.extra,
             "tensors": {name: _tensor_json(entry) for name, entry in self.tensors.items()},
             "files": {name: file_json(entry) for name, entry in sorted(self.files.items())},

@@ -236,6 +236,7 @@ class VerificationFacts(TypedDict):
         path: Path of the artifact.
         passed: Whether no problem was found.
         findings: All problems.
+        notices: Changed, missing and additional files that only accompany the model.
         integrity: Result of the check of structure and digests.
         manifest: Origin of the artifact, null if its manifest cannot be read.
         comparison: Comparison with the source, null without a source.
@@ -245,6 +246,7 @@ class VerificationFacts(TypedDict):
     path: str
     passed: bool
     findings: list[FindingFacts]
+    notices: list[FindingFacts]
     integrity: IntegrityFacts
     manifest: ManifestFacts | None
     comparison: ComparisonFacts | None

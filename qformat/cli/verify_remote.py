@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo, echo_json, some, verdict
+from qformat.cli.display import echo, echo_json, verdict
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
+    from qformat.artifact.reading.verify import Finding
     from qformat.hub.remote_verify import RemoteReport
 
 
@@ -44,10 +45,8 @@ def _facts(report: RemoteReport) -> dict[str, object]:
         "repository": report.repository,
         "commit": report.commit,
         "passed": report.passed,
-        "findings": [
-            {"reason": one.reason.value, "file": one.file, "tensor": one.tensor, "message": one.message}
-            for one in report.findings
-        ],
+        "findings": [_finding(one) for one in report.findings],
+        "notices": [_finding(one) for one in report.notices],
         "n_files": report.n_files,
         "nbytes": report.nbytes,
         "nbytes_read": report.nbytes_read,
@@ -57,18 +56,22 @@ def _facts(report: RemoteReport) -> dict[str, object]:
     }
 
 
+def _finding(one: Finding) -> dict[str, object]:
+    return {"reason": one.reason.value, "file": one.file, "tensor": one.tensor, "message": one.message}
+
+
 def _show(report: RemoteReport, seconds: float) -> None:
     echo(
         f"{report.repository}@{report.commit[:12]}: {report.n_files} files, {format_nbytes(report.nbytes)}; manifest, "
         f"file sizes, SHA-256 that the Hub lists, headers and small files checked in {seconds:.1f} s, "
         f"{format_nbytes(report.nbytes_read)} downloaded"
     )
-    if report.others:
-        echo(f"not in the manifest: {some(report.others)}")
     if report.signature_checked:
         echo("signature: valid for this key and these files")
     elif report.signed:
         echo("signature: present but not checked; give the publisher's key with --public-key")
+    for notice in report.notices:
+        echo(f"notice: {notice.message}")
     for finding in report.findings:
         echo(f"{finding.reason}: {finding.message}")
     click.echo(verdict(len(report.findings)))

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.reading.verify import Finding
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.output_kind import ARTIFACT, check_target
 from qformat.artifact.writing.staging import Staging, begun_with, refuse_full_disk, work_folder
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.fetch_run import FetchRun
-from qformat.hub.reading.listing import PublishedArtifact, listing_findings, read_published
+from qformat.hub.reading.listing import (
+    PublishedArtifact,
+    listing_findings,
+    listing_notices,
+    read_published,
+)
 from qformat.hub.reading.remote import DEFAULT_REVISION, open_repository
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 
@@ -34,6 +40,8 @@ class FetchSummary:
         seconds: Duration of this run.
         signed: The artifact has a signature.
         others: Files of the repository that do not belong to the artifact and were not fetched.
+        notices: Files that only accompany the model and differ from the manifest (spec section 2.5). They were fetched
+            as they are in the repository.
         already_complete: An earlier run had fetched everything.
     """
 
@@ -46,6 +54,7 @@ class FetchSummary:
     seconds: float
     signed: bool
     others: tuple[str, ...]
+    notices: tuple[Finding, ...]
     already_complete: bool
 
 
@@ -103,10 +112,11 @@ def fetch(
     note: JsonObject = {**asked, "commit": published.repository.commit}
     fingerprint = _fingerprint(published)
     with Staging.begin(out, fingerprint, disk=disk, replace=force, restart=restart, note=note) as staging:
-        complete, n_fetched = staging.sealed_before, 0
+        complete, n_fetched, notices = staging.sealed_before, 0, _listed_notices(published)
         if not complete:
             refuse_full_disk(out, disk.needed_nbytes, disk)
-            n_fetched = FetchRun(published, staging, transfer, on_progress).run()
+            run = FetchRun(published, staging, transfer, on_progress)
+            n_fetched, notices = run.run(), run.notices
     return FetchSummary(
         out=out,
         repository=repository,
@@ -117,6 +127,7 @@ def fetch(
         seconds=time.monotonic() - started,
         signed=published.signed,
         others=published.others,
+        notices=notices,
         already_complete=complete,
     )
 
@@ -129,6 +140,11 @@ def _find_artifact(repository: str, revision: str, token: str | bool | None, tra
         if finding.reason is not Reason.EXTRA_FILE:  # files that the manifest does not list are not fetched
             raise finding.as_error(published.where)
     return published
+
+
+def _listed_notices(published: PublishedArtifact) -> tuple[Finding, ...]:
+    """Return the notices about files that the manifest lists. Additional files are not fetched."""
+    return tuple(one for one in listing_notices(published) if one.reason is not Reason.EXTRA_FILE)
 
 
 def _fingerprint(published: PublishedArtifact) -> str:

@@ -6,6 +6,8 @@ pieces. The journal records the XXH3-128 of every piece that was written, so a l
     {"file": FILE, "start": BYTE, "stop": BYTE, "xxh3": DIGEST}
     {"distrusted": FILE}                                         the SHA-256 of the file was wrong: fetch it again
 
+Files that only accompany the model may differ from the manifest. Such a file is fetched as it is in the commit.
+
 The staging directory is verified like any artifact before it is renamed.
 """
 
@@ -19,15 +21,20 @@ from dataclasses import dataclass
 
 from qformat.artifact.digests import sha256_of_file, xxh3, xxh3_of_range
 from qformat.artifact.manifest import FileRecord
-from qformat.artifact.reading.verify import range_checks, verify_integrity
+from qformat.artifact.reading.file_roles import accompanies
+from qformat.artifact.reading.verify import Finding, range_checks, verify_integrity
 from qformat.artifact.writing.behind import Follower, WrittenFile
 from qformat.artifact.writing.staging import Staging
 from qformat.cores import run_tasks, usable_cores
 from qformat.errors import ArtifactError, Interrupted, Reason
 from qformat.hub.reading.listing import PublishedArtifact
+from qformat.hub.reading.repository import RemoteFile
 from qformat.hub.reading.transfer import Transfer
 from qformat.hub.signature import MAX_SIGNATURE_NBYTES
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
+
+MAX_ACCOMPANYING_NBYTES = 64 * 2**20
+"""Largest file that is fetched although it differs from the manifest. It is held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,13 @@ class FetchRun:
         self, published: PublishedArtifact, staging: Staging, transfer: Transfer, on_progress: Callable[[int], None]
     ) -> None:
         self._published = published
-        self._files = published.manifest.files
+        listed = published.repository.files
+        self._files = {
+            name: record
+            for name, record in published.manifest.files.items()
+            if not accompanies(name, record) or (name in listed and _agrees(record, listed[name]))
+        }
+        self.notices: tuple[Finding, ...] = ()
         self._staging = staging
         self._transfer = transfer
         self._on_progress = on_progress
@@ -70,6 +83,8 @@ class FetchRun:
             for name, record in self._files.items():
                 if digests[name] != record.sha256:
                     self._repair(name, record)
+        for name in self._published.manifest.files.keys() - self._files.keys():
+            self._fetch_changed(name)
         self._write_small()
         self._refuse_damaged()
         self._staging.seal()
@@ -146,7 +161,9 @@ class FetchRun:
             self._fetch_piece(piece)
         path = self._staging.folder / name
         found = sha256_of_file(self._descriptors[name], record.nbytes, path=path, error=ArtifactError)
-        if found != record.sha256:
+        if found != record.sha256 and accompanies(name, record):
+            self._fetch_changed(name)
+        elif found != record.sha256:
             self._staging.record({"distrusted": name})
             raise ArtifactError(
                 Reason.FILE_DIGEST,
@@ -154,6 +171,16 @@ class FetchRun:
                 f"does not match the manifest after two downloads: found SHA-256 {found}, expected {record.sha256}",
                 next_step="Run the same command again: it fetches this file from scratch and keeps the others",
             )
+
+    def _fetch_changed(self, name: str) -> None:
+        """Fetch a file that only accompanies the model as it is in the commit, unless it is missing or too large."""
+        path, listed = self._staging.folder / name, self._published.repository.files.get(name)
+        if listed is None or listed.nbytes > MAX_ACCOMPANYING_NBYTES:
+            self._staging.disk.remove_file(path)
+            return
+        data = self._published.repository.read_small(name, max_nbytes=MAX_ACCOMPANYING_NBYTES)
+        self._arrived(len(data))
+        self._staging.disk.write_file(path, data)
 
     def _damaged(self, name: str, record: FileRecord) -> list[_Piece]:
         """Return the pieces with a mismatch against the manifest's XXH3-128, or all pieces if it does not show any."""
@@ -179,6 +206,7 @@ class FetchRun:
         report = verify_integrity(self._staging.folder, workers=usable_cores())
         if not report.passed:
             raise report.findings[0].as_error(self._staging.folder)
+        self.notices = report.notices
 
     def _xxh3_of(self, piece: _Piece) -> str:
         path = self._staging.folder / piece.file
@@ -187,3 +215,8 @@ class FetchRun:
     def _pieces(self, name: str, record: FileRecord) -> list[_Piece]:
         step = self._transfer.piece_nbytes
         return [_Piece(name, start, min(start + step, record.nbytes)) for start in range(0, record.nbytes, step)]
+
+
+def _agrees(record: FileRecord, listed: RemoteFile) -> bool:
+    """Return whether a file of the repository can be the one in the manifest, as far as the listing shows."""
+    return listed.nbytes == record.nbytes and listed.sha256 in {None, record.sha256}

@@ -22,10 +22,16 @@ from qformat.artifact.digests import xxh3
 from qformat.artifact.header import Header
 from qformat.artifact.manifest import FileRecord
 from qformat.artifact.reading.structure import check_config, check_index, check_tensors
-from qformat.artifact.reading.verify import Finding, finding_of
+from qformat.artifact.reading.verify import Finding, finding_of, signed_differences
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
-from qformat.hub.reading.listing import PublishedArtifact, listing_findings, read_published
+from qformat.hub.reading.listing import (
+    PublishedArtifact,
+    listing_findings,
+    listing_notices,
+    only_accompanies,
+    read_published,
+)
 from qformat.hub.reading.remote import open_repository
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.hub.signature import check_published_signature
@@ -43,6 +49,7 @@ class RemoteReport:
         repository: Repository of the artifact.
         commit: Commit of that repository.
         findings: Every problem that was found.
+        notices: Changed, missing and additional files that only accompany the model (spec section 2.5).
         n_files: Number of files, including the manifest but not the signature.
         nbytes: Size of these files in bytes.
         nbytes_read: Bytes that were downloaded.
@@ -60,6 +67,7 @@ class RemoteReport:
     signed: bool = False
     signature_checked: bool = False
     others: tuple[str, ...] = ()
+    notices: tuple[Finding, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -96,12 +104,14 @@ def verify_remote(
     except ArtifactError as error:
         return RemoteReport(repository, opened.commit, (finding_of(error),))
     check = _Check(published, transfer.connections, on_progress)
-    findings = [*listing_findings(published)]
-    reported = {finding.file for finding in findings}
-    findings += check.files(reported)
+    findings, notices = [*listing_findings(published)], [*listing_notices(published)]
+    for found in check.files({one.file for one in (*findings, *notices)}):
+        (notices if only_accompanies(published, found.file) else findings).append(found)
     if not findings:
         findings += check.structure()
     if public_key is not None:
+        signed = signed_differences(notices)
+        findings, notices = [*findings, *signed], [one for one in notices if one not in signed]
         findings += check.signature(public_key)
     return RemoteReport(
         repository=repository,
@@ -113,6 +123,7 @@ def verify_remote(
         signed=published.signed,
         signature_checked=public_key is not None and all(one.file != SIGNATURE_NAME for one in findings),
         others=published.others,
+        notices=tuple(notices),
     )
 
 

@@ -80,7 +80,7 @@ def _verdict(facts: VerificationFacts) -> str:
     title = "Passed" if facts["passed"] else f"Failed: {len(findings)} finding{'s' if len(findings) != 1 else ''}"
     state = "good" if facts["passed"] else "bad"
     verdict = f'<div class="verdict {state}"><strong>{title}</strong><ul>{"".join(checks)}</ul></div>'
-    return verdict + _findings(findings)
+    return verdict + _findings("Findings", findings) + _findings("Notices", facts["notices"])
 
 
 def _comparisons(comparison: ComparisonFacts) -> list[tuple[str, int, int]]:
@@ -113,7 +113,7 @@ def _check(passed: bool, text: str) -> str:
     return f'<li class="{"yes" if passed else "no"}">{text}</li>'
 
 
-def _findings(findings: Sequence[FindingFacts]) -> str:
+def _findings(title: str, findings: Sequence[FindingFacts]) -> str:
     if not findings:
         return ""
     shown = "".join(
@@ -121,7 +121,7 @@ def _findings(findings: Sequence[FindingFacts]) -> str:
         f"<code>{escape(finding['tensor'] or finding['file'])}</code><p>{escape(finding['message'])}</p></div>"
         for finding in findings
     )
-    return f"<h2>Findings</h2>{shown}"
+    return f"<h2>{title}</h2>{shown}"
 
 
 def _summary(facts: VerificationFacts, comparison: ComparisonFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -183,6 +184,7 @@ def artifact_vectors(folder: Path) -> list[JsonObject]:
     add_usual(a, drawn, folder)
     add_scales(a)
     add_kept_and_names(a, drawn, folder)
+    add_accompanied(a, drawn)
     return a.described
 
 
@@ -254,3 +256,18 @@ def add_kept_and_names(a: ArtifactVectors, drawn: Drawn, folder: Path) -> None:
           {LAYER + "q_proj.weight": drawn.weight((4, 16)), "model.norm.weight": drawn.norm(8)})  # fmt: skip
     relay(folder / "other_layout")
     a.rewritten(folder / "other_layout")
+
+
+def add_accompanied(a: ArtifactVectors, drawn: Drawn) -> None:
+    """Add an artifact with files that accompany the model, and with the record of an accepted change."""
+    a.add("accompanied", "a tokenizer, which is part of the model; a card, licences and an image, which accompany it",
+          "L7 L8 M12",
+          {LAYER + "q_proj.weight": drawn.weight((4, 16)), "model.norm.weight": drawn.norm(8)},
+          side_files={"README.md": b"# A model\n", "LICENSE": b"free\n", "Notice_2.TXT": b"by us\n",
+                      "tokenizer.json": b"{}\n", "chat_template.jinja": b"{{ messages }}\n",
+                      "architecture.svg": b"<svg/>\n"},
+          extra={"sealed": [
+              {"file": "chat_template.jinja", "previous_sha256": None, "sha256": hashlib.sha256(
+                  b"{{ messages }}\n").hexdigest()},
+              {"file": "merges.txt", "previous_sha256": "0" * 64, "sha256": None},
+          ]})  # fmt: skip

@@ -29,6 +29,11 @@ LIMITS = {MANIFEST: 2**27, INDEX: 2**26, CONFIG: 2**22}
 QUANTIZATION = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                 "bnb_4bit_quant_storage": "uint8"}  # fmt: skip
 HEADER_LIMIT, CHUNK_NBYTES, LARGEST_FLOAT32, STATE = 2**25, 2**22, 2.0**128 - 2.0**104, ".quant_state.bitsandbytes__nf4"
+DOCUMENT = r".*\.(md|rst|pdf|png|jpg|jpeg|gif|webp|svg)"
+LICENSE = r"((LICENSE|LICENCE|COPYING|NOTICE|USE_POLICY)([-_][^.]*)?|[^.]*[-_]LICEN[CS]E)(\.txt)?"
+TRAINING = r"""training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state(_[0-9]+)?\.pth
+               |(all|train|eval|test|predict)_results\.json|checkpoint-[0-9]+|runs"""
+ACCOMPANIES = re.compile(f"{DOCUMENT}|{LICENSE}|{TRAINING}", re.VERBOSE | re.IGNORECASE | re.ASCII | re.DOTALL)  # [2.5]
 SKIP_LIST, PARTS = "llm_int8_skip_modules", (".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", STATE)
 
 
@@ -102,6 +107,8 @@ def check_manifest(data: bytes, manifest: Any) -> tuple[dict[str, Any], dict[str
     kinds = {"must_understand": list, "generator": str, "source": dict, "recipe": dict, "tensors": dict, "files": dict}
     demand(all(isinstance(manifest.get(key), kind) for key, kind in kinds.items()), "manifest_field", MANIFEST)
     good = manifest["tensors"] and all(isinstance(item, str) for item in manifest["must_understand"])
+    sealed = manifest.get("sealed", [])
+    good = good and isinstance(sealed, list) and all(is_change(entry) for entry in sealed)
     demand(good and isinstance(manifest.get("evaluation", {}), dict), "manifest_field", MANIFEST)
     demand(not manifest["must_understand"], "unsupported_feature", MANIFEST)
     for name, entry in manifest["tensors"].items():
@@ -114,6 +121,11 @@ def check_manifest(data: bytes, manifest: Any) -> tuple[dict[str, Any], dict[str
         good = good and is_hex(entry.get("header_xxh3", "" if name.endswith(".safetensors") else "0" * 32), 32)
         demand(good and name != MANIFEST, "manifest_field", MANIFEST)
     return manifest["tensors"], manifest["files"]
+
+
+def is_change(entry: Any) -> bool:  # [M12]
+    digests = [entry.get(key, "") for key in ("previous_sha256", "sha256")] if isinstance(entry, dict) else [""]
+    return all(item is None or is_hex(item, 64) for item in digests) and isinstance(entry.get("file"), str)
 
 
 def is_tensor_entry(entry: dict[str, Any], name: str) -> bool:  # [7.2]
@@ -200,6 +212,8 @@ class Artifact:
         self.opened: dict[str, int] = {}  # tensor of a shard -> open file
         shard_of: dict[str, str] = {}
         for file, entry in self.files.items():
+            if ACCOMPANIES.fullmatch(file) and "header_xxh3" not in entry:
+                continue
             descriptor, digest = open_file(folder, file), hashlib.sha256()
             demand(os.fstat(descriptor).st_size == entry["nbytes"], "file_size", file)
             if "header_xxh3" in entry:
@@ -225,7 +239,8 @@ class Artifact:
         demand(good and not any(x.startswith(item + ".") for x in packed for item in skip), "skip_modules", CONFIG)
         for name, entry in packed.items():
             self.check_packed(name, entry)
-        good = all(path.name in {*self.files, MANIFEST, SIGNATURE} or path.name[0] == "." for path in folder.iterdir())
+        extra = {path.name for path in folder.iterdir()} - {*self.files, MANIFEST, SIGNATURE}
+        good = all(name[0] == "." or ACCOMPANIES.fullmatch(name) for name in extra)
         demand(good, "extra_file", folder)
 
     def check_packed(self, name: str, entry: dict[str, Any]) -> None:  # [3.2, 5.3]

@@ -74,7 +74,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         fields.refuse("files", "lists the manifest itself")
     known = {
         "format", "format_version", "must_understand", "generator",
-        "source", "recipe", "evaluation", "tensors", "files", "manifest_sha256",
+        "source", "recipe", "evaluation", "sealed", "tensors", "files", "manifest_sha256",
     }  # fmt: skip
     return Manifest(
         tensors={name: _parse_tensor(fields, name, value) for name, value in tensors.items()},
@@ -85,6 +85,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         format_version=version,
         must_understand=tuple(must_understand),
         evaluation=fields.mapping(record, "evaluation") if "evaluation" in record else None,
+        sealed=_parse_sealed(fields, record),
         extra={key: value for key, value in record.items() if key not in known},
     )
 
@@ -199,6 +200,21 @@ def _parse_tensor(fields: _Fields, name: str, value: strict_json.Json) -> Tensor
         },
         source_xxh3=fields.source_digest(value),
     )
+
+
+def _parse_sealed(fields: _Fields, record: JsonObject) -> tuple[JsonObject, ...] | None:
+    if "sealed" not in record:
+        return None
+    value = record["sealed"]
+    entries = [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
+    if not isinstance(value, list) or len(entries) != len(value):
+        fields.refuse("sealed", "is not a list of objects")
+    for entry in entries:
+        fields.string(entry, "file")
+        for name in ("previous_sha256", "sha256"):
+            if name not in entry or entry[name] is not None:
+                fields.matching(entry, name, _HEX256, "a SHA-256")
+    return tuple(entries)
 
 
 def _parse_file(fields: _Fields, name: str, value: strict_json.Json) -> FileRecord:

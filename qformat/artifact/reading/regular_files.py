@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qformat.errors import InvalidFileError, Reason
+from qformat.errors import ArtifactError, InvalidFileError, Reason
 
 MAX_FILE_NAME_NBYTES = 255
 """Longest file name of common file systems, in bytes."""
@@ -87,6 +87,22 @@ def read_small(folder: Path, name: str, *, max_nbytes: int, error: type[InvalidF
         data = bytearray(nbytes)
         read_exactly(descriptor, 0, memoryview(data), path=folder / name, error=error)
         return bytes(data)
+
+
+def read_if_regular(folder: Path, name: str) -> bytes | None:
+    """Return the bytes of a file, None if it does not exist, cannot be read or is not a regular file.
+
+    Args:
+        folder: Directory of the file.
+        name: Name of the file.
+    """
+    try:
+        with open_regular(folder, name, error=ArtifactError) as descriptor:
+            data = bytearray(os.fstat(descriptor).st_size)
+            read_exactly(descriptor, 0, memoryview(data), path=folder / name, error=ArtifactError)
+            return bytes(data)
+    except ArtifactError:
+        return None
 
 
 def read_exactly(

@@ -22,6 +22,7 @@ from qformat.artifact.layout import alignment
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading import manifest_parser
+from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
@@ -90,6 +91,8 @@ def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
         descriptors: dict[str, int] = {}
         headers: dict[str, Header] = {}
         for name, record in parsed.files.items():
+            if accompanies(name, record):
+                continue
             descriptor = stack.enter_context(open_regular(path, name, error=ArtifactError))
             nbytes = os.fstat(descriptor).st_size
             if nbytes != record.nbytes:
@@ -151,8 +154,15 @@ def size_error(path: Path, found: int, expected: int) -> ArtifactError:
         expected: Size in the manifest in bytes.
     """
     return ArtifactError(
-        Reason.FILE_SIZE, path, f"the file has {found} bytes, expected {expected}", next_step="Fetch the file again"
+        Reason.FILE_SIZE, path, f"the file has {found} bytes, expected {expected}", next_step=next_step_for(path)
     )
+
+
+def next_step_for(path: Path) -> str:
+    """Return what to do about a file that differs from the manifest."""
+    if not can_be_accepted(path.name):
+        return "Fetch the file again"
+    return "Fetch the file again, or accept the change with `qformat seal` if it was made on purpose"
 
 
 def check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) -> None:

@@ -16,8 +16,16 @@ from typing import TypeVar
 from qformat.artifact import header
 from qformat.artifact.digests import sha256_of_file, xxh3_of_range
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest
+from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
 from qformat.artifact.reading.regular_files import open_regular
-from qformat.artifact.reading.structure import Structure, check_structure, expected_tensors, read_manifest, size_error
+from qformat.artifact.reading.structure import (
+    Structure,
+    check_structure,
+    expected_tensors,
+    next_step_for,
+    read_manifest,
+    size_error,
+)
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
@@ -62,6 +70,7 @@ class IntegrityReport:
     Attributes:
         path: Directory of the artifact.
         findings: All problems.
+        notices: Changed, missing and additional files that only accompany the model (spec section 2.5).
         n_files: Number of files, including the manifest.
         nbytes: Total size of the files that the manifest lists, in bytes.
         sha256_checked: Whether the SHA-256 of every shard was checked.
@@ -74,6 +83,7 @@ class IntegrityReport:
     n_files: int
     nbytes: int
     sha256_checked: bool
+    notices: tuple[Finding, ...] = ()
     manifest: Manifest | None = field(default=None, repr=False)
     structure: Structure | None = field(default=None, repr=False)
 
@@ -149,6 +159,7 @@ def verify_integrity(
     on_plan(sum(record.nbytes for record in manifest.files.values() if record.header_xxh3 is not None))
     findings: list[Finding] = []
     with ExitStack() as stack:
+        notices = _notices(path, manifest)
         descriptors = _open_files(path, manifest, stack, findings)
         checks = list(range_checks(path, manifest, descriptors, findings))
         whole = [
@@ -167,7 +178,7 @@ def verify_integrity(
 
         findings += _found(checks, run, workers)
         findings += _found(whole, run_whole, workers)
-    findings += _extra_files(path, manifest)
+    findings += [finding for finding in _extra_files(path, manifest) if not accompanies(finding.file)]
     structure: Structure | None = None
     try:
         structure = check_structure(path, parsed=manifest)
@@ -177,7 +188,14 @@ def verify_integrity(
         findings += [found] if all(found.file != earlier.file for earlier in findings) else []
     nbytes = sum(record.nbytes for record in manifest.files.values())
     return IntegrityReport(
-        path, tuple(findings), len(manifest.files) + 1, nbytes, sha256, manifest=manifest, structure=structure
+        path,
+        tuple(findings),
+        len(manifest.files) + 1,
+        nbytes,
+        sha256,
+        notices=notices,
+        manifest=manifest,
+        structure=structure,
     )
 
 
@@ -188,24 +206,40 @@ def _found(checks: Sequence[_Check], run: Callable[[_Check], Finding | None], wo
 
 
 def verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
-    """Check the files other than shards: the SHA-256 of those in the manifest, and the absence of others.
+    """Check the files of the model other than shards: the SHA-256 of those in the manifest, and the absence of others.
 
     Args:
         path: Directory of the artifact.
         manifest: Manifest of the artifact.
     """
-    names = [name for name, record in manifest.files.items() if record.header_xxh3 is None]
-    findings: list[Finding] = []
-    with ExitStack() as stack:
-        for name in names:
-            try:
-                descriptor = stack.enter_context(open_regular(path, name, error=ArtifactError))
-            except ArtifactError as error:
-                findings.append(finding_of(error))
-                continue
-            finding = _check_whole(path / name, descriptor, manifest.files[name])
-            findings += [] if finding is None else [finding]
-    return (*findings, *_extra_files(path, manifest))
+    names = [
+        name for name, record in manifest.files.items() if record.header_xxh3 is None and not accompanies(name, record)
+    ]
+    extra = [finding for finding in _extra_files(path, manifest) if not accompanies(finding.file)]
+    return (*_check_files(path, manifest, names), *extra)
+
+
+def _notices(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
+    """Return what differs from the manifest among the files that only accompany the model."""
+    names = [name for name, record in manifest.files.items() if accompanies(name, record)]
+    extra = [finding for finding in _extra_files(path, manifest) if accompanies(finding.file)]
+    return (*_check_files(path, manifest, names), *extra)
+
+
+def _check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> Iterator[Finding]:
+    for name in names:
+        try:
+            with open_regular(path, name, error=ArtifactError) as descriptor:
+                finding = _check_whole(path / name, descriptor, manifest.files[name])
+        except ArtifactError as error:
+            finding = finding_of(error)
+        if finding is not None:
+            yield finding
+
+
+def signed_differences(notices: Iterable[Finding]) -> list[Finding]:
+    """Return the notices about files that the manifest lists: with a signature, they are findings (spec section 7.5)."""
+    return [notice for notice in notices if notice.reason is not Reason.EXTRA_FILE]
 
 
 def finding_of(error: ArtifactError) -> Finding:
@@ -214,8 +248,11 @@ def finding_of(error: ArtifactError) -> Finding:
 
 
 def _open_files(path: Path, manifest: Manifest, stack: ExitStack, findings: list[Finding]) -> dict[str, int]:
+    """Open the files of the model."""
     descriptors: dict[str, int] = {}
-    for name in manifest.files:
+    for name, record in manifest.files.items():
+        if accompanies(name, record):
+            continue
         try:
             descriptors[name] = stack.enter_context(open_regular(path, name, error=ArtifactError))
         except ArtifactError as error:
@@ -268,7 +305,7 @@ def _check_whole(path: Path, descriptor: int, record: FileRecord) -> Finding | N
         return finding_of(error)
     if found == record.sha256:
         return None
-    message = f"{path}: was changed: SHA-256 {found}, expected {record.sha256}. Fetch the file again"
+    message = f"{path}: was changed: SHA-256 {found}, expected {record.sha256}. {next_step_for(path)}"
     return Finding(Reason.FILE_DIGEST, path.name, message)
 
 
@@ -278,4 +315,5 @@ def _extra_files(path: Path, manifest: Manifest) -> Iterable[Finding]:
         # Names that begin with a dot belong to git or to clients of the Hub. No reader opens them.
         if entry.name not in known and not entry.name.startswith("."):
             name = os.fsencode(entry.name).decode("utf-8", "backslashreplace")  # the name may be invalid UTF-8
-            yield Finding(Reason.EXTRA_FILE, name, f"{path / name}: is not in the manifest. Move it elsewhere")
+            accept = ", or accept it with `qformat seal`" if can_be_accepted(entry.name) and entry.is_file() else ""
+            yield Finding(Reason.EXTRA_FILE, name, f"{path / name}: is not in the manifest. Move it elsewhere{accept}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from qformat import strict_json
@@ -12,21 +13,25 @@ from qformat.artifact.reading.manifest_parser import parse
 from qformat.errors import ArtifactError
 
 
-def with_file(data: bytes, path: Path, name: str, file: FileRecord) -> bytes:
-    """Return a manifest with the entry of one file added or replaced.
+def with_files(data: bytes, path: Path, files: Mapping[str, FileRecord | None]) -> bytes:
+    """Return a manifest with entries of files added, replaced or removed.
 
     Args:
         data: Bytes of the manifest.
         path: Path of the manifest, for error messages.
-        name: Name of the file.
-        file: Entry of the file.
+        files: New entries by name, None to remove an entry.
 
     Raises:
         ArtifactError: The manifest is invalid.
     """
     record = _checked_record(data, path)
     assert isinstance(record["files"], dict)
-    return sealed({**record, "files": dict(sorted({**record["files"], name: file_json(file)}.items()))})
+    return sealed({**record, "files": _entries_with(record["files"], files)})
+
+
+def _entries_with(old: JsonObject, files: Mapping[str, FileRecord | None]) -> dict[str, object]:
+    new = {name: file_json(record) for name, record in files.items() if record is not None}
+    return dict(sorted({**{name: entry for name, entry in old.items() if name not in files}, **new}.items()))
 
 
 def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:

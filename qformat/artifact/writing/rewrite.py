@@ -22,8 +22,9 @@ from qformat.artifact.components import Component
 from qformat.artifact.digests import READ_NBYTES, Buffer, Xxh3
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manifest, TensorRecord
+from qformat.artifact.reading.file_roles import accompanies
 from qformat.artifact.reading.manifest_parser import parse
-from qformat.artifact.reading.regular_files import open_regular, read_chunks, read_exactly, read_small
+from qformat.artifact.reading.regular_files import open_regular, read_chunks, read_exactly, read_if_regular, read_small
 from qformat.artifact.reading.structure import (
     Located,
     ShardLayout,
@@ -79,19 +80,32 @@ def rewrite(
         ArtifactError: A file is damaged or missing.
         TargetError: The output cannot be written.
     """
-    files, disk = files or {}, staging.disk
+    files, disk = dict(files or {}), staging.disk
     copy = _Copy(layout, staging, held, _expected_digests(layout), next_step)
     kept = copy.read_manifest(layout) if isinstance(layout, Structure) else b""
     sha256 = {shard: copy.write_shard(shard) for shard in layout.shard_nbytes}
+    removed: list[str] = []
     for name, record in _other_files(layout).items():
-        if name not in files:
+        if name in files:
+            continue
+        if record is not None and accompanies(name, record):
+            found = read_if_regular(layout.path, name)
+            if found is None:
+                removed.append(name)
+            elif hashlib.sha256(found).hexdigest() != record.sha256:
+                files[name] = found
+            else:
+                disk.write_file(staging.folder / name, found)
+        else:
             disk.write_file(staging.folder / name, copy.read_other(name, record))
     for name, data in files.items():
         disk.write_file(staging.folder / name, data)
-    same = not copy.changed and not files
+    same = not (copy.changed or files or removed)
     if isinstance(layout, Structure):
         if not same or recipe is not None:
-            kept = _renewed(layout.manifest, copy.changed, sha256, files, recipe).to_bytes()
+            listed = {name: record for name, record in layout.manifest.files.items() if name not in removed}
+            old = replace(layout.manifest, files=listed)
+            kept = _renewed(old, copy.changed, sha256, files, recipe).to_bytes()
         disk.write_file(staging.folder / MANIFEST_NAME, kept)
         check_structure(staging.folder)
     staging.seal()

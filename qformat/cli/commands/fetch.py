@@ -81,6 +81,7 @@ def _facts(summary: FetchSummary) -> dict[str, object]:
         "nbytes_fetched": summary.nbytes_fetched,
         "signed": summary.signed,
         "others": list(summary.others),
+        "notices": [{"reason": one.reason.value, "file": one.file, "message": one.message} for one in summary.notices],
     }
 
 
@@ -88,6 +89,8 @@ def _show(summary: FetchSummary) -> None:
     where = f"{summary.repository}@{summary.commit[:12]}"
     if summary.others:
         echo(f"Note: {where} also holds files that are not in the manifest: {some(summary.others)}", err=True)
+    for notice in summary.notices:
+        echo(f"Notice: {notice.message}", err=True)
     if summary.already_complete:
         echo_complete(summary.out)
         return

@@ -134,6 +134,8 @@ def _show(found: Verification, source: str | None, report: Path | None) -> None:
         _show_comparison(comparison, found.comparison_s)
     elif source is not None:
         echo(f"{source}: not compared, because the artifact cannot be opened")
+    for notice in facts["notices"]:
+        echo(f"notice: {notice['message']}")
     for finding in facts["findings"]:
         echo(f"{finding['reason']}: {finding['message']}")
     if report is not None:

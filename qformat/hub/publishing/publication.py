@@ -13,9 +13,10 @@ from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import FileRecord, Manifest
+from qformat.artifact.reading.file_roles import accompanies
 from qformat.artifact.reading.manifest_parser import parse
-from qformat.artifact.reading.regular_files import read_small
-from qformat.artifact.writing.manifest_edits import with_file
+from qformat.artifact.reading.regular_files import read_if_regular, read_small
+from qformat.artifact.writing.manifest_edits import with_files
 from qformat.errors import ArtifactError
 from qformat.hub.reading.repository import RemoteFile, git_blob_oid
 from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
@@ -104,10 +105,21 @@ def prepare(artifact: Path, card: str) -> Publication:
     path = artifact / MANIFEST_NAME
     local = read_small(artifact, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     readme = PublishedFile.of_bytes(CARD_NAME, card.encode("utf-8"))
-    data = with_file(local, path, CARD_NAME, FileRecord(readme.nbytes, readme.sha256))
+    records = _renewed_records(artifact, parse(local, path))
+    data = with_files(local, path, {**records, CARD_NAME: FileRecord(readme.nbytes, readme.sha256)})
     manifest = parse(data, path)
     files = {
         name: readme if name == CARD_NAME else PublishedFile(name, record.nbytes, record.sha256, artifact / name)
         for name, record in manifest.files.items()
     }
     return Publication({**files, MANIFEST_NAME: PublishedFile.of_bytes(MANIFEST_NAME, data)}, manifest)
+
+
+def _renewed_records(artifact: Path, manifest: Manifest) -> dict[str, FileRecord | None]:
+    """Return the present entries of the files that only accompany the model, None for those that do not exist."""
+    found: dict[str, FileRecord | None] = {}
+    for name, record in manifest.files.items():
+        if accompanies(name, record):
+            data = read_if_regular(artifact, name)
+            found[name] = None if data is None else FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    return found

@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qformat.artifact.reading.verify import verify_integrity
+from qformat.artifact.reading.verify import IntegrityReport, verify_integrity
 from qformat.cores import usable_cores
-from qformat.errors import HubError, InvalidFileError, Option, UsageError, VerificationError, Words
+from qformat.errors import HubError, InvalidFileError, Option, Reason, UsageError, VerificationError
 from qformat.hub.card.prepared_card import CardOptions, PreparedCard, prepare_card
 from qformat.hub.names import check_repository_name, check_revision
 from qformat.hub.publishing.changes import Changes, find_changes
@@ -132,7 +132,9 @@ def publish(
     """
     artifact, options = Path(artifact), options or PublishOptions()
     check_repository_name(repository)
-    _refuse_damaged(artifact, workers or usable_cores(), on_plan, on_progress)
+    report = _refuse_damaged(artifact, workers or usable_cores(), on_plan, on_progress)
+    if card is None or card.card is None:
+        _refuse_lost_card(report)
     signed = options.sign_key is not None
     prepared = prepare_card(artifact, repository, card or CardOptions(), signed=signed, token=token)
     if prepared.concern is not None and not (options.confirm_license or options.dry_run):
@@ -195,17 +197,26 @@ def _upload(
 
 def _refuse_damaged(
     artifact: Path, workers: int, on_plan: Callable[[int], None], on_progress: Callable[[int], None]
-) -> None:
+) -> IntegrityReport:
     report = verify_integrity(artifact, sha256=True, workers=workers, on_plan=on_plan, on_progress=on_progress)
     if report.passed:
-        return
+        return report
     shown = [finding.message for finding in report.findings[:_SHOWN_FINDINGS]]
     more = len(report.findings) - len(shown)
     text = "\n".join([*shown, *([f"and {more} more findings"] if more else [])])
-    hint: Words = ()
-    if any(finding.file == CARD_NAME for finding in report.findings):
-        hint = ("\nTo publish a model card of your own, use ", Option("card", "FILE"))
-    raise VerificationError(f"{artifact}: is damaged and is not published:\n{text}", *hint)
+    raise VerificationError(f"{artifact}: is damaged and is not published:\n{text}")
+
+
+def _refuse_lost_card(report: IntegrityReport) -> None:
+    """Raise VerificationError if the directory has a model card that a generated one would replace."""
+    edited = {notice.file for notice in report.notices if notice.reason is not Reason.MISSING_FILE}
+    if CARD_NAME in edited:
+        raise VerificationError(
+            f"{report.path / CARD_NAME}: was added or edited, but a generated model card would be published. "
+            "To publish this one, use ",
+            Option("card", "FILE"),
+            f". To publish a generated one, move {CARD_NAME} elsewhere",
+        )
 
 
 def _signature(

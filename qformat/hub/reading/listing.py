@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import Manifest
+from qformat.artifact.reading.file_roles import accompanies
 from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.verify import Finding
 from qformat.errors import ArtifactError, Reason
@@ -81,11 +82,30 @@ def read_published(repository: Repository) -> PublishedArtifact:
     return PublishedArtifact(repository, parse(data, where / MANIFEST_NAME), data)
 
 
-def listing_findings(published: PublishedArtifact) -> Iterator[Finding]:
-    """Yield the contradictions between listing and manifest: missing files, sizes, SHA-256 digests, unlisted shards.
+def listing_findings(published: PublishedArtifact) -> tuple[Finding, ...]:
+    """Return the contradictions between listing and manifest: missing files, sizes, SHA-256 digests, unlisted entries.
 
     The Hub does not list the SHA-256 of files outside of large-file storage, so only their sizes are compared.
     """
+    return tuple(one for one in _differences(published) if not only_accompanies(published, one.file))
+
+
+def listing_notices(published: PublishedArtifact) -> tuple[Finding, ...]:
+    """Return the differences of files that only accompany the model (spec section 2.5)."""
+    return tuple(one for one in _differences(published) if only_accompanies(published, one.file))
+
+
+def only_accompanies(published: PublishedArtifact, name: str) -> bool:
+    """Return whether a file or a directory of the repository only accompanies the model (spec section 2.5).
+
+    Args:
+        published: The artifact in the repository.
+        name: Name in the top directory.
+    """
+    return accompanies(name, published.manifest.files.get(name))
+
+
+def _differences(published: PublishedArtifact) -> Iterator[Finding]:
     files = published.repository.files
     for name, record in published.manifest.files.items():
         path = published.where / name
@@ -99,7 +119,8 @@ def listing_findings(published: PublishedArtifact) -> Iterator[Finding]:
                 f"{path}: does not match the manifest: found SHA-256 {files[name].sha256}, expected {record.sha256}"
             )
             yield Finding(Reason.FILE_DIGEST, name, message)
-    for name in files:
-        if "/" not in name and name.endswith(_WEIGHTS) and name not in published.manifest.files:
-            message = f"{published.where / name}: is not in the manifest, and some readers would load it as a shard"
-            yield Finding(Reason.EXTRA_FILE, name, message)
+    taken = {*published.manifest.files, MANIFEST_NAME, SIGNATURE_NAME}
+    for name in dict.fromkeys(path.partition("/")[0] for path in files):
+        if name not in taken and not name.startswith("."):
+            why = ", and some readers would load it as a shard" if name.endswith(_WEIGHTS) else ""
+            yield Finding(Reason.EXTRA_FILE, name, f"{published.where / name}: is not in the manifest{why}")
