@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qformat.artifact.reading.reader import open_artifact as open
     from qformat.artifact.reading.verify import IntegrityReport
     from qformat.artifact.reading.verify import verify_integrity as verify
+    from qformat.artifact.writing.accept_changes import FileChange, SealResult, seal
     from qformat.converters.compare.compare import Comparison, compare
     from qformat.converters.compare.verification import Verification, verify_against_source
     from qformat.converters.convert import ConversionOptions, ConversionSummary, convert, plan
@@ -52,6 +53,7 @@ _PUBLIC = {
     "ConversionOptions": "qformat.converters.convert:ConversionOptions",
     "ConversionSummary": "qformat.converters.convert:ConversionSummary",
     "Difference": "qformat.hub.diff:Difference",
+    "FileChange": "qformat.artifact.writing.accept_changes:FileChange",
     "FetchSummary": "qformat.hub.fetch:FetchSummary",
     "Evaluation": "qformat.quality.evaluation.evaluate:Evaluation",
     "IntegrityReport": "qformat.artifact.reading.verify:IntegrityReport",
@@ -59,6 +61,7 @@ _PUBLIC = {
     "PackedTensor": "qformat.artifact.reading.reader:PackedTensor",
     "Plan": "qformat.converters.encode.plan:Plan",
     "PublishOptions": "qformat.hub.publishing.publish:PublishOptions",
+    "SealResult": "qformat.artifact.writing.accept_changes:SealResult",
     "Published": "qformat.hub.publishing.publish:Published",
     "RemoteReport": "qformat.hub.remote_verify:RemoteReport",
     "TrainingJob": "qformat.training.run:TrainingJob",
@@ -81,6 +84,7 @@ _PUBLIC = {
     "plan": "qformat.converters.convert:plan",
     "publish": "qformat.hub.publishing.publish:publish",
     "register": "qformat.model.transformers_quantizer:register",
+    "seal": "qformat.artifact.writing.accept_changes:seal",
     "train": "qformat.training.run:train",
     "tune": "qformat.quality.tuning.tune:tune",
     "verify": "qformat.artifact.reading.verify:verify_integrity",
@@ -98,6 +102,7 @@ __all__ = [
     "Difference",
     "Evaluation",
     "FetchSummary",
+    "FileChange",
     "IntegrityReport",
     "KeptTensor",
     "PackedTensor",
@@ -105,6 +110,7 @@ __all__ = [
     "PublishOptions",
     "Published",
     "RemoteReport",
+    "SealResult",
     "TrainingJob",
     "TrainingResult",
     "TrainingSettings",
@@ -125,6 +131,7 @@ __all__ = [
     "plan",
     "publish",
     "register",
+    "seal",
     "train",
     "tune",
     "verify",

@@ -32,6 +32,7 @@ GROUPS = {
         "eval": "Compare an artifact's predictions with its 16-bit source.",
         "inspect": "Show the tensors of an artifact or a checkpoint.",
         "diff": "Show how two artifacts differ.",
+        "seal": "Accept deliberate changes of an artifact's small files.",
     },
     "Run": {
         "generate": "Generate text with an artifact.",

@@ -13,6 +13,9 @@ from qformat.artifact.reading.verify import IntegrityReport, verify_integrity
 from qformat.converters.convert import ConversionOptions, convert
 from tests.small_models import write_tiny
 
+ACCOMPANYING = "LICENSE"
+"""File of the artifact that may differ from the manifest (spec section 2.5)."""
+
 COMPONENTS = {
     ".nested_absmax": "nested_absmax",
     ".nested_quant_map": "nested_quant_map",
@@ -23,8 +26,8 @@ COMPONENTS = {
 
 
 def make_tiny_artifact(folder: Path, *, max_shard_nbytes: int = 1500) -> Path:
-    """Create an artifact of two shards and about 15 kB in `folder`."""
-    source = write_tiny(folder / "source")
+    """Create an artifact of two shards and about 15 kB in `folder`, with one file that only accompanies the model."""
+    source = write_tiny(folder / "source", side_files=("generation_config.json", ACCOMPANYING))
     convert(source, folder / "artifact", ConversionOptions(max_shard_nbytes=max_shard_nbytes), workers=1)
     return folder / "artifact"
 

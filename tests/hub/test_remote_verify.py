@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from qformat.artifact.manifest_seal import seal
+from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import HubError, Reason
 from qformat.hub.card.licenses import License
 from qformat.hub.card.prepared_card import CardOptions
+from qformat.hub.fetch import fetch
 from qformat.hub.publishing.publish import PublishOptions, publish
 from qformat.hub.remote_verify import RemoteReport, verify_remote
 from tests.hub.conftest import PATIENT, TOKEN
@@ -67,13 +69,58 @@ def test_a_changed_bit_of_a_shard_is_found(hub: Hub, published: dict[str, bytes]
     assert [(one.reason, one.file) for one in report.findings] == [(Reason.FILE_DIGEST, SHARD)]
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "LICENSE", "model.safetensors.index.json", "README.md", "tokenizer.json"]
-)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
 def test_a_changed_bit_of_a_small_file_is_found(hub: Hub, published: dict[str, bytes], name: str) -> None:
     hub.repositories.commit(NAME, {name: flipped(published[name], 1)})
     report = check()
     assert [(one.reason, one.file) for one in report.findings] == [(Reason.FILE_DIGEST, name)]
+
+
+@pytest.mark.parametrize("change", ["edited", "same size", "removed"])
+@pytest.mark.parametrize("name", ["LICENSE", "README.md"])
+def test_a_changed_file_that_accompanies_the_model_is_a_notice_here_and_locally(
+    hub: Hub, published: dict[str, bytes], tmp_path: Path, name: str, change: str
+) -> None:
+    repository = hub.repositories.by_name[NAME]
+    if change == "removed":
+        repository.commit("main", {file: one for file, one in repository.head.files.items() if file != name}, "less")
+    else:
+        hub.repositories.commit(
+            NAME, {name: published[name] + b"x" if change == "edited" else b"X" + published[name][1:]}
+        )
+    reason = {
+        "edited": Reason.FILE_SIZE,
+        "same size": Reason.FILE_DIGEST,
+        "removed": Reason.MISSING_FILE,
+    }[change]
+    report = check()
+    assert report.passed, report.findings
+    assert [(one.reason, one.file) for one in report.notices] == [(reason, name)]
+
+    summary = fetch(NAME, tmp_path / "out", transfer=PATIENT)
+    assert [(one.reason, one.file) for one in summary.notices] == [(reason, name)]
+    local = verify_integrity(tmp_path / "out", sha256=True)
+    assert local.passed
+    assert [(one.reason, one.file) for one in local.notices] == [(reason, name)]
+    there = {file: one.read() for file, one in repository.head.files.items() if not file.startswith(".")}
+    assert contents(tmp_path / "out") == there
+
+
+def test_with_a_signature_a_changed_file_that_accompanies_the_model_is_found(
+    hub: Hub, artifact: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("model_signing")
+    from qformat.cli.main import run
+
+    key = write_key(tmp_path)
+    publish(artifact, NAME, CardOptions(license=License("mit")), PublishOptions(sign_key=key), transfer=PATIENT)
+    hub.repositories.commit(NAME, {"README.md": b"another card", "photo.png": b"x"})
+    report = check(public_key=key.with_suffix(".pub"))
+    assert [(one.reason, one.file) for one in report.findings] == [(Reason.FILE_SIZE, "README.md")]
+    assert [(one.reason, one.file) for one in report.notices] == [(Reason.EXTRA_FILE, "photo.png")]
+    fetch(NAME, tmp_path / "out", transfer=PATIENT)
+    assert run(["verify", str(tmp_path / "out")]) == 0
+    assert run(["verify", str(tmp_path / "out"), "--public-key", str(key.with_suffix(".pub"))]) == 1
 
 
 def test_a_changed_manifest_is_found_and_another_intact_manifest_does_not_match(
@@ -88,16 +135,22 @@ def test_a_changed_manifest_is_found_and_another_intact_manifest_does_not_match(
 
 def test_missing_cut_and_additional_files_are_found(hub: Hub, published: dict[str, bytes]) -> None:
     repository = hub.repositories.by_name[NAME]
-    kept = {name: file for name, file in repository.head.files.items() if name != "LICENSE"}
+    kept = {name: file for name, file in repository.head.files.items() if name != "tokenizer.json"}
     repository.commit("main", kept, "one less")
-    hub.repositories.commit(NAME, {SHARD: published[SHARD][:-1], "adapter.safetensors": b"x", "notes.md": b"x"})
+    more = {"adapter.safetensors": b"x", "notes.md": b"x", "onnx/a": b"x", "onnx/b": b"x", "checkpoint-1/a": b"x"}
+    hub.repositories.commit(NAME, {SHARD: published[SHARD][:-1], **more})
     report = check()
-    assert {(one.reason, one.file) for one in report.findings} == {
-        (Reason.MISSING_FILE, "LICENSE"),
-        (Reason.FILE_SIZE, SHARD),
+    assert sorted((one.reason, one.file) for one in report.findings) == [
         (Reason.EXTRA_FILE, "adapter.safetensors"),
-    }
-    assert report.others == ("adapter.safetensors", "notes.md")
+        (Reason.EXTRA_FILE, "onnx"),
+        (Reason.FILE_SIZE, SHARD),
+        (Reason.MISSING_FILE, "tokenizer.json"),
+    ]
+    assert sorted((one.reason, one.file) for one in report.notices) == [
+        (Reason.EXTRA_FILE, "checkpoint-1"),
+        (Reason.EXTRA_FILE, "notes.md"),
+    ]
+    assert set(report.others) == set(more)
 
 
 def test_a_header_that_changes_in_transit_is_found(hub: Hub, published: dict[str, bytes]) -> None:

@@ -158,7 +158,7 @@ def test_a_damaged_byte_does_not_get_a_matching_digest(artifact: Path, tmp_path:
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "config.json", MANIFEST_NAME])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", MANIFEST_NAME])
 def test_a_file_that_was_changed_or_removed_is_rejected(artifact: Path, tmp_path: Path, name: str) -> None:
     model = by_load_model(artifact)
     text = (artifact / name).read_bytes()

@@ -97,6 +97,7 @@ def facts_of(comparison: ComparisonFacts | None, *, path: str = "/models/Small-n
         "path": path,
         "passed": True,
         "findings": [],
+        "notices": [],
         "integrity": {
             "passed": True,
             "n_files": 3,

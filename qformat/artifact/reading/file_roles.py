@@ -39,6 +39,6 @@ def is_training_record(name: str) -> bool:
 
 
 def can_be_accepted(name: str) -> bool:
-    """Return whether a changed or additional file can be accepted into the manifest: it is neither weights nor index."""
+    """Return whether a changed or additional file can be accepted: it is neither weights nor the index."""
     fixed = name in {INDEX_NAME, MANIFEST_NAME, SIGNATURE_NAME} or name.startswith(".")
     return not (fixed or name.lower().endswith(_WEIGHT_SUFFIXES) or is_training_record(name))

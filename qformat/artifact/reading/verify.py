@@ -238,7 +238,7 @@ def _check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> Iterat
 
 
 def signed_differences(notices: Iterable[Finding]) -> list[Finding]:
-    """Return the notices about files that the manifest lists: with a signature, they are findings (spec section 7.5)."""
+    """Return the notices about listed files, which are findings if there is a signature (spec section 7.5)."""
     return [notice for notice in notices if notice.reason is not Reason.EXTRA_FILE]
 
 

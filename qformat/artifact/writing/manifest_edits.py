@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import FileRecord, JsonObject, file_json
-from qformat.artifact.manifest_seal import sealed
+from qformat.artifact.manifest_seal import sealed as sealed_bytes
 from qformat.artifact.reading.manifest_parser import parse
 from qformat.errors import ArtifactError
 
@@ -26,12 +26,39 @@ def with_files(data: bytes, path: Path, files: Mapping[str, FileRecord | None]) 
     """
     record = _checked_record(data, path)
     assert isinstance(record["files"], dict)
-    return sealed({**record, "files": _entries_with(record["files"], files)})
+    return sealed_bytes({**record, "files": _entries_with(record["files"], files)})
 
 
 def _entries_with(old: JsonObject, files: Mapping[str, FileRecord | None]) -> dict[str, object]:
     new = {name: file_json(record) for name, record in files.items() if record is not None}
     return dict(sorted({**{name: entry for name, entry in old.items() if name not in files}, **new}.items()))
+
+
+def with_accepted(
+    data: bytes, path: Path, files: Mapping[str, FileRecord | None], *, sealed: Sequence[JsonObject], evaluated: bool
+) -> bytes:
+    """Return a manifest in which changes of files are accepted.
+
+    Args:
+        data: Bytes of the manifest.
+        path: Path of the manifest, for error messages.
+        files: New entries of files by name, None to remove an entry.
+        sealed: New value of the member `sealed`, which is left out if it is empty.
+        evaluated: Whether the evaluation in the manifest is still that of the model.
+
+    Raises:
+        ArtifactError: The manifest is invalid.
+    """
+    written: dict[str, object] = {}
+    for key, value in _checked_record(data, path).items():
+        if key == "tensors" and sealed:
+            written["sealed"] = list(sealed)
+        if key == "files":
+            assert isinstance(value, dict)
+            written[key] = _entries_with(value, files)
+        elif key != "sealed" and (key != "evaluation" or evaluated):
+            written[key] = value
+    return sealed_bytes(written)
 
 
 def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
@@ -47,11 +74,11 @@ def with_evaluation(data: bytes, evaluation: JsonObject, path: Path) -> bytes:
     """
     written: dict[str, object] = {}
     for key, value in _checked_record(data, path).items():
-        if key == "tensors":
-            written["evaluation"] = evaluation
+        if key in {"sealed", "tensors"}:
+            written.setdefault("evaluation", evaluation)
         if key != "evaluation":
             written[key] = value
-    return sealed(written)
+    return sealed_bytes(written)
 
 
 def _checked_record(data: bytes, path: Path) -> JsonObject:

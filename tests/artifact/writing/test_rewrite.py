@@ -31,7 +31,8 @@ NORM = "model.norm.weight"
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rewritten")
     options = ConversionOptions(max_shard_nbytes=2000)
-    convert(write_tiny(folder / "source"), folder / "nf4", options)
+    source = write_tiny(folder / "source", side_files=("LICENSE", "tokenizer.json"))
+    convert(source, folder / "nf4", options)
     assert len(list((folder / "nf4").glob("*.safetensors"))) > 1
     return folder / "nf4"
 
@@ -111,15 +112,35 @@ def test_a_damaged_component_is_reported_and_nothing_is_written(artifact: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_changed_side_file_is_reported(artifact: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    for name, data in contents(artifact).items():
-        (bad / name).write_bytes(data)
-    (bad / "LICENSE").write_bytes(b"X" + (bad / "LICENSE").read_bytes()[1:])
-    with pytest.raises(ArtifactError, match="LICENSE: was changed") as refused:
+def edited(artifact: Path, folder: Path, name: str) -> Path:
+    """Return a copy of the artifact in which the first byte of a file differs."""
+    folder.mkdir()
+    for file, data in contents(artifact).items():
+        (folder / file).write_bytes(b"X" + data[1:] if file == name else data)
+    return folder
+
+
+def test_a_changed_side_file_of_the_model_is_reported(artifact: Path, tmp_path: Path) -> None:
+    bad = edited(artifact, tmp_path / "bad", "tokenizer.json")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: was changed") as refused:
         rewrite(bad, tmp_path / "out", {})
     assert refused.value.reason is Reason.FILE_DIGEST
+
+
+def test_a_changed_file_that_accompanies_the_model_is_copied_and_listed_again(artifact: Path, tmp_path: Path) -> None:
+    rewrite(edited(artifact, tmp_path / "edited", "LICENSE"), tmp_path / "out", {})
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == (tmp_path / "edited" / "LICENSE").read_bytes()
+    report = verify_integrity(tmp_path / "out", sha256=True)
+    assert (report.findings, report.notices) == ((), ())
+
+
+def test_a_removed_file_that_accompanies_the_model_is_not_listed_any_more(artifact: Path, tmp_path: Path) -> None:
+    (edited(artifact, tmp_path / "edited", "") / "LICENSE").unlink()
+    rewrite(tmp_path / "edited", tmp_path / "out", {})
+    report = verify_integrity(tmp_path / "out", sha256=True)
+    assert (report.findings, report.notices) == ((), ())
+    assert report.manifest is not None
+    assert "LICENSE" not in report.manifest.files
 
 
 @pytest.mark.parametrize(

@@ -37,5 +37,6 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    convert(write_tiny(folder / "source"), folder / "artifact", ConversionOptions(max_shard_nbytes=2000))
+    source = write_tiny(folder / "source", side_files=("LICENSE", "generation_config.json"))
+    convert(source, folder / "artifact", ConversionOptions(max_shard_nbytes=2000))
     return folder / "artifact"

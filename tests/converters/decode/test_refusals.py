@@ -33,7 +33,7 @@ def test_a_changed_bit_is_rejected_with_tensor_and_file_and_leaves_no_output(
     assert exported(artifact, tmp_path / "out", "fp32") == exported(tiny, tmp_path / "undisturbed", "fp32")
 
 
-@pytest.mark.parametrize("name", ["config.json", "LICENSE"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_a_changed_side_file_is_rejected(name: str, tiny: Path, tmp_path: Path) -> None:
     artifact = place(tmp_path / "artifact", contents(tiny))
     data = (artifact / name).read_bytes()
