@@ -15,12 +15,12 @@ from qformat.artifact.manifest import JsonObject, PackedRecord, TensorRecord
 from qformat.artifact.reading.file_roles import accompanies
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import read_small
+from qformat.artifact.reading.side_files import MAX_SIDE_FILE_NBYTES
 from qformat.artifact.reading.structure import next_step_for
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.encode.small_files import index_bytes, small_json
 from qformat.converters.encode.tasks import Place
-from qformat.converters.sources.side_files import MAX_SIDE_FILE_NBYTES
 from qformat.errors import ArtifactError, Reason
 from qformat.names import CARD_NAME, CONFIG_NAME, INDEX_NAME
 from qformat.version import __version__

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,19 @@ from qformat import strict_json
 from qformat.artifact.components import Component
 from qformat.artifact.digests import Buffer
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
-from qformat.artifact.reading.structure import Located, ShardLayout, Structure
+from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
+from qformat.artifact.reading.structure import Located, ShardLayout, Structure, check_structure
 from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.artifact.writing.disk import Disk
-from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT
+from qformat.artifact.writing.into_folder import FolderStaging
+from qformat.artifact.writing.locked_manifest import list_file
+from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT, holds_something
 from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import read_config
 from qformat.model.shard_tensors import TORCH_DTYPES
-from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
+from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +78,14 @@ class LoadedModel:
     _qformat_origin: Origin
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """Write the artifact to a new directory.
+        """Write the artifact to a directory.
 
         The files of an unmodified model are byte-identical. If tensors were modified, their digests are computed again.
         Other files of the artifact (tokenizer, licence) are copied.
+
+        A new directory appears when it is complete. In a directory with other contents, such as the checkpoints of a
+        training, the files of an older model are replaced and everything else stays. Tokenizer files, chat templates
+        and documents that are already there stay as well, and the manifest lists them.
 
         transformers' own `save_pretrained` runs instead, and writes the components without a manifest, if an argument
         asks for a checkpoint in its layout (state_dict, max_shard_size, ...), or if the model has other tensors than
@@ -90,7 +97,7 @@ class LoadedModel:
             **options: Keyword arguments of transformers' `save_pretrained`.
 
         Raises:
-            TargetError: The directory exists and is not empty.
+            TargetError: The directory cannot be written.
             UsageError: The dtype in the files would round a tensor.
             ArtifactError: A file was changed or removed since the model was loaded.
         """
@@ -105,6 +112,17 @@ class LoadedModel:
             super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
         elif options.get("is_main_process", True):
             save(self, out)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **options: Any) -> Any:
+        """List the model card, which `push_to_hub` writes after the model, in the manifest. Then upload.
+
+        Args:
+            working_dir: Directory to upload.
+            *args: Positional arguments of transformers' method.
+            **options: Keyword arguments of transformers' method.
+        """
+        list_file(Path(working_dir), CARD_NAME)
+        return super()._upload_modified_files(working_dir, *args, **options)  # type: ignore[misc]
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Check that the mapped files have not changed, then generate as transformers does.
@@ -152,7 +170,7 @@ def _make(own: type, *arguments: Any) -> Any:
 
 
 def save(model: Any, out: Path, *, disk: Disk | None = None) -> bool:
-    """Write the files of a loaded model to a new directory.
+    """Write the files of a loaded model to a directory.
 
     Args:
         model: Model that `adopt` has changed.
@@ -160,10 +178,10 @@ def save(model: Any, out: Path, *, disk: Disk | None = None) -> bool:
         disk: Disk to write through. Default: a new `Disk`.
 
     Returns:
-        Whether all files are byte-identical to those that the model was loaded from.
+        Whether all tensors and configs are the same as those that the model was loaded from.
 
     Raises:
-        TargetError: The directory exists and is not empty.
+        TargetError: The directory cannot be written.
         UsageError: The dtype in the files would round a tensor.
         ArtifactError: A file was changed or removed since the model was loaded.
     """
@@ -178,9 +196,23 @@ def save(model: Any, out: Path, *, disk: Disk | None = None) -> bool:
     layout = origin.layout
     disk = disk or Disk(sum(layout.shard_nbytes.values()))
     disk.make_folders(out.parent)
-    kind = ARTIFACT if isinstance(layout, Structure) else CHECKPOINT
-    with Staging.begin(out, "the tensors of a model", disk=disk, kind=kind, restart=True) as staging:
-        return rewrite(layout, staging, held, files=_changed_configs(model), next_step=_NEXT_STEP)
+    files = _changed_configs(model)
+    if not (os.path.isdir(out) and (holds_something(out) or os.path.islink(out) or os.path.ismount(out))):
+        kind = ARTIFACT if isinstance(layout, Structure) else CHECKPOINT
+        with Staging.begin(out, "the tensors of a model", disk=disk, kind=kind, restart=True) as new:
+            return rewrite(layout, new, held, files=files, next_step=_NEXT_STEP)
+    with FolderStaging(out, disk) as staging:
+        same = rewrite(layout, staging, held, files=files, next_step=_NEXT_STEP)
+    if others := [change.name for change in staging.kept if not change.accompanies]:
+        logger.warning("%s: kept files that differ from those of the model: %s", out, ", ".join(others))
+    if os.path.samefile(out, layout.path):
+        model._qformat_origin = replace(origin, layout=_layout_of(layout))
+    return same
+
+
+def _layout_of(old: ShardLayout) -> ShardLayout:
+    """Return the layout of a directory whose files were replaced."""
+    return check_structure(old.path) if isinstance(old, Structure) else read_bitsandbytes_folder(old.path)
 
 
 def _name_in_model(origin: Origin, name: str) -> str:

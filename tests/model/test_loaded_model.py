@@ -53,6 +53,7 @@ def artifact(tmp_path: Path) -> Path:
     sizes = {"hidden": 128, "intermediate": 192, "vocabulary": 50}
     source = write_checkpoint(tmp_path / "source", llama_tensors(**sizes), config=llama_config(**sizes))
     (source / "LICENSE").write_text("free")
+    (source / "merges.txt").write_text("free")
     (source / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 7}\n')
     qformat.convert(source, tmp_path / "artifact", qformat.ConversionOptions(max_shard_nbytes=100_000))
     return tmp_path / "artifact"
@@ -158,7 +159,7 @@ def test_a_damaged_byte_does_not_get_a_matching_digest(artifact: Path, tmp_path:
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("name", ["generation_config.json", "config.json", MANIFEST_NAME])
+@pytest.mark.parametrize("name", ["merges.txt", "config.json", MANIFEST_NAME])
 def test_a_file_that_was_changed_or_removed_is_rejected(artifact: Path, tmp_path: Path, name: str) -> None:
     model = by_load_model(artifact)
     text = (artifact / name).read_bytes()
@@ -171,12 +172,12 @@ def test_a_file_that_was_changed_or_removed_is_rejected(artifact: Path, tmp_path
     assert not (tmp_path / "saved").exists()
 
 
-def test_an_existing_directory_is_rejected_and_not_modified(artifact: Path, tmp_path: Path) -> None:
+def test_transformers_own_layout_is_not_written_over_an_artifact(artifact: Path, tmp_path: Path) -> None:
     model = by_load_model(artifact)
     before = contents(artifact)
-    for target in (artifact, tmp_path / "source"):
-        with pytest.raises(TargetError, match="exists"):
-            model.save_pretrained(target)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TargetError, match="is not a directory"):
+        model.save_pretrained(tmp_path / "file")
     with pytest.raises(TargetError, match="mapped from files in this directory"):
         model.save_pretrained(artifact, state_dict=model.state_dict())
     shutil.copytree(artifact, tmp_path / "other")

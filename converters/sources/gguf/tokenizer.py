@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from qformat.converters.sources.side_files import is_side_file
+from qformat.artifact.reading.side_files import is_side_file
 from qformat.errors import Reason, SourceError
 from qformat.names import TOKENIZER_NAME
 

@@ -14,8 +14,8 @@ from qformat.artifact import header
 from qformat.artifact.header import Header
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name
+from qformat.artifact.reading.side_files import is_side_file
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles
-from qformat.converters.sources.side_files import is_side_file
 from qformat.cores import run_tasks
 from qformat.errors import SourceError
 from qformat.hub.reading.repository import RemoteFile, Repository

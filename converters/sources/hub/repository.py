@@ -6,11 +6,11 @@ import hashlib
 import re
 
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.reading.side_files import is_side_file
 from qformat.converters.sources.hub.files import HubFiles
 from qformat.converters.sources.hub.reading import HubReading
 from qformat.converters.sources.reading import Reading
 from qformat.converters.sources.safetensors_shards import SafetensorsShards
-from qformat.converters.sources.side_files import is_side_file
 from qformat.converters.sources.source import SourceTensor
 from qformat.errors import HubError, Option, Reason, SourceError
 from qformat.hub.reading.cache import CachedRepository, find_in_cache

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
-from qformat.artifact.reading.regular_files import read_small
+from qformat.artifact.manifest import FileRecord
+from qformat.artifact.reading.regular_files import read_if_regular, read_small
+from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.manifest_edits import with_files
 from qformat.errors import ArtifactError, TargetError
 from qformat.names import MANIFEST_NAME
 
@@ -54,3 +58,23 @@ def locked_folder(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def list_file(path: Path, name: str, *, disk: Disk | None = None) -> None:
+    """List a file in the manifest of the artifact in a directory. Nothing happens if one of the two does not exist.
+
+    Args:
+        path: Directory of the artifact.
+        name: Name of the file, which is not a shard.
+        disk: File system operations.
+
+    Raises:
+        ArtifactError: The manifest is invalid.
+        TargetError: The manifest cannot be written.
+    """
+    data, target = read_if_regular(path, name), path / MANIFEST_NAME
+    if data is None or not target.is_file():
+        return
+    record = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    with locked_manifest(path) as manifest:
+        (disk or Disk()).replace_file(target, with_files(manifest, target, {name: record}))

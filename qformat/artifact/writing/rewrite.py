@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from qformat.artifact.reading.structure import (
     expected_tensors,
     size_error,
 )
-from qformat.artifact.writing.staging import Staging
+from qformat.artifact.writing.disk import Disk
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from qformat.version import __version__
@@ -42,6 +42,22 @@ FETCH_AGAIN = "Fetch the file again"
 
 _FILES_WITHOUT_MANIFEST = (INDEX_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME)
 """Files to copy besides the shards if no manifest lists the files of the model."""
+
+
+class Staged(Protocol):
+    """Directory in which the files of the copy are written before they appear in the output."""
+
+    @property
+    def folder(self) -> Path:
+        """Directory for the files to write."""
+
+    @property
+    def disk(self) -> Disk:
+        """File system operations."""
+
+    def seal(self) -> None:
+        """Give the files their final names."""
+
 
 Held = Callable[[str, Located], Buffer | None]
 """Function that returns the new bytes of a component, given its name and its place; None to keep those of the file.
@@ -53,7 +69,7 @@ Replacements = Mapping[str, Mapping[Component, NDArray[Any]]]
 
 def rewrite(
     layout: ShardLayout,
-    staging: Staging,
+    staging: Staged,
     held: Held,
     *,
     files: Mapping[str, bytes] | None = None,
@@ -149,7 +165,7 @@ class _Copy:
     """
 
     layout: ShardLayout
-    staging: Staging
+    staging: Staged
     held: Held
     expected: Mapping[str, tuple[str, str]]
     next_step: str
