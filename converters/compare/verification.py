@@ -35,7 +35,7 @@ from qformat.artifact.verification_facts import (
 from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.source import Source
 from qformat.cores import usable_cores
-from qformat.errors import ArtifactError
+from qformat.errors import ArtifactError, Reason
 from qformat.hub.signature import check_local_signature
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _recorded_commit(manifest: Manifest | None, source: str) -> str | None:
 def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityReport:
     """Return the report with findings about the signature and about signed files that only accompany the model."""
     signed = signed_differences(integrity.notices)
-    notices = tuple(notice for notice in integrity.notices if notice not in signed)
+    notices = tuple(notice for notice in integrity.notices if notice.reason is Reason.EXTRA_FILE)
     try:
         check_local_signature(integrity.path, public_key)
     except ArtifactError as error:

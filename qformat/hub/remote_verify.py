@@ -22,7 +22,7 @@ from qformat.artifact.digests import xxh3
 from qformat.artifact.header import Header
 from qformat.artifact.manifest import FileRecord
 from qformat.artifact.reading.structure import check_config, check_index, check_tensors
-from qformat.artifact.reading.verify import Finding, finding_of, signed_differences
+from qformat.artifact.reading.verify import Finding, finding_of, notice_of, signed_differences
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.reading.listing import (
@@ -106,12 +106,15 @@ def verify_remote(
     check = _Check(published, transfer.connections, on_progress)
     findings, notices = [*listing_findings(published)], [*listing_notices(published)]
     for found in check.files({one.file for one in (*findings, *notices)}):
-        (notices if only_accompanies(published, found.file) else findings).append(found)
+        if only_accompanies(published, found.file):
+            notices.append(notice_of(found, published.where))
+        else:
+            findings.append(found)
     if not findings:
         findings += check.structure()
     if public_key is not None:
-        signed = signed_differences(notices)
-        findings, notices = [*findings, *signed], [one for one in notices if one not in signed]
+        findings += signed_differences(notices)
+        notices = [notice for notice in notices if notice.reason is Reason.EXTRA_FILE]
         findings += check.signature(public_key)
     return RemoteReport(
         repository=repository,

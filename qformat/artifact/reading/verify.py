@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,8 @@ from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 _Check = TypeVar("_Check")
+
+_ONLY_ACCOMPANIES = ", but it only accompanies the model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,19 @@ def _notices(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
     """Return what differs from the manifest among the files that only accompany the model."""
     names = [name for name, record in manifest.files.items() if accompanies(name, record)]
     extra = [finding for finding in _extra_files(path, manifest) if accompanies(finding.file)]
-    return (*_check_files(path, manifest, names), *extra)
+    return tuple(notice_of(found, path) for found in (*_check_files(path, manifest, names), *extra))
+
+
+def notice_of(finding: Finding, folder: Path) -> Finding:
+    """Return the notice about a file that only accompanies the model.
+
+    Args:
+        finding: How the file differs from the manifest.
+        folder: Directory of the artifact, or its repository and commit.
+    """
+    what = {Reason.MISSING_FILE: "does not exist", Reason.EXTRA_FILE: "is not in the manifest"}
+    how = what.get(finding.reason, "differs from the manifest")
+    return replace(finding, message=f"{folder / finding.file}: {how}{_ONLY_ACCOMPANIES}")
 
 
 def _check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> Iterator[Finding]:
@@ -239,7 +253,10 @@ def _check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> Iterat
 
 def signed_differences(notices: Iterable[Finding]) -> list[Finding]:
     """Return the notices about listed files, which are findings if there is a signature (spec section 7.5)."""
-    return [notice for notice in notices if notice.reason is not Reason.EXTRA_FILE]
+    listed = [notice for notice in notices if notice.reason is not Reason.EXTRA_FILE]
+    return [
+        replace(one, message=one.message.replace(_ONLY_ACCOMPANIES, ", but the signature covers it")) for one in listed
+    ]
 
 
 def finding_of(error: ArtifactError) -> Finding:

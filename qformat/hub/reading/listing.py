@@ -14,7 +14,7 @@ from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.file_roles import accompanies
 from qformat.artifact.reading.manifest_parser import parse
-from qformat.artifact.reading.verify import Finding
+from qformat.artifact.reading.verify import Finding, notice_of
 from qformat.errors import ArtifactError, Reason
 from qformat.hub.reading.repository import Repository
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
@@ -92,7 +92,8 @@ def listing_findings(published: PublishedArtifact) -> tuple[Finding, ...]:
 
 def listing_notices(published: PublishedArtifact) -> tuple[Finding, ...]:
     """Return the differences of files that only accompany the model (spec section 2.5)."""
-    return tuple(one for one in _differences(published) if only_accompanies(published, one.file))
+    found = (one for one in _differences(published) if only_accompanies(published, one.file))
+    return tuple(notice_of(one, published.where) for one in found)
 
 
 def only_accompanies(published: PublishedArtifact, name: str) -> bool:
