@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo, echo_json, some, verdict
+from qformat.cli.display import echo, echo_findings, echo_json, some, verdict
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
@@ -69,6 +69,5 @@ def _show(report: RemoteReport, seconds: float) -> None:
         echo("signature: valid for this key and these files")
     elif report.signed:
         echo("signature: present but not checked; give the publisher's key with --public-key")
-    for finding in report.findings:
-        echo(f"{finding.reason}: {finding.message}")
+    echo_findings((finding.reason, finding.message) for finding in report.findings)
     click.echo(verdict(len(report.findings)))
