@@ -60,6 +60,14 @@ def spelled(words: Words, spell: Callable[[Option], str] = str) -> str:
     return "".join(part if isinstance(part, str) else spell(part) for part in words)
 
 
+def install_extra(extra: str) -> str:
+    """Return the advice to install an extra of qformat.
+
+    It names the checkout, because qformat is not on PyPI: a package of that name there has another owner.
+    """
+    return f"Install the extra {extra!r} of qformat: run pip install '.[{extra}]' in its checkout"
+
+
 class Reason(StrEnum):
     """Why a file is rejected. The values are stable: vectors, `--json` and callers rely on them.
 
