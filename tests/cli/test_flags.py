@@ -23,6 +23,7 @@ OTHER_LANGUAGES = ("qformat/cli", "qformat/report", "qformat/hub/card/page.py")
     [
         (Option("keep_nonfinite", True), "--keep-nonfinite"),
         (Option("rank"), "--rank"),
+        (Option("double_quant", False), "--no-double-quant"),
         (Option("resume", "checkpoint-4"), "--resume=checkpoint-4"),
         (Option("skip", ("*.o_proj", "lm_head")), "--skip='*.o_proj' --skip=lm_head"),
     ],
