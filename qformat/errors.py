@@ -320,14 +320,22 @@ class DataError(QformatError):
         next_step: What the user can do.
     """
 
-    def __init__(self, reason: str, path: Path | str, problem: str, *, place: str | None, next_step: str) -> None:
+    def __init__(
+        self, reason: str, path: Path | str, problem: str, *, place: str | None, next_step: str | Words
+    ) -> None:
         where = str(path) if place is None else f"{path}: {place}"
-        super().__init__(f"{where}: {problem}. {next_step}")
+        super().__init__(f"{where}: {problem}", *_as_next_step(next_step))
         self.reason = reason
         self.path = str(path)
         self.problem = problem
         self.place = place
-        self.next_step = next_step
+        self.next_step = spelled(_words(next_step))
+        self._next_words = _words(next_step)
+
+    def advising(self, *more: str | Option) -> DataError:
+        """Return the same error with a longer next step."""
+        next_step = (*self._next_words, *more)
+        return DataError(self.reason, self.path, self.problem, place=self.place, next_step=next_step)
 
 
 class HubError(QformatError):
