@@ -117,7 +117,7 @@ def test_an_interrupted_conversion_stops_promptly_and_resumes(
     assert not out.exists()
     if script is ON_THE_COMMAND_LINE:
         assert process.returncode == 130
-        assert "Nothing is lost: the same command continues" in errors
+        assert "Run the same command again to continue" in errors
         assert "Traceback" not in errors
     elif number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
