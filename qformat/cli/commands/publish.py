@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,6 +98,8 @@ def command(options: PublishArguments) -> None:
     uploaded again; publishing the same artifact twice changes nothing. The token comes from HF_TOKEN or `hf auth
     login`.
     """
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     from qformat.hub.names import check_repository_name
     from qformat.hub.publishing.publish import publish
 
@@ -106,10 +107,8 @@ def command(options: PublishArguments) -> None:
     _check_usage(options)
     chosen = _publish_options(options)
     card = _card_options(options)
-    if not sys.stderr.isatty():
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
+    # huggingface_hub would draw its bars of an upload over the line of this command.
+    disable_progress_bars()
     with Bar() as bar:
         published = publish(
             options.artifact,
@@ -119,6 +118,7 @@ def command(options: PublishArguments) -> None:
             workers=options.workers,
             on_plan=lambda nbytes: bar.start(nbytes, "Checking digests"),
             on_progress=bar.advance,
+            on_upload=lambda nbytes: bar.note(f"Uploading {format_nbytes(nbytes)}"),
         )
     if options.as_json:
         echo_json(_facts(published))
