@@ -98,8 +98,6 @@ def command(options: PublishArguments) -> None:
     uploaded again; publishing the same artifact twice changes nothing. The token comes from HF_TOKEN or `hf auth
     login`.
     """
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
     from qformat.hub.names import check_repository_name
     from qformat.hub.publishing.publish import publish
 
@@ -107,8 +105,6 @@ def command(options: PublishArguments) -> None:
     _check_usage(options)
     chosen = _publish_options(options)
     card = _card_options(options)
-    # huggingface_hub would draw its bars of an upload over the line of this command.
-    disable_progress_bars()
     with Bar() as bar:
         published = publish(
             options.artifact,
@@ -118,7 +114,7 @@ def command(options: PublishArguments) -> None:
             workers=options.workers,
             on_plan=lambda nbytes: bar.start(nbytes, "Checking digests"),
             on_progress=bar.advance,
-            on_upload=lambda nbytes: bar.note(f"Uploading {format_nbytes(nbytes)}"),
+            on_upload=lambda _: bar.clear(),  # huggingface_hub shows bars of its own for an upload
         )
     if options.as_json:
         echo_json(_facts(published))
