@@ -212,8 +212,9 @@ class Bar:
             return
         line.bar_format = _COUNT
         if not self._reported:
-            # tqdm measures from here on.
+            # tqdm measures from here on. It would leave a line on the terminal whose last drawing is older than its start.
             line.initial, line.start_t = done, time.time()
+            line.last_print_t = line.start_t
             self._reported = True
         line.update(done - line.n)
 

@@ -122,7 +122,7 @@ def test_the_command_line_publishes_and_prints_the_commit(
     assert run([*arguments, "--card", "x.md"]) == 2
 
 
-def test_a_terminal_shows_the_upload_on_the_line_of_the_command_only(
+def test_the_line_of_the_command_is_erased_before_the_hubs_client_draws_bars(
     hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
@@ -131,12 +131,18 @@ def test_a_terminal_shows_the_upload_on_the_line_of_the_command_only(
 
     monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
     enable_progress_bars()
-    during: list[bool] = []
-    hub.faults.add("call", route="objects/batch", hook=lambda: during.append(are_progress_bars_disabled()))
+    during: list[tuple[bool, str]] = []
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    hub.faults.add(
+        "call",
+        route="objects/batch",
+        hook=lambda: during.append((are_progress_bars_disabled(), terminal.getvalue())),
+    )
     assert run(["publish", str(artifact), NAME, "--license", "apache-2.0", "--base-model", "base/small"]) == 0
-    assert during == [True]
-    assert "\rUploading 6" in terminal.getvalue()
+    ((disabled, drawn),) = during
+    assert not disabled
+    assert "Checking digests" in drawn
+    assert drawn.rstrip(" ").endswith("\r")  # back at the start of an empty line
 
 
 class Terminal(io.StringIO):
