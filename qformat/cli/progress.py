@@ -212,14 +212,15 @@ class Bar:
             return
         line.bar_format = _COUNT
         if not self._reported:
-            # tqdm measures from here on. It would leave a line on the terminal whose last drawing is older than its start.
+            # tqdm measures from here on.
             line.initial, line.start_t = done, time.time()
-            line.last_print_t = line.start_t
             self._reported = True
         line.update(done - line.n)
 
     def _close(self) -> None:
         if self._line is not None:
+            # tqdm takes a line for never drawn, and does not erase it, if its last drawing is older than its start.
+            self._line.last_print_t = max(self._line.last_print_t, self._line.start_t)
             self._line.close()
             self._line = None
 
