@@ -220,7 +220,8 @@ class Bar:
     def _close(self) -> None:
         if self._line is not None:
             # tqdm takes a line for never drawn, and does not erase it, if its last drawing is older than its start.
-            self._line.last_print_t = max(self._line.last_print_t, self._line.start_t)
+            if not self._line.disable:
+                self._line.last_print_t = max(self._line.last_print_t, self._line.start_t)
             self._line.close()
             self._line = None
 
