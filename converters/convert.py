@@ -19,6 +19,7 @@ from qformat.converters.encode.calibrated import calibrate
 from qformat.converters.encode.execute import execute
 from qformat.converters.encode.plan import Plan, make_plan
 from qformat.converters.encode.task_writer import has_nonfinite
+from qformat.converters.rules.adoption import refuse_options
 from qformat.converters.rules.recipe import Recipe, load_recipe
 from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.reading import StreamedSource, pin_of
@@ -39,8 +40,8 @@ class ConversionOptions:
     Attributes:
         recipe: Recipe file in TOML. None applies the default rules.
         skip: Glob patterns of modules to keep in 16 bit. They take precedence over the recipe.
-        block_size: Default number of elements per block.
-        double_quant: Whether absmax values are quantized too, unless a rule says otherwise.
+        block_size: Number of elements per block, unless a rule says otherwise. None means 64.
+        double_quant: Whether absmax values are quantized too, unless a rule says otherwise. None means True.
         max_shard_nbytes: Largest size of a shard in bytes.
         keep_nonfinite: Whether weights with NaN or Inf are kept in 16 bit instead of raising an error.
         calibration: Settings for choosing codes and scales on a text, layer by layer. None encodes without calibration.
@@ -52,8 +53,8 @@ class ConversionOptions:
 
     recipe: Path | None = None
     skip: Sequence[str] = ()
-    block_size: int = DEFAULT_BLOCK_SIZE
-    double_quant: bool = True
+    block_size: int | None = None
+    double_quant: bool | None = None
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     keep_nonfinite: bool = False
     calibration: CalibrationSettings | None = None
@@ -63,7 +64,7 @@ class ConversionOptions:
     transfer: Transfer = DEFAULT_TRANSFER
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
+        if self.block_size is not None and self.block_size not in BLOCK_SIZES:
             raise UsageError(f"block size {self.block_size}: must be one of {', '.join(map(str, BLOCK_SIZES))}")
         if self.max_shard_nbytes < 1:
             raise UsageError(f"shard size {self.max_shard_nbytes}: must be at least 1 byte")
@@ -74,7 +75,12 @@ class ConversionOptions:
         Raises:
             UsageError: The recipe cannot be read or holds an invalid rule.
         """
-        return load_recipe(self.recipe, skip=self.skip, block_size=self.block_size, double_quant=self.double_quant)
+        return load_recipe(
+            self.recipe,
+            skip=self.skip,
+            block_size=DEFAULT_BLOCK_SIZE if self.block_size is None else self.block_size,
+            double_quant=self.double_quant is not False,
+        )
 
     def open(self, source: Path | str, *, pin: JsonObject | None = None) -> tuple[Source, Plan]:
         """Open a source and plan its conversion. The caller closes the source.
@@ -107,6 +113,8 @@ class ConversionOptions:
                     Option("keep_source", True),
                     " and convert the directory in the cache",
                 )
+            if opened.packed:
+                refuse_options(opened, self._quantizing())
             recipe = self.load_recipe()
             planned = make_plan(opened, recipe, max_shard_nbytes=self.max_shard_nbytes)
             if self.keep_nonfinite and (found := find_nonfinite(opened, planned)):
@@ -116,6 +124,19 @@ class ConversionOptions:
             opened.close()
             raise
         return opened, planned
+
+    def _quantizing(self) -> list[Option]:
+        """Return the given options that decide which weights are quantized, and how."""
+        given: dict[str, str | bool | None] = {}
+        if self.recipe is not None:
+            given["recipe"] = None
+        if self.skip:
+            given["skip"] = None
+        if self.block_size is not None:
+            given["block_size"] = None
+        if self.double_quant is not None:
+            given["double_quant"] = self.double_quant
+        return [Option(name, value) for name, value in given.items()]
 
 
 @dataclass(frozen=True, slots=True)

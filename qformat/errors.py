@@ -60,6 +60,14 @@ def spelled(words: Words, spell: Callable[[Option], str] = str) -> str:
     return "".join(part if isinstance(part, str) else spell(part) for part in words)
 
 
+def install_extra(extra: str) -> str:
+    """Return the advice to install an extra of qformat.
+
+    It names the checkout, because qformat is not on PyPI: a package of that name there has another owner.
+    """
+    return f"Install the extra {extra!r} of qformat: run pip install '.[{extra}]' in its checkout"
+
+
 class Reason(StrEnum):
     """Why a file is rejected. The values are stable: vectors, `--json` and callers rely on them.
 
@@ -312,14 +320,22 @@ class DataError(QformatError):
         next_step: What the user can do.
     """
 
-    def __init__(self, reason: str, path: Path | str, problem: str, *, place: str | None, next_step: str) -> None:
+    def __init__(
+        self, reason: str, path: Path | str, problem: str, *, place: str | None, next_step: str | Words
+    ) -> None:
         where = str(path) if place is None else f"{path}: {place}"
-        super().__init__(f"{where}: {problem}. {next_step}")
+        super().__init__(f"{where}: {problem}", *_as_next_step(next_step))
         self.reason = reason
         self.path = str(path)
         self.problem = problem
         self.place = place
-        self.next_step = next_step
+        self.next_step = spelled(_words(next_step))
+        self._next_words = _words(next_step)
+
+    def advising(self, *more: str | Option) -> DataError:
+        """Return the same error with a longer next step."""
+        next_step = (*self._next_words, *more)
+        return DataError(self.reason, self.path, self.problem, place=self.place, next_step=next_step)
 
 
 class HubError(QformatError):

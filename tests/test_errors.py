@@ -96,8 +96,18 @@ def test_a_message_shows_options_as_python_arguments_and_keeps_them_as_values() 
 @pytest.mark.parametrize("error", [
     SourceError(Reason.TRUNCATED, "f.bin", "broken", next_step=("Try ", Option("keep_source", True))),
     HubError("f.bin", "broken", next_step=("Try ", Option("keep_source", True))),
+    DataError("empty", "f.bin", "broken", place=None, next_step=("Try ", Option("keep_source", True))),
 ])  # fmt: skip
-def test_a_next_step_may_contain_options(error: SourceError | HubError) -> None:
+def test_a_next_step_may_contain_options(error: SourceError | HubError | DataError) -> None:
     assert str(error) == "f.bin: broken. Try keep_source=True"
     assert error.next_step == "Try keep_source=True"
     assert spelled(error.words, lambda option: "...") == "f.bin: broken. Try ..."
+
+
+def test_the_next_step_of_a_data_error_can_be_extended() -> None:
+    error = DataError("empty", "f.jsonl", "is empty", place="line 2", next_step=("Try ", Option("rank")))
+    longer = error.advising(" or ", Option("too_long", "drop"))
+    assert str(longer) == "f.jsonl: line 2: is empty. Try rank or too_long='drop'"
+    assert (longer.reason, longer.path, longer.problem, longer.place) == ("empty", "f.jsonl", "is empty", "line 2")
+    assert longer.next_step == "Try rank or too_long='drop'"
+    assert spelled(longer.words, lambda option: option.name.upper()).endswith("Try RANK or TOO_LONG")

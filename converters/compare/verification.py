@@ -145,7 +145,7 @@ def verify_against_source(
             integrity = _with_signature(integrity, public_key)
         checked = time.monotonic()
         comparison = None
-        if opened is not None and integrity.structure is not None:
+        if source is not None and opened is not None and integrity.structure is not None:
             from qformat.converters.compare.compare import compare
 
             on_stage("comparison", _nbytes(opened))
@@ -157,6 +157,9 @@ def verify_against_source(
                     on_progress=on_progress,
                     on_compile=on_compile,
                 )
+                if not is_repository(source):
+                    # The location of a GGUF file is its directory; the result shows the file that the caller gave.
+                    comparison = replace(comparison, source=Path(source))
             except ArtifactError:  # the integrity report says what is damaged
                 if integrity.passed:
                     raise

@@ -129,7 +129,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
 
     Args:
         source: The open source.
-        recipe: Rules and default options.
+        recipe: Rules and default options. They do not apply to a source that is adopted.
         max_shard_nbytes: Largest size of a shard in bytes.
 
     Raises:
@@ -140,7 +140,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         refuse_quantized(source, tensor)
     adopted = {name: _adopted_tensor(source, name, weight) for name, weight in source.packed.items()}
     tensors = sorted([*source.tensors.values(), *adopted.values()], key=lambda tensor: natural_order(tensor.name))
-    choices = adoption.choose(recipe, tensors, source) if adopted else recipes.apply(recipe, tensors, source.config)
+    choices = adoption.choose(tensors, source) if adopted else recipes.apply(recipe, tensors, source.config)
     layouts = {
         tensor.name: _layout(tensor, options)
         for tensor in tensors

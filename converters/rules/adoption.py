@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
-from qformat.converters.rules.recipe import Choice, NF4Options, Recipe
+from qformat.converters.rules.recipe import Choice, NF4Options
 from qformat.converters.rules.rules import KeepReason, individual_decisions, module_path
 from qformat.converters.rules.skip_list import skip_modules
 from qformat.converters.sources.source import Source
@@ -18,24 +18,35 @@ _SKIP_LIST = "llm_int8_skip_modules"
 _COMPUTE_DTYPE = "bnb_4bit_compute_dtype"
 
 
-def choose(recipe: Recipe, tensors: Sequence[TensorSpec], source: Source) -> dict[str, Choice]:
+def refuse_options(source: Source, given: Sequence[Option]) -> None:
+    """Reject options that decide how weights are quantized, because the weights of this source stay as they are.
+
+    Args:
+        source: The source, which has packed weights.
+        given: The options of this kind that the caller gave.
+
+    Raises:
+        UsageError: At least one was given.
+    """
+    if not given:
+        return
+    words: list[str | Option] = [given[0]]
+    for option in given[1:-1]:
+        words += [", ", option]
+    if len(given) > 1:
+        words += [" and ", given[-1]]
+    raise UsageError(
+        f"{source.location}: the checkpoint is already in 4 bit and is adopted unmodified. Leave out ", *words
+    )
+
+
+def choose(tensors: Sequence[TensorSpec], source: Source) -> dict[str, Choice]:
     """Return what happens to each tensor: packed ones are adopted, others kept for the reason of the default rules.
 
     Args:
-        recipe: The recipe of the conversion. It must have no rules.
         tensors: All tensors of the source, adopted weights included.
         source: The source, which lists its packed weights.
-
-    Raises:
-        UsageError: The recipe has rules, which cannot be applied to weights in 4 bit.
     """
-    if recipe.rules:
-        raise UsageError(
-            f"{source.location}: the checkpoint is already in 4 bit and is adopted unmodified. Leave out ",
-            Option("recipe"),
-            " and ",
-            Option("skip"),
-        )
     decisions = individual_decisions(tensors, source.config)
     choices: dict[str, Choice] = {}
     for name, decision in decisions.items():

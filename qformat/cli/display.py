@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -93,6 +93,22 @@ def echo_json(record: object) -> None:
 def echo_complete(out: Path) -> None:
     """Print that an earlier run had completed this output."""
     echo(f"{out}: an earlier run had completed it; removed what that run left beside it")
+
+
+def echo_findings(findings: Iterable[tuple[str, str]]) -> None:
+    """Print findings, of each reason the first ones and how many more there are.
+
+    Args:
+        findings: Reason code and message of every finding.
+    """
+    messages: dict[str, list[str]] = {}
+    for reason, message in findings:
+        messages.setdefault(reason, []).append(message)
+    for reason, found in messages.items():
+        for message in found[:N_NAMED]:
+            echo(f"{reason}: {message}")
+        if len(found) > N_NAMED:
+            click.echo(f"... and {len(found) - N_NAMED} more (--json lists all)")
 
 
 def verdict(n_findings: int) -> str:

@@ -8,8 +8,8 @@ from qformat.errors import Option
 
 
 def as_flag(option: Option) -> str:
-    """Return an option as a flag: `--keep-source` for `keep_source=True`."""
-    flag = "--" + option.name.replace("_", "-")
+    """Return an option as a flag: `--keep-source` for `keep_source=True`, `--no-x` for `x=False`."""
+    flag = ("--no-" if option.value is False else "--") + option.name.replace("_", "-")
     if not isinstance(option.value, (str, tuple)):
         return flag
     values = (option.value,) if isinstance(option.value, str) else option.value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-from qformat.errors import UsageError
+from qformat.errors import UsageError, install_extra
 
 
 def quiet_transformers() -> None:
@@ -17,9 +17,7 @@ def quiet_transformers() -> None:
     try:
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
-        raise UsageError(
-            f"this command needs torch and transformers: pip install 'qformat[models]' ({error})"
-        ) from error
+        raise UsageError(f"this command needs torch and transformers ({error}). {install_extra('models')}") from error
     # transformers imports bitsandbytes if it is installed, which then recommends packages that are not needed here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -5,53 +5,94 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from qformat.cli.display import duration, echo, terminal_width
 from qformat.sizes import format_nbytes
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    Line = tqdm[NoReturn]
+
 COMPILING = "compiling kernels, once on this machine ..."
 """Why the first run on a machine takes longer."""
 
-_SECONDS_BETWEEN_DRAWINGS = 0.1
+_NOTE = "{desc} ..."
+_COUNT = "{desc}  {percentage:3.0f}%{figures}"
+_COMPILATION = "{desc}: " + COMPILING
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-class StatusLine:
-    """One line on stderr that is redrawn in place. It shows nothing if stderr is not a terminal."""
+@cache
+def _line_type() -> type[Line]:
+    """Return tqdm with sizes, rate and time as the other output of the commands shows them."""
+    from tqdm import tqdm  # here, so that `qformat --help` does not load it
+    from tqdm.utils import disp_trim
 
-    def __init__(self) -> None:
-        self._on_terminal = sys.stderr.isatty()
-        self.is_drawn = False
+    class UnitLine(tqdm):  # type: ignore[type-arg]
+        """tqdm with the field `figures` for its `bar_format`, cut to the width of the terminal."""
 
-    def show(self, text: str) -> None:
-        """Replace the line, cut to the width of the terminal."""
-        if self._on_terminal:
+        monitor_interval = 0  # no thread that watches the line: every report may redraw it
+
+        @property
+        def format_dict(self) -> MutableMapping[str, Any]:
+            facts = super().format_dict
+            if self.total:
+                columns = self._columns() - len(f"{self.desc}  100%")
+                facts["figures"] = _figures(self.n, self.total, self.initial, facts["elapsed"], self.unit, columns)
+            return facts
+
+        def __str__(self) -> str:
+            return disp_trim(super().__str__(), self._columns())
+
+        def _columns(self) -> int:
             # A character in the last column would make some terminals wrap.
-            sys.stderr.write(f"\r{text[: terminal_width(sys.stderr) - 1]}\x1b[K")
-            sys.stderr.flush()
-            self.is_drawn = True
+            return terminal_width(sys.stderr) - 1
 
-    def clear(self) -> None:
-        """Erase the line, so that other output can take its place."""
-        if self.is_drawn:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self.is_drawn = False
+    return UnitLine
 
-    def keep(self) -> None:
-        """Leave the line on the terminal and continue below it."""
-        if self.is_drawn:
-            click.echo(err=True)
-            self.is_drawn = False
+
+def _open_line(desc: str, bar_format: str, *, total: int | None = None, unit: str = "B") -> Line:
+    """Draw a line on stderr that is redrawn in place and erased when it is closed. Nothing if it is not a terminal."""
+    return _line_type()(
+        desc=desc,
+        bar_format=bar_format,
+        total=total,
+        unit=unit,
+        ncols=terminal_width(sys.stderr),
+        nrows=20,  # tqdm draws nothing if the terminal reports no size
+        leave=False,
+        disable=None,
+        miniters=1,
+        smoothing=0,  # the average since the first report: a steady estimate
+    )
+
+
+def _figures(n: float, total: float, initial: float, elapsed: float, unit: str, columns: int) -> str:
+    """Return amounts, rate and time left, without the amounts if there are not enough columns."""
+    figures = [f"  {format_nbytes(n)} of {format_nbytes(total)}" if unit == "B" else f"  {n}/{total} {unit}s"]
+    if n > initial and elapsed > 0:
+        rate = (n - initial) / elapsed
+        figures += [f"  {_rate(rate, unit)}", f"  {duration((total - n) / rate)} left"]
+    return "".join(figures if len("".join(figures)) <= columns else figures[1:])
+
+
+def _rate(rate: float, unit: str) -> str:
+    """Return a rate per second, or the time of a step if that is longer than a second."""
+    if unit == "B":
+        return f"{format_nbytes(rate)}/s"
+    return f"{rate:.1f} {unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s/{unit}"
 
 
 class Bar:
-    """Progress of the phases of a command, one after the other. The line is cleared when a phase is done.
+    """Progress of the phases of a command, one after the other, drawn by tqdm. A line is erased when its phase is done.
 
     The line shows the label of the phase, the percentage, the rate and the time left. Rate and time left follow from
     what was done since the first report of a phase, because an earlier run may have done the rest. Every method may be
@@ -59,11 +100,9 @@ class Bar:
     """
 
     def __init__(self) -> None:
-        self._line = StatusLine()
         self._lock = threading.Lock()
-        self._first: tuple[float, int] | None = None
-        self._drawn_at = 0.0
-        self._begin(0, "", "")
+        self._line: Line | None = None
+        self._reported = False
 
     def __enter__(self) -> Bar:
         return self
@@ -71,14 +110,13 @@ class Bar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._lock:
-            self._line.clear()
+        self.clear()
 
     def note(self, text: str) -> None:
         """Show what happens before there is anything to count, such as "Loading"."""
         with self._lock:
-            self._begin(0, text, "")
-            self._draw()
+            self._close()
+            self._line = _open_line(text, _NOTE)
 
     def start(self, total: int, label: str) -> None:
         """Begin a phase that counts bytes.
@@ -87,7 +125,7 @@ class Bar:
             total: Number of bytes of the phase.
             label: Short name of the phase.
         """
-        self.start_steps(total, label, "")
+        self.start_steps(total, label, "B")
 
     def start_steps(self, total: int, label: str, unit: str) -> None:
         """Begin a phase that counts steps.
@@ -98,18 +136,21 @@ class Bar:
             unit: Name of one step, such as "layer".
         """
         with self._lock:
-            self._begin(total, label, unit)
-            self._draw()
+            self._close()
+            self._line = _open_line(label, _COUNT if total else _NOTE, total=total, unit=unit)
+            self._reported = False
 
     def advance(self, n: int) -> None:
         """Report that `n` more bytes or steps are done."""
         with self._lock:
-            self._reach(self._done + n)
+            if self._line is not None:
+                self._reach(self._line, self._line.n + n)
 
     def reach(self, done: int) -> None:
         """Report how many bytes or steps of the phase are done."""
         with self._lock:
-            self._reach(done)
+            if self._line is not None:
+                self._reach(self._line, done)
 
     def steps(self, label: str, unit: str) -> Callable[[int, int], None]:
         """Return a function that begins a phase at its first call and shows the steps that are done.
@@ -135,14 +176,14 @@ class Bar:
     def compiling(self) -> None:
         """Show that kernels are being compiled, until the next report. Does nothing if the line has been cleared."""
         with self._lock:
-            if self._line.is_drawn:
-                self._compiling = True
-                self._draw()
+            if self._line is not None:
+                self._line.bar_format = _COMPILATION
+                self._line.refresh()
 
     def clear(self) -> None:
         """Erase the line, so that other output can take its place."""
         with self._lock:
-            self._line.clear()
+            self._close()
 
     @contextmanager
     def while_compiling(self) -> Iterator[None]:
@@ -163,55 +204,33 @@ class Bar:
         with install_listener("numba:compile", Compilation()):
             yield
 
-    def _begin(self, total: int, label: str, unit: str) -> None:
-        self._total, self._label, self._unit = total, label, unit
-        self._done = 0
-        self._first = None
-        self._compiling = False
-
-    def _reach(self, done: int) -> None:
-        if self._total == 0:
+    def _reach(self, line: Line, done: float) -> None:
+        if not line.total:
             return
-        now = time.monotonic()
-        self._done = done
-        if self._first is None:
-            self._first = (now, done)
-        self._compiling = False
-        if done >= self._total:
-            self._line.clear()
-        elif now - self._drawn_at >= _SECONDS_BETWEEN_DRAWINGS:
-            self._draw()
-
-    def _draw(self) -> None:
-        self._drawn_at = time.monotonic()
-        if self._compiling:
-            self._line.show(f"{self._label}: {COMPILING}")
+        if done >= line.total:
+            self._close()
             return
-        if self._total == 0:
-            self._line.show(f"{self._label} ...")
-            return
-        done, total = self._done, self._total
-        amounts = f"{done}/{total} {self._unit}s" if self._unit else f"{format_nbytes(done)} of {format_nbytes(total)}"
-        parts = [self._label, f"{min(done / total, 1):4.0%}", amounts]
-        if self._first is not None and done > self._first[1] and self._drawn_at > self._first[0]:
-            rate = (done - self._first[1]) / (self._drawn_at - self._first[0])
-            parts += [self._in_words(rate), f"{duration(max(total - done, 0) / rate)} left"]
-        if len("  ".join(parts)) >= terminal_width(sys.stderr):
-            parts.remove(amounts)
-        self._line.show("  ".join(parts))
+        line.bar_format = _COUNT
+        if not self._reported:
+            # tqdm measures from here on.
+            line.initial, line.start_t = done, time.time()
+            self._reported = True
+        line.update(done - line.n)
 
-    def _in_words(self, rate: float) -> str:
-        """Return a rate per second, or the time of a step if that is longer than a second."""
-        if not self._unit:
-            return f"{format_nbytes(rate)}/s"
-        return f"{rate:.1f} {self._unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s/{self._unit}"
+    def _close(self) -> None:
+        if self._line is not None:
+            # tqdm takes a line for never drawn, and does not erase it, if its last drawing is older than its start.
+            if not self._line.disable:
+                self._line.last_print_t = max(self._line.last_print_t, self._line.start_t)
+            self._line.close()
+            self._line = None
 
 
 class StepLines:
     """A line per training step on stderr: in place on a terminal, elsewhere at most one every ten seconds."""
 
     def __init__(self) -> None:
-        self._line = StatusLine()
+        self._line: Line | None = None
         self._in_place = sys.stderr.isatty()
         self._note = ""
         self._started: tuple[float, int] | None = None
@@ -228,14 +247,14 @@ class StepLines:
     def note(self, text: str) -> None:
         """Show what happens until the first step, such as "Preparing". Only on a terminal."""
         self._note = f"{text} ..."
-        self._line.show(self._note)
+        self._show(self._note)
 
     def say(self, text: str) -> None:
         """Print a line of its own. A step that is shown in place stays above it."""
         self.finish()
         echo(text, err=True)
         if self._note:
-            self._line.show(self._note)
+            self._show(self._note)
 
     def step(self, step: int, n_steps: int, text: Callable[[], str]) -> None:
         """Show that a step is done, with the time left.
@@ -260,13 +279,19 @@ class StepLines:
         if not self._in_place:
             click.echo(line, err=True)
             return
-        self._line.show(line)
+        self._show(line)
         if step == n_steps:
-            self._line.keep()
+            self.finish()
 
     def finish(self) -> None:
         """Keep the last step on the terminal and erase a note, so that other output can follow."""
-        if self._started is None:
-            self._line.clear()
+        if self._line is not None:
+            self._line.leave = self._started is not None
+            self._line.close()
+            self._line = None
+
+    def _show(self, text: str) -> None:
+        if self._line is None:
+            self._line = _open_line(text, "{desc}")
         else:
-            self._line.keep()
+            self._line.set_description_str(text)

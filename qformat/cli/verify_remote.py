@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo, echo_json, verdict
+from qformat.cli.display import echo, echo_findings, echo_json, verdict
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
@@ -72,6 +72,5 @@ def _show(report: RemoteReport, seconds: float) -> None:
         echo("signature: present but not checked; give the publisher's key with --public-key")
     for notice in report.notices:
         echo(f"notice: {notice.message}")
-    for finding in report.findings:
-        echo(f"{finding.reason}: {finding.message}")
+    echo_findings((finding.reason, finding.message) for finding in report.findings)
     click.echo(verdict(len(report.findings)))

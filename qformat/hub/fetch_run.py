@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from qformat.artifact.digests import sha256_of_file, xxh3, xxh3_of_range
 from qformat.artifact.manifest import FileRecord
 from qformat.artifact.reading.file_roles import accompanies
-from qformat.artifact.reading.verify import Finding, range_checks, verify_integrity
+from qformat.artifact.reading.verify import Finding, notice_of, range_checks, verify_integrity
 from qformat.artifact.writing.behind import Follower, WrittenFile
 from qformat.artifact.writing.staging import Staging
 from qformat.cores import run_tasks, usable_cores
@@ -206,7 +206,7 @@ class FetchRun:
         report = verify_integrity(self._staging.folder, workers=usable_cores())
         if not report.passed:
             raise report.findings[0].as_error(self._staging.folder)
-        self.notices = report.notices
+        self.notices = tuple(notice_of(notice, self._published.where) for notice in report.notices)
 
     def _xxh3_of(self, piece: _Piece) -> str:
         path = self._staging.folder / piece.file

@@ -18,7 +18,7 @@ from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import read_small
-from qformat.errors import ArtifactError, Reason, UsageError
+from qformat.errors import ArtifactError, Reason, UsageError, install_extra
 from qformat.hub.reading.listing import PublishedArtifact
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
@@ -158,7 +158,7 @@ def _model_signing() -> tuple[Any, Any]:
     try:
         from model_signing import signing, verifying
     except ImportError:
-        raise UsageError("signatures need model-signing. Install it with: pip install 'qformat[sign]'") from None
+        raise UsageError(f"signatures need model-signing. {install_extra('sign')}") from None
     return signing, verifying
 
 

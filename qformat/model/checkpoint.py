@@ -34,11 +34,9 @@ def find_folder(model: Path | str) -> Path:
             problem = "is not a directory" if os.path.lexists(model) else "does not exist"
             raise UsageError(f"{model}: {problem}. Pass a model's directory, or owner/name of a Hub repository")
         return Path(model)
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError as error:
-        raise UsageError(f"{model}: needs huggingface_hub ({error}). Run pip install 'qformat[models]'") from error
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(str(model), local_files_only=True))
     except LocalEntryNotFoundError:

@@ -229,7 +229,7 @@ def _row_stream(
 
 def _rendered(files: list[DataFile], renderer: Renderer) -> Iterator[list[Rendered]]:
     batch: list[Rendered] = []
-    for row in read_rows(files, BadRows(skip=False)):
+    for row in read_rows(files, BadRows(skip=None)):
         batch.append(renderer.render(row))
         if len(batch) >= _BATCH_ROWS:
             yield batch

@@ -94,13 +94,13 @@ def test_a_closed_pipe_gets_no_traceback(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_command_that_does_not_resume_promises_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qformat.cli.commands.verify.verified", stopped)
-    assert run(["verify", "artifact"]) == 130
+    assert run(["verify", str(tmp_path)]) == 130
     assert capsys.readouterr().err.strip() == "Interrupted."
 
 

@@ -170,6 +170,16 @@ def test_a_binary_file_is_rejected_with_the_position(tmp_path: Path, tokenizer: 
         read_windows(path, tokenizer, length=4)
 
 
+def test_an_unusable_row_is_reported_without_an_option_that_does_not_exist(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Only training can skip rows."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(DataError, match=r"rows.jsonl: line 1: has no 'messages'.*\. Correct it$"):
+        read_windows(path, tokenizer, length=4)
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl"])
 def test_a_missing_file_is_reported(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match=name):

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from qformat.artifact.reading.side_files import is_side_file
-from qformat.errors import Reason, SourceError
+from qformat.errors import Reason, SourceError, install_extra
 from qformat.names import TOKENIZER_NAME
 
 _CIRCUMSTANCES = ("is_local", "local_files_only")
@@ -31,7 +31,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
             Reason.UNSUPPORTED_SOURCE,
             path,
             f"transformers is needed to convert its tokenizer, and {error.name} is not installed",
-            next_step=f"Install it with `pip install 'qformat[gguf]'`, {instead}",
+            next_step=f"{install_extra('gguf')}, {instead}",
         ) from None
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -118,14 +118,24 @@ def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
     return Structure(path, shard_nbytes, located, states, parsed)
 
 
+def check_directory(path: Path) -> None:
+    """Check that the directory of an artifact exists.
+
+    Raises:
+        ArtifactError: The path does not exist or is not a directory.
+    """
+    if not os.path.isdir(path):
+        problem = "is not a directory" if os.path.lexists(path) else "does not exist"
+        raise ArtifactError(Reason.MISSING_FILE, path, problem, next_step="Check the path")
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read and parse the manifest of an artifact.
 
     Raises:
         ArtifactError: The directory does not exist, or the manifest is missing or invalid.
     """
-    if not os.path.isdir(path):
-        raise ArtifactError(Reason.MISSING_FILE, path, "does not exist or is not a directory")
+    check_directory(path)
     data = read_small(path, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
     return manifest_parser.parse(data, path / MANIFEST_NAME)
 

@@ -40,7 +40,7 @@ class ConvertArguments:
     out: Path
     recipe: Path | None
     skip: tuple[str, ...]
-    block_size: int
+    block_size: int | None
     no_double_quant: bool
     calibrate: tuple[str, ...]
     calibration_tokens: int | None
@@ -73,8 +73,8 @@ Examples:
 @click.option("--recipe", metavar="FILE", type=click.Path(path_type=Path),
               help="TOML file with rules: the layers to pack, and how.")  # fmt: skip
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Keep matching weights in 16 bit. May be repeated.")
-@click.option("--block-size", type=int, metavar="N", default=64, show_default=True,
-              help="Number of weights that share a scale: 32, 64, 128 or 256.")  # fmt: skip
+@click.option("--block-size", type=int, metavar="N",
+              help="Number of weights that share a scale: 32, 64, 128 or 256.  [default: 64]")  # fmt: skip
 @click.option("--no-double-quant", is_flag=True, help="Store the scales in float32: 0.37 bits more per weight.")
 @click.option("--calibrate", multiple=True, metavar="FILE",
               help="Choose codes and scales with this text, one layer after the other: plain text, JSON Lines or "
@@ -131,7 +131,7 @@ def _conversion_options(options: ConvertArguments) -> ConversionOptions:
         recipe=options.recipe,
         skip=options.skip,
         block_size=options.block_size,
-        double_quant=not options.no_double_quant,
+        double_quant=False if options.no_double_quant else None,
         max_shard_nbytes=parse_nbytes(Option("max_shard_size"), options.max_shard_size),
         keep_nonfinite=options.keep_nonfinite,
         calibration=_calibration(options.calibrate, options.calibration_tokens),

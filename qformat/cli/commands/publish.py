@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,10 +105,6 @@ def command(options: PublishArguments) -> None:
     _check_usage(options)
     chosen = _publish_options(options)
     card = _card_options(options)
-    if not sys.stderr.isatty():
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
     with Bar() as bar:
         published = publish(
             options.artifact,
@@ -119,6 +114,7 @@ def command(options: PublishArguments) -> None:
             workers=options.workers,
             on_plan=lambda nbytes: bar.start(nbytes, "Checking digests"),
             on_progress=bar.advance,
+            on_upload=lambda _: bar.clear(),  # huggingface_hub shows bars of its own for an upload
         )
     if options.as_json:
         echo_json(_facts(published))

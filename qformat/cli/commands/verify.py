@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo, echo_json, format_table, verdict
+from qformat.cli.display import echo, echo_findings, echo_json, format_table, verdict
 from qformat.cli.options import (
     json_option,
     options_record,
@@ -102,6 +102,10 @@ def _verify_folder(options: VerifyArguments) -> bool:
         raise UsageError(f"{options.location}: is a folder. --revision needs a Hub repository")
     if options.report is not None:
         refuse_report_in(options.report, options.location, *([] if options.source is None else [options.source]))
+    if not options.as_json:
+        from qformat.artifact.reading.structure import check_directory
+
+        check_directory(Path(options.location))  # an error: there is nothing to show a result about
     found = verified(
         options.location,
         options.source,
@@ -136,8 +140,7 @@ def _show(found: Verification, source: str | None, report: Path | None) -> None:
         echo(f"{source}: not compared, because the artifact cannot be opened")
     for notice in facts["notices"]:
         echo(f"notice: {notice['message']}")
-    for finding in facts["findings"]:
-        echo(f"{finding['reason']}: {finding['message']}")
+    echo_findings((finding["reason"], finding["message"]) for finding in facts["findings"])
     if report is not None:
         click.echo(f"report: {report}")
     click.echo(verdict(len(facts["findings"])))

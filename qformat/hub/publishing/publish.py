@@ -106,6 +106,7 @@ def publish(
     workers: int | None = None,
     on_plan: Callable[[int], None] = lambda _: None,
     on_progress: Callable[[int], None] = lambda _: None,
+    on_upload: Callable[[int], None] = lambda _: None,
 ) -> Published:
     """Publish an artifact with a model card on the Hub. The local artifact is not modified.
 
@@ -121,6 +122,7 @@ def publish(
         workers: Number of threads that verify the artifact. The default is the number of usable cores.
         on_plan: Called once with the number of bytes to verify.
         on_progress: Called with the number of bytes verified since the last call.
+        on_upload: Called with the number of bytes to upload, before the upload begins.
 
     Returns:
         What was published, or what would be published by a run without `dry_run`.
@@ -164,6 +166,7 @@ def publish(
         open_request = uploader.pull_request(publication.files, publication.title)
         if open_request is not None:
             return _done(published, open_request, already_there=True)
+    on_upload(published.nbytes_to_send)
     return _done(published, _upload(uploader, published, options, main=main, target=target))
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,6 +35,8 @@ _UPLOAD_ATTEMPTS = 4
 _MAX_PULL_REQUESTS = 200
 _SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=\?)[^\s'\"]+")
 """Tokens, and the signed part of upload URLs, which is valid for hours."""
+
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 
 _Result = TypeVar("_Result")
 
@@ -225,23 +228,40 @@ class Uploader:
                 if isinstance(cause, HfHubHTTPError) and cause.response.status_code not in RETRIED_STATUSES:
                     raise self._refusal(what, cause) from None
                 retries.failed(_text(cause), attempts=attempts)
+            except OSError as problem:
+                if problem.errno is not None:  # an error of this machine, such as a file that cannot be read
+                    raise
+                # hf_xet raises ConnectionError, TimeoutError and its own subclasses of OSError, all without a number.
+                status = _status_in(problem)
+                if status is not None and status not in RETRIED_STATUSES:
+                    raise self._xet_refusal(what, problem, status) from None
+                retries.failed(_text(problem), attempts=attempts)
             except ValueError as problem:  # the Hub's validation of the card
                 raise UsageError(f"{self.repository}: {what}: {_text(problem)}") from None
 
     def _refusal(self, what: str, problem: HfHubHTTPError) -> HubError:
         status, code = problem.response.status_code, problem.response.headers.get("X-Error-Code")
         said = _SECRETS.sub("***", problem.server_message or "").strip()
-        next_step = {
-            401: f"The token is missing or invalid: {_LOG_IN}",
-            403: f"The token has no permission to write: {_LOG_IN} with a token that has it",
-            404: "Check the name and the permissions of the token",
-            412: "Another commit was made meanwhile. Run the same command again",
-        }.get(status, "Check the name and HF_ENDPOINT")
+        next_step = _NEXT_STEPS.get(status, "Check the name and HF_ENDPOINT")
         text = f"{what}: the Hub answers {status}" + (f": {said.rstrip('.')}" if said else "")
         return HubError(self.repository, text, next_step=next_step, status=status, code=code)
 
+    def _xet_refusal(self, what: str, problem: OSError, status: int) -> HubError:
+        next_step = _WITHOUT_XET if status == HTTPStatus.NOT_FOUND else _NEXT_STEPS.get(status, _WITHOUT_XET)
+        return HubError(self.repository, f"{what}: {_text(problem)}", next_step=next_step, status=status)
+
 
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+_NEXT_STEPS = {
+    401: f"The token is missing or invalid: {_LOG_IN}",
+    403: f"The token has no permission to write: {_LOG_IN} with a token that has it",
+    404: "Check the name and the permissions of the token",
+    412: "Another commit was made meanwhile. Run the same command again",
+}
+"""What the user can do about a permanent failure, keyed by HTTP status."""
+
+_WITHOUT_XET = "If this Hub has no Xet storage, set HF_HUB_DISABLE_XET=1 and run the same command again"
 
 
 def holds(repository: RemoteRepository, files: Mapping[str, PublishedFile]) -> bool:
@@ -283,6 +303,12 @@ def _address(problem: HfHubHTTPError | httpx2.TransportError) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     return str((problem.response if isinstance(problem, HfHubHTTPError) else problem).request.url)
+
+
+def _status_in(problem: OSError) -> int | None:
+    """Return the HTTP status in a message of hf_xet, whose exceptions have no other record of it."""
+    found = _XET_STATUS.search(str(problem))
+    return int(found[1]) if found else None
 
 
 def _text(problem: Exception) -> str:

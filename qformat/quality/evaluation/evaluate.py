@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.structure import read_manifest
-from qformat.errors import UsageError, VerificationError
+from qformat.errors import Option, UsageError, VerificationError
 from qformat.model.checkpoint import find_folder, load_any
 from qformat.model.load import load_tokenizer
 from qformat.names import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, TOKENIZER_NAME
@@ -184,7 +184,9 @@ def _checked(scores: Scores, model: _Model, windows: TokenWindows, number: int) 
     if position is not None:
         raise VerificationError(
             f"{model.name}: non-finite logits in window {number} of {windows.name}, token {position}. "
-            "Check the weights with qformat verify, or use another dtype (--dtype float32)"
+            "Check the weights with qformat verify, or use another dtype (",
+            Option("dtype", "float32"),
+            ")",
         )
     return scores
 

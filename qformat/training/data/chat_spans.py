@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from qformat.errors import UsageError
+from qformat.errors import Option, UsageError
 from qformat.training.data.reading.rows import BadRow, ChatRow, Message, Place
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _WHAT_TO_DO = (
-    "Use a chat template with {% generation %} markers around the assistant turns, or train on all tokens "
-    "with loss_on='all'"
+    "Use a chat template with {% generation %} markers around the assistant turns, or train on all tokens with ",
+    Option("loss_on", "all"),
 )
 
 Span = tuple[int, int]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import DataError, UsageError
+from qformat.errors import DataError, Option, UsageError
 from qformat.strict_json import Json
 from qformat.training.data.reading.read_rows import MAX_LINE_NBYTES, BadRows, read_rows
 from qformat.training.data.reading.sources import (
@@ -277,5 +277,5 @@ def _nothing_left(files: list[DataFile], statistics: DataStatistics) -> DataErro
         ", ".join(str(file.path) for file in files[:3]) + (", ..." if len(files) > 3 else ""),
         f"no examples are left to train on ({counted})",
         place=None,
-        next_step="Check the data, max_length and too_long",
+        next_step=("Check the data, ", Option("seq_len"), " and ", Option("too_long")),
     )

@@ -133,13 +133,9 @@ def _folder_headers(folder: Path) -> list[TensorSpec]:
 
 def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[TensorSpec]]:
     """Download config.json into the cache of the Hub client, and read only the headers of the shards."""
-    try:
-        from huggingface_hub import errors as hub_errors
-        from huggingface_hub import get_safetensors_metadata, hf_hub_download
-    except ImportError as problem:
-        raise UsageError(
-            f"reading a repository needs huggingface_hub ({problem}). Install it: pip install 'qformat[models]'"
-        ) from problem
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+
     try:
         config = Path(hf_hub_download(repository, CONFIG_NAME, revision=revision))
         metadata = get_safetensors_metadata(repository, revision=revision)

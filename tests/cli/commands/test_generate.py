@@ -77,7 +77,7 @@ def test_wrong_usage_exits_with_2(
 
 def test_a_damaged_artifact_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(tmp_path / "nothing") == 1
-    assert "does not exist or is not a directory" in capsys.readouterr().err
+    assert "nothing: does not exist. Check the path" in capsys.readouterr().err
 
 
 def test_info_names_devices_backends_reasons_and_versions(capsys: pytest.CaptureFixture[str]) -> None:

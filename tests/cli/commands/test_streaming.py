@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,11 @@ import pytest
 from qformat.cli.main import run
 from qformat.model.generation import Generation
 from tests.training import runs
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +44,17 @@ def test_pieces_leave_the_process_before_the_next_one_is_generated(
 
 
 def test_the_lines_of_progress_are_gone_before_the_text_begins(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = []
-    monkeypatch.setattr("qformat.cli.progress.StatusLine.show", lambda self, text: events.append(text))
-    monkeypatch.setattr("qformat.cli.progress.StatusLine.clear", lambda self: events.append("cleared"))
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
 
     def generate(*_: object, on_text: Any, **__: object) -> Generation:
         on_text("Text")
-        events.append("text")
+        terminal.write("text")
         return Generation("Text", 1, 1, 0.1, 0.0, 1000)
 
     monkeypatch.setattr("qformat.model.generation.generate", generate)
     assert run(["generate", str(artifact), "--prompt", "text", "--device", "cpu"]) == 0
-    assert events == ["Loading ...", "Generating ...", "cleared", "text", "cleared"]
+    shown = [part.strip() for part in terminal.getvalue().split("\r")[1:]]
+    assert shown[0] == "Loading ..."
+    assert shown[-3:-1] == ["Generating ...", ""]
+    assert shown[-1].startswith("text")

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from qformat.artifact.reading.manifest_parser import parse as parse_manifest
 from qformat.cli.commands.verify import command
+from qformat.cli.display import echo_findings
 from qformat.cli.main import run
 from qformat.converters.convert import convert
 from qformat.names import MANIFEST_NAME
@@ -95,8 +96,21 @@ def test_another_source_exits_with_1(artifact: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", llama_tensors(seed=1000), config=llama_config())
     result = verify(artifact, "--source", other)
     assert result.exit_code == 1
-    assert result.stdout.count("source_mismatch: ") == 21
-    assert result.stdout.splitlines()[-1] == "FAILED: 21 findings"
+    lines = result.stdout.splitlines()
+    assert result.stdout.count("source_mismatch: ") == 5
+    assert lines[-2:] == ["... and 16 more (--json lists all)", "FAILED: 21 findings"]
+    findings = facts_of(artifact, "--source", other, exit_code=1)["findings"]
+    assert [finding["reason"] for finding in findings] == ["source_mismatch"] * 21
+
+
+def test_every_reason_shows_its_first_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    echo_findings([("codes_mismatch", "q"), *(("source_mismatch", str(n)) for n in range(6)), ("codes_mismatch", "v")])
+    assert capsys.readouterr().out.splitlines() == [
+        "codes_mismatch: q",
+        "codes_mismatch: v",
+        *(f"source_mismatch: {n}" for n in range(5)),
+        "... and 1 more (--json lists all)",
+    ]
 
 
 def test_json_is_one_object_with_everything(artifact: Path, source: Path) -> None:
@@ -157,9 +171,26 @@ def test_an_artifact_that_cannot_be_opened_is_a_finding_not_a_crash(artifact: Pa
     facts = facts_of(artifact, "--source", source, exit_code=1)
     assert facts["findings"]
     assert facts["comparison"] is None
+    if what == "nothing":
+        return
     result = verify(artifact, "--source", source)
     assert result.exit_code == 1
     assert "not compared, because the artifact cannot be opened" in result.stdout
+
+
+@pytest.mark.parametrize(("name", "problem"), [("nothing", "does not exist"), (MANIFEST_NAME, "is not a directory")])
+def test_a_path_without_an_artifact_is_one_error(
+    artifact: Path, tmp_path: Path, name: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.html"
+    assert run(["verify", str(artifact / name), "--report", str(report)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"{artifact / name}: {problem}" in shown.err
+    assert not report.exists()
+    (finding,) = facts_of(artifact / name, exit_code=1)["findings"]
+    assert finding["reason"] == "missing_file"
+    assert problem in finding["message"]
 
 
 def test_the_report_is_written_whether_the_check_passes_or_not(artifact: Path, source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from qformat.artifact.components import Component
 from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.reading.verify import verify_integrity
+from qformat.cli.flags import as_flag
+from qformat.cli.main import run
 from qformat.converters.compare.compare import compare
 from qformat.converters.convert import ConversionOptions, convert, plan
-from qformat.errors import Reason, SourceError, UsageError
+from qformat.errors import Reason, SourceError, UsageError, spelled
 from tests.converters.faulty_disk import interrupt
 from tests.converters.sources.decoded_kinds import bnb_llama, packed, write_bnb
 from tests.small_models import contents
@@ -113,10 +116,40 @@ def test_individually_packed_experts_are_adopted_and_not_on_the_skip_list(tmp_pa
     assert quantization["llm_int8_skip_modules"] == ["lm_head"]
 
 
-def test_a_recipe_cannot_change_what_is_adopted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "in_python", "as_flags"),
+    [
+        ({"skip": ["model.layers.0.*"]}, "skip", "--skip"),
+        ({"recipe": Path("r.toml"), "skip": ["model.layers.0.*"]}, "recipe and skip", "--recipe and --skip"),
+        ({"block_size": 64}, "block_size", "--block-size"),
+        ({"double_quant": False}, "double_quant=False", "--no-double-quant"),
+        (
+            {"skip": ["lm_head"], "block_size": 128, "double_quant": False},
+            "skip, block_size and double_quant=False",
+            "--skip, --block-size and --no-double-quant",
+        ),
+    ],
+)
+def test_options_cannot_change_what_is_adopted(
+    tmp_path: Path, given: dict[str, Any], in_python: str, as_flags: str
+) -> None:
     source = write_bnb(tmp_path / "source", bnb_llama())
-    with pytest.raises(UsageError, match=r"adopted unmodified\. Leave out recipe and skip"):
-        plan(source, ConversionOptions(skip=["model.layers.0.*"]))
+    with pytest.raises(UsageError, match="adopted unmodified") as caught:
+        plan(source, ConversionOptions(**given))
+    message = f"{source}: the checkpoint is already in 4 bit and is adopted unmodified. Leave out "
+    assert str(caught.value) == message + in_python
+    assert spelled(caught.value.words, as_flag) == message + as_flags
+
+
+@pytest.mark.parametrize("flags", [["--block-size", "64"], ["--no-double-quant"]])
+def test_the_command_rejects_quantization_options_for_an_adopted_source(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_bnb(tmp_path / "source", bnb_llama())
+    assert run(["convert", str(source), str(tmp_path / "out"), *flags]) == 2
+    assert f"adopted unmodified. Leave out {flags[0]}\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(["convert", str(source), str(tmp_path / "out")]) == 0
 
 
 def test_an_artifact_without_its_manifest_is_adopted_into_the_same_shards(tmp_path: Path) -> None:

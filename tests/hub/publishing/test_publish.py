@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,34 @@ def test_the_command_line_publishes_and_prints_the_commit(
     assert run(arguments) == 0
     assert "nothing was uploaded" in capsys.readouterr().out
     assert run([*arguments, "--card", "x.md"]) == 2
+
+
+def test_the_line_of_the_command_is_erased_before_the_hubs_client_draws_bars(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+
+    from qformat.cli.main import run
+
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    enable_progress_bars()
+    during: list[tuple[bool, str]] = []
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    hub.faults.add(
+        "call",
+        route="objects/batch",
+        hook=lambda: during.append((are_progress_bars_disabled(), terminal.getvalue())),
+    )
+    assert run(["publish", str(artifact), NAME, "--license", "apache-2.0", "--base-model", "base/small"]) == 0
+    ((disabled, drawn),) = during
+    assert not disabled
+    assert "Checking digests" in drawn
+    assert drawn.rstrip(" ").endswith("\r")  # back at the start of an empty line
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_an_artifact_of_several_shards_is_published(hub: Hub, small_source: Path, tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import HubError
@@ -142,3 +146,72 @@ def test_a_file_that_changes_during_the_upload_is_detected(hub: Hub, artifact: P
     with pytest.raises(HubError):
         do_publish(artifact)
     assert n_commits(hub) == 0
+
+
+def test_a_hub_without_xet_storage_is_reported_with_the_next_step(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in answers 404 to the request for a token of Xet, and hf_xet raises a ConnectionError."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    with pytest.raises(HubError, match=r"me/small-nf4: uploading: .*404.*set HF_HUB_DISABLE_XET=1") as caught:
+        do_publish(artifact)
+    assert caught.value.status == 404
+    assert len(hub.requests("xet-write-token")) == 1, "404 is permanent"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    do_publish(artifact)
+    assert n_commits(hub) == 1
+
+
+def test_a_token_that_xet_rejects_is_reported_with_the_next_step(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.faults.add("status", route="xet-write-token", status=403)
+    with pytest.raises(HubError, match=r"uploading: .*403.*no permission to write.*hf auth login"):
+        do_publish(artifact)
+
+
+XET_SERVER_ERROR = (
+    "Network error: HTTP status server error (503 Service Unavailable), domain: http://x/y?X-Amz-S=secret"
+)
+
+
+@pytest.mark.parametrize("failure", [ConnectionError(XET_SERVER_ERROR), TimeoutError("timed out"), OSError("broken")])
+def test_an_upload_that_hf_xet_gives_up_is_repeated(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, failure: OSError
+) -> None:
+    n_failures = fail_uploads(monkeypatch, [failure, failure])
+    do_publish(artifact)
+    assert n_failures() == 2
+    assert n_commits(hub) == 1
+
+    fail_uploads(monkeypatch, [failure] * 4)
+    with pytest.raises(HubError, match=r"me/other: uploading: .*4 times in a row") as caught:
+        publish(artifact, "me/other", APACHE, transfer=PATIENT)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_during_the_upload_is_not_a_failure_of_the_hub(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_failures = fail_uploads(monkeypatch, [PermissionError(errno.EACCES, "Permission denied")])
+    with pytest.raises(PermissionError):
+        do_publish(artifact)
+    assert n_failures() == 1
+
+
+def fail_uploads(monkeypatch: pytest.MonkeyPatch, failures: list[OSError]) -> Callable[[], int]:
+    """Let the first uploads raise these errors. Returns a function that counts the errors raised so far."""
+    waiting = iter(failures)
+    n_raised = 0
+    upload = HfApi.preupload_lfs_files
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        nonlocal n_raised
+        if (failure := next(waiting, None)) is not None:
+            n_raised += 1
+            raise failure
+        upload(*arguments, **options)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", failing)
+    return lambda: n_raised

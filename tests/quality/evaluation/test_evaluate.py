@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from qformat.errors import DataError, SourceError, UsageError, VerificationError
+from qformat.cli.flags import as_flag
+from qformat.errors import DataError, SourceError, UsageError, VerificationError, spelled
 from qformat.model.load import load_model
 from qformat.quality.evaluation import evaluate as evaluate_module
 from qformat.quality.evaluation.estimates import estimate
@@ -176,8 +177,10 @@ def test_non_finite_logits_are_reported_with_the_window(
     first = read_windows(text, AutoTokenizer.from_pretrained(source), length=64).spread(5).numbers[0]
     assert first > 0
     expected = rf"broken: non-finite logits in window {first} of .*words.txt, token 0"
-    with pytest.raises(VerificationError, match=expected):
+    with pytest.raises(VerificationError, match=expected) as caught:
         evaluate(artifact, [text], source=broken, **SMALL)
+    assert str(caught.value).endswith("or use another dtype (dtype='float32')")
+    assert spelled(caught.value.words, as_flag).endswith("or use another dtype (--dtype=float32)")
 
 
 def test_memory_holds_logits_of_one_window_and_two_models_at_a_time(

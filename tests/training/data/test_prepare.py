@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qformat.errors import DataError, TargetError, UsageError
+from qformat.cli.flags import as_flag
+from qformat.errors import DataError, TargetError, UsageError, spelled
 from qformat.training.data import prepare
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
@@ -156,6 +157,8 @@ def test_a_bad_line_is_reported_with_its_number_and_reason(
     with pytest.raises(DataError, match=says) as caught:
         prepared(path, tokenizer)
     assert (caught.value.reason, caught.value.place) == (reason, "line 2")
+    assert str(caught.value).endswith("Correct it, or skip unusable rows with skip_bad_lines=True")
+    assert spelled(caught.value.words, as_flag).endswith("Correct it, or skip unusable rows with --skip-bad-lines")
     data = prepared(path, tokenizer, skip_bad_lines=True)
     assert len(data) == 2
     assert data.statistics.bad == {reason: 1}
@@ -185,8 +188,10 @@ def test_data_without_an_example_are_rejected_with_the_counts(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "the block"}]}])
-    with pytest.raises(DataError, match="nothing_to_train: 1"):
+    with pytest.raises(DataError, match="nothing_to_train: 1") as caught:
         prepared(path, tokenizer)
+    assert str(caught.value).endswith("Check the data, seq_len and too_long")
+    assert spelled(caught.value.words, as_flag).endswith("Check the data, --seq-len and --too-long")
     (tmp_path / "none.jsonl").touch()
     with pytest.raises(DataError, match="the data have no rows"):
         prepared(tmp_path / "none.jsonl", tokenizer)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qformat.errors import DataError
+from qformat.errors import DataError, Option
 from qformat.strict_json import Json
 from qformat.training.data.reading.rows import FIELDS, BadRow, Place, Row, parse_fields, parse_line
 from qformat.training.data.reading.sources import DataFile, FileKind
@@ -28,17 +28,19 @@ class BadRows:
     """Decides what happens with an unusable row: it raises an error, or is skipped and counted.
 
     Args:
-        skip: Whether to skip unusable rows.
+        skip: Whether to skip unusable rows. None if the caller has no option for it, so that no error recommends one.
     """
 
-    def __init__(self, *, skip: bool) -> None:
+    def __init__(self, *, skip: bool | None) -> None:
         self.counts: Counter[str] = Counter()
         self._skip = skip
 
     def refuse(self, error: DataError) -> None:
-        """Raise `error`, or count it under its reason."""
-        if not self._skip:
+        """Raise the error of a row, or count it under its reason."""
+        if self._skip is None:
             raise error
+        if not self._skip:
+            raise error.advising(", or skip unusable rows with ", Option("skip_bad_lines", True)) from None
         self.counts[error.reason] += 1
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from qformat import strict_json
-from qformat.errors import DataError, InvalidFileError, Reason, SourceError
+from qformat.errors import DataError, InvalidFileError, Reason, SourceError, Words
 from qformat.strict_json import Json
 
 FIELDS = ("messages", "prompt", "completion", "text", "tools")
 
 Message = dict[str, Json]
 
-CORRECT_OR_SKIP = "Correct it, or skip unusable rows with skip_bad_lines"
+CORRECT_IT = "Correct it"
 
 
 class BadRow(StrEnum):
@@ -58,7 +58,7 @@ class Place:
     unit: str
     number: int
 
-    def refuse(self, reason: BadRow, problem: str, *, next_step: str = CORRECT_OR_SKIP) -> NoReturn:
+    def refuse(self, reason: BadRow, problem: str, *, next_step: str | Words = CORRECT_IT) -> NoReturn:
         """Raise a DataError for this row.
 
         Args:
@@ -138,7 +138,7 @@ def parse_line(line: bytes, place: Place) -> Row:
         place.refuse(
             BadRow.NOT_AN_OBJECT,
             f"expected an object, got {_kind(value)}",
-            next_step="A JSON Lines file has one object per line, without a list around them. " + CORRECT_OR_SKIP,
+            next_step="A JSON Lines file has one object per line, without a list around them. " + CORRECT_IT,
         )
     return parse_fields(value, place)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qformat.artifact.reading.verify import verify_integrity
+from qformat.cli.main import run
 from qformat.converters.compare.compare import compare
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.errors import Reason, SourceError
@@ -45,6 +46,15 @@ def test_an_interrupted_conversion_resumes_and_gives_the_same_bytes(tmp_path: Pa
     convert(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert compare(tmp_path / "out", folder).passed
+
+
+def test_a_verification_shows_the_file_that_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_gguf(tmp_path / "gguf", kind="Q4_K")
+    convert(folder, tmp_path / "out")
+    (gguf_file,) = folder.glob("*.gguf")
+    assert run(["verify", str(tmp_path / "out"), "--source", str(gguf_file)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " compared in " in line)
+    assert line.startswith(f"{gguf_file}: ")
 
 
 @pytest.mark.parametrize(
