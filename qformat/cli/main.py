@@ -54,8 +54,14 @@ RESUMED = ("convert", "tune", "export", "publish", "fetch")
 """Commands that continue an interrupted run when they are called again."""
 
 
+def module_of(command: str) -> str:
+    """Return the name of the module of a command. Its package is the heading of the help in lower case."""
+    (heading,) = (heading for heading, commands in GROUPS.items() if command in commands)
+    return f"qformat.cli.commands.{heading.lower()}.{command}"
+
+
 class _LazyGroup(click.Group):
-    """A group whose commands live in `qformat.cli.commands.NAME` under the name `command`."""
+    """A group whose commands live in `qformat.cli.commands.HEADING.NAME` under the name `command`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -63,7 +69,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"qformat.cli.commands.{cmd_name}").command
+        command = importlib.import_module(module_of(cmd_name)).command
         assert isinstance(command, click.Command)
         return command
 

@@ -99,7 +99,7 @@ def test_an_interrupted_command_that_does_not_resume_promises_nothing(
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qformat.cli.commands.verify.verified", stopped)
+    monkeypatch.setattr("qformat.cli.commands.check.verify.verified", stopped)
     assert run(["verify", str(tmp_path)]) == 130
     assert capsys.readouterr().err.strip() == "Interrupted."
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from qformat.cli.help_sections import SectionedCommand
-from qformat.cli.main import COMMANDS, cli, run
+from qformat.cli.main import COMMANDS, cli, module_of, run
 from qformat.cli.options import options_record, refuse_report_in
 from qformat.errors import UsageError
 
@@ -43,7 +43,7 @@ def test_a_command_gets_its_options_as_one_record() -> None:
 def test_the_record_of_a_command_has_exactly_its_options(name: str) -> None:
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
-    module = __import__(f"qformat.cli.commands.{name}", fromlist=["command"])
+    module = __import__(module_of(name), fromlist=["command"])
     records = [
         member
         for member in vars(module).values()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 
-from qformat.cli.commands.train import command
+from qformat.cli.commands.train.train import command
 from qformat.errors import UsageError
 from qformat.training.settings import TrainingSettings, page_budget_nbytes, read_toml
 

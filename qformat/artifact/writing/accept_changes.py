@@ -57,7 +57,7 @@ class SealResult:
 
     Attributes:
         path: Directory of the artifact.
-        changes: Files that differed from the manifest, by name.
+        changes: Files that differed from the manifest, in the order of their names.
         accepted: The manifest was renewed.
         signature_outdated: The artifact has a signature, which does not cover the changes.
         evaluation_removed: The manifest had an evaluation, which does not describe the changed model.
@@ -190,8 +190,8 @@ def _diff(original: Path, name: str, before: FileRecord, after: bytes) -> str | 
     if old is None or record_of(old) != before:
         return None
     try:
-        texts = [data.decode("utf-8").splitlines() for data in (old, after)]
+        one, other = (data.decode("utf-8").splitlines() for data in (old, after))
     except UnicodeDecodeError:
         return None
-    lines = difflib.unified_diff(*texts, fromfile=f"before/{name}", tofile=f"after/{name}", lineterm="")
+    lines = difflib.unified_diff(one, other, fromfile=f"before/{name}", tofile=f"after/{name}", lineterm="")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qformat.artifact.reading.manifest_parser import parse as parse_manifest
-from qformat.cli.commands.verify import command
+from qformat.cli.commands.check.verify import command
 from qformat.cli.display import echo_findings
 from qformat.cli.main import run
 from qformat.converters.convert import convert

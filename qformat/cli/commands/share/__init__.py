@@ -1,0 +1,1 @@
+"""Commands that exchange artifacts with the Hub."""
