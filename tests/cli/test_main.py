@@ -36,7 +36,7 @@ def test_help_lists_every_command_with_its_summary_on_one_line_under_its_heading
 
 
 def test_the_table_has_every_command_once() -> None:
-    modules = {path.stem for path in (ROOT / "qformat" / "cli" / "commands").glob("[!_]*.py")}
+    modules = {path.stem for path in (ROOT / "qformat" / "cli" / "commands").glob("*/[!_]*.py")}
     assert sorted(name for commands in GROUPS.values() for name in commands) == sorted(modules)
     assert {*RESUMED} < modules
 
