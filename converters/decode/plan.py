@@ -140,7 +140,7 @@ def _side_files(artifact: Artifact) -> dict[str, int]:
     found = {
         name: record.nbytes
         for name, record in artifact.manifest.files.items()
-        if record.header_xxh3 is None and name not in {CONFIG_NAME, INDEX_NAME} and not accompanies(name, record)
+        if not record.is_shard and name not in {CONFIG_NAME, INDEX_NAME} and not accompanies(name, record)
     }
     accompanying = {name for name, record in artifact.manifest.files.items() if accompanies(name, record)}
     for name in {*accompanying, CARD_NAME}:

@@ -7,7 +7,6 @@ recorded in the journal.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -103,7 +102,7 @@ def _write_small_files(plan: Plan, source: Source, staging: Staging) -> dict[str
     carried = {name: source.read_side_file(name) for name in plan.side_files}
     for name, data in {**plan.small_files, **carried}.items():
         staging.disk.write_file(staging.folder / name, data)
-        files[name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        files[name] = FileRecord.of(data)
     return files
 
 

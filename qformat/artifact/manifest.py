@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,6 +36,16 @@ class FileRecord:
     nbytes: int
     sha256: str
     header_xxh3: str | None = None
+
+    @classmethod
+    def of(cls, data: bytes) -> FileRecord:
+        """Return the entry of a file with these bytes, which is not a shard."""
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether the file is a shard."""
+        return self.header_xxh3 is not None
 
 
 @dataclass(frozen=True, slots=True)

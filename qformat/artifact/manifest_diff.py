@@ -107,10 +107,8 @@ def diff_manifests(a: Manifest, b: Manifest) -> ManifestDifference:
     found = {name: _aspects(a.tensors[name], b.tensors[name]) for name in common}
     sources = [(_source(a.tensors[name]), _source(b.tensors[name])) for name in common]
     known = [(one, other) for one, other in sources if one is not None and other is not None]
-    small = {name for manifest in (a, b) for name, file in manifest.files.items() if file.header_xxh3 is None}
-    shards_a, shards_b = (
-        {name: file for name, file in manifest.files.items() if file.header_xxh3 is not None} for manifest in (a, b)
-    )
+    small = {name for manifest in (a, b) for name, file in manifest.files.items() if not file.is_shard}
+    shards_a, shards_b = ({name: file for name, file in manifest.files.items() if file.is_shard} for manifest in (a, b))
     return ManifestDifference(
         only_in_a=tuple(name for name in a.tensors if name not in b.tensors),
         only_in_b=tuple(name for name in b.tensors if name not in a.tensors),

@@ -185,7 +185,7 @@ class FetchRun:
     def _damaged(self, name: str, record: FileRecord) -> list[_Piece]:
         """Return the pieces with a mismatch against the manifest's XXH3-128, or all pieces if it does not show any."""
         pieces = self._pieces(name, record)
-        if record.header_xxh3 is None:
+        if not record.is_shard:
             return pieces
         checks = range_checks(self._staging.folder, self._published.manifest, {name: self._descriptors[name]}, [])
         wrong = [check for check in checks if check.run() is not None]

@@ -52,12 +52,8 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 def described(text: str) -> set[str]:
     """Return the names that the `Args:` section of a docstring describes."""
     section = re.search(r"^Args:\n((?:(?: .*)?\n?)*)", text, re.MULTILINE)
-    return (
-        set(re.findall(r"^    \*{0,2}(\w+)(?:, \w+)*:", section[1], re.MULTILINE))
-        | {name for line in re.findall(r"^    ((?:\w+, )+\w+):", section[1], re.MULTILINE) for name in line.split(", ")}
-        if section
-        else set()
-    )
+    lines = re.findall(r"^    \*{0,2}(\w+(?:, \w+)*):", section[1], re.MULTILINE) if section else []
+    return {name for names in lines for name in names.split(", ")}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())

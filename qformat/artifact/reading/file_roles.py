@@ -30,7 +30,7 @@ def accompanies(name: str, record: FileRecord | None = None) -> bool:
         name: Name of the file or directory.
         record: Entry in the manifest, None if the manifest does not list it.
     """
-    return (record is None or record.header_xxh3 is None) and _ACCOMPANYING.fullmatch(name) is not None
+    return (record is None or not record.is_shard) and _ACCOMPANYING.fullmatch(name) is not None
 
 
 def is_training_record(name: str) -> bool:

@@ -158,7 +158,7 @@ def verify_integrity(
         manifest = manifest or read_manifest(path)
     except ArtifactError as error:
         return IntegrityReport(path, (finding_of(error),), 0, 0, sha256)
-    on_plan(sum(record.nbytes for record in manifest.files.values() if record.header_xxh3 is not None))
+    on_plan(sum(record.nbytes for record in manifest.files.values() if record.is_shard))
     findings: list[Finding] = []
     with ExitStack() as stack:
         notices = _notices(path, manifest)
@@ -167,7 +167,7 @@ def verify_integrity(
         whole = [
             (name, record)
             for name, record in manifest.files.items()
-            if name in descriptors and (sha256 or record.header_xxh3 is None)
+            if name in descriptors and (sha256 or not record.is_shard)
         ]
 
         def run(check: RangeCheck) -> Finding | None:
@@ -214,9 +214,7 @@ def verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
         path: Directory of the artifact.
         manifest: Manifest of the artifact.
     """
-    names = [
-        name for name, record in manifest.files.items() if record.header_xxh3 is None and not accompanies(name, record)
-    ]
+    names = [name for name, record in manifest.files.items() if not record.is_shard and not accompanies(name, record)]
     extra = [finding for finding in _extra_files(path, manifest) if not accompanies(finding.file)]
     return (*_check_files(path, manifest, names), *extra)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -147,16 +146,11 @@ def merged(sealed: Sequence[JsonObject], changes: Iterable[FileChange]) -> list[
     return [entry for _, entry in sorted(found.items()) if entry["previous_sha256"] != entry["sha256"]]
 
 
-def record_of(data: bytes) -> FileRecord:
-    """Return the manifest's entry of a file other than a shard."""
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
-
-
 def _refuse_other_findings(findings: Iterable[Finding], manifest: Manifest, path: Path) -> None:
     """Raise ArtifactError for a finding that is not the change of a small file."""
     for finding in findings:
         record = manifest.files.get(finding.file)
-        is_shard = record is not None and record.header_xxh3 is not None
+        is_shard = record is not None and record.is_shard
         is_change = finding.reason in _CHANGES and finding.tensor is None
         required = finding.file == CONFIG_NAME and finding.reason is Reason.MISSING_FILE
         if is_shard or required or not is_change or not can_be_accepted(finding.file):
@@ -177,7 +171,7 @@ def _change_of(path: Path, name: str, manifest: Manifest, original: Path | str |
     return FileChange(
         name,
         before,
-        None if data is None else record_of(data),
+        None if data is None else FileRecord.of(data),
         accompanying,
         None if data is None or before is None or original is None else _diff(Path(original), name, before, data),
     )
@@ -187,7 +181,7 @@ def _diff(original: Path, name: str, before: FileRecord, after: bytes) -> str | 
     if max(before.nbytes, len(after)) > MAX_DIFF_NBYTES:
         return None
     old = read_if_regular(original, name)
-    if old is None or record_of(old) != before:
+    if old is None or FileRecord.of(old) != before:
         return None
     try:
         one, other = (data.decode("utf-8").splitlines() for data in (old, after))

@@ -24,6 +24,7 @@ from qformat.artifact.reading.file_roles import accompanies, is_training_record
 from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import open_regular, read_small
 from qformat.artifact.reading.side_files import is_side_file
+from qformat.artifact.reading.structure import read_manifest
 from qformat.artifact.writing.accept_changes import FileChange, merged
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.locked_manifest import locked_folder
@@ -131,11 +132,10 @@ class FolderStaging:
         """Return the shards of an older model in the directory."""
         found = {entry.name for entry in self._out.iterdir() if _SHARD.fullmatch(entry.name)}
         try:
-            data = read_small(self._out, MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, error=ArtifactError)
-            old = parse(data, self._out / MANIFEST_NAME)
+            old = read_manifest(self._out)
         except ArtifactError:  # no artifact, or not a readable one
             return found
-        return found | {name for name, record in old.files.items() if record.header_xxh3 is not None}
+        return found | {name for name, record in old.files.items() if record.is_shard}
 
 
 def _may_stay(name: str, manifest: Manifest) -> bool:

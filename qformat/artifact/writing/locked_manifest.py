@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +74,6 @@ def list_file(path: Path, name: str, *, disk: Disk | None = None) -> None:
     data, target = read_if_regular(path, name), path / MANIFEST_NAME
     if data is None or not target.is_file():
         return
-    record = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    record = FileRecord.of(data)
     with locked_manifest(path) as manifest:
         (disk or Disk()).replace_file(target, with_files(manifest, target, {name: record}))

@@ -303,7 +303,7 @@ def _expected_digests(layout: ShardLayout) -> dict[str, tuple[str, str]]:
 
 def _other_files(layout: ShardLayout) -> dict[str, FileRecord | None]:
     if isinstance(layout, Structure):
-        return {name: record for name, record in layout.manifest.files.items() if record.header_xxh3 is None}
+        return {name: record for name, record in layout.manifest.files.items() if not record.is_shard}
     return {name: None for name in _FILES_WITHOUT_MANIFEST if os.path.lexists(layout.path / name)}
 
 
@@ -322,7 +322,7 @@ def _renewed(
     records = {
         name: replace(record, sha256=sha256[name]) if name in sha256 else record for name, record in old.files.items()
     }
-    records |= {name: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    records |= {name: FileRecord.of(data) for name, data in files.items()}
     return replace(
         old,
         tensors=tensors,

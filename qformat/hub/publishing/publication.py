@@ -121,5 +121,5 @@ def _renewed_records(artifact: Path, manifest: Manifest) -> dict[str, FileRecord
     for name, record in manifest.files.items():
         if accompanies(name, record):
             data = read_if_regular(artifact, name)
-            found[name] = None if data is None else FileRecord(len(data), hashlib.sha256(data).hexdigest())
+            found[name] = None if data is None else FileRecord.of(data)
     return found
