@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qformat.errors import UsageError
 from qformat.kernels import ops
+from qformat.kernels.dispatch import refuse_forward_mode
 from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.implementations import implementation
 from qformat.kernels.packed_weight import PackedWeight
@@ -144,3 +145,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 linear_nf4_scaled.register_autograd(_backward, setup_context=_keep)
+refuse_forward_mode(linear_nf4_scaled)
+refuse_forward_mode(linear_nf4_scale_gradient)

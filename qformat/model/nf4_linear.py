@@ -12,6 +12,7 @@ from qformat.artifact.components import Component
 from qformat.codec.quant_state import QuantState
 from qformat.errors import UsageError
 from qformat.kernels import ops
+from qformat.kernels.dispatch import as_autocast, may_bypass_dispatcher
 from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 
@@ -97,9 +98,9 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [..., in_features] times the transposed weight, plus bias: [..., out_features] in x's dtype."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return self._differentiable(x)
-        return ops.linear(x, self.held_weight(), self.bias)
+        if torch.is_grad_enabled() or not may_bypass_dispatcher(x):
+            return self._dispatched(as_autocast(x))
+        return ops.linear(as_autocast(x), self.held_weight(), self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return the decoded weight [out_features, in_features] as a new tensor in bf16, fp16 or fp32."""
@@ -116,7 +117,7 @@ class NF4Linear(nn.Linear):
         levels = "one level" if self.nested_absmax is None else "double quantization"
         return f"{super().extra_repr()}, block_size={self.block_size}, {levels}"
 
-    def _differentiable(self, x: Tensor) -> Tensor:
+    def _dispatched(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: Tensor = ops.linear_nf4(x, *self._components(), self.out_features, self.in_features, bias)
         return product
