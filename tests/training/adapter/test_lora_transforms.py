@@ -1,0 +1,56 @@
+"""Every transform of torch gives the numbers of PEFT's layer around the decoded weight."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from qformat.model.nf4_linear import NF4Linear
+from qformat.training.adapter.lora_linear import NF4LoraLinear
+from tests.kernels.test_transforms import decoded_layer, inputs, packed_layer
+from tests.kernels.transforms import CALLS, GRADIENTS, TRACES, Transform, same_numbers
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+
+def with_lora(layer: nn.Module) -> Any:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    config._register_custom_module({NF4Linear: NF4LoraLinear})
+    wrapped: Any = get_peft_model(nn.Sequential(layer), config).base_model.model[0]
+    random = torch.Generator().manual_seed(2)
+    for matrix in (wrapped.lora_A["default"], wrapped.lora_B["default"]):
+        matrix.weight.data = torch.randn(matrix.weight.shape, generator=random) * 0.1
+    return wrapped.eval()
+
+
+def run(transform: Transform, x: Tensor) -> None:
+    layer = packed_layer()
+    packed, decoded = with_lora(layer), with_lora(decoded_layer(layer))
+    assert type(packed) is NF4LoraLinear
+    try:
+        transform(copy.deepcopy(decoded), x)
+    except Exception as refusal:  # whatever the transform raises for PEFT's own layer
+        with pytest.raises(type(refusal)):
+            transform(packed, x)
+        return
+    assert same_numbers(transform, packed, decoded, x)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("name", [*CALLS, *TRACES])
+def test_a_transform_gives_the_numbers_of_the_decoded_layer(name: str, with_gradients: bool) -> None:
+    with torch.set_grad_enabled(with_gradients):
+        run({**CALLS, **TRACES}[name], inputs(3))
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_derivative_is_that_of_the_decoded_layer(name: str) -> None:
+    run(GRADIENTS[name], inputs(3))
