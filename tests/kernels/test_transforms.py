@@ -21,7 +21,7 @@ from qformat.kernels import ops, scaled_linear
 from qformat.kernels.dispatch import may_bypass_dispatcher
 from qformat.model.nf4_linear import NF4Linear
 from tests.kernels import transforms
-from tests.kernels.transforms import CALLS, GRADIENTS, TRACES, same_numbers
+from tests.kernels.transforms import CALLS, COMPILED, GRADIENTS, TRACES, same_numbers
 from tools.gpu.weights import random_weight
 
 pytestmark = [
@@ -80,6 +80,13 @@ def test_a_traced_program_gives_the_numbers_of_the_decoded_layer(name: str, with
 def test_a_derivative_is_that_of_the_decoded_layer(name: str) -> None:
     layer = packed_layer()
     assert same_numbers(GRADIENTS[name], layer, decoded_layer(layer), inputs(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_derivative_is_that_of_the_decoded_layer(name: str) -> None:
+    layer = packed_layer()
+    assert same_numbers(COMPILED[name], layer, decoded_layer(layer), inputs(3))
 
 
 @pytest.mark.parametrize("name", CALLS)

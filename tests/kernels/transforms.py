@@ -126,7 +126,6 @@ TRACES: dict[str, Transform] = {
     "make_fx of jvp": lambda layer, x: make_fx(lambda x: jvp(layer, (x,), (other(x),)))(x)(other(x)),
     "fx": lambda layer, x: torch.fx.symbolic_trace(layer)(x),
     "compile": lambda layer, x: compiled(layer)(x),
-    "compiled jvp": lambda layer, x: compiled(lambda x: jvp(layer, (x,), (other(x),)))(x),
     "export": lambda layer, x: torch.export.export(layer, (x,)).module()(other(x)),
 }
 """Transforms that make a program, with and without gradients."""
@@ -140,9 +139,14 @@ GRADIENTS: dict[str, Transform] = {
     "jvp of grad": lambda layer, x: jvp(grad(squares(layer)), (x,), (other(x),)),
     "grad of jvp": lambda layer, x: grad(lambda x: jvp(squares(layer), (x,), (other(x),))[1])(x),
     "double backward": double_backward,
-    "compiled gradients of samples": lambda layer, x: compiled(vmap(grad(squares(layer))))(x),
 }
 """Transforms that need gradients."""
+
+COMPILED: dict[str, Transform] = {
+    "jvp": lambda layer, x: compiled(lambda x: jvp(layer, (x,), (other(x),)))(x),
+    "gradients of samples": lambda layer, x: compiled(vmap(grad(squares(layer))))(x),
+}
+"""Transforms of `torch.func` in a compiled program. They take seconds."""
 
 
 def same_numbers(transform: Transform, layer: nn.Module, decoded: nn.Module, x: Tensor) -> bool:
