@@ -31,8 +31,8 @@ from qformat.codec.cpu.blocks import decode_into, decode_nested_into
 from qformat.codec.cpu.product import Product, unsupported
 from qformat.codec.floats import FloatFormat
 from qformat.kernels import openmp
-from qformat.kernels.implementations import MAX_ROWS_FROM_CODES
 from qformat.kernels.held_weight import HeldWeight
+from qformat.kernels.implementations import MAX_ROWS_FROM_CODES
 from qformat.kernels.packed_weight import PackedWeight
 
 SCRATCH_NBYTES = 32 << 20

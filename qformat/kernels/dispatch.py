@@ -37,13 +37,14 @@ _PLAIN_TYPES = (Tensor, nn.Parameter)
 _AUTOGRAD_KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradXPU", "AutogradMPS", "AutogradMeta")
 """The keys that precede the one for which torch registers a custom operation, on the devices that may hold a model."""
 
-_library = torch.library.Library("qformat", "FRAGMENT")  # registrations end with this object
+_library = torch.library.Library("qformat", "FRAGMENT")  # type: ignore[no-untyped-call]
+"""The registrations of this module. They end with this object."""
 
 
 def may_bypass_dispatcher(x: Tensor) -> bool:
     """Return whether a kernel can be called with x directly, because nothing wants to see or change the call.
 
-    Takes 0.3 us. Calling an operation through the dispatcher takes 20 us.
+    Takes about 0.4 us. Calling an operation through the dispatcher takes 20 us.
 
     Args:
         x: Input of the kernel.
@@ -116,14 +117,14 @@ def _replace_autograd(
         return result
 
     for key in _AUTOGRAD_KEYS:
-        _library.impl(operation._opoverload, kernel, key, with_keyset=True)
+        _library.impl(operation._opoverload, kernel, key, with_keyset=True)  # type: ignore[no-untyped-call]
 
 
 def _has_tangent(args: tuple[Any, ...]) -> bool:
-    return forward_ad._current_level >= 0 and any(
-        isinstance(arg, Tensor) and arg.is_floating_point() and forward_ad.unpack_dual(arg).tangent is not None
-        for arg in args
-    )
+    if forward_ad._current_level < 0:
+        return False
+    floats = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    return any(forward_ad.unpack_dual(value).tangent is not None for value in floats)  # type: ignore[no-untyped-call]
 
 
 def _only_default_devices() -> bool:

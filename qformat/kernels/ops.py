@@ -166,8 +166,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _decoded_linear(x: Tensor, *others: Any) -> Tensor:
     *components, bias = others
-    weight = dequantize_nf4(*components, x.dtype)
-    return functional.linear(x, weight, bias)
+    return functional.linear(x, dequantize_nf4(*components, x.dtype), bias)
 
 
 def _keep_components_of_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -180,8 +179,7 @@ def _backward_of_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _decoded_input_gradient(grad: Tensor, *components: Any) -> Tensor:
-    weight = dequantize_nf4(*components, grad.dtype)
-    return grad @ weight
+    return torch.matmul(grad, dequantize_nf4(*components, grad.dtype))
 
 
 linear_nf4.register_autograd(_backward, setup_context=_keep_components)

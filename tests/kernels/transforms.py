@@ -91,6 +91,10 @@ def double_backward(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.autograd.grad(first.square().sum(), x)[0]
 
 
+def made_with_fake_tensors(tracing_mode: str, layer: nn.Module, x: Tensor) -> Any:
+    return make_fx(layer, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(x)(other(x))
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch.compiler.reset()
     return torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -121,7 +125,9 @@ TRACES: dict[str, Transform] = {
     "jit.trace": lambda layer, x: torch.jit.trace(layer, (x,), check_trace=False)(other(x)),
     "make_fx": lambda layer, x: make_fx(layer)(x)(other(x)),
     "make_fx, fake": lambda layer, x: make_fx(layer, tracing_mode="fake", _allow_non_fake_inputs=True)(x)(other(x)),
-    "make_fx, symbolic": lambda layer, x: make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)(other(x)),
+    "make_fx, symbolic": lambda layer, x: make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)(
+        other(x)
+    ),
     "make_fx, before dispatch": lambda layer, x: make_fx(layer, pre_dispatch=True)(x)(other(x)),
     "make_fx of jvp": lambda layer, x: make_fx(lambda x: jvp(layer, (x,), (other(x),)))(x)(other(x)),
     "fx": lambda layer, x: torch.fx.symbolic_trace(layer)(x),

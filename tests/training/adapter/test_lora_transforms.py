@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -35,12 +34,6 @@ def run(transform: Transform, x: Tensor) -> None:
     layer = packed_layer()
     packed, decoded = with_lora(layer), with_lora(decoded_layer(layer))
     assert type(packed) is NF4LoraLinear
-    try:
-        transform(copy.deepcopy(decoded), x)
-    except Exception as refusal:  # whatever the transform raises for PEFT's own layer
-        with pytest.raises(type(refusal)):
-            transform(packed, x)
-        return
     assert same_numbers(transform, packed, decoded, x)
 
 
