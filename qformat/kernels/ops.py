@@ -160,7 +160,7 @@ def _keep_components(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[9]
     grad_x = linear_nf4_input_gradient(grad, *ctx.saved_tensors, *ctx.numbers) if wants_x else None
-    grad_bias = grad.flatten(0, -2).sum(0) if wants_bias else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
     return grad_x, None, None, None, None, None, None, None, None, grad_bias
 
 

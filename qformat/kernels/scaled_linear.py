@@ -140,7 +140,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if wants_scales:
         grad_scales = linear_nf4_scale_gradient(grad, x, packed, scales, *ctx.numbers)
     if wants_bias:
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, grad_scales, None, None, None, grad_bias
 
 

@@ -156,6 +156,12 @@ def test_only_a_plain_call_may_bypass_the_dispatcher() -> None:
     assert may_bypass_dispatcher(x)
 
 
+def test_one_row_has_the_gradients_of_many() -> None:
+    layer, x = packed_layer(), inputs(3)
+    layer(x[0]).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.ones(SHAPE[0]))
+
+
 def test_ensembles_of_packed_weights_are_computed_one_by_one() -> None:
     layers, x = [packed_layer(), packed_layer()], inputs(3)
     layers[1].weight.data = layers[1].weight.flip(0)
