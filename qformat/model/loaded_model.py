@@ -34,6 +34,7 @@ from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import read_config
+from qformat.model.merging import refuse_merging
 from qformat.model.shard_tensors import TORCH_DTYPES
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
@@ -136,6 +137,17 @@ class LoadedModel:
         """
         self._qformat_origin.watch.check()
         return super().generate(*args, **options)  # type: ignore[misc]
+
+    def named_modules(self, *args: Any, **options: Any) -> Any:
+        """Iterate over all modules. PEFT does so before it merges; packed layers then refuse (see `merging`).
+
+        Args:
+            *args: Positional arguments of torch's `named_modules`.
+            **options: Keyword arguments of torch's `named_modules`.
+        """
+        if "peft_config" in self.__dict__ and not torch.compiler.is_compiling():
+            refuse_merging(self)  # type: ignore[arg-type]
+        return super().named_modules(*args, **options)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the model under its transformers class; unpickling adopts it again."""
