@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
+from qformat.processes import check_single_process
 from qformat.training.adapter.attach import add_adapter
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.adapter.card import adapter_card
@@ -89,7 +91,8 @@ def train(
         The output directory, the metrics and the facts of the training.
 
     Raises:
-        UsageError: The settings do not fit the model, the data or the checkpoint.
+        UsageError: The settings do not fit the model, the data or the checkpoint, or torchrun or another launcher
+            started several processes.
         ArtifactError: The artifact is damaged.
         DataError: The training data cannot be used.
         AdapterError: The checkpoint is damaged.
@@ -97,6 +100,7 @@ def train(
         DivergenceError: The loss or the gradient is NaN or Inf.
         TargetError: The output cannot be written.
     """
+    check_single_process("a training", os.environ)
     checkpoints = CheckpointFolder(job.output, keep=settings.keep_checkpoints)
     checkpoint = None if resume is None else checkpoints.find(resume)
     if checkpoint is None:
