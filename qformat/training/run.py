@@ -17,6 +17,7 @@ from transformers import PrinterCallback
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
+from qformat.model.build import check_predicts_tokens
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
 from qformat.processes import check_single_process
@@ -108,6 +109,7 @@ def train(
     if settings.eval_every is not None and not job.eval_data:
         raise UsageError(Option("eval_every"), ": needs evaluation data. Specify it with ", Option("eval_data"))
     shards = open_shards(job.artifact)
+    check_predicts_tokens(job.artifact, trust_remote_code=settings.trust_remote_code)
     base = BaseRecord.of(shards.layout)
     prepared = _prepare(job, settings, say)
     facts: JsonObject = {
