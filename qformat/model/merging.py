@@ -29,7 +29,7 @@ def refuse_merging(model: nn.Module) -> None:
     from peft.utils import ModulesToSaveWrapper
 
     modules = [module for _, module in nn.Module.named_modules(model)]
-    adapted = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    adapted: list[Any] = [module for module in modules if isinstance(module, BaseTunerLayer)]
     refused = any(isinstance(layer.get_base_layer(), NF4Linear) and _has_adapters(layer) for layer in adapted)
     for layer in adapted:
         _replace_method(layer, "merge", refuse if refused else None)

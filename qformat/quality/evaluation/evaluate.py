@@ -121,7 +121,8 @@ def evaluate(
         on_window: Called with the number of scored windows and the total number of windows.
 
     Raises:
-        UsageError: A model does not predict tokens, tokenizers or vocabularies differ, or windows are longer than the model's context.
+        UsageError: A model does not predict tokens, tokenizers or vocabularies differ, or windows are longer than the
+            model's context.
         DataError: A text is too short or cannot be read.
         SourceError: `source` is not the source of the artifacts.
         VerificationError: A window has non-finite logits.

@@ -32,7 +32,7 @@ def _no_warnings_of_trainers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers whose norms are 1, so that its adapters can change what it predicts."""
+    """A random Llama of two layers. Norms of 1 and a large head let adapters change the predictions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("for_trainers")
@@ -49,7 +49,10 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "source")
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(4)
+        model.to(torch.bfloat16).save_pretrained(folder / "source")
     small_tokenizer().save_pretrained(folder / "source")
     convert(folder / "source", folder / "nf4")
     return folder / "nf4"

@@ -77,7 +77,7 @@ def losses(name: str, model: Any, tokenizer: Any, rows: list[dict[str, Any]], fo
     ("name", "rows"),
     [
         pytest.param("SFT", texts),
-        pytest.param("DPO", preferences, marks=pytest.mark.slow),
+        pytest.param("DPO", preferences),
         pytest.param("KTO", judged, marks=pytest.mark.slow),
         pytest.param("ORPO", preferences, marks=pytest.mark.slow),
     ],
@@ -93,8 +93,7 @@ def test_losses_are_those_of_the_decoded_model(
     # trl casts the adapters of a model that says that it was loaded in 4 bit. The oracle must be treated alike.
     oracle.is_loaded_in_4bit = getattr(ours, "is_loaded_in_4bit", False)
     found, expected = (
-        losses(name, model, tokenizer, rows(), tmp_path / side)
-        for side, model in (("ours", ours), ("decoded", oracle))
+        losses(name, model, tokenizer, rows(), tmp_path / side) for side, model in (("ours", ours), ("decoded", oracle))
     )
     assert len(found) == N_STEPS
     assert torch.tensor(found) == pytest.approx(torch.tensor(expected), rel=BOUND)
