@@ -127,7 +127,7 @@ def generate(
             to predict the next token.
     """
     if not model.can_generate():
-        raise no_token_predictions(type(model), model.config.name_or_path)
+        raise no_token_predictions(type(model), model.config.name_or_path or "the model")
     sampling = sampling or Sampling()
     inputs = _inputs(tokenizer, prompt, chat=chat).to(model.device)
     n_prompt = int(inputs["input_ids"].shape[1])

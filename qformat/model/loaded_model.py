@@ -34,7 +34,7 @@ from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import read_config
-from qformat.model.merging import refuse_merging
+from qformat.model.merging import refusing_to_merge
 from qformat.model.shard_tensors import TORCH_DTYPES
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
@@ -145,9 +145,10 @@ class LoadedModel:
             *args: Positional arguments of torch's `named_modules`.
             **options: Keyword arguments of torch's `named_modules`.
         """
-        if "peft_config" in self.__dict__ and not torch.compiler.is_compiling():
-            refuse_merging(self)  # type: ignore[arg-type]
-        return super().named_modules(*args, **options)  # type: ignore[misc]
+        modules = super().named_modules(*args, **options)  # type: ignore[misc]
+        if "peft_config" not in self.__dict__ or torch.compiler.is_compiling():
+            return modules
+        return refusing_to_merge(self, modules)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the model under its transformers class; unpickling adopts it again."""

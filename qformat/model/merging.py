@@ -2,12 +2,13 @@
 
 PEFT merges layer by layer, in the order of the modules. An embedding that was kept in 16 bit comes before the first
 packed layer, so an error in the packed layer is too late. PEFT has no hook that it calls before the first layer, but it
-lists the modules of the model, and `LoadedModel.named_modules` calls `refuse_merging` then. It acts on the layers of
-this one model; PEFT's classes stay as they are.
+iterates over the modules of the model, and `LoadedModel.named_modules` passes through `refusing_to_merge`. This acts on
+the layers of one model; PEFT's classes stay as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NoReturn
 
@@ -15,6 +16,27 @@ from torch import nn
 
 from qformat.errors import UsageError
 from qformat.model.nf4_linear import NF4Linear
+
+
+_WRAPPED = {"base_layer", "original_module"}
+"""Names under which PEFT's layers and wrappers hold the layer that they replace."""
+
+
+def refusing_to_merge(model: nn.Module, modules: Iterator[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules, and call `refuse_merging` before the first one that PEFT has put in place of another.
+
+    An iteration that stops earlier costs nothing: `model.device` looks at the first parameter only.
+
+    Args:
+        model: Model to which PEFT has attached adapters.
+        modules: Modules of the model with their names.
+    """
+    checked = False
+    for name, module in modules:
+        if not checked and not _WRAPPED.isdisjoint(module._modules):
+            refuse_merging(model)
+            checked = True
+        yield name, module
 
 
 def refuse_merging(model: nn.Module) -> None:

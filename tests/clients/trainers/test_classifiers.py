@@ -140,9 +140,7 @@ def test_the_reward_trainer_has_the_losses_of_the_decoded_model(classifier: Path
     from trl import RewardConfig, RewardTrainer
 
     words = ("one", "scale", "code", "zero")
-    rows = Dataset.from_list(
-        [{"chosen": f"the block holds {word}", "rejected": f"pages {word}"} for word in words]
-    )
+    rows = Dataset.from_list([{"chosen": f"the block holds {word}", "rejected": f"pages {word}"} for word in words])
     export(classifier, tmp_path / "decoded", to="fp32")
 
     def losses(model: Any, folder: Path) -> list[float]:
