@@ -17,7 +17,6 @@ from torch import nn
 from qformat.errors import UsageError
 from qformat.model.nf4_linear import NF4Linear
 
-
 _WRAPPED = {"base_layer", "original_module"}
 """Names under which PEFT's layers and wrappers hold the layer that they replace."""
 
