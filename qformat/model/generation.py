@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from qformat.errors import Option, UsageError
-from qformat.model.build import no_token_predictions
 from qformat.model.memory import peak_nbytes
 from qformat.model.nf4_linear import NF4Linear
 
@@ -126,8 +125,6 @@ def generate(
         UsageError: The prompt has no tokens, the tokenizer has no chat template, or the model has another task than
             to predict the next token.
     """
-    if not model.can_generate():
-        raise no_token_predictions(type(model), model.config.name_or_path or "the model")
     sampling = sampling or Sampling()
     inputs = _inputs(tokenizer, prompt, chat=chat).to(model.device)
     n_prompt = int(inputs["input_ids"].shape[1])

@@ -16,7 +16,6 @@ from qformat.cli.main import run
 from qformat.converters.convert import convert
 from qformat.converters.export import export
 from qformat.errors import UsageError
-from qformat.model.generation import generate
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.transformers_quantizer import METHOD
 from tests.small_models import contents
@@ -104,9 +103,9 @@ def test_register_gives_a_causal_artifact_a_new_head(artifact: Path, registered:
 
 
 def test_generate_in_python_is_refused(classifier: Path) -> None:
-    model, tokenizer = qformat.load_model(classifier, device="cpu"), qformat.load_tokenizer(classifier)
+    model = qformat.load_model(classifier, device="cpu")
     with pytest.raises(UsageError, match="LlamaForSequenceClassification does not predict the next token"):
-        generate(model, tokenizer, "the block")
+        model.generate(IDS, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
