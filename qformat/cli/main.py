@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from qformat.cli.display import echo
 from qformat.cli.flags import as_flag
 from qformat.cli.waiting import choose_how_to_wait
 from qformat.errors import Interrupted, QformatError, UsageError, spelled
+from qformat.processes import check_single_process
 from qformat.version import __version__
 
 EXIT_FAILED = 1
@@ -52,6 +54,9 @@ COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in c
 
 RESUMED = ("convert", "tune", "export", "publish", "fetch")
 """Commands that continue an interrupted run when they are called again."""
+
+WRITING = (*RESUMED, "eval", "seal", "train")
+"""Commands that write files, so that several processes of a launcher such as torchrun would disturb each other."""
 
 
 def module_of(command: str) -> str:
@@ -113,6 +118,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     gc.set_threshold(50_000, 20, 20)
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        for command in {*given[:1]} & {*WRITING}:
+            check_single_process(f"qformat {command}", os.environ)
         result = cli.main(args=given, prog_name="qformat", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as shown:

@@ -46,6 +46,37 @@ def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         ) from error
 
 
+def check_predicts_tokens(path: Path, *, trust_remote_code: bool) -> None:
+    """Check that a directory holds a model that predicts the next token, before anything is loaded or written.
+
+    Model classes that come with the model are not checked: many do not declare what they can do.
+
+    Args:
+        path: Directory of the model.
+        trust_remote_code: Whether to run Python code that comes with the model.
+
+    Raises:
+        ArtifactError: transformers cannot read config.json or does not know the architecture.
+        UsageError: The model has another task, such as the classification of texts.
+    """
+    found = _model_class(path, read_config(path, trust_remote_code=trust_remote_code), trust_remote_code)
+    if found.__module__.startswith("transformers.models.") and not found.can_generate():
+        raise no_token_predictions(found, path)
+
+
+def no_token_predictions(model_class: type, path: Path | str) -> UsageError:
+    """Return the error for a model that does not predict the next token.
+
+    Args:
+        model_class: Class of the model.
+        path: Directory of the model.
+    """
+    return UsageError(
+        f"{path}: {model_class.__name__} does not predict the next token, which this needs. Load it with "
+        "qformat.load_model, and run or train it in Python"
+    )
+
+
 def dtype_of(config: PretrainedConfig) -> torch.dtype:
     """Return the dtype in a model's config, or bfloat16 if the config has none."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16

@@ -122,7 +122,8 @@ def generate(
         The text with its measurements.
 
     Raises:
-        UsageError: The prompt has no tokens, or the tokenizer has no chat template.
+        UsageError: The prompt has no tokens, the tokenizer has no chat template, or the model has another task than
+            to predict the next token.
     """
     sampling = sampling or Sampling()
     inputs = _inputs(tokenizer, prompt, chat=chat).to(model.device)

@@ -33,7 +33,8 @@ from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT, holds_som
 from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
-from qformat.model.build import read_config
+from qformat.model.build import no_token_predictions, read_config
+from qformat.model.merging import refusing_to_merge
 from qformat.model.shard_tensors import TORCH_DTYPES
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
@@ -133,9 +134,24 @@ class LoadedModel:
 
         Raises:
             ArtifactError: A mapped file was changed or removed since the model was loaded.
+            UsageError: The model has another task than to predict the next token.
         """
+        if not self.can_generate():  # type: ignore[attr-defined]
+            raise no_token_predictions(type(self), self._qformat_origin.layout.path)
         self._qformat_origin.watch.check()
         return super().generate(*args, **options)  # type: ignore[misc]
+
+    def named_modules(self, *args: Any, **options: Any) -> Any:
+        """Iterate over all modules. PEFT does so before it merges; packed layers then refuse (see `merging`).
+
+        Args:
+            *args: Positional arguments of torch's `named_modules`.
+            **options: Keyword arguments of torch's `named_modules`.
+        """
+        modules = super().named_modules(*args, **options)  # type: ignore[misc]
+        if "peft_config" not in self.__dict__ or torch.compiler.is_compiling():
+            return modules
+        return refusing_to_merge(self, modules)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the model under its transformers class; unpickling adopts it again."""

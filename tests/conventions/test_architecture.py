@@ -13,13 +13,22 @@ import pytest
 
 from tests.repository import ROOT
 
-BASE = {"qformat.errors", "qformat.strict_json", "qformat.cores", "qformat.names", "qformat.sizes", "qformat.version"}
+BASE = {
+    "qformat.errors",
+    "qformat.strict_json",
+    "qformat.cores",
+    "qformat.names",
+    "qformat.processes",
+    "qformat.sizes",
+    "qformat.version",
+}
 
 ALLOWED = {
     "qformat.errors": set(),
     "qformat.cores": set(),
     "qformat.names": set(),
     "qformat.version": set(),
+    "qformat.processes": {"qformat.errors"},
     "qformat.sizes": {"qformat.errors"},
     "qformat.strict_json": {"qformat.errors"},
     "qformat.codec": BASE,

@@ -35,7 +35,6 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qformat.errors import UsageError
 from qformat.kernels import ops
 from qformat.kernels.dispatch import as_autocast, may_bypass_dispatcher
 from qformat.kernels.held_weight import HeldWeight
@@ -165,21 +164,6 @@ class NF4LoraLinear(lora.Linear):
         lora_b = cast(nn.Linear, self.lora_B[adapter]).weight
         base = NF4Product(layer.held_weight(), layer.bias)
         return lora_linear(x, dropped, lora_a, lora_b, self.scaling[adapter], base)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise an error, because a merged weight would have to be quantized again.
-
-        Args:
-            safe_merge: Ignored. Present because PEFT passes it.
-            adapter_names: Ignored. Present because PEFT passes it.
-
-        Raises:
-            UsageError: Always.
-        """
-        raise UsageError(
-            "an adapter cannot be merged into 4-bit weights. Export the artifact to 16 bit (qformat export), load the "
-            "adapter on the exported model and merge it there"
-        )
 
     def _plain_adapter(self) -> str | None:
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
