@@ -116,7 +116,7 @@ WORKING = (
     prompts("prefix tuning", peft.PrefixTuningConfig, num_virtual_tokens=4),
     prompts("Cartridge", peft.CartridgeConfig, num_virtual_tokens=4),
     prompts("adaption prompt", peft.AdaptionPromptConfig, adapter_len=4, adapter_layers=2),
-    prompts("CPT", peft.CPTConfig, cpt_token_ids=[1, 2, 3], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 1, 1]),
+    prompts("CPT", peft.CPTConfig, cpt_token_ids=[1, 2, 3, 4], cpt_mask=[1, 1, 1, 1], cpt_tokens_type_mask=[1, 2, 3, 4]),
 )
 """Methods that train packed layers as they train the decoded model."""
 

@@ -88,5 +88,6 @@ def arguments(method: Method) -> dict[str, Tensor]:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest expected magnitude."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    """Return the largest difference, relative to the largest expected magnitude; 0 if both are zero."""
+    apart = (found - expected).abs().max()
+    return float(apart / expected.abs().max()) if apart else 0.0
