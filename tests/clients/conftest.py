@@ -9,6 +9,7 @@ import pytest
 
 import qformat
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
+from tests.training.runs import make_artifact
 
 N_TOKENS = 50
 
@@ -43,3 +44,17 @@ def registered() -> Iterator[None]:
     qformat.register()
     yield
     AUTO_QUANTIZER_MAPPING[METHOD] = before
+
+
+@pytest.fixture(scope="session")
+def speaking_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a tokenizer of 320 tokens. Tests must not modify it."""
+    return make_artifact(tmp_path_factory.mktemp("speaking_llama"))
+
+
+@pytest.fixture(scope="session")
+def decoded_speaking_llama(speaking_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of `speaking_llama` in float32, as a checkpoint that transformers loads without qformat."""
+    out = tmp_path_factory.mktemp("decoded_speaking_llama") / "fp32"
+    qformat.export(speaking_llama, out, "fp32")
+    return out
