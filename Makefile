@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/clients
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # The tests once more under the conditions of other machines: each takes about as long as `make test`.
@@ -49,4 +49,9 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt -e '.[dev]'
+	touch $@
+
+# Programs of others that only the slow tests run.
+$(VENV)/clients: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt -e '.[clients]'
 	touch $@
