@@ -34,7 +34,7 @@ docs: $(VENV)/ready
 	$(BIN)/python -m tools.docs.build
 
 # The commands that README.md and docs/*.md show, run; minutes. Some pages: `make docs-check PAGES=docs/hub.md`.
-docs-check: $(VENV)/ready
+docs-check: $(VENV)/clients
 	$(BIN)/python -m tools.docs.check $(PAGES)
 
 bench: $(VENV)/ready
@@ -51,7 +51,7 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt -e '.[dev]'
 	touch $@
 
-# Programs of others that only the slow tests run.
+# Programs of others that only the slow tests and docs/programs.md run.
 $(VENV)/clients: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt -e '.[clients]'
 	touch $@
