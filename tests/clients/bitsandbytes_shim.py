@@ -97,8 +97,7 @@ def dequantize_4bit(
 ) -> Tensor:
     """Decode as bitsandbytes' function of the same name does."""
     if not _state_is_ours(A, quant_state) or absmax is not None or out is not None:
-        decoded: Tensor = theirs["dequantize"](A, quant_state, absmax, out, blocksize, quant_type)
-        return decoded
+        return theirs["dequantize"](A, quant_state, absmax, out, blocksize, quant_type)
     calls["decode"] += 1
     decoded = ops.dequantize_nf4(*_operands(A, quant_state), quant_state.dtype).view(quant_state.shape)
     return decoded.t() if A.shape[0] == 1 else decoded  # theirs transposes the result of a transposed argument
@@ -109,11 +108,9 @@ def matmul_4bit(
 ) -> Tensor:
     """Multiply as bitsandbytes' function of the same name does."""
     if not _multiplies(A, quant_state) or out is not None:
-        product: Tensor = theirs["matmul"](A, B, quant_state, out, bias)
-        return product
+        return theirs["matmul"](A, B, quant_state, out, bias)
     calls["product"] += 1
-    product = ops.linear_nf4(A, *_operands(B, quant_state), bias)
-    return product
+    return ops.linear_nf4(A, *_operands(B, quant_state), bias)
 
 
 def gemv_4bit(
@@ -126,11 +123,9 @@ def gemv_4bit(
 ) -> Tensor:
     """Multiply one row as bitsandbytes' function of the same name does."""
     if not _multiplies(A, state) or out is not None:
-        product: Tensor = theirs["gemv"](A, B, out, transposed_A, transposed_B, state)
-        return product
+        return theirs["gemv"](A, B, out, transposed_A, transposed_B, state)
     calls["product"] += 1
-    product = ops.linear_nf4(A, *_operands(B, state), None)
-    return product
+    return ops.linear_nf4(A, *_operands(B, state), None)
 
 
 def _is_ours(tensor: Tensor, quant_type: str, block_size: int) -> bool:

@@ -75,9 +75,7 @@ def test_the_quantizer_is_refused_without_an_adapter_as_that_of_bitsandbytes_is(
         trainer(by_from_pretrained(tiny_llama), tmp_path)
 
 
-def test_an_evaluation_has_the_loss_of_the_decoded_model(
-    tiny_llama: Path, decoded_llama: Path, tmp_path: Path
-) -> None:
+def test_an_evaluation_has_the_loss_of_the_decoded_model(tiny_llama: Path, decoded_llama: Path, tmp_path: Path) -> None:
     found, expected = (
         trainer(model, tmp_path / "out").evaluate()["eval_loss"]
         for model in (packed(tiny_llama), decoded(decoded_llama))

@@ -116,12 +116,15 @@ WORKING = (
     prompts("prefix tuning", peft.PrefixTuningConfig, num_virtual_tokens=4),
     prompts("Cartridge", peft.CartridgeConfig, num_virtual_tokens=4),
     prompts("adaption prompt", peft.AdaptionPromptConfig, adapter_len=4, adapter_layers=2),
-    prompts("CPT", peft.CPTConfig, cpt_token_ids=[1, 2, 3, 4], cpt_mask=[1, 1, 1, 1], cpt_tokens_type_mask=[1, 2, 3, 4]),
+    prompts(
+        "CPT", peft.CPTConfig, cpt_token_ids=[1, 2, 3, 4], cpt_mask=[1, 1, 1, 1], cpt_tokens_type_mask=[1, 2, 3, 4]
+    ),
 )
 """Methods that train packed layers as they train the decoded model."""
 
 SHAPES = "shape|size|multiplied|broadcast"
 BYTES = "float|Byte|uint8"
+TARGETED = "dtype|target_parameters"
 REFUSED = (
     Refused(lora("PiSSA", init_lora_weights="pissa"), "initialize PiSSA under float32"),
     Refused(lora("CorDA", init_lora_weights="corda"), "initialize CorDA under float32"),
@@ -129,7 +132,7 @@ REFUSED = (
     Refused(lora("orthogonal start", init_lora_weights="orthogonal"), BYTES),
     Refused(lora("BD-LoRA", use_bdlora=BdLoraConfig(target_modules_bd_a=ATTENTION, nblocks=2)), BYTES),
     Refused(lora("KaSA", kasa_config=KasaConfig()), "KaSA requires `r`"),
-    Refused(lora("target_parameters", target_parameters=["q_proj.weight"], target_modules=[]), "dtype|target_parameters"),
+    Refused(lora("target_parameters", target_parameters=["q_proj.weight"], target_modules=[]), TARGETED),
     Refused(lora("modules_to_save of a packed layer", modules_to_save=["o_proj"]), BYTES),
     Refused(method("LN tuning of a packed layer", peft.LNTuningConfig), BYTES),
     Refused(method("LoHa", peft.LoHaConfig), SHAPES),
