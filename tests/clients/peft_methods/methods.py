@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,14 +24,16 @@ class Method:
             others to move the logits.
         call: What the method's `forward` takes in addition.
         bf16_norms: Whether PEFT computes norms of the decoded weights, which it gets in bf16.
+        needs: A package that the method imports, and that is installed with the extra `clients` only.
     """
 
     name: str
-    config: Callable[[], Any]
+    config: partial[Any]
     fast: bool = False
     noise: float = 0.05
     call: tuple[str, ...] = ()
     bf16_norms: bool = False
+    needs: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,11 @@ def method(
     noise: float = 0.05,
     call: tuple[str, ...] = (),
     bf16_norms: bool = False,
+    needs: str | None = None,
     **options: Any,
 ) -> Method:
     options = {"target_modules": ATTENTION, "task_type": "CAUSAL_LM"} | options
-    return Method(name, partial(config, **options), fast, noise, call, bf16_norms)
+    return Method(name, partial(config, **options), fast, noise, call, bf16_norms, needs)
 
 
 def lora(name: str, **options: Any) -> Method:
@@ -145,7 +147,7 @@ REFUSED = (
     Refused(method("Supertuning", peft.SupertuningConfig), SHAPES),
     Refused(method("DeLoRA", peft.DeloraConfig), BYTES),
     Refused(method("FRoD", peft.FrodConfig, progressbar=False), BYTES),
-    Refused(method("AdaMSS", peft.AdamssConfig, r=8), BYTES),
+    Refused(method("AdaMSS", peft.AdamssConfig, r=8, needs="sklearn"), BYTES),
     Refused(method("TinyLoRA", peft.TinyLoraConfig), BYTES),
     Refused(method("PSOFT", peft.PsoftConfig, r=4), BYTES),
     Refused(method("GLoRA", peft.GloraConfig, r=4), "not a plain torch.nn.Linear"),
