@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
             self._linears[name] = linear_at(model, name, self._path)
             model.set_submodule(name.removesuffix(".weight"), _OnlyBias(self._linears[name]))
         ignored = model._keys_to_ignore_on_load_unexpected or []
-        model._keys_to_ignore_on_load_unexpected = {*ignored, _component_pattern(self._packed)}
+        # A model without a head reports names as they are in the files.
+        both = {*self._packed, *(name for name, renamed in names.items() if renamed in self._packed)}
+        model._keys_to_ignore_on_load_unexpected = {*ignored, _component_pattern(both)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         _check_not_offloaded(getattr(model, "hf_device_map", None) or {})
@@ -160,7 +163,7 @@ class _OnlyBias(nn.Module):
         self.register_parameter("bias", linear.bias)
 
 
-def _component_pattern(packed: dict[str, PackedComponents]) -> str:
+def _component_pattern(packed: Iterable[str]) -> str:
     names = "|".join(re.escape(name) for name in sorted(packed))
     parts = "|".join(re.escape(part.value) for part in Component)
     return f"^(?:{names})(?:{parts})$"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
@@ -70,6 +70,13 @@ def test_from_pretrained_uses_nf4_linear_and_gives_the_logits_of_load_model(arti
     assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 14
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(logits(model), logits(qformat.load_model(artifact)))
+
+
+def test_a_base_model_loads_the_packed_weights_without_a_report_of_unexpected_ones(artifact, registered):
+    model, info = AutoModel.from_pretrained(artifact, dtype=torch.bfloat16, output_loading_info=True)
+    assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 14
+    assert set(info["unexpected_keys"]) == {"lm_head.weight"}, "what a base model has no place for, in any format"
+    assert not info["missing_keys"]
 
 
 def test_from_pretrained_maps_the_packed_weights(artifact, registered):
