@@ -60,7 +60,9 @@ class MappedShard:
         if nbytes == 0:  # torch.frombuffer rejects it
             return torch.empty(entry.shape, dtype=dtype, device="cpu")
         if entry.start % dtype.itemsize:  # Files of other writers need not be aligned.
-            data = torch.frombuffer(self.mapping, dtype=torch.uint8, count=nbytes, offset=entry.start).clone().view(dtype)
+            data = (
+                torch.frombuffer(self.mapping, dtype=torch.uint8, count=nbytes, offset=entry.start).clone().view(dtype)
+            )
         else:
             data = torch.frombuffer(self.mapping, dtype=dtype, count=nbytes // dtype.itemsize, offset=entry.start)
         return data if len(entry.shape) == 1 else data.view(entry.shape)
