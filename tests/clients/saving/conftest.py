@@ -17,7 +17,7 @@ Load = Callable[[], Any]
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with two layers, tied embeddings and two shards. Tests must not modify it."""
+    """A random Llama with two layers and several shards. Tests must not modify it."""
     folder = tmp_path_factory.mktemp("saving")
     sizes = {"hidden": 64, "intermediate": 96, "vocabulary": 50}
     source = write_checkpoint(folder / "source", llama_tensors(**sizes), config=llama_config(**sizes))
