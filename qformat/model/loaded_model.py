@@ -6,10 +6,11 @@ quantizers that writes files in a layout other than its own (`get_state_dict_and
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from qformat import strict_json
 from qformat.artifact.components import Component
@@ -34,6 +35,7 @@ from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import no_token_predictions, read_config
+from qformat.model.dequantize import decode_linears
 from qformat.model.merging import refusing_to_merge
 from qformat.model.shard_tensors import TORCH_DTYPES
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
@@ -77,6 +79,26 @@ class LoadedModel:
     """Mixin that `adopt` adds to a transformers class."""
 
     _qformat_origin: Origin
+    is_loaded_in_4bit: bool
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Decode the packed weights in memory and return the model, which is then an ordinary model of transformers.
+
+        Args:
+            dtype: Dtype of the whole model. Default: the dtype that it has.
+
+        Returns:
+            This model, changed in place.
+
+        Raises:
+            UsageError: The model has adapters or layers in host memory, or the dtype is no floating-point dtype.
+            DeviceMemoryError: The decoded weights do not fit into free memory.
+        """
+        model: Any = self
+        dtype = dtype or model.dtype
+        decode_linears(model, dtype)
+        _release(model)
+        return model.to(dtype)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """Write the artifact to a directory.
@@ -157,11 +179,11 @@ class LoadedModel:
         """Pickle the model under its transformers class; unpickling adopts it again."""
         reduced: Any = super().__reduce_ex__(protocol)
         _, (adopted, *arguments), *rest = reduced
-        return _make, (adopted.__mro__[2], *arguments), *rest
+        return _make, (_own_class(adopted), *arguments), *rest
 
 
 def adopt(model: PreTrainedModel, origin: Origin) -> None:
-    """Let a model write back the files that it was loaded from.
+    """Let a model write back the files that it was loaded from, and set the traits of a 4-bit model.
 
     Args:
         model: Model to change in place.
@@ -171,6 +193,39 @@ def adopt(model: PreTrainedModel, origin: Origin) -> None:
     own: Any = type(model)
     adopted.__class__ = _adopted(own)
     adopted._qformat_origin = origin
+    # PEFT, trl and accelerate ask for this trait. Where it is set, they import bitsandbytes. Without bitsandbytes, PEFT
+    # then fails to attach IA3, RandLoRA and AdaLoRA.
+    adopted.is_loaded_in_4bit = importlib.util.find_spec("bitsandbytes") is not None
+    # `is_quantized` and `quantization_method` stay as they are. transformers sets them in `from_pretrained`, and then
+    # refuses `.half()`, `.to(dtype)`, and training without adapters, all of which these layers can do.
+    for config in _configs(model.config):
+        config._is_quantized = True  # code of some architectures then runs Linear layers instead of using their weights
+
+
+def _release(model: Any) -> None:
+    """Undo `adopt`, and what transformers' `from_pretrained` set, in a model without packed layers."""
+    model.__class__ = _own_class(type(model))
+    for name in ("_qformat_origin", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        model.__dict__.pop(name, None)
+    for config in _configs(model.config):
+        for name in ("_is_quantized", "quantization_config"):
+            config.__dict__.pop(name, None)
+
+
+def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yield a config and the configs of its parts."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig):
+            yield from _configs(part)
+
+
+def _own_class(adopted: type) -> Any:
+    """Return the transformers class of an adopted model. Other libraries may have added classes before it, too."""
+    return next(
+        base for base in adopted.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, LoadedModel)
+    )
 
 
 @cache

@@ -25,6 +25,12 @@ _BUFFERS = {
 }
 """Buffer of each component other than the packed codes, which are the layer's `weight`."""
 
+_FIXED = {
+    "quant_map": "values of the codebook differ",
+    "quant_state": "block size, shape or offset differ",
+}
+"""Buffers that the kernels do not read: they have the values that the layer was made with."""
+
 
 class NF4Linear(nn.Linear):
     """`nn.Linear` with a 4-bit weight: y = x W^T + bias, with W decoded in the forward pass.
@@ -168,8 +174,8 @@ class NF4Linear(nn.Linear):
             if key in state_dict and buffer is not None:
                 if state_dict[key].shape != buffer.shape or state_dict[key].dtype != buffer.dtype:
                     error_msgs.append(f"{key}: shape {list(state_dict[key].shape)}, expected {list(buffer.shape)}")
-                elif name == "quant_state" and not torch.equal(state_dict[key].to(buffer.device), buffer):
-                    error_msgs.append(f"{key}: block size, shape or offset differ from those of this layer")
+                elif name in _FIXED and not torch.equal(state_dict[key].to(buffer.device), buffer):
+                    error_msgs.append(f"{key}: {_FIXED[name]} from those of this layer")
                 else:
                     buffer.copy_(state_dict[key])
             elif buffer is not None and strict:

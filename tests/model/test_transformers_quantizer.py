@@ -17,6 +17,7 @@ from qformat.errors import ArtifactError, DeviceMemoryError, UsageError
 from qformat.model import transformers_quantizer
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.transformers_quantizer import METHOD, NF4Quantizer, _device_of
+from tests.model.mapped_ranges import mapped_ranges
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
@@ -79,21 +80,12 @@ def test_a_base_model_loads_the_packed_weights_without_a_report_of_unexpected_on
     assert not info["missing_keys"]
 
 
-def test_from_pretrained_maps_the_packed_weights(artifact, registered):
+def test_every_tensor_lies_in_the_mapped_file_and_has_a_storage_of_its_own(artifact, registered):
     model = AutoModelForCausalLM.from_pretrained(artifact)
-    linear = model.model.layers[0].mlp.up_proj
-    start = linear.weight.untyped_storage().data_ptr()
-    shards = {path.stat().st_size for path in artifact.glob("*.safetensors")}
-    assert linear.weight.untyped_storage().nbytes() in shards, "a view of the whole mapped shard"
-    assert start == model.model.layers[1].mlp.up_proj.weight.untyped_storage().data_ptr()
-
-
-def test_kept_tensors_are_mapped_too(artifact, registered):
-    model = AutoModelForCausalLM.from_pretrained(artifact)
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
-    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    mapped = mapped_ranges(artifact)
     for name, tensor in model.state_dict().items():
-        assert any(start <= tensor.data_ptr() < stop for start, stop in ranges), name
+        assert any(start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= stop for start, stop in mapped)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
 @pytest.mark.parametrize("home", ["disk", "cpu"])
