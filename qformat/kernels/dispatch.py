@@ -44,7 +44,7 @@ _library = torch.library.Library("qformat", "FRAGMENT")  # type: ignore[no-untyp
 def may_bypass_dispatcher(x: Tensor) -> bool:
     """Return whether a kernel can be called with x directly, because nothing wants to see or change the call.
 
-    Takes about 0.4 us. Calling an operation through the dispatcher takes 20 us.
+    Takes less than 1 us. Calling an operation through the dispatcher takes 20 us.
 
     Args:
         x: Input of the kernel.

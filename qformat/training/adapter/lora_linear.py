@@ -116,7 +116,7 @@ class _LoraLinear(torch.autograd.Function):
         return ops.reshaped(y.to(x.dtype), (*x.shape[:-1], lora_b.shape[0]))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # autograd does not see the product, only its result
+    @once_differentiable  # autograd does not see the product, only its result
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         adapted, inner, lora_a, lora_b = ctx.saved_tensors
         wants_x, wants_dropped, wants_a, wants_b = ctx.needs_input_grad[:4]
