@@ -52,8 +52,8 @@ import peft, torch
 from tests.clients.saving.loaders import load_by
 targets = {"target_modules": ["q_proj", "down_proj"]}
 configs = [
-    peft.LoraConfig(**targets), peft.IA3Config(**targets, feedforward_modules=["down_proj"]), peft.VeraConfig(**targets),
-    peft.RandLoraConfig(**targets), peft.AdaLoraConfig(**targets, total_step=10),
+    peft.LoraConfig(**targets), peft.IA3Config(**targets, feedforward_modules=["down_proj"]),
+    peft.VeraConfig(**targets), peft.RandLoraConfig(**targets), peft.AdaLoraConfig(**targets, total_step=10),
 ]
 for loader in ("load_model", "register"):
     for config in configs:
