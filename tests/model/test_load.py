@@ -158,6 +158,9 @@ def test_a_state_dict_loads_back(tiny: Path) -> None:
     with qformat.open(tiny) as opened:  # the file is mapped privately
         assert opened["model.layers.0.mlp.up_proj.weight"].packed.any()
     state = dict(model.state_dict())
+    name = "model.layers.0.mlp.up_proj.weight.quant_map"
+    with pytest.raises(RuntimeError, match="quant_map: values of the codebook differ"):
+        other.load_state_dict({**state, name: state[name].flip(0)})
     del state["model.layers.0.mlp.up_proj.weight.absmax"]
     with pytest.raises(RuntimeError, match=r"up_proj\.weight\.absmax"):
         other.load_state_dict(state)

@@ -10,6 +10,7 @@ from safetensors.torch import load_model, save_model
 
 from tests.clients.saving.conftest import Load
 
+
 def test_save_model_writes_every_tensor_and_load_model_reads_it(load: Load, tmp_path: Path) -> None:
     model = load()
     state = model.state_dict()

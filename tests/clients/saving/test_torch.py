@@ -51,7 +51,8 @@ def test_a_saved_part_of_a_model_has_the_bytes_of_that_part(load: Load, part: Ca
     state = part(load()).state_dict()
     assert len(saved(state).getbuffer()) == len(saved(ordinary(state)).getbuffer())
     for tensor in state.values():
-        assert len(pickle.dumps(tensor)) == len(pickle.dumps(tensor.clone()))
+        # pickle writes the address of the storage twice, in decimal: up to 20 digits each.
+        assert len(pickle.dumps(tensor)) <= len(pickle.dumps(tensor.clone())) + 2 * 20
 
 
 @pytest.mark.parametrize(
