@@ -24,7 +24,7 @@ def decode_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
         dtype: Dtype of the decoded weights.
 
     Raises:
-        UsageError: The model has adapters or layers in host memory, or the dtype is no floating-point dtype.
+        UsageError: The model has adapters or layers in host memory, or the dtype is not floating-point.
         DeviceMemoryError: The decoded weights do not fit into free memory. The message states how much is needed.
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:

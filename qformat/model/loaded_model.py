@@ -91,7 +91,7 @@ class LoadedModel:
             This model, changed in place.
 
         Raises:
-            UsageError: The model has adapters or layers in host memory, or the dtype is no floating-point dtype.
+            UsageError: The model has adapters or layers in host memory, or the dtype is not floating-point.
             DeviceMemoryError: The decoded weights do not fit into free memory.
         """
         model: Any = self
