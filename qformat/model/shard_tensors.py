@@ -116,7 +116,9 @@ def tensor_over(memory: Tensor, start: int, dtype: torch.dtype, shape: Sequence[
     if (whole.data_ptr() + first) % dtype.itemsize:
         return memory[start : start + nbytes].clone().view(dtype).view(shape)
     # A slice of a storage is a storage: the same memory, with its own beginning and size.
-    return torch.empty(0, dtype=dtype, device=memory.device).set_(whole[first : first + nbytes], 0, shape)
+    part: torch.UntypedStorage = whole[first : first + nbytes]
+    tensor: Tensor = torch.empty(0, dtype=dtype, device=memory.device).set_(part, 0, shape)  # type: ignore[call-overload]
+    return tensor
 
 
 def map_shards(shards: MappedShards) -> dict[str, MappedShard]:

@@ -193,7 +193,7 @@ class LayerStream:
         for number, layer in enumerate(self._layers):
             layer.module.register_forward_pre_hook(partial(self._before_forward, number))
             layer.module.register_full_backward_pre_hook(partial(self._before_backward, number))
-            layer.module.register_state_dict_pre_hook(partial(self._before_state_dict, number))
+            layer.module.register_state_dict_pre_hook(partial(self._before_state_dict, number))  # type: ignore[no-untyped-call]
 
     @property
     def names(self) -> tuple[str, ...]:
