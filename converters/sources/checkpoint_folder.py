@@ -16,8 +16,9 @@ from qformat import strict_json
 from qformat.artifact import header
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES
 from qformat.artifact.manifest import JsonObject
-from qformat.artifact.reading.regular_files import check_plain_name, open_regular, read_exactly, read_small
+from qformat.artifact.reading.regular_files import check_plain_name, read_exactly
 from qformat.artifact.reading.side_files import MAX_SIDE_FILE_NBYTES, is_side_file
+from qformat.artifact.reading.source_files import open_source_file, read_source_file
 from qformat.errors import Reason, SourceError
 from qformat.names import CONFIG_NAME, MANIFEST_NAME
 
@@ -187,15 +188,17 @@ class CheckpointFolder(CheckpointFiles):
         """
         if name not in self.state_when_opened:
             self.state_when_opened[name] = self._state_of(name)
-        return read_small(self.path, name, max_nbytes=max_nbytes, error=SourceError)
+        return read_source_file(self.path, name, max_nbytes=max_nbytes, error=SourceError)
 
     def read_headers(self, names: Sequence[str]) -> dict[str, header.Header]:
         """Open safetensors files one after another and return their headers."""
-        return {name: header.read(self.open(name), self.path / name, error=SourceError) for name in names}
+        return {
+            name: header.read(self.open(name), self.path / name, error=SourceError, of_artifact=False) for name in names
+        }
 
     def open(self, name: str) -> int:
         """Open a regular file, keep it open, and return its descriptor."""
-        descriptor = self._open_files.enter_context(open_regular(self.path, name, error=SourceError))
+        descriptor = self._open_files.enter_context(open_source_file(self.path, name, error=SourceError))
         self._descriptors[name] = descriptor
         self.state_when_opened[name] = self._state_of(name)
         return descriptor
@@ -215,7 +218,7 @@ class CheckpointFolder(CheckpointFiles):
         found: dict[str, int] = {}
         for entry in sorted(self.path.iterdir()):
             if is_side_file(entry.name):
-                with open_regular(self.path, entry.name, error=SourceError) as descriptor:
+                with open_source_file(self.path, entry.name, error=SourceError) as descriptor:
                     found[entry.name] = os.fstat(descriptor).st_size
                     self.state_when_opened[entry.name] = self._state_of(entry.name)
         return found

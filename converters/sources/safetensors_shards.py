@@ -73,6 +73,8 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
         weight_map = self._read_index()
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_SHARD_NAME]
         headers = self._files.read_headers(names)
+        if not any(parsed.tensors for parsed in headers.values()):
+            raise SourceError(Reason.HEADER_SYNTAX, self.location / names[0], "contains no tensor")
         self._files.check_shards({name: parsed.tensors for name, parsed in headers.items()}, INDEX_NAME, weight_map)
         return headers
 

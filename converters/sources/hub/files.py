@@ -15,6 +15,7 @@ from qformat.artifact.header import Header
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.artifact.reading.side_files import is_side_file
+from qformat.artifact.reading.stand_ins import HEAD_NBYTES, refuse_stand_in
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles
 from qformat.cores import run_tasks
 from qformat.errors import SourceError
@@ -76,7 +77,9 @@ class HubFiles(CheckpointFiles):
             max_nbytes: Largest size in bytes that is accepted.
         """
         if name not in self._small:
-            self._small[name] = self.repository.read_small(self._listed(name).path, max_nbytes=max_nbytes)
+            data = self.repository.read_small(self._listed(name).path, max_nbytes=max_nbytes)
+            refuse_stand_in(name, data[:HEAD_NBYTES], path=self.path / name, error=SourceError)
+            self._small[name] = data
         return self._small[name]
 
     def read_headers(self, names: Sequence[str]) -> dict[str, Header]:
@@ -144,4 +147,4 @@ class HubFiles(CheckpointFiles):
 
         text = header.read_text(read_into, file_nbytes=file.nbytes, path=path, error=SourceError)
         self.shards[name] = Shard(file, header.framed(text), whole)
-        return header.parse(text, file_nbytes=file.nbytes, path=path, error=SourceError)
+        return header.parse(text, file_nbytes=file.nbytes, path=path, error=SourceError, of_artifact=False)

@@ -24,6 +24,7 @@ from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading import manifest_parser
 from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
+from qformat.artifact.reading.stand_ins import stand_in_of
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
@@ -163,9 +164,10 @@ def size_error(path: Path, found: int, expected: int) -> ArtifactError:
         found: Size of the file in bytes.
         expected: Size in the manifest in bytes.
     """
-    return ArtifactError(
-        Reason.FILE_SIZE, path, f"the file has {found} bytes, expected {expected}", next_step=next_step_for(path)
-    )
+    problem, next_step = f"the file has {found} bytes, expected {expected}", next_step_for(path)
+    if (instead := stand_in_of(path)) is not None:
+        problem, next_step = f"{problem}: it {instead.problem}", instead.next_step
+    return ArtifactError(Reason.FILE_SIZE, path, problem, next_step=next_step)
 
 
 def next_step_for(path: Path) -> str:

@@ -18,6 +18,7 @@ from qformat.artifact.digests import sha256_of_file, xxh3_of_range
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest
 from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
 from qformat.artifact.reading.regular_files import open_regular
+from qformat.artifact.reading.stand_ins import stand_in_of
 from qformat.artifact.reading.structure import (
     Structure,
     check_structure,
@@ -294,6 +295,8 @@ def range_checks(
         try:
             read = header.read(descriptor, path / name, error=ArtifactError)
         except ArtifactError as error:
+            if stand_in_of(path / name) is not None:
+                error = size_error(path / name, os.fstat(descriptor).st_size, record.nbytes)
             findings.append(finding_of(error))
             continue
         head = RangeCheck(descriptor, path / name, 0, read.data_start, record.header_xxh3, None, "header")

@@ -16,8 +16,8 @@ from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_SIZE
 from qformat.artifact.manifest import JsonObject, KeptRecord
 from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
-from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.reading.safetensors_folder import read_headers
+from qformat.artifact.reading.source_files import read_source_file
 from qformat.artifact.reading.structure import read_manifest
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.errors import ArtifactError, Reason, SourceError, UsageError
@@ -104,7 +104,7 @@ def _of_components(folder: Path, tensors: Iterable[TensorSpec]) -> ModelTensors:
 
 def _as_converted(folder: Path, tensors: list[TensorSpec], conversion: Conversion) -> ModelTensors:
     path = folder / CONFIG_NAME
-    data = read_small(folder, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
+    data = read_source_file(folder, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
     config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
     if not isinstance(config, dict):
         raise SourceError(Reason.CONFIG_FIELD, path, "not a JSON object")
