@@ -46,6 +46,7 @@ class Plan:
         recipe: The recipe, as the manifest records it.
         source: The source, as the manifest records it.
         fingerprint: Digest of everything that determines the output bytes, except the weights.
+        notes: What a user should know about the files of the source, one sentence each.
     """
 
     tasks: tuple[Task, ...]
@@ -55,6 +56,7 @@ class Plan:
     recipe: JsonObject
     source: JsonObject
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     @property
     def packed(self) -> tuple[PackedTask, ...]:
@@ -167,7 +169,8 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
             assert choice.reason is not None
             tasks.append(KeptTask(tensor, places[tensor.name], choice.reason))
     if adopted:
-        config = small_json({**source.config, "quantization_config": adoption.quantization_config(choices, source)})
+        quantization = adoption.quantization_config(choices, source)
+        config = small_json({**source.config, "quantization_config": quantization}, python_numbers=True)
     else:
         config = config_bytes(source.config, skip_modules(choices, source.config), recipe, layouts)
     index = index_bytes(shards)
@@ -183,6 +186,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         recipe=canonical,
         source=source.describe(),
         fingerprint=_fingerprint(source, shards, small_files),
+        notes=tuple(source.notes),
     )
 
 

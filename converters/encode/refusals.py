@@ -11,6 +11,7 @@ from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.converters.rules.rules import module_path
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.errors import Option, Reason, SourceError
+from qformat.names import CONFIG_NAME
 
 _QUANTIZED_SUFFIXES = {
     ".absmax": "bitsandbytes",
@@ -109,4 +110,5 @@ def refuse_unreadable(source: Source, name: str, data: bytes, *, max_nbytes: int
         SourceError: The file exceeds a limit.
     """
     path = source.location / f"{name} (as it would be written)"
-    strict_json.loads(data, path=path, max_nbytes=max_nbytes, error=SourceError)
+    python_numbers = name == CONFIG_NAME
+    strict_json.loads(data, path=path, max_nbytes=max_nbytes, error=SourceError, python_numbers=python_numbers)

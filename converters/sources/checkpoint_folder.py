@@ -29,10 +29,12 @@ class CheckpointFiles(ABC):
     Attributes:
         path: Location of the files, for messages.
         state_when_opened: State of each file before it was first read, see `state`.
+        notes: What a user should know about the files that were read, one sentence each.
     """
 
     path: Path
     state_when_opened: JsonObject
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def close(self) -> None:
@@ -82,14 +84,19 @@ class CheckpointFiles(ABC):
         return self.read_small(name, max_nbytes=MAX_SIDE_FILE_NBYTES)
 
     def read_json(self, name: str, *, max_nbytes: int) -> strict_json.Json:
-        """Read a JSON file.
+        """Read a JSON file. What Python's json module reads beyond JSON is accepted with a note.
 
         Args:
             name: Name of the file.
             max_nbytes: Largest size in bytes that is accepted.
         """
         data = self.read_small(name, max_nbytes=max_nbytes)
-        return strict_json.loads(data, path=self.path / name, max_nbytes=max_nbytes, error=SourceError)
+        remarks: list[str] = []
+        value = strict_json.loads(
+            data, path=self.path / name, max_nbytes=max_nbytes, error=SourceError, remarks=remarks
+        )
+        self.notes = (*self.notes, *(note for text in remarks if (note := f"{name} {text}") not in self.notes))
+        return value
 
     def read_config(self) -> JsonObject:
         """Read config.json. The directory of an artifact is rejected."""

@@ -24,6 +24,11 @@ class FileSource(Generic[_Files]):
         self.location = files.path
         self.state_when_opened = files.state_when_opened
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the files, one sentence each."""
+        return self._files.notes
+
     def close(self) -> None:
         """Close every file."""
         self._files.close()

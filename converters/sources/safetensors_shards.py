@@ -52,7 +52,7 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, headers and side files."""
-        lines = [strict_json.dumps(self.config)]
+        lines = [strict_json.dumps(self.config, python_numbers=True)]
         for shard, parsed in sorted(self._headers.items()):
             lines.append(f"{shard} {parsed.file_nbytes}")
             lines += [f"{entry.name} {entry.dtype} {entry.shape} {entry.start}" for entry in parsed.tensors.values()]

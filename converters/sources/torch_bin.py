@@ -92,7 +92,7 @@ class TorchBin(FileSource[CheckpointFolder]):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, tensors with their locations, and side files."""
-        lines = [f"{self.kind} {strict_json.dumps(self.config)}"]
+        lines = [f"{self.kind} {strict_json.dumps(self.config, python_numbers=True)}"]
         for name, tensor in sorted(self.tensors.items()):
             lines.append(f"{name} {tensor.file} {tensor.dtype} {tensor.shape} {self._stored[name]}")
         return self._digest(lines, self.side_files)

@@ -1,7 +1,7 @@
 """Strict reading and deterministic writing of safetensors headers (spec section 3).
 
-The reader is stricter than the safetensors library: it also rejects repeated names, and in a shard of an artifact unknown
-fields, leading spaces and misaligned elements.
+The reader is stricter than the safetensors library: it also rejects repeated names, and in a shard of an artifact
+unknown fields, leading spaces and misaligned elements.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _entry(
             f"the name must have 1 to {MAX_NAME_NBYTES} bytes of printable characters",
             tensor=shown,
         )
-    if not isinstance(value, dict) or (value.keys() != _FIELDS if of_artifact else not _FIELDS <= value.keys()):
+    if not isinstance(value, dict) or (value.keys() != _FIELDS if of_artifact else not value.keys() >= _FIELDS):
         exactly = "exactly " if of_artifact else ""
         raise refuse(Reason.HEADER_FIELD, f"must have {exactly}the fields dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -73,7 +73,7 @@ class GgufFile(FileSource[CheckpointFolder]):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, tensors with their locations, and side files."""
-        lines = [f"{self.kind} {strict_json.dumps(self.config)} {self._header.file_nbytes}"]
+        lines = [f"{self.kind} {strict_json.dumps(self.config, python_numbers=True)} {self._header.file_nbytes}"]
         for name, tensor in self._named.items():
             stored = tensor.stored
             lines.append(f"{name} {stored.block_type.name} {stored.start} {tensor.expert} {tensor.n_heads}")

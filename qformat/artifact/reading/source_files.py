@@ -14,7 +14,7 @@ from pathlib import Path
 from qformat.artifact.reading.regular_files import open_regular, read_whole
 from qformat.artifact.reading.stand_ins import HEAD_NBYTES, refuse_stand_in
 from qformat.artifact.reading.structure import ShardLayout, Structure
-from qformat.errors import InvalidFileError, Reason
+from qformat.errors import InvalidFileError
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Recognizes what takes the place of a file that was not fetched: pointers of Git LFS and git-annex, and error pages."""
+"""Recognizes what takes the place of a file that was not fetched: pointers of Git LFS or git-annex, and error pages."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def check_config(data: bytes, where: Path, parsed: Manifest) -> None:
     Raises:
         ArtifactError: The file is invalid (config_field, skip_modules).
     """
-    config = strict_json.loads(data, path=where, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+    config = strict_json.loads(data, path=where, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True)
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict):
         raise ArtifactError(Reason.CONFIG_FIELD, where, "is missing or is not an object", field="quantization_config")

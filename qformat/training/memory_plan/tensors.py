@@ -105,7 +105,7 @@ def _of_components(folder: Path, tensors: Iterable[TensorSpec]) -> ModelTensors:
 def _as_converted(folder: Path, tensors: list[TensorSpec], conversion: Conversion) -> ModelTensors:
     path = folder / CONFIG_NAME
     data = read_source_file(folder, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
-    config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
+    config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError, remarks=[])
     if not isinstance(config, dict):
         raise SourceError(Reason.CONFIG_FIELD, path, "not a JSON object")
     if config.get("quantization_config") is not None:

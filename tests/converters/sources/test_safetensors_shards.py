@@ -121,7 +121,6 @@ def test_an_index_that_lists_the_single_file_is_not_ambiguous(single: Path, tmp_
         b'{"weight_map": []}',
         b'{"weight_map": {"a.weight": 5}}',
         b'{"weight_map": {"a.weight": null}}',
-        b'{"weight_map": {"a.weight": "x", "a.weight": "y"}}',
         b"\xff\xfe",
         b'{"weight_map": NaN}',
         b"[" * 10_000,

@@ -202,6 +202,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "not_known_to_be_linear": _unknown(plan),
         "blocks_across_rows": _blocks_across_rows(plan),
         "calibration": plan.recipe.get("calibration"),
+        "notes": list(plan.notes),
     }
 
 
@@ -219,6 +220,8 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
 
 
 def _show_notes(plan: Plan) -> None:
+    for note in plan.notes:
+        echo(f"Note: {note}")
     if unknown := _unknown(plan):
         echo(f"Kept, because it is not certain that they belong to Linear layers: {some(unknown)}. A recipe can say so")
     if vouched := [task.source.name for task in plan.packed if task.vouched]:
