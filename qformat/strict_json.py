@@ -61,8 +61,8 @@ def loads(
         error: Class of the error to raise.
         tensor: Tensor that the text describes, for error messages.
         python_numbers: Whether NaN, Infinity and integers of up to 4,300 characters are accepted.
-        remarks: If given, a byte order mark, keys that occur twice and the numbers of `python_numbers` are accepted, and a
-            remark about each is appended. Of two values of a key the last one counts, as in Python's json module.
+        remarks: If given, a byte order mark, keys that occur twice and the numbers of `python_numbers` are accepted,
+            and a remark about each is appended. Of two values of a key the last one counts, as in Python's json module.
 
     Raises:
         InvalidFileError: The text is invalid or exceeds a limit. The class of the error is `error`; the reason is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -15,7 +16,7 @@ _UNUSABLE = (OSError, EOFError, pickle.UnpicklingError)
 that a power cut left empty."""
 
 
-class TolerantCache(FunctionCache):  # type: ignore[misc] # numba is untyped
+class TolerantCache(FunctionCache):
     """numba's cache of a function, which compiles again instead of failing if its files cannot be used."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -40,10 +41,8 @@ def cached(dispatcher: Any, function: Callable[..., Any]) -> Any:
         dispatcher: Dispatcher without a cache.
         function: Function that it compiles.
     """
-    try:
+    with suppress(RuntimeError):  # neither directory is writable: every process compiles
         dispatcher._cache = TolerantCache(function)
-    except RuntimeError:  # neither directory is writable: compile in every process
-        pass
     return dispatcher
 
 

@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import carray, from_dtype, types  # type: ignore[attr-defined]
 from numba.extending import register_jitable
 
+from qformat.codec.cpu.code_cache import cached_callback
 from qformat.codec.cpu.lanes import I64, steps
 from qformat.codec.cpu.product_rows import ProductInstructions, Weight, dot_row
 from qformat.codec.floats import FloatFormat
