@@ -46,6 +46,11 @@ def refuse_quantized(source: Source, tensor: SourceTensor) -> None:
                 Reason.ALREADY_QUANTIZED, path, f"the checkpoint is already quantized ({kind})", tensor=tensor.name,
                 next_step="Convert the original 16-bit checkpoint",
             )  # fmt: skip
+    if tensor.dtype == "U32" and tensor.name.removesuffix("weight") + "scales" in source.tensors:
+        raise SourceError(
+            Reason.ALREADY_QUANTIZED, path, "the checkpoint is already quantized (MLX)", tensor=tensor.name,
+            next_step="Convert the original 16-bit checkpoint",
+        )  # fmt: skip
     if tensor.name.endswith(".weight") and tensor.dtype not in {"BF16", "F16", "F32"}:
         what = "8-bit floats" if tensor.dtype.startswith("F8") else tensor.dtype
         raise SourceError(

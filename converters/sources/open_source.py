@@ -14,9 +14,17 @@ from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.source import Source
+from qformat.converters.sources.unsuitable import not_a_checkpoint, refuse_address, refuse_mlx
 from qformat.errors import Option, Reason, SourceError, UsageError
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
-from qformat.names import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, SINGLE_TORCH_NAME, is_repository_name
+from qformat.names import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_SHARD_NAME,
+    SINGLE_TORCH_NAME,
+    TORCH_INDEX_NAME,
+    is_repository_name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +79,9 @@ def open_source(
     Raises:
         SourceError: The location is not a checkpoint, or it is damaged or of a kind that cannot be converted.
         HubError: The Hub rejects a request or does not answer.
-        UsageError: An option does not apply to the location.
+        UsageError: An option does not apply to the location, or it is an address on the web.
     """
+    refuse_address(location)
     if is_repository(location):
         return _open_hub(
             str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin, transfer=transfer
@@ -86,9 +95,9 @@ def open_source(
             )
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    container = _container_at(path, names)
-    # The safetensors source reports what is missing if this is not a checkpoint.
-    opened = container.open(path) if container is not None else _open_safetensors(path)
+    if (container := _container_at(path, names)) is None:
+        raise not_a_checkpoint(path, names)
+    opened = container.open(path)
     try:
         return decoded(opened)
     except BaseException:
@@ -116,6 +125,7 @@ def decoded(source: Source) -> Source:
 
 
 def _encoding_of(source: Source) -> _Encoding | None:
+    refuse_mlx(source)
     quantization = source.config.get("quantization_config")
     if quantization is None:
         return None
@@ -142,8 +152,9 @@ def _open_hub(
         name, revision=revision, offline=offline, keep_source=keep_source, pin=pin, transfer=transfer
     )
     try:
-        container = _container_at(files.path, files.names())
-        if container is not None and container.open is not _open_safetensors:
+        if (container := _container_at(files.path, files.names())) is None:
+            raise not_a_checkpoint(files.path, files.names())
+        if container.open is not _open_safetensors:
             return HubSnapshot(files, container.open)
         opened = HubRepository(files)
         if (encoding := _encoding_of(opened)) is None:
@@ -190,7 +201,7 @@ def _is_safetensors(path: Path, names: list[str]) -> bool:
 
 
 def _is_torch_bin(path: Path, names: list[str]) -> bool:
-    return any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names)
+    return SINGLE_TORCH_NAME in names or TORCH_INDEX_NAME in names
 
 
 def _is_gguf(path: Path, names: list[str]) -> bool:

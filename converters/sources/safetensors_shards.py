@@ -14,12 +14,6 @@ from qformat.converters.sources.source import SourceTensor
 from qformat.errors import Reason, SourceError
 from qformat.names import INDEX_NAME, SINGLE_SHARD_NAME
 
-_OTHER_FORMATS = (
-    (".pt", "PyTorch .pt weights"),
-    (".msgpack", "Flax weights"),
-    (".h5", "TensorFlow weights"),
-)
-
 
 class SafetensorsShards(FileSource[CheckpointFiles]):
     """A checkpoint in safetensors files. Opening reads and checks every header but no weights."""
@@ -80,10 +74,9 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
 
     def _read_index(self) -> dict[str, str] | None:
         weight_map = self._files.read_weight_map(INDEX_NAME)
-        if weight_map is None:
-            if not self._files.has(SINGLE_SHARD_NAME):
-                raise self._no_weights()
-        elif SINGLE_SHARD_NAME not in weight_map.values() and self._files.has(SINGLE_SHARD_NAME):
+        if weight_map is None or SINGLE_SHARD_NAME in weight_map.values():
+            return weight_map
+        if self._files.has(SINGLE_SHARD_NAME):
             raise SourceError(
                 Reason.INDEX_MISMATCH,
                 self.location / INDEX_NAME,
@@ -91,20 +84,3 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
                 next_step="Remove the one that is not",
             )
         return weight_map
-
-    def _no_weights(self) -> SourceError:
-        names = self._files.names()
-        for suffix, meaning in _OTHER_FORMATS:
-            found = [name for name in names if name.endswith(suffix)]
-            if found:
-                return SourceError(
-                    Reason.UNSUPPORTED_SOURCE,
-                    self.location / found[0],
-                    f"{meaning} cannot be converted (`qformat info` lists the supported kinds of source)",
-                    next_step="Save the model with save_pretrained, which writes safetensors, and convert the result",
-                )
-        others = [name for name in names if name.endswith(".safetensors")]
-        hint = f" (found {', '.join(others[:5])})" if others else ""
-        return SourceError(
-            Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_SHARD_NAME}{hint}"
-        )

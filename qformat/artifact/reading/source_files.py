@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from qformat.artifact.reading.regular_files import open_regular, read_whole
-from qformat.artifact.reading.stand_ins import HEAD_NBYTES, refuse_stand_in
 from qformat.artifact.reading.structure import ShardLayout, Structure
+from qformat.artifact.stand_ins import HEAD_NBYTES, refuse_stand_in
 from qformat.errors import InvalidFileError
 
 
@@ -34,7 +34,7 @@ def open_source_file(folder: Path, name: str, *, error: type[InvalidFileError]) 
         try:
             head = os.pread(descriptor, HEAD_NBYTES, 0)
         except OSError:
-            head = b""  # whoever reads the file reports the problem
+            head = b""  # the problem is reported when the file is read
         refuse_stand_in(name, head, path=folder / name, error=error)
         yield descriptor
 

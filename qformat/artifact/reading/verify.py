@@ -18,7 +18,6 @@ from qformat.artifact.digests import sha256_of_file, xxh3_of_range
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest
 from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
 from qformat.artifact.reading.regular_files import open_regular
-from qformat.artifact.reading.stand_ins import stand_in_of
 from qformat.artifact.reading.structure import (
     Structure,
     check_structure,
@@ -27,6 +26,7 @@ from qformat.artifact.reading.structure import (
     read_manifest,
     size_error,
 )
+from qformat.artifact.stand_ins import stand_in_of
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME

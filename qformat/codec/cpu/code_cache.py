@@ -20,14 +20,24 @@ class TolerantCache(FunctionCache):
     """numba's cache of a function, which compiles again instead of failing if its files cannot be used."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return the machine code of a signature, None if the cache does not have it."""
+        """Return the machine code of a signature, None if the cache does not have it.
+
+        Args:
+            sig: Signature of the function.
+            target_context: numba's description of the CPU.
+        """
         try:
             return super().load_overload(sig, target_context)
         except _UNUSABLE:
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Store the machine code of a signature, if that is possible."""
+        """Store the machine code of a signature, if that is possible.
+
+        Args:
+            sig: Signature of the function.
+            data: The compiled function.
+        """
         try:
             super().save_overload(sig, data)
         except _UNUSABLE:

@@ -5,28 +5,20 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors
 
-from qformat.artifact.reading.verify import verify_integrity
-from qformat.converters.compare.compare import compare
 from qformat.converters.convert import convert, plan
 from qformat.errors import Reason, SourceError
 from tests.converters.refused_source import refusal
 from tests.small_models import (
     INDEX,
-    Tensor,
     contents,
     header_bytes,
-    llama_config,
     llama_tensors,
     safetensors_bytes,
     tiny_tensors,
-    write_checkpoint,
     write_index,
 )
 
@@ -315,66 +307,3 @@ def test_a_header_of_a_million_tensors_is_rejected_quickly(single: Path) -> None
     entries = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(500_000))
     (single / "model.safetensors").write_bytes(raw_header(b"{" + entries.encode() + b"}"))
     assert refusal(single).reason is Reason.JSON_LIMIT
-
-
-# What the safetensors library reads, although no artifact may have it
-
-
-def odd_header(
-    tensors: Mapping[str, Tensor], *, change: Callable[[dict[str, Any]], None], before: bytes = b""
-) -> bytes:
-    """Return the bytes of a file with a changed header of odd length, so that its elements are not aligned."""
-    whole = safetensors_bytes(tensors)
-    stop = 8 + int.from_bytes(whole[:8], "little")
-    record = json.loads(whole[8:stop])
-    change(record)
-    text = before + json.dumps(record).encode()
-    text += b" " * (1 - len(text) % 2)
-    return struct.pack("<Q", len(text)) + text + whole[stop:]
-
-
-ODD_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], None], bytes]] = {
-    "elements at odd bytes": (lambda record: None, b""),
-    "spaces before the text": (lambda record: None, b"  \n"),
-    "metadata is null": (lambda record: record.update(__metadata__=None), b""),
-    "unknown fields": (lambda record: record["lm_head.weight"].update(more=[1, {}]), b""),
-}
-
-
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@pytest.mark.parametrize("kind", ODD_HEADERS)
-def test_a_header_that_no_artifact_may_have_gives_the_same_artifact(kind: str, dtype: str, tmp_path: Path) -> None:
-    change, before = ODD_HEADERS[kind]
-    tensors = llama_tensors(dtype=dtype)
-    plain, odd = (write_checkpoint(tmp_path / name, tensors, config=llama_config()) for name in ("plain", "odd"))
-    (odd / "model.safetensors").write_bytes(odd_header(tensors, change=change, before=before))
-    for (name, theirs), (_, data) in zip(
-        *(sorted(library_reads(folder).items()) for folder in (plain, odd)), strict=True
-    ):
-        assert theirs == data, name
-    for folder in (plain, odd):
-        convert(folder, folder.with_name(f"{folder.name}-nf4"))
-    shard = "model-00001-of-00001.safetensors"
-    assert (tmp_path / "odd-nf4" / shard).read_bytes() == (tmp_path / "plain-nf4" / shard).read_bytes()
-    assert compare(tmp_path / "odd-nf4", odd).passed
-    assert verify_integrity(tmp_path / "odd-nf4").passed
-
-
-def library_reads(folder: Path) -> dict[str, bytes]:
-    read = safetensors.deserialize((folder / "model.safetensors").read_bytes())
-    return {name: bytes(tensor["data"]) for name, tensor in read}
-
-
-def test_a_shard_without_tensors_is_read_but_a_checkpoint_without_any_is_rejected(sharded: Path) -> None:
-    convert(sharded, sharded.with_name("before"))
-    empty = "model-00004-of-00004.safetensors"
-    (sharded / empty).write_bytes(header_bytes({}))
-    convert(sharded, sharded.with_name("after"))
-    assert contents(sharded.with_name("after")) == contents(sharded.with_name("before"))
-    (sharded / INDEX).unlink()
-    for shard in sharded.glob("model-*"):
-        shard.unlink()
-    (sharded / "model.safetensors").write_bytes(header_bytes({"__metadata__": {"format": "pt"}}))
-    error = refusal(sharded)
-    assert error.reason is Reason.HEADER_SYNTAX
-    assert "contains no tensor" in str(error)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact.reading.stand_ins import HEAD_NBYTES, stand_in, stand_in_of
 from qformat.artifact.reading.verify import verify_integrity
+from qformat.artifact.stand_ins import HEAD_NBYTES, stand_in, stand_in_of
 from qformat.errors import Reason
 from tests.artifact.not_fetched import POINTER, STAND_INS
 from tests.small_models import header_bytes
