@@ -18,7 +18,7 @@ from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name, read_exactly
 from qformat.artifact.reading.side_files import MAX_SIDE_FILE_NBYTES, is_side_file
-from qformat.artifact.reading.source_files import open_source_file, read_source_file
+from qformat.artifact.sources.source_files import open_source_file, read_source_file
 from qformat.errors import Reason, SourceError
 from qformat.names import CONFIG_NAME, MANIFEST_NAME
 

@@ -11,8 +11,8 @@ from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.safetensors_folder import read_headers
-from qformat.artifact.reading.source_files import open_shard
 from qformat.artifact.reading.structure import ShardLayout
+from qformat.artifact.sources.source_files import open_shard
 from qformat.cores import run_tasks, usable_cores
 from qformat.errors import Option, Reason, SourceError, UsageError, Words
 

@@ -15,7 +15,7 @@ from qformat.artifact.header import Header
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.artifact.reading.side_files import is_side_file
-from qformat.artifact.stand_ins import HEAD_NBYTES, refuse_stand_in
+from qformat.artifact.sources.stand_ins import HEAD_NBYTES, refuse_stand_in
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles
 from qformat.cores import run_tasks
 from qformat.errors import SourceError

@@ -11,8 +11,8 @@ from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import TensorEntry
 from qformat.artifact.reading.regular_files import read_exactly
 from qformat.artifact.reading.safetensors_folder import read_headers
-from qformat.artifact.reading.source_files import open_source_file
 from qformat.artifact.reading.structure import Located, ShardLayout, check_small_parts
+from qformat.artifact.sources.source_files import open_source_file
 from qformat.codec import quant_state
 from qformat.errors import ArtifactError, Reason
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from qformat.artifact.components import Component
 from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.packed_arrays import PackedArrays
-from qformat.artifact.reading.source_files import open_shard
 from qformat.artifact.reading.structure import ShardLayout, Structure, check_structure, size_error
 from qformat.artifact.reading.watch import MappedFileWatch
+from qformat.artifact.sources.source_files import open_shard
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.quant_state import QuantState
 from qformat.errors import ArtifactError, UsageError

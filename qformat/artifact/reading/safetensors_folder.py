@@ -9,8 +9,8 @@ from qformat import strict_json
 from qformat.artifact import header
 from qformat.artifact.limits import MAX_INDEX_NBYTES
 from qformat.artifact.reading.regular_files import check_plain_name
-from qformat.artifact.reading.source_files import open_source_file, read_source_file
 from qformat.artifact.reading.structure import Located, ShardLayout
+from qformat.artifact.sources.source_files import open_source_file, read_source_file
 from qformat.errors import InvalidFileError, Reason
 from qformat.names import INDEX_NAME, SINGLE_SHARD_NAME
 

@@ -24,7 +24,7 @@ from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading import manifest_parser
 from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
-from qformat.artifact.stand_ins import stand_in_of
+from qformat.artifact.sources.stand_ins import stand_in_of
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK

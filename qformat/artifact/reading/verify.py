@@ -26,7 +26,7 @@ from qformat.artifact.reading.structure import (
     read_manifest,
     size_error,
 )
-from qformat.artifact.stand_ins import stand_in_of
+from qformat.artifact.sources.stand_ins import stand_in_of
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME

@@ -17,8 +17,8 @@ from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_SIZE
 from qformat.artifact.manifest import JsonObject, KeptRecord
 from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.reading.safetensors_folder import read_headers
-from qformat.artifact.reading.source_files import read_source_file
 from qformat.artifact.reading.structure import read_manifest
+from qformat.artifact.sources.source_files import read_source_file
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.errors import ArtifactError, Reason, SourceError, UsageError
 from qformat.names import CONFIG_NAME, MANIFEST_NAME, is_repository_name

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact.reading.verify import verify_integrity
-from qformat.artifact.stand_ins import HEAD_NBYTES, stand_in, stand_in_of
-from qformat.errors import Reason
+from qformat.artifact.sources.stand_ins import HEAD_NBYTES, stand_in, stand_in_of
 from tests.artifact.not_fetched import POINTER, STAND_INS
 from tests.small_models import header_bytes
 
@@ -50,15 +48,3 @@ def test_real_files_are_not_taken_for_one(name: str, data: bytes) -> None:
 def test_a_file_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert stand_in_of(tmp_path / "missing") is None
     assert stand_in_of(tmp_path) is None
-
-
-@pytest.mark.parametrize("kind", ["LFS", "git-annex", "HTML"])
-@pytest.mark.parametrize("pattern", ["model-*.safetensors", "config.json"])
-def test_an_artifact_whose_files_were_not_fetched_says_so(kind: str, pattern: str, artifact: Path) -> None:
-    data, problem, next_step = STAND_INS[kind]
-    path = min(artifact.glob(pattern))
-    path.write_bytes(data)
-    found = [finding for finding in verify_integrity(artifact).findings if finding.reason is Reason.FILE_SIZE]
-    assert [finding.file for finding in found] == [path.name]
-    assert problem in found[0].message
-    assert next_step in found[0].message

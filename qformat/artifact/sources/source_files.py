@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qformat.artifact.reading.regular_files import open_regular, read_whole
 from qformat.artifact.reading.structure import ShardLayout, Structure
-from qformat.artifact.stand_ins import HEAD_NBYTES, refuse_stand_in
+from qformat.artifact.sources.stand_ins import HEAD_NBYTES, refuse_stand_in
 from qformat.errors import InvalidFileError
 
 
