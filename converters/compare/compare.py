@@ -47,6 +47,7 @@ from qformat.converters.compare.tuned_scales import count_too_far, scale_change
 from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes, read_chunks
 from qformat.converters.sources.open_source import open_source
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
+from qformat.converters.sources.stripped_names import MEMBER, StrippedNames
 from qformat.cores import run_tasks, usable_cores
 
 __all__ = ["Comparison", "compare"]
@@ -80,6 +81,8 @@ def compare(
         if opened is not source:
             stack.callback(opened.close)
         checked = artifact if isinstance(artifact, Artifact) else stack.enter_context(open_artifact(artifact))
+        if MEMBER in checked.manifest.source:
+            opened = StrippedNames(opened)
         shards = ShardFiles(checked.structure, stack)
         with telling_of_compilation(on_compile):
             _warm_up(checked.manifest.tensors.values())

@@ -21,7 +21,13 @@ from qformat.artifact.manifest import (
 )
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
-from qformat.converters.encode.refusals import refuse_names, refuse_quantized, refuse_unreadable
+from qformat.converters.encode.refusals import (
+    refuse_empty,
+    refuse_names,
+    refuse_quantized,
+    refuse_unreadable,
+    refuse_wrapped,
+)
 from qformat.converters.encode.small_files import config_bytes, index_bytes, small_json
 from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, Place, Task, TensorDigests
 from qformat.converters.rules import adoption
@@ -138,6 +144,8 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         SourceError: The checkpoint cannot be converted.
         UsageError: The recipe does not fit the checkpoint.
     """
+    refuse_wrapped(source)
+    refuse_empty(source)
     for tensor in source.tensors.values():
         refuse_quantized(source, tensor)
     adopted = {name: _adopted_tensor(source, name, weight) for name, weight in source.packed.items()}

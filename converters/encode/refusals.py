@@ -1,4 +1,4 @@
-"""Rejects what no recipe can convert: tensors that are already quantized, and names that readers cannot handle."""
+"""Rejects what no recipe can convert: quantized or empty tensors, and names that readers cannot handle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.converters.rules.rules import module_path
 from qformat.converters.sources.source import Source, SourceTensor
+from qformat.converters.sources.wrappers import of_unmerged_adapter, without, wrapper_parts
 from qformat.errors import Option, Reason, SourceError
 from qformat.names import CONFIG_NAME
 
@@ -56,6 +57,55 @@ def refuse_quantized(source: Source, tensor: SourceTensor) -> None:
         raise SourceError(
             Reason.UNSUPPORTED_DTYPE, path, f"{what} weights cannot be converted", tensor=tensor.name, field="dtype",
             next_step="Save the checkpoint in bfloat16, float16 or float32 first",
+        )  # fmt: skip
+
+
+def refuse_wrapped(source: Source) -> None:
+    """Reject names that wrappers of a model put into its state, which no reader looks for.
+
+    Args:
+        source: The source.
+
+    Raises:
+        SourceError: A name is rejected.
+    """
+    names = [*source.tensors, *source.packed]
+    has_own_adapters = any(key.endswith("_lora") for key in source.config)
+    if (name := of_unmerged_adapter(names, has_own_adapters=has_own_adapters)) is not None:
+        raise SourceError(
+            Reason.UNKNOWN_TENSOR, source.location, "belongs to a PEFT model whose adapter is not merged", tensor=name,
+            next_step="Merge it with PEFT (merge_and_unload), save the result with save_pretrained, and convert that",
+        )  # fmt: skip
+    if parts := wrapper_parts(names):
+        name = next(name for name in names if without(name, parts) != name)
+        raise SourceError(
+            Reason.UNKNOWN_TENSOR, source.location,
+            f"its name contains {' and '.join(map(repr, parts))}, which a wrapper of the model put there "
+            "(torch.compile, DDP, FSDP), so no reader would find it", tensor=name,
+            next_step=("Remove such parts from all names with ", Option("strip_wrappers", True)),
+        )  # fmt: skip
+
+
+def refuse_empty(source: Source) -> None:
+    """Reject weights without elements, and a checkpoint in which no tensor has any.
+
+    Args:
+        source: The source.
+
+    Raises:
+        SourceError: Weights are empty.
+    """
+    sizes = [(tensor, tensor.n_elements) for tensor in source.tensors.values()]
+    empty = [tensor for tensor, n_elements in sizes if not n_elements and tensor.shape == (0,)]
+    if not source.packed and not any(n_elements for _, n_elements in sizes):
+        empty = empty or [tensor for tensor, _ in sizes]
+    if empty:
+        raise SourceError(
+            Reason.COMPONENT_SHAPE, source.location / empty[0].file,
+            f"is empty ({len(empty)} of {len(sizes)} tensors are). DeepSpeed ZeRO-3 saves such files if the weights "
+            "are not gathered first", tensor=empty[0].name,
+            next_step="Save the model again with stage3_gather_16bit_weights_on_model_save, or gather the weights with "
+            "zero_to_fp32.py",
         )  # fmt: skip
 
 

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 
 SECTIONS = {
-    "What to quantize, and how": ("recipe", "skip", "block_size", "no_double_quant", "keep_nonfinite"),
+    "What to quantize, and how": (
+        "recipe",
+        "skip",
+        "block_size",
+        "no_double_quant",
+        "keep_nonfinite",
+        "strip_wrappers",
+    ),
     "Calibration": ("calibrate", "calibration_tokens"),
     "Source on the Hub": ("revision", "offline", "keep_source"),
     "Output": ("max_shard_size", "force", "restart", "dry_run", "workers", "as_json"),
@@ -45,6 +52,7 @@ class ConvertArguments:
     calibrate: tuple[str, ...]
     calibration_tokens: int | None
     keep_nonfinite: bool
+    strip_wrappers: bool
     revision: str | None
     offline: bool
     keep_source: bool
@@ -82,6 +90,9 @@ Examples:
 @click.option("--calibration-tokens", type=int, metavar="N",
               help="Number of tokens to take from these texts.  [default: 16384]")  # fmt: skip
 @click.option("--keep-nonfinite", is_flag=True, help="Keep weights with NaN or Inf in 16 bit. Reads SRC twice.")
+@click.option("--strip-wrappers", is_flag=True,
+              help="Remove from the names of tensors what wrappers put there, such as _orig_mod. (torch.compile) and "
+                   "module. (DDP).")  # fmt: skip
 @revision_option("Branch, tag or commit.  [default: main]")
 @click.option("--offline", is_flag=True, help="Read the local Hub cache and make no requests.")
 @click.option("--keep-source", is_flag=True, help="Download SRC into the local Hub cache and convert that copy.")
@@ -134,6 +145,7 @@ def _conversion_options(options: ConvertArguments) -> ConversionOptions:
         double_quant=False if options.no_double_quant else None,
         max_shard_nbytes=parse_nbytes(Option("max_shard_size"), options.max_shard_size),
         keep_nonfinite=options.keep_nonfinite,
+        strip_wrappers=options.strip_wrappers,
         calibration=_calibration(options.calibrate, options.calibration_tokens),
         revision=options.revision,
         offline=options.offline,
