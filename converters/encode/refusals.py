@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.limits import MAX_NAME_NBYTES
+from qformat.converters.rules.linear_names import LINEAR_LEAVES
 from qformat.converters.rules.rules import module_path
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.converters.sources.wrappers import of_unmerged_adapter, without, wrapper_parts
@@ -87,7 +88,7 @@ def refuse_wrapped(source: Source) -> None:
 
 
 def refuse_empty(source: Source) -> None:
-    """Reject weights without elements, and a checkpoint in which no tensor has any.
+    """Reject weights of Linear layers without elements, and a checkpoint in which no tensor has any.
 
     Args:
         source: The source.
@@ -95,15 +96,19 @@ def refuse_empty(source: Source) -> None:
     Raises:
         SourceError: Weights are empty.
     """
-    sizes = [(tensor, tensor.n_elements) for tensor in source.tensors.values()]
-    empty = [tensor for tensor, n_elements in sizes if not n_elements and tensor.shape == (0,)]
-    if not source.packed and not any(n_elements for _, n_elements in sizes):
-        empty = empty or [tensor for tensor, _ in sizes]
-    if empty:
+    empty = [tensor for tensor in source.tensors.values() if not tensor.n_elements]
+    lost = [
+        tensor
+        for tensor in empty
+        if tensor.shape == (0,) and module_path(tensor.name).rpartition(".")[2] in LINEAR_LEAVES
+    ]
+    if not source.packed and len(empty) == len(source.tensors):
+        lost = lost or empty
+    if lost:
         raise SourceError(
-            Reason.COMPONENT_SHAPE, source.location / empty[0].file,
-            f"is empty ({len(empty)} of {len(sizes)} tensors are). DeepSpeed ZeRO-3 saves such files if the weights "
-            "are not gathered first", tensor=empty[0].name,
+            Reason.COMPONENT_SHAPE, source.location / lost[0].file,
+            f"is empty ({len(empty)} of {len(source.tensors)} tensors are). DeepSpeed ZeRO-3 saves such files if the "
+            "weights are not gathered first", tensor=lost[0].name,
             next_step="Save the model again with stage3_gather_16bit_weights_on_model_save, or gather the weights with "
             "zero_to_fp32.py",
         )  # fmt: skip

@@ -187,7 +187,7 @@ def test_an_architecture_with_adapters_of_its_own_is_converted(plain: Path, tmp_
 # Weights without elements
 
 
-@pytest.mark.parametrize("left", [0, 1, 20])
+@pytest.mark.parametrize("left", [0, 1, 14])
 def test_empty_weights_of_zero3_are_rejected(left: int, plain: Path, tmp_path: Path) -> None:
     tensors = load_file(plain / "model.safetensors")
     empty = {name: tensor if i < left else tensor.new_empty(0) for i, (name, tensor) in enumerate(tensors.items())}
