@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
@@ -39,6 +39,9 @@ from qformat.errors import SourceError
 from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from qformat.version import __version__
 
+LEFT_OUT = "left_out"
+"""Member of the manifest's record of the source: why files and directories are not in the artifact, keyed by name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -53,6 +56,7 @@ class Plan:
         source: The source, as the manifest records it.
         fingerprint: Digest of everything that determines the output bytes, except the weights.
         notes: What a user should know about the files of the source, one sentence each.
+        left_out: Why files and directories of the source are not in the output, keyed by name.
     """
 
     tasks: tuple[Task, ...]
@@ -63,6 +67,7 @@ class Plan:
     source: JsonObject
     fingerprint: str
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def packed(self) -> tuple[PackedTask, ...]:
@@ -192,9 +197,10 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         small_files=small_files,
         side_files=source.side_files,
         recipe=canonical,
-        source=source.describe(),
+        source={**source.describe(), **({LEFT_OUT: {**source.left_out}} if source.left_out else {})},
         fingerprint=_fingerprint(source, shards, small_files),
         notes=tuple(source.notes),
+        left_out=source.left_out,
     )
 
 

@@ -45,6 +45,10 @@ class CheckpointFiles(ABC):
         """Return the names of all entries, sorted."""
 
     @abstractmethod
+    def folders(self) -> list[str]:
+        """Return the names of the directories among the entries, sorted."""
+
+    @abstractmethod
     def read_small(self, name: str, *, max_nbytes: int) -> bytes:
         """Return the bytes of a small file.
 
@@ -185,6 +189,10 @@ class CheckpointFolder(CheckpointFiles):
     def names(self) -> list[str]:
         """Return the names of all entries of the directory, sorted."""
         return sorted(os.listdir(self.path))
+
+    def folders(self) -> list[str]:
+        """Return the names of the directories among the entries, sorted."""
+        return [name for name in self.names() if os.path.isdir(self.path / name)]
 
     def read_small(self, name: str, *, max_nbytes: int) -> bytes:
         """Return the bytes of a small regular file.

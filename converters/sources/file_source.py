@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Generic, TypeVar
 
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles
+from qformat.converters.sources.left_out import left_out
 from qformat.converters.sources.source import PackedWeight
 
 _Files = TypeVar("_Files", bound=CheckpointFiles)
 
 
-class FileSource(Generic[_Files]):
+class FileSource(ABC, Generic[_Files]):
     """The files of a checkpoint. A subclass opens them, lists their tensors and reads these."""
 
     kind = ""
@@ -29,6 +31,11 @@ class FileSource(Generic[_Files]):
         """What a user should know about the files, one sentence each."""
         return self._files.notes
 
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Why entries of the directory are neither read nor carried over, keyed by name."""
+        return left_out(self._files, self._weight_files())
+
     def close(self) -> None:
         """Close every file."""
         self._files.close()
@@ -40,6 +47,10 @@ class FileSource(Generic[_Files]):
     def read_side_file(self, name: str) -> bytes:
         """Return the bytes of a file to carry over."""
         return self._files.read_side_file(name)
+
+    @abstractmethod
+    def _weight_files(self) -> list[str]:
+        """Return the names of the files that hold the tensors, and of their index."""
 
     def _digest(self, lines: Iterable[str], side_files: Iterable[str]) -> str:
         """Return the SHA-256 of text lines that describe the tensors, and of the given side files."""

@@ -63,6 +63,9 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
         shard, entry = self._entries[tensor.name]
         self._files.read_into(shard, entry.start + offset, out)
 
+    def _weight_files(self) -> list[str]:
+        return [*self._headers, INDEX_NAME]
+
     def _open_shards(self) -> dict[str, header.Header]:
         weight_map = self._read_index()
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_SHARD_NAME]

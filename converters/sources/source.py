@@ -75,7 +75,11 @@ class Source(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a user should know about the files, one sentence each, such as what is not carried over."""
+        """What a user should know about the files, one sentence each."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Why files and directories are neither read nor carried over, keyed by name."""
 
     def describe(self) -> JsonObject:
         """Return what the manifest records about the source. Independent of its location."""

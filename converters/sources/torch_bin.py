@@ -112,6 +112,9 @@ class TorchBin(FileSource[CheckpointFolder]):
         else:
             out[:] = self._gathered(tensor, stored, offset, len(out)).data
 
+    def _weight_files(self) -> list[str]:
+        return [*self._zips, TORCH_INDEX_NAME]
+
     def _gathered(self, tensor: SourceTensor, stored: _Stored, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return bytes in row-major order of a tensor that is a view of its storage, such as a transpose."""
         item_nbytes = ELEMENT_NBYTES[tensor.dtype]

@@ -43,6 +43,11 @@ class DecodingSource:
         """What a user should know about the stored files."""
         return self.stored.notes
 
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Why files of the stored source are neither read nor carried over, keyed by name."""
+        return self.stored.left_out
+
     def describe(self) -> JsonObject:
         """Return the manifest's record of the stored source under this kind, with the stored kind as the container."""
         return {**self.stored.describe(), "kind": self.kind, "container": self.stored.kind}

@@ -105,6 +105,10 @@ class GgufFile(FileSource[CheckpointFolder]):
         """Return the bytes of a file to carry over."""
         return self._side_files[name]
 
+    def _weight_files(self) -> list[str]:
+        # Beside a file that was given alone lies whatever the user keeps there.
+        return [self._name] if self._given_folder else self._files.names()
+
     def _rows(self, named: NamedTensor, first: int, last: int) -> NDArray[np.float32]:
         """Return the values of rows `first` to `last`, flattened."""
         stored = named.stored

@@ -69,6 +69,10 @@ class HubFiles(CheckpointFiles):
         """Return the names of the files in the repository's top directory."""
         return sorted(path for path in self.repository.files if "/" not in path)
 
+    def folders(self) -> list[str]:
+        """Return the names of the repository's directories, sorted."""
+        return sorted({path.partition("/")[0] for path in self.repository.files if "/" in path})
+
     def read_small(self, name: str, *, max_nbytes: int) -> bytes:
         """Return the bytes of a small file, fetched once and checked against the commit's digest.
 

@@ -215,6 +215,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "blocks_across_rows": _blocks_across_rows(plan),
         "calibration": plan.recipe.get("calibration"),
         "notes": list(plan.notes),
+        "left_out": dict(plan.left_out),
     }
 
 
@@ -234,6 +235,7 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
 def _show_notes(plan: Plan) -> None:
     for note in plan.notes:
         echo(f"Note: {note}")
+    _show_left_out(plan)
     if unknown := _unknown(plan):
         echo(f"Kept, because it is not certain that they belong to Linear layers: {some(unknown)}. A recipe can say so")
     if vouched := [task.source.name for task in plan.packed if task.vouched]:
@@ -244,6 +246,18 @@ def _show_notes(plan: Plan) -> None:
             "some such weights incorrectly on CPUs with AVX-512. Use a smaller --block-size, or --skip these weights"
         )
     _show_calibration(plan)
+
+
+def _show_left_out(plan: Plan) -> None:
+    from qformat.converters.sources.left_out import DOCUMENT
+
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in plan.left_out.items():
+        if reason != DOCUMENT:  # the artifact gets a card of its own when it is published
+            by_reason.setdefault(reason, []).append(name)
+    if by_reason:
+        parts = "; ".join(f"{some(names)} ({reason})" for reason, names in by_reason.items())
+        echo(f"Not carried over: {parts}")
 
 
 def _show_calibration(plan: Plan) -> None:
