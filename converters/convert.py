@@ -24,7 +24,7 @@ from qformat.converters.rules.recipe import Recipe, load_recipe
 from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.reading import StreamedSource, pin_of
 from qformat.converters.sources.source import Source
-from qformat.converters.sources.stripped_names import StrippedNames
+from qformat.converters.sources.wrapped.stripped_names import StrippedNames
 from qformat.cores import usable_cores
 from qformat.errors import Option, UsageError
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer

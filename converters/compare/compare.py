@@ -47,7 +47,7 @@ from qformat.converters.compare.tuned_scales import count_too_far, scale_change
 from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes, read_chunks
 from qformat.converters.sources.open_source import open_source
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
-from qformat.converters.sources.stripped_names import MEMBER, StrippedNames
+from qformat.converters.sources.wrapped.stripped_names import MEMBER, StrippedNames
 from qformat.cores import run_tasks, usable_cores
 
 __all__ = ["Comparison", "compare"]

@@ -11,7 +11,7 @@ from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.converters.rules.linear_names import LINEAR_LEAVES
 from qformat.converters.rules.rules import module_path
 from qformat.converters.sources.source import Source, SourceTensor
-from qformat.converters.sources.wrappers import of_unmerged_adapter, without, wrapper_parts
+from qformat.converters.sources.wrapped.wrappers import of_unmerged_adapter, without, wrapper_parts
 from qformat.errors import Option, Reason, SourceError
 from qformat.names import CONFIG_NAME
 

@@ -19,7 +19,7 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.cli.main import run
 from qformat.converters.compare.compare import compare
 from qformat.converters.convert import ConversionOptions, convert, plan
-from qformat.converters.sources.wrappers import without, wrapper_parts
+from qformat.converters.sources.wrapped.wrappers import without, wrapper_parts
 from qformat.errors import Reason, SourceError, UsageError
 from tests.converters.faulty_disk import interrupt
 from tests.converters.refused_source import refusal

@@ -8,7 +8,7 @@ from dataclasses import replace
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.encoded.decoding_source import DecodingSource
 from qformat.converters.sources.source import Source, SourceTensor
-from qformat.converters.sources.wrappers import without, wrapper_parts
+from qformat.converters.sources.wrapped.wrappers import without, wrapper_parts
 from qformat.errors import Reason, SourceError
 
 MEMBER = "stripped"
