@@ -47,6 +47,7 @@ class ConversionOptions:
         keep_nonfinite: Whether weights with NaN or Inf are kept in 16 bit instead of raising an error.
         strip_wrappers: Whether to remove what wrappers of the model put into the names of its tensors, such as
             `_orig_mod.` and `module.`.
+        index_wins: Whether tensors that the index does not assign to their shard are ignored instead of rejected.
         calibration: Settings for choosing codes and scales on a text, layer by layer. None encodes without calibration.
         revision: Branch, tag or commit of a Hub repository, see `open_source`.
         offline: Whether a Hub repository is read from the local cache only.
@@ -61,6 +62,7 @@ class ConversionOptions:
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     keep_nonfinite: bool = False
     strip_wrappers: bool = False
+    index_wins: bool = False
     calibration: CalibrationSettings | None = None
     revision: str | None = None
     offline: bool = False
@@ -108,6 +110,7 @@ class ConversionOptions:
             keep_source=self.keep_source,
             pin=pin,
             transfer=self.transfer,
+            index_wins=self.index_wins,
         )
         try:
             if isinstance(opened, StreamedSource):
@@ -134,6 +137,7 @@ class ConversionOptions:
                 "reads the source twice, which a streamed repository does not allow",
             ),
             ("strip_wrappers", self.strip_wrappers, "does not apply to a streamed repository"),
+            ("index_wins", self.index_wins, "does not apply to a streamed repository"),
         ):
             if given:
                 raise UsageError(

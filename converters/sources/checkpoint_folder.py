@@ -19,8 +19,13 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name, read_exactly
 from qformat.artifact.reading.side_files import MAX_SIDE_FILE_NBYTES, is_side_file
 from qformat.artifact.sources.source_files import open_source_file, read_source_file
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 from qformat.names import CONFIG_NAME, MANIFEST_NAME
+
+_INDEX_WINS = (
+    "Fetch index and shards again from one revision, or ignore such tensors with ",
+    Option("index_wins", True),
+)
 
 
 class CheckpointFiles(ABC):
@@ -30,11 +35,13 @@ class CheckpointFiles(ABC):
         path: Location of the files, for messages.
         state_when_opened: State of each file before it was first read, see `state`.
         notes: What a user should know about the files that were read, one sentence each.
+        index_wins: Whether tensors that the index does not assign to their shard are ignored instead of rejected.
     """
 
     path: Path
     state_when_opened: JsonObject
     notes: tuple[str, ...] = ()
+    index_wins: bool = False
 
     @abstractmethod
     def close(self) -> None:
@@ -133,39 +140,66 @@ class CheckpointFiles(ABC):
             checked[tensor] = shard
         return checked
 
-    def check_shards(
+    def names_by_shard(
         self, tensors: Mapping[str, Iterable[str]], index_name: str, weight_map: Mapping[str, str] | None
-    ) -> None:
-        """Reject a tensor that is in two shards, and shards that do not match the index if there is one.
+    ) -> dict[str, list[str]]:
+        """Return the names of the tensors that count in each shard: all, or those of the index if `index_wins`.
+
+        A tensor that is in two shards, and shards that do not match the index, are rejected otherwise.
 
         Args:
             tensors: Names of the tensors in each shard.
             index_name: File name of the index, for messages.
             weight_map: Shard of each tensor according to the index, or None without an index.
         """
+        stored = {shard: list(names) for shard, names in tensors.items()}
+        if self.index_wins and weight_map is not None:
+            return self._names_of_index(stored, index_name, weight_map)
         owner: dict[str, str] = {}
-        for shard, names in tensors.items():
+        for shard, names in stored.items():
             for tensor in names:
                 if tensor in owner:
                     problem = f"is also in {owner[tensor]}"
-                    raise SourceError(Reason.DUPLICATE_TENSOR, self.path / shard, problem, tensor=tensor)
+                    raise SourceError(
+                        Reason.DUPLICATE_TENSOR, self.path / shard, problem, tensor=tensor,
+                        next_step=None if weight_map is None else _INDEX_WINS,
+                    )  # fmt: skip
                 owner[tensor] = shard
         if weight_map is None:
-            return
+            return stored
+        self._refuse_missing(weight_map, owner, index_name)
+        for tensor, shard in owner.items():
+            if tensor not in weight_map:
+                raise SourceError(
+                    Reason.INDEX_MISMATCH, self.path / shard, "is not in the index", tensor=tensor,
+                    next_step=_INDEX_WINS,
+                )  # fmt: skip
+        return stored
+
+    def _names_of_index(
+        self, stored: Mapping[str, list[str]], index_name: str, weight_map: Mapping[str, str]
+    ) -> dict[str, list[str]]:
+        counted = {shard: [name for name in names if weight_map.get(name) == shard] for shard, names in stored.items()}
+        self._refuse_missing(weight_map, {n: shard for shard, names in counted.items() for n in names}, index_name)
+        ignored = [name for shard, names in stored.items() for name in names if weight_map.get(name) != shard]
+        if ignored:
+            more = f" and {len(ignored) - 1} more" if len(ignored) > 1 else ""
+            note = f"{ignored[0]}{more}: left out of a shard, because {index_name} does not assign it to that shard"
+            self.notes = (*self.notes, note)
+        return counted
+
+    def _refuse_missing(self, weight_map: Mapping[str, str], owner: Mapping[str, str], index_name: str) -> None:
         path = self.path / index_name
         for tensor, shard in weight_map.items():
             if owner.get(tensor) != shard:
                 found = f"it is in {owner[tensor]}" if tensor in owner else "no shard has it"
                 raise SourceError(Reason.INDEX_MISMATCH, path, f"expected in {shard}, but {found}", tensor=tensor)
-        for tensor, shard in owner.items():
-            if tensor not in weight_map:
-                raise SourceError(Reason.INDEX_MISMATCH, self.path / shard, "is not in the index", tensor=tensor)
 
 
 class CheckpointFolder(CheckpointFiles):
     """The files of a local directory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, index_wins: bool = False) -> None:
         if not os.path.isdir(path):
             raise SourceError(
                 Reason.MISSING_FILE,
@@ -174,6 +208,7 @@ class CheckpointFolder(CheckpointFiles):
                 next_step="Give the directory of a checkpoint, or a Hub repository as owner/name",
             )
         self.path = path
+        self.index_wins = index_wins
         self.state_when_opened: JsonObject = {}
         self._open_files = ExitStack()
         self._descriptors: dict[str, int] = {}

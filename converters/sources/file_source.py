@@ -12,6 +12,9 @@ from qformat.converters.sources.checkpoint_folder import CheckpointFiles
 from qformat.converters.sources.left_out import left_out
 from qformat.converters.sources.source import PackedWeight
 
+INDEX_WINS = "index_wins"
+"""Member of the manifest's record of the source: the index decided which tensors count."""
+
 _Files = TypeVar("_Files", bound=CheckpointFiles)
 
 
@@ -35,6 +38,10 @@ class FileSource(ABC, Generic[_Files]):
     def left_out(self) -> Mapping[str, str]:
         """Why entries of the directory are neither read nor carried over, keyed by name."""
         return left_out(self._files, self._weight_files())
+
+    def _how_read(self) -> JsonObject:
+        """Return what the manifest records about options of reading, so that a comparison reads in the same way."""
+        return {INDEX_WINS: True} if self._files.index_wins else {}
 
     def close(self) -> None:
         """Close every file."""

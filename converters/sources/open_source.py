@@ -42,10 +42,13 @@ class SourceKind:
 
 @dataclass(frozen=True, slots=True)
 class _Container(SourceKind):
-    """A file format that contains tensors. The first one in the table whose `lies_at` is true opens the location."""
+    """A file format that contains tensors. The first one in the table whose `lies_at` is true opens the location.
+
+    `open` takes the location and whether the index decides which tensors count.
+    """
 
     lies_at: Callable[[Path, list[str]], bool]
-    open: Callable[[Path], Source]
+    open: Callable[[Path, bool], Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ def open_source(
     keep_source: bool = False,
     pin: JsonObject | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
+    index_wins: bool = False,
 ) -> Source:
     """Open the checkpoint at a location: a directory, a GGUF file or a Hub repository. The caller closes the source.
 
@@ -75,6 +79,7 @@ def open_source(
         keep_source: Whether a Hub repository is downloaded into the local cache first.
         pin: Commit recorded by an interrupted run.
         transfer: Connections, timeouts and retries for reading from the Hub.
+        index_wins: Whether tensors that the index does not assign to their shard are ignored instead of rejected.
 
     Raises:
         SourceError: The location is not a checkpoint, or it is damaged or of a kind that cannot be converted.
@@ -84,7 +89,13 @@ def open_source(
     refuse_address(location)
     if is_repository(location):
         return _open_hub(
-            str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin, transfer=transfer
+            str(location),
+            revision=revision,
+            offline=offline,
+            keep_source=keep_source,
+            pin=pin,
+            transfer=transfer,
+            index_wins=index_wins,
         )
     for name, given in (("revision", revision is not None), ("offline", offline), ("keep_source", keep_source)):
         if given:
@@ -97,7 +108,7 @@ def open_source(
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
     if (container := _container_at(path, names)) is None:
         raise not_a_checkpoint(path, names)
-    opened = container.open(path)
+    opened = container.open(path, index_wins)
     try:
         return decoded(opened)
     except BaseException:
@@ -143,7 +154,14 @@ def _encoding_of(source: Source) -> _Encoding | None:
 
 
 def _open_hub(
-    name: str, *, revision: str | None, offline: bool, keep_source: bool, pin: JsonObject | None, transfer: Transfer
+    name: str,
+    *,
+    revision: str | None,
+    offline: bool,
+    keep_source: bool,
+    pin: JsonObject | None,
+    transfer: Transfer,
+    index_wins: bool,
 ) -> Source:
     from qformat.converters.sources.hub.repository import HubRepository, open_hub_files
     from qformat.converters.sources.hub.snapshot import HubSnapshot
@@ -155,7 +173,8 @@ def _open_hub(
         if (container := _container_at(files.path, files.names())) is None:
             raise not_a_checkpoint(files.path, files.names())
         if container.open is not _open_safetensors:
-            return HubSnapshot(files, container.open)
+            return HubSnapshot(files, lambda folder: container.open(folder, index_wins))
+        files.index_wins = index_wins
         opened = HubRepository(files)
         if (encoding := _encoding_of(opened)) is None:
             return opened
@@ -166,19 +185,19 @@ def _open_hub(
         raise
 
 
-def _open_safetensors(path: Path) -> Source:
+def _open_safetensors(path: Path, index_wins: bool) -> Source:
     from qformat.converters.sources.safetensors_shards import SafetensorsShards
 
-    return SafetensorsShards(path)
+    return SafetensorsShards(path, index_wins=index_wins)
 
 
-def _open_torch_bin(path: Path) -> Source:
+def _open_torch_bin(path: Path, index_wins: bool) -> Source:
     from qformat.converters.sources.torch_bin import TorchBin
 
-    return TorchBin(path)
+    return TorchBin(path, index_wins=index_wins)
 
 
-def _open_gguf(path: Path) -> Source:
+def _open_gguf(path: Path, index_wins: bool) -> Source:
     from qformat.converters.sources.gguf.file import GgufFile
 
     return GgufFile(path)

@@ -11,7 +11,7 @@ from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles, CheckpointFolder
 from qformat.converters.sources.file_source import FileSource
 from qformat.converters.sources.source import SourceTensor
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 from qformat.names import INDEX_NAME, SINGLE_SHARD_NAME
 
 
@@ -20,15 +20,13 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
 
     kind = "safetensors"
 
-    def __init__(self, files: Path | CheckpointFiles) -> None:
-        super().__init__(CheckpointFolder(files) if isinstance(files, Path) else files)
+    def __init__(self, files: Path | CheckpointFiles, *, index_wins: bool = False) -> None:
+        super().__init__(CheckpointFolder(files, index_wins=index_wins) if isinstance(files, Path) else files)
         try:
             self.config = self._files.read_config()
-            self._headers = self._open_shards()
+            self._headers, names = self._open_shards()
             self._entries = {
-                name: (shard, entry)
-                for shard, parsed in self._headers.items()
-                for name, entry in parsed.tensors.items()
+                name: (shard, self._headers[shard].tensors[name]) for shard in self._headers for name in names[shard]
             }
             self.tensors: Mapping[str, SourceTensor] = {
                 name: SourceTensor(name, entry.dtype, entry.shape, shard)
@@ -42,7 +40,7 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
     def describe(self) -> JsonObject:
         """Return the kind and the shards' names and sizes, as the manifest records them."""
         files: JsonObject = {name: {"nbytes": parsed.file_nbytes} for name, parsed in sorted(self._headers.items())}
-        return {"kind": self.kind, "files": files}
+        return {"kind": self.kind, "files": files, **self._how_read()}
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, headers and side files."""
@@ -66,24 +64,28 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
     def _weight_files(self) -> list[str]:
         return [*self._headers, INDEX_NAME]
 
-    def _open_shards(self) -> dict[str, header.Header]:
+    def _open_shards(self) -> tuple[dict[str, header.Header], dict[str, list[str]]]:
+        """Return the headers of all shards, and the names of the tensors that count in each."""
         weight_map = self._read_index()
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_SHARD_NAME]
         headers = self._files.read_headers(names)
         if not any(parsed.tensors for parsed in headers.values()):
             raise SourceError(Reason.HEADER_SYNTAX, self.location / names[0], "contains no tensor")
-        self._files.check_shards({name: parsed.tensors for name, parsed in headers.items()}, INDEX_NAME, weight_map)
-        return headers
+        stored = {name: parsed.tensors for name, parsed in headers.items()}
+        return headers, self._files.names_by_shard(stored, INDEX_NAME, weight_map)
 
     def _read_index(self) -> dict[str, str] | None:
         weight_map = self._files.read_weight_map(INDEX_NAME)
         if weight_map is None or SINGLE_SHARD_NAME in weight_map.values():
             return weight_map
-        if self._files.has(SINGLE_SHARD_NAME):
+        if self._files.has(SINGLE_SHARD_NAME) and not self._files.index_wins:
             raise SourceError(
                 Reason.INDEX_MISMATCH,
                 self.location / INDEX_NAME,
                 f"exists together with {SINGLE_SHARD_NAME}, so it is unclear which one is the checkpoint",
-                next_step="Remove the one that is not",
+                next_step=(
+                    "Remove the one that is not, or read what the index names with ",
+                    Option("index_wins", True),
+                ),
             )
         return weight_map

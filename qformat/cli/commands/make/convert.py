@@ -53,6 +53,7 @@ class ConvertArguments:
     calibration_tokens: int | None
     keep_nonfinite: bool
     strip_wrappers: bool
+    index_wins: bool
     revision: str | None
     offline: bool
     keep_source: bool
@@ -93,6 +94,8 @@ Examples:
 @click.option("--strip-wrappers", is_flag=True,
               help="Remove from the names of tensors what wrappers put there, such as _orig_mod. (torch.compile) and "
                    "module. (DDP).")  # fmt: skip
+@click.option("--index-wins", is_flag=True,
+              help="Ignore tensors that the index does not assign to their shard, such as stale ones.")  # fmt: skip
 @revision_option("Branch, tag or commit.  [default: main]")
 @click.option("--offline", is_flag=True, help="Read the local Hub cache and make no requests.")
 @click.option("--keep-source", is_flag=True, help="Download SRC into the local Hub cache and convert that copy.")
@@ -146,6 +149,7 @@ def _conversion_options(options: ConvertArguments) -> ConversionOptions:
         max_shard_nbytes=parse_nbytes(Option("max_shard_size"), options.max_shard_size),
         keep_nonfinite=options.keep_nonfinite,
         strip_wrappers=options.strip_wrappers,
+        index_wins=options.index_wins,
         calibration=_calibration(options.calibrate, options.calibration_tokens),
         revision=options.revision,
         offline=options.offline,
