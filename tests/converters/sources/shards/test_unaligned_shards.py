@@ -17,9 +17,7 @@ from qformat.converters.convert import convert
 from qformat.errors import Reason
 from tests.converters.refused_source import refusal
 from tests.small_models import (
-    INDEX,
     Tensor,
-    contents,
     header_bytes,
     llama_config,
     llama_tensors,
@@ -73,16 +71,10 @@ def library_reads(folder: Path) -> dict[str, bytes]:
     return {name: bytes(tensor["data"]) for name, tensor in read}
 
 
-def test_a_shard_without_tensors_is_read_but_a_checkpoint_without_any_is_rejected(sharded: Path) -> None:
-    convert(sharded, sharded.with_name("before"))
-    empty = "model-00004-of-00004.safetensors"
-    (sharded / empty).write_bytes(header_bytes({}))
-    convert(sharded, sharded.with_name("after"))
-    assert contents(sharded.with_name("after")) == contents(sharded.with_name("before"))
-    (sharded / INDEX).unlink()
-    for shard in sharded.glob("model-*"):
-        shard.unlink()
-    (sharded / "model.safetensors").write_bytes(header_bytes({"__metadata__": {"format": "pt"}}))
-    error = refusal(sharded)
-    assert error.reason is Reason.HEADER_SYNTAX
-    assert "contains no tensor" in str(error)
+def test_a_checkpoint_without_any_tensor_is_rejected(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", llama_tensors(), config=llama_config())
+    for record in ({}, {"__metadata__": {"format": "pt"}}, {"__metadata__": None}):
+        (source / "model.safetensors").write_bytes(header_bytes(record))
+        error = refusal(source)
+        assert error.reason is Reason.HEADER_SYNTAX
+        assert "contains no tensor" in str(error)
