@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
@@ -21,7 +21,13 @@ from qformat.artifact.manifest import (
 )
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
-from qformat.converters.encode.refusals import refuse_names, refuse_quantized, refuse_unreadable
+from qformat.converters.encode.refusals import (
+    refuse_empty,
+    refuse_names,
+    refuse_quantized,
+    refuse_unreadable,
+    refuse_wrapped,
+)
 from qformat.converters.encode.small_files import config_bytes, index_bytes, small_json
 from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, Place, Task, TensorDigests
 from qformat.converters.rules import adoption
@@ -32,6 +38,9 @@ from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import SourceError
 from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from qformat.version import __version__
+
+LEFT_OUT = "left_out"
+"""Member of the manifest's record of the source: why files and directories are not in the artifact, keyed by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,8 @@ class Plan:
         recipe: The recipe, as the manifest records it.
         source: The source, as the manifest records it.
         fingerprint: Digest of everything that determines the output bytes, except the weights.
+        notes: What a user should know about the files of the source, one sentence each.
+        left_out: Why files and directories of the source are not in the output, keyed by name.
     """
 
     tasks: tuple[Task, ...]
@@ -55,6 +66,8 @@ class Plan:
     recipe: JsonObject
     source: JsonObject
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def packed(self) -> tuple[PackedTask, ...]:
@@ -136,6 +149,8 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         SourceError: The checkpoint cannot be converted.
         UsageError: The recipe does not fit the checkpoint.
     """
+    refuse_wrapped(source)
+    refuse_empty(source)
     for tensor in source.tensors.values():
         refuse_quantized(source, tensor)
     adopted = {name: _adopted_tensor(source, name, weight) for name, weight in source.packed.items()}
@@ -167,7 +182,8 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
             assert choice.reason is not None
             tasks.append(KeptTask(tensor, places[tensor.name], choice.reason))
     if adopted:
-        config = small_json({**source.config, "quantization_config": adoption.quantization_config(choices, source)})
+        quantization = adoption.quantization_config(choices, source)
+        config = small_json({**source.config, "quantization_config": quantization}, python_numbers=True)
     else:
         config = config_bytes(source.config, skip_modules(choices, source.config), recipe, layouts)
     index = index_bytes(shards)
@@ -181,8 +197,10 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         small_files=small_files,
         side_files=source.side_files,
         recipe=canonical,
-        source=source.describe(),
+        source={**source.describe(), **({LEFT_OUT: {**source.left_out}} if source.left_out else {})},
         fingerprint=_fingerprint(source, shards, small_files),
+        notes=tuple(source.notes),
+        left_out=source.left_out,
     )
 
 

@@ -360,7 +360,9 @@ def _with_changes(file: Path, stored: dict[str, Any], now: dict[str, Any]) -> by
     text: Any = {}
     if file.is_file():
         data = file.read_bytes()
-        text = strict_json.loads(data, path=file, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+        text = strict_json.loads(
+            data, path=file, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True
+        )
     return (json.dumps({**text, **changes}, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 

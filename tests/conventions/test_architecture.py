@@ -52,6 +52,7 @@ ROOMS_BELOW = {
     "qformat.codec.cpu": ("qformat.codec.foreign",),
     "qformat.artifact": ("qformat.artifact.writing",),
     "qformat.artifact.reading": ("qformat.artifact.writing",),
+    "qformat.artifact.sources": ("qformat.artifact.writing",),
     "qformat.hub": ("qformat.hub.card", "qformat.hub.publishing"),
     "qformat.hub.reading": ("qformat.hub.card", "qformat.hub.publishing"),
     "qformat.hub.card": ("qformat.hub.publishing",),

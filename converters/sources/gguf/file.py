@@ -8,6 +8,7 @@ tokenizer comes from the directory, if a directory is given and has one, and oth
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from qformat.codec.floats import FloatFormat, narrow
 from qformat.codec.foreign.ggml_blocks import round_to_bf16
 from qformat.converters.sources.checkpoint_folder import CheckpointFolder
 from qformat.converters.sources.file_source import FileSource
-from qformat.converters.sources.gguf.header import GgufTensor, read_header
+from qformat.converters.sources.gguf.header import GgufHeader, GgufTensor, read_header
 from qformat.converters.sources.gguf.names import ROPE_FACTORS_NAME, NamedTensor, name_model
 from qformat.converters.sources.gguf.tokenizer import tokenizer_files
 from qformat.converters.sources.source import SourceTensor
@@ -31,6 +32,7 @@ from qformat.names import TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 SUFFIX = ".gguf"
 _TOKENIZER_NAMES = (TOKENIZER_NAME, TOKENIZER_MODEL_NAME)
 _MAX_FACTORS = 2**16
+_PART = re.compile(r".*-\d{5}-of-\d{5}\.gguf")
 
 
 class GgufFile(FileSource[CheckpointFolder]):
@@ -45,6 +47,7 @@ class GgufFile(FileSource[CheckpointFolder]):
         self._given_folder = folder == path
         try:
             self._header = read_header(self._files.open(self._name), folder / self._name)
+            _refuse_part(self._header, folder / self._name)
             model = name_model(self._header, folder / self._name, self._rope_factors())
             self._format = _float_format(model.tensors)
             self.config: JsonObject = {**model.config, "torch_dtype": self._format.torch_name}
@@ -73,7 +76,7 @@ class GgufFile(FileSource[CheckpointFolder]):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, tensors with their locations, and side files."""
-        lines = [f"{self.kind} {strict_json.dumps(self.config)} {self._header.file_nbytes}"]
+        lines = [f"{self.kind} {strict_json.dumps(self.config, python_numbers=True)} {self._header.file_nbytes}"]
         for name, tensor in self._named.items():
             stored = tensor.stored
             lines.append(f"{name} {stored.block_type.name} {stored.start} {tensor.expert} {tensor.n_heads}")
@@ -101,6 +104,10 @@ class GgufFile(FileSource[CheckpointFolder]):
     def read_side_file(self, name: str) -> bytes:
         """Return the bytes of a file to carry over."""
         return self._side_files[name]
+
+    def _weight_files(self) -> list[str]:
+        # Beside a file that was given alone lies whatever the user keeps there.
+        return [self._name] if self._given_folder else self._files.names()
 
     def _rows(self, named: NamedTensor, first: int, last: int) -> NDArray[np.float32]:
         """Return the values of rows `first` to `last`, flattened."""
@@ -156,8 +163,25 @@ def _half_split(n_rows: int, n_heads: int) -> NDArray[np.intp]:
     return np.arange(n_rows).reshape(n_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
+def _refuse_part(header: GgufHeader, path: Path) -> None:
+    """Reject a part of a split file. Every part says so; only the first one has the model's metadata."""
+    count, number = header.metadata.get("split.count"), header.metadata.get("split.no")
+    if isinstance(count, int) and count > 1:
+        which = f"part {number + 1} of {count}" if isinstance(number, int) else f"a part of {count}"
+        raise _part_of_many(path, f"is {which} of a split GGUF file, and only a part of the model")
+
+
+def _part_of_many(path: Path, problem: str) -> SourceError:
+    return SourceError(
+        Reason.UNSUPPORTED_SOURCE, path, problem,
+        next_step="Join the parts with `llama-gguf-split --merge FIRST-PART OUT.gguf`, and convert OUT.gguf",
+    )  # fmt: skip
+
+
 def _only_file(folder: Path) -> str:
     names = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
+    if len(names) > 1 and all(_PART.fullmatch(name) for name in names):
+        raise _part_of_many(folder / names[0], f"is part of a split GGUF file of {len(names)} parts")
     if len(names) != 1:
         raise SourceError(
             Reason.UNSUPPORTED_SOURCE,

@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 
 SECTIONS = {
-    "What to quantize, and how": ("recipe", "skip", "block_size", "no_double_quant", "keep_nonfinite"),
+    "What to quantize, and how": (
+        "recipe",
+        "skip",
+        "block_size",
+        "no_double_quant",
+        "keep_nonfinite",
+        "strip_wrappers",
+    ),
     "Calibration": ("calibrate", "calibration_tokens"),
     "Source on the Hub": ("revision", "offline", "keep_source"),
     "Output": ("max_shard_size", "force", "restart", "dry_run", "workers", "as_json"),
@@ -45,6 +52,8 @@ class ConvertArguments:
     calibrate: tuple[str, ...]
     calibration_tokens: int | None
     keep_nonfinite: bool
+    strip_wrappers: bool
+    index_wins: bool
     revision: str | None
     offline: bool
     keep_source: bool
@@ -82,6 +91,11 @@ Examples:
 @click.option("--calibration-tokens", type=int, metavar="N",
               help="Number of tokens to take from these texts.  [default: 16384]")  # fmt: skip
 @click.option("--keep-nonfinite", is_flag=True, help="Keep weights with NaN or Inf in 16 bit. Reads SRC twice.")
+@click.option("--strip-wrappers", is_flag=True,
+              help="Remove from the names of tensors what wrappers put there, such as _orig_mod. (torch.compile) and "
+                   "module. (DDP).")  # fmt: skip
+@click.option("--index-wins", is_flag=True,
+              help="Ignore tensors that the index does not assign to their shard, such as stale ones.")  # fmt: skip
 @revision_option("Branch, tag or commit.  [default: main]")
 @click.option("--offline", is_flag=True, help="Read the local Hub cache and make no requests.")
 @click.option("--keep-source", is_flag=True, help="Download SRC into the local Hub cache and convert that copy.")
@@ -134,6 +148,8 @@ def _conversion_options(options: ConvertArguments) -> ConversionOptions:
         double_quant=False if options.no_double_quant else None,
         max_shard_nbytes=parse_nbytes(Option("max_shard_size"), options.max_shard_size),
         keep_nonfinite=options.keep_nonfinite,
+        strip_wrappers=options.strip_wrappers,
+        index_wins=options.index_wins,
         calibration=_calibration(options.calibrate, options.calibration_tokens),
         revision=options.revision,
         offline=options.offline,
@@ -202,6 +218,8 @@ def _facts(plan: Plan) -> dict[str, object]:
         "not_known_to_be_linear": _unknown(plan),
         "blocks_across_rows": _blocks_across_rows(plan),
         "calibration": plan.recipe.get("calibration"),
+        "notes": list(plan.notes),
+        "left_out": dict(plan.left_out),
     }
 
 
@@ -219,6 +237,9 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
 
 
 def _show_notes(plan: Plan) -> None:
+    for note in plan.notes:
+        echo(f"Note: {note}")
+    _show_left_out(plan)
     if unknown := _unknown(plan):
         echo(f"Kept, because it is not certain that they belong to Linear layers: {some(unknown)}. A recipe can say so")
     if vouched := [task.source.name for task in plan.packed if task.vouched]:
@@ -229,6 +250,18 @@ def _show_notes(plan: Plan) -> None:
             "some such weights incorrectly on CPUs with AVX-512. Use a smaller --block-size, or --skip these weights"
         )
     _show_calibration(plan)
+
+
+def _show_left_out(plan: Plan) -> None:
+    from qformat.converters.sources.left_out import DOCUMENT
+
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in plan.left_out.items():
+        if reason != DOCUMENT:  # the artifact gets a card of its own when it is published
+            by_reason.setdefault(reason, []).append(name)
+    if by_reason:
+        parts = "; ".join(f"{some(names)} ({reason})" for reason, names in by_reason.items())
+        echo(f"Not carried over: {parts}")
 
 
 def _show_calibration(plan: Plan) -> None:
