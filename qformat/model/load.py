@@ -132,7 +132,7 @@ def model_of_shards(
     model = build_on_meta(
         path,
         config,
-        dtype=dtype or dtype_of(config),
+        dtype=dtype or dtype_of(config, shards.layout),
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
