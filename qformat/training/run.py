@@ -228,6 +228,7 @@ def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], 
         f"{counts.examples:,} examples with {counts.tokens:,} tokens ({counts.trained_tokens:,} trained); "
         f"{counts.truncated:,} truncated, {sum(left_out.values()):,} skipped"
         + "".join(f", {reason}: {n}" for reason, n in left_out.items())
+        + "".join(f"; {n:,} converted from the format of {name}" for name, n in counts.converted.items())
     )
     return _Prepared(tokenizer, train_data, evaluation)
 
