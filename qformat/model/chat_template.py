@@ -126,9 +126,10 @@ class ChatTemplate:
 
     def _shows_the_probe(self) -> bool:
         try:
-            return _PROBE in self.render([{"role": "user", "content": _PROBE}], ask=True)
+            text = self.render([{"role": "user", "content": _PROBE}], ask=True)
         except UsageError:
             return False
+        return _PROBE in text and repr(_PROBE) not in text  # a template for strings prints Python's form of a list
 
 
 def _with_arguments_as_text(messages: Messages) -> Iterator[Messages]:

@@ -9,8 +9,10 @@ with the turn. The turn is the difference between the two texts:
     the turn                                                             ^^^^^^^^^^
 
 This is exact only if each text begins with the previous one, which is checked. Some templates render a turn differently
-once more turns follow, for example to drop earlier reasoning. Such a conversation is rejected. If a template does not
-support the generation prompt, the header of the turn is trained as well.
+once more turns follow, for example to drop earlier reasoning. Then the content of the turn is located by a mark in it,
+and the turn extends over what surrounds the content, from the end of the header to the end-of-turn token. It is
+rejected if its text with the mark differs in anything but the mark. If a template does not support the generation prompt, the
+header of the turn is trained as well.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 from qformat.errors import Option, UsageError
 from qformat.model.chat_template import TEMPLATE_FAILURES, ChatTemplate
 from qformat.training.data.chat.arrival import lost_field
+from qformat.training.data.chat.messages import Message
 from qformat.training.data.place import BadRow, Place
 from qformat.training.data.rows import ChatRow
 
@@ -34,6 +37,8 @@ _WHAT_TO_DO = (
     "Use a chat template with {% generation %} markers around the assistant turns, or train on all tokens with ",
     Option("loss_on", "all"),
 )
+
+_MARK = "qformatmark"
 
 Span = tuple[int, int]
 """Range [start, stop) of characters in a text."""
@@ -94,7 +99,7 @@ class Conversations:
         if marked is not None:
             return _marked(marked, row, place)
         text = self._whole(template, row, place)
-        return text, self._added_spans(template, row, text, place)
+        return text, self._turns(template, row, text, place)
 
     def completion_start(self, row: ChatRow, text: str, place: Place) -> int:
         """Return the index in `text` at which the completion of a conversational prompt begins.
@@ -143,23 +148,64 @@ class Conversations:
         _check_arrival(row, text, place)
         return text
 
-    def _added_spans(self, template: ChatTemplate, row: ChatRow, text: str, place: Place) -> list[Span]:
+    def _turns(self, template: ChatTemplate, row: ChatRow, text: str, place: Place) -> list[Span]:
         spans: list[Span] = []
         for index, message in enumerate(row.messages):
             if message["role"] != "assistant":
                 continue
-            before = _prefix(template, row, index, place, ask=True)
-            last = index + 1 == len(row.messages)
-            after = text if last else _prefix(template, row, index + 1, place, ask=False)
-            if not after.startswith(before) or not text.startswith(after):
+            span = self._added(template, row, index, text, place)
+            if span is None:
+                span = self._around_content(template, row, index, text, spans[-1][1] if spans else 0)
+            if span is None:
                 place.refuse(
                     BadRow.UNSTABLE_TEMPLATE,
                     f"the chat template renders messages[{index}] differently when more messages follow, "
                     "so the tokens of the assistant cannot be located",
                     next_step=_WHAT_TO_DO,
                 )
-            spans.append((len(before), self._end_of_turn(after, len(before))))
+            spans.append(span)
         return [(start, stop) for start, stop in spans if start < stop]
+
+    def _added(self, template: ChatTemplate, row: ChatRow, index: int, text: str, place: Place) -> Span | None:
+        """Return what a turn adds to the text before it, or None if the text before it changes."""
+        before = _prefix(template, row, index, place, ask=True)
+        after = text if index + 1 == len(row.messages) else _prefix(template, row, index + 1, place, ask=False)
+        if not after.startswith(before) or not text.startswith(after):
+            return None
+        return len(before), self._end_of_turn(after, len(before))
+
+    def _around_content(
+        self, template: ChatTemplate, row: ChatRow, index: int, text: str, previous_stop: int
+    ) -> Span | None:
+        """Return the turn around the content of a message, or None if the content cannot be located.
+
+        The turn begins behind the header that asks for an answer, or with the content if the header is another one. It
+        ends where the texts with and without the later messages begin to differ.
+        """
+        try:
+            start = _content_edge(template, row, index, text, at_end=False)
+            stop = _content_edge(template, row, index, text, at_end=True)
+            unasked, asked = (_text(template, row, index, ask=ask) for ask in (False, True))
+            alone = row.messages[: index + 1]
+            last = template.render(
+                _marked_at(alone, index, at_end=True), tools=row.tools, variables=row.template_kwargs
+            )
+        except UsageError:
+            return None
+        if start is None or stop is None or _MARK not in last:
+            return None
+        header = asked.removeprefix(unasked)
+        found = text.rfind(header, previous_stop, start) if header and asked.startswith(unasked) else -1
+        end = self._outside_of_tokens(text, stop + _n_common(text[stop:], last[last.index(_MARK) + len(_MARK) :]))
+        return (start if found < 0 else found + len(header)), self._end_of_turn(text[:end], stop)
+
+    def _outside_of_tokens(self, text: str, index: int) -> int:
+        """Return the index, or the start of the special token that it would cut."""
+        for token in self._tokenizer.get_added_vocab():
+            start = text.find(token, max(0, index - len(token) + 1), index + len(token) - 1)
+            if 0 <= start < index < start + len(token):
+                return start
+        return index
 
     def _end_of_turn(self, text: str, start: int) -> int:
         """Return the end of the turn without the whitespace after the end-of-turn token, which is never generated."""
@@ -195,7 +241,7 @@ def _check_arrival(row: ChatRow, text: str, place: Place) -> None:
         place.refuse(
             BadRow.LOST_CONTENT,
             f"the chat template leaves out {lost}",
-            next_step="Use a template that shows it, or one of its variables (chat_template_kwargs), or remove the field",
+            next_step="Use a template that shows it, set its variables in chat_template_kwargs, or remove the field",
         )
 
 
@@ -208,6 +254,27 @@ def _prefix(template: ChatTemplate, row: ChatRow, n_messages: int, place: Place,
             f"for the first {n_messages} messages, which are needed to locate the tokens of the assistant, {problem}",
             next_step=_WHAT_TO_DO,
         )
+
+
+def _n_common(text: str, other: str) -> int:
+    """Return the number of characters that two texts begin with in common."""
+    return next(
+        (n for n, (one, two) in enumerate(zip(text, other, strict=False)) if one != two), min(len(text), len(other))
+    )
+
+
+def _content_edge(template: ChatTemplate, row: ChatRow, index: int, text: str, *, at_end: bool) -> int | None:
+    """Return where the content of a message begins or ends in the text, found by a mark that changes nothing else."""
+    messages = _marked_at(row.messages, index, at_end=at_end)
+    marked = template.render(messages, tools=row.tools, variables=row.template_kwargs)
+    return marked.index(_MARK) if _MARK in marked and marked.replace(_MARK, "", 1) == text else None
+
+
+def _marked_at(messages: list[Message], index: int, *, at_end: bool) -> list[Message]:
+    content = str(messages[index].get("content", ""))
+    stripped = content.strip()
+    marked = {**messages[index], "content": content.replace(stripped, stripped + _MARK if at_end else _MARK + stripped)}
+    return [*messages[:index], marked, *messages[index + 1 :]]
 
 
 def _text(template: ChatTemplate, row: ChatRow, n_messages: int, *, ask: bool = False) -> str:
