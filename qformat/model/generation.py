@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from qformat.errors import Option, UsageError
+from qformat.model.chat_template import ChatTemplate
 from qformat.model.memory import peak_nbytes
 from qformat.model.nf4_linear import NF4Linear
 
@@ -165,6 +166,6 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
         raise UsageError(
             "this tokenizer has no chat template. Remove ", Option("chat"), " and write the whole prompt yourself"
         )
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    template = ChatTemplate.of(tokenizer, tokenizer.get_chat_template())
+    text = template.render([{"role": "user", "content": prompt}], ask=True)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")

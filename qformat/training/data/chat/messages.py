@@ -152,7 +152,7 @@ def _tool_call(value: Json, name: str, place: Place) -> Message:
 
 
 def _with_decoded_arguments(function: Message, name: str, place: Place) -> Message:
-    found = {key: entry for key, entry in function.items() if entry is not None}
+    found: Message = {key: entry for key, entry in function.items() if entry is not None}
     if isinstance(found.get("arguments"), str):
         text = str(found["arguments"])
         found["arguments"] = json_in_string(text, f"{name}: 'arguments'", place) if text.strip() else {}

@@ -11,8 +11,8 @@ with the turn. The turn is the difference between the two texts:
 This is exact only if each text begins with the previous one, which is checked. Some templates render a turn differently
 once more turns follow, for example to drop earlier reasoning. Then the content of the turn is located by a mark in it,
 and the turn extends over what surrounds the content, from the end of the header to the end-of-turn token. It is
-rejected if its text with the mark differs in anything but the mark. If a template does not support the generation prompt, the
-header of the turn is trained as well.
+rejected if its text with the mark differs in anything but the mark. If a template does not support the generation
+prompt, the header of the turn is trained as well.
 """
 
 from __future__ import annotations
