@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
+from qformat.model.boundary import check_predicts_tokens, check_tokens
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
 from qformat.training.adapter.attach import add_adapter
@@ -123,6 +124,10 @@ def train(
             dtype=torch.bfloat16,
             trust_remote_code=settings.trust_remote_code,
         )
+        check_predicts_tokens(model)
+        for data in (prepared.train, prepared.evaluation):
+            if data is not None:
+                check_tokens(data.highest_token, model)
         decode_output_layer(model)
         adapted = add_adapter(model, settings, base_name=str(job.artifact))
         Disk().make_folder(job.output)
