@@ -10,8 +10,10 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError
@@ -96,11 +98,11 @@ def generation_config_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def generation_errors(path: str) -> Iterator[None]:
+def generation_errors(model: PreTrainedModel) -> Iterator[None]:
     """Translate the errors of `generate`.
 
     Args:
-        path: Directory of the model, for messages.
+        model: Model that generates.
 
     Raises:
         DeviceMemoryError: The device has too little memory.
@@ -110,12 +112,12 @@ def generation_errors(path: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as problem:
         raise DeviceMemoryError(
-            f"{path}: the device has too little memory to generate: {_first(problem)}. Use a shorter prompt or lower ",
+            f"{_name(model)}: the device has too little memory to generate: {_first(problem)}. Lower ",
             Option("max_new_tokens"),
         ) from problem
     except (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as problem:
         raise UsageError(
-            f"{path}: transformers cannot generate text: {_first(problem)}. Check {GENERATION_CONFIG_NAME}"
+            f"{_name(model)}: transformers cannot generate text: {_first(problem)}. Check {GENERATION_CONFIG_NAME}"
         ) from problem
 
 
@@ -127,7 +129,7 @@ def check_predicts_tokens(model: PreTrainedModel) -> None:
     """
     if not model.can_generate() or model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
         raise UsageError(
-            f"{model.name_or_path or 'the model'}: a {type(model).__name__} does not predict the next token, so it "
+            f"{_name(model)}: a {type(model).__name__} does not predict the next token, so it "
             f"cannot generate text or be trained on it. If the weights are those of a language model, correct "
             f"'architectures' in {CONFIG_NAME}"
         )
@@ -143,17 +145,21 @@ def check_tokens(highest: int, model: PreTrainedModel) -> None:
     Raises:
         UsageError: An embedding is missing.
     """
-    n_rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+    n_rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if highest >= n_rows:
         raise UsageError(
-            f"{model.name_or_path or 'the model'}: the tokenizer returns token {highest}, but the model has embeddings "
+            f"{_name(model)}: the tokenizer returns token {highest}, but the model has embeddings "
             f"for {n_rows} tokens. Use the tokenizer that belongs to the model. If tokens were added, resize the "
             "16-bit model's embeddings (resize_token_embeddings) and convert it again"
         )
 
 
+def _name(model: PreTrainedModel) -> str:
+    return model.name_or_path or "the model"
+
+
 def _json_problem(file: Path) -> str | None:
-    """Return why a file is not JSON, or None if it is, or is no JSON file.
+    """Return why a JSON file cannot be parsed, or None if it can be. Files of other kinds are not read.
 
     The files are those of other programs, whose readers accept more than strict JSON.
     """

@@ -146,7 +146,7 @@ def generate(
         "num_beams": 1,
         "num_return_sequences": 1,
     }  # a stream shows one text, whatever generation_config.json says
-    with torch.inference_mode(), generation_errors(model.name_or_path):
+    with torch.inference_mode(), generation_errors(model):
         model.generate(**inputs, max_new_tokens=sampling.max_new_tokens, streamer=stream, **choice)  # type: ignore[operator]
     n_new = len(stream.times)
     after_first = stream.times[-1] - stream.times[0]

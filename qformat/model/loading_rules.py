@@ -1,4 +1,4 @@
-"""Ask transformers which rules apply when it loads a checkpoint: dtypes, tied weights, tensors that may be absent.
+"""Ask transformers which rules apply when it loads a checkpoint: names, dtypes, tied and absent tensors.
 
 A model must not depend on whether transformers or qformat loads it, so every rule is taken from transformers itself.
 """
@@ -6,15 +6,44 @@ A model must not depend on whether transformers or qformat loads it, so every ru
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
 
 _ROTARY = "rotary_emb.inv_freq"
 _POSITIONS = "position_ids"
+
+
+def name_in_model(model: PreTrainedModel, present: dict[str, Any]) -> Callable[[str], tuple[str, bool]]:
+    """Return a function that maps a tensor's name in a checkpoint to its name in the model.
+
+    Args:
+        model: Model on any device, including the meta device.
+        present: State of the model by name, as `model.state_dict()` returns it.
+
+    Returns:
+        A function that takes a name in the checkpoint and returns the name in the model and whether transformers
+        merges the tensor with others there.
+    """
+    entries = get_model_conversion_mapping(model)
+    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in entries if isinstance(entry, WeightConverter)]
+
+    def renamed(name: str) -> tuple[str, bool]:
+        found, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, present)
+        return found, merged is not None
+
+    return renamed
 
 
 def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
