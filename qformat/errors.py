@@ -313,7 +313,7 @@ class DataError(QformatError):
     """Training data cannot be used. The message has the form `FILE: line N: PROBLEM. NEXT STEP`.
 
     Attributes:
-        reason: Stable name of the problem, for counting (`qformat.training.data.reading.rows.BadRow`).
+        reason: Stable name of the problem, for counting (`qformat.training.data.place.BadRow`).
         path: File of the data.
         problem: What is wrong.
         place: `line 17` or `row 17`, counted from 1; None if the problem concerns the whole file.

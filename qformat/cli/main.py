@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -65,6 +66,10 @@ def module_of(command: str) -> str:
     return f"qformat.cli.commands.{heading.lower()}.{command}"
 
 
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE}
+"""Errors of writing to an open file. Those that name a file are not about the output of a command."""
+
+
 class _LazyGroup(click.Group):
     """A group whose commands live in `qformat.cli.commands.HEADING.NAME` under the name `command`."""
 
@@ -107,7 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     interruption.
     """
     choose_how_to_wait()
-    sys.exit(run(arguments))
+    code = run(arguments)
+    try:
+        sys.stdout.flush()
+    except OSError as problem:
+        code = _stop_output(problem)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -140,6 +150,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except QformatError as failed:
         echo(f"Error: {spelled(failed.words, as_flag)}", err=True)
         return EXIT_FAILED
+    except OSError as problem:
+        if problem.errno not in _CANNOT_WRITE or problem.filename is not None:
+            raise
+        return _stop_output(problem)
+
+
+def _stop_output(problem: OSError) -> int:
+    """Say that the output cannot be written, and discard the rest of it, which Python would try to write at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if problem.errno != errno.EPIPE:  # the reader of a pipe has seen enough
+        echo(f"Error: the output cannot be written: {problem.strerror}. Write it to another place", err=True)
+    return EXIT_FAILED
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

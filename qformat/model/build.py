@@ -5,10 +5,10 @@ The model is made on the meta device, and an `NF4Linear` replaces each packed Li
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from qformat.artifact.reading.structure import ShardLayout
 from qformat.errors import ArtifactError, Reason, UsageError
-from qformat.model.checkpoint_names import name_in_model
+from qformat.model.boundary import no_token_predictions
+from qformat.model.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
 from qformat.model.nf4_linear import NF4Linear
-from qformat.model.shard_tensors import PackedComponents
+from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents, tensor_names
 from qformat.names import CONFIG_NAME, INDEX_NAME
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
@@ -64,22 +68,17 @@ def check_predicts_tokens(path: Path, *, trust_remote_code: bool) -> None:
         raise no_token_predictions(found, path)
 
 
-def no_token_predictions(model_class: type, path: Path | str) -> UsageError:
-    """Return the error for a model that does not predict the next token.
+def dtype_of(config: PretrainedConfig, layout: ShardLayout) -> torch.dtype:
+    """Return the dtype in a model's config, or that of the first floating-point tensor if the config has none.
 
     Args:
-        model_class: Class of the model.
-        path: Directory of the model.
+        config: Config of the model.
+        layout: Layout of the shards.
     """
-    return UsageError(
-        f"{path}: {model_class.__name__} does not predict the next token, which this needs. Load it with "
-        "qformat.load_model, and run or train it in Python"
-    )
-
-
-def dtype_of(config: PretrainedConfig) -> torch.dtype:
-    """Return the dtype in a model's config, or bfloat16 if the config has none."""
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    kept = (TORCH_DTYPES[layout.located[name].entry.dtype] for name in tensor_names(layout))
+    return next((dtype for dtype in kept if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
 
 
 def build_on_meta(
@@ -90,7 +89,7 @@ def build_on_meta(
     Args:
         path: Directory of the model, for code that comes with it and for messages.
         config: Config of the model.
-        dtype: Dtype of the floating-point tensors.
+        dtype: Dtype of the floating-point tensors, except those that transformers keeps in float32.
         trust_remote_code: Whether to run Python code that comes with the model.
         attention: Name of a transformers attention implementation, or None for the default.
 
@@ -112,6 +111,7 @@ def build_on_meta(
         raise ArtifactError(
             Reason.CONFIG_FIELD, path / CONFIG_NAME, "is not a transformers model class", field="architectures"
         )
+    keep_in_float32(model, dtype)
     return model
 
 
@@ -127,30 +127,49 @@ def attach(
         path: Directory of the model, for messages.
 
     Returns:
-        The entries of `names` that were attached. Some tensors are skipped, the same ones that transformers skips.
+        The entries of `names` that were attached. Kept tensors without a place in the model are skipped with a warning,
+        as transformers does.
 
     Raises:
-        ArtifactError: The model has no place for a tensor, a shape differs, or a tensor is missing.
+        ArtifactError: The model has no place for a packed weight, a shape differs, or a tensor is missing.
     """
-    originals = {renamed: name for name, renamed in names.items()}
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     device = next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
-    places = tensors_by_name(model)
+    places = tensors_by_name(model, persistent=True)
+    skipped = _tensors_to_skip(model, tensors, places, path)
     biases = {name for name, tensor in tensors.items() if isinstance(tensor, Tensor) and name.endswith(".bias")}
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and name in places:
+        if isinstance(tensor, Tensor) and name not in skipped:
             _set_tensor(model, name, tensor, places[name], path)
-        elif isinstance(tensor, Tensor):
-            if not _is_expected_extra(model, name):
-                raise _does_not_fit(path, name, f"the model that {CONFIG_NAME} describes has no such tensor")
-            del originals[name]
-    for name, tensor in tensors.items():
-        if isinstance(tensor, PackedComponents):
-            replace_linear(model, name, tensor, path, biases)
-    model.tie_weights()
+    packed = {name for name, tensor in tensors.items() if isinstance(tensor, PackedComponents)} - skipped
+    for name in sorted(packed):
+        replace_linear(model, name, cast(PackedComponents, tensors[name]), path, biases)
+    tie_weights(model, packed)
     _check_complete(model, path)
     initialise_the_rest(model, device)
-    return {name: renamed for renamed, name in originals.items()}
+    return {name: renamed for name, renamed in names.items() if renamed not in skipped}
+
+
+def _tensors_to_skip(
+    model: PreTrainedModel, tensors: Mapping[str, PackedComponents | Tensor], places: Mapping[str, Tensor], path: Path
+) -> set[str]:
+    """Return the tensors that the model has no place for. transformers skips them, too, some with a warning.
+
+    A packed weight is a layer that the converter knew, so without its layer the model would not be the same one.
+    """
+    extra = tensors.keys() - places.keys()
+    if not extra:
+        return set()
+    unexpected = sorted(extra - ignored_extras(model, extra))
+    for name in unexpected:
+        if isinstance(tensors[name], PackedComponents):
+            raise _does_not_fit(path, name, f"the model that {CONFIG_NAME} describes has no such layer")
+    if unexpected:
+        logger.warning(
+            "%s: the model has no place for %d tensors of the files, which are not loaded: %s",
+            path, len(unexpected), ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else ""),
+        )  # fmt: skip
+    return extra
 
 
 def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) -> Any:
@@ -196,7 +215,7 @@ def names_in_model(model: PreTrainedModel, names: Iterable[str], path: Path) -> 
     found = {}
     for name in names:
         renamed, merged = rename(name)
-        if name in present and (merged or renamed not in present):
+        if name in present and renamed not in present:
             renamed = name
         elif merged:
             raise _does_not_fit(path, name, f"transformers merges it into {renamed}; packed weights cannot be merged")
@@ -269,31 +288,28 @@ def _set_tensor(model: nn.Module, name: str, tensor: Tensor, place: Tensor, path
         parent._buffers[leaf] = value
 
 
-def _is_expected_extra(model: PreTrainedModel, name: str) -> bool:
-    """Return whether transformers also skips a tensor: a tensor of another head, or a buffer that is now computed."""
-    patterns = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq$", r"\.masked_bias$"]
-    tied = model.all_tied_weights_keys
-    return name in tied or any(re.search(pattern, name) for pattern in patterns)
-
-
 def _check_complete(model: PreTrainedModel, path: Path) -> None:
     if any(tensor.is_meta for tensors in _tensors_by_module(model, persistent=True) for tensor in tensors):
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if tensor.is_meta:
-                raise _missing(path, name)
+        absent = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+        for name in sorted(set(absent) - ignored_gaps(model, absent)):
+            raise _missing(path, name)
 
 
 def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers that no file holds, such as rotary frequencies, with the model's own code.
+    """Compute the tensors that no file holds, such as rotary frequencies, with the model's own code.
 
     Args:
         model: Model whose other tensors are attached.
-        device: Device of the buffers.
+        device: Device of the computed tensors.
     """
     for tensors in _tensors_by_module(model, persistent=False):
         for tensor in tensors:
             tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
     for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
@@ -302,17 +318,21 @@ def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
     model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
-def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+def tensors_by_name(model: nn.Module, *, persistent: bool = False) -> dict[str, Tensor]:
     """Return all parameters and buffers, tied ones under each of their names.
 
     torch's own iterators take several times as long.
+
+    Args:
+        model: Model on any device.
+        persistent: Whether to leave out buffers that are not part of the model's state.
     """
     return {
         f"{prefix}.{name}" if prefix else name: tensor
         for prefix, module in model.named_modules(remove_duplicate=False)
         for held in (module._parameters, module._buffers)
         for name, tensor in held.items()
-        if tensor is not None
+        if tensor is not None and not (persistent and name in module._non_persistent_buffers_set)
     }
 
 

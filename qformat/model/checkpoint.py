@@ -122,7 +122,8 @@ def load_checkpoint(
 def _merges_weights(shards: MappedShards, *, trust_remote_code: bool) -> bool:
     path = shards.path
     config = read_config(path, trust_remote_code=trust_remote_code)
-    model = build_on_meta(path, config, dtype=dtype_of(config), trust_remote_code=trust_remote_code, attention=None)
+    dtype = dtype_of(config, shards.layout)
+    model = build_on_meta(path, config, dtype=dtype, trust_remote_code=trust_remote_code, attention=None)
     try:
         names_in_model(model, shards.layout.located, path)
     except ArtifactError:

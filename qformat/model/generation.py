@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from qformat.errors import Option, UsageError
+from qformat.model.boundary import check_can_generate, check_tokens, generation_errors
+from qformat.model.chat_template import ChatTemplate
 from qformat.model.memory import peak_nbytes
 from qformat.model.nf4_linear import NF4Linear
 
@@ -122,14 +124,17 @@ def generate(
         The text with its measurements.
 
     Raises:
-        UsageError: The prompt has no tokens, the tokenizer has no chat template, or the model has another task than
-            to predict the next token.
+        UsageError: The prompt has no tokens, the model does not predict the next token, the tokenizer has no chat
+            template or does not belong to the model, or transformers cannot generate with the model's settings.
+        DeviceMemoryError: The device has too little memory.
     """
     sampling = sampling or Sampling()
+    check_can_generate(model)
     inputs = _inputs(tokenizer, prompt, chat=chat).to(model.device)
     n_prompt = int(inputs["input_ids"].shape[1])
     if n_prompt == 0:
         raise UsageError("the prompt has no tokens")
+    check_tokens(int(inputs["input_ids"].max()), model)
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature}
@@ -137,7 +142,11 @@ def generate(
     _run_one_row(model)
     stream = _Stream(tokenizer, on_text)
     started = time.monotonic()
-    with torch.inference_mode():
+    choice |= {
+        "num_beams": 1,
+        "num_return_sequences": 1,
+    }  # a stream shows one text, whatever generation_config.json says
+    with torch.inference_mode(), generation_errors(model):
         model.generate(**inputs, max_new_tokens=sampling.max_new_tokens, streamer=stream, **choice)  # type: ignore[operator]
     n_new = len(stream.times)
     after_first = stream.times[-1] - stream.times[0]
@@ -166,6 +175,6 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
         raise UsageError(
             "this tokenizer has no chat template. Remove ", Option("chat"), " and write the whole prompt yourself"
         )
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    template = ChatTemplate.of(tokenizer, tokenizer.get_chat_template())
+    text = template.render([{"role": "user", "content": prompt}], ask=True)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")

@@ -17,6 +17,7 @@ from qformat.artifact.reading.structure import ShardLayout
 from qformat.artifact.reading.verify import verify_integrity, verify_other_files
 from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.errors import DeviceMemoryError, UsageError
+from qformat.model.boundary import generation_config_errors, tokenizer_errors
 from qformat.model.build import attach, build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.devices.host_layers import DeviceMap, attach_placed, check_fits_mapped, decide
 from qformat.model.devices.placement import DeviceName
@@ -132,7 +133,7 @@ def model_of_shards(
     model = build_on_meta(
         path,
         config,
-        dtype=dtype or dtype_of(config),
+        dtype=dtype or dtype_of(config, shards.layout),
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
@@ -236,7 +237,8 @@ def _set_generation_config(model: PreTrainedModel, path: Path) -> None:
     from transformers import GenerationConfig
 
     if model.can_generate() and (path / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        with generation_config_errors(path):
+            model.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
@@ -248,7 +250,12 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
 
     Returns:
         The tokenizer, as `transformers.AutoTokenizer` loads it.
+
+    Raises:
+        ArtifactError: The directory has no tokenizer, or one of its files is damaged.
+        UsageError: The tokenizer needs a package that is not installed.
     """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    with tokenizer_errors(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -34,7 +34,8 @@ from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT, holds_som
 from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
-from qformat.model.build import no_token_predictions, read_config
+from qformat.model.boundary import check_can_generate
+from qformat.model.build import read_config
 from qformat.model.dequantize import decode_linears
 from qformat.model.merging import refusing_to_merge
 from qformat.model.shard_tensors import TORCH_DTYPES
@@ -158,8 +159,7 @@ class LoadedModel:
             ArtifactError: A mapped file was changed or removed since the model was loaded.
             UsageError: The model has another task than to predict the next token.
         """
-        if not self.can_generate():  # type: ignore[attr-defined]
-            raise no_token_predictions(type(self), self._qformat_origin.layout.path)
+        check_can_generate(self)  # type: ignore[arg-type]
         self._qformat_origin.watch.check()
         return super().generate(*args, **options)  # type: ignore[misc]
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from qformat.artifact.digests import READ_NBYTES
 from qformat.errors import DataError, UsageError
+from qformat.training.data.place import BadRow
 from qformat.training.data.reading.read_rows import BadRows, read_rows
-from qformat.training.data.reading.rows import BadRow
 from qformat.training.data.reading.sources import DataFile, FileState, Source, check_unchanged, find_files
 from qformat.training.data.render import LossOn, Rendered, Renderer
 from qformat.training.data.tokenise import own_tokenizer, tokenise

@@ -17,6 +17,7 @@ from transformers import PrinterCallback
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
+from qformat.model.boundary import check_tokens
 from qformat.model.build import check_predicts_tokens
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
@@ -129,6 +130,9 @@ def train(
             dtype=torch.bfloat16,
             trust_remote_code=settings.trust_remote_code,
         )
+        for data in (prepared.train, prepared.evaluation):
+            if data is not None:
+                check_tokens(data.highest_token, model)
         decode_output_layer(model)
         adapted = add_adapter(model, settings, base_name=str(job.artifact))
         Disk().make_folder(job.output)
@@ -234,6 +238,7 @@ def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], 
         f"{counts.examples:,} examples with {counts.tokens:,} tokens ({counts.trained_tokens:,} trained); "
         f"{counts.truncated:,} truncated, {sum(left_out.values()):,} skipped"
         + "".join(f", {reason}: {n}" for reason, n in left_out.items())
+        + "".join(f"; {n:,} converted from the format of {name}" for name, n in counts.converted.items())
     )
     return _Prepared(tokenizer, train_data, evaluation)
 

@@ -93,6 +93,22 @@ def test_a_closed_pipe_gets_no_traceback(tmp_path: Path) -> None:
     process.stderr.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["inspect", "SOURCE"], ["inspect", "SOURCE", "--json"]]
+)
+def test_a_full_disk_behind_the_output_gets_a_message(arguments: list[str], tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "source", n_layers=20)
+    given = [str(source) if argument == "SOURCE" else argument for argument in arguments]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, *given], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: the output cannot be written: No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_interrupted_command_that_does_not_resume_promises_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qformat.model.generation import generate
-from tests.training.runs import small_tokenizer
+from tests.training import runs
 
 
 class Writer(torch.nn.Module):
@@ -22,6 +22,15 @@ class Writer(torch.nn.Module):
         self.tokens = tokens
         self.n_generated = 0
 
+    def can_generate(self) -> bool:
+        return True
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return torch.nn.Embedding(runs.VOCABULARY, 1)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return torch.nn.Identity()
+
     def generate(self, *, input_ids: torch.Tensor, streamer: Any, **_: object) -> None:
         streamer.put(input_ids)
         for token in self.tokens:
@@ -32,7 +41,7 @@ class Writer(torch.nn.Module):
 
 def stream(text: str, on_text: Callable[[Writer, str], None], *, drop: int = 0) -> str:
     """Generate a text, without its last `drop` tokens, and return what `generate` says that it was."""
-    tokenizer = small_tokenizer()
+    tokenizer = runs.small_tokenizer()
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     writer = Writer(tokens[: len(tokens) - drop])
     return generate(writer, tokenizer, "a prompt", on_text=lambda piece: on_text(writer, piece)).text  # type: ignore[arg-type]
@@ -53,7 +62,7 @@ def test_every_token_that_completes_a_character_is_passed_on_at_once(text: str) 
     pieces: list[tuple[int, str]] = []
     assert stream(text, lambda writer, piece: pieces.append((writer.n_generated, piece))) == text
     assert "".join(piece for _, piece in pieces) == text
-    tokenizer = small_tokenizer()
+    tokenizer = runs.small_tokenizer()
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     assert len(tokens) > 1
     complete = [n for n in range(1, len(tokens) + 1) if not tokenizer.decode(tokens[:n]).endswith("\ufffd")]

@@ -15,9 +15,9 @@ import transformers
 from qformat.artifact.components import PackedShape
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.tensor_spec import TensorSpec
-from qformat.errors import Reason, SourceError, UsageError
+from qformat.errors import ArtifactError, Reason, SourceError, UsageError
 from qformat.model.load import load_tokenizer
-from qformat.names import CONFIG_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
+from qformat.names import CONFIG_NAME
 from qformat.quality.calibration.calibrate import Calibration
 from qformat.quality.calibration.decoder import Decoder, build_decoder
 from qformat.quality.calibration.error_feedback import FeedbackSettings
@@ -115,11 +115,7 @@ def _windows(source: Path, decoder: Decoder, settings: CalibrationSettings) -> T
 def _tokenizer(source: Path) -> Any:
     try:
         return load_tokenizer(source)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    except ArtifactError as problem:  # the folder is a source here
         raise SourceError(
-            Reason.MISSING_FILE,
-            source,
-            f"calibration needs a tokenizer, but transformers cannot load one: {first}",
-            next_step=f"Put the model's {TOKENIZER_NAME} and {TOKENIZER_CONFIG_NAME} there",
+            problem.reason, problem.path, f"{problem.problem}, which calibration needs", next_step=problem.next_step
         ) from problem

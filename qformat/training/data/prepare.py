@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -180,6 +181,7 @@ class _Build:
         self._bad = BadRows(skip=settings.skip_bad_lines)
         self._dropped: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
+        self._converted: Counter[str] = Counter()
         self._longest = 0
 
     def examples(self, files: list[DataFile], on_rows: Callable[[int], None] | None) -> Iterator[list[Tokens]]:
@@ -208,6 +210,7 @@ class _Build:
             truncated=self._counts["truncated"],
             dropped=dict(self._dropped),
             bad=dict(self._bad.counts),
+            converted=dict(self._converted),
         )
 
     def _batches(self, files: list[DataFile]) -> Iterator[list[Rendered]]:
@@ -219,6 +222,8 @@ class _Build:
             except DataError as error:
                 self._bad.refuse(error)
                 continue
+            if row.converted_from is not None:
+                self._converted[row.converted_from] += 1
             batch.append(rendered)
             n_characters += len(rendered.text)
             if len(batch) >= _BATCH_ROWS or n_characters >= _BATCH_CHARACTERS:
@@ -254,9 +259,6 @@ def _content_digest(files: list[DataFile], states: list[FileState]) -> str:
 
 def _key(content_digest: str, tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, settings: DataSettings) -> str:
     """Return a digest of everything that the tokens depend on, including the versions of the libraries."""
-    import tokenizers
-    import transformers
-
     record = {
         "cache_version": CACHE_VERSION,
         "data": content_digest,
@@ -264,7 +266,7 @@ def _key(content_digest: str, tokenizer: PreTrainedTokenizerBase, backend: Token
         "special_tokens": tokenizer.special_tokens_map,
         "chat_template": tokenizer.chat_template,
         "settings": settings.to_json(),
-        "libraries": [tokenizers.__version__, transformers.__version__],
+        "libraries": [version(library) for library in ("tokenizers", "transformers", "trl")],
     }
     return xxh3(strict_json.dumps(record).encode("utf-8"))
 

@@ -12,8 +12,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from qformat.errors import UsageError
-from qformat.training.data.chat_spans import Conversations, Span
-from qformat.training.data.reading.rows import ChatRow, CompletionRow, Row, TextRow
+from qformat.training.data.chat.spans import Conversations, Span
+from qformat.training.data.rows import ChatRow, CompletionRow, Row, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +73,7 @@ class Renderer:
 
     def _render_chat(self, content: ChatRow, row: Row) -> Rendered:
         if self._conversations is None:
-            self._conversations = Conversations.of(self._tokenizer)
+            self._conversations = Conversations(self._tokenizer)
         if self._loss_on is LossOn.COMPLETIONS and content.n_prompt is None:
             text, spans = self._conversations.render_with_spans(content, row.place)
             return Rendered(text, spans, False)

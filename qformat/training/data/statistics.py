@@ -17,6 +17,10 @@ class Dropped(StrEnum):
     NOTHING_TO_TRAIN = "nothing_to_train"  # no assistant turn, or only one token
 
 
+_BY_NAME = frozenset({"dropped", "bad", "converted"})
+"""Fields that hold several counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class DataStatistics:
     """Counts of one tokenised data set: rows = examples + dropped + bad.
@@ -30,6 +34,7 @@ class DataStatistics:
         truncated: Number of examples that were truncated and kept.
         dropped: Number of usable rows without an example, by reason (`Dropped`).
         bad: Number of unusable rows, by reason (`BadRow`).
+        converted: Number of rows that were converted from the format of another tool, by the name of the format.
     """
 
     rows: int
@@ -40,11 +45,12 @@ class DataStatistics:
     truncated: int
     dropped: Mapping[str, int]
     bad: Mapping[str, int]
+    converted: Mapping[str, int]
 
     def to_json(self) -> dict[str, Json]:
         """Return the counts as JSON, with the reasons sorted by name."""
         record: dict[str, Json] = asdict(self)
-        return record | {"dropped": dict(sorted(self.dropped.items())), "bad": dict(sorted(self.bad.items()))}
+        return record | {name: dict(sorted(getattr(self, name).items())) for name in _BY_NAME}
 
     @classmethod
     def from_json(cls, record: Json) -> DataStatistics:
@@ -56,8 +62,8 @@ class DataStatistics:
         names = {field.name for field in fields(cls)}
         if not isinstance(record, dict) or set(record) != names:
             raise ValueError("the record does not hold the statistics of a data set")
-        counts = {name: _count(record[name]) for name in names - {"dropped", "bad"}}
-        return cls(**counts, dropped=_counts(record["dropped"]), bad=_counts(record["bad"]))
+        counts = {name: _count(record[name]) for name in names - _BY_NAME}
+        return cls(**counts, **{name: _counts(record[name]) for name in _BY_NAME})  # type: ignore[arg-type]
 
 
 def _count(value: Json) -> int:

@@ -34,7 +34,7 @@ from qformat.strict_json import Json
 from qformat.training.data.statistics import DataStatistics
 from qformat.training.data.tokenise import Tokens
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 _HEADER = "header.json"
 _MAX_HEADER_NBYTES = 2**16

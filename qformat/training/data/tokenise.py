@@ -16,7 +16,7 @@ from tokenizers import Encoding, Tokenizer
 
 from qformat.errors import UsageError
 from qformat.names import TOKENIZER_NAME
-from qformat.training.data.chat_spans import Span
+from qformat.training.data.chat.spans import Span
 from qformat.training.data.render import Rendered
 
 if TYPE_CHECKING:

@@ -89,6 +89,11 @@ class TokenisedData(torch.utils.data.Dataset[Example]):
         return self._cached.folder.name
 
     @property
+    def highest_token(self) -> int:
+        """Largest token id in the data."""
+        return int(self._cached.tokens.max())
+
+    @property
     def content_digest(self) -> str:
         """Digest of the data files alone. A checkpoint records it to detect changed data."""
         return self._cached.content_digest

@@ -110,7 +110,7 @@ Examples:
 @click.argument("artifact", metavar="ART")
 @out_argument(required=False)
 @click.option("--data", metavar="DATA", multiple=True,
-              help="JSON Lines or Parquet file with text, messages, or prompt and completion; a folder of such files; "
+              help="JSON or Parquet file with text, messages, prompt and completion, ShareGPT or Alpaca rows; folder; "
                    "or a Hub dataset: owner/name[:configuration][@revision]. May be repeated.")  # fmt: skip
 @click.option("--eval-data", metavar="DATA", multiple=True,
               help="Held-out data to measure the loss on before and after training.")  # fmt: skip

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from qformat.errors import DataError, Option
 from qformat.strict_json import Json
-from qformat.training.data.reading.rows import FIELDS, BadRow, Place, Row, parse_fields, parse_line
+from qformat.training.data.place import BadRow, Place
+from qformat.training.data.reading.json_arrays import array_entries, is_array
 from qformat.training.data.reading.sources import DataFile, FileKind
+from qformat.training.data.rows import FIELDS, Row, parse_fields, parse_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -50,7 +52,7 @@ def read_rows(files: list[DataFile], bad: BadRows, *, max_line_nbytes: int = MAX
     Args:
         files: Files to read.
         bad: Decides what happens with unusable rows.
-        max_line_nbytes: Largest size of a JSON line in bytes.
+        max_line_nbytes: Largest size of a JSON line or of an entry of a JSON array in bytes.
 
     Yields:
         The rows that can be used.
@@ -59,7 +61,9 @@ def read_rows(files: list[DataFile], bad: BadRows, *, max_line_nbytes: int = MAX
         DataError: A row cannot be used and `bad` does not skip it, or a file is damaged.
     """
     for file in files:
-        if file.kind is FileKind.JSON_LINES:
+        if file.kind is FileKind.JSON and is_array(file.path):
+            yield from _json_array(file.path, bad, max_line_nbytes)
+        elif file.kind in (FileKind.JSON, FileKind.JSON_LINES):
             yield from _json_lines(file.path, bad, max_line_nbytes)
         else:
             yield from _columns(file, bad)
@@ -83,6 +87,16 @@ def _json_lines(path: Path, bad: BadRows, max_line_nbytes: int) -> Iterator[Row]
                 yield row
 
 
+def _json_array(path: Path, bad: BadRows, max_entry_nbytes: int) -> Iterator[Row]:
+    for place, text in array_entries(path, max_entry_nbytes):
+        try:
+            row = parse_line(text, place)
+        except DataError as error:
+            bad.refuse(error)
+        else:
+            yield row
+
+
 def _columns(file: DataFile, bad: BadRows) -> Iterator[Row]:
     number = 0
     for batch in _record_batches(file):
@@ -91,7 +105,7 @@ def _columns(file: DataFile, bad: BadRows) -> Iterator[Row]:
             raise DataError(
                 BadRow.NO_KNOWN_FIELD,
                 file.path,
-                "has no column 'messages', 'prompt' and 'completion', or 'text' "
+                "has no column 'messages', 'prompt' and 'completion', 'text', 'conversations' or 'instruction' "
                 f"(found {', '.join(map(repr, batch.schema.names[:8]))})",
                 place=None,
                 next_step="Rename its columns",

@@ -19,6 +19,7 @@ Source = Path | str | Sequence[Path | str]
 class FileKind(Enum):
     """Format of a data file."""
 
+    JSON = "json"  # JSON Lines or one array
     JSON_LINES = "json_lines"
     PARQUET = "parquet"
     ARROW_STREAM = "arrow_stream"
@@ -27,7 +28,7 @@ class FileKind(Enum):
 _KINDS = {
     ".jsonl": FileKind.JSON_LINES,
     ".ndjson": FileKind.JSON_LINES,
-    ".json": FileKind.JSON_LINES,
+    ".json": FileKind.JSON,
     ".parquet": FileKind.PARQUET,
 }
 

@@ -1,0 +1,192 @@
+"""Translates errors of transformers and tokenizers into errors of qformat that name a file and a next step.
+
+Their libraries raise errors of many types, even plain `Exception`, from code that reads a user's files. Every call that
+such files can make fail goes through a function of this module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError
+from qformat.names import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_MODEL_NAME,
+    TOKENIZER_NAME,
+)
+
+_TOKENIZER_FILES = (
+    *(TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, "vocab.json", "vocab.txt", "tekken.json"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
+
+
+@contextmanager
+def tokenizer_errors(path: Path | str) -> Iterator[None]:
+    """Translate the errors of loading a tokenizer.
+
+    Args:
+        path: Directory of the model.
+
+    Raises:
+        ArtifactError: The directory has no tokenizer, or one of its files is damaged.
+        UsageError: The tokenizer needs a package that is not installed.
+    """
+    folder = Path(path)
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    if folder.is_dir() and not files:
+        raise ArtifactError(
+            Reason.MISSING_FILE,
+            folder / TOKENIZER_NAME,
+            "the model has no tokenizer",
+            next_step=f"Put {TOKENIZER_NAME} and {TOKENIZER_CONFIG_NAME} of the model there, or into its source and "
+            "convert it again",
+        )
+    try:
+        yield
+    except QformatError:
+        raise
+    except ImportError as problem:
+        raise UsageError(
+            f"{folder}: the tokenizer needs a package that is not installed: {_first(problem)}"
+        ) from problem
+    except Exception as problem:  # tokenizers raises plain Exception for a damaged file
+        damaged = next(((file, found) for file in files if (found := _json_problem(file)) is not None), None)
+        if damaged is not None:
+            raise _damaged(*damaged) from problem
+        raise ArtifactError(
+            Reason.CONFIG_FIELD,
+            files[0] if files else folder,
+            f"transformers cannot load the tokenizer: {_first(problem)}",
+            next_step=("Get the tokenizer's files again. If it brings its own code and you trust it, pass ",
+                       Option("trust_remote_code", True)),
+        ) from problem  # fmt: skip
+
+
+@contextmanager
+def generation_config_errors(path: Path) -> Iterator[None]:
+    """Translate the errors of reading generation_config.json.
+
+    Args:
+        path: Directory of the model.
+
+    Raises:
+        ArtifactError: The file is damaged or has a value that transformers rejects.
+    """
+    file = path / GENERATION_CONFIG_NAME
+    try:
+        yield
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as problem:
+        if (found := _json_problem(file)) is not None:
+            raise _damaged(file, found) from problem
+        raise ArtifactError(
+            Reason.CONFIG_FIELD,
+            file,
+            f"transformers rejects it: {_first(problem)}",
+            next_step="Correct the value. For an artifact, run qformat seal afterwards",
+        ) from problem
+
+
+@contextmanager
+def generation_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Translate the errors of `generate`.
+
+    Args:
+        model: Model that generates.
+
+    Raises:
+        DeviceMemoryError: The device has too little memory.
+        UsageError: transformers cannot generate with these settings.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        raise DeviceMemoryError(
+            f"{_name(model)}: the device has too little memory to generate: {_first(problem)}. Lower ",
+            Option("max_new_tokens"),
+        ) from problem
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as problem:
+        raise UsageError(
+            f"{_name(model)}: transformers cannot generate text: {_first(problem)}. Check {GENERATION_CONFIG_NAME}"
+        ) from problem
+
+
+def no_token_predictions(model_class: type, path: Path | str) -> UsageError:
+    """Return the error for a model that does not predict the next token.
+
+    Args:
+        model_class: Class of the model.
+        path: Directory of the model.
+    """
+    return UsageError(
+        f"{path}: {model_class.__name__} does not predict the next token, which this needs. Load it with "
+        "qformat.load_model, and run or train it in Python. If the weights are those of a language model, correct "
+        f"'architectures' in {CONFIG_NAME}"
+    )
+
+
+def check_can_generate(model: PreTrainedModel) -> None:
+    """Check that a loaded model predicts the next token.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if not model.can_generate() or model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise no_token_predictions(type(model), _name(model))
+
+
+def check_tokens(highest: int, model: PreTrainedModel) -> None:
+    """Check that the model has an embedding for every token of a text.
+
+    Args:
+        highest: Largest token id of the text.
+        model: Model that reads the text.
+
+    Raises:
+        UsageError: An embedding is missing.
+    """
+    n_rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    if highest >= n_rows:
+        raise UsageError(
+            f"{_name(model)}: the tokenizer returns token {highest}, but the model has embeddings "
+            f"for {n_rows} tokens. Use the tokenizer that belongs to the model. If tokens were added, resize the "
+            "16-bit model's embeddings (resize_token_embeddings) and convert it again"
+        )
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.name_or_path or "the model"
+
+
+def _json_problem(file: Path) -> str | None:
+    """Return why a JSON file cannot be parsed, or None if it can be. Files of other kinds are not read.
+
+    The files are those of other programs, whose readers accept more than strict JSON.
+    """
+    if file.suffix != ".json":
+        return None
+    try:
+        json.JSONDecoder().decode(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as problem:
+        return f"is not valid JSON: {problem.msg} (line {problem.lineno}, column {problem.colno})"
+    except (OSError, UnicodeDecodeError, RecursionError) as problem:
+        return f"cannot be read: {_first(problem)}"
+    return None
+
+
+def _damaged(file: Path, problem: str) -> ArtifactError:
+    return ArtifactError(Reason.JSON_SYNTAX, file, problem, next_step="Get the file again")
+
+
+def _first(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

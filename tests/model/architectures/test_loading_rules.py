@@ -1,0 +1,69 @@
+"""Tensors that a model and its files do not share: what is read over, what is computed and what is rejected."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from qformat.converters.convert import convert
+from qformat.errors import ArtifactError, Reason
+from qformat.model.load import load_model
+from tests.small_models import Tensor, llama_config, llama_tensors, weight, write_checkpoint
+
+SIZES = {"hidden": 64, "intermediate": 96, "vocabulary": 32}
+
+
+def artifact(folder: Path, tensors: dict[str, Tensor], **config: object) -> Path:
+    source = write_checkpoint(folder / "source", tensors, config={**llama_config(**SIZES), **config})
+    convert(source, folder / "artifact")
+    return folder / "artifact"
+
+
+def test_a_head_of_its_own_is_kept_in_an_artifact_whose_config_says_tied(tmp_path: Path) -> None:
+    path = artifact(tmp_path, llama_tensors(**SIZES), tie_word_embeddings=True)
+    ours = load_model(path, device="cpu")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(path)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(ours.state_dict()[name], peer.state_dict()[name])
+    assert not torch.equal(ours.state_dict()["lm_head.weight"], ours.state_dict()["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("extra", ["v_head.summary.weight", "model.layers.0.self_attn.rotary_emb.cos_cached", "pooler"])
+def test_a_kept_tensor_without_a_place_is_read_over_with_a_warning(
+    extra: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = artifact(tmp_path, llama_tensors(**SIZES) | {extra: weight((64,))})
+    with caplog.at_level(logging.WARNING, "qformat"):
+        model = load_model(path, device="cpu")
+    assert extra not in model.state_dict()
+    assert [record.getMessage() for record in caplog.records if extra in record.getMessage()]
+
+
+def test_old_rotary_frequencies_are_read_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    path = artifact(tmp_path, llama_tensors(**SIZES) | {name: weight((16,))})
+    with caplog.at_level(logging.WARNING, "qformat"):
+        load_model(path, device="cpu")
+    assert not caplog.records
+
+
+def test_a_packed_weight_without_a_layer_is_rejected(tmp_path: Path) -> None:
+    path = artifact(tmp_path, llama_tensors(**SIZES, n_layers=3))
+    with pytest.raises(ArtifactError, match="has no such layer") as caught:
+        load_model(path, device="cpu")
+    assert caught.value.reason is Reason.CONFIG_FIELD
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32", "BF16"])
+def test_the_tensors_decide_the_dtype_if_the_config_does_not(dtype: str, tmp_path: Path) -> None:
+    config = {name: value for name, value in llama_config(**SIZES).items() if name != "torch_dtype"}
+    source = write_checkpoint(tmp_path / "source", llama_tensors(**SIZES, dtype=dtype), config=config)
+    convert(source, tmp_path / "artifact")
+    expected = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}[dtype]
+    model = load_model(tmp_path / "artifact", device="cpu")
+    assert model.dtype == expected
+    assert model.state_dict()["model.norm.weight"].dtype == expected
