@@ -36,7 +36,7 @@ from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.build import no_token_predictions, read_config
 from qformat.model.dequantize import decode_linears
-from qformat.model.merging import refusing_to_merge
+from qformat.model.adapters.merging import refusing_to_merge
 from qformat.model.shard_tensors import TORCH_DTYPES
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
