@@ -13,7 +13,7 @@ from qformat.codec import quant_state
 from qformat.codec.quant_state import QuantState
 from qformat.errors import UsageError
 from qformat.kernels import ops
-from qformat.kernels.dispatch import as_autocast, may_bypass_dispatcher
+from qformat.kernels.dispatch import as_autocast, as_own_class, may_bypass_dispatcher
 from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.packed_weight import PackedWeight
 from qformat.model.packed_parameter import Params4bit, encode_values
@@ -163,7 +163,7 @@ class NF4Linear(nn.Linear):
 
     def _components(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float, int]:
         return (
-            self.weight,
+            as_own_class(self.weight),
             self.absmax,
             self.nested_absmax,
             self.nested_quant_map,
