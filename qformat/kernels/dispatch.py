@@ -73,7 +73,9 @@ def as_own_class(weight: Tensor) -> Tensor:
     Args:
         weight: Parameter of any class.
     """
-    if is_compiling() or type(weight) in _PLAIN_TYPES or not (_len_torch_dispatch_stack() or _len_torch_function_stack()):
+    if is_compiling() or type(weight) in _PLAIN_TYPES:
+        return weight
+    if _len_torch_dispatch_stack() == 0 and _len_torch_function_stack() == 0:
         return weight
     plain: Tensor = Tensor._make_subclass(Tensor, weight)  # type: ignore[attr-defined]
     return plain

@@ -34,10 +34,10 @@ from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT, holds_som
 from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
-from qformat.model.build import no_token_predictions, read_config
-from qformat.model.dequantize import decode_linears
 from qformat.model.adapters.merging import refusing_to_merge
 from qformat.model.adapters.methods import check_adapters
+from qformat.model.build import no_token_predictions, read_config
+from qformat.model.dequantize import decode_linears
 from qformat.model.shard_tensors import TORCH_DTYPES
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
@@ -226,7 +226,8 @@ def adopt(model: PreTrainedModel, origin: Origin) -> None:
 def _release(model: Any) -> None:
     """Undo `adopt`, and what transformers' `from_pretrained` set, in a model without packed layers."""
     model.__class__ = _own_class(type(model))
-    for name in ("_qformat_origin", "_qformat_checked", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+    ours = ("_qformat_origin", "_qformat_checked", "is_loaded_in_4bit")
+    for name in (*ours, "is_quantized", "quantization_method", "hf_quantizer"):
         model.__dict__.pop(name, None)
     for config in _configs(model.config):
         for name in ("_is_quantized", "quantization_config"):

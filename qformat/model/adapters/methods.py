@@ -77,12 +77,11 @@ def _own_tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that PEFT has added to a layer."""
     for name, child in layer.named_children():
         if name != "base_layer":
-            for own, tensor in chain(child.named_parameters(name), child.named_buffers(name)):
-                yield own, tensor
+            yield from chain(child.named_parameters(name), child.named_buffers(name))
 
 
 def _unsuitable(method: str, layer: str, reason: str) -> UsageError:
     return UsageError(
-        f"PEFT's {method} does not work on 4-bit weights such as {layer!r}: {reason}. Load the model again and use LoRA, "
-        "DoRA, IA3, OFT or another method that works, or use the 16-bit model (qformat export ART OUT --to bf16)"
+        f"PEFT's {method} does not work on 4-bit weights such as {layer!r}: {reason}. Load the model again and use LoRA, DoRA, "
+        "IA3, OFT or another method that works, or use the 16-bit model (qformat export ART OUT --to bf16)"
     )

@@ -65,7 +65,7 @@ def test_outputs_gradients_and_saved_adapters_are_those_of_the_decoded_model(
 
 
 @pytest.mark.parametrize("refused", REFUSALS)
-def test_a_method_that_computes_with_the_weight_itself_is_refused_when_peft_wraps(refused: Refused, tiny_llama: Path) -> None:
+def test_a_method_that_computes_with_the_weight_is_refused_when_peft_wraps(refused: Refused, tiny_llama: Path) -> None:
     if refused.method.needs is not None:
         pytest.importorskip(refused.method.needs, reason="the extra 'clients' is not installed: make test-slow")
     with pytest.raises((TypeError, ValueError, RuntimeError, QformatError), match=refused.message):
