@@ -82,6 +82,6 @@ def _own_tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _unsuitable(method: str, layer: str, reason: str) -> UsageError:
     return UsageError(
-        f"PEFT's {method} does not work on 4-bit weights such as {layer!r}: {reason}. Load the model again and use LoRA, DoRA, "
-        "IA3, OFT or another method that works, or use the 16-bit model (qformat export ART OUT --to bf16)"
+        f"{method} does not work on 4-bit weights such as {layer!r}: {reason}. Load the model again and use LoRA, "
+        "DoRA, IA3, OFT or another method that works, or use the 16-bit model (qformat export ART OUT --to bf16)"
     )

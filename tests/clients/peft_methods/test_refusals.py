@@ -37,9 +37,7 @@ WAYS = [
 
 @pytest.mark.parametrize("attach", WAYS)
 def test_every_way_to_attach_an_adapter_is_checked(attach: Callable[[Any, Any], Any], tiny_llama: Path) -> None:
-    with pytest.raises(
-        UsageError, match=rf"LoraConfig \(lora_velora_embed\) .* '{LAYER}': .* qformat export"
-    ) as raised:
+    with pytest.raises(UsageError, match=rf"LoraConfig \(lora_velora_embed\) .* '{LAYER}': .*qformat export") as raised:
         attach(packed(tiny_llama), velora())
     assert "\n" not in str(raised.value)
 
