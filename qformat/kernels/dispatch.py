@@ -64,6 +64,23 @@ def may_bypass_dispatcher(x: Tensor) -> bool:
     )
 
 
+def as_own_class(weight: Tensor) -> Tensor:
+    """Return a parameter of a subclass as a tensor of torch's own class while a mode is active.
+
+    `make_fx` refuses other classes. Without a mode the parameter stays what it is, so that programs which look at the
+    tensors that autograd saves recognise it.
+
+    Args:
+        weight: Parameter of any class.
+    """
+    if is_compiling() or type(weight) in _PLAIN_TYPES:
+        return weight
+    if _len_torch_dispatch_stack() == 0 and _len_torch_function_stack() == 0:
+        return weight
+    plain: Tensor = Tensor._make_subclass(Tensor, weight)  # type: ignore[attr-defined]
+    return plain
+
+
 def as_autocast(x: Tensor) -> Tensor:
     """Return x in the dtype in which autocast computes products, or x itself outside of autocast."""
     if not _is_any_autocast_enabled():

@@ -34,10 +34,11 @@ from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT, holds_som
 from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
+from qformat.model.adapters.merging import refusing_to_merge
+from qformat.model.adapters.methods import check_adapters
 from qformat.model.boundary import check_can_generate
 from qformat.model.build import read_config
 from qformat.model.dequantize import decode_linears
-from qformat.model.merging import refusing_to_merge
 from qformat.model.shard_tensors import TORCH_DTYPES
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
@@ -80,6 +81,7 @@ class LoadedModel:
     """Mixin that `adopt` adds to a transformers class."""
 
     _qformat_origin: Origin
+    _qformat_checked: dict[str, Any]
     is_loaded_in_4bit: bool
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Any:
@@ -164,16 +166,34 @@ class LoadedModel:
         return super().generate(*args, **options)  # type: ignore[misc]
 
     def named_modules(self, *args: Any, **options: Any) -> Any:
-        """Iterate over all modules. PEFT does so before it merges; packed layers then refuse (see `merging`).
+        """Iterate over all modules. PEFT does so after it has added an adapter, and before it merges (see `adapters`).
 
         Args:
             *args: Positional arguments of torch's `named_modules`.
             **options: Keyword arguments of torch's `named_modules`.
+
+        Raises:
+            UsageError: The method of an adapter does not work on packed layers.
         """
         modules = super().named_modules(*args, **options)  # type: ignore[misc]
         if "peft_config" not in self.__dict__ or torch.compiler.is_compiling():
             return modules
+        check_adapters(self, self.__dict__["peft_config"], self._qformat_checked)  # type: ignore[arg-type]
         return refusing_to_merge(self, modules)  # type: ignore[arg-type]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. PEFT sets `peft_config` when it has wrapped the layers, which are then checked.
+
+        Args:
+            name: Name of the attribute.
+            value: Value of the attribute.
+
+        Raises:
+            UsageError: The method of an adapter does not work on packed layers.
+        """
+        if name == "peft_config":
+            check_adapters(self, value, self._qformat_checked)  # type: ignore[arg-type]
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the model under its transformers class; unpickling adopts it again."""
@@ -193,6 +213,7 @@ def adopt(model: PreTrainedModel, origin: Origin) -> None:
     own: Any = type(model)
     adopted.__class__ = _adopted(own)
     adopted._qformat_origin = origin
+    adopted._qformat_checked = {}
     # PEFT, trl and accelerate ask for this trait. Where it is set, they import bitsandbytes. Without bitsandbytes, PEFT
     # then fails to attach IA3, RandLoRA and AdaLoRA.
     adopted.is_loaded_in_4bit = importlib.util.find_spec("bitsandbytes") is not None
@@ -205,7 +226,8 @@ def adopt(model: PreTrainedModel, origin: Origin) -> None:
 def _release(model: Any) -> None:
     """Undo `adopt`, and what transformers' `from_pretrained` set, in a model without packed layers."""
     model.__class__ = _own_class(type(model))
-    for name in ("_qformat_origin", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+    ours = ("_qformat_origin", "_qformat_checked", "is_loaded_in_4bit")
+    for name in (*ours, "is_quantized", "quantization_method", "hf_quantizer"):
         model.__dict__.pop(name, None)
     for config in _configs(model.config):
         for name in ("_is_quantized", "quantization_config"):
@@ -306,7 +328,8 @@ def _other_tensors(model: Any) -> str | None:
     for name, tensor in state.items():
         if name not in named and name not in tied:
             return f"has the tensor {name!r}, which is not in the files"
-        if name in named and tensor.numel() != _n_elements(named[name]) and tensor.dtype != torch.uint8:
+        padded = tensor.dtype == torch.uint8 and not name.endswith(Component.QUANT_STATE.value)
+        if name in named and tensor.numel() != _n_elements(named[name]) and not padded:
             return f"has the tensor {name!r} in another shape"
     return None
 

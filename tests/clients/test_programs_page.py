@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tests.clients.peft_methods.methods import REFUSED, WORKING, WRONG
+from tests.clients.peft_methods.methods import REFUSED, WORKING
 from tests.repository import ROOT
 
 PAGE = (ROOT / "docs" / "programs.md").read_text(encoding="utf-8")
@@ -23,10 +23,6 @@ def test_the_methods_that_work_are_those_that_are_tested() -> None:
 
 def test_the_refused_methods_are_those_that_are_tested() -> None:
     assert listed("are refused") == [refused.method.name for refused in REFUSED]
-
-
-def test_the_wrong_methods_are_those_that_are_tested() -> None:
-    assert listed("give wrong results") == [method.name for method in WRONG]
 
 
 def test_the_page_names_the_release_of_peft_that_was_tested() -> None:

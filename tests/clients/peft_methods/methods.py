@@ -1,4 +1,4 @@
-"""The methods of PEFT: which work on packed weights, which are refused, and which give wrong results."""
+"""The methods of PEFT: which work on packed weights, and which are refused."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Method:
         call: What the method's `forward` takes in addition.
         bf16_norms: Whether PEFT computes norms of the decoded weights, which it gets in bf16.
         needs: A package that the method imports, and that is installed with the extra `clients` only.
+        encodes: Whether the method changes the packed weights before it starts, so that they are rounded again.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     call: tuple[str, ...] = ()
     bf16_norms: bool = False
     needs: str | None = None
+    encodes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,11 @@ def method(
     call: tuple[str, ...] = (),
     bf16_norms: bool = False,
     needs: str | None = None,
+    encodes: bool = False,
     **options: Any,
 ) -> Method:
     options = {"target_modules": ATTENTION, "task_type": "CAUSAL_LM"} | options
-    return Method(name, partial(config, **options), fast, noise, call, bf16_norms, needs)
+    return Method(name, partial(config, **options), fast, noise, call, bf16_norms, needs, encodes)
 
 
 def lora(name: str, **options: Any) -> Method:
@@ -80,7 +83,7 @@ WORKING = (
     lora("LoRA", modules_to_save=["lm_head", "norm"], fast=True),
     lora("LoRA", trainable_token_indices=[1, 4]),
     lora("LoRA", target_modules=["embed_tokens", "lm_head", "q_proj"]),
-    lora("OLoRA", init_lora_weights="olora", fast=True),
+    lora("OLoRA", init_lora_weights="olora", fast=True, encodes=True),
     lora("EVA", init_lora_weights="eva"),
     lora("DoRA", use_dora=True, bf16_norms=True, fast=True),
     lora("QALoRA", use_qalora=True, qalora_group_size=16),
@@ -124,9 +127,9 @@ WORKING = (
 )
 """Methods that train packed layers as they train the decoded model."""
 
-SHAPES = "shape|size|multiplied|broadcast"
+OURS = "does not work on 4-bit weights"
 BYTES = "float|Byte|uint8"
-TARGETED = "dtype|target_parameters"
+SHAPES = "multiplied"
 REFUSED = (
     Refused(lora("PiSSA", init_lora_weights="pissa"), "initialize PiSSA under float32"),
     Refused(lora("CorDA", init_lora_weights="corda"), "initialize CorDA under float32"),
@@ -134,17 +137,19 @@ REFUSED = (
     Refused(lora("orthogonal start", init_lora_weights="orthogonal"), BYTES),
     Refused(lora("BD-LoRA", use_bdlora=BdLoraConfig(target_modules_bd_a=ATTENTION, nblocks=2)), BYTES),
     Refused(lora("KaSA", kasa_config=KasaConfig()), "KaSA requires `r`"),
-    Refused(lora("target_parameters", target_parameters=["q_proj.weight"], target_modules=[]), TARGETED),
+    Refused(lora("target_parameters", target_parameters=["q_proj.weight"], target_modules=[]), OURS),
     Refused(lora("modules_to_save of a packed layer", modules_to_save=["o_proj"]), BYTES),
     Refused(method("LN tuning of a packed layer", peft.LNTuningConfig), BYTES),
-    Refused(method("LoHa", peft.LoHaConfig), SHAPES),
-    Refused(method("LoKr", peft.LoKrConfig), SHAPES),
-    Refused(method("HRA", peft.HRAConfig), SHAPES),
-    Refused(method("SHiRA", peft.ShiraConfig, r=2), SHAPES),
-    Refused(method("HiRA", peft.HiraConfig, r=4), SHAPES),
+    Refused(method("LoHa", peft.LoHaConfig), OURS),
+    Refused(method("LoKr", peft.LoKrConfig), OURS),
+    Refused(method("HRA", peft.HRAConfig), OURS),
+    Refused(method("SHiRA", peft.ShiraConfig, r=2), OURS),
+    Refused(method("HiRA", peft.HiraConfig, r=4), OURS),
     Refused(method("DEFT", peft.DeftConfig, r=4), SHAPES),
-    Refused(method("PEANuT", peft.PeanutConfig, r=4), SHAPES),
-    Refused(method("Supertuning", peft.SupertuningConfig), SHAPES),
+    Refused(method("PEANuT", peft.PeanutConfig, r=4), OURS),
+    Refused(method("Supertuning", peft.SupertuningConfig), OURS),
+    Refused(method("UniLoRA", peft.UniLoraConfig, r=4), OURS),
+    Refused(lora("VeLoRA", velora_config=VeloraConfig()), OURS),
     Refused(method("DeLoRA", peft.DeloraConfig), BYTES),
     Refused(method("FRoD", peft.FrodConfig, progressbar=False), BYTES),
     Refused(method("AdaMSS", peft.AdamssConfig, r=8, needs="sklearn"), BYTES),
@@ -153,13 +158,8 @@ REFUSED = (
     Refused(method("GLoRA", peft.GloraConfig, r=4), "not a plain torch.nn.Linear"),
     Refused(method("OSF", peft.OSFConfig), "effective_rank"),
 )
-"""Methods that compute with the weight itself, which is bytes here: an error says so before anything is trained."""
-
-WRONG = (
-    method("UniLoRA", peft.UniLoraConfig, r=4),
-    lora("VeLoRA", velora_config=VeloraConfig()),
-)
-"""Methods that PEFT runs with wrong results: it keeps their factors in the dtype of the weight, and bytes cut them."""
+"""Methods that compute with the weight itself, which is bytes here, or keep their factors in its dtype: an error when
+PEFT wraps the model."""
 
 NOT_TRIED = {
     "XLORA": "mixes adapters that have been trained before",

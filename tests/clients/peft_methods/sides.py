@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qformat
+from qformat.model.nf4_linear import NF4Linear
 from tests.clients.peft_methods.methods import Method
 from tests.rounding import sum_error
 
@@ -65,6 +66,18 @@ def wrap(model: Any, method: Method) -> Any:
             if weight.requires_grad:
                 weight.add_(torch.randn(weight.shape, generator=generator) * method.noise)
     return wrapped
+
+
+def copy_start(ours: Any, theirs: Any) -> None:
+    """Give the decoded model the weights and the trained tensors of the packed one."""
+    with torch.no_grad():
+        for name, layer in ours.named_modules():
+            if isinstance(layer, NF4Linear):
+                theirs.get_submodule(name).weight.copy_(layer.dequantize(torch.float32))
+        trained = dict(theirs.named_parameters())
+        for name, weight in ours.named_parameters():
+            if weight.requires_grad:
+                trained[name].copy_(weight)
 
 
 def run(model: Any, method: Method) -> Ran:
