@@ -13,9 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from qformat.errors import Option, UsageError
 from qformat.model.boundary import check_can_generate, check_tokens, generation_errors
-from qformat.model.chat_template import ChatTemplate
 from qformat.model.memory import peak_nbytes
 from qformat.model.nf4_linear import NF4Linear
+from qformat.model.text.chat_template import ChatTemplate
 
 _INCOMPLETE = "\ufffd"
 """What tokenizers decode the first bytes of a character to while its other bytes are still missing."""
