@@ -34,7 +34,9 @@ def test_the_dtype_can_still_be_changed(random_llama: Path) -> None:
 
 
 def test_trl_leaves_the_dtype_of_our_adapters_alone(random_llama: Path) -> None:
-    wrapped = add_adapter(qformat.load_model(random_llama, device="cpu"), TrainingSettings(), base_name="base")
+    wrapped = add_adapter(
+        qformat.load_model(random_llama, device="cpu"), TrainingSettings(), base_name=str(random_llama)
+    )
     assert not wrapped.is_loaded_in_4bit
 
 
