@@ -77,7 +77,7 @@ def as_own_class(weight: Tensor) -> Tensor:
         return weight
     if _len_torch_dispatch_stack() == 0 and _len_torch_function_stack() == 0:
         return weight
-    plain: Tensor = Tensor._make_subclass(Tensor, weight)  # type: ignore[attr-defined]
+    plain: Tensor = Tensor._make_subclass(Tensor, weight)
     return plain
 
 
