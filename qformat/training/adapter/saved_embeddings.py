@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
-_WHOLE = (".weight", ".base_layer.weight", ".modules_to_save.weight")
+_WHOLE = (".weight", ".base_layer.weight", ".modules_to_save.weight", ".token_adapter.base_layer.weight")
 """What follows the name of a layer whose whole weight is stored."""
 
 
@@ -45,7 +45,7 @@ def resize_embeddings(model: PreTrainedModel, weights: Mapping[str, Tensor], ada
                 "model. Convert the 16-bit model: qformat convert keeps this layer in 16 bit"
             )
     wanted = set(stored.values()) or _trained_rows(layers, weights)
-    present = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, index]
+    present = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if wanted <= {present}:
         return
     (n_tokens, *others) = sorted(wanted)
