@@ -14,8 +14,7 @@ from typing import NoReturn
 import click
 
 from qformat.cli.display import echo, echo_json
-from qformat.cli.failure import failure_record
-from qformat.cli.flags import as_flag
+from qformat.cli.messages import as_flag, failure_record
 from qformat.cli.waiting import choose_how_to_wait
 from qformat.errors import Interrupted, QformatError, UsageError, spelled
 from qformat.version import __version__

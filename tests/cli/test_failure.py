@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from qformat import errors
-from qformat.cli.failure import failure_record
 from qformat.cli.main import COMMANDS, run
+from qformat.cli.messages import failure_record
 from qformat.converters.convert import convert
 from qformat.errors import Option, QformatError, Reason, SourceError
 from tests.small_models import write_llama

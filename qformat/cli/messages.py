@@ -1,10 +1,11 @@
-"""Describes a failure for programs: the object that `--json` prints if a command does not finish."""
+"""Shows errors of the library on the command line: options as flags, and a failure as an object for programs."""
 
 from __future__ import annotations
 
+import shlex
+
 import click
 
-from qformat.cli.flags import as_flag
 from qformat.errors import (
     AdapterError,
     BackendError,
@@ -14,6 +15,7 @@ from qformat.errors import (
     HubError,
     Interrupted,
     InvalidFileError,
+    Option,
     QformatError,
     TargetError,
     UsageError,
@@ -36,8 +38,17 @@ REASONS: dict[type[QformatError], str] = {
 """Reason of the errors that have no reason code of their own. A subclass comes before its base class."""
 
 
+def as_flag(option: Option) -> str:
+    """Return an option as a flag: `--keep-source` for `keep_source=True`, `--no-x` for `x=False`."""
+    flag = ("--no-" if option.value is False else "--") + option.name.replace("_", "-")
+    if not isinstance(option.value, (str, tuple)):
+        return flag
+    values = (option.value,) if isinstance(option.value, str) else option.value
+    return " ".join(f"{flag}={shlex.quote(value)}" for value in values)
+
+
 def failure_record(problem: BaseException) -> dict[str, object]:
-    """Return the object that describes a failure.
+    """Return the object that `--json` prints if a command does not finish.
 
     Args:
         problem: Error of qformat, of wrong usage or of an interruption.
