@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import click
 
-from qformat.cli.display import echo
-from qformat.cli.flags import as_flag
+from qformat.cli.display import echo, echo_json
+from qformat.cli.messages import as_flag, failure_record
 from qformat.cli.waiting import choose_how_to_wait
 from qformat.errors import Interrupted, QformatError, UsageError, spelled
 from qformat.processes import check_single_process
@@ -128,32 +128,42 @@ def run(arguments: Sequence[str] | None = None) -> int:
     gc.set_threshold(50_000, 20, 20)
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        for command in {*given[:1]} & {*WRITING}:
-            check_single_process(f"qformat {command}", os.environ)
-        result = cli.main(args=given, prog_name="qformat", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.NoArgsIsHelpError as shown:
-        click.echo(shown.format_message(), err=True)
-        return EXIT_USAGE
-    except click.ClickException as wrong:
-        wrong.show()
-        return EXIT_USAGE
-    except UsageError as wrong:
-        echo(f"Error: {spelled(wrong.words, as_flag)}", err=True)
-        return EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort, Interrupted) as stopped:
-        continues = "Run the same command again to continue." if {*given[:1]} & {*RESUMED} else ""
-        # click has ended the line of the terminal's ^C, except for errors of qformat.
-        start = "\n" if isinstance(stopped, Interrupted) else ""
-        echo(f"{start}Interrupted. {str(stopped) or continues}".rstrip(), err=True)
-        return EXIT_INTERRUPTED
-    except QformatError as failed:
-        echo(f"Error: {spelled(failed.words, as_flag)}", err=True)
-        return EXIT_FAILED
+        return _run(given)
     except OSError as problem:
         if problem.errno not in _CANNOT_WRITE or problem.filename is not None:
             raise
         return _stop_output(problem)
+
+
+def _run(given: Sequence[str]) -> int:
+    try:
+        for command in {*given[:1]} & {*WRITING}:
+            check_single_process(f"qformat {command}", os.environ)
+        result = cli.main(args=list(given), prog_name="qformat", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as shown:
+        click.echo(shown.format_message(), err=True)
+        return EXIT_USAGE
+    except (click.ClickException, click.Abort, KeyboardInterrupt, QformatError) as problem:
+        if "--json" in given:
+            echo_json(failure_record(problem))
+        return _show_problem(problem, given)
+
+
+def _show_problem(problem: BaseException, given: Sequence[str]) -> int:
+    """Print a problem for people and return the exit code."""
+    if isinstance(problem, click.ClickException):
+        problem.show()
+        return EXIT_USAGE
+    if isinstance(problem, (KeyboardInterrupt, click.Abort, Interrupted)):
+        continues = "Run the same command again to continue." if {*given[:1]} & {*RESUMED} else ""
+        # click has ended the line of the terminal's ^C, except for errors of qformat.
+        start = "\n" if isinstance(problem, Interrupted) else ""
+        echo(f"{start}Interrupted. {str(problem) or continues}".rstrip(), err=True)
+        return EXIT_INTERRUPTED
+    assert isinstance(problem, QformatError)
+    echo(f"Error: {spelled(problem.words, as_flag)}", err=True)
+    return EXIT_USAGE if isinstance(problem, UsageError) else EXIT_FAILED
 
 
 def _stop_output(problem: OSError) -> int:

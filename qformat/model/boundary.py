@@ -31,6 +31,11 @@ _TOKENIZER_FILES = (
 )
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Return whether a directory has files of a tokenizer."""
+    return any((path / name).exists() for name in _TOKENIZER_FILES)
+
+
 @contextmanager
 def tokenizer_errors(path: Path | str) -> Iterator[None]:
     """Translate the errors of loading a tokenizer.

@@ -30,6 +30,7 @@ from qformat.model.nf4_linear import NF4Linear
 from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
 from qformat.training.adapter.lora_linear import NF4LoraLinear
+from qformat.training.adapter.saved_embeddings import resize_embeddings
 from qformat.training.settings import ALL_LINEAR, TrainingSettings
 
 if TYPE_CHECKING:
@@ -116,9 +117,12 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, for
             Option("force_adapter", True),
         )
     weights = _read_weights(adapter)
+    resize_embeddings(model, weights, adapter)
     _fuse(config)
     try:
-        peft_model = PeftModel(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about merging an adapter of a tied layer
+            peft_model = PeftModel(model, config)
     except _WRONG_CONFIG as problem:
         raise AdapterError(f"{adapter}: does not fit the model: {str(problem).partition(chr(10))[0]}") from problem
     _check_shapes(peft_model, weights, adapter)
@@ -178,11 +182,12 @@ def _read_weights(adapter: Path) -> dict[str, torch.Tensor]:
 def _check_shapes(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapter: Path) -> None:
     from peft import get_peft_model_state_dict
 
-    expected: dict[str, Any] = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    for name in sorted(expected.keys() | weights.keys()):
+    needed: dict[str, Any] = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    expected: dict[str, Any] = get_peft_model_state_dict(peft_model, save_embedding_layers=True)
+    for name in sorted(needed.keys() | weights.keys()):
         have = list(weights[name].shape) if name in weights else "nothing"
         want = list(expected[name].shape) if name in expected else "nothing"
-        if have != want and not (name not in expected and "embed" in name):
+        if have != want:
             raise AdapterError(
                 f"{adapter / ADAPTER_WEIGHTS_NAME}: tensor {name!r}: the shape does not fit this model "
                 f"(found {have}, expected {want}). Use the model that the adapter was trained on"

@@ -126,3 +126,17 @@ def test_settings_of_several_texts_do_not_apply_to_a_stream(
     path = artifact(tmp_path, writes("generation_config.json", json.dumps(settings)))
     assert generate(path) == 0
     assert "2 tokens" in capsys.readouterr().err
+
+
+def test_the_tokenizer_beside_an_adapter_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = artifact(tmp_path, writes("chat_template.jinja", "{{ raise_exception('of the artifact') }}"))
+    assert train(path) == 0
+    options = ["--device", "cpu", "--chat", "--prompt", "the block", "--max-new-tokens", "2", "--json"]
+    command = ["generate", str(path), "--adapter", str(tmp_path / "adapter"), *options]
+    assert run(command) == 2
+    assert "of the artifact" in capsys.readouterr().err
+    runs.small_tokenizer().save_pretrained(tmp_path / "adapter")
+    assert run(command) == 0

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from qformat.artifact.components import Component
 from qformat.artifact.reading.reader import open_artifact
 from qformat.artifact.reading.verify import verify_integrity
-from qformat.cli.flags import as_flag
 from qformat.cli.main import run
+from qformat.cli.messages import as_flag
 from qformat.converters.compare.compare import compare
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.errors import Reason, SourceError, UsageError, spelled

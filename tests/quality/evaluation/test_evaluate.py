@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from qformat.cli.flags import as_flag
+from qformat.cli.messages import as_flag
 from qformat.errors import DataError, SourceError, UsageError, VerificationError, spelled
 from qformat.model.load import load_model
 from qformat.quality.evaluation import evaluate as evaluate_module

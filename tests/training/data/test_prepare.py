@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qformat.cli.flags import as_flag
+from qformat.cli.messages import as_flag
 from qformat.errors import DataError, TargetError, UsageError, spelled
 from qformat.training.data import prepare
 from qformat.training.data.prepare import DataSettings, prepare_data

@@ -111,6 +111,7 @@ def _generate(options: GenerateArguments, bar: Bar) -> tuple[Generation, dict[st
 
     quiet_transformers()
     from qformat.kernels.backends import force_backend
+    from qformat.model.boundary import has_tokenizer
     from qformat.model.load import load_model, load_tokenizer, open_shards
     from qformat.model.text.generation import Sampling, generate
 
@@ -122,7 +123,9 @@ def _generate(options: GenerateArguments, bar: Bar) -> tuple[Generation, dict[st
     model = load_model(shards, device=options.device, verify=options.verify, trust_remote_code=trust)  # type: ignore[arg-type]
     if options.adapter is not None:
         model = _with_adapter(model, shards, options.adapter, force=options.force_adapter)
-    tokenizer = load_tokenizer(options.artifact, trust_remote_code=trust)
+    adapter = options.adapter
+    with_tokens = adapter if adapter is not None and has_tokenizer(adapter) else options.artifact
+    tokenizer = load_tokenizer(with_tokens, trust_remote_code=trust)
     loaded = time.monotonic()
     bar.note("Generating")
 

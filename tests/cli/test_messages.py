@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from qformat.cli.flags import as_flag
+from qformat.cli.messages import as_flag
 from qformat.errors import Option
 from tests.repository import ROOT
 
