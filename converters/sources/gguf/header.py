@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.artifact.reading.regular_files import read_exactly
-from qformat.codec.foreign.ggml_blocks import BLOCK_TYPES, BlockType
+from qformat.codec.foreign.ggml_types import BLOCK_TYPES, BlockType
 from qformat.errors import Reason, SourceError
 
 _MAX_KEYS = 4096

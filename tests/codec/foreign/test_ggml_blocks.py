@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qformat.codec.floats import FloatFormat, narrow
-from qformat.codec.foreign.ggml_blocks import BLOCK_TYPES, round_to_bf16
+from qformat.codec.foreign.ggml_blocks import round_to_bf16
+from qformat.codec.foreign.ggml_types import BLOCK_TYPES
 
 
 def test_the_table_is_that_of_ggml() -> None:
