@@ -50,12 +50,14 @@ class GgufTensor:
         block_type: How its values are stored.
         shape: Shape with the contiguous dimension last, unlike in GGUF itself.
         start: Offset in bytes of its data in the file.
+        file: Name of the file.
     """
 
     name: str
     block_type: BlockType
     shape: tuple[int, ...]
     start: int
+    file: str
 
     @property
     def nbytes(self) -> int:
@@ -65,11 +67,11 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """The header of a GGUF file: metadata and tensors, each keyed by name."""
+    """The header of a model: metadata and tensors, each keyed by name, and the size in bytes of each file."""
 
     metadata: Mapping[str, Scalar | GgufArray]
     tensors: Mapping[str, GgufTensor]
-    file_nbytes: int
+    files: Mapping[str, int]
 
 
 def read_header(descriptor: int, path: Path) -> GgufHeader:
@@ -108,9 +110,9 @@ def read_header(descriptor: int, path: Path) -> GgufHeader:
             raise SourceError(Reason.DUPLICATE_TENSOR, path, "occurs twice", tensor=name)
         if offset % alignment:
             raise SourceError(Reason.ALIGNMENT, path, f"offset {offset} is not a multiple of {alignment}", tensor=name)
-        tensors[name] = GgufTensor(name, block_type, shape, data_start + offset)
+        tensors[name] = GgufTensor(name, block_type, shape, data_start + offset, path.name)
     _check_places(tensors, path, cursor.file_nbytes)
-    return GgufHeader(metadata, tensors, cursor.file_nbytes)
+    return GgufHeader(metadata, tensors, {path.name: cursor.file_nbytes})
 
 
 def _read_info(cursor: _Cursor, path: Path) -> tuple[str, BlockType, tuple[int, ...], int]:
