@@ -48,11 +48,10 @@ def _biases(parts: _Parts, *names: str) -> _Parts:
     }
 
 
-_EMBEDDING: _Parts = {
-    EMBEDDING_NAME: Part("model.embed_tokens.weight", "vh"),
-    OUTPUT_NAME: Part("lm_head.weight", "vh", required=False),
-}
-OUTSIDE: _Parts = {**_EMBEDDING, "output_norm.weight": Part("model.norm.weight", "h")}
+_TIED_EMBEDDING: _Parts = {EMBEDDING_NAME: Part("model.embed_tokens.weight", "vh")}
+_EMBEDDING: _Parts = {**_TIED_EMBEDDING, OUTPUT_NAME: Part("lm_head.weight", "vh", required=False)}
+_OUTPUT_NORM: _Parts = {"output_norm.weight": Part("model.norm.weight", "h")}
+OUTSIDE: _Parts = {**_EMBEDDING, **_OUTPUT_NORM}
 _OUTSIDE_WITH_BIAS: _Parts = {**OUTSIDE, **_biases(OUTSIDE, "output_norm")}
 
 _NORMS: _Parts = {
@@ -174,7 +173,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", {**_ATTENTION, **_HEAD_NORMS, **_EXPERTS}),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", {**_GEMMA_NORMS, **_PROJECTIONS, **_MLP},
-        norm_offset=1.0, activation=("hidden_activation", _GELU),
+        outside={**_TIED_EMBEDDING, **_OUTPUT_NORM}, norm_offset=1.0, activation=("hidden_activation", _GELU),
     ),
     "gemma3": Architecture(
         "gemma3_text", "Gemma3ForCausalLM", {**_GEMMA_NORMS, **_PROJECTIONS, **_HEAD_NORMS, **_MLP},

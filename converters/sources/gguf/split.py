@@ -111,11 +111,11 @@ def _merged(headers: list[GgufHeader], names: list[str], folder: Path) -> GgufHe
                 problem = f"is in {tensors[tensor.name].file}, too"
                 raise SourceError(Reason.DUPLICATE_TENSOR, folder / name, problem, tensor=tensor.name)
             tensors[tensor.name] = tensor
-    expected = headers[0].metadata.get(_N_TENSORS)
-    if expected != len(tensors):
+    n_tensors = headers[0].metadata.get(_N_TENSORS)
+    if n_tensors != len(tensors):
         raise SourceError(
             Reason.INDEX_MISMATCH, folder / names[0],
-            f"{expected!r}, but the {len(names)} parts have {len(tensors)} tensors", field=_N_TENSORS,
+            f"{n_tensors!r}, but the {len(names)} parts have {len(tensors)} tensors", field=_N_TENSORS,
             next_step="Fetch all parts again, from one revision",
         )  # fmt: skip
     files = {name: nbytes for header in headers for name, nbytes in header.files.items()}
