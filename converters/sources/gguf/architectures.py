@@ -1,7 +1,7 @@
 """The table of llama.cpp's architectures that are read: the tensors of a layer and their names in transformers.
 
-It has the architectures of which gguf-py has the tensor names and transformers reads the files, and whose tensors
-become the checkpoint's by renaming, reordering of rows and an offset of the norms.
+It has the architectures that transformers has, too, and whose tensors become the checkpoint's by renaming, reordering of
+rows and an offset of the norms. The names are those of gguf-py's table.
 """
 
 from __future__ import annotations
@@ -103,6 +103,13 @@ _PHI3: _Parts = {
     "ffn_up.weight": Part("mlp.gate_up_proj.weight", "Fh"),
     "ffn_down.weight": Part("mlp.down_proj.weight", "hf"),
 }
+_OLMO2: _Parts = {
+    **_PROJECTIONS,
+    "attn_q_norm.weight": Part("self_attn.q_norm.weight", "q"),
+    "attn_k_norm.weight": Part("self_attn.k_norm.weight", "k"),
+    "post_attention_norm.weight": Part("post_attention_layernorm.weight", "h"),
+    "post_ffw_norm.weight": Part("post_feedforward_layernorm.weight", "h"),
+}
 _STARCODER2_MLP: _Parts = {
     "ffn_up.weight": Part("mlp.c_fc.weight", "fh"),
     "ffn_down.weight": Part("mlp.c_proj.weight", "hf"),
@@ -171,6 +178,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "qwen2_moe", "Qwen2MoeForCausalLM", {**_ATTENTION, **_ATTENTION_BIASES, **_EXPERTS, **_SHARED_EXPERT}
     ),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", {**_ATTENTION, **_HEAD_NORMS, **_EXPERTS}),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", {**_ATTENTION, **_MLP}, permuted=True),
+    "granite": Architecture(
+        "granite", "GraniteForCausalLM", {**_ATTENTION, **_optional(_ALL_ATTENTION_BIASES), **_MLP}, permuted=True
+    ),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", {**_OLMO2, **_MLP}),
+    "gemma": Architecture(
+        "gemma", "GemmaForCausalLM", {**_ATTENTION, **_MLP},
+        outside={**_TIED_EMBEDDING, **_OUTPUT_NORM}, norm_offset=1.0, activation=("hidden_act", _GELU),
+    ),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", {**_GEMMA_NORMS, **_PROJECTIONS, **_MLP},
         outside={**_TIED_EMBEDDING, **_OUTPUT_NORM}, norm_offset=1.0, activation=("hidden_activation", _GELU),

@@ -75,6 +75,35 @@ def _llama(metadata: Metadata, header: GgufHeader, sizes: Sizes) -> JsonObject:
     return {"attention_bias": "blk.0.attn_q.bias" in header.tensors}
 
 
+def _granite(metadata: Metadata, header: GgufHeader, sizes: Sizes) -> JsonObject:
+    return {
+        **_llama(metadata, header, sizes),
+        "attention_multiplier": metadata.number("attention.scale"),
+        "embedding_multiplier": metadata.number("embedding_scale", default=1.0),
+        "residual_multiplier": metadata.number("residual_scale", default=1.0),
+        "logits_scaling": metadata.number("logit_scale", default=1.0),
+    }
+
+
+def _smollm3(metadata: Metadata, header: GgufHeader, sizes: Sizes) -> JsonObject:
+    # No key tells which layers do not rotate; llama.cpp takes every fourth, too.
+    return {"no_rope_layer_interval": 4, "use_sliding_window": False}
+
+
+def _olmo2(metadata: Metadata, header: GgufHeader, sizes: Sizes) -> JsonObject:
+    """Return what Olmo 3 has, whose files differ from those of Olmo 2 by the sliding windows of some layers."""
+    key = "attention.sliding_window"
+    if (window := metadata.integer(key, 0, _MAX_CONTEXT, default=0)) == 0:
+        return {}
+    windows = metadata.flags(f"{key}_pattern", sizes.n_layers)
+    return {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in windows],
+    }
+
+
 def _experts(metadata: Metadata, sizes: Sizes) -> JsonObject:
     return {
         "num_experts": sizes.letters["e"],
@@ -116,7 +145,7 @@ def _gemma3(metadata: Metadata, header: GgufHeader, sizes: Sizes) -> JsonObject:
     return {
         **_gemma(metadata, sizes, "gemma3_text"),
         "rope_local_base_freq": metadata.number("rope.freq_base_swa", default=10000.0),
-        "sliding_window_pattern": 6,
+        "sliding_window_pattern": metadata.integer("attention.sliding_window_pattern", 1, 2**16, default=6),
     }
 
 
@@ -151,6 +180,9 @@ def _stablelm(metadata: Metadata, header: GgufHeader, sizes: Sizes) -> JsonObjec
 
 _OF_ARCHITECTURE: Mapping[str, Callable[[Metadata, GgufHeader, Sizes], JsonObject]] = {
     "llama": _llama,
+    "granite": _granite,
+    "smollm3": _smollm3,
+    "olmo2": _olmo2,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
     "gemma2": _gemma2,

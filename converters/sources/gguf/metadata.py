@@ -58,6 +58,15 @@ class Metadata:
             raise self.refuse(key, f"expected {n_layers} integers from 0 to {largest}")
         return found
 
+    def flags(self, key: str, n_layers: int) -> tuple[bool, ...]:
+        """Return one boolean for each layer."""
+        value = self._values.get(self._full(key))
+        values = value.values if isinstance(value, GgufArray) else None
+        found = tuple(item for item in values or () if isinstance(item, bool))
+        if values is None or len(found) != len(values) or len(found) != n_layers:
+            raise self.refuse(key, f"expected an array of {n_layers} booleans")
+        return found
+
     def number(self, key: str, *, default: float | None = None) -> float:
         """Return a positive finite number, rounded to the shortest decimal that gives the same float32."""
         value = self._values.get(self._full(key), default)

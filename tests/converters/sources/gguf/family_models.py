@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -58,27 +59,47 @@ FAMILIES = {
 }
 
 
-def parameters(family: Family) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each of the model's parameters, keyed by its name in transformers."""
-    settings: dict[str, object] = {
+def settings(family: Family) -> dict[str, Any]:
+    """Return the settings of a tiny model."""
+    return {
         "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "vocab_size": VOCABULARY, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, **family.settings,
     }  # fmt: skip
+
+
+def parameters(family: Family) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of the model's parameters, keyed by its name in transformers."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **settings))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **settings(family)))
     found = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
     return found
 
 
-def write_family(
+def write_family(folder: Path, architecture: str, family: Family, *, split_max_tensors: int = 0) -> Path:
+    """Write `model.gguf`, or its parts, with random values and tokenizer stubs into a folder and return the folder.
+
+    Args:
+        folder: Folder to create.
+        architecture: Name of the architecture in GGUF.
+        family: The architecture.
+        split_max_tensors: Number of tensors per part, or 0 for one file.
+    """
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in parameters(family).items():
+        kind = family.kind if len(shape) == 2 else "F32"
+        tensors[name] = matrix(tuple(size for size in shape if size != 1), kind, rng)
+    return write_tensors(folder, architecture, family, tensors, split_max_tensors=split_max_tensors)
+
+
+def write_tensors(
     folder: Path,
     architecture: str,
     family: Family,
+    tensors: Mapping[str, np.ndarray],
     *,
-    kind: str | None = None,
-    metadata: Mapping[str, Value] | None = None,
     extra: Mapping[str, np.ndarray] | None = None,
     split_max_tensors: int = 0,
 ) -> Path:
@@ -88,20 +109,20 @@ def write_family(
         folder: Folder to create.
         architecture: Name of the architecture in GGUF.
         family: The architecture.
-        kind: ggml type of the matrices, or None for the family's.
-        metadata: Keys to add or replace, without the architecture's prefix.
-        extra: Vectors to add.
+        tensors: Stored values, keyed by name in transformers. Bytes are blocks of the family's kind.
+        extra: Stored values, keyed by name in GGUF.
         split_max_tensors: Number of tensors per part, or 0 for one file.
     """
     folder.mkdir()
-    rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(folder / "model.gguf"), architecture, split_max_tensors=split_max_tensors)
     keys: dict[str, Value] = {
         "block_count": 2, "context_length": CONTEXT, "embedding_length": HIDDEN, "feed_forward_length": INTERMEDIATE,
         "attention.head_count": 4, "attention.head_count_kv": 2, f"attention.{family.epsilon}": 1e-5,
-        "rope.freq_base": 10000.0, "vocab_size": VOCABULARY, **family.metadata, **(metadata or {}),
+        "rope.freq_base": 10000.0, "vocab_size": VOCABULARY, **family.metadata,
     }  # fmt: skip
-    add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+    add: dict[type, Any] = {
+        float: writer.add_float32, int: writer.add_uint32, str: writer.add_string, list: writer.add_array,
+    }  # fmt: skip
     for key, value in keys.items():
         add[type(value)](f"{architecture}.{key}", value)
     writer.add_token_list([f"token{number}" for number in range(VOCABULARY)])
@@ -110,14 +131,11 @@ def write_family(
     writer.add_eos_token_id(2)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, int(str(keys["block_count"])))
-    for name, shape in parameters(family).items():
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert stored is not None, name
-        raw = (kind or family.kind) if len(shape) == 2 else "F32"
-        squeezed = tuple(size for size in shape if size != 1)
-        writer.add_tensor(stored, matrix(squeezed, raw, rng), raw_dtype=gguf.GGMLQuantizationType[raw])
-    for name, values in (extra or {}).items():
-        writer.add_tensor(name, values)
+    stored = {names.get_name(name, try_suffixes=(".weight", ".bias")): values for name, values in tensors.items()}
+    for stored_name, values in {**stored, **(extra or {})}.items():
+        assert stored_name is not None
+        kind = family.kind if values.dtype == np.uint8 else "F32"
+        writer.add_tensor(stored_name, values, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

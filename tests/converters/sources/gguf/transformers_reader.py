@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from qformat.converters.sources.open_source import open_source
+from qformat.converters.sources.source import Source
 from tests.converters.sources.decoded_kinds import read
 
 _ABOUT_THE_FILE = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "transformers_version"}
@@ -67,3 +68,20 @@ def assert_equals_transformers(
             same = theirs[key] == value
             assert same or (isinstance(value, float) and np.float32(theirs[key]) == np.float32(value)), key
     source.close()
+
+
+def built(source: Source, dtype: torch.dtype) -> Any:
+    """Return the model of transformers that the config and the tensors of a source give."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings: dict[str, Any] = dict(source.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    state = {
+        name: torch.from_numpy(read(source, name, chunk_nbytes=1 << 20)).view(dtype).reshape(tensor.shape)
+        for name, tensor in source.tensors.items()
+    }
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)
+    return model.eval()
