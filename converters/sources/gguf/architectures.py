@@ -1,6 +1,6 @@
 """The table of llama.cpp's architectures that are read: the tensors of a layer and their names in transformers.
 
-It has the architectures that transformers has, too, and whose tensors become the checkpoint's by renaming, reordering of
+It has architectures that transformers has, too, and whose tensors become the checkpoint's by renaming, reordering of
 rows and an offset of the norms. The names are those of gguf-py's table.
 """
 
@@ -150,6 +150,7 @@ class Architecture:
         epsilon: Key of the norms' epsilon in GGUF, after `attention.`, and its name in config.json.
         activation: Name and value of the activation function in config.json.
         partly_rotated: Whether only a part of a head's dimensions may be rotated.
+        read_by_transformers: Whether transformers reads such files itself.
     """
 
     model_type: str
@@ -163,6 +164,7 @@ class Architecture:
     epsilon: tuple[str, str] = ("layer_norm_rms_epsilon", "rms_norm_eps")
     activation: tuple[str, str] = ("hidden_act", "silu")
     partly_rotated: bool = False
+    read_by_transformers: bool = True
 
 
 _PARALLEL = _optional({name: part for name, part in {**_NORMS, **_NORM_BIASES}.items() if name.startswith("ffn_norm")})
@@ -178,14 +180,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         "qwen2_moe", "Qwen2MoeForCausalLM", {**_ATTENTION, **_ATTENTION_BIASES, **_EXPERTS, **_SHARED_EXPERT}
     ),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", {**_ATTENTION, **_HEAD_NORMS, **_EXPERTS}),
-    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", {**_ATTENTION, **_MLP}, permuted=True),
-    "granite": Architecture(
-        "granite", "GraniteForCausalLM", {**_ATTENTION, **_optional(_ALL_ATTENTION_BIASES), **_MLP}, permuted=True
+    "smollm3": Architecture(
+        "smollm3", "SmolLM3ForCausalLM", {**_ATTENTION, **_MLP}, permuted=True, read_by_transformers=False
     ),
-    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", {**_OLMO2, **_MLP}),
+    "granite": Architecture(
+        "granite", "GraniteForCausalLM", {**_ATTENTION, **_optional(_ALL_ATTENTION_BIASES), **_MLP},
+        permuted=True, read_by_transformers=False,
+    ),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", {**_OLMO2, **_MLP}, read_by_transformers=False),
     "gemma": Architecture(
         "gemma", "GemmaForCausalLM", {**_ATTENTION, **_MLP},
         outside={**_TIED_EMBEDDING, **_OUTPUT_NORM}, norm_offset=1.0, activation=("hidden_act", _GELU),
+        read_by_transformers=False,
     ),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", {**_GEMMA_NORMS, **_PROJECTIONS, **_MLP},

@@ -46,6 +46,7 @@ class GgufFile(FileSource[CheckpointFolder]):
         try:
             self._header = read_all_headers(self._files.open, folder, self._name)
             model = name_model(self._header, folder / self._name, self._read_vector)
+            self._architecture = model.architecture
             self._format = _float_format(model.tensors)
             self.config: JsonObject = {**model.config, "torch_dtype": self._format.torch_name}
             self._named = {tensor.name: tensor for tensor in model.tensors}
@@ -155,7 +156,8 @@ class GgufFile(FileSource[CheckpointFolder]):
         if self._given_folder:
             found = {name: self._files.read_side_file(name) for name in self._files.list_side_files()}
         if not any(name in found for name in _TOKENIZER_NAMES):
-            found |= tokenizer_files(self.location / self._name)
+            by_architecture = self._architecture.read_by_transformers
+            found |= tokenizer_files(self.location / self._name, by_architecture=by_architecture)
         return dict(sorted(found.items()))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.artifact.reading.regular_files import read_exactly
-from qformat.codec.foreign.ggml_types import BLOCK_TYPES, BlockType
+from qformat.codec.foreign.ggml_types import BLOCK_TYPES, UNREAD_TYPES, BlockType
 from qformat.errors import Reason, SourceError
 
 _MAX_KEYS = 4096
@@ -129,8 +129,9 @@ def _read_info(cursor: _Cursor, path: Path) -> tuple[str, BlockType, tuple[int, 
     number = cursor.integer("I")
     if number not in BLOCK_TYPES:
         known = ", ".join(block_type.name for block_type in BLOCK_TYPES.values())
+        kind = UNREAD_TYPES.get(number, number)
         raise SourceError(
-            Reason.UNSUPPORTED_DTYPE, path, f"ggml type {number} is not supported (supported: {known})", tensor=name,
+            Reason.UNSUPPORTED_DTYPE, path, f"ggml type {kind} is not supported (supported: {known})", tensor=name,
             next_step="Use a GGUF file of one of these types, for example F16 or Q8_0",
         )  # fmt: skip
     block_type = BLOCK_TYPES[number]

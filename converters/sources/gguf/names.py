@@ -57,10 +57,12 @@ class GgufModel:
     Attributes:
         config: Contents of config.json without the dtype.
         tensors: All tensors of the model.
+        architecture: Architecture of the model.
     """
 
     config: JsonObject
     tensors: tuple[NamedTensor, ...]
+    architecture: Architecture
 
 
 def name_model(header: GgufHeader, path: Path, read_vector: ReadVector) -> GgufModel:
@@ -86,7 +88,7 @@ def name_model(header: GgufHeader, path: Path, read_vector: ReadVector) -> GgufM
     metadata.prefix = name
     sizes = read_sizes(metadata, header, architecture)
     tensors = _tensors(header, path, architecture, sizes)
-    return GgufModel(config_of(metadata, header, architecture, sizes, read_vector), tensors)
+    return GgufModel(config_of(metadata, header, architecture, sizes, read_vector), tensors, architecture)
 
 
 def _tensors(header: GgufHeader, path: Path, architecture: Architecture, sizes: Sizes) -> tuple[NamedTensor, ...]:

@@ -59,3 +59,10 @@ BLOCK_TYPES = {
     39: BlockType("MXFP4", 32, 17, decode_mxfp4),
 }
 """Storage formats by their number in a file (`ggml_type`)."""
+
+UNREAD_TYPES = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
+    41: "Q1_0",
+}  # fmt: skip
+"""Names of the storage formats that are not read, for messages."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from qformat.codec.foreign.ggml_types import BLOCK_TYPES
 from qformat.converters.convert import plan
 from qformat.converters.sources.gguf.architectures import ARCHITECTURES
 from qformat.converters.sources.open_source import open_source
@@ -71,6 +73,21 @@ def test_the_table_of_names_is_that_of_gguf() -> None:
         for stored, found in ours.items():
             known = names.get_name(found.replace("experts.{}", "experts"), try_suffixes=(".weight", ".bias"))
             assert known == stored, name
+
+
+def test_the_table_knows_what_transformers_reads() -> None:
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    read = {name.replace("_moe", "moe") for name in GGUF_CONFIG_MAPPING}
+    assert {name for name, found in ARCHITECTURES.items() if found.read_by_transformers} == read & ARCHITECTURES.keys()
+
+
+def test_the_documentation_lists_what_is_read() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "sources.md").read_text()
+    (architectures,) = re.findall(r"^\| architectures \|(.*)\|$", text, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", architectures) == list(ARCHITECTURES)
+    (types,) = re.findall(r"^\| block types \|(.*)\|$", text, re.MULTILINE)
+    assert set(types.replace(" ", "").split(",")) == {found.name for found in BLOCK_TYPES.values()}
 
 
 def llama3_factors(factor: float) -> np.ndarray:

@@ -163,7 +163,10 @@ def as_llama_cpp_writes_it(name: str, values: np.ndarray, *, permuted: bool, nor
     return values.squeeze(1) if name.endswith("conv.conv.weight") else values
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {"gemma2 27B"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_a_converted_model_gives_the_logits_of_the_original(case: str, tmp_path: Path) -> None:
     architecture, family = CASES[case]
     model = model_of(family)
