@@ -78,7 +78,7 @@ def _llama(metadata: Metadata, header: GgufHeader, sizes: Sizes) -> JsonObject:
 def _granite(metadata: Metadata, header: GgufHeader, sizes: Sizes) -> JsonObject:
     return {
         **_llama(metadata, header, sizes),
-        "attention_multiplier": metadata.number("attention.scale"),
+        "attention_multiplier": metadata.number("attention.scale", default=sizes.letters["d"] ** -0.5),
         "embedding_multiplier": metadata.number("embedding_scale", default=1.0),
         "residual_multiplier": metadata.number("residual_scale", default=1.0),
         "logits_scaling": metadata.number("logit_scale", default=1.0),

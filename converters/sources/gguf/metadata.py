@@ -25,18 +25,35 @@ class Metadata:
         self._path = path
 
     def refuse(self, key: str, problem: str) -> SourceError:
-        """Return the error about a key."""
+        """Return the error about a key.
+
+        Args:
+            key: Key, without the prefix.
+            problem: What is wrong with its value.
+        """
         return SourceError(Reason.CONFIG_FIELD, self._path, problem, field=self._full(key))
 
     def text(self, key: str, *, default: str | None = None) -> str:
-        """Return a string."""
+        """Return a string.
+
+        Args:
+            key: Key, without the prefix.
+            default: Value if the key is missing, or None if it must be there.
+        """
         value = self._values.get(self._full(key), default)
         if not isinstance(value, str):
             raise self.refuse(key, "is missing" if value is None else f"{value!r}, expected a string")
         return value
 
     def integer(self, key: str, smallest: int, largest: int, *, default: int | None = None) -> int:
-        """Return an integer, or the default (which may be outside the bounds) if the key is missing."""
+        """Return an integer.
+
+        Args:
+            key: Key, without the prefix.
+            smallest: Smallest value that is accepted.
+            largest: Largest value that is accepted.
+            default: Value if the key is missing, which may be outside the bounds, or None if it must be there.
+        """
         value = self._values.get(self._full(key))
         if value is None and default is not None:
             return default
@@ -46,7 +63,13 @@ class Metadata:
         return value
 
     def per_layer(self, key: str, n_layers: int, largest: int) -> tuple[int, ...]:
-        """Return one integer from 0 to `largest` for each layer. A single one applies to all."""
+        """Return one integer for each layer. A single one in the file applies to all.
+
+        Args:
+            key: Key, without the prefix.
+            n_layers: Number of layers.
+            largest: Largest value that is accepted. The smallest is 0.
+        """
         value = self._values.get(self._full(key))
         if type(value) is int and 0 <= value <= largest:
             return (value,) * n_layers
@@ -59,7 +82,12 @@ class Metadata:
         return found
 
     def flags(self, key: str, n_layers: int) -> tuple[bool, ...]:
-        """Return one boolean for each layer."""
+        """Return one boolean for each layer.
+
+        Args:
+            key: Key, without the prefix.
+            n_layers: Number of layers.
+        """
         value = self._values.get(self._full(key))
         values = value.values if isinstance(value, GgufArray) else None
         found = tuple(item for item in values or () if isinstance(item, bool))
@@ -68,7 +96,12 @@ class Metadata:
         return found
 
     def number(self, key: str, *, default: float | None = None) -> float:
-        """Return a positive finite number, rounded to the shortest decimal that gives the same float32."""
+        """Return a positive finite number, rounded to the shortest decimal that gives the same float32.
+
+        Args:
+            key: Key, without the prefix.
+            default: Value if the key is missing, or None if it must be there.
+        """
         value = self._values.get(self._full(key), default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
             raise self.refuse(key, "is missing" if value is None else f"{value!r}, expected a positive number")

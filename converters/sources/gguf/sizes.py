@@ -37,6 +37,11 @@ class Sizes:
 def read_sizes(metadata: Metadata, header: GgufHeader, architecture: Architecture) -> Sizes:
     """Read the sizes and check that they can be those of the architecture.
 
+    Args:
+        metadata: Metadata of the file.
+        header: Header of the file.
+        architecture: Architecture of the model.
+
     Raises:
         SourceError: A size is missing, or of a model that is not supported.
     """

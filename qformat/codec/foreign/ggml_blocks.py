@@ -28,7 +28,12 @@ inline = njit(inline="always")
 
 @inline
 def half_at(data: Any, at: Any) -> Any:
-    """Return the float16 value at a byte, as float32."""
+    """Return a float16 value as float32.
+
+    Args:
+        data: Blocks, uint8.
+        at: Index of the value's first byte.
+    """
     return _HALF_VALUES[np.int64(data[at]) | (np.int64(data[at + 1]) << 8)]
 
 
