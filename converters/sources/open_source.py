@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
+from qformat.converters.sources.gguf.architectures import ARCHITECTURES
 from qformat.converters.sources.source import Source
 from qformat.converters.sources.unsuitable import not_a_checkpoint, refuse_address, refuse_mlx
 from qformat.errors import Option, Reason, SourceError, UsageError
@@ -248,7 +249,7 @@ _CONTAINERS = (
     ),
     _Container(
         "gguf",
-        "a .gguf file, or a directory with one: Llama and Qwen, F32 to Q2_K, decoded to bf16 (F16 and F32 stay)",
+        f"a .gguf file or its parts, decoded to bf16 (F16 and F32 stay); architectures {', '.join(ARCHITECTURES)}",
         lies_at=_is_gguf,
         open=_open_gguf,
     ),
