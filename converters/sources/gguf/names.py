@@ -87,8 +87,8 @@ def name_model(header: GgufHeader, path: Path, read_vector: ReadVector) -> GgufM
     architecture = ARCHITECTURES[name]
     metadata.prefix = name
     sizes = read_sizes(metadata, header, architecture)
-    tensors = _tensors(header, path, architecture, sizes)
-    return GgufModel(config_of(metadata, header, architecture, sizes, read_vector), tensors, architecture)
+    config = config_of(metadata, header, architecture, sizes, read_vector)
+    return GgufModel(config, _tensors(header, path, architecture, sizes), architecture)
 
 
 def _tensors(header: GgufHeader, path: Path, architecture: Architecture, sizes: Sizes) -> tuple[NamedTensor, ...]:
