@@ -19,7 +19,6 @@ from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name, read_exactly
 from qformat.artifact.reading.side_files import MAX_SIDE_FILE_NBYTES, is_side_file
 from qformat.artifact.sources.source_files import open_source_file, read_source_file
-from qformat.converters.sources.architectures import with_architectures
 from qformat.errors import Option, Reason, SourceError
 from qformat.names import CONFIG_NAME, MANIFEST_NAME
 
@@ -111,7 +110,7 @@ class CheckpointFiles(ABC):
         return value
 
     def read_config(self) -> JsonObject:
-        """Read config.json and add `architectures` if it has none. The directory of an artifact is rejected."""
+        """Read config.json. The directory of an artifact is rejected."""
         if self.has(MANIFEST_NAME):
             raise SourceError(
                 Reason.ALREADY_QUANTIZED,
@@ -122,8 +121,6 @@ class CheckpointFiles(ABC):
         config = self.read_json(CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES)
         if not isinstance(config, dict):
             raise SourceError(Reason.CONFIG_FIELD, self.path / CONFIG_NAME, "expected a JSON object")
-        config, note = with_architectures(config, self.path)
-        self.notes = self.notes if note is None else (*self.notes, note)
         return config
 
     def read_weight_map(self, name: str) -> dict[str, str] | None:

@@ -73,9 +73,9 @@ class RunningComparison:
         elif any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
             self._result = ModelComparison(f"torch or transformers is not installed. {install_extra('models')}")
         else:
-            request, self._answer, self._messages = (
-                self._files.enter_context(tempfile.TemporaryFile()) for _ in range(3)
-            )
+            request = self._files.enter_context(tempfile.TemporaryFile())
+            self._answer = self._files.enter_context(tempfile.TemporaryFile())
+            self._messages = self._files.enter_context(tempfile.TemporaryFile())
             request.write(as_request(config, shapes, packed))
             request.seek(0)
             command = [sys.executable, "-P", "-m", "qformat.model.expected_tensors"]

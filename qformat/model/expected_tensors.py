@@ -75,7 +75,8 @@ def compare_with_model(config: bytes, shapes: Mapping[str, Shape], packed: Colle
             model = build_on_meta(path, read, dtype=torch.bfloat16, trust_remote_code=False, attention=None)
             names = names_in_model(model, shapes, path)
         except ArtifactError as error:
-            return ModelComparison(f"{error.tensor}: {error.problem}" if error.tensor else error.problem)
+            problem = error.problem.replace(str(path), "the checkpoint")
+            return ModelComparison(f"{error.tensor}: {problem}" if error.tensor else problem)
         except QformatError as error:
             return ModelComparison(str(error).removeprefix(f"{path}: "))
         except Exception as error:  # noqa: BLE001  any architecture may fail in its own way; a conversion needs none

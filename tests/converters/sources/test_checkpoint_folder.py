@@ -121,6 +121,7 @@ def test_a_broken_config_is_rejected_with_a_reason(text: bytes, reason: Reason, 
     ],
 )
 def test_a_config_with_unexpected_values_is_carried_over_unmodified(config: dict[str, object], tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], **config}
     source = write_checkpoint(tmp_path / "source", config=config)
     convert(source, tmp_path / "out")
     assert verify_integrity(tmp_path / "out").passed
