@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qformat.cli.checks.model_comparison import RunningComparison
 from qformat.cli.main import run
-from qformat.cli.model_comparison import RunningComparison
 from qformat.converters.convert import plan
 from qformat.errors import Reason, SourceError
 from tests.small_models import Tensor, llama_config, llama_tensors, weight, write_checkpoint, write_llama

@@ -93,7 +93,10 @@ def test_a_missing_config_is_reported(single: Path) -> None:
         (b'{"a": "\\ud800"}', Reason.JSON_SYNTAX),
         (b'{"\\udc00": 1}', Reason.JSON_SYNTAX),
         (b'{"a": "' + b"x" * 2**22 + b'"}', Reason.JSON_LIMIT),
-        (b'{"a": "' + b"x" * (2**22 - 100) + b'"}', Reason.JSON_LIMIT),  # readable, but not with our addition
+        (
+            b'{"architectures": ["A"], "a": "' + b"x" * (2**22 - 100) + b'"}',
+            Reason.JSON_LIMIT,
+        ),  # readable, but not with our addition
         (b'{"a": [' + b"1," * 2**20 + b"1]}", Reason.JSON_LIMIT),
     ],
 )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qformat.cli.checks.model_comparison import RunningComparison, comparison_json
 from qformat.cli.display import echo, echo_complete, echo_json, format_table, some
 from qformat.cli.help_sections import SectionedCommand
-from qformat.cli.model_comparison import RunningComparison, comparison_json
 from qformat.cli.options import options_record, out_argument, revision_option, written_shards_options
 from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
 from qformat.cli.progress import Bar

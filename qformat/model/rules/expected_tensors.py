@@ -94,7 +94,7 @@ def _compare(
     has_own_code: bool,
 ) -> ModelComparison:
     from qformat.model.build import tensors_by_name
-    from qformat.model.loading_rules import ignored_extras, ignored_gaps
+    from qformat.model.rules.loading_rules import ignored_extras, ignored_gaps
 
     places = tensors_by_name(model, persistent=True)
     extra = {name for name in names if names[name] not in places}

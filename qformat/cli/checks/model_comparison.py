@@ -10,10 +10,9 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self
 
 from qformat.cli.display import echo, some
 from qformat.errors import Reason, SourceError, install_extra
@@ -21,7 +20,7 @@ from qformat.names import CONFIG_NAME
 
 if TYPE_CHECKING:
     from qformat.converters.encode.plan import Plan
-    from qformat.model.expected_tensors import ModelComparison
+    from qformat.model.rules.expected_tensors import ModelComparison
 
 _REGARDLESS = "To convert it regardless, give --no-model-check"
 
@@ -38,9 +37,7 @@ class RunningComparison:
         self._source = Path(source)
         self._wanted = wanted
         self._process: subprocess.Popen[bytes] | None = None
-        self._files = ExitStack()
-        self._answer: IO[bytes] | None = None
-        self._messages: IO[bytes] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._result: ModelComparison | None = None
 
     def __enter__(self) -> Self:
@@ -53,7 +50,8 @@ class RunningComparison:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._files.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def start(self, plan: Plan) -> None:
         """Begin to compare. If this process has imported transformers already, it compares at once.
@@ -61,7 +59,7 @@ class RunningComparison:
         Args:
             plan: Plan of the conversion.
         """
-        from qformat.model.expected_tensors import ModelComparison, as_request, compare_with_model
+        from qformat.model.rules.expected_tensors import ModelComparison, as_request, compare_with_model
 
         config = plan.small_files[CONFIG_NAME]
         shapes = {task.source.name: task.source.shape for task in plan.tasks}
@@ -73,27 +71,29 @@ class RunningComparison:
         elif any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
             self._result = ModelComparison(f"torch or transformers is not installed. {install_extra('models')}")
         else:
-            request = self._files.enter_context(tempfile.TemporaryFile())
-            self._answer = self._files.enter_context(tempfile.TemporaryFile())
-            self._messages = self._files.enter_context(tempfile.TemporaryFile())
-            request.write(as_request(config, shapes, packed))
-            request.seek(0)
-            command = [sys.executable, "-P", "-m", "qformat.model.expected_tensors"]
-            self._process = subprocess.Popen(command, stdin=request, stdout=self._answer, stderr=self._messages)
+            self._folder = tempfile.TemporaryDirectory(prefix="qformat-comparison-")
+            folder = Path(self._folder.name)
+            (folder / "request").write_bytes(as_request(config, shapes, packed))
+            command = [sys.executable, "-P", "-m", "qformat.model.rules.expected_tensors"]
+            with (
+                open(folder / "request", "rb") as request,
+                open(folder / "answer", "wb") as answer,
+                open(folder / "messages", "wb") as messages,
+            ):
+                self._process = subprocess.Popen(command, stdin=request, stdout=answer, stderr=messages)
 
     def result(self) -> ModelComparison:
         """Wait for the comparison and return it."""
-        from qformat.model.expected_tensors import ModelComparison, from_answer
+        from qformat.model.rules.expected_tensors import ModelComparison, from_answer
 
         if self._result is None:
-            assert self._process is not None and self._answer is not None and self._messages is not None, "not started"
-            status = self._process.wait()
-            for file in (self._answer, self._messages):
-                file.seek(0)
+            assert self._process is not None, "not started"
+            assert self._folder is not None
+            status, folder = self._process.wait(), Path(self._folder.name)
             if status == 0:
-                self._result = from_answer(self._answer.read())
+                self._result = from_answer((folder / "answer").read_bytes())
             else:
-                last = self._messages.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+                last = (folder / "messages").read_text("utf-8", "replace").strip().rpartition("\n")[2]
                 self._result = ModelComparison(f"the process that compares ended with status {status}: {last}")
         return self._result
 
@@ -123,13 +123,13 @@ class RunningComparison:
             echo(f"Note: names and shapes were not compared with the model of {CONFIG_NAME}: {found.not_compared}")
         if found.not_loaded:
             echo(
-                f"Note: the model of {CONFIG_NAME} has no place for {len(found.not_loaded)} tensors, which no reader loads. "
-                f"The artifact keeps them: {some(found.not_loaded)}"
+                f"Note: the model of {CONFIG_NAME} has no place for {len(found.not_loaded)} tensors, which no reader "
+                f"loads. The artifact keeps them: {some(found.not_loaded)}"
             )
         if (problem := mismatch(found, self._source)) is not None:
             echo(
-                f"Note: tensor {problem.tensor!r}: {problem.problem}. This is no error, because the checkpoint brings its "
-                "own code, which may define another model"
+                f"Note: tensor {problem.tensor!r}: {problem.problem}. This is no error, because the checkpoint brings "
+                "its own code, which may define another model"
             )
 
 
