@@ -214,6 +214,7 @@ def convert(
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
+    before_seal: Callable[[], None] = lambda: None,
 ) -> ConversionSummary:
     """Convert a checkpoint of any kind that `open_source` supports into a 4-bit artifact.
 
@@ -233,6 +234,8 @@ def convert(
         on_progress: Called with the number of source bytes processed since the last call.
         on_compile: Called once if kernels must be compiled.
         on_layer: Called with the number of calibrated layers and the total number of layers.
+        before_seal: Called when everything is written, before the artifact appears. If it raises an error, the artifact
+            does not appear; a further run continues from there.
 
     Raises:
         SourceError: The source is damaged, changed during the conversion or cannot be converted.
@@ -268,7 +271,7 @@ def convert(
                 with telling_of_compilation(on_compile):
                     for float_format in {task.layout.float_format for task in planned.packed}:
                         warm_up(float_format)
-                execute(planned, opened, staging, workers=workers, progress=on_progress, encoder=encoder)
+                execute(planned, opened, staging, workers, on_progress, encoder=encoder, before_seal=before_seal)
             done_before = staging.sealed_before
     finally:
         opened.close()

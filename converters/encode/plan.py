@@ -32,6 +32,7 @@ from qformat.converters.encode.small_files import config_bytes, index_bytes, sma
 from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, Place, Task, TensorDigests
 from qformat.converters.rules import adoption
 from qformat.converters.rules import recipe as recipes
+from qformat.converters.rules.architectures import with_architectures
 from qformat.converters.rules.recipe import NF4Options, Recipe
 from qformat.converters.rules.skip_list import skip_modules
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
@@ -181,11 +182,12 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         else:
             assert choice.reason is not None
             tasks.append(KeptTask(tensor, places[tensor.name], choice.reason))
+    described, note = with_architectures(source.config, source.location)
     if adopted:
         quantization = adoption.quantization_config(choices, source)
-        config = small_json({**source.config, "quantization_config": quantization}, python_numbers=True)
+        config = small_json({**described, "quantization_config": quantization}, python_numbers=True)
     else:
-        config = config_bytes(source.config, skip_modules(choices, source.config), recipe, layouts)
+        config = config_bytes(described, skip_modules(choices, source.config), recipe, layouts)
     index = index_bytes(shards)
     refuse_unreadable(source, CONFIG_NAME, config, max_nbytes=MAX_CONFIG_NBYTES)
     refuse_unreadable(source, INDEX_NAME, index, max_nbytes=MAX_INDEX_NBYTES)
@@ -199,7 +201,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         recipe=canonical,
         source={**source.describe(), **({LEFT_OUT: {**source.left_out}} if source.left_out else {})},
         fingerprint=_fingerprint(source, shards, small_files),
-        notes=tuple(source.notes),
+        notes=tuple(source.notes) if note is None else (*source.notes, note),
         left_out=source.left_out,
     )
 

@@ -19,8 +19,8 @@ from transformers.initialization import no_init_weights
 from qformat.artifact.reading.structure import ShardLayout
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model.boundary import no_token_predictions
-from qformat.model.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
 from qformat.model.nf4_linear import NF4Linear
+from qformat.model.rules.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents, tensor_names
 from qformat.names import CONFIG_NAME, INDEX_NAME
 

@@ -107,6 +107,7 @@ NO_TORCH = (
 MAY_IMPORT = {
     "qformat.converters.sources.torch_bin": {"torch"},  # reads the pickle of a .bin file
     "qformat.converters.sources.gguf.tokenizer": {"transformers"},  # converts a vocabulary
+    "qformat.converters.rules.architectures": {"transformers"},  # knows the model class of a config without one
 }
 """The exceptions: the source whose files nothing but the library itself should read, when one is converted."""
 

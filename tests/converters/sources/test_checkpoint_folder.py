@@ -93,7 +93,10 @@ def test_a_missing_config_is_reported(single: Path) -> None:
         (b'{"a": "\\ud800"}', Reason.JSON_SYNTAX),
         (b'{"\\udc00": 1}', Reason.JSON_SYNTAX),
         (b'{"a": "' + b"x" * 2**22 + b'"}', Reason.JSON_LIMIT),
-        (b'{"a": "' + b"x" * (2**22 - 100) + b'"}', Reason.JSON_LIMIT),  # readable, but not with our addition
+        (
+            b'{"architectures": ["A"], "a": "' + b"x" * (2**22 - 100) + b'"}',
+            Reason.JSON_LIMIT,
+        ),  # readable, but not with our addition
         (b'{"a": [' + b"1," * 2**20 + b"1]}", Reason.JSON_LIMIT),
     ],
 )
@@ -121,6 +124,7 @@ def test_a_broken_config_is_rejected_with_a_reason(text: bytes, reason: Reason, 
     ],
 )
 def test_a_config_with_unexpected_values_is_carried_over_unmodified(config: dict[str, object], tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], **config}
     source = write_checkpoint(tmp_path / "source", config=config)
     convert(source, tmp_path / "out")
     assert verify_integrity(tmp_path / "out").passed

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qformat.cli.checks.verified import verified
 from qformat.cli.display import echo, echo_json, format_table, some
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.messages import as_flag
 from qformat.cli.options import artifact_argument, dry_run_option, json_option, options_record, workers_option
 from qformat.cli.progress import Bar
-from qformat.cli.verified import verified
 from qformat.errors import UsageError, VerificationError, spelled
 from qformat.sizes import format_nbytes
 
