@@ -128,8 +128,8 @@ class RunningComparison:
             )
         if (problem := mismatch(found, self._source)) is not None:
             echo(
-                f"Note: tensor {problem.tensor!r}: {problem.problem}. This is not an error, because the checkpoint brings "
-                "its own code, which may define another model"
+                f"Note: tensor {problem.tensor!r}: {problem.problem}. This is not an error, because the checkpoint "
+                "brings its own code, which may define another model"
             )
 
 
