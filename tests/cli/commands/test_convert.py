@@ -106,7 +106,7 @@ def test_small_shards_split_the_model_and_load_the_same(source: Path, tmp_path: 
 
 def test_weights_that_are_not_known_to_be_linear_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {**llama_tensors(), "model.layers.0.mystery.weight": weight((8, 8))}
-    source = write_checkpoint(tmp_path / "source", tensors, config={"model_type": "llama"})
+    source = write_checkpoint(tmp_path / "source", tensors)
     assert run(["convert", str(source), str(tmp_path / "out")]) == 0
     assert "model.layers.0.mystery.weight" in capsys.readouterr().out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
     ],
 )
 def test_an_address_of_the_hub_gives_the_name_of_its_repository(address: str, tmp_path: Path) -> None:
-    for call in (lambda: plan(address), lambda: convert(address, tmp_path / "out"), lambda: compare(tmp_path, address)):
+    artifact = tmp_path / "artifact"
+    convert(write_checkpoint(tmp_path / "source"), artifact)
+    for call in (lambda: plan(address), lambda: convert(address, tmp_path / "out"), lambda: compare(artifact, address)):
         with pytest.raises(UsageError) as refused:
             call()
         assert str(refused.value).endswith("is an address. Give the repository of the Hub as owner/name")
@@ -170,33 +171,6 @@ def test_fp8_with_one_scale_for_a_weight_or_a_row_is_named(shape: tuple[int, ...
     assert error.tensor == f"{name}_scale"
     assert "AutoFP8" in str(error)
     assert f"{name}_scale_inv" in str(error)
-
-
-def split_part(number: int, count: int) -> bytes:
-    def key(name: str, value: int) -> bytes:
-        return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<IH", 2, value)
-
-    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 3)
-    return head + key("split.no", number) + key("split.count", count) + key("split.tensors.count", 9) + bytes(64)
-
-
-@pytest.mark.parametrize(("number", "count"), [(0, 2), (1, 2), (8, 9)])
-def test_a_part_of_a_split_gguf_file_is_named(number: int, count: int, tmp_path: Path) -> None:
-    path = tmp_path / f"model-{number + 1:05}-of-{count:05}.gguf"
-    path.write_bytes(split_part(number, count))
-    error = refusal(path)
-    assert f"is part {number + 1} of {count} of a split GGUF file" in str(error)
-    assert "llama-gguf-split --merge" in str(error.next_step)
-
-
-def test_a_folder_with_all_parts_of_a_split_gguf_file_is_named(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for number in range(3):
-        (source / f"model-{number + 1:05}-of-00003.gguf").write_bytes(split_part(number, 3))
-    error = refusal(source)
-    assert "is part of a split GGUF file of 3 parts" in str(error)
-    assert "llama-gguf-split --merge" in str(error.next_step)
 
 
 def test_a_file_that_says_that_it_is_the_only_part_is_converted(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ SECTIONS = {
         "no_double_quant",
         "keep_nonfinite",
         "strip_wrappers",
+        "index_wins",
         "no_model_check",
     ),
     "Calibration": ("calibrate", "calibration_tokens"),
