@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from qformat.converters.convert import convert
 from qformat.errors import ArtifactError, Reason
 from qformat.model.load import load_model
-from tests.small_models import Tensor, llama_config, llama_tensors, weight, write_checkpoint
+from tests.model.architectures.tiny_types import tiny_model
+from tests.small_models import Tensor, contents, llama_config, llama_tensors, weight, write_checkpoint
 
 SIZES = {"hidden": 64, "intermediate": 96, "vocabulary": 32}
 
@@ -49,6 +51,24 @@ def test_old_rotary_frequencies_are_read_over_in_silence(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, "qformat"):
         load_model(path, device="cpu")
     assert not caplog.records
+
+
+def test_packed_weights_that_transformers_ignores_are_read_over_and_saved_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Qwen 3.5 checkpoints have layers for predicting several tokens, which transformers has no place for."""
+    model = tiny_model("qwen3_5_text")
+    assert model is not None
+    model.save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    extra = {f"mtp.layers.0.mlp.{name}_proj.weight": torch.ones(96, 64).bfloat16() for name in ("gate", "up")}
+    save_file(load_file(file) | extra, file, {"format": "pt"})
+    convert(tmp_path / "source", tmp_path / "artifact")
+    with caplog.at_level(logging.WARNING, "qformat"):
+        loaded = load_model(tmp_path / "artifact", device="cpu")
+    assert not caplog.records
+    loaded.save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(tmp_path / "artifact")
 
 
 def test_a_packed_weight_without_a_layer_is_rejected(tmp_path: Path) -> None:
