@@ -18,6 +18,7 @@ from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import linear_at, names_in_model, replace_linear
 from qformat.model.load import open_shards
 from qformat.model.loaded_model import Origin, adopt
+from qformat.model.loading_rules import ignored_extras
 from qformat.model.memory import free_nbytes
 from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 from qformat.sizes import format_nbytes
@@ -86,7 +87,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         names = names_in_model(model, tensors, self._path)
         present = model.state_dict()
         self._names = {name: renamed for name, renamed in names.items() if renamed in present}
-        self._packed = {names[name]: packed for name, packed in tensors.items() if isinstance(packed, PackedComponents)}
+        every = {names[name]: packed for name, packed in tensors.items() if isinstance(packed, PackedComponents)}
+        skipped = ignored_extras(model, every.keys() - present.keys())
+        self._packed = {name: packed for name, packed in every.items() if name not in skipped}
         for name in self._packed:
             self._linears[name] = linear_at(model, name, self._path)
             model.set_submodule(name.removesuffix(".weight"), _OnlyBias(self._linears[name]))
