@@ -14,7 +14,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/clients
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # The tests once more under the conditions of other machines: each takes about as long as `make test`.
@@ -34,7 +34,7 @@ docs: $(VENV)/ready
 	$(BIN)/python -m tools.docs.build
 
 # The commands that README.md and docs/*.md show, run; minutes. Some pages: `make docs-check PAGES=docs/hub.md`.
-docs-check: $(VENV)/ready
+docs-check: $(VENV)/clients
 	$(BIN)/python -m tools.docs.check $(PAGES)
 
 bench: $(VENV)/ready
@@ -49,4 +49,9 @@ $(VENV)/ready: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt -e '.[dev]'
+	touch $@
+
+# Programs of others that only the slow tests and docs/programs.md run.
+$(VENV)/clients: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c .ci/constraints.txt -e '.[clients]'
 	touch $@

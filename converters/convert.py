@@ -24,6 +24,7 @@ from qformat.converters.rules.recipe import Recipe, load_recipe
 from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.reading import StreamedSource, pin_of
 from qformat.converters.sources.source import Source
+from qformat.converters.sources.wrapped.stripped_names import StrippedNames
 from qformat.cores import usable_cores
 from qformat.errors import Option, UsageError
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
@@ -44,6 +45,9 @@ class ConversionOptions:
         double_quant: Whether absmax values are quantized too, unless a rule says otherwise. None means True.
         max_shard_nbytes: Largest size of a shard in bytes.
         keep_nonfinite: Whether weights with NaN or Inf are kept in 16 bit instead of raising an error.
+        strip_wrappers: Whether to remove what wrappers of the model put into the names of its tensors, such as
+            `_orig_mod.` and `module.`.
+        index_wins: Whether tensors that the index does not assign to their shard are ignored instead of rejected.
         calibration: Settings for choosing codes and scales on a text, layer by layer. None encodes without calibration.
         revision: Branch, tag or commit of a Hub repository, see `open_source`.
         offline: Whether a Hub repository is read from the local cache only.
@@ -57,6 +61,8 @@ class ConversionOptions:
     double_quant: bool | None = None
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     keep_nonfinite: bool = False
+    strip_wrappers: bool = False
+    index_wins: bool = False
     calibration: CalibrationSettings | None = None
     revision: str | None = None
     offline: bool = False
@@ -104,15 +110,13 @@ class ConversionOptions:
             keep_source=self.keep_source,
             pin=pin,
             transfer=self.transfer,
+            index_wins=self.index_wins,
         )
         try:
-            if self.keep_nonfinite and isinstance(opened, StreamedSource):
-                raise UsageError(
-                    Option("keep_nonfinite"),
-                    " reads the source twice, which a streamed repository does not allow. Download it first with ",
-                    Option("keep_source", True),
-                    " and convert the directory in the cache",
-                )
+            if isinstance(opened, StreamedSource):
+                self._refuse_streamed()
+            if self.strip_wrappers:
+                opened = StrippedNames(opened)
             if opened.packed:
                 refuse_options(opened, self._quantizing())
             recipe = self.load_recipe()
@@ -124,6 +128,22 @@ class ConversionOptions:
             opened.close()
             raise
         return opened, planned
+
+    def _refuse_streamed(self) -> None:
+        for name, given, why in (
+            (
+                "keep_nonfinite",
+                self.keep_nonfinite,
+                "reads the source twice, which a streamed repository does not allow",
+            ),
+            ("strip_wrappers", self.strip_wrappers, "does not apply to a streamed repository"),
+            ("index_wins", self.index_wins, "does not apply to a streamed repository"),
+        ):
+            if given:
+                raise UsageError(
+                    Option(name), f" {why}. Download it first with ", Option("keep_source", True),
+                    " and convert the directory in the cache",
+                )  # fmt: skip
 
     def _quantizing(self) -> list[Option]:
         """Return the given options that decide which weights are quantized, and how."""
@@ -194,6 +214,7 @@ def convert(
     on_progress: Callable[[int], None] = lambda _: None,
     on_compile: Callable[[], None] = lambda: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
+    before_seal: Callable[[], None] = lambda: None,
 ) -> ConversionSummary:
     """Convert a checkpoint of any kind that `open_source` supports into a 4-bit artifact.
 
@@ -213,6 +234,8 @@ def convert(
         on_progress: Called with the number of source bytes processed since the last call.
         on_compile: Called once if kernels must be compiled.
         on_layer: Called with the number of calibrated layers and the total number of layers.
+        before_seal: Called when everything is written, before the artifact appears. If it raises an error, the artifact
+            does not appear; a further run continues from there.
 
     Raises:
         SourceError: The source is damaged, changed during the conversion or cannot be converted.
@@ -248,7 +271,7 @@ def convert(
                 with telling_of_compilation(on_compile):
                     for float_format in {task.layout.float_format for task in planned.packed}:
                         warm_up(float_format)
-                execute(planned, opened, staging, workers=workers, progress=on_progress, encoder=encoder)
+                execute(planned, opened, staging, workers, on_progress, encoder=encoder, before_seal=before_seal)
             done_before = staging.sealed_before
     finally:
         opened.close()

@@ -75,8 +75,8 @@ class Reason(StrEnum):
     """
 
     MISSING_FILE = "missing_file"
-    """A required file or directory does not exist or cannot be opened. Check the path and the permissions, or
-    fetch the file again."""
+    """A required file or directory does not exist or cannot be opened, or a Git LFS pointer or a web page takes its
+    place. Check the path and the permissions, or fetch the file again."""
 
     EXTRA_FILE = "extra_file"
     """The directory contains a file that the manifest does not list. Move the file elsewhere; the artifact itself
@@ -86,8 +86,8 @@ class Reason(StrEnum):
     """A directory, FIFO, device or socket has the name of a required file. Replace it with the regular file."""
 
     PATH_ESCAPES = "path_escapes"
-    """A file name inside a file is not a plain name, or a symbolic link leads outside the Hub's cache. Copy the
-    linked file into the directory; do not use a file from an untrusted author that contains such a name."""
+    """A file name inside a file is not a plain name, or a symbolic link of an artifact leads outside the Hub's cache.
+    Copy the linked file into the directory; do not use a file from an untrusted author that contains such a name."""
 
     FILE_SIZE = "file_size"
     """The size of a file differs from the size in the manifest. Fetch the file again."""

@@ -1,13 +1,17 @@
 """The strict JSON parser and writer that all of qformat uses (spec section 8).
 
-The parser limits the size, the nesting and the numbers of a text, and rejects NaN and duplicate keys.
+The parser limits the size, the nesting and the numbers of a text, and rejects NaN and duplicate keys. `config.json` may
+have the numbers of Python's json module, with which transformers writes it. In a file of a source, whatever this module
+reads is accepted and remarked on.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +19,9 @@ from qformat.errors import InvalidFileError, Reason
 
 MAX_DEPTH = 32
 MAX_INTEGER_DIGITS = 20
+MAX_PYTHON_INTEGER_DIGITS = 4300
+"""Longest integer that Python's json module reads, in characters."""
+
 MAX_FLOAT_LITERAL = 64
 
 MIN_NBYTES_PER_VALUE = 16
@@ -42,6 +49,8 @@ def loads(
     max_nbytes: int,
     error: type[InvalidFileError],
     tensor: str | None = None,
+    python_numbers: bool = False,
+    remarks: list[str] | None = None,
 ) -> Json:
     """Parse a JSON text from a file.
 
@@ -51,6 +60,9 @@ def loads(
         max_nbytes: Largest size of such a text, in bytes.
         error: Class of the error to raise.
         tensor: Tensor that the text describes, for error messages.
+        python_numbers: Whether NaN, Infinity and integers of up to 4,300 characters are accepted.
+        remarks: If given, a byte order mark, keys that occur twice and the numbers of `python_numbers` are accepted,
+            and a remark about each is appended. Of two values of a key the last one counts, as in Python's json module.
 
     Raises:
         InvalidFileError: The text is invalid or exceeds a limit. The class of the error is `error`; the reason is
@@ -63,12 +75,17 @@ def loads(
     if len(data) > max_nbytes:
         refuse(Reason.JSON_LIMIT, f"the JSON text has {len(data)} bytes (the limit is {max_nbytes})")
     try:
+        if remarks is not None and data.startswith(codecs.BOM_UTF8):
+            data = data.removeprefix(codecs.BOM_UTF8)
+            remarks.append("begins with a byte order mark, which transformers rejects")
         text = data.decode("utf-8")
         _check_structure(text, max_nbytes // MIN_NBYTES_PER_VALUE)
         # All JSON texts are parsed by this call, so that none bypasses the checks.
-        value: Json = _DECODER.decode(text)
+        value: Json = _decoder(python_numbers, remarks).decode(text)
         if _SURROGATE_ESCAPE.search(text):
-            dumps(value).encode("utf-8")  # fails on half a surrogate pair, which UTF-8 cannot represent
+            dumps(value, python_numbers=True).encode(
+                "utf-8"
+            )  # fails on half a surrogate pair, which UTF-8 cannot represent
     except _Refused as refused:
         refuse(refused.reason, str(refused))
     except UnicodeDecodeError as broken:
@@ -81,15 +98,16 @@ def loads(
     return value
 
 
-def dumps(value: object, *, indent: int | None = None) -> str:
-    """Return a value as JSON text: keys in the given order, non-ASCII characters unescaped, no NaN or Inf.
+def dumps(value: object, *, indent: int | None = None, python_numbers: bool = False) -> str:
+    """Return a value as JSON text: keys in the given order, non-ASCII characters unescaped.
 
     Args:
         value: Value to write.
         indent: Number of spaces per level; None for compact text on one line.
+        python_numbers: Whether NaN and Infinity may occur.
     """
     separators = (",", ":") if indent is None else (",", ": ")
-    return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False, allow_nan=python_numbers)
 
 
 def _check_structure(text: str, max_values: int) -> None:
@@ -152,6 +170,13 @@ def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     return value
 
 
+def _python_int(text: str) -> int | float:
+    if len(text) > MAX_PYTHON_INTEGER_DIGITS:
+        problem = f"an integer has {len(text)} digits (the limit is {MAX_PYTHON_INTEGER_DIGITS})"
+        raise _Refused(Reason.JSON_LIMIT, problem)
+    return -0.0 if text == "-0" else int(text)
+
+
 _DECODER = json.JSONDecoder(
     parse_constant=_refuse_constant,
     parse_int=_bounded_int,
@@ -159,3 +184,37 @@ _DECODER = json.JSONDecoder(
     object_pairs_hook=_unique_keys,
 )
 """Shared decoder, because an artifact has one JSON text for each packed tensor."""
+
+_DECODER_OF_PYTHON_NUMBERS = json.JSONDecoder(
+    parse_int=_python_int, parse_float=_bounded_float, object_pairs_hook=_unique_keys
+)
+
+
+def _decoder(python_numbers: bool, remarks: list[str] | None) -> json.JSONDecoder:
+    if remarks is None:
+        return _DECODER_OF_PYTHON_NUMBERS if python_numbers else _DECODER
+
+    def remark(text: str) -> None:
+        if text not in remarks:
+            remarks.append(text)
+
+    def constant(text: str) -> float:
+        remark(f"contains {text}, which is not JSON: readers other than Python's reject it")
+        return float(text)
+
+    def integer(text: str) -> int | float:
+        if len(text) > MAX_INTEGER_DIGITS:
+            remark(f"contains an integer of {len(text)} digits, which many readers reject")
+        return _python_int(text)
+
+    def pairs(found: list[tuple[str, Json]]) -> dict[str, Json]:
+        value = dict(found)
+        if len(value) != len(found):
+            for key, times in Counter(key for key, _ in found).items():
+                if times > 1:
+                    remark(f"contains the key {key!r} {times} times; the last value counts, as in transformers")
+        return value
+
+    return json.JSONDecoder(
+        parse_constant=constant, parse_int=integer, parse_float=_bounded_float, object_pairs_hook=pairs
+    )

@@ -255,3 +255,55 @@ def test_thirty_megabytes_of_hostile_json_cost_at_most_a_few_hundred_megabytes(b
         timeout=300,
     )
     assert int(result.stdout) < 300 * 1024  # KiB
+
+
+# The numbers of Python's json module, and everything else that it reads
+
+
+PYTHON_TEXTS: dict[bytes, list[str]] = {
+    b'{"a": [0.0, Infinity]}': ["contains Infinity"],
+    b"[-Infinity, NaN, -Infinity]": ["contains -Infinity", "contains NaN"],
+    b'{"model_max_length": 1000000000000000019884624838656}': ["contains an integer of 31 digits"],
+    b"-" + b"9" * 4299: ["contains an integer of 4300 digits"],
+    b'{"a": 1, "b": 2, "a": 3}': ["contains the key 'a' 2 times; the last value counts"],
+    b'{"x": {"": 0, "": 0, "": 5}, "x": {"": 1}}': ["contains the key '' 3 times", "contains the key 'x' 2 times"],
+    b'{"a": 1}': [],
+}
+
+
+@pytest.mark.parametrize("data", PYTHON_TEXTS)
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_text_of_a_source_is_read_as_python_reads_it_and_remarked_on(data: bytes, mark: bytes) -> None:
+    remarks: list[str] = []
+    found = strict_json.loads(mark + data, path="f", max_nbytes=2**20, error=SourceError, remarks=remarks)
+    assert repr(found) == repr(json.loads(data))
+    expected = ["begins with a byte order mark"] * bool(mark) + PYTHON_TEXTS[data]
+    assert len(remarks) == len(expected)
+    assert all(remark.startswith(begin) for remark, begin in zip(remarks, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b'{"a": 1, "a": 1}', Reason.JSON_DUPLICATE_KEY),
+        (b"\xef\xbb\xbf{}", Reason.JSON_SYNTAX),
+        (b"[nan]", Reason.JSON_SYNTAX),
+        (b"[1e999]", Reason.JSON_LIMIT),
+        (b"1" * 4301, Reason.JSON_LIMIT),
+        (b'"\\ud800"', Reason.JSON_SYNTAX),
+        (b"[" * 33 + b"]" * 33, Reason.JSON_LIMIT),
+    ],
+)
+def test_python_numbers_are_the_only_exception_in_a_config(data: bytes, reason: Reason) -> None:
+    with pytest.raises(ArtifactError) as refused:
+        strict_json.loads(data, path="f", max_nbytes=2**20, error=ArtifactError, python_numbers=True)
+    assert refused.value.reason is reason
+    assert loads(b"[1]") == [1]
+
+
+def test_python_numbers_survive_writing_and_reading() -> None:
+    value = {"a": [float("inf"), -float("inf"), 10**30], "b": 10**4299}
+    text = strict_json.dumps(value, python_numbers=True).encode()
+    assert strict_json.loads(text, path="f", max_nbytes=2**20, error=ArtifactError, python_numbers=True) == value
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        strict_json.dumps(value)

@@ -45,8 +45,10 @@ from qformat.converters.compare.differences import (
 from qformat.converters.compare.judgement import Judgement
 from qformat.converters.compare.tuned_scales import count_too_far, scale_change
 from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes, read_chunks
+from qformat.converters.sources.file_source import INDEX_WINS
 from qformat.converters.sources.open_source import open_source
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
+from qformat.converters.sources.wrapped.stripped_names import MEMBER, StrippedNames
 from qformat.cores import run_tasks, usable_cores
 
 __all__ = ["Comparison", "compare"]
@@ -75,11 +77,15 @@ def compare(
         ArtifactError: The artifact cannot be opened.
         SourceError: The source cannot be opened.
     """
-    opened = open_source(source) if isinstance(source, Path | str) else source
     with ExitStack() as stack:
-        if opened is not source:
-            stack.callback(opened.close)
         checked = artifact if isinstance(artifact, Artifact) else stack.enter_context(open_artifact(artifact))
+        if isinstance(source, Path | str):
+            opened = open_source(source, index_wins=INDEX_WINS in checked.manifest.source)
+            stack.callback(opened.close)
+        else:
+            opened = source
+        if MEMBER in checked.manifest.source:
+            opened = StrippedNames(opened)
         shards = ShardFiles(checked.structure, stack)
         with telling_of_compilation(on_compile):
             _warm_up(checked.manifest.tensors.values())

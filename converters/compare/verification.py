@@ -32,6 +32,7 @@ from qformat.artifact.verification_facts import (
     PackedFacts,
     VerificationFacts,
 )
+from qformat.converters.sources.file_source import INDEX_WINS
 from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.source import Source
 from qformat.cores import usable_cores
@@ -128,9 +129,10 @@ def verify_against_source(
     with ExitStack() as stack:
         opened = None
         if source is not None:
-            if is_repository(source):
-                manifest = _readable_manifest(artifact)
-            opened = open_source(source, revision=_recorded_commit(manifest, str(source)))
+            manifest = _readable_manifest(artifact)
+            revision = _recorded_commit(manifest, str(source)) if is_repository(source) else None
+            index_wins = manifest is not None and INDEX_WINS in manifest.source
+            opened = open_source(source, revision=revision, index_wins=index_wins)
             stack.callback(opened.close)
         started = time.monotonic()
         integrity = verify_integrity(

@@ -175,13 +175,13 @@ def _config_bytes(artifact: Artifact, target: FloatFormat) -> bytes:
     """Return config.json without quantization_config and with the target as the dtype of the model and sub-models."""
     path = artifact.path / CONFIG_NAME
     data = read_small_file(artifact, CONFIG_NAME)
-    config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+    config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True)
     assert isinstance(config, dict), "checked with the structure"
     config.pop("quantization_config", None)
     if not any(key in config for key in _DTYPE_KEYS):
         config["dtype"] = target.torch_name
     _set_dtypes(config, target)
-    return small_json(config)
+    return small_json(config, python_numbers=True)
 
 
 def _set_dtypes(config: JsonObject, target: FloatFormat) -> None:

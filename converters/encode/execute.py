@@ -8,7 +8,7 @@ recorded in the journal.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -38,10 +38,11 @@ def execute(
     plan: Plan,
     source: Source,
     staging: Staging,
-    *,
     workers: int,
     progress: Progress,
+    *,
     encoder: WeightEncoder | None = None,
+    before_seal: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the planned output into a staged directory and seal it.
 
@@ -55,6 +56,7 @@ def execute(
         workers: Number of threads. Does not affect the output bytes.
         progress: Called with the number of source bytes processed since the last call.
         encoder: Chooses the codes of some weights. All others are encoded as in section 4.2 of the spec.
+        before_seal: Called when everything except the manifest is written. An error from it leaves the output unsealed.
 
     Raises:
         SourceError: The source is damaged, changed during the conversion, or a weight contains NaN or Inf.
@@ -77,6 +79,7 @@ def execute(
     files = {shard.name: FileRecord(shard.nbytes, sha256[shard.name], xxh3(shard.header)) for shard in plan.shards}
     files |= _write_small_files(plan, source, staging)
     run.refuse_changed_source()
+    before_seal()
     manifest = plan.manifest(digests, files)
     staging.disk.write_file(staging.folder / MANIFEST_NAME, manifest.to_bytes())
     staging.seal()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from qformat import strict_json
 from qformat.artifact.components import Component, PackedShape
@@ -21,17 +21,27 @@ from qformat.artifact.manifest import (
 )
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
-from qformat.converters.encode.refusals import refuse_names, refuse_quantized, refuse_unreadable
+from qformat.converters.encode.refusals import (
+    refuse_empty,
+    refuse_names,
+    refuse_quantized,
+    refuse_unreadable,
+    refuse_wrapped,
+)
 from qformat.converters.encode.small_files import config_bytes, index_bytes, small_json
 from qformat.converters.encode.tasks import AdoptedTask, KeptTask, PackedTask, Place, Task, TensorDigests
 from qformat.converters.rules import adoption
 from qformat.converters.rules import recipe as recipes
+from qformat.converters.rules.architectures import with_architectures
 from qformat.converters.rules.recipe import NF4Options, Recipe
 from qformat.converters.rules.skip_list import skip_modules
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
 from qformat.errors import SourceError
 from qformat.names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from qformat.version import __version__
+
+LEFT_OUT = "left_out"
+"""Member of the manifest's record of the source: why files and directories are not in the artifact, keyed by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,8 @@ class Plan:
         recipe: The recipe, as the manifest records it.
         source: The source, as the manifest records it.
         fingerprint: Digest of everything that determines the output bytes, except the weights.
+        notes: What a user should know about the files of the source, one sentence each.
+        left_out: Why files and directories of the source are not in the output, keyed by name.
     """
 
     tasks: tuple[Task, ...]
@@ -55,6 +67,8 @@ class Plan:
     recipe: JsonObject
     source: JsonObject
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def packed(self) -> tuple[PackedTask, ...]:
@@ -136,6 +150,8 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         SourceError: The checkpoint cannot be converted.
         UsageError: The recipe does not fit the checkpoint.
     """
+    refuse_wrapped(source)
+    refuse_empty(source)
     for tensor in source.tensors.values():
         refuse_quantized(source, tensor)
     adopted = {name: _adopted_tensor(source, name, weight) for name, weight in source.packed.items()}
@@ -166,10 +182,12 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         else:
             assert choice.reason is not None
             tasks.append(KeptTask(tensor, places[tensor.name], choice.reason))
+    described, note = with_architectures(source.config, source.location)
     if adopted:
-        config = small_json({**source.config, "quantization_config": adoption.quantization_config(choices, source)})
+        quantization = adoption.quantization_config(choices, source)
+        config = small_json({**described, "quantization_config": quantization}, python_numbers=True)
     else:
-        config = config_bytes(source.config, skip_modules(choices, source.config), recipe, layouts)
+        config = config_bytes(described, skip_modules(choices, source.config), recipe, layouts)
     index = index_bytes(shards)
     refuse_unreadable(source, CONFIG_NAME, config, max_nbytes=MAX_CONFIG_NBYTES)
     refuse_unreadable(source, INDEX_NAME, index, max_nbytes=MAX_INDEX_NBYTES)
@@ -181,8 +199,10 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         small_files=small_files,
         side_files=source.side_files,
         recipe=canonical,
-        source=source.describe(),
+        source={**source.describe(), **({LEFT_OUT: {**source.left_out}} if source.left_out else {})},
         fingerprint=_fingerprint(source, shards, small_files),
+        notes=tuple(source.notes) if note is None else (*source.notes, note),
+        left_out=source.left_out,
     )
 
 

@@ -39,7 +39,7 @@ def config_bytes(config: JsonObject, skip: list[str], recipe: Recipe, layouts: M
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
-    return small_json({**config, "quantization_config": quantization})
+    return small_json({**config, "quantization_config": quantization}, python_numbers=True)
 
 
 def index_bytes(shards: tuple[Shard, ...]) -> bytes:
@@ -49,6 +49,11 @@ def index_bytes(shards: tuple[Shard, ...]) -> bytes:
     return small_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def small_json(value: object) -> bytes:
-    """Return a value as human-readable JSON: indented, with a final newline."""
-    return (strict_json.dumps(value, indent=2) + "\n").encode("utf-8")
+def small_json(value: object, *, python_numbers: bool = False) -> bytes:
+    """Return a value as human-readable JSON: indented, with a final newline.
+
+    Args:
+        value: Value to write.
+        python_numbers: Whether NaN and Infinity may occur, as in config.json.
+    """
+    return (strict_json.dumps(value, indent=2, python_numbers=python_numbers) + "\n").encode("utf-8")

@@ -13,10 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
+from qformat.converters.sources.gguf.architectures import ARCHITECTURES
 from qformat.converters.sources.source import Source
+from qformat.converters.sources.unsuitable import not_a_checkpoint, refuse_address, refuse_mlx
 from qformat.errors import Option, Reason, SourceError, UsageError
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
-from qformat.names import CONFIG_NAME, INDEX_NAME, SINGLE_SHARD_NAME, SINGLE_TORCH_NAME, is_repository_name
+from qformat.names import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_SHARD_NAME,
+    SINGLE_TORCH_NAME,
+    TORCH_INDEX_NAME,
+    is_repository_name,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +43,13 @@ class SourceKind:
 
 @dataclass(frozen=True, slots=True)
 class _Container(SourceKind):
-    """A file format that contains tensors. The first one in the table whose `lies_at` is true opens the location."""
+    """A file format that contains tensors. The first one in the table whose `lies_at` is true opens the location.
+
+    `open` takes the location and whether the index decides which tensors count.
+    """
 
     lies_at: Callable[[Path, list[str]], bool]
-    open: Callable[[Path], Source]
+    open: Callable[[Path, bool], Source]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +68,7 @@ def open_source(
     keep_source: bool = False,
     pin: JsonObject | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
+    index_wins: bool = False,
 ) -> Source:
     """Open the checkpoint at a location: a directory, a GGUF file or a Hub repository. The caller closes the source.
 
@@ -67,15 +80,23 @@ def open_source(
         keep_source: Whether a Hub repository is downloaded into the local cache first.
         pin: Commit recorded by an interrupted run.
         transfer: Connections, timeouts and retries for reading from the Hub.
+        index_wins: Whether tensors that the index does not assign to their shard are ignored instead of rejected.
 
     Raises:
         SourceError: The location is not a checkpoint, or it is damaged or of a kind that cannot be converted.
         HubError: The Hub rejects a request or does not answer.
-        UsageError: An option does not apply to the location.
+        UsageError: An option does not apply to the location, or it is an address on the web.
     """
+    refuse_address(location)
     if is_repository(location):
         return _open_hub(
-            str(location), revision=revision, offline=offline, keep_source=keep_source, pin=pin, transfer=transfer
+            str(location),
+            revision=revision,
+            offline=offline,
+            keep_source=keep_source,
+            pin=pin,
+            transfer=transfer,
+            index_wins=index_wins,
         )
     for name, given in (("revision", revision is not None), ("offline", offline), ("keep_source", keep_source)):
         if given:
@@ -86,9 +107,9 @@ def open_source(
             )
     path = Path(location)
     names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    container = _container_at(path, names)
-    # The safetensors source reports what is missing if this is not a checkpoint.
-    opened = container.open(path) if container is not None else _open_safetensors(path)
+    if (container := _container_at(path, names)) is None:
+        raise not_a_checkpoint(path, names)
+    opened = container.open(path, index_wins)
     try:
         return decoded(opened)
     except BaseException:
@@ -116,6 +137,7 @@ def decoded(source: Source) -> Source:
 
 
 def _encoding_of(source: Source) -> _Encoding | None:
+    refuse_mlx(source)
     quantization = source.config.get("quantization_config")
     if quantization is None:
         return None
@@ -133,7 +155,14 @@ def _encoding_of(source: Source) -> _Encoding | None:
 
 
 def _open_hub(
-    name: str, *, revision: str | None, offline: bool, keep_source: bool, pin: JsonObject | None, transfer: Transfer
+    name: str,
+    *,
+    revision: str | None,
+    offline: bool,
+    keep_source: bool,
+    pin: JsonObject | None,
+    transfer: Transfer,
+    index_wins: bool,
 ) -> Source:
     from qformat.converters.sources.hub.repository import HubRepository, open_hub_files
     from qformat.converters.sources.hub.snapshot import HubSnapshot
@@ -142,9 +171,11 @@ def _open_hub(
         name, revision=revision, offline=offline, keep_source=keep_source, pin=pin, transfer=transfer
     )
     try:
-        container = _container_at(files.path, files.names())
-        if container is not None and container.open is not _open_safetensors:
-            return HubSnapshot(files, container.open)
+        if (container := _container_at(files.path, files.names())) is None:
+            raise not_a_checkpoint(files.path, files.names())
+        if container.open is not _open_safetensors:
+            return HubSnapshot(files, lambda folder: container.open(folder, index_wins))
+        files.index_wins = index_wins
         opened = HubRepository(files)
         if (encoding := _encoding_of(opened)) is None:
             return opened
@@ -155,19 +186,19 @@ def _open_hub(
         raise
 
 
-def _open_safetensors(path: Path) -> Source:
+def _open_safetensors(path: Path, index_wins: bool) -> Source:
     from qformat.converters.sources.safetensors_shards import SafetensorsShards
 
-    return SafetensorsShards(path)
+    return SafetensorsShards(path, index_wins=index_wins)
 
 
-def _open_torch_bin(path: Path) -> Source:
+def _open_torch_bin(path: Path, index_wins: bool) -> Source:
     from qformat.converters.sources.torch_bin import TorchBin
 
-    return TorchBin(path)
+    return TorchBin(path, index_wins=index_wins)
 
 
-def _open_gguf(path: Path) -> Source:
+def _open_gguf(path: Path, index_wins: bool) -> Source:
     from qformat.converters.sources.gguf.file import GgufFile
 
     return GgufFile(path)
@@ -190,7 +221,7 @@ def _is_safetensors(path: Path, names: list[str]) -> bool:
 
 
 def _is_torch_bin(path: Path, names: list[str]) -> bool:
-    return any(name.startswith("pytorch_model") and name.endswith((".bin", ".bin.index.json")) for name in names)
+    return SINGLE_TORCH_NAME in names or TORCH_INDEX_NAME in names
 
 
 def _is_gguf(path: Path, names: list[str]) -> bool:
@@ -218,7 +249,7 @@ _CONTAINERS = (
     ),
     _Container(
         "gguf",
-        "a .gguf file, or a directory with one: Llama and Qwen, F32 to Q2_K, decoded to bf16 (F16 and F32 stay)",
+        f"a .gguf file or its parts, decoded to bf16 (F16 and F32 stay); architectures {', '.join(ARCHITECTURES)}",
         lies_at=_is_gguf,
         open=_open_gguf,
     ),

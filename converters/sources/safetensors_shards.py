@@ -11,14 +11,8 @@ from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles, CheckpointFolder
 from qformat.converters.sources.file_source import FileSource
 from qformat.converters.sources.source import SourceTensor
-from qformat.errors import Reason, SourceError
+from qformat.errors import Option, Reason, SourceError
 from qformat.names import INDEX_NAME, SINGLE_SHARD_NAME
-
-_OTHER_FORMATS = (
-    (".pt", "PyTorch .pt weights"),
-    (".msgpack", "Flax weights"),
-    (".h5", "TensorFlow weights"),
-)
 
 
 class SafetensorsShards(FileSource[CheckpointFiles]):
@@ -26,15 +20,13 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
 
     kind = "safetensors"
 
-    def __init__(self, files: Path | CheckpointFiles) -> None:
-        super().__init__(CheckpointFolder(files) if isinstance(files, Path) else files)
+    def __init__(self, files: Path | CheckpointFiles, *, index_wins: bool = False) -> None:
+        super().__init__(CheckpointFolder(files, index_wins=index_wins) if isinstance(files, Path) else files)
         try:
             self.config = self._files.read_config()
-            self._headers = self._open_shards()
+            self._headers, names = self._open_shards()
             self._entries = {
-                name: (shard, entry)
-                for shard, parsed in self._headers.items()
-                for name, entry in parsed.tensors.items()
+                name: (shard, self._headers[shard].tensors[name]) for shard in self._headers for name in names[shard]
             }
             self.tensors: Mapping[str, SourceTensor] = {
                 name: SourceTensor(name, entry.dtype, entry.shape, shard)
@@ -48,11 +40,11 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
     def describe(self) -> JsonObject:
         """Return the kind and the shards' names and sizes, as the manifest records them."""
         files: JsonObject = {name: {"nbytes": parsed.file_nbytes} for name, parsed in sorted(self._headers.items())}
-        return {"kind": self.kind, "files": files}
+        return {"kind": self.kind, "files": files, **self._how_read()}
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, headers and side files."""
-        lines = [strict_json.dumps(self.config)]
+        lines = [strict_json.dumps(self.config, python_numbers=True)]
         for shard, parsed in sorted(self._headers.items()):
             lines.append(f"{shard} {parsed.file_nbytes}")
             lines += [f"{entry.name} {entry.dtype} {entry.shape} {entry.start}" for entry in parsed.tensors.values()]
@@ -69,40 +61,31 @@ class SafetensorsShards(FileSource[CheckpointFiles]):
         shard, entry = self._entries[tensor.name]
         self._files.read_into(shard, entry.start + offset, out)
 
-    def _open_shards(self) -> dict[str, header.Header]:
+    def _weight_files(self) -> list[str]:
+        return [*self._headers, INDEX_NAME]
+
+    def _open_shards(self) -> tuple[dict[str, header.Header], dict[str, list[str]]]:
+        """Return the headers of all shards, and the names of the tensors that count in each."""
         weight_map = self._read_index()
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_SHARD_NAME]
         headers = self._files.read_headers(names)
-        self._files.check_shards({name: parsed.tensors for name, parsed in headers.items()}, INDEX_NAME, weight_map)
-        return headers
+        if not any(parsed.tensors for parsed in headers.values()):
+            raise SourceError(Reason.HEADER_SYNTAX, self.location / names[0], "contains no tensor")
+        stored = {name: parsed.tensors for name, parsed in headers.items()}
+        return headers, self._files.names_by_shard(stored, INDEX_NAME, weight_map)
 
     def _read_index(self) -> dict[str, str] | None:
         weight_map = self._files.read_weight_map(INDEX_NAME)
-        if weight_map is None:
-            if not self._files.has(SINGLE_SHARD_NAME):
-                raise self._no_weights()
-        elif SINGLE_SHARD_NAME not in weight_map.values() and self._files.has(SINGLE_SHARD_NAME):
+        if weight_map is None or SINGLE_SHARD_NAME in weight_map.values():
+            return weight_map
+        if self._files.has(SINGLE_SHARD_NAME) and not self._files.index_wins:
             raise SourceError(
                 Reason.INDEX_MISMATCH,
                 self.location / INDEX_NAME,
                 f"exists together with {SINGLE_SHARD_NAME}, so it is unclear which one is the checkpoint",
-                next_step="Remove the one that is not",
+                next_step=(
+                    "Remove the one that is not, or read what the index names with ",
+                    Option("index_wins", True),
+                ),
             )
         return weight_map
-
-    def _no_weights(self) -> SourceError:
-        names = self._files.names()
-        for suffix, meaning in _OTHER_FORMATS:
-            found = [name for name in names if name.endswith(suffix)]
-            if found:
-                return SourceError(
-                    Reason.UNSUPPORTED_SOURCE,
-                    self.location / found[0],
-                    f"{meaning} cannot be converted (`qformat info` lists the supported kinds of source)",
-                    next_step="Save the model with save_pretrained, which writes safetensors, and convert the result",
-                )
-        others = [name for name in names if name.endswith(".safetensors")]
-        hint = f" (found {', '.join(others[:5])})" if others else ""
-        return SourceError(
-            Reason.MISSING_FILE, self.location, f"has neither {INDEX_NAME} nor {SINGLE_SHARD_NAME}{hint}"
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -72,6 +72,14 @@ class Source(Protocol):
     @property
     def state_when_opened(self) -> JsonObject:
         """State of each file just before it was first read, see `state`."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know about the files, one sentence each."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Why files and directories are neither read nor carried over, keyed by name."""
 
     def describe(self) -> JsonObject:
         """Return what the manifest records about the source. Independent of its location."""

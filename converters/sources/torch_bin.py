@@ -67,8 +67,8 @@ class TorchBin(FileSource[CheckpointFolder]):
 
     kind = "torch_bin"
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(CheckpointFolder(folder))
+    def __init__(self, folder: Path, *, index_wins: bool = False) -> None:
+        super().__init__(CheckpointFolder(folder, index_wins=index_wins))
         self._mapped: dict[str, mmap.mmap] = {}
         self._zips: dict[str, TorchZip] = {}
         self._stored: dict[str, _Stored] = {}
@@ -88,11 +88,11 @@ class TorchBin(FileSource[CheckpointFolder]):
     def describe(self) -> JsonObject:
         """Return the kind and the shards' names and sizes, as the manifest records them."""
         files: JsonObject = {name: {"nbytes": opened.nbytes} for name, opened in sorted(self._zips.items())}
-        return {"kind": self.kind, "files": files}
+        return {"kind": self.kind, "files": files, **self._how_read()}
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, tensors with their locations, and side files."""
-        lines = [f"{self.kind} {strict_json.dumps(self.config)}"]
+        lines = [f"{self.kind} {strict_json.dumps(self.config, python_numbers=True)}"]
         for name, tensor in sorted(self.tensors.items()):
             lines.append(f"{name} {tensor.file} {tensor.dtype} {tensor.shape} {self._stored[name]}")
         return self._digest(lines, self.side_files)
@@ -112,6 +112,9 @@ class TorchBin(FileSource[CheckpointFolder]):
         else:
             out[:] = self._gathered(tensor, stored, offset, len(out)).data
 
+    def _weight_files(self) -> list[str]:
+        return [*self._zips, TORCH_INDEX_NAME]
+
     def _gathered(self, tensor: SourceTensor, stored: _Stored, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return bytes in row-major order of a tensor that is a view of its storage, such as a transpose."""
         item_nbytes = ELEMENT_NBYTES[tensor.dtype]
@@ -129,21 +132,21 @@ class TorchBin(FileSource[CheckpointFolder]):
         weight_map = self._files.read_weight_map(TORCH_INDEX_NAME)
         names = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_TORCH_NAME]
         shards = {shard: self._open_shard(shard) for shard in names}
-        self._files.check_shards(shards, TORCH_INDEX_NAME, weight_map)
-        tensors = {name: tensor for found in shards.values() for name, tensor in found.items()}
+        counted = self._files.names_by_shard(shards, TORCH_INDEX_NAME, weight_map)
+        self._stored = {name: shards[shard][name][0] for shard in counted for name in counted[shard]}
+        tensors = {name: shards[shard][name][1] for shard in counted for name in counted[shard]}
         return {name: tensor for name, tensor in tensors.items() if not self._is_tied_output(name, tensors)}
 
-    def _open_shard(self, shard: str) -> dict[str, SourceTensor]:
+    def _open_shard(self, shard: str) -> dict[str, tuple[_Stored, SourceTensor]]:
         path = self.location / shard
         descriptor = self._files.open(shard)
         opened = self._zips[shard] = TorchZip(descriptor, path)
         opened.read_member("/data.pkl", max_nbytes=_MAX_PICKLE_NBYTES)  # checks its CRC-32 before torch reads it
         if opened.has_member(_BYTE_ORDER) and opened.read_member(_BYTE_ORDER, max_nbytes=16) != b"little":
             raise SourceError(Reason.UNSUPPORTED_SOURCE, path, "was written on a big-endian machine")
-        found: dict[str, SourceTensor] = {}
+        found: dict[str, tuple[_Stored, SourceTensor]] = {}
         for name, empty in _load(descriptor, path).items():
-            stored, found[name] = _place(opened, path, name, empty)
-            self._stored[name] = stored
+            stored, _ = found[name] = _place(opened, path, name, empty)
             if not stored.is_contiguous and shard not in self._mapped:
                 self._mapped[shard] = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
         return found

@@ -1,7 +1,7 @@
 """Strict reading and deterministic writing of safetensors headers (spec section 3).
 
-The reader is stricter than the safetensors library: it also rejects repeated names, unknown fields, leading spaces and
-misaligned elements.
+The reader is stricter than the safetensors library: it also rejects repeated names, and in a shard of an artifact
+unknown fields, leading spaces and misaligned elements.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ DATA_ALIGNMENT = 4096
 
 _LENGTH = struct.Struct("<Q")
 _METADATA = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,14 @@ def build(tensors: Iterable[TensorSpec]) -> bytes:
     return _LENGTH.pack(padded) + text.ljust(padded, b" ")
 
 
-def read(descriptor: int, path: Path, *, error: type[InvalidFileError]) -> Header:
+def read(descriptor: int, path: Path, *, error: type[InvalidFileError], of_artifact: bool = True) -> Header:
     """Read and check the header of an open safetensors file.
 
     Args:
         descriptor: File descriptor.
         path: Path of the file, for error messages.
         error: Class of the error to raise.
+        of_artifact: Whether the file is a shard of an artifact, see `parse`.
 
     Raises:
         InvalidFileError: The header is invalid (spec section 3.1). The class is `error`.
@@ -90,7 +92,7 @@ def read(descriptor: int, path: Path, *, error: type[InvalidFileError]) -> Heade
         read_exactly(descriptor, offset, out, path=path, error=error)
 
     text = read_text(read_into, file_nbytes=(nbytes := os.fstat(descriptor).st_size), path=path, error=error)
-    return parse(text, file_nbytes=nbytes, path=path, error=error)
+    return parse(text, file_nbytes=nbytes, path=path, error=error, of_artifact=of_artifact)
 
 
 def read_text(
@@ -136,7 +138,9 @@ def framed(text: bytes) -> bytes:
     return _LENGTH.pack(len(text)) + text
 
 
-def parse(text: bytes, *, file_nbytes: int, path: Path, error: type[InvalidFileError]) -> Header:
+def parse(
+    text: bytes, *, file_nbytes: int, path: Path, error: type[InvalidFileError], of_artifact: bool = True
+) -> Header:
     """Parse and check the JSON text of a header.
 
     Args:
@@ -144,22 +148,26 @@ def parse(text: bytes, *, file_nbytes: int, path: Path, error: type[InvalidFileE
         file_nbytes: Size of the file in bytes.
         path: Path of the file, for error messages.
         error: Class of the error to raise.
+        of_artifact: Whether the file is a shard of an artifact. Any other file may have misaligned elements, no tensor,
+            unknown fields, spaces before the text and a `__metadata__` of null, which the safetensors library reads.
 
     Raises:
         InvalidFileError: The header is invalid (spec section 3.1). The class is `error`.
     """
-    if not text.startswith(b"{"):
+    if not (text if of_artifact else text.lstrip(b" \t\r\n")).startswith(b"{"):
         raise error(Reason.HEADER_SYNTAX, path, "the header does not begin with '{'")
     record = strict_json.loads(text.rstrip(b" "), path=path, max_nbytes=MAX_HEADER_NBYTES, error=error)
     if not isinstance(record, dict):
         raise error(Reason.HEADER_SYNTAX, path, "the header is not a JSON object")
     metadata = record.pop(_METADATA, {})
+    if metadata is None and not of_artifact:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise error(Reason.HEADER_FIELD, path, "is not an object of strings", field=_METADATA)
-    if not record:
+    if not record and of_artifact:
         raise error(Reason.HEADER_SYNTAX, path, "the header contains no tensor")
     data_start = _LENGTH.size + len(text)
-    entries = [_entry(name, value, data_start, path, error) for name, value in record.items()]
+    entries = [_entry(name, value, data_start, path, error, of_artifact) for name, value in record.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     _check_coverage(entries, data_start, file_nbytes, path, error)
     return Header(
@@ -172,7 +180,12 @@ def parse(text: bytes, *, file_nbytes: int, path: Path, error: type[InvalidFileE
 
 
 def _entry(
-    name: str, value: strict_json.Json, data_start: int, path: Path, error: type[InvalidFileError]
+    name: str,
+    value: strict_json.Json,
+    data_start: int,
+    path: Path,
+    error: type[InvalidFileError],
+    of_artifact: bool,
 ) -> TensorEntry:
     def refuse(reason: Reason, problem: str, field: str | None = None) -> InvalidFileError:
         return error(reason, path, problem, tensor=name, field=field)
@@ -185,8 +198,9 @@ def _entry(
             f"the name must have 1 to {MAX_NAME_NBYTES} bytes of printable characters",
             tensor=shown,
         )
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse(Reason.HEADER_FIELD, "must have exactly the fields dtype, shape and data_offsets")
+    if not isinstance(value, dict) or (value.keys() != _FIELDS if of_artifact else not value.keys() >= _FIELDS):
+        exactly = "exactly " if of_artifact else ""
+        raise refuse(Reason.HEADER_FIELD, f"must have {exactly}the fields dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ELEMENT_NBYTES:
         raise refuse(Reason.UNSUPPORTED_DTYPE, f"the dtype {dtype!r} is not supported", "dtype")
@@ -205,7 +219,7 @@ def _entry(
             f"[{begin}, {end}] has {end - begin} bytes, expected {expected} ({dtype} {list(sizes)})",
             "data_offsets",
         )
-    if (data_start + begin) % ELEMENT_NBYTES[dtype]:
+    if of_artifact and (data_start + begin) % ELEMENT_NBYTES[dtype]:
         raise refuse(
             Reason.ALIGNMENT,
             f"the data begins at byte {data_start + begin} of the file, not a multiple of {ELEMENT_NBYTES[dtype]}",

@@ -17,6 +17,7 @@ from qformat.cli.display import echo, echo_json
 from qformat.cli.messages import as_flag, failure_record
 from qformat.cli.waiting import choose_how_to_wait
 from qformat.errors import Interrupted, QformatError, UsageError, spelled
+from qformat.processes import check_single_process
 from qformat.version import __version__
 
 EXIT_FAILED = 1
@@ -54,6 +55,9 @@ COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in c
 
 RESUMED = ("convert", "tune", "export", "publish", "fetch")
 """Commands that continue an interrupted run when they are called again."""
+
+WRITING = (*RESUMED, "eval", "seal", "train")
+"""Commands that write files, so that several processes of a launcher such as torchrun would disturb each other."""
 
 
 def module_of(command: str) -> str:
@@ -133,6 +137,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str]) -> int:
     try:
+        for command in {*given[:1]} & {*WRITING}:
+            check_single_process(f"qformat {command}", os.environ)
         result = cli.main(args=list(given), prog_name="qformat", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as shown:

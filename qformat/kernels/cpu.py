@@ -31,8 +31,8 @@ from qformat.codec.cpu.blocks import decode_into, decode_nested_into
 from qformat.codec.cpu.product import Product, unsupported
 from qformat.codec.floats import FloatFormat
 from qformat.kernels import openmp
-from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
 from qformat.kernels.held_weight import HeldWeight
+from qformat.kernels.implementations import MAX_ROWS_FROM_CODES
 from qformat.kernels.packed_weight import PackedWeight
 
 SCRATCH_NBYTES = 32 << 20
@@ -132,21 +132,20 @@ def block_dots(values: Tensor, packed: Tensor, block_size: int, out: Tensor) -> 
     block_dots_into(_raw(values), FORMATS[values.dtype], _array(packed), block_size=block_size, out=_array(out))
 
 
-def product(x: Tensor, held: HeldWeight) -> Tensor:
-    """Return x times the transposed weight, [M, N], without writing a decoded weight to memory.
+def product(x: Tensor, held: HeldWeight, out: Tensor) -> None:
+    """Compute x times the transposed weight without writing a decoded weight to memory.
 
     Args:
         x: Activations [M, K], M at most 16.
         held: Weight [N, K].
+        out: Tensor for the result, M * N elements in any shape, contiguous, in x's dtype.
     """
-    out = torch.empty((x.shape[0], held.weight.shape[0]), dtype=x.dtype)
     ready = held.prepared(x.dtype, _prepared)
     n_threads = torch.get_num_threads()
     if ready.instructions == "bf16":  # addresses instead of numpy views, which would cost as much as a small product
         ready.at(x.data_ptr(), x.numel(), out.data_ptr(), team=openmp.run, n_threads=n_threads)
     else:
         ready(_raw(x), _raw(out), team=openmp.run, n_threads=n_threads)
-    return out
 
 
 def _prepared(weight: PackedWeight, dtype: torch.dtype) -> Product:

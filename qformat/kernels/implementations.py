@@ -16,6 +16,13 @@ from qformat.kernels.packed_weight import PackedWeight
 
 Dequantize = Callable[[PackedWeight, Tensor], None]
 BlockDots = Callable[[Tensor, Tensor, int, Tensor], None]
+Product = Callable[[Tensor, HeldWeight, Tensor], None]
+
+MAX_ROWS_FROM_CODES = 16
+"""Largest number of rows of x for a product from codes. With more rows, the backends decode the weight and let torch
+multiply. The Triton kernel would decode the weight again for every 16 rows, the size of one tensor-core operand. On a
+CPU, 16 rows take 0.25 to 0.68 of the time of decoding plus torch's product (2 cores with AVX512-BF16, measured with
+`python -m tools.bench.kernels --crossover`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +35,8 @@ class Implementation:
         dequantize: (weight, out [N, K]). Decodes the weight.
         linear: (x [M, K], weight, bias [N] or None) -> [M, N]. Decodes the weight and multiplies.
         input_gradient: (grad [M, N], weight) -> [M, K]. Decodes the weight and multiplies.
-        product: (x [M, K], held weight) -> [M, N]. Multiplies with the codes, without a decoded weight in memory. Call
-            it only if `product_unsupported` returns None.
+        product: (x [M, K], held weight, out [..., N] with M * N elements). Multiplies with the codes, without a decoded
+            weight in memory. Call it only if `product_unsupported` returns None.
         product_unsupported: (m, weight, dtype) -> reason or None. Returns why `product` cannot be used.
         block_dots: (values [n], packed [ceil(n / 2)], block_size, out [n_blocks]). Sums values times codebook entries
             over each block, in float32.
@@ -38,7 +45,7 @@ class Implementation:
     dequantize: Dequantize
     linear: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
     input_gradient: Callable[[Tensor, PackedWeight], Tensor]
-    product: Callable[[Tensor, HeldWeight], Tensor]
+    product: Product
     product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None]
     block_dots: BlockDots
 
@@ -68,10 +75,8 @@ def _triton() -> Implementation:
     from qformat.kernels.triton import dequantize as triton_dequantize
     from qformat.kernels.triton import product as triton_product
 
-    def product(x: Tensor, held: HeldWeight) -> Tensor:
-        out = x.new_empty((x.shape[0], held.weight.shape[0]))
-        triton_product.product(x, held.weight, out)
-        return out
+    def product(x: Tensor, held: HeldWeight, out: Tensor) -> None:
+        triton_product.product(x, held.weight, out.view(x.shape[0], held.weight.shape[0]))
 
     def unsupported(m: int, weight: PackedWeight, dtype: torch.dtype) -> str | None:
         return triton_product.product_unsupported(m, weight.shape, weight.block_size, dtype)
@@ -83,7 +88,7 @@ def _triton() -> Implementation:
 def _torch() -> Implementation:
     from qformat.kernels import torch_decode
 
-    def product(x: Tensor, held: HeldWeight) -> Tensor:
+    def product(x: Tensor, held: HeldWeight, out: Tensor) -> None:
         raise AssertionError("product_unsupported rejects every call")
 
     def unsupported(_m: int, _weight: PackedWeight, _dtype: torch.dtype) -> str | None:
@@ -97,7 +102,7 @@ _MAKERS = {"numba": _numba, "triton": _triton, "torch": _torch}
 
 def _by_decoding(
     dequantize: Dequantize,
-    product: Callable[[Tensor, HeldWeight], Tensor],
+    product: Product,
     product_unsupported: Callable[[int, PackedWeight, torch.dtype], str | None],
     block_dots: BlockDots,
 ) -> Implementation:

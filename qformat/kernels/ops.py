@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qformat.errors import UsageError
 from qformat.kernels.cpu_features import compute_dtype
-from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
+from qformat.kernels.dispatch import decode_in_transforms, refuse_forward_mode
 from qformat.kernels.held_weight import HeldWeight
-from qformat.kernels.implementations import implementation
+from qformat.kernels.implementations import MAX_ROWS_FROM_CODES, implementation
 from qformat.kernels.packed_weight import PackedWeight
 
 
@@ -159,11 +160,32 @@ def _keep_components(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[9]
     grad_x = linear_nf4_input_gradient(grad, *ctx.saved_tensors, *ctx.numbers) if wants_x else None
-    grad_bias = grad.flatten(0, -2).sum(0) if wants_bias else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
     return grad_x, None, None, None, None, None, None, None, None, grad_bias
 
 
+def _decoded_linear(x: Tensor, *others: Any) -> Tensor:
+    *components, bias = others
+    return functional.linear(x, dequantize_nf4(*components, x.dtype), bias)
+
+
+def _keep_components_of_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, absmax, nested_absmax, nested_quant_map, *ctx.numbers = inputs
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_quant_map)
+
+
+def _backward_of_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return linear_nf4(grad, *ctx.saved_tensors, *ctx.numbers, None), *[None] * 8
+
+
+def _decoded_input_gradient(grad: Tensor, *components: Any) -> Tensor:
+    return torch.matmul(grad, dequantize_nf4(*components, grad.dtype))
+
+
 linear_nf4.register_autograd(_backward, setup_context=_keep_components)
+linear_nf4_input_gradient.register_autograd(_backward_of_gradient, setup_context=_keep_components_of_gradient)
+decode_in_transforms(linear_nf4, _decoded_linear)
+decode_in_transforms(linear_nf4_input_gradient, _decoded_input_gradient)
 
 
 @torch.library.custom_op("qformat::gemv_nf4", mutates_args=())
@@ -193,13 +215,19 @@ def gemv_nf4(
     reason = backend.product_unsupported(flat.shape[0], weight, x.dtype)
     if reason is not None:
         raise UsageError(f"gemv_nf4: {reason}. Use linear_nf4, which decodes the weight if necessary")
-    return backend.product(flat, HeldWeight(weight))
+    out = x.new_empty((flat.shape[0], rows))
+    backend.product(flat, HeldWeight(weight), out)
+    return out
 
 
 @gemv_nf4.register_fake
 def _(x: Tensor, *others: Any) -> Tensor:
     *_, rows, _columns = others
     return x.new_empty((x.shape[0], rows))
+
+
+for operation in (dequantize_nf4, dequantize_nf4_into, gemv_nf4):
+    refuse_forward_mode(operation)
 
 
 def linear(x: Tensor, held: HeldWeight, bias: Tensor | None = None) -> Tensor:
@@ -225,13 +253,14 @@ def linear(x: Tensor, held: HeldWeight, bias: Tensor | None = None) -> Tensor:
         return x.new_empty((*x.shape[:-1], rows))
     backend = implementation(x.device)
     if flat.shape[0] <= MAX_ROWS_FROM_CODES and backend.product_unsupported(flat.shape[0], weight, x.dtype) is None:
-        out = backend.product(flat, held)
+        out = x.new_empty((*x.shape[:-1], rows))
+        backend.product(flat, held, out)
         if bias is not None:
             out += bias
-    else:
-        dtype = product_dtype(flat)
-        out = backend.linear(flat.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
-    return out.view(*x.shape[:-1], rows)
+        return out
+    dtype = product_dtype(flat)
+    out = backend.linear(flat.to(dtype), weight, None if bias is None else bias.to(dtype)).to(x.dtype)
+    return reshaped(out, (*x.shape[:-1], rows))
 
 
 def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
@@ -245,7 +274,20 @@ def input_gradient(grad: Tensor, weight: PackedWeight) -> Tensor:
     flat = _as_rows(grad, rows)
     dtype = product_dtype(flat)
     out = implementation(grad.device).input_gradient(flat.to(dtype), weight)
-    return out.to(grad.dtype).view(*grad.shape[:-1], columns)
+    return reshaped(out.to(grad.dtype), (*grad.shape[:-1], columns))
+
+
+def reshaped(result: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a new result in another shape without a copy and, in autograd's eyes, without a view.
+
+    Callers may change a result in place, as PEFT's methods do. Autograd refuses that for a view that an operation
+    returned.
+
+    Args:
+        result: Contiguous tensor that nothing else uses.
+        shape: New shape, with as many elements.
+    """
+    return torch.ops.aten._unsafe_view.default(result, shape)  # type: ignore[no-any-return]
 
 
 def _as_rows(x: Tensor, columns: int) -> Tensor:

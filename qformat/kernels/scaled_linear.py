@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qformat.errors import UsageError
 from qformat.kernels import ops
+from qformat.kernels.dispatch import refuse_forward_mode
 from qformat.kernels.held_weight import HeldWeight
 from qformat.kernels.implementations import implementation
 from qformat.kernels.packed_weight import PackedWeight
@@ -139,8 +140,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if wants_scales:
         grad_scales = linear_nf4_scale_gradient(grad, x, packed, scales, *ctx.numbers)
     if wants_bias:
-        grad_bias = grad.flatten(0, -2).sum(0)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, None, grad_scales, None, None, None, grad_bias
 
 
 linear_nf4_scaled.register_autograd(_backward, setup_context=_keep)
+refuse_forward_mode(linear_nf4_scaled)
+refuse_forward_mode(linear_nf4_scale_gradient)

@@ -126,18 +126,28 @@ def generation_errors(model: PreTrainedModel) -> Iterator[None]:
         ) from problem
 
 
-def check_predicts_tokens(model: PreTrainedModel) -> None:
-    """Check that a model predicts the next token, unlike a classifier.
+def no_token_predictions(model_class: type, path: Path | str) -> UsageError:
+    """Return the error for a model that does not predict the next token.
+
+    Args:
+        model_class: Class of the model.
+        path: Directory of the model.
+    """
+    return UsageError(
+        f"{path}: {model_class.__name__} does not predict the next token, which this needs. Load it with "
+        "qformat.load_model, and run or train it in Python. If the weights are those of a language model, correct "
+        f"'architectures' in {CONFIG_NAME}"
+    )
+
+
+def check_can_generate(model: PreTrainedModel) -> None:
+    """Check that a loaded model predicts the next token.
 
     Raises:
         UsageError: It does not.
     """
     if not model.can_generate() or model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
-        raise UsageError(
-            f"{_name(model)}: a {type(model).__name__} does not predict the next token, so it "
-            f"cannot generate text or be trained on it. If the weights are those of a language model, correct "
-            f"'architectures' in {CONFIG_NAME}"
-        )
+        raise no_token_predictions(type(model), _name(model))
 
 
 def check_tokens(highest: int, model: PreTrainedModel) -> None:

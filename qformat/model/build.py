@@ -18,8 +18,9 @@ from transformers.initialization import no_init_weights
 
 from qformat.artifact.reading.structure import ShardLayout
 from qformat.errors import ArtifactError, Reason, UsageError
-from qformat.model.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
+from qformat.model.boundary import no_token_predictions
 from qformat.model.nf4_linear import NF4Linear
+from qformat.model.rules.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents, tensor_names
 from qformat.names import CONFIG_NAME, INDEX_NAME
 
@@ -47,6 +48,24 @@ def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             field="model_type",
             next_step="Update transformers. If the model brings its own code and you trust it, pass trust_remote_code",
         ) from error
+
+
+def check_predicts_tokens(path: Path, *, trust_remote_code: bool) -> None:
+    """Check that a directory holds a model that predicts the next token, before anything is loaded or written.
+
+    Model classes that come with the model are not checked: many do not declare what they can do.
+
+    Args:
+        path: Directory of the model.
+        trust_remote_code: Whether to run Python code that comes with the model.
+
+    Raises:
+        ArtifactError: transformers cannot read config.json or does not know the architecture.
+        UsageError: The model has another task, such as the classification of texts.
+    """
+    found = _model_class(path, read_config(path, trust_remote_code=trust_remote_code), trust_remote_code)
+    if found.__module__.startswith("transformers.models.") and not found.can_generate():
+        raise no_token_predictions(found, path)
 
 
 def dtype_of(config: PretrainedConfig, layout: ShardLayout) -> torch.dtype:

@@ -25,7 +25,7 @@ from qformat.model.devices.shard_stream import data_starts, stream_shards
 from qformat.model.devices.stream_device import TorchDevice
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
-from qformat.model.shard_tensors import ShardData, map_shards, tensor_names, tensors_of
+from qformat.model.shard_tensors import CopiedShard, ShardBytes, map_shards, tensor_names, tensors_of
 from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 from qformat.sizes import format_nbytes
 
@@ -51,8 +51,8 @@ def load_model(
 
     Args:
         artifact: Directory of the artifact, or its shards as `open_shards` returns them.
-        device: Device to run on. Default: the GPU if there is one. On the CPU, every tensor is a view of the mapped
-            file. On a GPU, each shard is read into one allocation, and the tensors are views of it.
+        device: Device to run on. Default: the GPU if there is one. On the CPU, every tensor lies in the mapped file. On
+            a GPU, each shard is read into one allocation, and the tensors lie in it.
         dtype: Dtype of activations and of kept tensors. Default: the dtype in config.json. Any other dtype copies the
             kept tensors.
         verify: What to check. "structure": everything except the bytes of the weights. "full": also every byte,
@@ -172,11 +172,11 @@ def open_shards(path: Path) -> MappedShards:
     return shards
 
 
-def _shard_data(shards: MappedShards, device: torch.device, verify: Verify) -> dict[str, ShardData]:
+def _shard_data(shards: MappedShards, device: torch.device, verify: Verify) -> Mapping[str, ShardBytes]:
     return map_shards(shards) if device.type == "cpu" else shards_on_device(shards.layout, device, verify=verify)
 
 
-def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verify) -> dict[str, ShardData]:
+def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verify) -> dict[str, CopiedShard]:
     """Copy the shards to a device, one allocation each.
 
     Args:
@@ -201,7 +201,7 @@ def shards_on_device(layout: ShardLayout, device: torch.device, *, verify: Verif
             "Free memory there, keep layers in host memory with device_map='auto', or use the CPU"
         )
     data = stream_shards(layout, TorchDevice(device), verify=verify)
-    return {shard: ShardData(tensor, starts[shard]) for shard, tensor in data.items()}
+    return {shard: CopiedShard(tensor, starts[shard]) for shard, tensor in data.items()}
 
 
 def _check_digests(shards: MappedShards, *, streamed: bool) -> None:

@@ -6,10 +6,11 @@ quantizers that writes files in a layout other than its own (`get_state_dict_and
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from qformat import strict_json
 from qformat.artifact.components import Component
@@ -33,7 +34,11 @@ from qformat.artifact.writing.output_kind import ARTIFACT, CHECKPOINT, holds_som
 from qformat.artifact.writing.rewrite import FETCH_AGAIN, rewrite
 from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
+from qformat.model.adapters.merging import refusing_to_merge
+from qformat.model.adapters.methods import check_adapters
+from qformat.model.boundary import check_can_generate
 from qformat.model.build import read_config
+from qformat.model.dequantize import decode_linears
 from qformat.model.shard_tensors import TORCH_DTYPES
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
@@ -76,6 +81,27 @@ class LoadedModel:
     """Mixin that `adopt` adds to a transformers class."""
 
     _qformat_origin: Origin
+    _qformat_checked: dict[str, Any]
+    is_loaded_in_4bit: bool
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Any:
+        """Decode the packed weights in memory and return the model, which is then an ordinary model of transformers.
+
+        Args:
+            dtype: Dtype of the whole model. Default: the dtype that it has.
+
+        Returns:
+            This model, changed in place.
+
+        Raises:
+            UsageError: The model has adapters or layers in host memory, or the dtype is not floating-point.
+            DeviceMemoryError: The decoded weights do not fit into free memory.
+        """
+        model: Any = self
+        dtype = dtype or model.dtype
+        decode_linears(model, dtype)
+        _release(model)
+        return model.to(dtype)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """Write the artifact to a directory.
@@ -133,19 +159,51 @@ class LoadedModel:
 
         Raises:
             ArtifactError: A mapped file was changed or removed since the model was loaded.
+            UsageError: The model has another task than to predict the next token.
         """
+        check_can_generate(self)  # type: ignore[arg-type]
         self._qformat_origin.watch.check()
         return super().generate(*args, **options)  # type: ignore[misc]
+
+    def named_modules(self, *args: Any, **options: Any) -> Any:
+        """Iterate over all modules. PEFT does so after it has added an adapter, and before it merges (see `adapters`).
+
+        Args:
+            *args: Positional arguments of torch's `named_modules`.
+            **options: Keyword arguments of torch's `named_modules`.
+
+        Raises:
+            UsageError: The method of an adapter does not work on packed layers.
+        """
+        modules = super().named_modules(*args, **options)  # type: ignore[misc]
+        if "peft_config" not in self.__dict__ or torch.compiler.is_compiling():
+            return modules
+        check_adapters(self, self.__dict__["peft_config"], self._qformat_checked)  # type: ignore[arg-type]
+        return refusing_to_merge(self, modules)  # type: ignore[arg-type]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute. PEFT sets `peft_config` when it has wrapped the layers, which are then checked.
+
+        Args:
+            name: Name of the attribute.
+            value: Value of the attribute.
+
+        Raises:
+            UsageError: The method of an adapter does not work on packed layers.
+        """
+        if name == "peft_config":
+            check_adapters(self, value, self._qformat_checked)  # type: ignore[arg-type]
+        super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the model under its transformers class; unpickling adopts it again."""
         reduced: Any = super().__reduce_ex__(protocol)
         _, (adopted, *arguments), *rest = reduced
-        return _make, (adopted.__mro__[2], *arguments), *rest
+        return _make, (_own_class(adopted), *arguments), *rest
 
 
 def adopt(model: PreTrainedModel, origin: Origin) -> None:
-    """Let a model write back the files that it was loaded from.
+    """Let a model write back the files that it was loaded from, and set the traits of a 4-bit model.
 
     Args:
         model: Model to change in place.
@@ -155,6 +213,41 @@ def adopt(model: PreTrainedModel, origin: Origin) -> None:
     own: Any = type(model)
     adopted.__class__ = _adopted(own)
     adopted._qformat_origin = origin
+    adopted._qformat_checked = {}
+    # PEFT, trl and accelerate ask for this trait. Where it is set, they import bitsandbytes. Without bitsandbytes, PEFT
+    # then fails to attach IA3, RandLoRA and AdaLoRA.
+    adopted.is_loaded_in_4bit = importlib.util.find_spec("bitsandbytes") is not None
+    # `is_quantized` and `quantization_method` stay as they are. transformers sets them in `from_pretrained`, and then
+    # refuses `.half()`, `.to(dtype)`, and training without adapters, all of which these layers can do.
+    for config in _configs(model.config):
+        config._is_quantized = True  # code of some architectures then runs Linear layers instead of using their weights
+
+
+def _release(model: Any) -> None:
+    """Undo `adopt`, and what transformers' `from_pretrained` set, in a model without packed layers."""
+    model.__class__ = _own_class(type(model))
+    ours = ("_qformat_origin", "_qformat_checked", "is_loaded_in_4bit")
+    for name in (*ours, "is_quantized", "quantization_method", "hf_quantizer"):
+        model.__dict__.pop(name, None)
+    for config in _configs(model.config):
+        for name in ("_is_quantized", "quantization_config"):
+            config.__dict__.pop(name, None)
+
+
+def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yield a config and the configs of its parts."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig):
+            yield from _configs(part)
+
+
+def _own_class(adopted: type) -> Any:
+    """Return the transformers class of an adopted model. Other libraries may have added classes before it, too."""
+    return next(
+        base for base in adopted.__mro__ if issubclass(base, PreTrainedModel) and not issubclass(base, LoadedModel)
+    )
 
 
 @cache
@@ -235,7 +328,8 @@ def _other_tensors(model: Any) -> str | None:
     for name, tensor in state.items():
         if name not in named and name not in tied:
             return f"has the tensor {name!r}, which is not in the files"
-        if name in named and tensor.numel() != _n_elements(named[name]) and tensor.dtype != torch.uint8:
+        padded = tensor.dtype == torch.uint8 and not name.endswith(Component.QUANT_STATE.value)
+        if name in named and tensor.numel() != _n_elements(named[name]) and not padded:
             return f"has the tensor {name!r} in another shape"
     return None
 
@@ -289,7 +383,9 @@ def _with_changes(file: Path, stored: dict[str, Any], now: dict[str, Any]) -> by
     text: Any = {}
     if file.is_file():
         data = file.read_bytes()
-        text = strict_json.loads(data, path=file, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+        text = strict_json.loads(
+            data, path=file, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True
+        )
     return (json.dumps({**text, **changes}, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 

@@ -1,10 +1,17 @@
-"""Components of an artifact as torch tensors: views of its mapped files, or of their copies on a device."""
+"""Components of an artifact as torch tensors over its mapped files, or over their copies on a device.
+
+Nothing is copied, and yet every tensor has a storage of its own, which covers exactly its bytes. torch, safetensors and
+accelerate save, copy and compare storages as a whole. If the tensors of a shard shared one storage, a saved norm would
+be as large as the shard, and accelerate would save one tensor of the shard and drop the others as duplicates.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from mmap import mmap
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,9 +36,41 @@ _PARTS = tuple(Component)
 _BESIDE_PACKED = tuple(part for part in Component if part is not Component.PACKED)
 
 
+class ShardBytes(Protocol):
+    """Bytes of a shard."""
+
+    def tensor(self, entry: TensorEntry) -> Tensor:
+        """Return a component in its dtype and shape: over the shard's bytes if it is aligned, else a copy."""
+
+
 @dataclass(frozen=True, slots=True)
-class ShardData:
-    """Bytes of a shard.
+class MappedShard:
+    """A shard as a mapped file.
+
+    Attributes:
+        mapping: Mapping of the entire file. Each tensor keeps it alive.
+    """
+
+    mapping: mmap
+
+    def tensor(self, entry: TensorEntry) -> Tensor:
+        """Return a component in its dtype and shape: over the mapping if it is aligned, else a copy."""
+        dtype = TORCH_DTYPES[entry.dtype]
+        nbytes = entry.stop - entry.start
+        if nbytes == 0:  # torch.frombuffer rejects it
+            return torch.empty(entry.shape, dtype=dtype, device="cpu")
+        if entry.start % dtype.itemsize:  # Files of other writers need not be aligned.
+            data = (
+                torch.frombuffer(self.mapping, dtype=torch.uint8, count=nbytes, offset=entry.start).clone().view(dtype)
+            )
+        else:
+            data = torch.frombuffer(self.mapping, dtype=dtype, count=nbytes // dtype.itemsize, offset=entry.start)
+        return data if len(entry.shape) == 1 else data.view(entry.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedShard:
+    """A shard as a copy of its data on a device.
 
     Attributes:
         data: uint8 [number of bytes].
@@ -41,15 +80,9 @@ class ShardData:
     data: Tensor
     start: int
 
-    def view(self, entry: TensorEntry) -> Tensor:
-        """Return a component in its dtype and shape: a view if it is aligned, else a copy."""
-        data = self.data[entry.start - self.start : entry.stop - self.start]
-        dtype = TORCH_DTYPES[entry.dtype]
-        if dtype.itemsize > 1 and data.data_ptr() % dtype.itemsize:
-            data = data.clone()  # Files of other writers need not be aligned.
-        if dtype is not torch.uint8:
-            data = data.view(dtype)
-        return data if len(entry.shape) == 1 else data.view(entry.shape)
+    def tensor(self, entry: TensorEntry) -> Tensor:
+        """Return a component in its dtype and shape: over the copy if it is aligned, else a copy of its own."""
+        return tensor_over(self.data, entry.start - self.start, TORCH_DTYPES[entry.dtype], entry.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +98,33 @@ class PackedComponents:
     state: QuantState
 
 
-def map_shards(shards: MappedShards) -> dict[str, ShardData]:
-    """Return every shard as a view of the mapped file. A tensor keeps its mapping alive after `shards` is closed."""
+def tensor_over(memory: Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Return a tensor over a part of an allocation, with a storage of its own that keeps the allocation alive.
+
+    Args:
+        memory: uint8 [number of bytes], on any device, pinned or not.
+        start: Offset of the tensor's first byte.
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor, stored in row-major order.
+
+    Returns:
+        The tensor. It is a copy if it is not aligned to the dtype.
+    """
+    whole = memory.untyped_storage()
+    first = memory.storage_offset() + start
+    nbytes = math.prod(shape) * dtype.itemsize
+    if (whole.data_ptr() + first) % dtype.itemsize:
+        return memory[start : start + nbytes].clone().view(dtype).view(shape)
+    # A slice of a storage is a storage: the same memory, with its own beginning and size.
+    part: torch.UntypedStorage = whole[first : first + nbytes]
+    tensor: Tensor = torch.empty(0, dtype=dtype, device=memory.device).set_(part, 0, shape)  # type: ignore[call-overload]
+    return tensor
+
+
+def map_shards(shards: MappedShards) -> dict[str, MappedShard]:
+    """Map every shard. A tensor keeps its mapping alive after `shards` is closed."""
     names = {located.shard for located in shards.layout.located.values()}
-    return {name: ShardData(torch.frombuffer(shards.mapped(name), dtype=torch.uint8), 0) for name in names}
+    return {name: MappedShard(shards.mapped(name)) for name in names}
 
 
 def packed_names(names: Iterable[str]) -> set[str]:
@@ -82,8 +138,8 @@ def tensor_names(layout: ShardLayout) -> list[str]:
     return [name for name in layout.located if name not in parts]
 
 
-def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str, PackedComponents | Tensor]:
-    """Return all tensors as views of the shards' bytes.
+def tensors_of(shards: MappedShards, data: Mapping[str, ShardBytes]) -> dict[str, PackedComponents | Tensor]:
+    """Return all tensors over the shards' bytes, each with a storage of its own.
 
     Args:
         shards: Open shards.
@@ -94,13 +150,13 @@ def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str,
     """
     located = shards.layout.located
 
-    def view(name: str) -> Tensor:
-        return data[located[name].shard].view(located[name].entry)
+    def tensor(name: str) -> Tensor:
+        return data[located[name].shard].tensor(located[name].entry)
 
     found: dict[str, PackedComponents | Tensor] = {}
     of_packed: set[str] = set()
     for name in sorted(shards.layout.states):
-        parts = {part: view(name + part) for part in _PARTS if name + part in located}
+        parts = {part: tensor(name + part) for part in _PARTS if name + part in located}
         of_packed.update(name + part for part in parts)
         state = shards.quant_state(name)
         # bitsandbytes may store the codes in another dtype, as a vector, padded to a whole element.
@@ -109,5 +165,5 @@ def tensors_of(shards: MappedShards, data: Mapping[str, ShardData]) -> dict[str,
         if codes.dtype is not torch.uint8 or codes.shape != (n_codes, 1):
             parts[Component.PACKED] = codes.view(torch.uint8).view(-1, 1)[:n_codes]
         found[name] = PackedComponents(parts, state)
-    found.update((name, view(name)) for name in located if name not in of_packed)
+    found.update((name, tensor(name)) for name in located if name not in of_packed)
     return found

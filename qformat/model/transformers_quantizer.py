@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.build import linear_at, names_in_model, replace_linear
 from qformat.model.load import open_shards
 from qformat.model.loaded_model import Origin, adopt
-from qformat.model.loading_rules import ignored_extras
 from qformat.model.memory import free_nbytes
+from qformat.model.rules.loading_rules import ignored_extras
 from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 from qformat.sizes import format_nbytes
 
@@ -57,13 +59,13 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
             return super().__new__(cls)
         return cls.replaced(quantization_config, **options)
 
+    def __getnewargs__(self) -> tuple[Any]:
+        """Return the argument of `__new__`, so that the quantizer is copied and pickled with its model."""
+        return (self.quantization_config,)
+
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
-        self._path = Path()
-        self._shards: MappedShards
-        self._names: dict[str, str] = {}
-        self._packed: dict[str, PackedComponents] = {}
-        self._linears: dict[str, nn.Linear] = {}
+        self._loading: _Loading | None = None
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any]:
         """Return the caller's device map. Default: the current GPU, or the CPU if there is none."""
@@ -81,54 +83,44 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         _check_not_offloaded(device_map if isinstance(device_map, dict) else {})
         if not checkpoint_files:
             raise ValueError("qformat needs the checkpoint's files: pass a directory or a repository, not a state_dict")
-        self._path = Path(checkpoint_files[0]).parent
-        self._shards = open_shards(self._path)
-        tensors = tensors_of(self._shards, map_shards(self._shards))
-        names = names_in_model(model, tensors, self._path)
+        path = Path(checkpoint_files[0]).parent
+        shards = open_shards(path)
+        tensors = tensors_of(shards, map_shards(shards))
+        names = names_in_model(model, tensors, path)
         present = model.state_dict()
-        self._names = {name: renamed for name, renamed in names.items() if renamed in present}
         every = {names[name]: packed for name, packed in tensors.items() if isinstance(packed, PackedComponents)}
         skipped = ignored_extras(model, every.keys() - present.keys())
-        self._packed = {name: packed for name, packed in every.items() if name not in skipped}
-        for name in self._packed:
-            self._linears[name] = linear_at(model, name, self._path)
-            model.set_submodule(name.removesuffix(".weight"), _OnlyBias(self._linears[name]))
+        loading = _Loading(
+            shards,
+            {name: renamed for name, renamed in names.items() if renamed in present},
+            {name: packed for name, packed in every.items() if name not in skipped},
+        )
+        for name in loading.packed:
+            loading.linears[name] = linear_at(model, name, path)
+            model.set_submodule(name.removesuffix(".weight"), _OnlyBias(loading.linears[name]))
         ignored = model._keys_to_ignore_on_load_unexpected or []
-        model._keys_to_ignore_on_load_unexpected = {*ignored, _component_pattern(self._packed)}
+        # A model without a head reports names as they are in the files.
+        both = {*loading.packed, *(name for name, renamed in names.items() if renamed in loading.packed)}
+        model._keys_to_ignore_on_load_unexpected = {*ignored, _component_pattern(both)}
+        self._loading = loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        loading, self._loading = self._loading, None
+        assert loading is not None
+        path = loading.shards.path
         _check_not_offloaded(getattr(model, "hf_device_map", None) or {})
-        self._check_memory(model)
-        for name, packed in self._packed.items():
+        _check_memory(model, loading.packed, path)
+        for name, packed in loading.packed.items():
             module_name = name.removesuffix(".weight")
-            linear = self._linears.pop(name)
+            linear = loading.linears[name]
             linear._parameters["bias"] = model.get_submodule(module_name)._parameters["bias"]
             model.set_submodule(module_name, linear)
             # transformers has already reported and initialised a bias that is missing from the files.
-            replace_linear(model, name, packed, self._path, biases={f"{module_name}.bias"})
+            replace_linear(model, name, packed, path, biases={f"{module_name}.bias"})
             model.get_submodule(module_name).to(_device_of(model, name))
-        self._packed = {}
-        self._shards.watch.check()
-        adopt(model, Origin(self._shards.layout, self._names, self._shards.watch))
+        loading.shards.watch.check()
+        adopt(model, Origin(loading.shards.layout, loading.names, loading.shards.watch))
         return model
-
-    def _check_memory(self, model: PreTrainedModel) -> None:
-        """Raise an error if packed weights do not fit: transformers' "auto" does not count them."""
-        needed: dict[torch.device, int] = {}
-        for name, packed in self._packed.items():
-            device = _device_of(model, name)
-            nbytes = sum(tensor.nbytes for tensor in packed.components.values())
-            needed[device] = needed.get(device, 0) + nbytes
-        for device, nbytes in needed.items():
-            free = None if device.type == "cpu" else free_nbytes(device)
-            if free is not None and nbytes > free:
-                raise DeviceMemoryError(
-                    f"{self._path}: not enough memory on {device}: "
-                    f"the packed weights need {format_nbytes(nbytes, rounding='up')}, "
-                    f"{format_nbytes(free, rounding='down')} is free. "
-                    "Set the GPU of each layer in device_map, "
-                    "or use qformat.load_model(path, device_map='auto'), which keeps layers in host memory"
-                )
 
     @property
     def is_trainable(self) -> bool:
@@ -143,6 +135,42 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
     def is_serializable(self) -> bool:
         """Return True: `save_pretrained` writes the components unmodified."""
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """What the quantizer keeps while transformers loads the kept tensors.
+
+    Attributes:
+        shards: Open shards.
+        names: The model's name of each tensor in the files.
+        packed: Packed weights by their names in the model.
+        linears: Layers that placeholders replace, by the names of their weights.
+    """
+
+    shards: MappedShards
+    names: dict[str, str]
+    packed: dict[str, PackedComponents]
+    linears: dict[str, nn.Linear] = field(default_factory=dict)
+
+
+def _check_memory(model: PreTrainedModel, packed_weights: Mapping[str, PackedComponents], path: Path) -> None:
+    """Raise an error if packed weights do not fit: transformers' "auto" does not count them."""
+    needed: dict[torch.device, int] = {}
+    for name, packed in packed_weights.items():
+        device = _device_of(model, name)
+        nbytes = sum(tensor.nbytes for tensor in packed.components.values())
+        needed[device] = needed.get(device, 0) + nbytes
+    for device, nbytes in needed.items():
+        free = None if device.type == "cpu" else free_nbytes(device)
+        if free is not None and nbytes > free:
+            raise DeviceMemoryError(
+                f"{path}: not enough memory on {device}: "
+                f"the packed weights need {format_nbytes(nbytes, rounding='up')}, "
+                f"{format_nbytes(free, rounding='down')} is free. "
+                "Set the GPU of each layer in device_map, "
+                "or use qformat.load_model(path, device_map='auto'), which keeps layers in host memory"
+            )
 
 
 def _check_not_offloaded(device_map: dict[str, Any]) -> None:
@@ -163,7 +191,7 @@ class _OnlyBias(nn.Module):
         self.register_parameter("bias", linear.bias)
 
 
-def _component_pattern(packed: dict[str, PackedComponents]) -> str:
+def _component_pattern(packed: Iterable[str]) -> str:
     names = "|".join(re.escape(name) for name in sorted(packed))
     parts = "|".join(re.escape(part.value) for part in Component)
     return f"^(?:{names})(?:{parts})$"

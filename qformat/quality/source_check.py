@@ -10,9 +10,9 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading.reader import Artifact
-from qformat.artifact.reading.regular_files import open_regular
 from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.artifact.reading.structure import ShardLayout
+from qformat.artifact.sources.source_files import open_shard
 from qformat.cores import run_tasks, usable_cores
 from qformat.errors import Option, Reason, SourceError, UsageError, Words
 
@@ -88,8 +88,7 @@ def _digests(layout: ShardLayout, names: Collection[str]) -> dict[str, str]:
     """Return the XXH3-128 of tensors of a checkpoint, all of which must exist."""
     with ExitStack() as stack:
         files = {
-            shard: stack.enter_context(open_regular(layout.path, shard, error=SourceError))
-            for shard in layout.shard_nbytes
+            shard: stack.enter_context(open_shard(layout, shard, error=SourceError)) for shard in layout.shard_nbytes
         }
 
         def digest(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,9 +17,11 @@ from transformers import PrinterCallback
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
-from qformat.model.boundary import check_predicts_tokens, check_tokens
+from qformat.model.boundary import check_tokens
+from qformat.model.build import check_predicts_tokens
 from qformat.model.load import load_model, load_tokenizer, open_shards
 from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
+from qformat.processes import check_single_process
 from qformat.training.adapter.attach import add_adapter
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.adapter.card import adapter_card
@@ -90,7 +93,8 @@ def train(
         The output directory, the metrics and the facts of the training.
 
     Raises:
-        UsageError: The settings do not fit the model, the data or the checkpoint.
+        UsageError: The settings do not fit the model, the data or the checkpoint, or torchrun or another launcher
+            started several processes.
         ArtifactError: The artifact is damaged.
         DataError: The training data cannot be used.
         AdapterError: The checkpoint is damaged.
@@ -98,6 +102,7 @@ def train(
         DivergenceError: The loss or the gradient is NaN or Inf.
         TargetError: The output cannot be written.
     """
+    check_single_process("a training", os.environ)
     checkpoints = CheckpointFolder(job.output, keep=settings.keep_checkpoints)
     checkpoint = None if resume is None else checkpoints.find(resume)
     if checkpoint is None:
@@ -105,6 +110,7 @@ def train(
     if settings.eval_every is not None and not job.eval_data:
         raise UsageError(Option("eval_every"), ": needs evaluation data. Specify it with ", Option("eval_data"))
     shards = open_shards(job.artifact)
+    check_predicts_tokens(job.artifact, trust_remote_code=settings.trust_remote_code)
     base = BaseRecord.of(shards.layout)
     prepared = _prepare(job, settings, say)
     facts: JsonObject = {
@@ -124,7 +130,6 @@ def train(
             dtype=torch.bfloat16,
             trust_remote_code=settings.trust_remote_code,
         )
-        check_predicts_tokens(model)
         for data in (prepared.train, prepared.evaluation):
             if data is not None:
                 check_tokens(data.highest_token, model)

@@ -13,13 +13,22 @@ import pytest
 
 from tests.repository import ROOT
 
-BASE = {"qformat.errors", "qformat.strict_json", "qformat.cores", "qformat.names", "qformat.sizes", "qformat.version"}
+BASE = {
+    "qformat.errors",
+    "qformat.strict_json",
+    "qformat.cores",
+    "qformat.names",
+    "qformat.processes",
+    "qformat.sizes",
+    "qformat.version",
+}
 
 ALLOWED = {
     "qformat.errors": set(),
     "qformat.cores": set(),
     "qformat.names": set(),
     "qformat.version": set(),
+    "qformat.processes": {"qformat.errors"},
     "qformat.sizes": {"qformat.errors"},
     "qformat.strict_json": {"qformat.errors"},
     "qformat.codec": BASE,
@@ -43,6 +52,7 @@ ROOMS_BELOW = {
     "qformat.codec.cpu": ("qformat.codec.foreign",),
     "qformat.artifact": ("qformat.artifact.writing",),
     "qformat.artifact.reading": ("qformat.artifact.writing",),
+    "qformat.artifact.sources": ("qformat.artifact.writing",),
     "qformat.hub": ("qformat.hub.card", "qformat.hub.publishing"),
     "qformat.hub.reading": ("qformat.hub.card", "qformat.hub.publishing"),
     "qformat.hub.card": ("qformat.hub.publishing",),
@@ -97,6 +107,7 @@ NO_TORCH = (
 MAY_IMPORT = {
     "qformat.converters.sources.torch_bin": {"torch"},  # reads the pickle of a .bin file
     "qformat.converters.sources.gguf.tokenizer": {"transformers"},  # converts a vocabulary
+    "qformat.converters.rules.architectures": {"transformers"},  # knows the model class of a config without one
 }
 """The exceptions: the source whose files nothing but the library itself should read, when one is converted."""
 

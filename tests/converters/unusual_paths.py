@@ -23,12 +23,6 @@ def as_device(path: Path) -> None:
         pytest.skip("making a device needs root")
 
 
-def as_link_out(path: Path) -> None:
-    outside = path.parent.parent / ("outside-" + path.name)
-    outside.write_bytes(b"{}")
-    path.symlink_to(outside)
-
-
 def as_link_to_zero(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
@@ -39,11 +33,6 @@ def as_link_to_itself(path: Path) -> None:
 
 def as_dangling_link(path: Path) -> None:
     path.symlink_to("nothing")
-
-
-def as_link_within(path: Path) -> None:
-    (path.parent / "other").write_bytes(b"{}")
-    path.symlink_to("other")
 
 
 def as_file(path: Path) -> None:

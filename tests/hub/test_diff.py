@@ -64,7 +64,9 @@ def test_another_source_is_listed_and_its_codes_and_scales_are_counted_as_numpy_
 ) -> None:
     tensors = tiny_tensors()
     changed = {**tensors, DOWN: weight((9, 7), "F16", seed=77), "model.norm.weight": weight((8,), seed=78)}
-    source = write_checkpoint(tmp_path / "changed-source", changed, config={"model_type": "llama"})
+    source = write_checkpoint(
+        tmp_path / "changed-source", changed, config={"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    )
     convert(source, tmp_path / "changed")
     found = diff(one, tmp_path / "changed")
 
@@ -91,7 +93,9 @@ def test_tensors_of_other_names_and_shapes_are_another_model(one: Path, tmp_path
     tensors = tiny_tensors()
     tensors["lm_head.weight"] = weight((4, 8))
     tensors["model.layers.0.extra.bias"] = tensors.pop("model.layers.0.mlp.down_proj.bias")
-    source = write_checkpoint(tmp_path / "changed-source", tensors, config={"model_type": "llama"})
+    source = write_checkpoint(
+        tmp_path / "changed-source", tensors, config={"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    )
     convert(source, tmp_path / "changed")
     found = diff(one, tmp_path / "changed").manifests
     assert not found.same_model

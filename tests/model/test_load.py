@@ -27,6 +27,7 @@ from qformat.model.load import load_model, load_tokenizer, shards_on_device
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.shard_tensors import map_shards, tensors_of
 from tests.artifact.damaged import reseal
+from tests.model.mapped_ranges import mapped_ranges
 from tests.model.sides import SAME_PRODUCTS, load_exact
 from tests.rounding import rounding, rounds_like, sum_error
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
@@ -107,11 +108,11 @@ def test_greedy_generation_by_decoding_gives_the_same_tokens_as_bitsandbytes(
     assert torch.equal(found, ids)
 
 
-def test_every_tensor_is_a_view_of_the_mapped_file(artifact: Path, ours: Any) -> None:
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
-    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps if line[-1].startswith(str(artifact))]
+def test_every_tensor_lies_in_the_mapped_file_and_has_a_storage_of_its_own(artifact: Path, ours: Any) -> None:
+    mapped = mapped_ranges(artifact)
     for name, tensor in ours.state_dict().items():
-        assert any(start <= tensor.data_ptr() < stop for start, stop in ranges), name
+        assert any(start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= stop for start, stop in mapped)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
 def test_exactly_the_packed_layers_are_nf4_linear(artifact: Path, ours: Any) -> None:
@@ -157,6 +158,9 @@ def test_a_state_dict_loads_back(tiny: Path) -> None:
     with qformat.open(tiny) as opened:  # the file is mapped privately
         assert opened["model.layers.0.mlp.up_proj.weight"].packed.any()
     state = dict(model.state_dict())
+    name = "model.layers.0.mlp.up_proj.weight.quant_map"
+    with pytest.raises(RuntimeError, match="quant_map: values of the codebook differ"):
+        other.load_state_dict({**state, name: state[name].flip(0)})
     del state["model.layers.0.mlp.up_proj.weight.absmax"]
     with pytest.raises(RuntimeError, match=r"up_proj\.weight\.absmax"):
         other.load_state_dict(state)
@@ -263,11 +267,14 @@ def test_shards_on_a_device_equal_the_files(tiny: Path) -> None:
         other = copied[name]
         if isinstance(tensor, torch.Tensor):
             assert isinstance(other, torch.Tensor)
-            assert torch.equal(tensor, other)
-            assert tensor.data_ptr() != other.data_ptr()
+            pairs = [(tensor, other)]
         else:
             assert not isinstance(other, torch.Tensor)
-            assert all(torch.equal(part, other.components[key]) for key, part in tensor.components.items())
+            pairs = [(part, other.components[key]) for key, part in tensor.components.items()]
+        for there, here in pairs:
+            assert torch.equal(there, here)
+            assert there.data_ptr() != here.data_ptr()
+            assert there.untyped_storage().nbytes() == here.untyped_storage().nbytes() == here.nbytes
 
 
 def test_a_device_without_room_is_rejected_before_anything_is_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

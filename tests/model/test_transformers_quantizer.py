@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
@@ -17,6 +17,7 @@ from qformat.errors import ArtifactError, DeviceMemoryError, UsageError
 from qformat.model import transformers_quantizer
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.transformers_quantizer import METHOD, NF4Quantizer, _device_of
+from tests.model.mapped_ranges import mapped_ranges
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3]])
@@ -72,21 +73,19 @@ def test_from_pretrained_uses_nf4_linear_and_gives_the_logits_of_load_model(arti
     assert torch.equal(logits(model), logits(qformat.load_model(artifact)))
 
 
-def test_from_pretrained_maps_the_packed_weights(artifact, registered):
-    model = AutoModelForCausalLM.from_pretrained(artifact)
-    linear = model.model.layers[0].mlp.up_proj
-    start = linear.weight.untyped_storage().data_ptr()
-    shards = {path.stat().st_size for path in artifact.glob("*.safetensors")}
-    assert linear.weight.untyped_storage().nbytes() in shards, "a view of the whole mapped shard"
-    assert start == model.model.layers[1].mlp.up_proj.weight.untyped_storage().data_ptr()
+def test_a_base_model_loads_the_packed_weights_without_a_report_of_unexpected_ones(artifact, registered):
+    model, info = AutoModel.from_pretrained(artifact, dtype=torch.bfloat16, output_loading_info=True)
+    assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 14
+    assert set(info["unexpected_keys"]) == {"lm_head.weight"}, "what a base model has no place for, in any format"
+    assert not info["missing_keys"]
 
 
-def test_kept_tensors_are_mapped_too(artifact, registered):
+def test_every_tensor_lies_in_the_mapped_file_and_has_a_storage_of_its_own(artifact, registered):
     model = AutoModelForCausalLM.from_pretrained(artifact)
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
-    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in maps]
+    mapped = mapped_ranges(artifact)
     for name, tensor in model.state_dict().items():
-        assert any(start <= tensor.data_ptr() < stop for start, stop in ranges), name
+        assert any(start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= stop for start, stop in mapped)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
 
 
 @pytest.mark.parametrize("home", ["disk", "cpu"])

@@ -129,7 +129,7 @@ def crossover(weight: PackedWeight, dtype: torch.dtype, rounds: int) -> list[flo
     for m in CROSSOVER_ROWS:
         x = torch.randn(m, weight.shape[1]).to(dtype)
         calls: dict[str, Call] = {
-            "from the codes": lambda x=x: backend.product(x, held),
+            "from the codes": lambda x=x: backend.product(x, held, x.new_empty((x.shape[0], weight.shape[0]))),
             "by decoding": lambda x=x: backend.linear(x.to(compute_dtype(dtype)), weight, None).to(dtype),
         }
         ratios.append(median_ratio(*time_in_turn(calls, rounds=rounds).values()))

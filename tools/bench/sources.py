@@ -159,10 +159,10 @@ def write_random(out: Path, tensors: list[TensorSpec], config: Mapping[str, obje
 def write_gguf(out: Path, tensors: list[TensorSpec], n_layers: int, kind: str) -> None:
     import gguf
 
-    from qformat.converters.sources.gguf.names import _ARCHITECTURES, _OUTSIDE
+    from qformat.converters.sources.gguf.architectures import ARCHITECTURES, OUTSIDE
 
-    names = {part.name: name for name, part in _ARCHITECTURES["llama"].parts.items()}
-    outside = {part.name: name for name, part in _OUTSIDE.items()}
+    names = {part.name: name for name, part in ARCHITECTURES["llama"].parts.items()}
+    outside = {part.name: name for name, part in OUTSIDE.items()}
     config = bench_convert.CONFIG
     out.mkdir()
     rng = np.random.default_rng(0)

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from qformat.model.generation import Sampling, generate
 from qformat.model.load import load_model, load_tokenizer, open_shards
+from qformat.model.text.generation import Sampling, generate
 from qformat.quality.evaluation.scores import Scores, score_window
 from qformat.quality.windows import TokenWindows, read_windows
 from qformat.training.adapter.attach import load_adapter

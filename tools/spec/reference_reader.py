@@ -49,7 +49,8 @@ def demand(truth: object, reason: str, file: object, tensor: str | None = None) 
 def parse_json(data: bytes, file: str, at_most: int) -> Any:  # [8]
     def number(text: str) -> int | float:
         integer = re.fullmatch(r"-?\d+", text) is not None
-        demand(len(text) <= (20 if integer else 64) and math.isfinite(float(text)), "json_limit", file)
+        demand(len(text) <= ((4300 if file == CONFIG else 20) if integer else 64), "json_limit", file)
+        demand(integer or math.isfinite(float(text)), "json_limit", file)
         return int(text) if integer and text != "-0" else float(text)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def parse_json(data: bytes, file: str, at_most: int) -> Any:  # [8]
             depth += 1 if bracket in "[{" else -1
             demand(depth <= 32, "json_limit", file)
         value = json.loads(text, parse_int=number, parse_float=number, object_pairs_hook=unique)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # also fails on unpaired surrogates
+        json.dumps(value, ensure_ascii=False, allow_nan=file == CONFIG).encode("utf-8")  # fails on unpaired surrogates
         return value
     except ValueError as problem:
         raise Refused("json_syntax", file) from problem

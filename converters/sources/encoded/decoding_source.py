@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -37,6 +37,16 @@ class DecodingSource:
             name: value for name, value in stored.config.items() if name != "quantization_config"
         }
         self.tensors: Mapping[str, SourceTensor] = stored.tensors
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know about the stored files."""
+        return self.stored.notes
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Why files of the stored source are neither read nor carried over, keyed by name."""
+        return self.stored.left_out
 
     def describe(self) -> JsonObject:
         """Return the manifest's record of the stored source under this kind, with the stored kind as the container."""

@@ -24,6 +24,7 @@ from qformat.errors import Reason, SourceError
 from qformat.names import CONFIG_NAME
 
 SCALE_SUFFIX = "_scale_inv"
+_ONE_SCALE_SUFFIX = "_scale"
 _ACTIVATION_SUFFIXES = (".activation_scale", ".input_scale")
 _WEIGHT_DTYPE = "F8_E4M3"
 _SCALE_DTYPES = {"F32", "BF16", "F16", "F8_E8M0", "U8"}
@@ -107,6 +108,13 @@ def _block_size(stored: Source) -> tuple[int, int] | None:
 def _with_scales(stored: Source, tensor: SourceTensor, block: tuple[int, int] | None) -> _Encoded:
     path = stored.location / tensor.file
     scales = stored.tensors.get(tensor.name + SCALE_SUFFIX)
+    if scales is None and (other := stored.tensors.get(tensor.name + _ONE_SCALE_SUFFIX)) is not None:
+        raise SourceError(
+            Reason.UNSUPPORTED_SOURCE, stored.location / other.file,
+            f"scales all of {tensor.name} or its rows, as AutoFP8, FBGEMM and compressed-tensors write it; only scales "
+            f"of blocks, {tensor.name}{SCALE_SUFFIX}, can be read",
+            tensor=other.name, next_step="Convert the original 16-bit checkpoint",
+        )  # fmt: skip
     if scales is None:
         raise SourceError(
             Reason.MISSING_COMPONENT, path, f"is in {_WEIGHT_DTYPE} but has no scales", tensor=tensor.name,

@@ -1,4 +1,4 @@
-"""The GGUF source: one file of llama.cpp, or a directory with one, decoded while it is read.
+"""The GGUF source: a model of llama.cpp in one file or in parts, decoded while it is read.
 
 The model gets the format of its matrices: float16 or float32 if all have it, otherwise bfloat16. The rows of query and
 key projections of Llama models are put back into transformers' order, and stacked experts become one matrix each. The
@@ -21,14 +21,14 @@ from qformat.codec.floats import FloatFormat, narrow
 from qformat.codec.foreign.ggml_blocks import round_to_bf16
 from qformat.converters.sources.checkpoint_folder import CheckpointFolder
 from qformat.converters.sources.file_source import FileSource
-from qformat.converters.sources.gguf.header import GgufTensor, read_header
-from qformat.converters.sources.gguf.names import ROPE_FACTORS_NAME, NamedTensor, name_model
+from qformat.converters.sources.gguf.header import GgufTensor
+from qformat.converters.sources.gguf.names import NamedTensor, name_model
+from qformat.converters.sources.gguf.split import only_file, read_all_headers
 from qformat.converters.sources.gguf.tokenizer import tokenizer_files
 from qformat.converters.sources.source import SourceTensor
 from qformat.errors import Reason, SourceError
 from qformat.names import TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 
-SUFFIX = ".gguf"
 _TOKENIZER_NAMES = (TOKENIZER_NAME, TOKENIZER_MODEL_NAME)
 _MAX_FACTORS = 2**16
 
@@ -40,17 +40,18 @@ class GgufFile(FileSource[CheckpointFolder]):
 
     def __init__(self, path: Path) -> None:
         folder = path if os.path.isdir(path) else path.parent
-        self._name = _only_file(path) if os.path.isdir(path) else path.name
+        self._name = only_file(path, os.listdir(path)) if os.path.isdir(path) else path.name
         super().__init__(CheckpointFolder(folder))
         self._given_folder = folder == path
         try:
-            self._header = read_header(self._files.open(self._name), folder / self._name)
-            model = name_model(self._header, folder / self._name, self._rope_factors())
+            self._header = read_all_headers(self._files.open, folder, self._name)
+            model = name_model(self._header, folder / self._name, self._read_vector)
+            self._architecture = model.architecture
             self._format = _float_format(model.tensors)
             self.config: JsonObject = {**model.config, "torch_dtype": self._format.torch_name}
             self._named = {tensor.name: tensor for tensor in model.tensors}
             self.tensors: Mapping[str, SourceTensor] = {
-                name: SourceTensor(name, self._format.value, tensor.shape, self._name)
+                name: SourceTensor(name, self._format.value, tensor.shape, tensor.stored.file)
                 for name, tensor in self._named.items()
             }
         except BaseException:
@@ -63,20 +64,22 @@ class GgufFile(FileSource[CheckpointFolder]):
         return {name: len(data) for name, data in self._side_files.items()}
 
     def describe(self) -> JsonObject:
-        """Return the kind, the file's name and size, and the types of its matrices, as the manifest records them."""
+        """Return kind, names and sizes of files, and types of matrices, as the manifest records them."""
         stored = sorted({t.stored.block_type.name for t in self._named.values() if len(t.stored.shape) > 1})
         return {
             "kind": self.kind,
-            "files": {self._name: {"nbytes": self._header.file_nbytes}},
+            "files": {name: {"nbytes": nbytes} for name, nbytes in self._header.files.items()},
             "stored_as": list(stored),
         }
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of config, tensors with their locations, and side files."""
-        lines = [f"{self.kind} {strict_json.dumps(self.config)} {self._header.file_nbytes}"]
+        lines = [f"{self.kind} {strict_json.dumps(self.config, python_numbers=True)}"]
+        lines += [f"{name} {nbytes}" for name, nbytes in self._header.files.items()]
         for name, tensor in self._named.items():
             stored = tensor.stored
-            lines.append(f"{name} {stored.block_type.name} {stored.start} {tensor.expert} {tensor.n_heads}")
+            place = f"{stored.file} {stored.start} {stored.block_type.name}"
+            lines.append(f"{name} {place} {tensor.expert} {tensor.n_heads} {tensor.offset}")
         return self._digest(lines, self.side_files)
 
     def read_into(self, tensor: SourceTensor, offset: int, out: memoryview) -> None:
@@ -93,6 +96,8 @@ class GgufFile(FileSource[CheckpointFolder]):
         start = offset // self._format.nbytes
         first, last = start // row, -(-(start + raw.size) // row)
         values = self._rows(named, first, last)[start - first * row :][: raw.size]
+        if named.offset:
+            values = values - np.float32(named.offset)
         if self._format is FloatFormat.BF16:
             round_to_bf16(values, raw)
         else:
@@ -101,6 +106,10 @@ class GgufFile(FileSource[CheckpointFolder]):
     def read_side_file(self, name: str) -> bytes:
         """Return the bytes of a file to carry over."""
         return self._side_files[name]
+
+    def _weight_files(self) -> list[str]:
+        # Beside a file that was given alone lies whatever the user keeps there.
+        return list(self._header.files) if self._given_folder else self._files.names()
 
     def _rows(self, named: NamedTensor, first: int, last: int) -> NDArray[np.float32]:
         """Return the values of rows `first` to `last`, flattened."""
@@ -126,19 +135,19 @@ class GgufFile(FileSource[CheckpointFolder]):
         row = stored.shape[-1]
         row_nbytes = row // stored.block_type.block_size * stored.block_type.block_nbytes
         data = np.empty((last - first) * row_nbytes, np.uint8)
-        self._files.read_into(self._name, stored.start + first * row_nbytes, data.data)
+        self._files.read_into(stored.file, stored.start + first * row_nbytes, data.data)
         values = np.empty((last - first) * row, np.float32)
         stored.block_type.decode(data, values)
         return values
 
-    def _rope_factors(self) -> NDArray[np.float32] | None:
-        stored = self._header.tensors.get(ROPE_FACTORS_NAME)
+    def _read_vector(self, name: str) -> NDArray[np.float32] | None:
+        stored = self._header.tensors.get(name)
         if stored is None:
             return None
         if len(stored.shape) != 1 or stored.shape[0] > _MAX_FACTORS:
-            path = self.location / self._name
+            path = self.location / stored.file
             problem = f"shape {list(stored.shape)}, expected at most {_MAX_FACTORS} factors"
-            raise SourceError(Reason.COMPONENT_SHAPE, path, problem, tensor=ROPE_FACTORS_NAME)
+            raise SourceError(Reason.COMPONENT_SHAPE, path, problem, tensor=name)
         return self._decode(stored, 0, 1)
 
     @cached_property
@@ -147,7 +156,8 @@ class GgufFile(FileSource[CheckpointFolder]):
         if self._given_folder:
             found = {name: self._files.read_side_file(name) for name in self._files.list_side_files()}
         if not any(name in found for name in _TOKENIZER_NAMES):
-            found |= tokenizer_files(self.location / self._name)
+            by_architecture = self._architecture.read_by_transformers
+            found |= tokenizer_files(self.location / self._name, by_architecture=by_architecture)
         return dict(sorted(found.items()))
 
 
@@ -156,18 +166,7 @@ def _half_split(n_rows: int, n_heads: int) -> NDArray[np.intp]:
     return np.arange(n_rows).reshape(n_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _only_file(folder: Path) -> str:
-    names = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
-    if len(names) != 1:
-        raise SourceError(
-            Reason.UNSUPPORTED_SOURCE,
-            folder,
-            f"contains {len(names)} GGUF files ({', '.join(names[:5])})",
-            next_step="Give the path of one of them",
-        )
-    return names[0]
-
-
 def _float_format(tensors: tuple[NamedTensor, ...]) -> FloatFormat:
-    stored = {tensor.stored.block_type.name for tensor in tensors if len(tensor.stored.shape) > 1}
+    # Kernels of convolutions, which have three dimensions, are always stored as F32.
+    stored = {t.stored.block_type.name for t in tensors if len(t.stored.shape) > 1 and len(t.shape) == 2}
     return FloatFormat(next(iter(stored))) if stored in ({"F16"}, {"F32"}) else FloatFormat.BF16

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qformat.artifact.limits import MAX_NAME_NBYTES
 from qformat.artifact.reading.regular_files import read_exactly
-from qformat.codec.foreign.ggml_blocks import BLOCK_TYPES, BlockType
+from qformat.codec.foreign.ggml_types import BLOCK_TYPES, UNREAD_TYPES, BlockType
 from qformat.errors import Reason, SourceError
 
 _MAX_KEYS = 4096
@@ -50,12 +50,14 @@ class GgufTensor:
         block_type: How its values are stored.
         shape: Shape with the contiguous dimension last, unlike in GGUF itself.
         start: Offset in bytes of its data in the file.
+        file: Name of the file.
     """
 
     name: str
     block_type: BlockType
     shape: tuple[int, ...]
     start: int
+    file: str
 
     @property
     def nbytes(self) -> int:
@@ -65,11 +67,11 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """The header of a GGUF file: metadata and tensors, each keyed by name."""
+    """The header of a model: metadata and tensors, each keyed by name, and the size in bytes of each file."""
 
     metadata: Mapping[str, Scalar | GgufArray]
     tensors: Mapping[str, GgufTensor]
-    file_nbytes: int
+    files: Mapping[str, int]
 
 
 def read_header(descriptor: int, path: Path) -> GgufHeader:
@@ -108,9 +110,9 @@ def read_header(descriptor: int, path: Path) -> GgufHeader:
             raise SourceError(Reason.DUPLICATE_TENSOR, path, "occurs twice", tensor=name)
         if offset % alignment:
             raise SourceError(Reason.ALIGNMENT, path, f"offset {offset} is not a multiple of {alignment}", tensor=name)
-        tensors[name] = GgufTensor(name, block_type, shape, data_start + offset)
+        tensors[name] = GgufTensor(name, block_type, shape, data_start + offset, path.name)
     _check_places(tensors, path, cursor.file_nbytes)
-    return GgufHeader(metadata, tensors, cursor.file_nbytes)
+    return GgufHeader(metadata, tensors, {path.name: cursor.file_nbytes})
 
 
 def _read_info(cursor: _Cursor, path: Path) -> tuple[str, BlockType, tuple[int, ...], int]:
@@ -127,8 +129,9 @@ def _read_info(cursor: _Cursor, path: Path) -> tuple[str, BlockType, tuple[int, 
     number = cursor.integer("I")
     if number not in BLOCK_TYPES:
         known = ", ".join(block_type.name for block_type in BLOCK_TYPES.values())
+        kind = UNREAD_TYPES.get(number, number)
         raise SourceError(
-            Reason.UNSUPPORTED_DTYPE, path, f"ggml type {number} is not supported (supported: {known})", tensor=name,
+            Reason.UNSUPPORTED_DTYPE, path, f"ggml type {kind} is not supported (supported: {known})", tensor=name,
             next_step="Use a GGUF file of one of these types, for example F16 or Q8_0",
         )  # fmt: skip
     block_type = BLOCK_TYPES[number]

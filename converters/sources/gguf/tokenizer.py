@@ -16,8 +16,13 @@ _CONVERSION_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeErro
 """Exceptions that transformers and tokenizers raise for a vocabulary that they cannot use."""
 
 
-def tokenizer_files(path: Path) -> dict[str, bytes]:
+def tokenizer_files(path: Path, *, by_architecture: bool = True) -> dict[str, bytes]:
     """Return the tokenizer's files, keyed by name. Imports transformers.
+
+    Args:
+        path: Path of the file.
+        by_architecture: Whether transformers reads the architecture, and chooses the class of the tokenizer by it.
+            Otherwise it is the class for every `tokenizer.json`.
 
     Raises:
         SourceError: transformers or gguf is not installed, or transformers cannot convert this tokenizer.
@@ -35,7 +40,8 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
         ) from None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.absolute().parent), gguf_file=path.name)
+            chosen = transformers.AutoTokenizer if by_architecture else transformers.PreTrainedTokenizerFast
+            tokenizer = chosen.from_pretrained(str(path.absolute().parent), gguf_file=path.name)
             for name in _CIRCUMSTANCES:
                 tokenizer.init_kwargs.pop(name, None)
             tokenizer.save_pretrained(folder)

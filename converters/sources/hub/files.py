@@ -15,6 +15,7 @@ from qformat.artifact.header import Header
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name
 from qformat.artifact.reading.side_files import is_side_file
+from qformat.artifact.sources.stand_ins import HEAD_NBYTES, refuse_stand_in
 from qformat.converters.sources.checkpoint_folder import CheckpointFiles
 from qformat.cores import run_tasks
 from qformat.errors import SourceError
@@ -68,6 +69,10 @@ class HubFiles(CheckpointFiles):
         """Return the names of the files in the repository's top directory."""
         return sorted(path for path in self.repository.files if "/" not in path)
 
+    def folders(self) -> list[str]:
+        """Return the names of the repository's directories, sorted."""
+        return sorted({path.partition("/")[0] for path in self.repository.files if "/" in path})
+
     def read_small(self, name: str, *, max_nbytes: int) -> bytes:
         """Return the bytes of a small file, fetched once and checked against the commit's digest.
 
@@ -76,7 +81,9 @@ class HubFiles(CheckpointFiles):
             max_nbytes: Largest size in bytes that is accepted.
         """
         if name not in self._small:
-            self._small[name] = self.repository.read_small(self._listed(name).path, max_nbytes=max_nbytes)
+            data = self.repository.read_small(self._listed(name).path, max_nbytes=max_nbytes)
+            refuse_stand_in(name, data[:HEAD_NBYTES], path=self.path / name, error=SourceError)
+            self._small[name] = data
         return self._small[name]
 
     def read_headers(self, names: Sequence[str]) -> dict[str, Header]:
@@ -144,4 +151,4 @@ class HubFiles(CheckpointFiles):
 
         text = header.read_text(read_into, file_nbytes=file.nbytes, path=path, error=SourceError)
         self.shards[name] = Shard(file, header.framed(text), whole)
-        return header.parse(text, file_nbytes=file.nbytes, path=path, error=SourceError)
+        return header.parse(text, file_nbytes=file.nbytes, path=path, error=SourceError, of_artifact=False)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import TensorEntry
-from qformat.artifact.reading.regular_files import open_regular, read_exactly
+from qformat.artifact.reading.regular_files import read_exactly
 from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.artifact.reading.structure import Located, ShardLayout, check_small_parts
+from qformat.artifact.sources.source_files import open_source_file
 from qformat.codec import quant_state
 from qformat.errors import ArtifactError, Reason
 
@@ -35,7 +36,8 @@ def read_bitsandbytes_folder(path: Path) -> ShardLayout:
         raise _nothing_packed(path, located)
     with ExitStack() as stack:
         descriptors = {
-            shard: stack.enter_context(open_regular(path, shard, error=ArtifactError)) for shard in shards.shard_nbytes
+            shard: stack.enter_context(open_source_file(path, shard, error=ArtifactError))
+            for shard in shards.shard_nbytes
         }
         states = {}
         paths = {shard: path / shard for shard in descriptors}

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from qformat.artifact.components import Component
 from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.packed_arrays import PackedArrays
-from qformat.artifact.reading.regular_files import open_regular
 from qformat.artifact.reading.structure import ShardLayout, Structure, check_structure, size_error
 from qformat.artifact.reading.watch import MappedFileWatch
+from qformat.artifact.sources.source_files import open_shard
 from qformat.codec.floats import FloatFormat, Raw, widen
 from qformat.codec.quant_state import QuantState
 from qformat.errors import ArtifactError, UsageError
@@ -114,7 +114,7 @@ class MappedShards:
         """Return the mapping of an entire shard. It is private: data written to it does not reach the file."""
         if shard not in self._maps:
             expected = self.layout.shard_nbytes[shard]
-            with open_regular(self.path, shard, error=ArtifactError) as descriptor:
+            with open_shard(self.layout, shard, error=ArtifactError) as descriptor:
                 status = os.fstat(descriptor)
                 if status.st_size != expected:
                     raise size_error(self.path / shard, status.st_size, expected)

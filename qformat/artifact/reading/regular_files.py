@@ -15,6 +15,7 @@ MAX_FILE_NAME_NBYTES = 255
 """Longest file name of common file systems, in bytes."""
 
 _RESERVED = {"", ".", ".."}
+_FETCH_LINKED = "Fetch the linked file with the tool that made the link (git annex get, dvc pull), or copy it here"
 
 
 def check_plain_name(name: str, *, path: Path | str, error: type[InvalidFileError]) -> None:
@@ -35,15 +36,19 @@ def check_plain_name(name: str, *, path: Path | str, error: type[InvalidFileErro
 
 
 @contextmanager
-def open_regular(folder: Path, name: str, *, error: type[InvalidFileError]) -> Iterator[int]:
+def open_regular(
+    folder: Path, name: str, *, error: type[InvalidFileError], follow_links: bool = False
+) -> Iterator[int]:
     """Open a regular file for reading and yield its file descriptor.
 
-    A symbolic link is followed only inside the Hub's cache, from `REPO/snapshots/REVISION/` into `REPO/blobs/`.
+    A symbolic link is followed only inside the Hub's cache, from `REPO/snapshots/REVISION/` into `REPO/blobs/`, unless
+    `follow_links` is set.
 
     Args:
         folder: Directory of the file.
         name: Name of the file.
         error: Class of the error to raise.
+        follow_links: Whether a symbolic link to any regular file is followed.
 
     Raises:
         InvalidFileError: The file cannot be opened (missing_file, not_a_regular_file, path_escapes). The class is
@@ -52,11 +57,15 @@ def open_regular(folder: Path, name: str, *, error: type[InvalidFileError]) -> I
     path = folder / name
     check_plain_name(name, path=path, error=error)
     try:
-        opened = _hub_blob(path, error) if path.is_symlink() else path
+        opened = _hub_blob(path, error) if not follow_links and path.is_symlink() else path
         # With O_NONBLOCK, opening a FIFO does not wait for a writer. The check of its type follows below.
-        descriptor = os.open(opened, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+        descriptor = os.open(opened, flags)
     except FileNotFoundError:
-        raise error(Reason.MISSING_FILE, path, "does not exist") from None
+        if not path.is_symlink():
+            raise error(Reason.MISSING_FILE, path, "does not exist") from None
+        problem = f"is a symbolic link to {os.readlink(path)}, which does not exist"
+        raise error(Reason.MISSING_FILE, path, problem, next_step=_FETCH_LINKED) from None
     except OSError as problem:
         reason = Reason.NOT_A_REGULAR_FILE if problem.errno in {errno.ELOOP, errno.ENXIO} else Reason.MISSING_FILE
         raise error(reason, path, f"cannot be opened: {problem.strerror}") from None
@@ -81,12 +90,27 @@ def read_small(folder: Path, name: str, *, max_nbytes: int, error: type[InvalidF
         InvalidFileError: The file cannot be opened or read, or is too large (json_limit). The class is `error`.
     """
     with open_regular(folder, name, error=error) as descriptor:
-        nbytes = os.fstat(descriptor).st_size
-        if nbytes > max_nbytes:
-            raise error(Reason.JSON_LIMIT, folder / name, f"the file has {nbytes} bytes (the limit is {max_nbytes})")
-        data = bytearray(nbytes)
-        read_exactly(descriptor, 0, memoryview(data), path=folder / name, error=error)
-        return bytes(data)
+        return read_whole(descriptor, folder / name, max_nbytes=max_nbytes, error=error)
+
+
+def read_whole(descriptor: int, path: Path, *, max_nbytes: int, error: type[InvalidFileError]) -> bytes:
+    """Return the bytes of a small file that is open.
+
+    Args:
+        descriptor: File descriptor.
+        path: Path of the file, for error messages.
+        max_nbytes: Largest size of the file in bytes.
+        error: Class of the error to raise.
+
+    Raises:
+        InvalidFileError: The file cannot be read or is too large (json_limit). The class is `error`.
+    """
+    nbytes = os.fstat(descriptor).st_size
+    if nbytes > max_nbytes:
+        raise error(Reason.JSON_LIMIT, path, f"the file has {nbytes} bytes (the limit is {max_nbytes})")
+    data = bytearray(nbytes)
+    read_exactly(descriptor, 0, memoryview(data), path=path, error=error)
+    return bytes(data)
 
 
 def read_if_regular(folder: Path, name: str) -> bytes | None:

@@ -15,6 +15,9 @@ _NAMES = {
     TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, "tokenizer.model.v3", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
     "sentencepiece.model", "bpe.codes", "tekken.json", "normalizer.json",
+    "spm.model", "vocab.bpe", "encoder.json",
+    # sentence-transformers: without modules.json, it would pool by the mean, whatever the model needs
+    "modules.json", "config_sentence_transformers.json",
     # chat templates
     "chat_template.jinja", "chat_template.json",
     # processors of multimodal models
@@ -24,7 +27,8 @@ _NAMES = {
 
 _PATTERNS = re.compile(
     r"""
-      .+\.tiktoken
+      .+\.tiktoken | .+\.spm
+    | sentence_[a-z-]+_config\.json                      # sentence-transformers
     | [A-Za-z0-9_]+\.py                                  # custom model code
     | (?:LICEN[CS]E|COPYING|NOTICE|USE_POLICY)(?:[._-].*)?
     | .*[._-]LICEN[CS]E(?:\.(?:txt|md))?

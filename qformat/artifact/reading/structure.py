@@ -24,6 +24,7 @@ from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading import manifest_parser
 from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
+from qformat.artifact.sources.stand_ins import stand_in_of
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
@@ -163,9 +164,10 @@ def size_error(path: Path, found: int, expected: int) -> ArtifactError:
         found: Size of the file in bytes.
         expected: Size in the manifest in bytes.
     """
-    return ArtifactError(
-        Reason.FILE_SIZE, path, f"the file has {found} bytes, expected {expected}", next_step=next_step_for(path)
-    )
+    problem, next_step = f"the file has {found} bytes, expected {expected}", next_step_for(path)
+    if (instead := stand_in_of(path)) is not None:
+        problem, next_step = f"{problem}: it {instead.problem}", instead.next_step
+    return ArtifactError(Reason.FILE_SIZE, path, problem, next_step=next_step)
 
 
 def next_step_for(path: Path) -> str:
@@ -268,7 +270,7 @@ def check_config(data: bytes, where: Path, parsed: Manifest) -> None:
     Raises:
         ArtifactError: The file is invalid (config_field, skip_modules).
     """
-    config = strict_json.loads(data, path=where, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+    config = strict_json.loads(data, path=where, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True)
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict):
         raise ArtifactError(Reason.CONFIG_FIELD, where, "is missing or is not an object", field="quantization_config")

@@ -26,6 +26,7 @@ from qformat.artifact.reading.structure import (
     read_manifest,
     size_error,
 )
+from qformat.artifact.sources.stand_ins import stand_in_of
 from qformat.cores import run_tasks
 from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
@@ -294,7 +295,9 @@ def range_checks(
         try:
             read = header.read(descriptor, path / name, error=ArtifactError)
         except ArtifactError as error:
-            findings.append(finding_of(error))
+            unfetched = stand_in_of(path / name) is not None
+            of_size = size_error(path / name, os.fstat(descriptor).st_size, record.nbytes) if unfetched else error
+            findings.append(finding_of(of_size))
             continue
         head = RangeCheck(descriptor, path / name, 0, read.data_start, record.header_xxh3, None, "header")
         if (changed := head.run()) is not None:

@@ -28,6 +28,7 @@ from numba.core.typing.templates import Signature
 from numpy.typing import NDArray
 
 from qformat.codec.codebooks import DYNAMIC_THRESHOLDS, NF4_CODEBOOK
+from qformat.codec.cpu.code_cache import cached
 from qformat.codec.cpu.scalars import is_finite, magnitude, magnitude_bits, narrowed, nearest_code, widened
 from qformat.codec.floats import FloatFormat
 from qformat.codec.nested import NESTED_BLOCK_SIZE
@@ -61,17 +62,14 @@ class Kernel:
 
 
 def jit(function: Callable[..., Any], *, any_order: bool = False) -> Any:
-    """Compile a function with numba on demand. The cache is next to the source or in the user's cache directory.
+    """Compile a function with numba on demand, and keep the machine code on disk if that is possible.
 
     Args:
         function: Function to compile.
         any_order: Allow the order of additions to depend on the CPU, for results that need not be bit-identical.
     """
     fastmath: Any = {"reassoc", "contract"} if any_order else False
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True, fastmath=fastmath)(function)
-    except RuntimeError:  # neither directory is writable: compile in every process
-        return numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function)
+    return cached(numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)(function), function)
 
 
 def kernel(signature: Signature) -> Callable[[Callable[..., Any]], Kernel]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, from_dtype, types  # type: ignore[attr-defined]
+from numba import carray, from_dtype, types  # type: ignore[attr-defined]
 from numba.extending import register_jitable
 
+from qformat.codec.cpu.code_cache import cached_callback
 from qformat.codec.cpu.lanes import I64, steps
 from qformat.codec.cpu.product_rows import ProductInstructions, Weight, dot_row
 from qformat.codec.floats import FloatFormat
@@ -122,7 +123,4 @@ def product_function(instructions: ProductInstructions, float_format: FloatForma
                     m += 1
             share = _take_share(address)
 
-    try:
-        return cfunc(types.void(_JOB_POINTER), cache=True, error_model="numpy")(run)
-    except RuntimeError:  # no cache directory is writable
-        return cfunc(types.void(_JOB_POINTER), error_model="numpy")(run)
+    return cached_callback(types.void(_JOB_POINTER), run)

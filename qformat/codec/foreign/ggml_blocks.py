@@ -9,34 +9,40 @@ complete blocks and run without the GIL. Callers check the sizes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import njit, types
 
-from qformat.codec.cpu.kernels import Kernel, filled, kernel, taken
+from qformat.codec.cpu.kernels import filled, kernel, taken
 from qformat.codec.cpu.scalars import rounded_to_bf16
 
 _HALF_VALUES = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 
-_decoder: Callable[..., Any] = kernel(types.void(taken(types.uint8), filled(types.float32)))
+decoder: Callable[..., Any] = kernel(types.void(taken(types.uint8), filled(types.float32)))
 """Compiles a function decode(blocks uint8 [n_blocks * block_nbytes], out float32 [n_blocks * block_size])."""
 
-_inline = njit(inline="always")
+inline = njit(inline="always")
+"""Compiles a function into its callers."""
 
 
-@_inline
-def _half(data: Any, at: Any) -> Any:
+@inline
+def half_at(data: Any, at: Any) -> Any:
+    """Return a float16 value as float32.
+
+    Args:
+        data: Blocks, uint8.
+        at: Index of the value's first byte.
+    """
     return _HALF_VALUES[np.int64(data[at]) | (np.int64(data[at + 1]) << 8)]
 
 
-@_inline
+@inline
 def _signed(byte: Any) -> Any:
     return np.float32(np.int32(byte) - ((np.int32(byte) & 128) << 1))
 
 
-@_decoder
+@decoder
 def decode_q8_0(blocks: Any, out: Any) -> None:
     """Decode Q8_0 blocks: code * scale.
 
@@ -47,12 +53,12 @@ def decode_q8_0(blocks: Any, out: Any) -> None:
         out: Array for the values, float32 [n_blocks * 32].
     """
     for i in range(out.size // 32):
-        scale = _half(blocks, i * 34)
+        scale = half_at(blocks, i * 34)
         for j in range(32):
             out[i * 32 + j] = _signed(blocks[i * 34 + 2 + j]) * scale
 
 
-@_decoder
+@decoder
 def decode_q4_0(blocks: Any, out: Any) -> None:
     """Decode Q4_0 blocks: scale * (code - 8).
 
@@ -63,14 +69,14 @@ def decode_q4_0(blocks: Any, out: Any) -> None:
         out: Array for the values, float32 [n_blocks * 32].
     """
     for i in range(out.size // 32):
-        scale = _half(blocks, i * 18)
+        scale = half_at(blocks, i * 18)
         for j in range(16):
             pair = np.int32(blocks[i * 18 + 2 + j])
             out[i * 32 + j] = scale * np.float32((pair & 15) - 8)
             out[i * 32 + 16 + j] = scale * np.float32((pair >> 4) - 8)
 
 
-@_decoder
+@decoder
 def decode_q4_1(blocks: Any, out: Any) -> None:
     """Decode Q4_1 blocks: scale * code + minimum.
 
@@ -81,14 +87,14 @@ def decode_q4_1(blocks: Any, out: Any) -> None:
         out: Array for the values, float32 [n_blocks * 32].
     """
     for i in range(out.size // 32):
-        scale, minimum = _half(blocks, i * 20), _half(blocks, i * 20 + 2)
+        scale, minimum = half_at(blocks, i * 20), half_at(blocks, i * 20 + 2)
         for j in range(16):
             pair = np.int32(blocks[i * 20 + 4 + j])
             out[i * 32 + j] = scale * np.float32(pair & 15) + minimum
             out[i * 32 + 16 + j] = scale * np.float32(pair >> 4) + minimum
 
 
-@_decoder
+@decoder
 def decode_q5_0(blocks: Any, out: Any) -> None:
     """Decode Q5_0 blocks: scale * (code - 16).
 
@@ -100,7 +106,7 @@ def decode_q5_0(blocks: Any, out: Any) -> None:
     """
     for i in range(out.size // 32):
         at = i * 22
-        scale = _half(blocks, at)
+        scale = half_at(blocks, at)
         for j in range(16):
             pair = np.int32(blocks[at + 6 + j])
             low = (np.int32(blocks[at + 2 + j // 8]) >> (j % 8)) & 1
@@ -109,7 +115,7 @@ def decode_q5_0(blocks: Any, out: Any) -> None:
             out[i * 32 + 16 + j] = scale * np.float32(((pair >> 4) | (high << 4)) - 16)
 
 
-@_decoder
+@decoder
 def decode_q5_1(blocks: Any, out: Any) -> None:
     """Decode Q5_1 blocks: scale * code + minimum.
 
@@ -121,7 +127,7 @@ def decode_q5_1(blocks: Any, out: Any) -> None:
     """
     for i in range(out.size // 32):
         at = i * 24
-        scale, minimum = _half(blocks, at), _half(blocks, at + 2)
+        scale, minimum = half_at(blocks, at), half_at(blocks, at + 2)
         for j in range(16):
             pair = np.int32(blocks[at + 8 + j])
             low = (np.int32(blocks[at + 4 + j // 8]) >> (j % 8)) & 1
@@ -130,7 +136,7 @@ def decode_q5_1(blocks: Any, out: Any) -> None:
             out[i * 32 + 16 + j] = scale * np.float32((pair >> 4) | (high << 4)) + minimum
 
 
-@_decoder
+@decoder
 def decode_q2_k(blocks: Any, out: Any) -> None:
     """Decode Q2_K blocks: (d * scale) * code - (dmin * minimum).
 
@@ -142,7 +148,7 @@ def decode_q2_k(blocks: Any, out: Any) -> None:
     """
     for i in range(out.size // 256):
         at = i * 84
-        d, dmin = _half(blocks, at + 80), _half(blocks, at + 82)
+        d, dmin = half_at(blocks, at + 80), half_at(blocks, at + 82)
         for group in range(16):
             both = np.int32(blocks[at + group])
             scale, minimum = d * np.float32(both & 15), dmin * np.float32(both >> 4)
@@ -153,7 +159,7 @@ def decode_q2_k(blocks: Any, out: Any) -> None:
                 out[i * 256 + group * 16 + j] = scale * np.float32(code) - minimum
 
 
-@_decoder
+@decoder
 def decode_q3_k(blocks: Any, out: Any) -> None:
     """Decode Q3_K blocks: (d * (scale - 32)) * (code - 4), or * code if its third bit is set.
 
@@ -165,7 +171,7 @@ def decode_q3_k(blocks: Any, out: Any) -> None:
     """
     for i in range(out.size // 256):
         at = i * 110
-        d = _half(blocks, at + 108)
+        d = half_at(blocks, at + 108)
         for group in range(16):
             low = (np.int32(blocks[at + 96 + group % 8]) >> (4 * (group // 8))) & 15
             high = (np.int32(blocks[at + 104 + group % 4]) >> (2 * (group // 4))) & 3
@@ -179,24 +185,24 @@ def decode_q3_k(blocks: Any, out: Any) -> None:
                 out[i * 256 + group * 16 + j] = scale * np.float32(code - 4 * (1 - third))
 
 
-@_inline
+@inline
 def _six_bits(blocks: Any, at: Any, group: Any) -> Any:
     """Return the number of one of 8 groups: all 6 bits for the first four groups, the upper 2 bits for the others."""
     low = np.int32(blocks[at + group % 4])
     return low & 63 if group < 4 else low >> 6 << 4
 
 
-@_inline
+@inline
 def _scale_and_minimum(blocks: Any, at: Any, group: Any) -> Any:
     """Return (d * scale, dmin * minimum) of one of 8 groups: d and dmin are at `at`, then 12 bytes of 6-bit numbers."""
     scale, minimum = _six_bits(blocks, at + 4, group), _six_bits(blocks, at + 8, group)
     if group >= 4:
         rest = np.int32(blocks[at + 12 + group - 4])
         scale, minimum = scale | (rest & 15), minimum | (rest >> 4)
-    return _half(blocks, at) * np.float32(scale), _half(blocks, at + 2) * np.float32(minimum)
+    return half_at(blocks, at) * np.float32(scale), half_at(blocks, at + 2) * np.float32(minimum)
 
 
-@_decoder
+@decoder
 def decode_q4_k(blocks: Any, out: Any) -> None:
     """Decode Q4_K blocks: (d * scale) * code - (dmin * minimum).
 
@@ -216,7 +222,7 @@ def decode_q4_k(blocks: Any, out: Any) -> None:
                 out[i * 256 + group * 32 + j] = scale * np.float32(code) - minimum
 
 
-@_decoder
+@decoder
 def decode_q5_k(blocks: Any, out: Any) -> None:
     """Decode Q5_K blocks: (d * scale) * code - (dmin * minimum).
 
@@ -237,7 +243,7 @@ def decode_q5_k(blocks: Any, out: Any) -> None:
                 out[i * 256 + group * 32 + j] = scale * np.float32(code | (fifth << 4)) - minimum
 
 
-@_decoder
+@decoder
 def decode_q6_k(blocks: Any, out: Any) -> None:
     """Decode Q6_K blocks: (d * scale) * (code - 32).
 
@@ -250,7 +256,7 @@ def decode_q6_k(blocks: Any, out: Any) -> None:
     """
     for i in range(out.size // 256):
         at = i * 210
-        d = _half(blocks, at + 208)
+        d = half_at(blocks, at + 208)
         for group in range(16):
             scale = d * _signed(blocks[at + 192 + group])
             half, quarter, within = group // 8, group % 8 // 2, (group % 2) * 16
@@ -262,7 +268,7 @@ def decode_q6_k(blocks: Any, out: Any) -> None:
                 out[i * 256 + group * 16 + j] = scale * np.float32((low | (high << 4)) - 32)
 
 
-@_decoder
+@decoder
 def decode_f16(blocks: Any, out: Any) -> None:
     """Convert float16 values, exactly.
 
@@ -271,10 +277,10 @@ def decode_f16(blocks: Any, out: Any) -> None:
         out: Array for the values, float32 [n_blocks].
     """
     for i in range(out.size):
-        out[i] = _half(blocks, 2 * i)
+        out[i] = half_at(blocks, 2 * i)
 
 
-@_decoder
+@decoder
 def decode_bf16(blocks: Any, out: Any) -> None:
     """Convert bfloat16 values, exactly.
 
@@ -287,7 +293,7 @@ def decode_bf16(blocks: Any, out: Any) -> None:
         bits[i] = (np.uint32(blocks[2 * i]) << np.uint32(16)) | (np.uint32(blocks[2 * i + 1]) << np.uint32(24))
 
 
-@_decoder
+@decoder
 def decode_f32(blocks: Any, out: Any) -> None:
     """Copy float32 values.
 
@@ -310,38 +316,3 @@ def round_to_bf16(values: Any, out: Any) -> None:
     """
     for i in range(out.size):
         out[i] = rounded_to_bf16(values[i])
-
-
-@dataclass(frozen=True, slots=True)
-class BlockType:
-    """Storage format of a tensor in ggml.
-
-    Attributes:
-        name: Name in ggml.
-        block_size: Number of weights per block.
-        block_nbytes: Size of a block in bytes.
-        decode: Kernel that decodes complete blocks to float32.
-    """
-
-    name: str
-    block_size: int
-    block_nbytes: int
-    decode: Kernel
-
-
-BLOCK_TYPES = {
-    0: BlockType("F32", 1, 4, decode_f32),
-    1: BlockType("F16", 1, 2, decode_f16),
-    2: BlockType("Q4_0", 32, 18, decode_q4_0),
-    3: BlockType("Q4_1", 32, 20, decode_q4_1),
-    6: BlockType("Q5_0", 32, 22, decode_q5_0),
-    7: BlockType("Q5_1", 32, 24, decode_q5_1),
-    8: BlockType("Q8_0", 32, 34, decode_q8_0),
-    10: BlockType("Q2_K", 256, 84, decode_q2_k),
-    11: BlockType("Q3_K", 256, 110, decode_q3_k),
-    12: BlockType("Q4_K", 256, 144, decode_q4_k),
-    13: BlockType("Q5_K", 256, 176, decode_q5_k),
-    14: BlockType("Q6_K", 256, 210, decode_q6_k),
-    30: BlockType("BF16", 1, 2, decode_bf16),
-}
-"""Storage formats by their number in a file (`ggml_type`)."""

@@ -73,7 +73,9 @@ def prepare_card(
         manifest, base_model=options.base_model, source=options.source, license=options.license, token=token
     )
     data = read_small(artifact, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
-    config = strict_json.loads(data, path=artifact / CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
+    config = strict_json.loads(
+        data, path=artifact / CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True
+    )
     assert isinstance(config, dict)
     text = write_card(repository, manifest, config, origin, figures=options.figures, signed=signed)
     unknown = ("The base model is unknown. Specify it with ", Option("base_model", "OWNER/NAME"))

@@ -37,6 +37,8 @@ class Published:
         commit: The commit, or None after a dry run.
         pull_request: URL of the pull request, or None if there is none.
         already_there: The repository already had the same content, so nothing was uploaded.
+        unread: Why the repository could not be read in a dry run, so that every file counts as new. None if it was
+            read.
     """
 
     repository: str
@@ -47,6 +49,7 @@ class Published:
     commit: str | None = None
     pull_request: str | None = None
     already_there: bool = False
+    unread: str | None = None
 
     @property
     def nbytes_to_send(self) -> int:
@@ -64,7 +67,8 @@ class PublishOptions:
         create_pr: Open a pull request instead of committing to the main branch.
         sign_key: Elliptic-curve private key (PEM) to sign the artifact with.
         confirm_license: Publish although the licence is unknown or may forbid it.
-        dry_run: Report what would change, without changing anything.
+        dry_run: Report what would change, without changing anything. If the Hub does not answer, the files and the card
+            are reported without a comparison.
 
     Raises:
         UsageError: The revision is invalid, or `create_pr` is combined with a branch.
@@ -148,7 +152,12 @@ def publish(
         )
     publication = prepare(artifact, prepared.text)
     uploader = Uploader(repository, token=token, transfer=transfer)
-    main = uploader.open(None)
+    try:
+        main = uploader.open(None)
+    except HubError as problem:
+        if not options.dry_run or problem.status is not None:
+            raise
+        return _not_compared(repository, options, publication, prepared, problem)
     if main is not None and options.private and not uploader.is_private():
         raise HubError(repository, "is public, but a private repository was requested", next_step="Choose another name")
     target = main if options.is_main or main is None else uploader.open(options.branch)
@@ -168,6 +177,16 @@ def publish(
             return _done(published, open_request, already_there=True)
     on_upload(published.nbytes_to_send)
     return _done(published, _upload(uploader, published, options, main=main, target=target))
+
+
+def _not_compared(
+    repository: str, options: PublishOptions, publication: Publication, card: PreparedCard, problem: HubError
+) -> Published:
+    """Return what a dry run knows if the Hub does not answer."""
+    if options.sign_key is not None:
+        publication = publication.signed(_signature(publication, (), repository, options.sign_key))
+    changes = find_changes(publication, None, name=repository)
+    return Published(repository, options.branch, publication, card, changes, unread=problem.problem)
 
 
 def _upload(

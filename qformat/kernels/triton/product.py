@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import UsageError
-from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
+from qformat.kernels.implementations import MAX_ROWS_FROM_CODES
 from qformat.kernels.packed_weight import PackedWeight
 from qformat.kernels.triton.launch import check_aligned, check_tensors, multiprocessors, on_device
 

@@ -7,8 +7,9 @@
 
 `LayerStream` packs the tensors of each layer into host memory (pinned for CUDA) and owns two slots on the device. Hooks
 bring a layer in before its forward pass and before its backward pass, in which gradient checkpointing runs the forward
-pass again. While a layer is current, its tensors are views of its slot. When another streamed layer is entered, they
-become views of host memory again. `state_dict` and `save_pretrained` therefore see the complete model.
+pass again. While a layer is current, its tensors are views of its slot. When another streamed layer is entered, or when
+`state_dict` is called, they lie in host memory again. `state_dict` and `save_pretrained` therefore return and write the
+complete model.
 
 A copy into a slot waits for all work that was queued before. That includes the layer that last used the slot, because
 the layer after it is being entered.
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from qformat.errors import UsageError
 from qformat.model.devices.placement import N_SLOTS, aligned, arena_sizes
+from qformat.model.shard_tensors import tensor_over
 
 
 class Copy(Protocol):
@@ -133,11 +135,17 @@ class _Place:
     shape: torch.Size
     start: int
 
-    def view(self, memory: Tensor) -> Tensor:
-        """Return the tensor as a view of a layer's memory, uint8."""
+    def at_home(self, memory: Tensor) -> Tensor:
+        """Return the tensor over host memory, uint8. Like every loaded tensor, it has a storage of its own."""
+        return self._wrapped(tensor_over(memory, self.start, self.dtype, self.shape))
+
+    def in_slot(self, slot: Tensor) -> Tensor:
+        """Return the tensor as a view of a slot, uint8: autograd notices when another layer overwrites it."""
         nbytes = self.shape.numel() * self.dtype.itemsize
-        found = memory[self.start : self.start + nbytes].view(self.dtype).view(self.shape)
-        return nn.Parameter(found, requires_grad=False) if self.is_parameter else found
+        return self._wrapped(slot[self.start : self.start + nbytes].view(self.dtype).view(self.shape))
+
+    def _wrapped(self, tensor: Tensor) -> Tensor:
+        return nn.Parameter(tensor, requires_grad=False) if self.is_parameter else tensor
 
     def put(self, tensor: Tensor) -> None:
         """Attach a tensor to the module."""
@@ -185,6 +193,7 @@ class LayerStream:
         for number, layer in enumerate(self._layers):
             layer.module.register_forward_pre_hook(partial(self._before_forward, number))
             layer.module.register_full_backward_pre_hook(partial(self._before_backward, number))
+            layer.module.register_state_dict_pre_hook(partial(self._before_state_dict, number))  # type: ignore[no-untyped-call]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -209,7 +218,7 @@ class LayerStream:
             self._pending[slot] = None
         layer = self._layers[number]
         if slot not in layer.in_slots:
-            layer.in_slots[slot] = tuple(place.view(self._slots[slot]) for place in layer.places)
+            layer.in_slots[slot] = tuple(place.in_slot(self._slots[slot]) for place in layer.places)
         layer.bind(layer.in_slots[slot])
         self._current = number
         _bring_along(layer.module, self._slots[slot].device)
@@ -228,7 +237,7 @@ class LayerStream:
                 arena, used = arena + 1, 0
             host = arenas[arena][used : used + nbytes]
             used += nbytes
-            at_home = tuple(place.view(host) for place in places[name])
+            at_home = tuple(place.at_home(host) for place in places[name])
             for place, tensor in zip(places[name], at_home, strict=True):
                 tensor.copy_(place.tensors[place.name].detach())
             found.append(_Layer(name, module, places[name], host, at_home, {}))
@@ -275,6 +284,10 @@ class LayerStream:
 
     def _before_backward(self, number: int, module: nn.Module, gradients: Any) -> None:
         self.enter(number)
+
+    def _before_state_dict(self, number: int, *_: object) -> None:
+        """Bring a layer home: tensors in a slot share its storage, and the next layer overwrites them."""
+        self._layers[number].bind(self._layers[number].at_home)
 
     def __reduce__(self) -> NoReturn:
         raise UsageError("a model with layers in host memory cannot be copied or pickled. Load it again instead")

@@ -21,9 +21,10 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from qformat.artifact.digests import Xxh3
-from qformat.artifact.reading.regular_files import open_regular, read_exactly
+from qformat.artifact.reading.regular_files import read_exactly
 from qformat.artifact.reading.structure import ShardLayout, Structure, size_error
 from qformat.artifact.reading.verify import Finding, RangeCheck, range_checks
+from qformat.artifact.sources.source_files import open_shard
 from qformat.cores import usable_cores
 from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model.devices.buffer_ring import Buffer, BufferRing
@@ -130,7 +131,7 @@ def _open_shards(layout: ShardLayout, names: Iterable[str], stack: ExitStack) ->
     """Open every shard and check its size. Return descriptors by name; `stack` closes them."""
     descriptors: dict[str, int] = {}
     for shard in names:
-        descriptors[shard] = stack.enter_context(open_regular(layout.path, shard, error=ArtifactError))
+        descriptors[shard] = stack.enter_context(open_shard(layout, shard, error=ArtifactError))
         found = os.fstat(descriptors[shard]).st_size
         expected = layout.shard_nbytes[shard]
         if found != expected:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from qformat.errors import ArtifactError, Reason, SourceError
 from qformat.model.build import build_on_meta, initialise_the_rest, read_config
-from qformat.model.loading_rules import name_in_model
+from qformat.model.rules.loading_rules import name_in_model
 from qformat.names import CONFIG_NAME
 from qformat.quality.calibration.layer_calls import LayerCall, UnsupportedModelError, record_calls
 

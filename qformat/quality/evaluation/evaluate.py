@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import Option, UsageError, VerificationError
+from qformat.model.build import check_predicts_tokens
 from qformat.model.checkpoint import find_folder, load_any
 from qformat.model.load import load_tokenizer
 from qformat.names import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, TOKENIZER_NAME
@@ -120,7 +121,8 @@ def evaluate(
         on_window: Called with the number of scored windows and the total number of windows.
 
     Raises:
-        UsageError: Tokenizers or vocabularies differ, or windows are longer than the model's context.
+        UsageError: A model does not predict tokens, tokenizers or vocabularies differ, or windows are longer than the
+            model's context.
         DataError: A text is too short or cannot be read.
         SourceError: `source` is not the source of the artifacts.
         VerificationError: A window has non-finite logits.
@@ -135,6 +137,7 @@ def evaluate(
     windows = _read_texts(texts, everyone, folders[0], window_length, n_windows, trust_remote_code=trust_remote_code)
 
     def load(name: Path | str, folder: Path) -> _Model:
+        check_predicts_tokens(folder, trust_remote_code=trust_remote_code)
         model = load_any(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return _Model(str(name), model)
 

@@ -29,6 +29,7 @@ from qformat.artifact.writing.output_kind import ARTIFACT, check_target
 from qformat.artifact.writing.rewrite import replaced_by, rewrite
 from qformat.artifact.writing.staging import Staging, refuse_full_disk, refuse_nested, work_folder
 from qformat.errors import Option, UsageError, VerificationError
+from qformat.model.build import check_predicts_tokens
 from qformat.model.checkpoint import find_folder, load_checkpoint
 from qformat.model.load import chosen_device, load_model, load_tokenizer
 from qformat.model.memory import peak_nbytes
@@ -126,7 +127,7 @@ def tune(
         SourceError: The source is not the artifact's source.
         ArtifactError: The artifact is damaged.
         DataError: The text cannot be used.
-        UsageError: An argument is not valid, or the artifact was already tuned.
+        UsageError: An argument is not valid, the artifact was already tuned, or it does not predict tokens.
         DivergenceError: The loss or a gradient is NaN or Inf, or the training diverges.
         VerificationError: The result is not better on the held-out text.
         TargetError: `out` exists, cannot be written, or the disk is full.
@@ -141,6 +142,7 @@ def tune(
     with open_artifact(job.artifact) as artifact:
         if "tuning" in artifact.manifest.recipe:
             raise UsageError(f"{job.artifact}: was already tuned. Tune the original artifact instead")
+        check_predicts_tokens(job.artifact, trust_remote_code=settings.trust_remote_code)
         source_digest = check_whole_source(artifact, source, trust=trust_source)
         tokenizer = load_tokenizer(job.artifact, trust_remote_code=settings.trust_remote_code)
         everything = read_windows(list(job.data), tokenizer, length=settings.seq_len)

@@ -85,6 +85,8 @@ def add_adapter(model: PreTrainedModel, settings: TrainingSettings, *, base_name
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(_DTYPES[settings.adapter_dtype])
+    # trl casts the adapters of models with this trait to bf16. The wrapper's attribute hides that of the base model.
+    peft_model.is_loaded_in_4bit = False  # type: ignore[assignment]
     return peft_model
 
 

@@ -33,9 +33,10 @@ from typing import Any, Protocol, cast
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from qformat.errors import UsageError
 from qformat.kernels import ops
+from qformat.kernels.dispatch import as_autocast, may_bypass_dispatcher
 from qformat.kernels.held_weight import HeldWeight
 from qformat.model.nf4_linear import NF4Linear
 
@@ -87,9 +88,7 @@ def lora_linear(
     Returns:
         The output, [..., N], in the dtype of x.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        dropped = None if dropped is None else dropped.to(x.dtype)
+    x, dropped = as_autocast(x), None if dropped is None else as_autocast(dropped)
     y: Tensor = _LoraLinear.apply(x, dropped, lora_a, lora_b, scaling, base)  # type: ignore[no-untyped-call]
     return y
 
@@ -114,9 +113,10 @@ class _LoraLinear(torch.autograd.Function):
             y.addmm_(inner, lora_b.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(adapted, inner, lora_a, lora_b)
         ctx.scaling, ctx.base, ctx.is_dropped = scaling, base, dropped is not None
-        return y.to(x.dtype).view(*x.shape[:-1], lora_b.shape[0])
+        return ops.reshaped(y.to(x.dtype), (*x.shape[:-1], lora_b.shape[0]))
 
     @staticmethod
+    @once_differentiable  # autograd does not see the product, only its result
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         adapted, inner, lora_a, lora_b = ctx.saved_tensors
         wants_x, wants_dropped, wants_a, wants_b = ctx.needs_input_grad[:4]
@@ -133,9 +133,9 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x = ctx.base.input_gradient(grad).to(dtype)
                 if not ctx.is_dropped:
                     grad_x.addmm_(grad_inner, lora_a.to(dtype))
-                grad_x = grad_x.to(adapted.dtype).view(adapted.shape)
+                grad_x = ops.reshaped(grad_x.to(adapted.dtype), adapted.shape)
             if wants_dropped:
-                grad_dropped = (grad_inner @ lora_a.to(dtype)).to(adapted.dtype).view(adapted.shape)
+                grad_dropped = ops.reshaped((grad_inner @ lora_a.to(dtype)).to(adapted.dtype), adapted.shape)
         return grad_x, grad_dropped, grad_a, grad_b, None, None
 
 
@@ -143,7 +143,7 @@ class NF4LoraLinear(lora.Linear):
     """PEFT's LoRA layer around an `NF4Linear`, which runs plain LoRA as the single node of this module.
 
     LoRA is plain if there is one active adapter without DoRA or another variant, the adapter has no bias, and the bias
-    of the base layer is frozen. In all other cases, and under torch.compile, PEFT's own code runs on the `NF4Linear`.
+    of the base layer is frozen. In all other cases, and in torch's transforms, PEFT's own code runs on the `NF4Linear`.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -154,7 +154,7 @@ class NF4LoraLinear(lora.Linear):
             *args: Other arguments of PEFT's layer. With any, PEFT's own code runs.
             **kwargs: Other keyword arguments of PEFT's layer. With any, PEFT's own code runs.
         """
-        adapter = None if args or kwargs or torch.compiler.is_compiling() else self._plain_adapter()
+        adapter = None if args or kwargs or not may_bypass_dispatcher(x) else self._plain_adapter()
         if adapter is None:
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[adapter]
@@ -164,21 +164,6 @@ class NF4LoraLinear(lora.Linear):
         lora_b = cast(nn.Linear, self.lora_B[adapter]).weight
         base = NF4Product(layer.held_weight(), layer.bias)
         return lora_linear(x, dropped, lora_a, lora_b, self.scaling[adapter], base)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise an error, because a merged weight would have to be quantized again.
-
-        Args:
-            safe_merge: Ignored. Present because PEFT passes it.
-            adapter_names: Ignored. Present because PEFT passes it.
-
-        Raises:
-            UsageError: Always.
-        """
-        raise UsageError(
-            "an adapter cannot be merged into 4-bit weights. Export the artifact to 16 bit (qformat export), load the "
-            "adapter on the exported model and merge it there"
-        )
 
     def _plain_adapter(self) -> str | None:
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:

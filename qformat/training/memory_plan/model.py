@@ -28,9 +28,9 @@ from qformat.codec.floats import FloatFormat
 from qformat.codec.nf4 import BLOCK_SIZES, block_count, packed_nbytes
 from qformat.codec.quant_state import QuantState
 from qformat.errors import ArtifactError, Reason
-from qformat.model.build import attach, build_on_meta, linear_at, names_in_model, read_config
-from qformat.model.loading_rules import ignored_extras
+from qformat.model.build import attach, build_on_meta, check_predicts_tokens, linear_at, names_in_model, read_config
 from qformat.model.nf4_linear import NF4Linear
+from qformat.model.rules.loading_rules import ignored_extras
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents
 from qformat.names import CONFIG_NAME
 from qformat.training.adapter.attach import add_adapter
@@ -94,6 +94,7 @@ class FakeModel:
 
 def _base(tensors: ModelTensors, mode: FakeTensorMode, trust_remote_code: bool) -> tuple[PreTrainedModel, bool]:
     """Return the model without adapters, and whether its output layer was packed."""
+    check_predicts_tokens(tensors.folder, trust_remote_code=trust_remote_code)
     config = read_config(tensors.folder, trust_remote_code=trust_remote_code)
     with mode:
         model = build_on_meta(

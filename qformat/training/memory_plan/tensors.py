@@ -16,9 +16,9 @@ from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_SIZE
 from qformat.artifact.manifest import JsonObject, KeptRecord
 from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
-from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.artifact.reading.structure import read_manifest
+from qformat.artifact.sources.source_files import read_source_file
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.errors import ArtifactError, Reason, SourceError, UsageError
 from qformat.names import CONFIG_NAME, MANIFEST_NAME, is_repository_name
@@ -104,8 +104,8 @@ def _of_components(folder: Path, tensors: Iterable[TensorSpec]) -> ModelTensors:
 
 def _as_converted(folder: Path, tensors: list[TensorSpec], conversion: Conversion) -> ModelTensors:
     path = folder / CONFIG_NAME
-    data = read_small(folder, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
-    config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
+    data = read_source_file(folder, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError)
+    config = strict_json.loads(data, path=path, max_nbytes=MAX_CONFIG_NBYTES, error=SourceError, remarks=[])
     if not isinstance(config, dict):
         raise SourceError(Reason.CONFIG_FIELD, path, "not a JSON object")
     if config.get("quantization_config") is not None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from qformat.artifact.reading.reader import open_artifact
-from qformat.artifact.reading.verify import IntegrityReport
+from qformat.artifact.reading.verify import IntegrityReport, verify_integrity
 from qformat.errors import ArtifactError, Reason
 from tests.artifact.damaged import ACCOMPANYING, Region, regions, shard_of, shards, verify
+from tests.artifact.not_fetched import STAND_INS
 from tests.small_models import contents
 
 N_PARTS = 16
@@ -299,3 +300,15 @@ def test_a_path_that_is_not_a_directory_is_a_finding(tmp_path: Path) -> None:
     for name in ("missing", "file", "empty", "x" * 5000, "file/below", "a\0b"):
         (finding,) = verify(tmp_path / name).findings
         assert finding.reason is Reason.MISSING_FILE
+
+
+@pytest.mark.parametrize("kind", ["LFS", "git-annex", "HTML"])
+@pytest.mark.parametrize("pattern", ["model-*.safetensors", "config.json"])
+def test_an_artifact_whose_files_were_not_fetched_says_so(kind: str, pattern: str, artifact: Path) -> None:
+    data, problem, next_step = STAND_INS[kind]
+    path = min(artifact.glob(pattern))
+    path.write_bytes(data)
+    found = [finding for finding in verify_integrity(artifact).findings if finding.reason is Reason.FILE_SIZE]
+    assert [finding.file for finding in found] == [path.name]
+    assert problem in found[0].message
+    assert next_step in found[0].message

@@ -81,7 +81,8 @@ def start(
     """Start the command; timeout_s: of silence, after which it asks again; hold_after: see `hold_writes`."""
     process = subprocess.Popen(
         [sys.executable, "-c", SMALL_PIECES, "" if hold_after is None else str(hold_after), "convert"]
-        + [str(argument) for argument in arguments],
+        + [str(argument) for argument in arguments]
+        + ["--no-model-check"],
         cwd=ROOT,
         env={
             **environment(hub, home, token),

@@ -57,7 +57,11 @@ def test_json_is_one_object(artifact: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_an_overflow_is_a_warning_that_names_the_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     norm = tensor_of(np.array([1e6, 1.0], np.float32), "F32")
-    source = write_checkpoint(tmp_path / "source", {**tiny_tensors(), "model.norm.weight": norm}, config={})
+    source = write_checkpoint(
+        tmp_path / "source",
+        {**tiny_tensors(), "model.norm.weight": norm},
+        config={"architectures": ["LlamaForCausalLM"]},
+    )
     qformat.convert(source, tmp_path / "artifact")
     assert run(["export", str(tmp_path / "artifact"), str(tmp_path / "out"), "--to", "fp16"]) == 0
     warning = capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qformat.cli.main import run
-from qformat.model.generation import Generation
+from qformat.model.text.generation import Generation
 from tests.training import runs
 
 
@@ -35,7 +35,7 @@ def test_pieces_leave_the_process_before_the_next_one_is_generated(
             arrived.append(capfd.readouterr().out)
         return Generation("The first piece", 1, 3, 0.1, 10.0, 1000)
 
-    monkeypatch.setattr("qformat.model.generation.generate", generate)
+    monkeypatch.setattr("qformat.model.text.generation.generate", generate)
     assert run(["generate", str(artifact), "--prompt", "text", "--device", "cpu"]) == 0
     assert arrived == ["The", " first", " piece"]
     shown = capfd.readouterr()
@@ -52,7 +52,7 @@ def test_the_lines_of_progress_are_gone_before_the_text_begins(artifact: Path, m
         terminal.write("text")
         return Generation("Text", 1, 1, 0.1, 0.0, 1000)
 
-    monkeypatch.setattr("qformat.model.generation.generate", generate)
+    monkeypatch.setattr("qformat.model.text.generation.generate", generate)
     assert run(["generate", str(artifact), "--prompt", "text", "--device", "cpu"]) == 0
     shown = [part.strip() for part in terminal.getvalue().split("\r")[1:]]
     assert shown[0] == "Loading ..."

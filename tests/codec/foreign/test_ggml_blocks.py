@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qformat.codec.floats import FloatFormat, narrow
-from qformat.codec.foreign.ggml_blocks import BLOCK_TYPES, round_to_bf16
+from qformat.codec.foreign.ggml_blocks import round_to_bf16
+from qformat.codec.foreign.ggml_types import BLOCK_TYPES, UNREAD_TYPES
 
 
 def test_the_table_is_that_of_ggml() -> None:
@@ -15,6 +16,11 @@ def test_the_table_is_that_of_ggml() -> None:
         peer = gguf.GGMLQuantizationType(number)
         assert block_type.name == peer.name
         assert (block_type.block_size, block_type.block_nbytes) == gguf.GGML_QUANT_SIZES[peer]
+
+
+def test_the_types_that_are_not_read_have_their_names_in_ggml() -> None:
+    names = {int(peer): peer.name for peer in gguf.GGMLQuantizationType}
+    assert {number: block_type.name for number, block_type in BLOCK_TYPES.items()} | UNREAD_TYPES == names
 
 
 @pytest.mark.parametrize("number", BLOCK_TYPES)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qformat.converters.convert import ConversionOptions, convert
+from tests.converters.decode.exports import CONFIG
 from tests.small_models import Tensor, raw_tensor, tiny_tensors, weight, write_checkpoint, write_tiny
 
 
@@ -29,7 +30,7 @@ def many_kinds() -> dict[str, Tensor]:
 @pytest.fixture(scope="module", params=[True, False], ids=["double quantization", "one level"])
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifact")
-    source = write_checkpoint(folder / "source", many_kinds(), config={"model_type": "llama", "torch_dtype": "float32"})
+    source = write_checkpoint(folder / "source", many_kinds(), config={**CONFIG, "torch_dtype": "float32"})
     convert(source, folder / "artifact", ConversionOptions(double_quant=request.param, max_shard_nbytes=9000))
     return folder / "artifact"
 

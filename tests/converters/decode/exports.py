@@ -14,6 +14,7 @@ from tests.artifact.damaged import regions
 from tests.converters.faulty_disk import FaultyDisk, Killed, KilledAfter, journal_tensors
 from tests.small_models import contents
 
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 SHARD_NBYTES = 400
 """Five tensors, three shards."""
 

@@ -21,7 +21,7 @@ from qformat.converters.decode.execute import execute_export
 from qformat.converters.decode.plan import make_export_plan
 from qformat.converters.export import TARGETS, export
 from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes
-from tests.converters.decode.exports import SHARD_NBYTES, exported, tensors_in
+from tests.converters.decode.exports import CONFIG, SHARD_NBYTES, exported, tensors_in
 from tests.converters.faulty_disk import FaultyDisk
 from tests.repository import ROOT
 from tests.small_models import SIDE_FILES, Tensor, tiny_tensors, weight, write_checkpoint
@@ -58,7 +58,11 @@ def test_every_weight_is_bit_identical_to_the_readers_for_all_chunk_sizes(
 def test_tensors_already_in_the_target_format_are_copied_bit_for_bit(tmp_path: Path) -> None:
     """This includes NaN payloads and signed zeros, because nothing is computed."""
     odd = Tensor("BF16", (4,), np.array([0x7FA1, 0xFF93, 0x8000, 0x7F80], "<u2").tobytes())
-    source = write_checkpoint(tmp_path / "source", {**tiny_tensors(), "model.norm.weight": odd}, config={})
+    source = write_checkpoint(
+        tmp_path / "source",
+        {**tiny_tensors(), "model.norm.weight": odd},
+        config={"architectures": ["LlamaForCausalLM"]},
+    )
     convert(source, tmp_path / "artifact")
     export(tmp_path / "artifact", tmp_path / "out", "bf16")
     assert tensors_in(tmp_path / "out")["model.norm.weight"][2] == odd.data
@@ -75,7 +79,7 @@ def test_config_index_and_side_files_are_those_of_a_plain_checkpoint(artifact: P
     assert files.keys() - shards == {"config.json", "model.safetensors.index.json", "README.md", *SIDE_FILES}
     assert {name: files[name] for name in SIDE_FILES} == SIDE_FILES
     assert files["README.md"] == b"# A model\n"
-    assert json.loads(files["config.json"]) == {"model_type": "llama", "torch_dtype": "float16"}
+    assert json.loads(files["config.json"]) == {**CONFIG, "torch_dtype": "float16"}
     index = json.loads(files["model.safetensors.index.json"])
     assert set(index["weight_map"].values()) == shards
     assert index["weight_map"].keys() == tensors_in(out).keys()
@@ -97,10 +101,10 @@ def test_config_index_and_side_files_are_those_of_a_plain_checkpoint(artifact: P
 def test_the_dtype_of_the_config_is_the_one_written(
     config: dict[str, object], expected: dict[str, object], tmp_path: Path
 ) -> None:
-    source = write_checkpoint(tmp_path / "source", tiny_tensors(), config={"model_type": "llama", **config})
+    source = write_checkpoint(tmp_path / "source", tiny_tensors(), config={**CONFIG, **config})
     convert(source, tmp_path / "artifact")
     export(tmp_path / "artifact", tmp_path / "out", "fp16")
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "llama", **expected}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {**CONFIG, **expected}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
@@ -119,7 +123,11 @@ def test_an_export_can_be_converted_again(tiny: Path, tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks the structure instead of measuring: nothing larger than a chunk is read, decoded or written at a time."""
-    source = write_checkpoint(tmp_path / "source", {"model.layers.0.mlp.up_proj.weight": weight((512, 512))}, config={})
+    source = write_checkpoint(
+        tmp_path / "source",
+        {"model.layers.0.mlp.up_proj.weight": weight((512, 512))},
+        config={"architectures": ["LlamaForCausalLM"]},
+    )
     convert(source, tmp_path / "artifact")
     sizes: list[int] = []
 

@@ -25,7 +25,11 @@ def overflowing(folder: Path, **options: Any) -> Path:
         "model.layers.0.mlp.down_proj.weight": weight((4, 64)),
         "model.norm.weight": tensor_of(norm, "F32"),
     }
-    convert(write_checkpoint(folder / "source", tensors, config={}), folder / "artifact", ConversionOptions(**options))
+    convert(
+        write_checkpoint(folder / "source", tensors, config={"architectures": ["LlamaForCausalLM"]}),
+        folder / "artifact",
+        ConversionOptions(**options),
+    )
     return folder / "artifact"
 
 
@@ -43,7 +47,11 @@ def test_values_too_large_for_fp16_are_counted_per_tensor(double_quant: bool, tm
 
 def test_float32_values_too_large_for_bf16_are_counted(tmp_path: Path) -> None:
     norm = tensor_of(np.array([3.4e38, 3.38e38, 1], np.float32), "F32")
-    source = write_checkpoint(tmp_path / "source", {**tiny_tensors(), "model.norm.weight": norm}, config={})
+    source = write_checkpoint(
+        tmp_path / "source",
+        {**tiny_tensors(), "model.norm.weight": norm},
+        config={"architectures": ["LlamaForCausalLM"]},
+    )
     convert(source, tmp_path / "artifact")
     assert export(tmp_path / "artifact", tmp_path / "out", "bf16").overflowed == {"model.norm.weight": 1}
 

@@ -29,7 +29,9 @@ hold_writes(after=int(sys.argv[3]))
 """
 
 IN_PYTHON = CONVERT + "convert(source, out, ConversionOptions(max_shard_nbytes=9000), workers=2)"
-ON_THE_COMMAND_LINE = CONVERT + 'main(["convert", *sys.argv[1:3], "--max-shard-size", "9000", "--workers", "2"])'
+ON_THE_COMMAND_LINE = (
+    CONVERT + 'main(["convert", *sys.argv[1:3], "--max-shard-size", "9000", "--workers", "2", "--no-model-check"])'
+)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ NOTHING_QUANTIZED = {
     "deepseek_v4": "no names of its own in the table",
     "inkling2_text": "no names of its own in the table",
     "inkling2": "no names of its own in the table",
+    "inkling_mm_model": "no names of its own in the table",
     "molmo2": "fused on disk, cut while loading",
     "pix2struct": "no names of its own in the table",
     "udop": "no names of its own in the table",

@@ -42,7 +42,11 @@ def read(source: Source, name: str, *, chunk_nbytes: int) -> np.ndarray:
 
 
 EXPERTS = "model.layers.0.mlp.experts."
-GPT_OSS = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []},
+}
 
 
 def experts(name: str, *, n_experts: int, n_rows: int, n_groups: int, seed: int = 0) -> dict[str, Tensor]:

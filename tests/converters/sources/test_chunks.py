@@ -21,7 +21,9 @@ NBYTES = 2 * 33 * 64
 
 @pytest.fixture
 def source(tmp_path: Path) -> Iterator[SafetensorsShards]:
-    opened = SafetensorsShards(write_checkpoint(tmp_path / "source", {NAME: weight((33, 64))}, config={}))
+    opened = SafetensorsShards(
+        write_checkpoint(tmp_path / "source", {NAME: weight((33, 64))}, config={"architectures": ["LlamaForCausalLM"]})
+    )
     yield opened
     opened.close()
 

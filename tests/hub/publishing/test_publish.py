@@ -104,6 +104,35 @@ def test_a_dry_run_only_reads(hub: Hub, artifact: Path) -> None:
     assert not [request for request in hub.log if request.method != "GET"]
 
 
+def test_a_dry_run_without_the_hub_shows_the_files_and_the_card(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qformat.cli.main import run
+
+    do_publish(artifact)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.log.clear()
+    planned = do_publish(artifact, dry_run=True)
+    assert planned.unread is not None
+    assert "HF_HUB_OFFLINE" in planned.unread
+    assert set(planned.changes.new) == {*contents(artifact), "README.md"}
+    assert run(["publish", str(artifact), NAME, "--license", "mit", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert "\n# " in shown.out
+    assert "at most" in shown.out.splitlines()[-1]
+    assert "was not read, so every file is shown as new" in shown.err
+    assert not hub.log
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        do_publish(artifact)
+
+
+def test_a_dry_run_still_reports_what_the_hub_refuses(hub: Hub, artifact: Path) -> None:
+    hub.repositories.create(NAME)
+    hub.repositories.commit(NAME, {"model.safetensors": b"16 bit"})
+    with pytest.raises(HubError, match="has other weight files"):
+        do_publish(artifact, dry_run=True)
+
+
 def test_the_command_line_publishes_and_prints_the_commit(
     hub: Hub, artifact: Path, small_source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from qformat.codec.codebooks import NF4_CODEBOOK
 from qformat.codec.floats import FloatFormat, narrow
 from qformat.codec.nf4 import BLOCK_SIZES
 from qformat.errors import UsageError
-from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
+from qformat.kernels.implementations import MAX_ROWS_FROM_CODES
 from qformat.kernels.triton import launch as triton_launch
 from qformat.kernels.triton import product_kernel as kernel
 from qformat.kernels.triton.product import LaunchPlan, plan, product, product_unsupported

@@ -139,6 +139,19 @@ def test_the_state_dict_and_saving_see_the_complete_model(artifact: Path, tmp_pa
     assert contents(tmp_path / "saved") == contents(artifact)
 
 
+def test_every_tensor_of_the_state_dict_has_a_storage_of_its_own(artifact: Path) -> None:
+    """Also those of the layer that ran last, which are in a slot: safetensors would drop all but one of them."""
+    model, _ = streamed(artifact, [0, 1, 2, N_LAYERS - 1])
+    with torch.no_grad():
+        model(IDS)
+    state = model.state_dict()
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in state.values())
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    with torch.no_grad():  # other layers pass through the slots
+        model(IDS)
+    assert all(torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8)) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("numbers", [[0, 2, 4], list(range(N_LAYERS))])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_training_with_gradient_checkpointing_is_bit_identical(

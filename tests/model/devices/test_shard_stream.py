@@ -19,7 +19,7 @@ from qformat.converters.convert import ConversionOptions, convert
 from qformat.model.devices import shard_stream as stream
 from qformat.model.devices.shard_stream import data_starts, stream_shards
 from qformat.model.devices.stream_device import TorchDevice
-from qformat.model.shard_tensors import ShardData
+from qformat.model.shard_tensors import CopiedShard
 from tests.artifact.damaged import reseal, shards
 from tests.model.devices.chosen_order import ChosenOrder
 from tests.model.devices.late_device import LateDevice, check_at_rest, check_bytes, refusal
@@ -130,7 +130,7 @@ def test_components_equal_those_of_the_open_artifact(llama: Path) -> None:
 
     def view(name: str) -> Tensor:
         located = structure.located[name]
-        tensor = ShardData(found[located.shard], starts[located.shard]).view(located.entry)
+        tensor = CopiedShard(found[located.shard], starts[located.shard]).tensor(located.entry)
         assert tensor.data_ptr() % min(4096, located.entry.start & -located.entry.start) == 0
         return tensor
 

@@ -21,6 +21,7 @@ NAVIGATION: tuple[tuple[str, str | Entries], ...] = (
             ("Measure and raise quality", "docs/quality.md"),
             ("Load and generate", "docs/load.md"),
             ("Train an adapter", "docs/train.md"),
+            ("Other programs", "docs/programs.md"),
             ("Plan memory", "docs/memory.md"),
             ("Publish an artifact", "docs/publish.md"),
         ),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qformat.cli.checks.verified import verified
+from qformat.cli.checks.verify_remote import verify_repository
 from qformat.cli.display import echo, echo_findings, echo_json, format_table, verdict
 from qformat.cli.options import (
     json_option,
@@ -17,8 +19,6 @@ from qformat.cli.options import (
     revision_option,
     workers_option,
 )
-from qformat.cli.verified import verified
-from qformat.cli.verify_remote import verify_repository
 from qformat.errors import UsageError
 from qformat.sizes import format_nbytes
 

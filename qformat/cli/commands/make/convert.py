@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qformat.cli.checks.model_comparison import RunningComparison, comparison_json
 from qformat.cli.display import echo, echo_complete, echo_json, format_table, some
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import options_record, out_argument, revision_option, written_shards_options
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
 
 
 SECTIONS = {
-    "What to quantize, and how": ("recipe", "skip", "block_size", "no_double_quant", "keep_nonfinite"),
+    "What to quantize, and how": (
+        "recipe",
+        "skip",
+        "block_size",
+        "no_double_quant",
+        "keep_nonfinite",
+        "strip_wrappers",
+        "no_model_check",
+    ),
     "Calibration": ("calibrate", "calibration_tokens"),
     "Source on the Hub": ("revision", "offline", "keep_source"),
     "Output": ("max_shard_size", "force", "restart", "dry_run", "workers", "as_json"),
@@ -45,6 +54,9 @@ class ConvertArguments:
     calibrate: tuple[str, ...]
     calibration_tokens: int | None
     keep_nonfinite: bool
+    strip_wrappers: bool
+    index_wins: bool
+    no_model_check: bool
     revision: str | None
     offline: bool
     keep_source: bool
@@ -82,6 +94,13 @@ Examples:
 @click.option("--calibration-tokens", type=int, metavar="N",
               help="Number of tokens to take from these texts.  [default: 16384]")  # fmt: skip
 @click.option("--keep-nonfinite", is_flag=True, help="Keep weights with NaN or Inf in 16 bit. Reads SRC twice.")
+@click.option("--strip-wrappers", is_flag=True,
+              help="Remove from the names of tensors what wrappers put there, such as _orig_mod. (torch.compile) and "
+                   "module. (DDP).")  # fmt: skip
+@click.option("--index-wins", is_flag=True,
+              help="Ignore tensors that the index does not assign to their shard, such as stale ones.")  # fmt: skip
+@click.option("--no-model-check", is_flag=True,
+              help="Do not compare names and shapes of the tensors with the model of config.json.")  # fmt: skip
 @revision_option("Branch, tag or commit.  [default: main]")
 @click.option("--offline", is_flag=True, help="Read the local Hub cache and make no requests.")
 @click.option("--keep-source", is_flag=True, help="Download SRC into the local Hub cache and convert that copy.")
@@ -101,27 +120,48 @@ def command(options: ConvertArguments) -> None:
     Memory use does not grow with the size of the model. OUT appears only when it is complete; the same command
     resumes an interrupted conversion.
     """
-    from qformat.converters.convert import convert, plan
+    from qformat.converters.convert import plan
 
     chosen = _conversion_options(options)
-    if options.dry_run:
-        _show_plan(plan(options.source, chosen), options.out, as_json=options.as_json)
-        return
-    with Bar() as bar:
-        bar.note("Preparing")
-        summary = convert(
-            options.source,
-            options.out,
-            chosen,
-            workers=options.workers,
-            force=options.force,
-            restart=options.restart,
-            on_plan=lambda plan: bar.start(plan.source_nbytes, _label(plan)),
-            on_progress=bar.advance,
-            on_compile=bar.compiling,
-            on_layer=bar.steps("Calibrating", "layer"),
-        )
-    _show_summary(summary, as_json=options.as_json)
+    with RunningComparison(options.source, wanted=not options.no_model_check) as comparison:
+        if options.dry_run:
+            planned = plan(options.source, chosen)
+            comparison.start(planned)
+            comparison.refuse()
+            _show_plan(planned, options.out, comparison, as_json=options.as_json)
+            return
+        with Bar() as bar:
+            summary = _convert(options, chosen, bar, comparison)
+        _show_summary(summary, comparison, as_json=options.as_json)
+
+
+def _convert(
+    options: ConvertArguments, chosen: ConversionOptions, bar: Bar, comparison: RunningComparison
+) -> ConversionSummary:
+    from qformat.converters.convert import convert
+
+    def begin(plan: Plan) -> None:
+        comparison.start(plan)
+        bar.start(plan.source_nbytes, _label(plan))
+
+    def advance(nbytes: int) -> None:
+        comparison.refuse_if_known()
+        bar.advance(nbytes)
+
+    bar.note("Preparing")
+    return convert(
+        options.source,
+        options.out,
+        chosen,
+        workers=options.workers,
+        force=options.force,
+        restart=options.restart,
+        on_plan=begin,
+        on_progress=advance,
+        on_compile=bar.compiling,
+        on_layer=bar.steps("Calibrating", "layer"),
+        before_seal=comparison.refuse,
+    )
 
 
 def _conversion_options(options: ConvertArguments) -> ConversionOptions:
@@ -134,6 +174,8 @@ def _conversion_options(options: ConvertArguments) -> ConversionOptions:
         double_quant=False if options.no_double_quant else None,
         max_shard_nbytes=parse_nbytes(Option("max_shard_size"), options.max_shard_size),
         keep_nonfinite=options.keep_nonfinite,
+        strip_wrappers=options.strip_wrappers,
+        index_wins=options.index_wins,
         calibration=_calibration(options.calibrate, options.calibration_tokens),
         revision=options.revision,
         offline=options.offline,
@@ -155,32 +197,34 @@ def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSett
     return CalibrationSettings(data, DEFAULT_TOKENS if n_tokens is None else n_tokens)
 
 
-def _show_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
+def _show_plan(plan: Plan, out: Path, comparison: RunningComparison, *, as_json: bool) -> None:
     free = free_nbytes_at(out)
     if as_json:
-        echo_json(plan_json(_facts(plan), plan.nbytes, plan.shards, free_nbytes=free))
+        echo_json(plan_json(_facts(plan, comparison), plan.nbytes, plan.shards, free_nbytes=free))
         return
     rows = [("action", "tensors", "source", "artifact", "why"), *_rows(plan)]
     click.echo(format_table(rows, right=(1, 2, 3)))
     click.echo()
     show_shards(out, plan.shards)
     _show_notes(plan)
+    comparison.show()
     echo(
         f"{format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per packed weight; {free_in_words(plan.nbytes, free)}"
     )
 
 
-def _show_summary(summary: ConversionSummary, *, as_json: bool) -> None:
+def _show_summary(summary: ConversionSummary, comparison: RunningComparison, *, as_json: bool) -> None:
     plan = summary.plan
     if as_json:
-        echo_json(summary_json(summary, _facts(plan)))
+        echo_json(summary_json(summary, _facts(plan, comparison)))
         return
     if summary.already_complete:
         echo_complete(summary.out)
         return
     click.echo(format_table([("action", "tensors", "source", "artifact", "why"), *_rows(plan)], right=(1, 2, 3)))
     _show_notes(plan)
+    comparison.show()
     rate = plan.source_nbytes / summary.seconds
     echo(
         f"{summary.out}: {format_nbytes(plan.source_nbytes)} -> {format_nbytes(plan.nbytes)} "
@@ -189,7 +233,7 @@ def _show_summary(summary: ConversionSummary, *, as_json: bool) -> None:
     )
 
 
-def _facts(plan: Plan) -> dict[str, object]:
+def _facts(plan: Plan, comparison: RunningComparison) -> dict[str, object]:
     return {
         "source_nbytes": plan.source_nbytes,
         "nbytes": plan.nbytes,
@@ -202,6 +246,9 @@ def _facts(plan: Plan) -> dict[str, object]:
         "not_known_to_be_linear": _unknown(plan),
         "blocks_across_rows": _blocks_across_rows(plan),
         "calibration": plan.recipe.get("calibration"),
+        "notes": list(plan.notes),
+        "left_out": dict(plan.left_out),
+        "compared_with_model": comparison_json(comparison.result()),
     }
 
 
@@ -219,6 +266,9 @@ def _rows(plan: Plan) -> list[tuple[str, str, str, str, str]]:
 
 
 def _show_notes(plan: Plan) -> None:
+    for note in plan.notes:
+        echo(f"Note: {note}")
+    _show_left_out(plan)
     if unknown := _unknown(plan):
         echo(f"Kept, because it is not certain that they belong to Linear layers: {some(unknown)}. A recipe can say so")
     if vouched := [task.source.name for task in plan.packed if task.vouched]:
@@ -229,6 +279,18 @@ def _show_notes(plan: Plan) -> None:
             "some such weights incorrectly on CPUs with AVX-512. Use a smaller --block-size, or --skip these weights"
         )
     _show_calibration(plan)
+
+
+def _show_left_out(plan: Plan) -> None:
+    from qformat.converters.sources.left_out import DOCUMENT
+
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in plan.left_out.items():
+        if reason != DOCUMENT:  # the artifact gets a card of its own when it is published
+            by_reason.setdefault(reason, []).append(name)
+    if by_reason:
+        parts = "; ".join(f"{some(names)} ({reason})" for reason, names in by_reason.items())
+        echo(f"Not carried over: {parts}")
 
 
 def _show_calibration(plan: Plan) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qformat.artifact.reading.reader import MappedShards
-    from qformat.model.generation import Generation
+    from qformat.model.text.generation import Generation
 
 
 SECTIONS = {
@@ -112,8 +112,8 @@ def _generate(options: GenerateArguments, bar: Bar) -> tuple[Generation, dict[st
     quiet_transformers()
     from qformat.kernels.backends import force_backend
     from qformat.model.boundary import has_tokenizer
-    from qformat.model.generation import Sampling, generate
     from qformat.model.load import load_model, load_tokenizer, open_shards
+    from qformat.model.text.generation import Sampling, generate
 
     imported = time.monotonic()
     if options.backend is not None:

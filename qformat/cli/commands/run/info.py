@@ -114,7 +114,7 @@ def _operations() -> list[dict[str, Any]]:
 def _small_product(backend: str) -> str:
     from qformat.codec.cpu.product import best_instructions
     from qformat.codec.floats import FloatFormat
-    from qformat.kernels.few_rows import MAX_ROWS_FROM_CODES
+    from qformat.kernels.implementations import MAX_ROWS_FROM_CODES
 
     if backend == "numba":
         name = best_instructions(FloatFormat.BF16)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qformat.cli.checks.verified import verified
 from qformat.cli.display import echo, echo_json, format_table, some
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.messages import as_flag
 from qformat.cli.options import artifact_argument, dry_run_option, json_option, options_record, workers_option
 from qformat.cli.progress import Bar
-from qformat.cli.verified import verified
 from qformat.errors import UsageError, VerificationError, spelled
 from qformat.sizes import format_nbytes
 
@@ -186,6 +186,7 @@ def _facts(published: Published) -> dict[str, object]:
         "commit": published.commit,
         "pull_request": published.pull_request,
         "already_there": published.already_there,
+        "unread": published.unread,
         "nbytes": published.publication.nbytes,
         "nbytes_to_send": published.nbytes_to_send,
         "new": list(published.changes.new),
@@ -207,7 +208,10 @@ def _show(published: Published) -> None:
     where = published.repository + ("" if published.revision == "main" else f" ({published.revision})")
     if published.commit is None:
         _show_plan(published)
-        click.echo(f"{where}: {format_nbytes(published.nbytes_to_send)} would be uploaded")
+        if published.unread is not None:
+            echo(f"Note: {where} was not read, so every file is shown as new: {published.unread}", err=True)
+        at_most = "" if published.unread is None else "at most "
+        click.echo(f"{where}: {at_most}{format_nbytes(published.nbytes_to_send)} would be uploaded")
         return
     if published.changes.others:
         echo(f"Note: {where} also holds files that are not in the artifact: {some(published.changes.others)}", err=True)

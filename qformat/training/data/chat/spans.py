@@ -22,7 +22,7 @@ import re
 from typing import TYPE_CHECKING
 
 from qformat.errors import Option, UsageError
-from qformat.model.chat_template import TEMPLATE_FAILURES, ChatTemplate
+from qformat.model.text.chat_template import TEMPLATE_FAILURES, ChatTemplate
 from qformat.training.data.chat.arrival import lost_field
 from qformat.training.data.chat.messages import Message
 from qformat.training.data.place import BadRow, Place

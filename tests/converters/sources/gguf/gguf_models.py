@@ -12,7 +12,15 @@ from tests.small_models import SIDE_FILES
 
 HIDDEN, INTERMEDIATE, VOCABULARY, N_HEADS, N_GROUPS, HEAD = 256, 512, 64, 4, 2, 64
 
-QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
+QUANTIZED = (
+    "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4",
+    "BF16", "F16", "F32",
+)  # fmt: skip
+
+_SCALES_AT = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
+"""Where a block of a type that gguf-py cannot encode has its float16 scales."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +36,14 @@ class Sizes:
 
 
 def matrix(shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Return a matrix as ggml stores it; K-quants, which gguf-py cannot encode, of random codes and small scales."""
+    """Return a matrix as ggml stores it; types that gguf-py cannot encode of random codes and small scales."""
     quantization = gguf.GGMLQuantizationType[kind]
-    if not kind.endswith("_K"):
+    if kind not in _SCALES_AT:
         stored: np.ndarray = gguf.quantize(rng.normal(0, 0.05, shape).astype(np.float32), quantization)
         return stored
-    _, block_nbytes = gguf.GGML_QUANT_SIZES[quantization]
-    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // 256, block_nbytes), np.uint8)
-    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
-    for place in places:
+    block_size, block_nbytes = gguf.GGML_QUANT_SIZES[quantization]
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // block_size, block_nbytes), np.uint8)
+    for place in _SCALES_AT[kind]:
         scales = rng.uniform(1e-4, 1e-3, blocks.shape[:-1]).astype(np.float16)
         blocks[..., place : place + 2] = scales[..., None].view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,59 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from qformat.codec.foreign.ggml_types import BLOCK_TYPES
 from qformat.converters.convert import plan
-from qformat.converters.sources.gguf.names import _ARCHITECTURES
+from qformat.converters.sources.gguf.architectures import ARCHITECTURES
 from qformat.converters.sources.open_source import open_source
 from qformat.errors import SourceError
 from tests.converters.sources.decoded_kinds import read
 from tests.converters.sources.gguf.gguf_models import QUANTIZED, Sizes, write_gguf
+from tests.converters.sources.gguf.transformers_reader import assert_equals_transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-
-
-def loaded_by_transformers(folder: Path, dtype: torch.dtype) -> Any:
-    """Return the decoded model that transformers loads from the file."""
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file="model.gguf", dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
-
-
-def stored_names(model: Any) -> dict[str, torch.Tensor]:
-    """Return a model's tensors as a checkpoint stores them: individual experts, and no tied head."""
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        head, fused, which = name.partition(".experts.")
-        if not fused:
-            found[name] = tensor
-            continue
-        for expert in range(tensor.shape[0]):
-            parts = {"down_proj": tensor[expert]}
-            if which == "gate_up_proj":
-                gate, up = tensor[expert].chunk(2)
-                parts = {"gate_proj": gate, "up_proj": up}
-            found |= {f"{head}.experts.{expert}.{part}.weight": value for part, value in parts.items()}
-    if model.config.tie_word_embeddings:
-        del found["lm_head.weight"]
-    return found
-
-
-def assert_equals_transformers(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    model = loaded_by_transformers(folder, dtype)
-    expected = stored_names(model)
-    source = open_source(folder)
-    assert source.tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert source.tensors[name].shape == tuple(tensor.shape), name
-        found = read(source, name, chunk_nbytes=50_000)
-        assert np.array_equal(found, tensor.contiguous().view(torch.uint8).flatten().numpy()), name
-    theirs = type(model.config).from_dict(source.config).to_dict()
-    for key, value in model.config.to_dict().items():
-        if key not in {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "transformers_version"}:
-            same = theirs[key] == value
-            assert same or (isinstance(value, float) and np.float32(theirs[key]) == np.float32(value)), key
-    source.close()
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -106,12 +64,30 @@ def test_biases_of_a_llama_are_reordered_like_its_rows(tmp_path: Path) -> None:
 def test_the_table_of_names_is_that_of_gguf() -> None:
     import gguf
 
-    for name, architecture in _ARCHITECTURES.items():
+    for name, architecture in ARCHITECTURES.items():
         number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
         names = gguf.get_tensor_name_map(number, 3)
-        for stored, part in architecture.parts.items():
-            ours = "model.layers.2." + part.name.replace("experts.{}", "experts")
-            assert names.get_name(ours, try_suffixes=(".weight", ".bias")) == f"blk.2.{stored}", (name, stored)
+        in_layers = {**architecture.parts, **architecture.attention, **architecture.convolution}
+        ours = {f"blk.2.{stored}": f"model.layers.2.{part.name}" for stored, part in in_layers.items()}
+        ours |= {stored: part.name for stored, part in architecture.outside.items()}
+        for stored, found in ours.items():
+            known = names.get_name(found.replace("experts.{}", "experts"), try_suffixes=(".weight", ".bias"))
+            assert known == stored, name
+
+
+def test_the_table_knows_what_transformers_reads() -> None:
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    read = {name.replace("_moe", "moe") for name in GGUF_CONFIG_MAPPING}
+    assert {name for name, found in ARCHITECTURES.items() if found.read_by_transformers} == read & ARCHITECTURES.keys()
+
+
+def test_the_documentation_lists_what_is_read() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "sources.md").read_text()
+    (architectures,) = re.findall(r"^\| architectures \|(.*)\|$", text, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", architectures) == list(ARCHITECTURES)
+    (types,) = re.findall(r"^\| block types \|(.*)\|$", text, re.MULTILINE)
+    assert set(types.replace(" ", "").split(",")) == {found.name for found in BLOCK_TYPES.values()}
 
 
 def llama3_factors(factor: float) -> np.ndarray:

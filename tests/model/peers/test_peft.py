@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qformat.kernels.backends import VARIABLE
 from qformat.model.nf4_linear import NF4Linear
-from tests.model.real_text import windows
+from tests.model.peers.real_text import windows
 from tests.model.sides import (
     SAME_PRODUCTS,
     adapters,

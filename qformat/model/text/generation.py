@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from qformat.errors import Option, UsageError
-from qformat.model.boundary import check_predicts_tokens, check_tokens, generation_errors
-from qformat.model.chat_template import ChatTemplate
+from qformat.model.boundary import check_can_generate, check_tokens, generation_errors
 from qformat.model.memory import peak_nbytes
 from qformat.model.nf4_linear import NF4Linear
+from qformat.model.text.chat_template import ChatTemplate
 
 _INCOMPLETE = "\ufffd"
 """What tokenizers decode the first bytes of a character to while its other bytes are still missing."""
@@ -124,12 +124,12 @@ def generate(
         The text with its measurements.
 
     Raises:
-        UsageError: The prompt has no tokens, the tokenizer has no chat template or does not belong to the model, or
-            transformers cannot generate with the model's settings.
+        UsageError: The prompt has no tokens, the model does not predict the next token, the tokenizer has no chat
+            template or does not belong to the model, or transformers cannot generate with the model's settings.
         DeviceMemoryError: The device has too little memory.
     """
     sampling = sampling or Sampling()
-    check_predicts_tokens(model)
+    check_can_generate(model)
     inputs = _inputs(tokenizer, prompt, chat=chat).to(model.device)
     n_prompt = int(inputs["input_ids"].shape[1])
     if n_prompt == 0:

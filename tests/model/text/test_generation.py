@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qformat.model.generation import generate
+from qformat.model.text.generation import generate
 from tests.training import runs
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.model.real_text import windows
+from tests.model.peers.real_text import windows
 from tests.model.sides import SAME_PRODUCTS, load_exact, load_ours, load_peer
 from tests.rounding import rounds_like
 

@@ -1,0 +1,1 @@
+"""Opening of files that belong to no artifact, such as those of a source."""
