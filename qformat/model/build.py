@@ -145,8 +145,7 @@ def attach(
     for name in sorted(packed):
         replace_linear(model, name, cast(PackedComponents, tensors[name]), path, biases)
     tie_weights(model, packed)
-    _check_complete(model, path)
-    initialise_the_rest(model, device)
+    initialise_the_rest(model, device, _gaps(model, path))
     return {name: renamed for name, renamed in names.items() if renamed not in skipped}
 
 
@@ -288,28 +287,36 @@ def _set_tensor(model: nn.Module, name: str, tensor: Tensor, place: Tensor, path
         parent._buffers[leaf] = value
 
 
-def _check_complete(model: PreTrainedModel, path: Path) -> None:
-    if any(tensor.is_meta for tensors in _tensors_by_module(model, persistent=True) for tensor in tensors):
-        absent = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
-        for name in sorted(set(absent) - ignored_gaps(model, absent)):
+def _gaps(model: PreTrainedModel, path: Path) -> list[str]:
+    """Return the tensors that the files do not have and that the model's own code initializes."""
+    if not any(tensor.is_meta for tensors in _tensors_by_module(model, persistent=True) for tensor in tensors):
+        return []
+    absent = [name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    gaps = ignored_gaps(model, absent)
+    for name in absent:
+        if name not in gaps:
             raise _missing(path, name)
+    return sorted(gaps)
 
 
-def initialise_the_rest(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the tensors that no file holds, such as rotary frequencies, with the model's own code.
+def initialise_the_rest(model: PreTrainedModel, device: torch.device, gaps: Iterable[str] = ()) -> None:
+    """Compute the buffers that no file holds, such as rotary frequencies, with the model's own code.
 
     Args:
         model: Model whose other tensors are attached.
-        device: Device of the computed tensors.
+        device: Device of the buffers.
+        gaps: Names of parameters to compute as well.
     """
     for tensors in _tensors_by_module(model, persistent=False):
         for tensor in tensors:
             tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for path in gaps:
+        parent, _, leaf = path.rpartition(".")
+        parameters = model.get_submodule(parent)._parameters
+        if (gap := parameters.get(leaf)) is not None:
+            empty = torch.empty_like(gap, device=device)
+            parameters[leaf] = nn.Parameter(empty, requires_grad=gap.requires_grad)
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                empty = torch.empty_like(parameter, device=device)
-                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)

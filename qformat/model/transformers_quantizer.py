@@ -21,6 +21,7 @@ from qformat.model.build import linear_at, names_in_model, replace_linear
 from qformat.model.load import open_shards
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
+from qformat.model.rules.loading_rules import ignored_extras
 from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 from qformat.sizes import format_nbytes
 
@@ -87,10 +88,12 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         tensors = tensors_of(shards, map_shards(shards))
         names = names_in_model(model, tensors, path)
         present = model.state_dict()
+        every = {names[name]: packed for name, packed in tensors.items() if isinstance(packed, PackedComponents)}
+        skipped = ignored_extras(model, every.keys() - present.keys())
         loading = _Loading(
             shards,
             {name: renamed for name, renamed in names.items() if renamed in present},
-            {names[name]: packed for name, packed in tensors.items() if isinstance(packed, PackedComponents)},
+            {name: packed for name, packed in every.items() if name not in skipped},
         )
         for name in loading.packed:
             loading.linears[name] = linear_at(model, name, path)

@@ -30,6 +30,7 @@ from qformat.codec.quant_state import QuantState
 from qformat.errors import ArtifactError, Reason
 from qformat.model.build import attach, build_on_meta, check_predicts_tokens, linear_at, names_in_model, read_config
 from qformat.model.nf4_linear import NF4Linear
+from qformat.model.rules.loading_rules import ignored_extras
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents
 from qformat.names import CONFIG_NAME
 from qformat.training.adapter.attach import add_adapter
@@ -103,7 +104,10 @@ def _base(tensors: ModelTensors, mode: FakeTensorMode, trust_remote_code: bool) 
             model.set_attn_implementation(_attention())
         places = names_in_model(model, tensors.packed, tensors.folder)
         found: dict[str, PackedComponents | Tensor] = {name: _empty(new) for name, new in tensors.kept.items()}
+        ignored = ignored_extras(model, places.values() - model.state_dict().keys())
         for name, parts in tensors.packed.items():
+            if places[name] in ignored:
+                continue
             shape = tuple(linear_at(model, places[name], tensors.folder).weight.shape)
             found[name] = _packed(name, parts, shape, tensors)
         attach(model, found, names_in_model(model, found, tensors.folder), tensors.folder)

@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from qformat.cli.default_conversion import as_converted
 from qformat.converters.convert import convert
 from qformat.errors import ArtifactError, Reason
 from qformat.model.load import load_model
-from tests.small_models import Tensor, llama_config, llama_tensors, weight, write_checkpoint
+from qformat.model.transformers_quantizer import METHOD, register
+from qformat.training.memory_plan.plan import MemoryPlanner
+from qformat.training.memory_plan.tensors import read_model_tensors
+from qformat.training.settings import TrainingSettings
+from tests.model.architectures.tiny_types import tiny_model
+from tests.small_models import Tensor, contents, llama_config, llama_tensors, weight, write_checkpoint
 
 SIZES = {"hidden": 64, "intermediate": 96, "vocabulary": 32}
 
@@ -20,6 +28,18 @@ SIZES = {"hidden": 64, "intermediate": 96, "vocabulary": 32}
 def artifact(folder: Path, tensors: dict[str, Tensor], **config: object) -> Path:
     source = write_checkpoint(folder / "source", tensors, config={**llama_config(**SIZES), **config})
     convert(source, folder / "artifact")
+    return folder / "artifact"
+
+
+def qwen_with_more_layers(folder: Path) -> Path:
+    """Write Qwen 3.5 with layers for predicting several tokens, as on the Hub. transformers has no place for them."""
+    model = tiny_model("qwen3_5_text")
+    assert model is not None
+    model.save_pretrained(folder / "source")
+    file = folder / "source" / "model.safetensors"
+    extra = {f"mtp.layers.0.mlp.{name}_proj.weight": torch.ones(96, 64).bfloat16() for name in ("gate", "up")}
+    save_file(load_file(file) | extra, file, {"format": "pt"})
+    convert(folder / "source", folder / "artifact")
     return folder / "artifact"
 
 
@@ -49,6 +69,42 @@ def test_old_rotary_frequencies_are_read_over_in_silence(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, "qformat"):
         load_model(path, device="cpu")
     assert not caplog.records
+
+
+def test_packed_weights_that_transformers_ignores_are_read_over_and_saved_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more_layers = qwen_with_more_layers(tmp_path)
+    with caplog.at_level(logging.WARNING, "qformat"):
+        loaded = load_model(more_layers, device="cpu")
+    assert not caplog.records
+    loaded.save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "saved") == contents(more_layers)
+
+
+def test_a_memory_plan_reads_over_packed_weights_that_transformers_ignores(tmp_path: Path) -> None:
+    tensors = read_model_tensors(str(qwen_with_more_layers(tmp_path)), conversion=as_converted)
+    settings = TrainingSettings(seq_len=32, device="cpu")
+    assert MemoryPlanner(tensors, settings, trust_remote_code=False).plan(device_nbytes=None).peak > 0
+
+
+def test_from_pretrained_reads_over_packed_weights_that_transformers_ignores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, METHOD, AUTO_QUANTIZER_MAPPING[METHOD])
+    register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(qwen_with_more_layers(tmp_path))
+    assert not [name for name in model.state_dict() if "mtp" in name]
+
+
+def test_a_tensor_that_transformers_does_not_expect_is_initialized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keys_to_ignore_on_load_missing", [r"model\.norm\.weight"])
+    tensors = llama_tensors(**SIZES)
+    del tensors["model.norm.weight"]
+    path = artifact(tmp_path, tensors)
+    assert torch.equal(load_model(path, device="cpu").state_dict()["model.norm.weight"], torch.ones(64).bfloat16())
 
 
 def test_a_packed_weight_without_a_layer_is_rejected(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def lost_field(messages: list[Message], tools: list[Json] | None, text: str) -> 
     Returns:
         The field, such as `messages[2].content`.
     """
+    if not tools and _stand_in_order(messages, text):
+        return None
     for index, tool in enumerate(tools or ()):
         name = _function(tool).get("name")
         if isinstance(name, str) and name not in text:
@@ -44,6 +46,20 @@ def lost_field(messages: list[Message], tools: list[Json] | None, text: str) -> 
             if not all(search.finds(value, ordered=ordered) for value in values):
                 return f"messages[{index}].{field}"
     return None
+
+
+def _stand_in_order(messages: list[Message], text: str) -> bool:
+    """Return whether the messages have only content, which stands in the text as it is. This is the usual case."""
+    position = 0
+    for message in messages:
+        content = message.get("content")
+        if len(message) != 2 or not isinstance(content, str):
+            return False
+        found = text.find(content, position)
+        if found < 0:
+            return False
+        position = found + len(content)
+    return True
 
 
 def _texts(message: Message) -> Iterator[tuple[str, list[str], bool]]:
