@@ -28,6 +28,10 @@ MIN_NBYTES_PER_VALUE = 16
 """A text with a limit of n bytes may contain at most n / 16 values, because Python needs up to 100 bytes of memory for
 each value. The densest real file, a header of 40,000 tensors, has a seventh of that limit."""
 
+MAX_VALUES = 1_310_720
+"""Largest number of values of any text: 300 MB of memory and two seconds. The manifest of a model of 80,000 packed
+tensors has that many."""
+
 # Possessive quantifiers save memory: a greedy loop would need about 100 bytes for every character of a string.
 _STRINGS = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS = re.compile(r"[^\[\]{}]++")
@@ -79,7 +83,7 @@ def loads(
             data = data.removeprefix(codecs.BOM_UTF8)
             remarks.append("begins with a byte order mark, which transformers rejects")
         text = data.decode("utf-8")
-        _check_structure(text, max_nbytes // MIN_NBYTES_PER_VALUE)
+        _check_structure(text, min(max_nbytes // MIN_NBYTES_PER_VALUE, MAX_VALUES))
         # All JSON texts are parsed by this call, so that none bypasses the checks.
         value: Json = _decoder(python_numbers, remarks).decode(text)
         if _SURROGATE_ESCAPE.search(text):

@@ -13,10 +13,10 @@ from qformat.artifact.layout import Shard, natural_order, place
 from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.artifact.manifest import JsonObject, PackedRecord, TensorRecord
 from qformat.artifact.reading.file_roles import accompanies
+from qformat.artifact.reading.listed_files import next_step_for
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.reading.side_files import MAX_SIDE_FILE_NBYTES
-from qformat.artifact.reading.structure import next_step_for
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.encode.small_files import index_bytes, small_json

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME
+
 MAX_HEADER_NBYTES = 32 * 2**20
 """Largest JSON header of a safetensors file in bytes, including its padding."""
 
-MAX_MANIFEST_NBYTES = 128 * 2**20
-"""Largest `qformat.json` in bytes. A model of 270,000 packed tensors needs about 100 MB."""
+MAX_MANIFEST_NBYTES = 64 * 2**20
+"""Largest `qformat.json` in bytes. A model of 70,000 packed tensors needs about 35 MB."""
 
 MAX_INDEX_NBYTES = 64 * 2**20
 """Largest `model.safetensors.index.json` in bytes."""
 
 MAX_CONFIG_NBYTES = 4 * 2**20
-"""Largest `config.json` in bytes."""
+"""Largest `config.json` or `generation_config.json` in bytes."""
+
+MAX_SMALL_FILE_NBYTES = 64 * 2**20
+"""Largest file of a model that is neither a shard nor one of those with a limit of their own, in bytes. The largest
+tokenizer.json of a model on the Hub has 35 MB; reading one takes several times its size in memory."""
+
+MAX_TEMPLATE_NBYTES = 2**20
+"""Largest chat template in bytes. The longest of known models have 50 kB."""
+
+_TEMPLATE_SUFFIX = ".jinja"
 
 MAX_NAME_NBYTES = 512
 """Largest name of a tensor in bytes of UTF-8."""
@@ -22,3 +33,18 @@ MAX_DIMENSIONS = 8
 
 MAX_SIZE = 2**48
 """Largest dimension, number of elements, number of bytes or offset."""
+
+
+def max_nbytes_of(name: str) -> int:
+    """Return the largest size of a file of the model in bytes.
+
+    Args:
+        name: Name of the file, which is neither a shard nor the manifest.
+    """
+    if name.endswith(_TEMPLATE_SUFFIX):
+        return MAX_TEMPLATE_NBYTES
+    return {
+        INDEX_NAME: MAX_INDEX_NBYTES,
+        CONFIG_NAME: MAX_CONFIG_NBYTES,
+        GENERATION_CONFIG_NAME: MAX_CONFIG_NBYTES,
+    }.get(name, MAX_SMALL_FILE_NBYTES)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qformat.artifact.reading.bitsandbytes_folder import read_bitsandbytes_folder
 from qformat.artifact.reading.reader import Artifact, MappedShards, open_artifact
 from qformat.artifact.reading.structure import ShardLayout
-from qformat.artifact.reading.verify import verify_integrity, verify_other_files
+from qformat.artifact.reading.verify import check_digests
 from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.errors import DeviceMemoryError, UsageError
 from qformat.model.boundary import generation_config_errors, tokenizer_errors
@@ -55,9 +55,9 @@ def load_model(
             a GPU, each shard is read into one allocation, and the tensors lie in it.
         dtype: Dtype of activations and of kept tensors. Default: the dtype in config.json. Any other dtype copies the
             kept tensors.
-        verify: What to check. "structure": everything except the bytes of the weights. "full": also every byte,
-            against the digests. "none": ignore the manifest and only check headers and small components against each
-            other.
+        verify: What to check. "structure": everything except the data of the shards; small files and headers are
+            compared with their digests. "full": also every byte of the shards. "none": ignore the manifest and only
+            check headers and small components against each other.
         trust_remote_code: Whether to run Python code that comes with the model.
         attention: Name of a transformers attention implementation. Default: the choice of transformers.
         device_map: For a model that is larger than the GPU's memory. Layers mapped to "cpu" stay in pinned host memory;
@@ -157,6 +157,18 @@ def _opened(path: Path, verify: Verify) -> MappedShards:
     return MappedShards(read_bitsandbytes_folder(path)) if verify == "none" else open_shards(path)
 
 
+def open_whole(path: Path) -> MappedShards:
+    """Open the shards of a model on which something is built, after comparing every digest that its directory has.
+
+    Raises:
+        ArtifactError: A file is missing or damaged.
+    """
+    shards = open_shards(path)
+    if isinstance(shards, Artifact):
+        check_digests(shards.structure)
+    return shards
+
+
 def open_shards(path: Path) -> MappedShards:
     """Open the shards of an artifact, or of a directory of NF4 weights that bitsandbytes and transformers wrote.
 
@@ -208,14 +220,7 @@ def _check_digests(shards: MappedShards, *, streamed: bool) -> None:
     """Compare all digests. If shards are streamed, leave them out: they are hashed while they are copied."""
     if not isinstance(shards, Artifact):
         raise UsageError(f"{shards.path}: verify='full' needs the digests of a manifest. This directory has none")
-    path = shards.path
-    findings = (
-        verify_other_files(path, shards.manifest)
-        if streamed
-        else verify_integrity(path, manifest=shards.manifest).findings
-    )
-    if findings:
-        raise findings[0].as_error(shards.path)
+    check_digests(shards.structure, shards=not streamed)
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:

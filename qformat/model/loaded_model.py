@@ -202,6 +202,17 @@ class LoadedModel:
         return _make, (_own_class(adopted), *arguments), *rest
 
 
+def check_unchanged(model: PreTrainedModel) -> None:
+    """Check that the files that a model is mapped from were not written to since, before something is built on it.
+
+    Raises:
+        ArtifactError: A file was changed.
+    """
+    origin: Origin | None = getattr(model, "_qformat_origin", None)
+    if origin is not None:
+        origin.watch.check()
+
+
 def adopt(model: PreTrainedModel, origin: Origin) -> None:
     """Let a model write back the files that it was loaded from, and set the traits of a 4-bit model.
 

@@ -19,7 +19,7 @@ from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
 from qformat.model.boundary import check_tokens
 from qformat.model.build import check_predicts_tokens
-from qformat.model.load import load_model, load_tokenizer, open_shards
+from qformat.model.load import load_model, load_tokenizer, open_whole
 from qformat.names import ADAPTER_WEIGHTS_NAME, CARD_NAME
 from qformat.processes import check_single_process
 from qformat.training.adapter.attach import add_adapter
@@ -32,6 +32,7 @@ from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
 from qformat.training.data.tokenised_data import TokenisedData, for_trainer
 from qformat.training.metrics import METRICS_NAME, Listener, MetricsCallback, MetricsFile
+from qformat.training.non_finite import naming_weights
 from qformat.training.optimizer.make_optimizer import make_optimizer
 from qformat.training.result import TrainingResult
 from qformat.training.settings import TrainingSettings, page_budget_nbytes
@@ -95,7 +96,7 @@ def train(
     Raises:
         UsageError: The settings do not fit the model, the data or the checkpoint, or torchrun or another launcher
             started several processes.
-        ArtifactError: The artifact is damaged.
+        ArtifactError: The artifact is damaged, was changed during the training, or contains NaN or Inf.
         DataError: The training data cannot be used.
         AdapterError: The checkpoint is damaged.
         DeviceMemoryError: The device has too little memory.
@@ -109,7 +110,7 @@ def train(
         check_free(job.output)
     if settings.eval_every is not None and not job.eval_data:
         raise UsageError(Option("eval_every"), ": needs evaluation data. Specify it with ", Option("eval_data"))
-    shards = open_shards(job.artifact)
+    shards = open_whole(job.artifact)
     check_predicts_tokens(job.artifact, trust_remote_code=settings.trust_remote_code)
     base = BaseRecord.of(shards.layout)
     prepared = _prepare(job, settings, say)
@@ -138,7 +139,9 @@ def train(
         Disk().make_folder(job.output)
         with checkpoints.lock():
             run = _Run(job, settings, prepared, adapted, checkpoints, facts, base)
-            result = run.train(checkpoint, say, on_metrics)
+            with naming_weights(shards):
+                result = run.train(checkpoint, say, on_metrics)
+            shards.watch.check()
             _write_result(adapted, result, base)
     return result
 

@@ -31,6 +31,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qformat.artifact.manifest import JsonObject
 from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
+from qformat.model.loaded_model import check_unchanged
 from qformat.names import BASE_RECORD_NAME
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.checkpoints import CheckpointFolder
@@ -195,6 +196,7 @@ class AdapterTrainer(SFTTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        check_unchanged(self.model.get_base_model())  # type: ignore[union-attr]
         facts = {**self._facts, "tokens": self._total_train_tokens}
         with self._checkpoints.writing(self.state.global_step, facts) as folder:
             self._run_folder = folder.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,6 +67,16 @@ def regions(folder: Path) -> list[Region]:
             component = COMPONENTS.get(suffix, "packed" if packed else "data")
             found.append(Region(path.name, begin, end, tensor, component))
     return found
+
+
+def damaged_copy(artifact: Path, folder: Path, tensor: str, component: str) -> Path:
+    """Return a copy of an artifact in which one bit of a component is flipped."""
+    copy = shutil.copytree(artifact, folder)
+    (region,) = (one for one in regions(copy) if (one.tensor, one.component) == (tensor, component))
+    data = bytearray((copy / region.file).read_bytes())
+    data[region.start] ^= 4
+    (copy / region.file).write_bytes(data)
+    return copy
 
 
 def edit_json(path: Path, change: Callable[[dict[str, object]], object]) -> None:

@@ -25,6 +25,7 @@ from qformat.model.load import load_model
 from qformat.model.loaded_model import save
 from qformat.model.transformers_quantizer import METHOD
 from qformat.names import MANIFEST_NAME
+from tests.artifact.damaged import damaged_copy
 from tests.converters.faulty_disk import FaultyDisk
 from tests.model.sides import with_lora
 from tests.small_models import llama_config, llama_tensors, write_checkpoint
@@ -156,6 +157,17 @@ def test_a_damaged_byte_does_not_get_a_matching_digest(artifact: Path, tmp_path:
     with pytest.raises(ArtifactError) as refusal:
         model.save_pretrained(tmp_path / "saved")
     assert refusal.value.reason is Reason.COMPONENT_DIGEST
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_damaged_tensor_does_not_get_a_matching_digest_when_it_is_changed_in_memory(
+    artifact: Path, tmp_path: Path
+) -> None:
+    model = by_load_model(damaged_copy(artifact, tmp_path / "damaged", "model.norm.weight", "data"))
+    model.model.norm.weight.data.mul_(2)  # as a training of the norms would
+    with pytest.raises(ArtifactError) as refusal:
+        model.save_pretrained(tmp_path / "saved")
+    assert (refusal.value.reason, refusal.value.tensor) == (Reason.COMPONENT_DIGEST, "model.norm.weight")
     assert not (tmp_path / "saved").exists()
 
 

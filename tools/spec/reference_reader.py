@@ -25,7 +25,6 @@ CODEBOOK_BITS = """BF800000 BF3239B1 BF066B30 BECA32A0 BE91A24D BE3D353F BDBA787
 CODEBOOK = b"".join(bytes.fromhex(bits)[::-1] for bits in CODEBOOK_BITS.split())
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 MANIFEST, INDEX, CONFIG, SIGNATURE = "qformat.json", "model.safetensors.index.json", "config.json", "model.sig"
-LIMITS = {MANIFEST: 2**27, INDEX: 2**26, CONFIG: 2**22}
 QUANTIZATION = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                 "bnb_4bit_quant_storage": "uint8"}  # fmt: skip
 HEADER_LIMIT, CHUNK_NBYTES, LARGEST_FLOAT32, STATE = 2**25, 2**22, 2.0**128 - 2.0**104, ".quant_state.bitsandbytes__nf4"
@@ -46,6 +45,10 @@ def demand(truth: object, reason: str, file: object, tensor: str | None = None) 
         raise Refused(reason, file, tensor)
 
 
+def limit_of(file: str) -> int:  # [9]
+    return 2**22 if file in {CONFIG, "generation_config.json"} else 2 ** (20 if file.endswith(".jinja") else 26)
+
+
 def parse_json(data: bytes, file: str, at_most: int) -> Any:  # [8]
     def number(text: str) -> int | float:
         integer = re.fullmatch(r"-?\d+", text) is not None
@@ -60,7 +63,7 @@ def parse_json(data: bytes, file: str, at_most: int) -> Any:  # [8]
     try:
         text, depth = data.decode("utf-8"), 0
         skeleton = re.sub(r'"(?:[^"\\]++|\\.)*+"?', "", text, flags=re.DOTALL)
-        demand(1 + len(re.findall(r"[,\[{]", skeleton)) <= at_most // 16, "json_limit", file)
+        demand(1 + len(re.findall(r"[,\[{]", skeleton)) <= min(at_most // 16, 1_310_720), "json_limit", file)
         for bracket in re.findall(r"[\[\]{}]", skeleton):
             depth += 1 if bracket in "[{" else -1
             demand(depth <= 32, "json_limit", file)
@@ -94,8 +97,8 @@ def open_file(folder: Path, name: str) -> int:  # [2.3]
 
 def read_json(folder: Path, name: str) -> tuple[bytes, Any]:
     with os.fdopen(open_file(folder, name), "rb") as file:
-        demand(os.fstat(file.fileno()).st_size <= LIMITS[name], "json_limit", name)
-        return (data := file.read()), parse_json(data, name, LIMITS[name])
+        demand(os.fstat(file.fileno()).st_size <= limit_of(name), "json_limit", name)
+        return (data := file.read()), parse_json(data, name, limit_of(name))
 
 
 def check_manifest(data: bytes, manifest: Any) -> tuple[dict[str, Any], dict[str, Any]]:  # [7]
@@ -221,6 +224,7 @@ class Artifact:
                 for name, place in read_header(descriptor, file).items():
                     demand(name not in self.places, "duplicate_tensor", file, name)
                     self.places[name], self.opened[name], shard_of[name] = place, descriptor, file
+            demand("header_xxh3" in entry or entry["nbytes"] <= limit_of(file), "json_limit", file)
             for start in range(0, entry["nbytes"], CHUNK_NBYTES):
                 digest.update(os.pread(descriptor, CHUNK_NBYTES, start))
             demand(digest.hexdigest() == entry["sha256"], "file_digest", file)  # [7.3]

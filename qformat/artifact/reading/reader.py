@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from qformat.artifact.components import Component
 from qformat.artifact.manifest import KeptRecord
 from qformat.artifact.packed_arrays import PackedArrays
-from qformat.artifact.reading.structure import ShardLayout, Structure, check_structure, size_error
+from qformat.artifact.reading.listed_files import size_error
+from qformat.artifact.reading.structure import ShardLayout, Structure, check_structure
 from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.artifact.sources.source_files import open_shard
 from qformat.codec.floats import FloatFormat, Raw, widen
@@ -27,6 +28,11 @@ _NUMPY_DTYPES = {
     "F8_E4M3FNUZ": "u1", "F8_E5M2FNUZ": "u1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2",
     "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8", "U64": "<u8", "F64": "<f8", "C64": "<c8",
 }  # fmt: skip
+
+_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+"""Bits of the exponent by dtype. All of them are set in NaN and Inf only."""
+
+_CHECKED_ELEMENTS = 2**20
 
 _PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
 """Flags of a private mapping. No swap is reserved for it, so that a file larger than the memory can be mapped."""
@@ -132,6 +138,19 @@ class MappedShards:
         data.flags.writeable = False
         return data.view(_NUMPY_DTYPES[entry.dtype]).reshape(entry.shape)
 
+    def first_non_finite(self) -> tuple[str, str] | None:
+        """Return the shard and the name of the first tensor that contains NaN or Inf, None if all are finite."""
+        for name, located in self.layout.located.items():
+            exponent = _EXPONENTS.get(located.entry.dtype)
+            if exponent is None:
+                continue
+            bits = self.view(name).reshape(-1)
+            bits = bits.view(f"<u{bits.itemsize}")
+            parts = (bits[start : start + _CHECKED_ELEMENTS] for start in range(0, bits.size, _CHECKED_ELEMENTS))
+            if any(((part & exponent) == exponent).any() for part in parts):
+                return located.shard, name
+        return None
+
 
 class Artifact(MappedShards, Mapping[str, PackedTensor | KeptTensor]):
     """Open artifact: a mapping from tensor names to tensors. Close it, or use it as a context manager.
@@ -174,7 +193,9 @@ class Artifact(MappedShards, Mapping[str, PackedTensor | KeptTensor]):
 
 
 def open_artifact(path: Path | str) -> Artifact:
-    """Open an artifact after checking its structure. Only headers and small components are read, no weights.
+    """Open an artifact after checking its structure and the digests of its small files and headers.
+
+    Only small files, headers and small components are read, no weights.
 
     Raises:
         ArtifactError: The artifact is damaged or not supported.

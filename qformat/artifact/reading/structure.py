@@ -1,7 +1,7 @@
 """Structural checks of an artifact, which read a few kB per tensor and no weights (spec sections 2, 3, 7 and 10).
 
-They cover names, dtypes, shapes, offsets, alignment, limits, the quant_state, the codebook and NaN or Inf among the
-scales. `qformat.artifact.reading.verify` checks the digests.
+They cover the bytes of small files and headers, names, dtypes, shapes, offsets, alignment, limits, the quant_state, the
+codebook and NaN or Inf among the scales. `qformat.artifact.reading.verify` also compares the digests of the weights.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from qformat import strict_json
-from qformat.artifact import header
 from qformat.artifact.components import Component, PackedShape
 from qformat.artifact.header import DATA_ALIGNMENT, Header, TensorEntry
 from qformat.artifact.layout import alignment
-from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MANIFEST_NBYTES
+from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, MAX_MANIFEST_NBYTES, max_nbytes_of
 from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading import manifest_parser
-from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
+from qformat.artifact.reading.file_roles import accompanies
+from qformat.artifact.reading.listed_files import check_size, check_small_file, read_header
 from qformat.artifact.reading.regular_files import open_regular, read_exactly, read_small
-from qformat.artifact.sources.stand_ins import stand_in_of
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec import quant_state
 from qformat.codec.codebooks import DYNAMIC_MAP, NF4_CODEBOOK
@@ -77,12 +76,14 @@ class Structure(ShardLayout):
     manifest: Manifest
 
 
-def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
-    """Read the headers and small components of an artifact and check everything that needs no weights.
+def check_structure(path: Path, *, parsed: Manifest | None = None, compare_digests: bool = True) -> Structure:
+    """Read the small files, headers and small components of an artifact and check everything that needs no weights.
 
     Args:
         path: Directory of the artifact.
         parsed: Manifest of the artifact, if the caller has already read it.
+        compare_digests: Compare the SHA-256 of each small file of the model and the digest of each header with the
+            manifest. A caller that compares them itself leaves this out.
 
     Raises:
         ArtifactError: The artifact is damaged or not supported.
@@ -94,18 +95,16 @@ def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
         for name, record in parsed.files.items():
             if accompanies(name, record):
                 continue
-            descriptor = stack.enter_context(open_regular(path, name, error=ArtifactError))
-            nbytes = os.fstat(descriptor).st_size
-            if nbytes != record.nbytes:
-                raise size_error(path / name, nbytes, record.nbytes)
+            descriptor, file = stack.enter_context(open_regular(path, name, error=ArtifactError)), path / name
+            check_size(descriptor, file, record)
             if record.header_xxh3 is not None:
                 descriptors[name] = descriptor
-                headers[name] = header.read(descriptor, path / name, error=ArtifactError)
+                headers[name] = read_header(descriptor, file, record.header_xxh3 if compare_digests else None)
+            elif compare_digests:
+                check_small_file(descriptor, file, record)
         check_tensors(path, parsed, headers)
-        index = read_small(path, INDEX_NAME, max_nbytes=MAX_INDEX_NBYTES, error=ArtifactError)
-        check_index(index, path / INDEX_NAME, headers)
-        config = read_small(path, CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError)
-        check_config(config, path / CONFIG_NAME, parsed)
+        check_index(_read_listed(path, INDEX_NAME, parsed), path / INDEX_NAME, headers)
+        check_config(_read_listed(path, CONFIG_NAME, parsed), path / CONFIG_NAME, parsed)
         located = {
             name: Located(shard, entry) for shard, read in headers.items() for name, entry in read.tensors.items()
         }
@@ -117,6 +116,13 @@ def check_structure(path: Path, *, parsed: Manifest | None = None) -> Structure:
         }
     shard_nbytes = {name: parsed.files[name].nbytes for name in headers}
     return Structure(path, shard_nbytes, located, states, parsed)
+
+
+def _read_listed(path: Path, name: str, parsed: Manifest) -> bytes:
+    data = read_small(path, name, max_nbytes=max_nbytes_of(name), error=ArtifactError)
+    if name not in parsed.files:
+        raise ArtifactError(Reason.EXTRA_FILE, path / name, "is not in the manifest, so no digest proves its contents")
+    return data
 
 
 def check_directory(path: Path) -> None:
@@ -154,27 +160,6 @@ def expected_tensors(parsed: Manifest) -> dict[str, tuple[str, Component, Tensor
             for part, new in record.layout.components(name).items():
                 expected[new.name] = (name, part, new)
     return expected
-
-
-def size_error(path: Path, found: int, expected: int) -> ArtifactError:
-    """Return the error for a file whose size differs from the manifest.
-
-    Args:
-        path: Path of the file.
-        found: Size of the file in bytes.
-        expected: Size in the manifest in bytes.
-    """
-    problem, next_step = f"the file has {found} bytes, expected {expected}", next_step_for(path)
-    if (instead := stand_in_of(path)) is not None:
-        problem, next_step = f"{problem}: it {instead.problem}", instead.next_step
-    return ArtifactError(Reason.FILE_SIZE, path, problem, next_step=next_step)
-
-
-def next_step_for(path: Path) -> str:
-    """Return what to do about a file that differs from the manifest."""
-    if not can_be_accepted(path.name):
-        return "Fetch the file again"
-    return "Fetch the file again, or accept the change with `qformat seal` if it was made on purpose"
 
 
 def check_tensors(path: Path, parsed: Manifest, headers: Mapping[str, Header]) -> None:

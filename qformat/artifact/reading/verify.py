@@ -13,21 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from qformat.artifact import header
-from qformat.artifact.digests import sha256_of_file, xxh3_of_range
+from qformat.artifact.digests import xxh3_of_range
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest
 from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
+from qformat.artifact.reading.listed_files import check_size, check_small_file, compare_sha256, read_header, size_error
 from qformat.artifact.reading.regular_files import open_regular
-from qformat.artifact.reading.structure import (
-    Structure,
-    check_structure,
-    expected_tensors,
-    next_step_for,
-    read_manifest,
-    size_error,
-)
+from qformat.artifact.reading.structure import Structure, check_structure, expected_tensors, read_manifest
 from qformat.artifact.sources.stand_ins import stand_in_of
-from qformat.cores import run_tasks
+from qformat.cores import run_tasks, usable_cores
 from qformat.errors import ArtifactError, Reason
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
@@ -106,8 +99,8 @@ class RangeCheck:
         start: Offset of the first byte.
         stop: Offset after the last byte.
         expected: Expected XXH3-128.
-        tensor: Name of the tensor, None for a header.
-        component: Label of the component, or `header`.
+        tensor: Name of the tensor.
+        component: Label of the component.
     """
 
     descriptor: int
@@ -115,7 +108,7 @@ class RangeCheck:
     start: int
     stop: int
     expected: str
-    tensor: str | None
+    tensor: str
     component: str
 
     def run(self) -> Finding | None:
@@ -126,11 +119,9 @@ class RangeCheck:
             return finding_of(error)
         if found == self.expected:
             return None
-        reason = Reason.FILE_DIGEST if self.tensor is None else Reason.COMPONENT_DIGEST
-        where = f"{self.component} (bytes {self.start} to {self.stop})"
-        what = f"tensor {self.tensor!r}: {where}" if self.tensor else where
+        what = f"tensor {self.tensor!r}: {self.component} (bytes {self.start} to {self.stop})"
         message = f"{self.file}: {what} was changed: XXH3-128 {found}, expected {self.expected}. Fetch the file again"
-        return Finding(reason, self.file.name, message, self.tensor, self.component)
+        return Finding(Reason.COMPONENT_DIGEST, self.file.name, message, self.tensor, self.component)
 
 
 def verify_integrity(
@@ -184,7 +175,7 @@ def verify_integrity(
     findings += [finding for finding in _extra_files(path, manifest) if not accompanies(finding.file)]
     structure: Structure | None = None
     try:
-        structure = check_structure(path, parsed=manifest)
+        structure = check_structure(path, parsed=manifest, compare_digests=False)
     except ArtifactError as error:
         # A structural problem is often the consequence of a wrong digest that was already found in the same file.
         found = finding_of(error)
@@ -208,13 +199,30 @@ def _found(checks: Sequence[_Check], run: Callable[[_Check], Finding | None], wo
     return [finding for finding in found.values() if finding is not None]
 
 
-def verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
-    """Check the files of the model other than shards: the SHA-256 of those in the manifest, and the absence of others.
+def check_digests(artifact: Structure, *, shards: bool = True) -> None:
+    """Check that an artifact is whole: that a verification finds nothing.
+
+    Whoever writes something derived from an artifact calls this first. What it writes gets digests of its own, so
+    nobody would find the damage later.
 
     Args:
-        path: Directory of the artifact.
-        manifest: Manifest of the artifact.
+        artifact: Checked structure of the artifact.
+        shards: Whether to compare the digests of the shards. A caller that compares them itself leaves this out.
+
+    Raises:
+        ArtifactError: The first finding of `qformat verify`, with file, tensor and component.
     """
+    path, manifest = artifact.path, artifact.manifest
+    if shards:
+        findings = verify_integrity(path, manifest=manifest, workers=usable_cores()).findings
+    else:
+        findings = _verify_other_files(path, manifest)
+    if findings:
+        raise findings[0].as_error(path)
+
+
+def _verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
+    """Check the SHA-256 of the listed files of the model other than shards, and that there are no others."""
     names = [name for name, record in manifest.files.items() if not record.is_shard and not accompanies(name, record)]
     extra = [finding for finding in _extra_files(path, manifest) if not accompanies(finding.file)]
     return (*_check_files(path, manifest, names), *extra)
@@ -293,15 +301,11 @@ def range_checks(
             continue
         descriptor = descriptors[name]
         try:
-            read = header.read(descriptor, path / name, error=ArtifactError)
+            read = read_header(descriptor, path / name, record.header_xxh3)
         except ArtifactError as error:
             unfetched = stand_in_of(path / name) is not None
             of_size = size_error(path / name, os.fstat(descriptor).st_size, record.nbytes) if unfetched else error
             findings.append(finding_of(of_size))
-            continue
-        head = RangeCheck(descriptor, path / name, 0, read.data_start, record.header_xxh3, None, "header")
-        if (changed := head.run()) is not None:
-            findings.append(changed)
             continue
         for entry in read.tensors.values():
             if entry.name in expected:
@@ -314,17 +318,16 @@ def range_checks(
 
 
 def _check_whole(path: Path, descriptor: int, record: FileRecord) -> Finding | None:
-    nbytes = os.fstat(descriptor).st_size
-    if nbytes != record.nbytes:
-        return finding_of(size_error(path, nbytes, record.nbytes))
+    """Compare the size and the SHA-256 of a file. The size of shards, and of what only accompanies, has no limit."""
     try:
-        found = sha256_of_file(descriptor, record.nbytes, path=path, error=ArtifactError)
+        if record.is_shard or accompanies(path.name, record):
+            check_size(descriptor, path, record)
+            compare_sha256(descriptor, path, record)
+        else:
+            check_small_file(descriptor, path, record)
     except ArtifactError as error:
         return finding_of(error)
-    if found == record.sha256:
-        return None
-    message = f"{path}: was changed: SHA-256 {found}, expected {record.sha256}. {next_step_for(path)}"
-    return Finding(Reason.FILE_DIGEST, path.name, message)
+    return None
 
 
 def _extra_files(path: Path, manifest: Manifest) -> Iterable[Finding]:

@@ -21,8 +21,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from qformat.artifact.digests import Xxh3
+from qformat.artifact.reading.listed_files import size_error
 from qformat.artifact.reading.regular_files import read_exactly
-from qformat.artifact.reading.structure import ShardLayout, Structure, size_error
+from qformat.artifact.reading.structure import ShardLayout, Structure
 from qformat.artifact.reading.verify import Finding, RangeCheck, range_checks
 from qformat.artifact.sources.source_files import open_shard
 from qformat.cores import usable_cores

@@ -20,11 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qformat.artifact.manifest import Manifest
-from qformat.artifact.reading.structure import read_manifest
+from qformat.artifact.reading.structure import check_structure
+from qformat.artifact.reading.verify import check_digests
 from qformat.errors import Option, UsageError, VerificationError
 from qformat.model.build import check_predicts_tokens
 from qformat.model.checkpoint import find_folder, load_any
 from qformat.model.load import load_tokenizer
+from qformat.model.loaded_model import check_unchanged
 from qformat.names import MANIFEST_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 from qformat.quality.evaluation.scores import Scores, first_non_finite, score_window, stack
 from qformat.quality.source_check import check_source
@@ -123,13 +125,14 @@ def evaluate(
     Raises:
         UsageError: A model does not predict tokens, tokenizers or vocabularies differ, or windows are longer than the
             model's context.
+        ArtifactError: An artifact is damaged, or was changed during the evaluation.
         DataError: A text is too short or cannot be read.
         SourceError: `source` is not the source of the artifacts.
         VerificationError: A window has non-finite logits.
     """
     folders = [find_folder(model) for model in (artifact, *against)]
     source_folder = None if source is None else find_folder(source)
-    manifests = {str(folder): read_manifest(folder) for folder in folders if os.path.lexists(folder / MANIFEST_NAME)}
+    manifests = {str(folder): _whole(folder) for folder in folders if os.path.lexists(folder / MANIFEST_NAME)}
     checked: set[str] = set()
     if source_folder is not None and not any_source:
         checked = check_source(manifests, source_folder)
@@ -148,6 +151,8 @@ def evaluate(
     started = monotonic()
     with torch.inference_mode():
         scored = [_score_text(text, teacher, models, lambda: on_window(next(done), total)) for text in windows]
+    for one in models:
+        check_unchanged(one.model)
     return Evaluation(
         models=[model.name for model in models],
         source=None if teacher is None else teacher.name,
@@ -157,6 +162,13 @@ def evaluate(
         texts=scored,
         seconds=monotonic() - started,
     )
+
+
+def _whole(folder: Path) -> Manifest:
+    """Return the manifest of an artifact after comparing every digest: figures are of these weights or of none."""
+    structure = check_structure(folder)
+    check_digests(structure)
+    return structure.manifest
 
 
 def _score_text(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qformat.artifact.manifest import JsonObject
 from qformat.errors import DivergenceError, Option, Words
+from qformat.model.loaded_model import check_unchanged
 from qformat.model.memory import peak_nbytes
 from qformat.quality.output_head import SplitModel
 from qformat.quality.teacher import Teacher
@@ -237,6 +238,7 @@ class TuningRun:
         kl = closeness.mean("kl")
         if not math.isfinite(kl):
             raise self._stopped(step, f"the KL on held-out windows is {kl}")
+        check_unchanged(self._tunable.model)
         self.history.held_out[str(step)] = kl
         self.measured[step] = closeness
         states = {}

@@ -24,6 +24,7 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.reader import Artifact, open_artifact
+from qformat.artifact.reading.verify import check_digests
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.output_kind import ARTIFACT, check_target
 from qformat.artifact.writing.rewrite import replaced_by, rewrite
@@ -42,6 +43,7 @@ from qformat.quality.tuning.steps import HeldOut, StepLine, TuningRun, checkpoin
 from qformat.quality.tuning.tunable import LARGEST_CHANGE, TunableModel, make_tunable, share_kept_tensors
 from qformat.quality.windows import TokenWindows, read_windows
 from qformat.training.checkpoints import CheckpointFolder
+from qformat.training.non_finite import naming_weights
 from qformat.version import __version__
 
 DTYPE = torch.bfloat16
@@ -125,7 +127,7 @@ def tune(
 
     Raises:
         SourceError: The source is not the artifact's source.
-        ArtifactError: The artifact is damaged.
+        ArtifactError: The artifact is damaged, or contains NaN or Inf.
         DataError: The text cannot be used.
         UsageError: An argument is not valid, the artifact was already tuned, or it does not predict tokens.
         DivergenceError: The loss or a gradient is NaN or Inf, or the training diverges.
@@ -140,6 +142,7 @@ def tune(
         check_target(job.out, replace=force, kind=ARTIFACT)
     device = chosen_device(settings.device)
     with open_artifact(job.artifact) as artifact:
+        check_digests(artifact.structure)
         if "tuning" in artifact.manifest.recipe:
             raise UsageError(f"{job.artifact}: was already tuned. Tune the original artifact instead")
         check_predicts_tokens(job.artifact, trust_remote_code=settings.trust_remote_code)
@@ -157,7 +160,8 @@ def tune(
             if restart:
                 disk.remove_folder(folder)
             disk.make_folder(folder)
-            return ready.tune(staging, folder, accept_worse=accept_worse, use_best=use_best, on_step=on_step)
+            with naming_weights(artifact):
+                return ready.tune(staging, folder, accept_worse=accept_worse, use_best=use_best, on_step=on_step)
 
 
 @dataclass(frozen=True, slots=True)

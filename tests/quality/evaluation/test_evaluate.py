@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qformat.cli.messages import as_flag
-from qformat.errors import DataError, SourceError, UsageError, VerificationError, spelled
+from qformat.errors import ArtifactError, DataError, SourceError, UsageError, VerificationError, spelled
 from qformat.model.load import load_model
 from qformat.quality.evaluation import evaluate as evaluate_module
 from qformat.quality.evaluation.estimates import estimate
@@ -22,6 +23,7 @@ from qformat.quality.evaluation.evaluate import evaluate
 from qformat.quality.evaluation.facts import differences, facts, figures, record
 from qformat.quality.evaluation.scores import Scores, score_window
 from qformat.quality.windows import read_windows
+from tests.artifact.damaged import damaged_copy
 from tests.quality import models
 from tests.rounding import kl_error, log_softmax_error
 from tests.small_models import tensor_of, write_checkpoint
@@ -209,3 +211,22 @@ def test_progress_counts_the_windows_of_all_texts(artifact: Path, text: Path) ->
     told: list[tuple[int, int]] = []
     evaluate(artifact, [text, text], **{**SMALL, "on_window": lambda *step: told.append(step)})
     assert told == [(n, 10) for n in range(1, 11)]
+
+
+@pytest.mark.parametrize("position", ["artifact", "against"])
+def test_a_damaged_artifact_gets_no_figures(
+    position: str, artifact: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = damaged_copy(artifact, tmp_path / "damaged", "model.norm.weight", "data")
+    monkeypatch.setattr(evaluate_module, "load_any", lambda *_, **__: pytest.fail("loaded before the digests"))
+    models_ = (damaged, []) if position == "artifact" else (artifact, [damaged])
+    with pytest.raises(ArtifactError, match="was changed: XXH3-128") as refused:
+        evaluate(models_[0], [text], against=models_[1], **SMALL)
+    assert refused.value.tensor == "model.norm.weight"
+
+
+def test_an_artifact_that_is_written_to_meanwhile_gets_no_figures(artifact: Path, text: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    (shard,) = copy.glob("*.safetensors")
+    with pytest.raises(ArtifactError, match="was written to since it was mapped"):
+        evaluate(copy, [text], **SMALL, on_window=lambda done, total: os.utime(shard, ns=(0, 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,20 @@ import pytest
 
 from qformat.artifact.manifest_seal import seal
 from qformat.artifact.reading.verify import verify_integrity
-from qformat.errors import DataError, DivergenceError, Reason, SourceError, TargetError, UsageError, VerificationError
+from qformat.errors import (
+    ArtifactError,
+    DataError,
+    DivergenceError,
+    Reason,
+    SourceError,
+    TargetError,
+    UsageError,
+    VerificationError,
+)
 from qformat.quality.tuning import tune as module
+from qformat.quality.tuning.steps import StepLine
 from qformat.quality.tuning.tune import TuningResult
+from tests.artifact.damaged import damaged_copy
 from tests.quality import models
 from tests.quality.tuning.tuned import run
 from tests.small_models import contents, names_beside, write_checkpoint
@@ -115,7 +127,40 @@ def test_a_diverging_tuning_reports_the_step_and_keeps_the_best_checkpoint(
     assert found.after.mean("kl") < found.before.mean("kl")
 
 
-def test_a_teacher_with_non_finite_outputs_is_reported(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "component"),
+    [("model.norm.weight", "data"), ("model.layers.0.mlp.up_proj.weight", "absmax")],
+)
+def test_a_damaged_artifact_is_not_tuned(
+    tensor: str, component: str, artifact: Path, source: Path, text: Path, tmp_path: Path
+) -> None:
+    damaged = damaged_copy(artifact, tmp_path / "damaged", tensor, component)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "load_tokenizer", lambda *_, **__: pytest.fail("began before the digests"))
+        with pytest.raises(ArtifactError, match="was changed: XXH3-128") as refused:
+            run(damaged, source, text, tmp_path / "out")
+    assert (refused.value.tensor, refused.value.field) == (tensor, component)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_tuning_does_not_go_on_over_a_base_that_was_changed_in_place(
+    artifact: Path, source: Path, text: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    (shard,) = copy.glob("*.safetensors")
+
+    def write(line: StepLine) -> None:
+        if line.step == 3:
+            os.utime(shard, ns=(0, 1))
+
+    with pytest.raises(ArtifactError, match="was written to since it was mapped"):
+        run(copy, source, text, tmp_path / "out", on_step=write)
+    assert not (tmp_path / "out").exists()
+    (tuning,) = tmp_path.glob("out*/tuning")
+    assert {path.name for path in tuning.glob("checkpoint-*")} == {"checkpoint-0"}
+
+
+def test_a_weight_that_is_nan_is_named(text: Path, tmp_path: Path) -> None:
     tensors = models.tensors()
     for name, position in (("model.norm.weight", 4), ("lm_head.weight", 64)):
         broken = dict(tensors)
@@ -126,8 +171,9 @@ def test_a_teacher_with_non_finite_outputs_is_reported(text: Path, tmp_path: Pat
         source = models.write_source(folder / "source")
         write_checkpoint(source, broken, config=json.loads((source / "config.json").read_text()), side_files={})
         artifact = models.write_artifact(source, folder / "nf4")
-        with pytest.raises(DivergenceError, match="the 16-bit model computes NaN or Inf for a window among"):
+        with pytest.raises(ArtifactError, match="contains NaN or Inf") as refused:
             run(artifact, source, text, folder / "out")
+        assert (refused.value.reason, refused.value.tensor) == (Reason.NONFINITE_WEIGHT, name)
         assert not (folder / "out").exists()
 
 
