@@ -10,13 +10,12 @@ from typing import Literal
 
 from qformat import strict_json
 from qformat.artifact.layout import Shard, natural_order, place
-from qformat.artifact.limits import MAX_CONFIG_NBYTES
+from qformat.artifact.limits import MAX_CONFIG_NBYTES, max_nbytes_of
 from qformat.artifact.manifest import JsonObject, PackedRecord, TensorRecord
 from qformat.artifact.reading.file_roles import accompanies
 from qformat.artifact.reading.listed_files import next_step_for
 from qformat.artifact.reading.reader import Artifact
 from qformat.artifact.reading.regular_files import read_small
-from qformat.artifact.reading.side_files import MAX_SIDE_FILE_NBYTES
 from qformat.artifact.tensor_spec import TensorSpec
 from qformat.codec.floats import FloatFormat
 from qformat.converters.encode.small_files import index_bytes, small_json
@@ -159,7 +158,7 @@ def read_small_file(artifact: Artifact, name: str) -> bytes:
     Raises:
         ArtifactError: The file cannot be read, or it belongs to the model and its digest does not match (file_digest).
     """
-    data = read_small(artifact.path, name, max_nbytes=MAX_SIDE_FILE_NBYTES, error=ArtifactError)
+    data = read_small(artifact.path, name, max_nbytes=max_nbytes_of(name), error=ArtifactError)
     record = artifact.manifest.files.get(name)
     if record is None or accompanies(name, record):
         return data

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact import header
-from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES
+from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_INDEX_NBYTES, max_nbytes_of
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.reading.regular_files import check_plain_name, read_exactly
-from qformat.artifact.reading.side_files import MAX_SIDE_FILE_NBYTES, is_side_file
+from qformat.artifact.reading.side_files import is_side_file
 from qformat.artifact.sources.source_files import open_source_file, read_source_file
 from qformat.errors import Option, Reason, SourceError
 from qformat.names import CONFIG_NAME, MANIFEST_NAME
@@ -92,7 +92,7 @@ class CheckpointFiles(ABC):
 
     def read_side_file(self, name: str) -> bytes:
         """Return the bytes of a file to carry over."""
-        return self.read_small(name, max_nbytes=MAX_SIDE_FILE_NBYTES)
+        return self.read_small(name, max_nbytes=max_nbytes_of(name))
 
     def read_json(self, name: str, *, max_nbytes: int) -> strict_json.Json:
         """Read a JSON file. What Python's json module reads beyond JSON is accepted with a note.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME
+from qformat.names import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME
 
 MAX_HEADER_NBYTES = 32 * 2**20
 """Largest JSON header of a safetensors file in bytes, including its padding."""
@@ -14,7 +14,7 @@ MAX_INDEX_NBYTES = 64 * 2**20
 """Largest `model.safetensors.index.json` in bytes."""
 
 MAX_CONFIG_NBYTES = 4 * 2**20
-"""Largest `config.json` or `generation_config.json` in bytes."""
+"""Largest `config.json`, `generation_config.json` or `adapter_config.json` in bytes."""
 
 MAX_SMALL_FILE_NBYTES = 64 * 2**20
 """Largest file of a model that is neither a shard nor one of those with a limit of their own, in bytes. The largest
@@ -39,7 +39,7 @@ def max_nbytes_of(name: str) -> int:
     """Return the largest size of a file of the model in bytes.
 
     Args:
-        name: Name of the file, which is neither a shard nor the manifest.
+        name: Name of a file of a model or an adapter, which is neither a shard nor the manifest.
     """
     if name.endswith(_TEMPLATE_SUFFIX):
         return MAX_TEMPLATE_NBYTES
@@ -47,4 +47,5 @@ def max_nbytes_of(name: str) -> int:
         INDEX_NAME: MAX_INDEX_NBYTES,
         CONFIG_NAME: MAX_CONFIG_NBYTES,
         GENERATION_CONFIG_NAME: MAX_CONFIG_NBYTES,
+        ADAPTER_CONFIG_NAME: MAX_CONFIG_NBYTES,
     }.get(name, MAX_SMALL_FILE_NBYTES)

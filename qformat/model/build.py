@@ -21,6 +21,7 @@ from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model.boundary import no_token_predictions
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.rules.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
+from qformat.model.rules.plausible_config import check_numbers
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents, tensor_names
 from qformat.names import CONFIG_NAME, INDEX_NAME
 
@@ -35,8 +36,10 @@ def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         trust_remote_code: Whether to run Python code that comes with the model.
 
     Raises:
-        ArtifactError: transformers cannot read the file or does not know the architecture.
+        ArtifactError: A number in the file is implausible, transformers cannot read it, or does not know the
+            architecture.
     """
+    check_numbers(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         return config

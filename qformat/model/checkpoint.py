@@ -15,6 +15,7 @@ from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.build import build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.load import chosen_device, load_model, model_of_shards
+from qformat.model.rules.plausible_config import Evidence, check_numbers
 from qformat.model.shard_tensors import packed_names
 from qformat.names import CONFIG_NAME, MANIFEST_NAME, is_repository_name
 
@@ -121,6 +122,7 @@ def load_checkpoint(
 
 def _merges_weights(shards: MappedShards, *, trust_remote_code: bool) -> bool:
     path = shards.path
+    check_numbers(path, Evidence.of_layout(shards.layout))
     config = read_config(path, trust_remote_code=trust_remote_code)
     dtype = dtype_of(config, shards.layout)
     model = build_on_meta(path, config, dtype=dtype, trust_remote_code=trust_remote_code, attention=None)

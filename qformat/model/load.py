@@ -16,7 +16,8 @@ from qformat.artifact.reading.reader import Artifact, MappedShards, open_artifac
 from qformat.artifact.reading.structure import ShardLayout
 from qformat.artifact.reading.verify import check_digests
 from qformat.artifact.reading.watch import MappedFileWatch
-from qformat.errors import DeviceMemoryError, UsageError
+from qformat.artifact.sources.small_files import check_small_files
+from qformat.errors import ArtifactError, DeviceMemoryError, UsageError
 from qformat.model.boundary import generation_config_errors, tokenizer_errors
 from qformat.model.build import attach, build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.devices.host_layers import DeviceMap, attach_placed, check_fits_mapped, decide
@@ -25,6 +26,7 @@ from qformat.model.devices.shard_stream import data_starts, stream_shards
 from qformat.model.devices.stream_device import TorchDevice
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
+from qformat.model.rules.plausible_config import Evidence, check_computed, check_numbers
 from qformat.model.shard_tensors import CopiedShard, ShardBytes, map_shards, tensor_names, tensors_of
 from qformat.names import CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 from qformat.sizes import format_nbytes
@@ -129,6 +131,8 @@ def model_of_shards(
     data = None
     if verify == "full" and device_map is None:  # compare digests before anything uses the bytes
         data = _shard_data(shards, device, verify)
+    check_small_files(path, error=ArtifactError)
+    check_numbers(path, Evidence.of_layout(shards.layout))
     config = read_config(path, trust_remote_code=trust_remote_code)
     model = build_on_meta(
         path,
@@ -137,6 +141,7 @@ def model_of_shards(
         trust_remote_code=trust_remote_code,
         attention=attention,
     )
+    check_computed(model, shards.layout)
     names = names_in_model(model, tensor_names(shards.layout), path)
     if device_map is not None:
         placed = decide(model, shards.layout, names, device, device_map, max_memory)
@@ -262,5 +267,7 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    check_small_files(Path(path), error=ArtifactError)
+    check_numbers(Path(path))  # transformers reads config.json as well
     with tokenizer_errors(path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qformat.converters.convert import convert
+from qformat.training.metrics import Listener
 from qformat.training.result import TrainingResult
 from qformat.training.run import TrainingJob, train
 from qformat.training.settings import TrainingSettings
@@ -89,11 +90,12 @@ def run(
     eval_data: Path | None = None,
     resume: str | None = None,
     say: Callable[[str], None] = lambda _: None,
+    on_metrics: Listener = lambda _line, _n_steps: None,
     **changed: Any,
 ) -> TrainingResult:
     """Train with SHORT settings and some changes."""
     job = TrainingJob(artifact, [str(data)], output, [] if eval_data is None else [str(eval_data)])
-    return train(job, TrainingSettings(**{**SHORT, **changed}), resume=resume, say=say)
+    return train(job, TrainingSettings(**{**SHORT, **changed}), resume=resume, say=say, on_metrics=on_metrics)
 
 
 def adapter_bytes(output: Path) -> bytes:

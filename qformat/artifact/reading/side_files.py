@@ -6,9 +6,6 @@ import re
 
 from qformat.names import GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, TOKENIZER_NAME
 
-MAX_SIDE_FILE_NBYTES = 256 * 2**20
-"""Largest accepted size in bytes. Tokenizers and licences are never this large."""
-
 _NAMES = {
     GENERATION_CONFIG_NAME,
     # tokenizers

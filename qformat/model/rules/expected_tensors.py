@@ -66,11 +66,13 @@ def compare_with_model(config: bytes, shapes: Mapping[str, Shape], packed: Colle
     import transformers
 
     from qformat.model.build import build_on_meta, names_in_model, read_config
+    from qformat.model.rules.plausible_config import Evidence, check_numbers
 
     with tempfile.TemporaryDirectory(prefix="qformat-config-") as name:
         path = Path(name)
         (path / CONFIG_NAME).write_bytes(config)
         try:
+            check_numbers(path, Evidence.of(shapes))
             read = read_config(path, trust_remote_code=False)
             model = build_on_meta(path, read, dtype=torch.bfloat16, trust_remote_code=False, attention=None)
             names = names_in_model(model, shapes, path)

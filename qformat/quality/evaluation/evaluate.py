@@ -132,7 +132,7 @@ def evaluate(
     """
     folders = [find_folder(model) for model in (artifact, *against)]
     source_folder = None if source is None else find_folder(source)
-    manifests = {str(folder): _whole(folder) for folder in folders if os.path.lexists(folder / MANIFEST_NAME)}
+    manifests = {str(folder): manifest for folder in folders if (manifest := _whole(folder)) is not None}
     checked: set[str] = set()
     if source_folder is not None and not any_source:
         checked = check_source(manifests, source_folder)
@@ -164,8 +164,10 @@ def evaluate(
     )
 
 
-def _whole(folder: Path) -> Manifest:
-    """Return the manifest of an artifact after comparing every digest: figures are of these weights or of none."""
+def _whole(folder: Path) -> Manifest | None:
+    """Return the manifest of an artifact after comparing every digest, None for a folder without one."""
+    if not os.path.lexists(folder / MANIFEST_NAME):
+        return None
     structure = check_structure(folder)
     check_digests(structure)
     return structure.manifest

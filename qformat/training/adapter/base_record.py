@@ -10,6 +10,7 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import KeptRecord, TensorRecord
 from qformat.artifact.reading.structure import ShardLayout, Structure
+from qformat.artifact.sources.source_files import read_source_file
 from qformat.errors import AdapterError, ArtifactError
 from qformat.names import BASE_RECORD_NAME, CONFIG_NAME
 
@@ -55,13 +56,10 @@ def read_base_record(adapter: Path) -> BaseRecord | None:
         AdapterError: The record is damaged.
     """
     path = adapter / BASE_RECORD_NAME
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except OSError as problem:
-        raise AdapterError(f"{path}: cannot be read: {problem.strerror}") from None
     try:
+        data = read_source_file(adapter, BASE_RECORD_NAME, max_nbytes=_MAX_NBYTES, error=ArtifactError)
         record = strict_json.loads(data, path=path, max_nbytes=_MAX_NBYTES, error=ArtifactError)
     except ArtifactError as problem:
         raise _damaged(path, problem.problem) from None
