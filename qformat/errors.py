@@ -119,8 +119,8 @@ class Reason(StrEnum):
     wrote it."""
 
     JSON_LIMIT = "json_limit"
-    """A JSON text exceeds a limit on its size, its nesting, its number of values or the length of a number. Check
-    that the file is the right one; a file of an ordinary model is far below every limit."""
+    """A file exceeds the limit on its size, or a JSON text one on its nesting, its number of values or the length of a
+    number. Check that the file is the right one; a file of an ordinary model is far below every limit."""
 
     JSON_DUPLICATE_KEY = "json_duplicate_key"
     """A key occurs twice in one JSON object. Remove one of the two, or fetch the file again."""
@@ -201,8 +201,8 @@ class Reason(StrEnum):
     again."""
 
     NONFINITE_WEIGHT = "nonfinite_weight"
-    """A weight is NaN or Inf, and 4 bits cannot represent it. Repair the source checkpoint, or keep the tensor in
-    16 bit."""
+    """A weight is NaN or Inf: 4 bits cannot represent it, and a training on it diverges. Repair the source
+    checkpoint."""
 
     UNSUPPORTED_DTYPE = "unsupported_dtype"
     """The dtype of a tensor is not supported. Save the checkpoint again in bfloat16, float16 or float32."""

@@ -43,25 +43,10 @@ causal masks of real models have up to 142 MB."""
 
 _LAYERS = re.compile(r"(?:^|_)(?:layers?|depths?|blocks)$")
 _EXPERTS = re.compile(r"(?:^|_)experts$")
-_WIDTHS = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "moe_intermediate_size",
-        "num_labels",
-        "head_dim",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "n_head",
-        "n_embd",
-        "n_inner",
-        "d_model",
-        "d_ff",
-        "d_kv",
-        "ffn_dim",
-    ]
-)
+_WIDTHS = {
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "num_labels", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "n_head", "n_embd", "n_inner", "d_model", "d_ff", "d_kv"),
+}
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 Shape = tuple[int, ...]
