@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError
+from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError, Words
 from qformat.names import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -79,6 +79,34 @@ def tokenizer_errors(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
+def config_errors(path: Path, problem: str, *, next_step: str | Words | None = None) -> Iterator[None]:
+    """Translate the errors of reading config.json, and of building the model that it describes.
+
+    Args:
+        path: Directory of the model.
+        problem: What transformers could not do, for the message.
+        next_step: What the user can do.
+
+    Raises:
+        ArtifactError: The file is damaged, or has a value that transformers rejects.
+        UsageError: The model needs a package that is not installed.
+    """
+    file = path / CONFIG_NAME
+    try:
+        yield
+    except QformatError:
+        raise
+    except ImportError as failure:
+        raise UsageError(f"{path}: the model needs a package that is not installed: {_first(failure)}") from failure
+    except Exception as failure:  # the code of each architecture checks its config in its own way
+        if (found := _json_problem(file)) is not None:
+            raise _damaged(file, found) from failure
+        raise ArtifactError(
+            Reason.CONFIG_FIELD, file, f"{problem}: {_first(failure)}", next_step=next_step
+        ) from failure
+
+
+@contextmanager
 def generation_config_errors(path: Path) -> Iterator[None]:
     """Translate the errors of reading generation_config.json.
 
@@ -91,7 +119,7 @@ def generation_config_errors(path: Path) -> Iterator[None]:
     file = path / GENERATION_CONFIG_NAME
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as problem:
+    except Exception as problem:
         if (found := _json_problem(file)) is not None:
             raise _damaged(file, found) from problem
         raise ArtifactError(

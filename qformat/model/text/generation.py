@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qformat.errors import Option, UsageError
@@ -138,7 +138,7 @@ def generate(
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature}
-        set_seed(sampling.seed)
+        torch.manual_seed(sampling.seed)  # set_seed of transformers imports PEFT, which imports bitsandbytes
     _run_one_row(model)
     stream = _Stream(tokenizer, on_text)
     started = time.monotonic()
