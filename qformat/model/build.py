@@ -20,8 +20,8 @@ from qformat.artifact.reading.structure import ShardLayout
 from qformat.errors import ArtifactError, Option, Reason
 from qformat.model.boundary import config_errors, no_token_predictions
 from qformat.model.nf4_linear import NF4Linear
-from qformat.model.rules.named_code import check_named_code
 from qformat.model.rules.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
+from qformat.model.rules.named_code import check_named_code
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents, tensor_names
 from qformat.names import CONFIG_NAME, INDEX_NAME
 

@@ -56,7 +56,7 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize(("field", "fields"), NAMED, ids=lambda value: json.dumps(value))
+@pytest.mark.parametrize(("field", "fields"), NAMED, ids=json.dumps)
 def test_code_that_a_config_names_is_refused_with_the_field(
     field: str, fields: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,8 @@
 """Code that config.json may ask for: only implementations that are part of transformers and of installed packages.
 
 transformers takes `attn_implementation: "owner/kernel"` from the file, and fetches native code of that name from the
-Hub where the package `kernels` is installed. It does so for the names of other packages, too, if they are not installed.
-Only the caller may ask for such code.
+Hub where the package `kernels` is installed. It does the same for names of packages that are not installed. Only the
+caller may ask for such code.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def check_named_code(config: PretrainedConfig, model_class: type, path: Path, *,
                 f"names {name!r}, but a file may only name code that is part of transformers or of an installed "
                 "package",
                 field=field,
-                next_step="Remove the field. For an artifact, run qformat seal afterwards. If you trust that code, name "
-                "it yourself in Python: load_model(path, attention=...)",
+                next_step="Remove the field. For an artifact, run qformat seal afterwards. If you trust that code, "
+                "name it yourself in Python: load_model(path, attention=...)",
             )
 
 
