@@ -116,7 +116,6 @@ def test_a_damaged_config_is_named(tmp_path: Path, name: str, data: bytes) -> No
         ("config.json", {"num_attention_heads": 0}),
         ("config.json", {"vocab_size": -1}),
         ("config.json", {"rope_scaling": [1]}),
-        ("config.json", {"torch_dtype": 5}),
         ("config.json", {"architectures": {"LlamaForCausalLM": 1}}),
         ("config.json", {"id2label": 5}),
         ("generation_config.json", {"watermarking_config": 5}),

@@ -47,7 +47,7 @@ def check_named_code(config: PretrainedConfig, model_class: type, path: Path, *,
                 "package",
                 field=field,
                 next_step="Remove the field. For an artifact, run qformat seal afterwards. If you trust that code, "
-                "name it yourself in Python: load_model(path, attention=...)",
+                "name it yourself in Python: load_model(path, attention=...), or model.set_attn_implementation(...)",
             )
 
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+import qformat
 from qformat.errors import ArtifactError
 from qformat.model.build import build_on_meta, read_config
 from qformat.model.checkpoint import load_checkpoint
 from qformat.model.rules import named_code
 from qformat.model.rules.expected_tensors import compare_with_model
 from qformat.model.rules.named_code import ATTENTION, EXPERTS, check_named_code
+from qformat.model.transformers_quantizer import METHOD
+from tests.artifact.damaged import edit_json
 from tests.small_models import llama_config, write_llama
 
 KERNEL = "owner/kernel"
@@ -72,6 +77,18 @@ def test_the_parts_of_a_composite_model_are_checked(tmp_path: Path) -> None:
     config.text_config._attn_implementation = KERNEL  # some classes leave what the file names there
     with pytest.raises(ArtifactError, match=r"field 'text_config.attn_implementation': names 'owner/kernel'"):
         check_named_code(config, LlamaForCausalLM, tmp_path, attention=None)
+
+
+def test_from_pretrained_after_register_does_not_fetch_named_code(random_llama: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(random_llama, tmp_path / "nf4")
+    edit_json(artifact / "config.json", lambda config: config.update(attn_implementation=KERNEL))
+    replaced = AUTO_QUANTIZER_MAPPING[METHOD]
+    qformat.register()
+    try:
+        with pytest.raises(ArtifactError, match="field 'attn_implementation': names 'owner/kernel'"):
+            AutoModelForCausalLM.from_pretrained(artifact)
+    finally:
+        AUTO_QUANTIZER_MAPPING[METHOD] = replaced
 
 
 def test_a_conversion_does_not_ask_for_named_code() -> None:
