@@ -80,7 +80,7 @@ def tokenizer_errors(path: Path | str) -> Iterator[None]:
         raise ArtifactError(
             Reason.CONFIG_FIELD,
             _to_blame(folder, files),
-            f"transformers cannot use the tokenizer: {_first(problem)}",
+            f"transformers cannot load the tokenizer: {_first(problem)}",
             next_step=("Get the tokenizer's files again. If it brings its own code and you trust it, pass ",
                        Option("trust_remote_code", True)),
         ) from problem  # fmt: skip
@@ -102,7 +102,7 @@ def config_errors(path: Path, problem: str, *, next_step: str | Words | None = N
     file = path / CONFIG_NAME
     try:
         yield
-    except QformatError:
+    except (QformatError, torch.OutOfMemoryError):
         raise
     except ImportError as failure:
         raise UsageError(f"{path}: the model needs a package that is not installed: {_first(failure)}") from failure
@@ -156,7 +156,7 @@ def generation_errors(model: PreTrainedModel) -> Iterator[None]:
             f"{_name(model)}: the device has too little memory to generate: {_first(problem)}. Lower ",
             Option("max_new_tokens"),
         ) from problem
-    except QformatError:
+    except (QformatError, OSError):  # OSError: the text cannot be written
         raise
     except Exception as problem:  # settings and the model's config are only used here
         raise UsageError(

@@ -59,9 +59,11 @@ def check_predicts_tokens(path: Path, *, trust_remote_code: bool) -> None:
         ArtifactError: transformers cannot read config.json or does not know the architecture.
         UsageError: The model has another task, such as the classification of texts.
     """
-    found = _model_class(path, read_config(path, trust_remote_code=trust_remote_code), trust_remote_code)
-    if found.__module__.startswith("transformers.models.") and not found.can_generate():
-        raise no_token_predictions(found, path)
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    with config_errors(path, "names no model that transformers can build"):
+        found = _model_class(path, config, trust_remote_code)
+        if found.__module__.startswith("transformers.models.") and not found.can_generate():
+            raise no_token_predictions(found, path)
 
 
 def dtype_of(config: PretrainedConfig, layout: ShardLayout) -> torch.dtype:

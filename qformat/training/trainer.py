@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qformat.artifact.manifest import JsonObject
 from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
 from qformat.names import ADAPTER_WEIGHTS_NAME, BASE_RECORD_NAME
+from qformat.training.adapter.attach import check_shapes
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.checkpoints import CheckpointFolder, restoring
 from qformat.training.data.length_groups import SeededLengthGroups
@@ -221,10 +222,12 @@ class AdapterTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # PEFT's load_adapter would also cast the weights to a dtype of its own choice.
         with restoring(Path(resume_from_checkpoint) / ADAPTER_WEIGHTS_NAME):
-            set_peft_model_state_dict(self.model, load_peft_weights(resume_from_checkpoint, device="cpu"))
+            weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+            check_shapes(cast(PeftModel, self.model), weights, Path(resume_from_checkpoint))
+            set_peft_model_state_dict(self.model, weights)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with restoring(Path(checkpoint or "") / OPTIMIZER_NAME):
+        with restoring(Path(checkpoint or "") / f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

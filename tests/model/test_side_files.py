@@ -73,11 +73,11 @@ def test_a_damaged_file_beside_a_tokenizer_is_named(folder: Path, name: str, dat
 @pytest.mark.parametrize(
     ("name", "fields", "says"),
     [
-        ("tokenizer.json", {"model": {"type": "unheard_of"}}, "cannot use the tokenizer"),
-        ("tokenizer.json", {"decoder": 5}, "cannot use the tokenizer"),
-        ("tokenizer_config.json", {"model_max_length": "many"}, "cannot use the tokenizer"),
-        ("tokenizer_config.json", {"chat_template": 5}, "cannot use the tokenizer"),
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "cannot use the tokenizer"),
+        ("tokenizer.json", {"model": {"type": "unheard_of"}}, "cannot load the tokenizer"),
+        ("tokenizer.json", {"decoder": 5}, "cannot load the tokenizer"),
+        ("tokenizer_config.json", {"model_max_length": "many"}, "cannot load the tokenizer"),
+        ("tokenizer_config.json", {"chat_template": 5}, "cannot load the tokenizer"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "cannot load the tokenizer"),
     ],
 )
 def test_a_wrong_value_in_a_file_of_a_tokenizer_is_named(

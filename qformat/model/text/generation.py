@@ -175,6 +175,11 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
         raise UsageError(
             "this tokenizer has no chat template. Remove ", Option("chat"), " and write the whole prompt yourself"
         )
-    template = ChatTemplate.of(tokenizer, tokenizer.get_chat_template())
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as problem:  # several templates, none of which is the default
+        first = str(problem).partition("\n")[0]
+        raise UsageError(f"this tokenizer has no chat template for a prompt: {first}") from problem
+    template = ChatTemplate.of(tokenizer, source)
     text = template.render([{"role": "user", "content": prompt}], ask=True)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")

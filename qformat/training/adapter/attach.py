@@ -121,7 +121,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, for
         fix_layers(config, model, weights, adapter)
         _fuse(config)
         peft_model = PeftModel(model, config)
-        _check_shapes(peft_model, weights, adapter)
+        check_shapes(peft_model, weights, adapter)
         set_peft_model_state_dict(peft_model, weights)
     peft_model.eval()
     return peft_model
@@ -172,7 +172,17 @@ def _read_weights(adapter: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_shapes(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapter: Path) -> None:
+def check_shapes(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapter: Path) -> None:
+    """Check that the tensors of an adapter are those of a model. PEFT ignores tensors with other names.
+
+    Args:
+        peft_model: Model with the adapter.
+        weights: Tensors of the adapter by name.
+        adapter: Directory of the adapter, for messages.
+
+    Raises:
+        AdapterError: A tensor is missing, has another shape, or has no place in the model.
+    """
     from peft import get_peft_model_state_dict
 
     needed: dict[str, Any] = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
