@@ -112,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     interruption.
     """
     choose_how_to_wait()
+    # PEFT imports bitsandbytes if it is installed. No command uses it, and where the package `kernels` is installed,
+    # too, its import fetches native code from the Hub.
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     code = run(arguments)
     try:
         sys.stdout.flush()

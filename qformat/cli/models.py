@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 
 from qformat.errors import UsageError, install_extra
@@ -18,8 +17,6 @@ def quiet_transformers() -> None:
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise UsageError(f"this command needs torch and transformers ({error}). {install_extra('models')}") from error
-    # transformers imports bitsandbytes if it is installed, which then recommends packages that are not needed here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # transformers warns about its own code.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -154,13 +156,20 @@ def refuse_report_in(report: Path, *models: Path | str) -> None:
         *models: Artifacts and checkpoints that must stay unmodified.
 
     Raises:
-        UsageError: The path is a directory, its directory does not exist, or it lies inside one of the models.
+        UsageError: The path is a directory, its directory does not exist or is read-only, or it lies inside one of the
+            models.
     """
     folder = report.absolute().parent
-    if report.is_dir():
+    if os.path.isdir(report):
         raise UsageError(f"--report {report}: is a directory. Give the name of a file")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"--report {report}: the directory {folder} does not exist")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as problem:
+        raise UsageError(
+            f"--report {report}: cannot be written in {folder}: {problem.strerror}. Choose another directory"
+        ) from None
     for model in models:
         if folder.resolve().is_relative_to(Path(model).resolve()):
             raise UsageError(

@@ -7,16 +7,17 @@ such files can make fail goes through a function of this module.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError
+from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError, Words
 from qformat.names import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -29,6 +30,12 @@ _TOKENIZER_FILES = (
     *(TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, "vocab.json", "vocab.txt", "tekken.json"),
     *("spiece.model", "sentencepiece.bpe.model"),
 )
+
+_BESIDE_TOKENIZER = (
+    *("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("processor_config.json", "preprocessor_config.json", CONFIG_NAME),
+)
+"""Files that transformers reads together with a tokenizer."""
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -59,23 +66,52 @@ def tokenizer_errors(path: Path | str) -> Iterator[None]:
         )
     try:
         yield
-    except QformatError:
+    except (QformatError, KeyboardInterrupt, SystemExit):
         raise
     except ImportError as problem:
         raise UsageError(
             f"{folder}: the tokenizer needs a package that is not installed: {_first(problem)}"
         ) from problem
-    except Exception as problem:  # tokenizers raises plain Exception for a damaged file
-        damaged = next(((file, found) for file in files if (found := _json_problem(file)) is not None), None)
-        if damaged is not None:
-            raise _damaged(*damaged) from problem
+    except BaseException as problem:  # tokenizers raises plain Exception, and its panics are not even that
+        beside = [folder / name for name in _BESIDE_TOKENIZER if (folder / name).is_file()]
+        for file in (*files, *beside):
+            if (found := _problem_of(file)) is not None:
+                raise _damaged(file, found) from problem
         raise ArtifactError(
             Reason.CONFIG_FIELD,
-            files[0] if files else folder,
+            _to_blame(folder, files),
             f"transformers cannot load the tokenizer: {_first(problem)}",
             next_step=("Get the tokenizer's files again. If it brings its own code and you trust it, pass ",
                        Option("trust_remote_code", True)),
         ) from problem  # fmt: skip
+
+
+@contextmanager
+def config_errors(path: Path, problem: str, *, next_step: str | Words | None = None) -> Iterator[None]:
+    """Translate the errors of reading config.json, and of building the model that it describes.
+
+    Args:
+        path: Directory of the model.
+        problem: What transformers could not do, for the message.
+        next_step: What the user can do.
+
+    Raises:
+        ArtifactError: The file is damaged, or has a value that transformers rejects.
+        UsageError: The model needs a package that is not installed.
+    """
+    file = path / CONFIG_NAME
+    try:
+        yield
+    except (QformatError, torch.OutOfMemoryError):
+        raise
+    except ImportError as failure:
+        raise UsageError(f"{path}: the model needs a package that is not installed: {_first(failure)}") from failure
+    except Exception as failure:  # the code of each architecture checks its config in its own way
+        if (found := _problem_of(file)) is not None:
+            raise _damaged(file, found) from failure
+        raise ArtifactError(
+            Reason.CONFIG_FIELD, file, f"{problem}: {_first(failure)}", next_step=next_step
+        ) from failure
 
 
 @contextmanager
@@ -91,8 +127,8 @@ def generation_config_errors(path: Path) -> Iterator[None]:
     file = path / GENERATION_CONFIG_NAME
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as problem:
-        if (found := _json_problem(file)) is not None:
+    except Exception as problem:
+        if (found := _problem_of(file)) is not None:
             raise _damaged(file, found) from problem
         raise ArtifactError(
             Reason.CONFIG_FIELD,
@@ -120,9 +156,12 @@ def generation_errors(model: PreTrainedModel) -> Iterator[None]:
             f"{_name(model)}: the device has too little memory to generate: {_first(problem)}. Lower ",
             Option("max_new_tokens"),
         ) from problem
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as problem:
+    except (QformatError, OSError):  # OSError: the text cannot be written
+        raise
+    except Exception as problem:  # settings and the model's config are only used here
         raise UsageError(
-            f"{_name(model)}: transformers cannot generate text: {_first(problem)}. Check {GENERATION_CONFIG_NAME}"
+            f"{_name(model)}: transformers cannot generate text: {_first(problem)}. Check {GENERATION_CONFIG_NAME} and "
+            f"{CONFIG_NAME}"
         ) from problem
 
 
@@ -173,18 +212,33 @@ def _name(model: PreTrainedModel) -> str:
     return model.name_or_path or "the model"
 
 
-def _json_problem(file: Path) -> str | None:
-    """Return why a JSON file cannot be parsed, or None if it can be. Files of other kinds are not read.
+def _to_blame(folder: Path, files: Sequence[Path]) -> Path:
+    """Return the file of a tokenizer that is most likely at fault, if all of them can be parsed."""
+    if not files:
+        return folder
+    if files[0].name == TOKENIZER_NAME and len(files) > 1:
+        try:
+            Tokenizer.from_file(str(files[0]))
+        except BaseException:  # noqa: BLE001  a panic of tokenizers is not an Exception
+            return files[0]
+        return files[1]
+    return files[0]
+
+
+def _problem_of(file: Path) -> str | None:
+    """Return why a text file cannot be parsed, or None if it can be. Files of other kinds are not read.
 
     The files are those of other programs, whose readers accept more than strict JSON.
     """
-    if file.suffix != ".json":
+    if file.suffix not in (".json", ".jinja", ".txt"):
         return None
     try:
-        json.JSONDecoder().decode(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json" and not isinstance(json.JSONDecoder().decode(text), dict):
+            return "is not a JSON object"
     except json.JSONDecodeError as problem:
         return f"is not valid JSON: {problem.msg} (line {problem.lineno}, column {problem.colno})"
-    except (OSError, UnicodeDecodeError, RecursionError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:  # ValueError: no UTF-8, or a number of 5,000 digits
         return f"cannot be read: {_first(problem)}"
     return None
 

@@ -17,15 +17,19 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from qformat.artifact.reading.structure import ShardLayout
-from qformat.errors import ArtifactError, Reason, UsageError
-from qformat.model.boundary import no_token_predictions
+from qformat.errors import ArtifactError, Option, Reason
+from qformat.model.boundary import config_errors, no_token_predictions
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.rules.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
+from qformat.model.rules.named_code import check_named_code
 from qformat.model.rules.plausible_config import check_numbers
 from qformat.model.shard_tensors import TORCH_DTYPES, PackedComponents, tensor_names
 from qformat.names import CONFIG_NAME, INDEX_NAME
 
 logger = logging.getLogger(__name__)
+
+_UPDATE = ("Update transformers. If the model brings its own code and you trust it, pass ",
+           Option("trust_remote_code", True))  # fmt: skip
 
 
 def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
@@ -40,17 +44,9 @@ def read_config(path: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             architecture.
     """
     check_numbers(path)
-    try:
+    with config_errors(path, f"transformers {transformers.__version__} cannot read it", next_step=_UPDATE):
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return config
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ArtifactError(
-            Reason.CONFIG_FIELD,
-            path / CONFIG_NAME,
-            f"transformers {transformers.__version__} cannot read it: {_first_line(error)}",
-            field="model_type",
-            next_step="Update transformers. If the model brings its own code and you trust it, pass trust_remote_code",
-        ) from error
+    return config
 
 
 def check_predicts_tokens(path: Path, *, trust_remote_code: bool) -> None:
@@ -66,9 +62,11 @@ def check_predicts_tokens(path: Path, *, trust_remote_code: bool) -> None:
         ArtifactError: transformers cannot read config.json or does not know the architecture.
         UsageError: The model has another task, such as the classification of texts.
     """
-    found = _model_class(path, read_config(path, trust_remote_code=trust_remote_code), trust_remote_code)
-    if found.__module__.startswith("transformers.models.") and not found.can_generate():
-        raise no_token_predictions(found, path)
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    with config_errors(path, "names no model that transformers can build"):
+        found = _model_class(path, config, trust_remote_code)
+        if found.__module__.startswith("transformers.models.") and not found.can_generate():
+            raise no_token_predictions(found, path)
 
 
 def dtype_of(config: PretrainedConfig, layout: ShardLayout) -> torch.dtype:
@@ -77,8 +75,18 @@ def dtype_of(config: PretrainedConfig, layout: ShardLayout) -> torch.dtype:
     Args:
         config: Config of the model.
         layout: Layout of the shards.
+
+    Raises:
+        ArtifactError: The dtype in the config is none that a model can compute in.
     """
     if isinstance(config.dtype, torch.dtype):
+        if not config.dtype.is_floating_point or config.dtype.itemsize < 2:
+            raise ArtifactError(
+                Reason.CONFIG_FIELD,
+                layout.path / CONFIG_NAME,
+                f"is {config.dtype}, expected a floating-point dtype of at least 16 bits",
+                field="dtype",
+            )
         return config.dtype
     kept = (TORCH_DTYPES[layout.located[name].entry.dtype] for name in tensor_names(layout))
     return next((dtype for dtype in kept if dtype.is_floating_point and dtype.itemsize > 1), torch.bfloat16)
@@ -100,16 +108,13 @@ def build_on_meta(
         ArtifactError: No model can be built from the config.
         UsageError: The model needs a package that is not installed.
     """
-    chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    try:
+    with config_errors(path, "cannot build a model from it"):
+        model_class = _model_class(path, config, trust_remote_code)
+        if attention is not None:
+            config._attn_implementation = attention
+        check_named_code(config, model_class, path, attention=attention)
         with torch.device("meta"), no_init_weights():
-            model = _model_class(path, config, trust_remote_code)._from_config(config, dtype=dtype, **chosen)
-    except ImportError as error:
-        raise UsageError(f"{path}: the model needs a package that is not installed: {_first_line(error)}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ArtifactError(
-            Reason.CONFIG_FIELD, path / CONFIG_NAME, f"cannot build a model from it: {_first_line(error)}"
-        ) from error
+            model = model_class._from_config(config, dtype=dtype)
     if not isinstance(model, PreTrainedModel):
         raise ArtifactError(
             Reason.CONFIG_FIELD, path / CONFIG_NAME, "is not a transformers model class", field="architectures"
@@ -175,7 +180,7 @@ def _tensors_to_skip(
 
 
 def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) -> Any:
-    names = getattr(config, "architectures", None) or []
+    names = _strings(config, "architectures", path)
     auto_map = getattr(config, "auto_map", None) or {}
     if trust_remote_code and auto_map:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -187,15 +192,22 @@ def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) 
             return get_class_from_dynamic_module(reference, path)
     for name in names:
         found = getattr(transformers, name, None)
-        if found is not None:
+        if isinstance(found, type):
             return found
     raise ArtifactError(
         Reason.CONFIG_FIELD,
         path / CONFIG_NAME,
         f"transformers {transformers.__version__} has no {' or '.join(map(repr, names)) or 'model of this name'}",
         field="architectures",
-        next_step="Update transformers. If the model brings its own code and you trust it, pass trust_remote_code",
+        next_step=_UPDATE,
     )
+
+
+def _strings(config: PretrainedConfig, field: str, path: Path) -> list[str]:
+    found = getattr(config, field, None) or []
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise ArtifactError(Reason.CONFIG_FIELD, path / CONFIG_NAME, "is not a list of strings", field=field)
+    return found
 
 
 def names_in_model(model: PreTrainedModel, names: Iterable[str], path: Path) -> dict[str, str]:
@@ -375,7 +387,3 @@ def _does_not_fit(path: Path, name: str, problem: str) -> ArtifactError:
         tensor=name,
         next_step=f"{CONFIG_NAME} and the shards belong to different models, or transformers renames the tensors",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

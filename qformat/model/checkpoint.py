@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from qformat.artifact.reading.reader import MappedShards
 from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.errors import ArtifactError, SourceError, UsageError
+from qformat.model.boundary import config_errors
 from qformat.model.build import build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.load import chosen_device, load_model, model_of_shards
 from qformat.model.rules.plausible_config import Evidence, check_numbers
@@ -109,9 +110,10 @@ def load_checkpoint(
     target = chosen_device(device)
     if _merges_weights(shards, trust_remote_code=trust_remote_code):
         logger.warning("%s: transformers merges the experts' weights, so they are read into memory, not mapped", path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
+        with config_errors(path, f"transformers {transformers.__version__} cannot load the model"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
+            )
         model.to(target)  # type: ignore[arg-type]
         model.eval()  # type: ignore[no-untyped-call]
         return model

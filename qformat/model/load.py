@@ -270,4 +270,9 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
     check_small_files(Path(path), error=ArtifactError)
     check_numbers(Path(path))  # transformers reads config.json as well
     with tokenizer_errors(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # Most fields of its files are only used here.
+        tokenizer.decode(tokenizer(" a").input_ids, skip_special_tokens=True)
+        if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
+            raise TypeError(f"the chat template is {type(tokenizer.chat_template).__name__}, expected text")
+        return tokenizer

@@ -36,7 +36,7 @@ from qformat.artifact.writing.staging import Staging
 from qformat.errors import ArtifactError, TargetError, UsageError
 from qformat.model.adapters.merging import refusing_to_merge
 from qformat.model.adapters.methods import check_adapters
-from qformat.model.boundary import check_can_generate
+from qformat.model.boundary import check_can_generate, generation_config_errors
 from qformat.model.build import read_config
 from qformat.model.dequantize import decode_linears
 from qformat.model.shard_tensors import TORCH_DTYPES
@@ -376,7 +376,10 @@ def _changed_configs(model: Any) -> dict[str, bytes]:
         found[CONFIG_NAME] = written
     if model.can_generate():
         file = path / GENERATION_CONFIG_NAME
-        base = GenerationConfig.from_pretrained(path) if file.is_file() else GenerationConfig.from_model_config(stored)
+        with generation_config_errors(path):
+            base = (
+                GenerationConfig.from_pretrained(path) if file.is_file() else GenerationConfig.from_model_config(stored)
+            )
         written = _with_changes(file, base.to_dict(), model.generation_config.to_dict())
         if written is not None:
             found[GENERATION_CONFIG_NAME] = written

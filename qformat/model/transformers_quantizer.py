@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -22,6 +22,7 @@ from qformat.model.load import open_shards
 from qformat.model.loaded_model import Origin, adopt
 from qformat.model.memory import free_nbytes
 from qformat.model.rules.loading_rules import ignored_extras
+from qformat.model.rules.named_code import check_named_code
 from qformat.model.shard_tensors import PackedComponents, map_shards, tensors_of
 from qformat.sizes import format_nbytes
 
@@ -72,6 +73,18 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc,no-any-unimported,unused-i
         if device_map is None:
             return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         return device_map
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Return the config, unless it names code that transformers would fetch, even if the caller named it.
+
+        Args:
+            config: Config of the model that is about to be built.
+
+        Raises:
+            ArtifactError: It names such code.
+        """
+        check_named_code(config, PreTrainedModel, Path(config.name_or_path or ""), attention=None)
+        return config
 
     def _process_model_before_weight_loading(
         self,

@@ -16,13 +16,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import torch
 from safetensors import SafetensorError
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import AdapterError, ArtifactError, Option, TargetError, UsageError, Words
+from qformat.errors import AdapterError, ArtifactError, Option, QformatError, TargetError, UsageError, Words
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_NAME = "partial"
@@ -210,6 +211,28 @@ class CheckpointFolder:
             f"{final}: cannot be written: {problem} ({free:,} bytes are free). {kept}. Make room and ",
             *self._to_continue,
         )
+
+
+@contextmanager
+def restoring(file: Path) -> Iterator[None]:
+    """Translate the errors of restoring a state from a file of a checkpoint. Its digest is right, its content is not.
+
+    Args:
+        file: File of the checkpoint, for the message.
+
+    Raises:
+        AdapterError: The content is not the state of this training.
+    """
+    try:
+        yield
+    except (QformatError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # torch, transformers and safetensors raise errors of many types
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise AdapterError(
+            f"{file}: is not the state of this training, so another program wrote it: {first}. Train again in another "
+            "directory"
+        ) from problem
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -26,7 +26,14 @@ from qformat.training.adapter.attach import add_adapter
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.adapter.card import adapter_card
 from qformat.training.adapter.output_layer import decode_output_layer
-from qformat.training.checkpoints import PARTIAL_NAME, Checkpoint, CheckpointFolder, disk_problem
+from qformat.training.checkpoints import (
+    PARTIAL_NAME,
+    SEAL_NAME,
+    Checkpoint,
+    CheckpointFolder,
+    disk_problem,
+    restoring,
+)
 from qformat.training.data.collate import PackedCollator, PaddedCollator
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
@@ -121,7 +128,8 @@ def train(
         "settings": settings.binding(),
     }
     if checkpoint is not None:
-        check_same_training(checkpoint, facts, artifact=job.artifact, data=job.data, eval_data=job.eval_data)
+        with restoring(checkpoint.folder / SEAL_NAME):
+            check_same_training(checkpoint, facts, artifact=job.artifact, data=job.data, eval_data=job.eval_data)
     say("First example («trained tokens»):\n" + show_example(prepared.tokenizer, prepared.train[0]))
 
     with _lack_of_memory_in_words():
@@ -182,7 +190,8 @@ class _Run:
             metrics.forget_after(checkpoint.step)
         trainer = self._make_trainer(metrics, on_metrics)
         if checkpoint is not None:
-            trainer._total_train_tokens = cast(int, checkpoint.facts["tokens"])
+            with restoring(checkpoint.folder / SEAL_NAME):
+                trainer._total_train_tokens = int(cast(int, checkpoint.facts["tokens"]))
             say(f"Resuming after step {checkpoint.step}")
         trainer.train_from(None if checkpoint is None else checkpoint.folder)
         about = {"settings": self.settings.to_json(), "statistics": self.prepared.train.statistics.to_json()}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,15 +26,17 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qformat.artifact.manifest import JsonObject
 from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
 from qformat.model.loaded_model import check_unchanged
-from qformat.names import BASE_RECORD_NAME
+from qformat.names import ADAPTER_WEIGHTS_NAME, BASE_RECORD_NAME
+from qformat.training.adapter.attach import check_shapes
 from qformat.training.adapter.base_record import BaseRecord
-from qformat.training.checkpoints import CheckpointFolder
+from qformat.training.checkpoints import CheckpointFolder, restoring
 from qformat.training.data.length_groups import SeededLengthGroups
 from qformat.training.data.tokenised_data import IGNORED
 from qformat.training.optimizer.paged_adamw import PagedAdamW
@@ -42,6 +44,7 @@ from qformat.training.paging_retry import Result, run_with_paging_retry
 from qformat.training.settings import TrainingSettings
 
 TRAINER_STATE_NAME = "trainer_state.json"
+_RANDOM_STATES_NAME = "rng_state.pth"
 
 
 class AdapterTrainer(SFTTrainer):
@@ -82,7 +85,7 @@ class AdapterTrainer(SFTTrainer):
             self.args.eval_on_start = self.eval_dataset is not None
             self.train()
             return
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        state = _read_state(checkpoint / TRAINER_STATE_NAME)
         if state.global_step < state.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint))
             return
@@ -220,7 +223,31 @@ class AdapterTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # PEFT's load_adapter would also cast the weights to a dtype of its own choice.
-        set_peft_model_state_dict(self.model, load_peft_weights(resume_from_checkpoint, device="cpu"))
+        with restoring(Path(resume_from_checkpoint) / ADAPTER_WEIGHTS_NAME):
+            weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+            check_shapes(cast(PeftModel, self.model), weights, Path(resume_from_checkpoint))
+            set_peft_model_state_dict(self.model, weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with restoring(Path(checkpoint or "") / f"{OPTIMIZER_NAME} or {SCHEDULER_NAME}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with restoring(Path(checkpoint or "") / _RANDOM_STATES_NAME):
+            super()._load_rng_state(checkpoint)
+
+    def _load_callback_state(self) -> None:
+        with restoring(self._checkpoints.output / TRAINER_STATE_NAME):
+            super()._load_callback_state()  # type: ignore[no-untyped-call]
+
+
+def _read_state(path: Path) -> TrainerState:
+    with restoring(path):
+        state = TrainerState.load_from_json(str(path))
+        numbers = (state.global_step, state.max_steps, state.num_train_epochs, state.epoch)
+        if not all(isinstance(number, (int, float)) for number in numbers) or not isinstance(state.log_history, list):
+            raise TypeError("the position or the history is missing")
+        return state
 
 
 def write_adapter(model: PeftModel, folder: Path, base: BaseRecord) -> None:

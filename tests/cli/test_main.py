@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import qformat
+from qformat.cli import main as cli_main
 from qformat.cli.main import COMMANDS, GROUPS, RESUMED, run
 from tests.repository import ROOT
 from tests.small_models import contents, names_beside, write_llama
@@ -21,6 +23,15 @@ SCRIPT = "import sys; from qformat.cli.main import main; main(sys.argv[1:])"
 def qformat_process(*arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_command_keeps_libraries_from_importing_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", sys)
+    monkeypatch.setattr(cli_main, "choose_how_to_wait", lambda: None)
+    with pytest.raises(SystemExit):
+        cli_main.main(["--version"])
+    with pytest.raises(ImportError):
+        importlib.import_module("bitsandbytes")
 
 
 def test_help_lists_every_command_with_its_summary_on_one_line_under_its_heading(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
@@ -105,6 +107,15 @@ def test_every_option_has_a_help_text_that_is_a_sentence(name: str) -> None:
             text = (option.help or "").split("  [default")[0]
             assert text[:1].isupper() or text.startswith("16-bit"), option.name
             assert text.endswith((".", "...")), option.name
+
+
+def test_a_read_only_directory_is_rejected_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    with pytest.raises(UsageError, match=r"--report .*page.html: cannot be written in .*: Read-only file system"):
+        refuse_report_in(tmp_path / "page.html")
 
 
 def test_a_path_of_a_page_is_rejected_if_it_cannot_be_written_or_lies_inside_a_model(tmp_path: Path) -> None:

@@ -242,6 +242,12 @@ def edit_config(artifact: Path, **fields: object) -> None:
         ({"num_hidden_layers": 1}, "has no such"),
         ({"intermediate_size": 256}, r"shape \[128, 192\], but the model expects \[128, 256\]"),
         ({"hidden_act": "unheard_of"}, "cannot build a model from it"),
+        ({"hidden_size": "many"}, "cannot read it: .*'hidden_size'"),
+        ({"num_attention_heads": 0}, "cannot build a model from it"),
+        ({"architectures": "LlamaForCausalLM"}, "field 'architectures': is not a list of strings"),
+        ({"architectures": ["set_seed"]}, "has no 'set_seed'"),
+        ({"torch_dtype": "float99"}, "cannot read it"),
+        ({"torch_dtype": "int8"}, "field 'dtype': is torch.int8, expected a floating-point dtype"),
     ],
 )
 def test_a_config_that_does_not_fit_is_rejected(tiny: Path, fields: dict[str, object], message: str) -> None:
@@ -315,15 +321,17 @@ def test_the_needed_memory_is_reported_if_copies_do_not_fit(tiny: Path, monkeypa
         load_model(tiny, device="cpu", dtype=torch.float32)
 
 
-def test_loading_needs_no_bitsandbytes(tiny: Path) -> None:
+def test_loading_and_generating_import_neither_bitsandbytes_nor_kernels(tiny: Path) -> None:
     import subprocess
     import sys
 
     script = (
-        "import sys; sys.modules['bitsandbytes'] = None\n"
-        "import torch; from qformat.model.load import load_model\n"
+        "import sys, torch\n"
+        "from qformat.model.load import load_model\n"
+        "import qformat.model.text.generation\n"
         f"model = load_model({str(tiny)!r}, device='cpu')\n"
         "assert model(torch.arange(9)[None]).logits.isfinite().all()\n"
+        "assert not {'bitsandbytes', 'kernels', 'peft'} & {*sys.modules}\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
-from qformat.errors import AdapterError, DataError, UsageError
+from qformat import strict_json
+from qformat.artifact.digests import xxh3
+from qformat.errors import AdapterError, ArtifactError, DataError, UsageError
+from qformat.training.checkpoints import SEAL_NAME
 from qformat.training.result import TrainingResult
 from tests.training import runs
 from tests.training.interruptions import stopped_at
@@ -54,6 +61,51 @@ def test_resuming_a_finished_training_changes_nothing(
     (output / "adapter_model.safetensors").unlink()
     resumed = runs.run(artifact, examples, output, resume="latest")
     assert runs.adapter_bytes(resumed.output) == runs.adapter_bytes(undisturbed.output)
+
+
+def rewritten(checkpoint: Path, name: str, data: bytes | None) -> None:
+    """Replace a file of a checkpoint and renew its digests, as another program would. None: forget the facts."""
+    seal = strict_json.loads((checkpoint / SEAL_NAME).read_bytes(), path=name, max_nbytes=2**20, error=ArtifactError)
+    if data is None:
+        seal["facts"] = {}
+    else:
+        (checkpoint / name).write_bytes(data)
+        seal["files"][name] = {"nbytes": len(data), "xxh3": xxh3(data)}
+    del seal["seal_xxh3"]
+    seal["seal_xxh3"] = xxh3(strict_json.dumps(seal).encode())
+    (checkpoint / SEAL_NAME).write_text(strict_json.dumps(seal, indent=2))
+
+
+class Foreign:
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("code of the pickle ran",)
+
+
+PICKLE = pickle.dumps(Foreign())
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("optimizer.pt", PICKLE),
+        ("optimizer.pt", pickle.dumps({"state": {}, "param_groups": []})),
+        ("scheduler.pt", b""),
+        ("rng_state.pth", PICKLE),
+        ("trainer_state.json", b"[]"),
+        ("trainer_state.json", b'{"global_step": "x"}'),
+        ("adapter_model.safetensors", save({"weird": torch.zeros(2)})),
+        ("adapter_model.safetensors", b"{}"),
+        (SEAL_NAME, None),
+    ],
+)
+def test_a_state_of_another_program_is_rejected_with_its_file(
+    artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult, name: str, data: bytes | None
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed.output, output)
+    rewritten(output / "checkpoint-4", name, data)
+    with pytest.raises(AdapterError, match=rf"checkpoint-4/.*{re.escape(name)}.*(not the state of|not fit) this"):
+        runs.run(artifact, examples, output, resume="checkpoint-4")
 
 
 def test_a_training_resumes_only_with_the_same_settings_data_and_weights(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qformat.errors import Option, UsageError
@@ -138,7 +138,7 @@ def generate(
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if sampling.temperature > 0:
         choice = {"do_sample": True, "temperature": sampling.temperature}
-        set_seed(sampling.seed)
+        torch.manual_seed(sampling.seed)  # set_seed of transformers imports PEFT, which imports bitsandbytes
     _run_one_row(model)
     stream = _Stream(tokenizer, on_text)
     started = time.monotonic()
@@ -175,6 +175,11 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
         raise UsageError(
             "this tokenizer has no chat template. Remove ", Option("chat"), " and write the whole prompt yourself"
         )
-    template = ChatTemplate.of(tokenizer, tokenizer.get_chat_template())
+    try:
+        source = tokenizer.get_chat_template()
+    except ValueError as problem:  # several templates, none of which is the default
+        first = str(problem).partition("\n")[0]
+        raise UsageError(f"this tokenizer has no chat template for a prompt: {first}") from problem
+    template = ChatTemplate.of(tokenizer, source)
     text = template.render([{"role": "user", "content": prompt}], ask=True)
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")

@@ -30,7 +30,7 @@ from qformat.quality.tuning.distillation import Closeness, Target, distil, measu
 from qformat.quality.tuning.settings import TuningSettings
 from qformat.quality.tuning.tunable import TunableModel
 from qformat.quality.windows import TokenWindows
-from qformat.training.checkpoints import Checkpoint, CheckpointFolder
+from qformat.training.checkpoints import SEAL_NAME, Checkpoint, CheckpointFolder, restoring
 
 STATE_NAME = "tuning.safetensors"
 BETAS = (0.9, 0.95)
@@ -253,8 +253,8 @@ class TuningRun:
         self._checkpoints.keep_only({step, self.history.best()})
 
     def _restore(self, checkpoint: Checkpoint, *, with_optimizer: bool) -> None:
-        states = load_file(checkpoint.folder / STATE_NAME)
-        with torch.no_grad():
+        with torch.no_grad(), restoring(checkpoint.folder / STATE_NAME):
+            states = load_file(checkpoint.folder / STATE_NAME)
             for name, parameter in self._parameters.items():
                 parameter.copy_(states[f"{name}.value"])
                 if with_optimizer and checkpoint.step:
@@ -263,7 +263,8 @@ class TuningRun:
                         "step": torch.tensor(float(checkpoint.step), device=parameter.device), **moments
                     }  # fmt: skip
         if with_optimizer:
-            self.history = _history(checkpoint.facts)
+            with restoring(checkpoint.folder / SEAL_NAME):
+                self.history = _history(checkpoint.facts)
 
     def _gradients_finite(self) -> bool:
         # A sum over finite float32 gradients of this size cannot overflow in float64.

@@ -13,23 +13,24 @@ files: adapter_config.json and adapter_model.safetensors. A third file, qformat_
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
-from safetensors import SafetensorError
 from torch import nn
 
-from qformat.errors import AdapterError, Option, UsageError
+from qformat.errors import AdapterError, Option, QformatError, UsageError
 from qformat.model.nf4_linear import NF4Linear
-from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from qformat.names import ADAPTER_WEIGHTS_NAME
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
 from qformat.training.adapter.lora_linear import NF4LoraLinear
+from qformat.training.adapter.saved_config import fix_layers, read_saved_config, wrong_shape
 from qformat.training.adapter.saved_embeddings import resize_embeddings
 from qformat.training.settings import ALL_LINEAR, TrainingSettings
 
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-_WRONG_CONFIG = (OSError, ValueError, TypeError, KeyError, AttributeError, json.JSONDecodeError)
-"""Exceptions that PEFT raises for unexpected values in adapter_config.json."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +103,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, for
     Raises:
         AdapterError: The adapter is damaged, was trained on other weights, or does not fit the model.
     """
-    config = _read_config(adapter)
+    config = read_saved_config(adapter)
     recorded = read_base_record(adapter)
     if recorded is None:
         logger.warning("%s: does not record which weights it was trained on", adapter)
@@ -117,18 +115,30 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, for
             Option("force_adapter", True),
         )
     weights = _read_weights(adapter)
-    resize_embeddings(model, weights, adapter)
-    _fuse(config)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about merging an adapter of a tied layer
-            peft_model = PeftModel(model, config)
-    except _WRONG_CONFIG as problem:
-        raise AdapterError(f"{adapter}: does not fit the model: {str(problem).partition(chr(10))[0]}") from problem
-    _check_shapes(peft_model, weights, adapter)
-    set_peft_model_state_dict(peft_model, weights)
+    with _peft_errors(adapter), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about merging an adapter of a tied layer
+        resize_embeddings(model, weights, adapter)
+        fix_layers(config, model, weights, adapter)
+        _fuse(config)
+        peft_model = PeftModel(model, config)
+        check_shapes(peft_model, weights, adapter)
+        set_peft_model_state_dict(peft_model, weights)
     peft_model.eval()
     return peft_model
+
+
+@contextmanager
+def _peft_errors(adapter: Path) -> Iterator[None]:
+    """Translate the errors of attaching a saved adapter: PEFT checks most fields only where it uses them."""
+    try:
+        yield
+    except QformatError:
+        raise
+    except Exception as problem:
+        first = (str(problem).strip() or type(problem).__name__).partition("\n")[0]
+        raise AdapterError(
+            f"{adapter}: does not fit the model: {first}. Use the model that the adapter was trained on"
+        ) from problem
 
 
 def _fuse(config: LoraConfig) -> None:
@@ -149,46 +159,36 @@ def _check_modules_to_save(model: nn.Module, settings: TrainingSettings) -> None
             )
 
 
-def _read_config(adapter: Path) -> LoraConfig:
-    path = adapter / ADAPTER_CONFIG_NAME
-    if not path.is_file():
-        raise AdapterError(f"{adapter}: is not a PEFT adapter: {ADAPTER_CONFIG_NAME} does not exist. Check the path")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns about fields of other versions and adapter types
-            config = PeftConfig.from_pretrained(str(adapter))
-    except _WRONG_CONFIG as problem:
-        raise AdapterError(f"{path}: cannot be read: {str(problem).partition(chr(10))[0]}") from problem
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(
-            f"{path}: adapter type is not supported (found {config.peft_type}, expected LORA). Load it with PEFT"
-        )
-    return config
-
-
 def _read_weights(adapter: Path) -> dict[str, torch.Tensor]:
     path = adapter / ADAPTER_WEIGHTS_NAME
     if not path.is_file():
         raise AdapterError(f"{path}: does not exist. If the adapter has another format, save it again with PEFT")
     try:
         weights: dict[str, torch.Tensor] = load_peft_weights(str(adapter), device="cpu")
-    except (SafetensorError, OSError, ValueError) as problem:
+    except Exception as problem:  # PEFT and safetensors raise errors of many types
         raise AdapterError(
             f"{path}: is damaged: {str(problem).partition(chr(10))[0]}. Download or train the adapter again"
         ) from problem
     return weights
 
 
-def _check_shapes(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapter: Path) -> None:
+def check_shapes(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapter: Path) -> None:
+    """Check that the tensors of an adapter are those of a model. PEFT ignores tensors with other names.
+
+    Args:
+        peft_model: Model with the adapter.
+        weights: Tensors of the adapter by name.
+        adapter: Directory of the adapter, for messages.
+
+    Raises:
+        AdapterError: A tensor is missing, has another shape, or has no place in the model.
+    """
     from peft import get_peft_model_state_dict
 
     needed: dict[str, Any] = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     expected: dict[str, Any] = get_peft_model_state_dict(peft_model, save_embedding_layers=True)
     for name in sorted(needed.keys() | weights.keys()):
-        have = list(weights[name].shape) if name in weights else "nothing"
-        want = list(expected[name].shape) if name in expected else "nothing"
+        have = list(weights[name].shape) if name in weights else None
+        want = list(expected[name].shape) if name in expected else None
         if have != want:
-            raise AdapterError(
-                f"{adapter / ADAPTER_WEIGHTS_NAME}: tensor {name!r}: the shape does not fit this model "
-                f"(found {have}, expected {want}). Use the model that the adapter was trained on"
-            )
+            raise wrong_shape(name, have, want, adapter)

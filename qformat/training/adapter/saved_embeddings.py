@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from qformat.errors import AdapterError
 from qformat.model.nf4_linear import NF4Linear
 from qformat.names import ADAPTER_WEIGHTS_NAME
+from qformat.training.adapter.saved_config import PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PREFIX = "base_model.model."
 _WHOLE = (".weight", ".base_layer.weight", ".modules_to_save.weight", ".token_adapter.base_layer.weight")
 """What follows the name of a layer whose whole weight is stored."""
 

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from qformat.errors import AdapterError
 from qformat.model.load import load_model, open_shards
 from qformat.names import BASE_RECORD_NAME
+from qformat.training.adapter import pattern_matcher
 from qformat.training.adapter.attach import load_adapter
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
+from qformat.training.adapter.lora_linear import NF4LoraLinear
 from qformat.training.result import TrainingResult
 from tests.model.sides import load_exact
 from tests.rounding import rounds_like
@@ -40,6 +42,12 @@ def adapter(undisturbed: TrainingResult, tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     shutil.copytree(undisturbed.output, folder)
     return folder
+
+
+def edit(adapter: Path, **fields: object) -> None:
+    """Change adapter_config.json."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def load(artifact: Path, adapter: Path, *, force: bool = False) -> PeftModel:
@@ -124,7 +132,19 @@ def test_damage_is_reported(
         {"r": "many"},
         {"target_modules": 7},
         {"target_modules": ["nowhere"]},
+        {"target_modules": None},
         {"peft_type": "../x"},
+        {"r": 2**30},
+        {"rank_pattern": {"q_proj": 2**30}},
+        {"lora_alpha": "x"},
+        {"layers_to_transform": [99], "target_modules": ["q_proj"]},
+        {"trainable_token_indices": [2**40]},
+        {"layer_replication": [[0, 10**9]]},
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        {"init_lora_weights": "pissa_niter_1000000"},
+        {"modules_to_save": ["(.*)*x"]},
+        {"layers_pattern": "(.*)*x", "layers_to_transform": [0]},
+        {"exclude_modules": "["},
         {"auto_mapping": {"base_model_class": "os", "parent_library": "os"}},
     ],
     ids=str,
@@ -137,6 +157,41 @@ def test_an_invalid_config_is_rejected_or_harmless(artifact: Path, adapter: Path
     else:
         with pytest.raises(AdapterError):
             load(artifact, adapter)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "alpha_pattern"])
+def test_a_pattern_that_takes_too_long_is_rejected(
+    artifact: Path, adapter: Path, field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient = tmp_path / "matcher.py"
+    impatient.write_text(Path(pattern_matcher.__file__).read_text().replace("CPU_S = 1.0", "CPU_S = 0.1"))
+    monkeypatch.setattr(pattern_matcher, "__file__", str(impatient))
+    slow = "(?:[a-z]|[^A])*!"
+    edit(adapter, **{field: {slow: 4} if field.endswith("_pattern") else slow})
+    with pytest.raises(AdapterError, match=rf"adapter_config.json: field '{field}': matching .* takes too long"):
+        load(artifact, adapter)
+
+
+def test_patterns_give_the_same_model_as_names(artifact: Path, adapter: Path) -> None:
+    named = load(artifact, adapter)
+    edit(
+        adapter,
+        target_modules=r"(?:.*?(?:self_attn|mlp).*?(?:[qkvo]_proj|gate_proj|up_proj|down_proj).*?)",
+        exclude_modules=".*norm",
+        r=1,
+        rank_pattern={"nowhere": 3, r"^model\.layers\.\d+\.(self_attn|mlp)\..*_proj": 4},
+        lora_alpha=1,
+        alpha_pattern={"model.layers.0.mlp.up_proj": 2, "(k|q)_proj": 5, "q_proj": 7},
+    )
+    found = load(artifact, adapter)
+    layers, expected = dict(found.named_modules()), dict(named.named_modules())
+    adapted = {name for name, layer in layers.items() if isinstance(layer, NF4LoraLinear)}
+    assert adapted == {name for name, layer in expected.items() if isinstance(layer, NF4LoraLinear)}
+    scales = {name.removeprefix("base_model.model.model.layers."): layers[name].scaling["default"] for name in adapted}
+    assert {name: scale for name, scale in scales.items() if scale != 1 / 4} == {
+        "0.mlp.up_proj": 2 / 4,
+        **{f"{number}.self_attn.{name}_proj": 5 / 4 for number in range(2) for name in "kq"},
+    }
 
 
 def test_a_bitsandbytes_folder_is_identified_by_its_bytes(artifact: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from qformat.cli.options import (
     settings_of,
 )
 from qformat.cli.progress import StepLines
-from qformat.errors import Interrupted, Option
+from qformat.errors import Interrupted, Option, TargetError
 from qformat.sizes import format_nbytes, parse_nbytes
 from qformat.training.settings import TrainingSettings, read_toml, value_type
 
@@ -173,7 +173,14 @@ def _train(options: TrainArguments, settings: TrainingSettings, lines: StepLines
         raise Interrupted("Add --resume to the same command to continue from the latest checkpoint.") from None
     lines.finish()
     page = out / "report.html"
-    write_training_page(out.name, result.metrics, result.facts, page)
+    try:
+        write_training_page(out.name, result.metrics, result.facts, page)
+    except TargetError as problem:
+        raise TargetError(
+            f"{problem}. The adapter in {out} is complete, only its report is missing. To write the report, make room "
+            "and add ",
+            Option("resume", "latest"),
+        ) from problem
     if options.as_json:
         echo_json(_as_record(result, page))
         return
