@@ -19,12 +19,14 @@ BASE = {
     "qformat.cores",
     "qformat.names",
     "qformat.processes",
+    "qformat.secrets",
     "qformat.sizes",
     "qformat.version",
 }
 
 ALLOWED = {
-    "qformat.errors": set(),
+    "qformat.secrets": set(),
+    "qformat.errors": {"qformat.secrets"},
     "qformat.cores": set(),
     "qformat.names": set(),
     "qformat.version": set(),
