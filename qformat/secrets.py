@@ -48,7 +48,7 @@ def _forms(secret: str) -> set[str]:
     escaped = json.dumps(secret)[1:-1]
     every_byte = "".join(f"%{byte:02X}" for byte in data)
     every_character = "".join(f"\\u{ord(character):04x}" for character in secret)
-    plain = {secret, quote(secret, safe=""), every_byte, every_character, escaped, data.hex()}
+    plain = {secret, quote(secret), quote(secret, safe=""), every_byte, every_character, escaped, data.hex()}
     return {form for form in (*plain, *_base64_forms(data)) if len(form) >= _MIN_LENGTH}
 
 

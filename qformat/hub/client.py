@@ -199,8 +199,8 @@ def pause_asked_for(response: httpx2.Response, patience: Patience) -> float | No
     if response.status_code == 429:
         try:
             limit = parse_ratelimit_headers(response.headers)
-        except ValueError:  # more digits than Python converts
+            if limit is not None and limit.remaining == 0:
+                waits.append(limit.reset_in_seconds + 1.0)  # the Hub rounds down to whole seconds
+        except (ValueError, OverflowError):  # more digits than Python converts
             return None
-        if limit is not None and limit.remaining == 0:
-            waits.append(limit.reset_in_seconds + 1.0)  # the Hub rounds down to whole seconds
     return max(waits) if waits and max(waits) <= patience.longest_asked_wait_s else None

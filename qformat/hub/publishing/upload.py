@@ -42,6 +42,9 @@ ANSWER_TIMEOUT_S = 300.0
 _UPLOAD_ATTEMPTS = 4
 """Number of attempts of a call of huggingface_hub, which retries most of its requests itself."""
 
+_RAISED_BY_BAD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError)
+"""What huggingface_hub raises if an answer is no JSON, or has not the members that it expects."""
+
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 
 _Result = TypeVar("_Result")
@@ -226,6 +229,8 @@ class Uploader:
                 cause = problem.__cause__ if isinstance(problem, RuntimeError) else problem
                 if isinstance(cause, HubError):
                     raise cause from None
+                if isinstance(cause, _RAISED_BY_BAD_ANSWERS):
+                    raise self._invalid(what, cause) from None
                 if not isinstance(cause, HfHubHTTPError | httpx2.TransportError):
                     raise
                 if "/commit/" in _address(cause) and (done := instead()) is not None:
@@ -241,13 +246,19 @@ class Uploader:
                 if status is not None and status not in RETRIED_STATUSES:
                     raise self._xet_refusal(what, problem, status) from None
                 budget.failed(_text(problem), attempts=attempts)
-            except ValueError as problem:  # the Hub's validation of the card
-                raise UsageError(f"{self.repository}: {what}: {_text(problem)}") from None
+            except _RAISED_BY_BAD_ANSWERS as problem:
+                if str(problem).startswith("Invalid metadata in README.md"):  # the Hub's validation of the card
+                    raise UsageError(f"{self.repository}: {what}: {_text(problem)}") from None
+                raise self._invalid(what, problem) from None
 
     def _watched(self) -> AbstractContextManager[None]:
         token = self._token if isinstance(self._token, str) else None
         max_nbytes, timeout_s = self._patience.answer_nbytes, self._patience.timeout_s or ANSWER_TIMEOUT_S
         return watched(Watch(self.repository, self._endpoint, token, self._patience, max_nbytes, timeout_s))
+
+    def _invalid(self, what: str, problem: Exception) -> HubError:
+        text = f"{what}: the response is invalid: {_text(problem)}"
+        return HubError(self.repository, text, next_step="Check HF_ENDPOINT")
 
     def _refusal(self, what: str, problem: HfHubHTTPError) -> HubError:
         status, code = problem.response.status_code, problem.response.headers.get("X-Error-Code")
