@@ -93,7 +93,7 @@ def test_texts_of_a_manifest_cannot_break_the_markup(small_artifact: Path) -> No
     assert "<script" not in text
     assert "# heading" not in [line.strip() for line in text.splitlines()]
     assert text.count("```") % 2 == 0
-    assert "| &lt;b> \\| a | – | 1.500 |" in text
+    assert "| &lt;b&gt; \\| a | – | 1.500 |" in text
 
 
 def test_an_evaluation_is_shown_without_the_figures_that_it_lacks(small_artifact: Path) -> None:
