@@ -8,9 +8,13 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-_MARKUP = re.compile(r"[\\`*\[\]|~$!{}#@]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/|(?<=www)\.", re.IGNORECASE)
+_MARKUP = re.compile(r"[\\`*\[\]|~$!{}#@]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/|(?<=\])\(|(?<=www)\.", re.IGNORECASE)
 """Characters that may begin markup. An underscore inside of a word does not, and names of files look better without."""
 
+_IN_METADATA = re.compile(r"[<>&|`*\[\]$#!]")
+"""Characters that are written as escapes of YAML in metadata, which is possible between double quotes only."""
+
+_ONE_LINE = 2**31
 _SAFE_IN_ADDRESSES = "/:?&=#%+,;@~-._"
 
 
@@ -56,12 +60,20 @@ def link(text: str, address: str) -> str:
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
-    """Return the metadata at the beginning of a card.
+    """Return the metadata at the beginning of a card. For readers that do not know it, no value of it is markup.
 
     Args:
         fields: Value per field.
     """
     import yaml
 
-    text = yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True, line_break="\n")
-    return f"---\n{text}---"
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: object) -> bool:
+            return True
+
+    def represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if _IN_METADATA.search(text) else None)
+
+    Dumper.add_representer(str, represent)
+    text = yaml.dump(dict(fields), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=_ONE_LINE)
+    return "---\n" + _IN_METADATA.sub(lambda found: f"\\x{ord(found[0]):02X}", text) + "---"

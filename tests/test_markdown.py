@@ -92,4 +92,5 @@ def test_metadata_is_read_back_as_it_was_written(text: str) -> None:
     assert made.endswith("\n---")
     inner = made.removeprefix("---\n").removesuffix("---")
     assert "---" not in inner.splitlines()
+    assert not {*"<>&[]`"} & {*inner}
     assert yaml.safe_load(inner) == {"base_model": text, "tags": ["lora", text]}

@@ -15,7 +15,7 @@ from qformat.hub.card.error_figures import ErrorFigures, ErrorRow
 from qformat.hub.card.evaluation_table import evaluation_sections
 from qformat.hub.card.licenses import License
 from qformat.hub.card.origin import Origin
-from qformat.markdown import escaped, link, table
+from qformat.markdown import escaped, front_matter, link, table
 from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
 from qformat.sizes import format_nbytes
 
@@ -42,7 +42,7 @@ def write_card(
         signed: The artifact is published with a signature.
     """
     sections = [
-        f"---\n{_metadata(origin, origin.pipeline_tag or pipeline_tag_of(config))}\n---",
+        front_matter(_metadata(origin, origin.pipeline_tag or pipeline_tag_of(config))),
         f"# {escaped(repository.partition('/')[2])}",
         _summary(origin),
         _sizes(manifest),
@@ -72,7 +72,7 @@ def pipeline_tag_of(config: JsonObject) -> str | None:
     return None
 
 
-def _metadata(origin: Origin, pipeline_tag: str | None) -> str:
+def _metadata(origin: Origin, pipeline_tag: str | None) -> dict[str, Any]:
     from huggingface_hub import ModelCardData
 
     language = origin.language
@@ -86,7 +86,8 @@ def _metadata(origin: Origin, pipeline_tag: str | None) -> str:
         "pipeline_tag": pipeline_tag,
         "tags": list(TAGS),
     }
-    return ModelCardData(**fields).to_yaml()
+    found: dict[str, Any] = ModelCardData(**fields).to_dict()
+    return found
 
 
 def _summary(origin: Origin) -> str:
