@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from qformat.secrets import masked
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -240,8 +242,9 @@ class QformatError(Exception):
     """
 
     def __init__(self, *words: str | Option) -> None:
-        super().__init__(spelled(words))
-        self.words: Words = words
+        # A server may repeat the token that it received in anything that becomes part of a message.
+        self.words: Words = tuple(masked(word) if isinstance(word, str) else word for word in words)
+        super().__init__(spelled(self.words))
 
 
 class UsageError(QformatError):

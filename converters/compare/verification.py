@@ -6,6 +6,7 @@ digests.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -36,7 +37,7 @@ from qformat.converters.sources.file_source import INDEX_WINS
 from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.source import Source
 from qformat.cores import usable_cores
-from qformat.errors import ArtifactError, Reason
+from qformat.errors import ArtifactError
 from qformat.hub.signature import check_local_signature
 
 if TYPE_CHECKING:
@@ -185,14 +186,14 @@ def _recorded_commit(manifest: Manifest | None, source: str) -> str | None:
 
 
 def _with_signature(integrity: IntegrityReport, public_key: Path) -> IntegrityReport:
-    """Return the report with findings about the signature and about signed files that only accompany the model."""
-    signed = signed_differences(integrity.notices)
-    notices = tuple(notice for notice in integrity.notices if notice.reason is Reason.EXTRA_FILE)
+    """Return the report with findings about the signature and about all files that differ from the manifest."""
+    names = os.listdir(integrity.path) if integrity.path.is_dir() else []
+    signed = signed_differences(integrity.notices, names, integrity.path)
     try:
         check_local_signature(integrity.path, public_key)
     except ArtifactError as error:
         signed.append(finding_of(error))
-    return replace(integrity, findings=(*integrity.findings, *signed), notices=notices)
+    return replace(integrity, findings=(*integrity.findings, *signed), notices=())
 
 
 def _nbytes(source: Source) -> int:

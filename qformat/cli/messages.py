@@ -23,6 +23,7 @@ from qformat.errors import (
     Words,
     spelled,
 )
+from qformat.secrets import masked
 
 REASONS: dict[type[QformatError], str] = {
     BackendError: "backend",
@@ -96,5 +97,5 @@ def _error(
 
 
 def _as_utf_8(text: str) -> str:
-    """Escape the parts of a file name that are not UTF-8."""
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+    """Escape the parts of a file name that are not UTF-8, and hide tokens."""
+    return masked(text).encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -4,7 +4,7 @@
     every file   exists and has the size in the manifest; for large files, the SHA-256 that the Hub lists is compared
     small files  downloaded and hashed
     headers      downloaded by byte range, hashed, and compared with manifest and index
-    signature    downloaded and checked if a public key is given
+    signature    downloaded and checked if a public key is given; then no other file may be there
 
 This trusts the Hub to store the bytes whose SHA-256 it lists. `fetch` checks the bytes themselves.
 """
@@ -89,7 +89,8 @@ def verify_remote(
     Args:
         repository: Name of the repository, `owner/name`.
         revision: Branch, tag or commit. The default is the main branch.
-        public_key: Public key of the publisher (PEM). If given, a signature by this key must exist.
+        public_key: Public key of the publisher (PEM). If given, a signature by this key must exist, and every file that
+            it does not cover is a finding.
         token: Token for the Hub. None uses the stored token, False sends none.
         transfer: Sizes and retries of requests.
         on_progress: Called with the number of bytes downloaded since the last call.
@@ -113,8 +114,9 @@ def verify_remote(
     if not findings:
         findings += check.structure()
     if public_key is not None:
-        findings += signed_differences(notices)
-        notices = [notice for notice in notices if notice.reason is Reason.EXTRA_FILE]
+        names = {name.partition("/")[0] for name in opened.files}
+        findings += signed_differences(notices, names, published.where)
+        notices = []
         findings += check.signature(public_key)
     return RemoteReport(
         repository=repository,

@@ -17,15 +17,19 @@ BASE = {
     "qformat.errors",
     "qformat.strict_json",
     "qformat.cores",
+    "qformat.markdown",
     "qformat.names",
     "qformat.processes",
+    "qformat.secrets",
     "qformat.sizes",
     "qformat.version",
 }
 
 ALLOWED = {
-    "qformat.errors": set(),
+    "qformat.secrets": set(),
+    "qformat.errors": {"qformat.secrets"},
     "qformat.cores": set(),
+    "qformat.markdown": set(),
     "qformat.names": set(),
     "qformat.version": set(),
     "qformat.processes": {"qformat.errors"},

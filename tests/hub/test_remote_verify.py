@@ -114,13 +114,42 @@ def test_with_a_signature_a_changed_file_that_accompanies_the_model_is_found(
 
     key = write_key(tmp_path)
     publish(artifact, NAME, CardOptions(license=License("mit")), PublishOptions(sign_key=key), transfer=PATIENT)
-    hub.repositories.commit(NAME, {"README.md": b"another card", "photo.png": b"x"})
+    hub.repositories.commit(NAME, {"README.md": b"another card"})
     report = check(public_key=key.with_suffix(".pub"))
     assert [(one.reason, one.file) for one in report.findings] == [(Reason.FILE_SIZE, "README.md")]
-    assert [(one.reason, one.file) for one in report.notices] == [(Reason.EXTRA_FILE, "photo.png")]
     fetch(NAME, tmp_path / "out", transfer=PATIENT)
     assert run(["verify", str(tmp_path / "out")]) == 0
     assert run(["verify", str(tmp_path / "out"), "--public-key", str(key.with_suffix(".pub"))]) == 1
+
+
+def test_with_a_signature_every_file_that_it_does_not_cover_is_found_here_and_locally(
+    hub: Hub, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("model_signing")
+    from qformat.cli.main import run
+
+    key = write_key(tmp_path)
+    publish(artifact, NAME, CardOptions(license=License("mit")), PublishOptions(sign_key=key), transfer=PATIENT)
+    with_key = ["--signature", "--public-key", str(key.with_suffix(".pub"))]
+    out = tmp_path / "out"
+    fetch(NAME, out, transfer=PATIENT)
+    excepted = [".gitattributes", ".gitignore", ".cache/huggingface/x", ".github/a"]
+    more = ["adapter_config.json", "modeling_x.py", "optimizer.pt", "checkpoint-1/a.bin", "photo.png", ".hidden/a.py"]
+    for name in (*excepted, *more):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"x")
+    hub.repositories.commit(NAME, dict.fromkeys(excepted, b"x"))
+    assert run(["verify", NAME, *with_key]) == 0
+    hub.repositories.commit(NAME, dict.fromkeys(more, b"x"))
+    capsys.readouterr()
+
+    for location in (NAME, str(out)):
+        assert run(["verify", location, *with_key, "--json"]) == 1
+        facts = json.loads(capsys.readouterr().out)
+        found = facts["findings"]
+        assert sorted(one["file"] for one in found) == sorted(name.partition("/")[0] for name in more)
+        assert {one["reason"] for one in found} == {"extra_file"}
+        assert facts["notices"] == []
 
 
 def test_a_changed_manifest_is_found_and_another_intact_manifest_does_not_match(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,7 @@ def sending(answer: Answer, asked_range: str | None, faults: Iterable[Fault]) ->
     """Select the requested range of a file, and apply the faults that change headers or bytes."""
     kinds = {fault.kind: fault for fault in faults}
     headers = dict(answer.headers)
+    answer = _replaced(answer, kinds, headers)
     if isinstance(answer.body, bytes):
         result = Sending(answer.status, headers, len(answer.body), [answer.body])
     else:
@@ -51,6 +53,24 @@ def sending(answer: Answer, asked_range: str | None, faults: Iterable[Fault]) ->
     if "flip" in kinds:
         result.pieces = _flipped(result.pieces, kinds["flip"].nbytes)
     return result
+
+
+def _replaced(answer: Answer, kinds: dict[str, Fault], headers: dict[str, str]) -> Answer:
+    """Return another answer if a fault replaces it, and set its headers."""
+    if "html" in kinds:
+        headers["Content-Type"] = "text/html"
+        return Answer(200, body=b"<!DOCTYPE html><html><body>Please log in to the network</body></html>")
+    if "gzip" in kinds:
+        headers["Content-Encoding"] = "gzip"
+        return Answer(200, body=gzip.compress(bytes(kinds["gzip"].nbytes)))
+    if "endless_pages" in kinds:
+        number = kinds["endless_pages"].n_done
+        headers["Link"] = f'<?recursive=true&cursor={number}>; rel="next"'
+        return as_json([{"type": "directory", "oid": "0" * 40, "size": 0, "path": f"folder-{number}"}])
+    if "same_page" in kinds:
+        headers["Link"] = '<?recursive=true&expand=false>; rel="next"'
+        return as_json([{"type": "directory", "oid": "0" * 40, "size": 0, "path": "folder"}])
+    return answer
 
 
 def _file(

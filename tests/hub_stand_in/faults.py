@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal[
-    "status",  # answer `status` (503) and do nothing else; `headers` are added (Retry-After, X-Error-Message)
+    "status",  # answer `status` (503), with `headers` such as Retry-After and `nbytes` spaces, and do nothing else
     "drop",  # close the connection and do nothing else
     "lose",  # execute the request, then close the connection without a response
     "slow",  # wait `seconds` before the response
@@ -21,6 +21,14 @@ Kind = Literal[
     "wrong_content_range",  # answer 206 with a Content-Range that starts one byte later
     "short_range",  # answer 206 with half of the range and the matching Content-Range
     "call",  # call `hook` before the request is executed
+    "trickle",  # send the body one byte at a time, call `hook` after each, and go on with spaces
+    "trickle_headers",  # the same with headers
+    "interim",  # send interim responses (100 Continue) without end, call `hook` after each
+    "wrong_length",  # announce `nbytes` more than the body has
+    "gzip",  # answer 200 and `nbytes` zeros, compressed although nobody asked for it
+    "html",  # answer 200 and a web page
+    "endless_pages",  # answer a page of a listing with one new directory, and the link to another page
+    "same_page",  # add the link to the same page
 ]
 
 

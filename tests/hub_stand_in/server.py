@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import socket
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,6 +46,10 @@ ROUTES: tuple[tuple[str, str, Callable[..., Answer]], ...] = (
 """Method, path (only its groups are percent-decoded), function. HEAD is GET without a body."""
 
 WRITING = re.compile(r"/api/(repos|models/.+/(branch|preupload|commit))/|\.git/info/lfs/")
+
+
+ENDLESS = 200_000
+"""Bytes or responses that a fault without end sends, which is more than any client waits for."""
 
 
 @dataclass
@@ -89,6 +94,8 @@ class Hub:
     """Larger uploads are split into parts of this size."""
     with_cdn: bool = False
     """Redirect readers of LFS files to a second host."""
+    verify_endpoint: str | None = None
+    """Another host that clients shall ask whether an upload has arrived. None names the stand-in itself."""
     bytes_per_second: float | None = None
     """Speed of each connection that sends a file."""
     repositories: Repositories = field(default_factory=Repositories)
@@ -182,7 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if "status" in by_kind:
             fault = by_kind["status"]
-            self._send(as_json({"error": "a fault of the stand-in"}, fault.status), call, faults)
+            text = "a fault of the stand-in" + " " * fault.nbytes
+            self._send(as_json({"error": text}, fault.status), call, faults)
             return
         answer = read_routes.delivered(self.hub, split.path) if self.server_name == "cdn" else self.hub.answer(call)
         if "lose" in by_kind:
@@ -206,12 +214,17 @@ class _Handler(BaseHTTPRequestHandler):
         by_kind = {fault.kind: fault for fault in faults}
         if "status" in by_kind:
             outgoing.headers |= by_kind["status"].headers
+        if outgoing.headers.get("Link", "").startswith("<?"):
+            outgoing.headers["Link"] = outgoing.headers["Link"].replace("<?", f"<{self.hub.endpoint}{call.path}?")
         request = self._note(call, outgoing.status)
+        more = by_kind["wrong_length"].nbytes if "wrong_length" in by_kind else 0
+        more += ENDLESS if "trickle" in by_kind else 0
         try:
+            self._send_before_headers(by_kind)
             self.send_response(outgoing.status)
             for name, value in outgoing.headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(outgoing.nbytes))
+            self.send_header("Content-Length", str(outgoing.nbytes + more))
             self.end_headers()
             if self.command != "HEAD":
                 self._send_body(outgoing, by_kind, request)
@@ -219,14 +232,33 @@ class _Handler(BaseHTTPRequestHandler):
             request.nbytes_sent = 0
             self._hang_up()
             return
-        if request.nbytes_sent < outgoing.nbytes and self.command != "HEAD":
+        if request.nbytes_sent < outgoing.nbytes + more and self.command != "HEAD":
             if "stall" in by_kind:
                 time.sleep(by_kind["stall"].seconds)
             self._hang_up()
 
+    def _send_before_headers(self, by_kind: Mapping[str, Fault]) -> None:
+        for kind, start, again in (
+            ("interim", b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+            ("trickle_headers", b"HTTP/1.1 200 OK\r\nX-Endless: ", b"x"),
+        ):
+            if kind in by_kind:
+                self.wfile.write(start)
+                self._trickle(itertools.repeat(again, ENDLESS), by_kind[kind])
+
+    def _trickle(self, parts: Iterable[bytes], fault: Fault) -> None:
+        for part in parts:
+            self.wfile.write(part)
+            if fault.hook is not None:
+                fault.hook()
+
     def _send_body(self, outgoing: Sending, by_kind: Mapping[str, Fault], request: Request) -> None:
         limit = min((by_kind[kind].nbytes for kind in ("cut", "stall") if kind in by_kind), default=outgoing.nbytes)
         rate, began = self.hub.bytes_per_second, time.monotonic()
+        if "trickle" in by_kind:
+            body = itertools.chain(b"".join(outgoing.pieces), itertools.repeat(ord(" "), ENDLESS))
+            self._trickle((bytes([byte]) for byte in body), by_kind["trickle"])
+            return
         for piece in outgoing.pieces:
             part = piece[: limit - request.nbytes_sent]
             request.nbytes_sent += len(part)

@@ -84,7 +84,8 @@ def lfs_batch(hub: Hub, call: Call) -> Answer:
                     "href": f"{hub.endpoint}/-/lfs/{oid}/complete",
                     "header": {"chunk_size": str(hub.part_nbytes), **parts},
                 }
-            entry["actions"] = {"upload": upload, "verify": {"href": f"{hub.endpoint}/-/lfs/{oid}/verify"}}
+            verifier = hub.verify_endpoint or hub.endpoint
+            entry["actions"] = {"upload": upload, "verify": {"href": f"{verifier}/-/lfs/{oid}/verify"}}
         objects.append(entry)
     transfer = "multipart" if hub.part_nbytes is not None else "basic"
     return as_json({"transfer": transfer, "objects": objects})

@@ -19,6 +19,9 @@ _FLAGS = re.VERBOSE | re.IGNORECASE | re.ASCII | re.DOTALL
 _ACCOMPANYING = re.compile(_DOCUMENT + _LICENSE + " | " + _TRAINING_RECORD, _FLAGS)
 _TRAINING = re.compile(_TRAINING_RECORD, _FLAGS)
 
+UNSIGNED_NAMES = frozenset({".git", ".gitattributes", ".github", ".gitignore", ".cache"})
+"""Entries that a signature need not cover (spec section 7.5): git and clients of the Hub create them."""
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 """Suffixes of weight files, which some readers would load together with the shards."""
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from qformat.artifact.digests import xxh3_of_range
 from qformat.artifact.manifest import FileRecord, KeptRecord, Manifest
-from qformat.artifact.reading.file_roles import accompanies, can_be_accepted
+from qformat.artifact.reading.file_roles import UNSIGNED_NAMES, accompanies, can_be_accepted
 from qformat.artifact.reading.listed_files import check_size, check_small_file, compare_sha256, read_header, size_error
 from qformat.artifact.reading.regular_files import open_regular
 from qformat.artifact.reading.structure import Structure, check_structure, expected_tensors, read_manifest
@@ -26,6 +26,7 @@ from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 _Check = TypeVar("_Check")
 
+_UNCOVERED = ", so the signature does not cover it. Move it elsewhere"
 _ONLY_ACCOMPANIES = ", but it only accompanies the model"
 
 
@@ -258,12 +259,22 @@ def _check_files(path: Path, manifest: Manifest, names: Iterable[str]) -> Iterat
             yield finding
 
 
-def signed_differences(notices: Iterable[Finding]) -> list[Finding]:
-    """Return the notices about listed files, which are findings if there is a signature (spec section 7.5)."""
-    listed = [notice for notice in notices if notice.reason is not Reason.EXTRA_FILE]
-    return [
-        replace(one, message=one.message.replace(_ONLY_ACCOMPANIES, ", but the signature covers it")) for one in listed
-    ]
+def signed_differences(notices: Iterable[Finding], names: Iterable[str], folder: Path) -> list[Finding]:
+    """Return what a signature turns into findings (spec section 7.5): all notices, and hidden entries.
+
+    Args:
+        notices: How files that only accompany the model differ from the manifest.
+        names: Names of all entries in the directory or repository.
+        folder: Directory of the artifact, or its repository and commit.
+    """
+    found = []
+    for one in notices:
+        why = _UNCOVERED if one.reason is Reason.EXTRA_FILE else ", but the signature covers it"
+        found.append(replace(one, message=one.message.replace(_ONLY_ACCOMPANIES, why)))
+    hidden = sorted(name for name in names if name.startswith(".") and name not in UNSIGNED_NAMES)
+    for name in (os.fsencode(name).decode("utf-8", "backslashreplace") for name in hidden):
+        found.append(Finding(Reason.EXTRA_FILE, name, f"{folder / name}: is not in the manifest{_UNCOVERED}"))
+    return found
 
 
 def finding_of(error: ArtifactError) -> Finding:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from qformat import strict_json
 from qformat.artifact.manifest import JsonObject
-from qformat.hub.card.markdown import cell, table
+from qformat.markdown import escaped, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def evaluation_sections(evaluation: JsonObject | None) -> list[str]:
 
 def _name(text: JsonObject) -> str:
     name = text.get("name")
-    return cell(name) if isinstance(name, str) and name else "–"
+    return escaped(name) if isinstance(name, str) and name else "–"
 
 
 def _count(text: JsonObject) -> str:

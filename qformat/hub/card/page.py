@@ -14,8 +14,8 @@ from qformat.artifact.manifest import FileRecord, JsonObject, KeptRecord, Manife
 from qformat.hub.card.error_figures import ErrorFigures, ErrorRow
 from qformat.hub.card.evaluation_table import evaluation_sections
 from qformat.hub.card.licenses import License
-from qformat.hub.card.markdown import cell, table
 from qformat.hub.card.origin import Origin
+from qformat.markdown import escaped, front_matter, link, table
 from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
 from qformat.sizes import format_nbytes
 
@@ -42,8 +42,8 @@ def write_card(
         signed: The artifact is published with a signature.
     """
     sections = [
-        f"---\n{_metadata(origin, origin.pipeline_tag or pipeline_tag_of(config))}\n---",
-        f"# {repository.partition('/')[2]}",
+        front_matter(_metadata(origin, origin.pipeline_tag or pipeline_tag_of(config))),
+        f"# {escaped(repository.partition('/')[2])}",
         _summary(origin),
         _sizes(manifest),
         "## Usage",
@@ -72,7 +72,7 @@ def pipeline_tag_of(config: JsonObject) -> str | None:
     return None
 
 
-def _metadata(origin: Origin, pipeline_tag: str | None) -> str:
+def _metadata(origin: Origin, pipeline_tag: str | None) -> dict[str, Any]:
     from huggingface_hub import ModelCardData
 
     language = origin.language
@@ -86,7 +86,8 @@ def _metadata(origin: Origin, pipeline_tag: str | None) -> str:
         "pipeline_tag": pipeline_tag,
         "tags": list(TAGS),
     }
-    return ModelCardData(**fields).to_yaml()
+    found: dict[str, Any] = ModelCardData(**fields).to_dict()
+    return found
 
 
 def _summary(origin: Origin) -> str:
@@ -99,7 +100,7 @@ def _summary(origin: Origin) -> str:
 
 
 def _link(repository: str) -> str:
-    return f"[{repository}](https://huggingface.co/{repository})"
+    return link(repository, f"https://huggingface.co/{repository}")
 
 
 def _sizes(manifest: Manifest) -> str:
@@ -109,7 +110,7 @@ def _sizes(manifest: Manifest) -> str:
     kept_nbytes = sum(record.nbytes for record in kept)
     source_nbytes = kept_nbytes + sum(record.layout.n_elements * record.layout.float_format.nbytes for record in packed)
     reasons = Counter(record.reason for record in kept)
-    why = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(reasons.items()))
+    why = ", ".join(f"{count} {escaped(reason.replace('_', ' '))}" for reason, count in sorted(reasons.items()))
     rows = [
         ("size", f"{_nbytes(nbytes)}; the tensors of the source checkpoint take {_nbytes(source_nbytes)}"),
         ("4-bit weights", _packed_text(packed)),
@@ -149,7 +150,7 @@ def _errors(figures: ErrorFigures) -> str:
 
 def _error_row(row: ErrorRow) -> tuple[str, ...]:
     return (
-        row.kind,
+        escaped(row.kind),
         f"{row.n_tensors:,}",
         f"{row.n_weights:,}",
         "–" if row.relative_rms is None else f"{row.relative_rms:.3%}",
@@ -247,7 +248,7 @@ def _provenance(manifest: Manifest, origin: Origin) -> str:
             source += f" at commit [`{origin.commit}`](https://huggingface.co/{origin.repository}/tree/{origin.commit})"
     rows = [
         ("source checkpoint", source),
-        ("created by", cell(manifest.generator)),
+        ("created by", escaped(manifest.generator)),
         ("format", f"qformat {manifest.format_version}"),
     ]
     recipe = strict_json.dumps(manifest.recipe, indent=2).replace(
@@ -260,16 +261,15 @@ def _provenance(manifest: Manifest, origin: Origin) -> str:
 
 
 def _file_rows(files: Mapping[str, FileRecord]) -> list[tuple[str, ...]]:
-    return [
-        (cell(name), f"{record.nbytes:,}", f"`{record.sha256}`") for name, record in files.items() if name != CARD_NAME
-    ]
+    listed = [(name, record) for name, record in files.items() if name != CARD_NAME]
+    return [(escaped(name), f"{record.nbytes:,}", f"`{record.sha256}`") for name, record in listed]
 
 
 def _license_note(found: License) -> list[str]:
     if found.identifier is None:
         return []
-    name = cell(found.name or found.identifier)
-    text = f"[{name}]({found.link})" if found.link is not None else name
+    name = found.name or found.identifier
+    text = link(name, found.link) if found.link is not None else escaped(name)
     return ["## Licence", f"The licence of the source checkpoint applies: {text}."]
 
 

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from http import HTTPStatus
-from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from qformat.errors import ArtifactError, HubError, UsageError
+from qformat.hub.client import Watch, watched
 from qformat.hub.publishing.publication import PublishedFile
-from qformat.hub.reading.remote import DEFAULT_REVISION, RemoteRepository, open_repository
+from qformat.hub.reading.budget import Budget
+from qformat.hub.reading.remote import (
+    DEFAULT_REVISION,
+    RemoteRepository,
+    commit_of,
+    is_private,
+    open_pull_requests,
+    open_repository,
+)
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
-from qformat.hub.reading.transport import RETRIED_STATUSES, Retries
+from qformat.hub.reading.transport import RETRIED_STATUSES, Transport
+from qformat.hub.token import token_to_send
+from qformat.secrets import masked
 from qformat.version import __version__
 
 if TYPE_CHECKING:
     import httpx2
-    from huggingface_hub import CommitOperationAdd, Discussion
+    from huggingface_hub import CommitOperationAdd
     from huggingface_hub.errors import HfHubHTTPError
 
 ANSWER_TIMEOUT_S = 300.0
@@ -32,9 +42,8 @@ ANSWER_TIMEOUT_S = 300.0
 _UPLOAD_ATTEMPTS = 4
 """Number of attempts of a call of huggingface_hub, which retries most of its requests itself."""
 
-_MAX_PULL_REQUESTS = 200
-_SECRETS = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=\?)[^\s'\"]+")
-"""Tokens, and the signed part of upload URLs, which is valid for hours."""
+_RAISED_BY_BAD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError)
+"""What huggingface_hub raises if an answer is no JSON, or has not the members that it expects."""
 
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 
@@ -69,10 +78,13 @@ class Uploader:
         from huggingface_hub import HfApi, constants
 
         self.repository = repository
-        self._token = token
+        self._token: str | bool = token_to_send(token) or False
         self._transfer, self._patience = transfer, transfer.patience
         self._endpoint = constants.ENDPOINT
-        self._api = HfApi(endpoint=self._endpoint, token=token, library_name="qformat", library_version=__version__)
+        self._transport = Transport(repository, token=self._token, transfer=transfer)
+        self._api = HfApi(
+            endpoint=self._endpoint, token=self._token, library_name="qformat", library_version=__version__
+        )
 
     def open(self, revision: str | None) -> RemoteRepository | None:
         """Return the repository at a revision, or None if it does not exist.
@@ -98,7 +110,7 @@ class Uploader:
 
     def is_private(self) -> bool:
         """Return whether the repository is private."""
-        return bool(self._attempt("reading its settings", lambda: self._api.model_info(self.repository)).private)
+        return is_private(self._transport)
 
     def create_branch(self, branch: str) -> None:
         """Create a branch from the main branch if it does not exist."""
@@ -138,29 +150,28 @@ class Uploader:
 
         changed = [file for name, file in files.items() if not file.is_like(parent.files.get(name))]
         additions = [_addition(file) for file in changed]
-        with bounded_waits(self._patience.timeout_s or ANSWER_TIMEOUT_S):
-            self._attempt(
-                "uploading",
-                lambda: self._api.preupload_lfs_files(
-                    self.repository, additions, revision=branch, create_pr=create_pr, free_memory=False
-                ),
+        self._attempt(
+            "uploading",
+            lambda: self._api.preupload_lfs_files(
+                self.repository, additions, revision=branch, create_pr=create_pr, free_memory=False
+            ),
+        )
+
+        def made() -> Made | None:
+            return self.pull_request(files, title) if create_pr else self._made_after_all(files, parent, branch)
+
+        def make() -> Made:
+            info = self._api.create_commit(
+                self.repository,
+                [*additions, *(CommitOperationDelete(name) for name in removed)],
+                commit_message=title,
+                revision=branch,
+                create_pr=create_pr,
+                parent_commit=parent.commit,
             )
+            return Made(info.oid, info.pr_url)
 
-            def made() -> Made | None:
-                return self.pull_request(files, title) if create_pr else self._made_after_all(files, parent, branch)
-
-            def make() -> Made:
-                info = self._api.create_commit(
-                    self.repository,
-                    [*additions, *(CommitOperationDelete(name) for name in removed)],
-                    commit_message=title,
-                    revision=branch,
-                    create_pr=create_pr,
-                    parent_commit=parent.commit,
-                )
-                return Made(info.oid, info.pr_url)
-
-            return self._attempt("committing", make, instead=made)
+        return self._attempt("committing", make, instead=made)
 
     def pull_request(self, files: Mapping[str, PublishedFile], title: str) -> Made | None:
         """Return the open pull request with these files, or None.
@@ -176,27 +187,21 @@ class Uploader:
 
     def pull_requests(self, title: str) -> Iterator[tuple[str, RemoteRepository]]:
         """Yield URL and content of each open pull request with a title."""
-        listed = self._attempt("reading its pull requests", lambda: [*islice(self._discussions(), _MAX_PULL_REQUESTS)])
-        for entry in listed:
-            if entry.title == title and (opened := self.open(f"refs/pr/{entry.num}")) is not None:
-                yield f"{self._endpoint}/{self.repository}/discussions/{entry.num}", opened
-
-    def _discussions(self) -> Iterator[Discussion]:
-        return self._api.get_repo_discussions(self.repository, discussion_type="pull_request", discussion_status="open")
+        for number, named in open_pull_requests(self._transport):
+            if named == title and (opened := self.open(f"refs/pr/{number}")) is not None:
+                yield f"{self._endpoint}/{self.repository}/discussions/{number}", opened
 
     def _made_after_all(self, files: Mapping[str, PublishedFile], parent: RemoteRepository, branch: str) -> Made | None:
         """Return the commit if it was made although its response was lost. Raise HubError after another commit."""
-        head = self._attempt(
-            "reading its newest commit", lambda: self._api.model_info(self.repository, revision=branch)
-        )
-        if head.sha == parent.commit:
+        head = commit_of(self._transport, branch)
+        if head == parent.commit:
             return None
         opened = self.open(branch)
         if opened is not None and holds(opened, files):
             return Made(opened.commit)
         raise HubError(
             self.repository,
-            f"another commit was made on {branch!r} meanwhile: {(head.sha or 'unknown')[:12]}",
+            f"another commit was made on {branch!r} meanwhile: {head[:12]}",
             next_step="Check it, then run the same command again, which does not upload files twice",
         )
 
@@ -210,24 +215,29 @@ class Uploader:
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-        retries = Retries(self.repository, what, self._patience)
+        budget = Budget(self.repository, what, self._patience)
         attempts = min(_UPLOAD_ATTEMPTS, self._patience.attempts)
         while True:
             try:
-                return call()
+                with self._watched():
+                    return call()
             except (OfflineModeIsEnabled, LocalTokenNotFoundError) as problem:
                 next_step = "Unset HF_HUB_OFFLINE" if isinstance(problem, OfflineModeIsEnabled) else _LOG_IN
                 raise HubError(self.repository, f"{what}: {_text(problem)}", next_step=next_step) from None
             except (HfHubHTTPError, httpx2.TransportError, RuntimeError) as problem:
                 # A failed upload of a file raises a RuntimeError with the name of the file.
                 cause = problem.__cause__ if isinstance(problem, RuntimeError) else problem
+                if isinstance(cause, HubError):
+                    raise cause from None
+                if isinstance(cause, _RAISED_BY_BAD_ANSWERS):
+                    raise self._invalid(what, cause) from None
                 if not isinstance(cause, HfHubHTTPError | httpx2.TransportError):
                     raise
                 if "/commit/" in _address(cause) and (done := instead()) is not None:
                     return done
                 if isinstance(cause, HfHubHTTPError) and cause.response.status_code not in RETRIED_STATUSES:
                     raise self._refusal(what, cause) from None
-                retries.failed(_text(cause), attempts=attempts)
+                budget.failed(_text(cause), attempts=attempts)
             except OSError as problem:
                 if problem.errno is not None:  # an error of this machine, such as a file that cannot be read
                     raise
@@ -235,13 +245,24 @@ class Uploader:
                 status = _status_in(problem)
                 if status is not None and status not in RETRIED_STATUSES:
                     raise self._xet_refusal(what, problem, status) from None
-                retries.failed(_text(problem), attempts=attempts)
-            except ValueError as problem:  # the Hub's validation of the card
-                raise UsageError(f"{self.repository}: {what}: {_text(problem)}") from None
+                budget.failed(_text(problem), attempts=attempts)
+            except _RAISED_BY_BAD_ANSWERS as problem:
+                if str(problem).startswith("Invalid metadata in README.md"):  # the Hub's validation of the card
+                    raise UsageError(f"{self.repository}: {what}: {_text(problem)}") from None
+                raise self._invalid(what, problem) from None
+
+    def _watched(self) -> AbstractContextManager[None]:
+        token = self._token if isinstance(self._token, str) else None
+        max_nbytes, timeout_s = self._patience.answer_nbytes, self._patience.timeout_s or ANSWER_TIMEOUT_S
+        return watched(Watch(self.repository, self._endpoint, token, self._patience, max_nbytes, timeout_s))
+
+    def _invalid(self, what: str, problem: Exception) -> HubError:
+        text = f"{what}: the response is invalid: {_text(problem)}"
+        return HubError(self.repository, text, next_step="Check HF_ENDPOINT")
 
     def _refusal(self, what: str, problem: HfHubHTTPError) -> HubError:
         status, code = problem.response.status_code, problem.response.headers.get("X-Error-Code")
-        said = _SECRETS.sub("***", problem.server_message or "").strip()
+        said = masked(problem.server_message or "").strip()
         next_step = _NEXT_STEPS.get(status, "Check the name and HF_ENDPOINT")
         text = f"{what}: the Hub answers {status}" + (f": {said.rstrip('.')}" if said else "")
         return HubError(self.repository, text, next_step=next_step, status=status, code=code)
@@ -274,21 +295,6 @@ def holds(repository: RemoteRepository, files: Mapping[str, PublishedFile]) -> b
     return all(file.is_like(repository.files.get(name)) for name, file in files.items())
 
 
-@contextmanager
-def bounded_waits(seconds: float) -> Iterator[None]:
-    """Set the timeout of the session of huggingface_hub inside the block."""
-    import httpx2
-    from huggingface_hub import get_session
-
-    session = get_session()
-    before = session.timeout
-    session.timeout = httpx2.Timeout(seconds)
-    try:
-        yield
-    finally:
-        session.timeout = before
-
-
 def _addition(file: PublishedFile) -> CommitOperationAdd:
     from huggingface_hub import CommitOperationAdd
 
@@ -313,5 +319,5 @@ def _status_in(problem: OSError) -> int | None:
 
 def _text(problem: Exception) -> str:
     """Return the first line of a message without secrets."""
-    lines = _SECRETS.sub("***", str(problem)).strip().splitlines()
+    lines = masked(str(problem)).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(problem).__name__

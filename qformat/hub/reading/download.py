@@ -5,38 +5,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qformat.errors import HubError, Option
+from qformat.hub.client import Watch, watched
+from qformat.hub.reading.budget import Budget
 from qformat.hub.reading.cache import note_ref
 from qformat.hub.reading.repository import Repository
 from qformat.hub.reading.transfer import Patience
-from qformat.hub.reading.transport import RETRIED_STATUSES, Retries
+from qformat.hub.reading.transport import RETRIED_STATUSES
+from qformat.hub.token import token_to_send
+from qformat.version import __version__
+
+_ANSWER_TIMEOUT_S = 60.0
+"""Time without data after which a request fails. huggingface_hub sets a shorter one for the content of files."""
 
 
 def download(repository: Repository, paths: Sequence[str], *, revision: str, patience: Patience) -> None:
     """Download files to the local cache. Existing files are not fetched again; an interrupted download resumes.
 
-    huggingface_hub does not retry all of its requests, so transient failures are retried here.
+    huggingface_hub does not retry all of its requests, so transient failures are retried here, and its requests are
+    watched.
 
     Args:
         repository: Repository to download from.
         paths: Files to download.
         revision: Branch or tag that the cache records for the commit of the repository.
-        patience: Number of attempts and the pauses between them.
+        patience: Limits of the requests.
 
     Raises:
         HubError: The download failed.
         TargetError: The cache cannot be written.
     """
     import httpx2
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors
 
-    retries = Retries(repository.name, "the download", patience)
+    sizes = [repository.files[path].nbytes for path in paths]
+    watch = Watch(
+        repository.name, constants.ENDPOINT, token_to_send(None), patience,
+        max_nbytes=max(patience.answer_nbytes, *sizes), timeout_s=patience.timeout_s or _ANSWER_TIMEOUT_S,
+    )  # fmt: skip
+    budget = Budget(repository.name, "the download", patience, nbytes=sum(sizes))
     while True:
         try:
-            snapshot_download(repository.name, revision=repository.commit, allow_patterns=[_literal(p) for p in paths])
+            with watched(watch):
+                _snapshot(repository, paths)
             note_ref(repository.name, revision, repository.commit)
             return
         except errors.LocalEntryNotFoundError as problem:  # no connection, or a timeout
-            retries.failed(_first_line(problem))
+            budget.failed(_first_line(problem))
         except errors.HfHubHTTPError as problem:
             status = problem.response.status_code
             if status not in RETRIED_STATUSES:
@@ -44,14 +58,26 @@ def download(repository: Repository, paths: Sequence[str], *, revision: str, pat
                     repository.name, f"the download: {_first_line(problem)}", status=status,
                     next_step="Check the permissions of the token, or log in with `hf auth login`",
                 ) from None  # fmt: skip
-            retries.failed(f"the server answers {status}")
+            budget.failed(f"the server answers {status}")
         except httpx2.TransportError as problem:
-            retries.failed(f"the connection broke ({type(problem).__name__})")
+            budget.failed(f"the connection broke ({type(problem).__name__})")
         except OSError as problem:
             raise HubError(
                 repository.name, f"the download: {problem.strerror or problem}",
                 next_step=("Free disk space for the 16-bit checkpoint, or leave out ", Option("keep_source")),
             ) from None  # fmt: skip
+
+
+def _snapshot(repository: Repository, paths: Sequence[str]) -> None:
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(
+        repository.name,
+        revision=repository.commit,
+        allow_patterns=[_literal(path) for path in paths],
+        library_name="qformat",
+        library_version=__version__,
+    )
 
 
 def _literal(path: str) -> str:

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from qformat import strict_json
 from qformat.errors import HubError, InvalidFileError, Option, SourceError, Words
+from qformat.hub.reading.budget import Budget, Unusable
+from qformat.secrets import masked
 
 if TYPE_CHECKING:
     import httpx2
 
 _MAX_REASON = 300
-_MAX_BODY_NBYTES = 65536
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -47,29 +48,31 @@ def refusal(repository: str, what: str, *, status: int, code: str | None, reason
     return HubError(repository, problem, next_step=next_step, status=status, code=code)
 
 
-def server_reason(response: httpx2.Response, *, secret: str) -> str:
+def server_reason(response: httpx2.Response, budget: Budget) -> str:
     """Return the server's message in one short line, or an empty text.
 
     Args:
         response: The response. Its body may be read.
-        secret: Token to hide in the message.
+        budget: Budget of reading the body.
     """
-    text = response.headers.get("X-Error-Message", "") or _from_body(response)
-    if secret:
-        text = text.replace(secret, "***")
+    text = masked(response.headers.get("X-Error-Message", "") or _from_body(response, budget))
     line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return (line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 3] + "...").rstrip(".")
 
 
-def _from_body(response: httpx2.Response) -> str:
+def _from_body(response: httpx2.Response, budget: Budget) -> str:
+    import httpx2
+
+    limit = budget.patience.error_nbytes
     body = bytearray()
-    for chunk in response.iter_raw():
-        body += chunk
-        if len(body) > _MAX_BODY_NBYTES:
-            return ""
     try:
-        parsed = strict_json.loads(bytes(body), path="answer", max_nbytes=_MAX_BODY_NBYTES, error=SourceError)
-    except InvalidFileError:
+        budget.begin_answer()
+        for chunk in response.iter_raw():
+            body += chunk
+            budget.take_small(len(body), max_nbytes=limit)
+        parsed = strict_json.loads(bytes(body), path="answer", max_nbytes=limit, error=SourceError)
+    except (HubError, Unusable, InvalidFileError, httpx2.HTTPError):
+        # It is too large, too slow, broken off, or no JSON. The status says enough.
         return ""
     error = parsed.get("error") if isinstance(parsed, dict) else None
     return error if isinstance(error, str) else ""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -23,21 +22,19 @@ from qformat import strict_json
 from qformat.artifact.limits import MAX_SIZE
 from qformat.errors import HubError, InvalidFileError, Option, Reason, SourceError
 from qformat.hub.names import check_listed_path, check_repository_name, check_revision, is_commit
+from qformat.hub.reading.budget import Budget, Unusable
 from qformat.hub.reading.repository import ReadBytes, RemoteFile, check_digest
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
-from qformat.hub.reading.transport import Retries, Transport, Unusable
+from qformat.hub.reading.transport import Transport
+from qformat.secrets import masked
 
 if TYPE_CHECKING:
     import httpx2
 
 DEFAULT_REVISION = "main"
 
-MAX_FILES = 100_000
-"""Largest number of files in a listing."""
-
-_MAX_ANSWER_NBYTES = 32 * 2**20
-_PROGRESS_NBYTES = 65536
-"""An attempt that transfers this many bytes resets the count of failures."""
+MAX_PULL_REQUEST_PAGES = 20
+"""Most pages of open pull requests that are read. The newest ones come first."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-(\d{1,15})/(\d{1,15}|\*)")
 _NEXT_PAGE = re.compile(r'<([^<>]+)>\s*;\s*rel="next"')
@@ -118,7 +115,7 @@ class RemoteRepository:
             raise self._error(
                 Reason.TRUNCATED, f"{self}/{path}", f"found {file.nbytes} bytes, expected {start + len(out)}"
             )
-        retries = self._transport.retries(f"bytes {start} to {start + len(out)} of {path}")
+        budget = self._transport.budget(f"bytes {start} to {start + len(out)} of {path}", nbytes=len(out))
         done = 0
 
         def take(chunk: bytes) -> None:
@@ -128,8 +125,8 @@ class RemoteRepository:
             on_bytes(len(chunk))
 
         while done < len(out):
-            with self._transport.attempt(retries):
-                self._receive(file, start + done, start + len(out), take, retries)
+            with self._transport.attempt(budget):
+                self._receive(file, start + done, start + len(out), take, budget)
 
     def file(self, path: str) -> RemoteFile:
         """Return the entry of a file in the listing.
@@ -141,24 +138,22 @@ class RemoteRepository:
             raise self._error(Reason.MISSING_FILE, f"{self}/{path}", "does not exist in the repository")
         return self.files[path]
 
-    def _receive(
-        self, file: RemoteFile, start: int, stop: int, take: Callable[[bytes], None], retries: Retries
-    ) -> None:
+    def _receive(self, file: RemoteFile, start: int, stop: int, take: Callable[[bytes], None], budget: Budget) -> None:
         """Request bytes [start, stop) once and pass them to `take`. Raise errors that `attempt` counts."""
         with self._answer(file, start, stop) as response:
             skipped = self._nbytes_before(response, file, start, stop)
-            started, came, position = time.monotonic(), 0, start - skipped
+            budget.begin_answer()
+            position = start - skipped
             for chunk in response.iter_raw():
-                came += len(chunk)
                 wanted = chunk[max(start - position, 0) : stop - position]
                 position += len(chunk)
                 if wanted:
                     take(wanted)
-                if came >= _PROGRESS_NBYTES:
-                    retries.progress()
                 if position >= stop:
                     return
-                self._transport.refuse_trickle(came, time.monotonic() - started)
+                budget.discard(len(chunk) - len(wanted))
+                if wanted:
+                    budget.keep(len(wanted))
         raise Unusable(f"the response ended {stop - position} bytes early")
 
     @contextmanager
@@ -263,37 +258,87 @@ def open_repository(
         InvalidFileError: The path of a file leaves the repository (path_escapes). The error is of type `error`.
     """
     transport = Transport(check_repository_name(name), token=token, transfer=transfer)
-    commit = _resolve(transport, check_revision(revision or DEFAULT_REVISION))
+    commit = commit_of(transport, check_revision(revision or DEFAULT_REVISION))
     return RemoteRepository(transport, commit, _list_files(transport, commit, error), error=error)
 
 
-def _resolve(transport: Transport, revision: str) -> str:
+def commit_of(transport: Transport, revision: str) -> str:
+    """Return the commit of a revision. A full commit hash needs no request.
+
+    Args:
+        transport: Requests to the repository.
+        revision: Branch, tag or commit.
+
+    Raises:
+        HubError: The repository or the revision cannot be read.
+    """
     if is_commit(revision):
         return revision
     what = f"revision {revision!r}"
     url = f"{transport.endpoint}/api/models/{transport.repository}/revision/{quote(revision, safe='')}"
-    record, _ = _get_json(transport, url, what)
+    record, _, _ = _get_json(transport, url, what)
     commit = record.get("sha") if isinstance(record, dict) else None
     if not isinstance(commit, str) or not is_commit(commit):
         raise _nonsense(transport, what, "it has no commit hash")
     return commit
 
 
+def is_private(transport: Transport) -> bool:
+    """Return whether a repository is private. Raise HubError if it cannot be read."""
+    what = "reading its settings"
+    record, _, _ = _get_json(transport, f"{transport.endpoint}/api/models/{transport.repository}", what)
+    private = record.get("private") if isinstance(record, dict) else None
+    if not isinstance(private, bool):
+        raise _nonsense(transport, what, "it does not say whether the repository is private")
+    return private
+
+
+def open_pull_requests(transport: Transport) -> list[tuple[int, str]]:
+    """Return numbers and titles of the newest open pull requests. Raise HubError if they cannot be read."""
+    what = "reading its pull requests"
+    url = f"{transport.endpoint}/api/models/{transport.repository}/discussions?type=pull_request&status=open"
+    found: list[tuple[int, str]] = []
+    budget = transport.budget(what)
+    for number in range(MAX_PULL_REQUEST_PAGES):
+        record, _, _ = _get_json(transport, f"{url}&p={number}", what, budget)
+        entries = record.get("discussions") if isinstance(record, dict) else None
+        if not isinstance(record, dict) or not isinstance(entries, list):
+            raise _nonsense(transport, what, "it has no list of discussions")
+        for entry in entries:
+            if isinstance(entry, dict) and type(entry.get("num")) is int and isinstance(entry.get("title"), str):
+                found.append((entry["num"], entry["title"]))  # type: ignore[arg-type]
+        total = record.get("count")
+        if not entries or type(total) is not int or len(found) >= total:
+            break
+    return found
+
+
 def _list_files(transport: Transport, commit: str, error: type[InvalidFileError]) -> dict[str, RemoteFile]:
-    what = f"the files of {commit[:12]}"
+    what, limits = f"the files of {commit[:12]}", transport.patience
     files: dict[str, RemoteFile] = {}
+    n_entries = nbytes = 0
     url = f"{transport.endpoint}/api/models/{transport.repository}/tree/{commit}?recursive=true&expand=false"
+    budget, seen = transport.budget(what), set[str]()
     while url:
-        page, headers = _get_json(transport, url, what)
+        if url in seen or len(seen) == limits.listing_pages:
+            raise _nonsense(transport, what, f"its pages repeat, or are more than {limits.listing_pages}")
+        seen.add(url)
+        page, headers, page_nbytes = _get_json(transport, url, what, budget)
         if not isinstance(page, list):
             raise _nonsense(transport, what, "it is not a list")
+        n_entries, nbytes = n_entries + len(page), nbytes + page_nbytes
+        if n_entries > limits.listing_entries or nbytes > limits.listing_nbytes:
+            allowed = f"{limits.listing_entries} files and directories and {limits.listing_nbytes} bytes"
+            raise _nonsense(transport, what, f"it has more than {allowed}")
         for entry in page:
             if isinstance(entry, dict) and entry.get("type") == "directory":
                 continue
             file = _listed(transport, what, entry)
             check_listed_path(file.path, repository=transport.repository, error=error)
-            if file.path in files or len(files) == MAX_FILES:
-                raise _nonsense(transport, what, f"it lists {file.path!r} twice or more than {MAX_FILES} files")
+            if masked(file.path) != file.path:
+                raise _nonsense(transport, what, "the name of a file contains the token")
+            if file.path in files:
+                raise _nonsense(transport, what, f"it lists {file.path!r} twice")
             files[file.path] = file
         following = _NEXT_PAGE.search(headers.get("Link", "")) if page else None
         url = urljoin(url, following[1]) if following else ""
@@ -315,13 +360,17 @@ def _listed(transport: Transport, what: str, entry: strict_json.Json) -> RemoteF
             and (lfs is None or (isinstance(sha256, str) and _SHA256.fullmatch(sha256)))
         ):
             return RemoteFile(path, nbytes, oid, sha256 if isinstance(sha256, str) else None)
-    raise _nonsense(transport, what, f"it has an entry without a path, size or digest: {str(entry)[:200]}")
+    raise _nonsense(transport, what, f"it has an entry without a path, size or digest: {masked(str(entry))[:200]}")
 
 
-def _get_json(transport: Transport, url: str, what: str) -> tuple[strict_json.Json, Mapping[str, str]]:
-    data, headers = transport.get_small(url, what, max_nbytes=_MAX_ANSWER_NBYTES)
+def _get_json(
+    transport: Transport, url: str, what: str, budget: Budget | None = None
+) -> tuple[strict_json.Json, Mapping[str, str], int]:
+    """Return the record in an answer, its headers and its size in bytes."""
+    data, headers = transport.get_small(url, what, budget=budget)
+    limit = transport.patience.answer_nbytes
     try:
-        return strict_json.loads(data, path=what, max_nbytes=_MAX_ANSWER_NBYTES, error=SourceError), headers
+        return strict_json.loads(data, path=what, max_nbytes=limit, error=SourceError), headers, len(data)
     except InvalidFileError as problem:
         raise _nonsense(transport, what, problem.problem) from None
 

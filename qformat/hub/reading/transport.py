@@ -1,4 +1,4 @@
-"""Requests to the Hub through the session of huggingface_hub, with retries and timeouts.
+"""Requests to the Hub through the session of huggingface_hub, each within a budget.
 
 huggingface_hub retries some of its requests but not all: neither the resolution of a revision nor the first HEAD of a
 file. Here all requests are retried alike. Redirects are followed explicitly, so that the token is sent only to the
@@ -7,37 +7,28 @@ origin of the Hub.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-from qformat.errors import HubError, Words
+from qformat.errors import HubError
+from qformat.hub.client import origin, pause_asked_for, session
+from qformat.hub.reading.budget import PATIENCE, SLOW, Budget, Unusable
 from qformat.hub.reading.refusals import refusal, server_reason
-from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Patience, Transfer
+from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
+from qformat.hub.token import token_to_send
 from qformat.version import __version__
 
 if TYPE_CHECKING:
     import httpx2
 
-_log = logging.getLogger(__name__)
-
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which a request is repeated."""
 
-SLOWEST_NBYTES_PER_S = 1000.0
-"""A response that is slower than this over the whole timeout is abandoned and requested again."""
-
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_MAX_REDIRECTS = 5
-_WORTH_TELLING_S = 1.0
-"""Shortest pause that is reported to the user, because the progress bar would seem to hang."""
-
-_MAX_WAIT_ASKED_FOR_S = 300.0
-"""Longest pause requested by a server that is respected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,71 +42,6 @@ class Answer:
 
     response: httpx2.Response
     linked: Mapping[str, str] | None
-
-
-_NEXT_STEP: Words = ("Check the connection. The same command resumes where this one stopped",)
-
-
-class Unusable(Exception):
-    """A response that cannot be used, although the next one may be usable. It does not leave this package.
-
-    Args:
-        problem: What is wrong with the response.
-        next_step: What the user can do if all further responses are unusable too.
-    """
-
-    def __init__(self, problem: str, *, next_step: Words = _NEXT_STEP) -> None:
-        super().__init__(problem)
-        self.next_step = next_step
-
-
-@dataclass(slots=True)
-class Retries:
-    """Counts consecutive failures of one task and waits between the attempts.
-
-    Attributes:
-        repository: Repository of the request, for messages.
-        what: The task, for messages.
-        patience: Number of attempts and the pauses between them.
-        closing: Event that ends a pause early.
-    """
-
-    repository: str
-    what: str
-    patience: Patience
-    closing: threading.Event = field(default_factory=threading.Event)
-    _failures: int = field(default=0)
-
-    def progress(self) -> None:
-        """Reset the count, because data arrived."""
-        self._failures = 0
-
-    def failed(
-        self, problem: str, *, attempts: int | None = None, wait_s: float | None = None, next_step: Words = _NEXT_STEP
-    ) -> None:
-        """Wait before the next attempt, or give up.
-
-        Args:
-            problem: What failed.
-            attempts: Consecutive failures after which to give up. The default is that of `patience`.
-            wait_s: Pause in seconds. The default is that of `patience`.
-            next_step: What the user can do.
-
-        Raises:
-            HubError: Too many attempts have failed, or the transport was closed.
-        """
-        self._failures += 1
-        if self._failures >= (attempts or self.patience.attempts):
-            raise HubError(
-                self.repository,
-                f"{self.what}: {problem}, {self._failures} times in a row",
-                next_step=next_step,
-            )
-        pause = self.patience.wait_s(self._failures) if wait_s is None else wait_s
-        level = logging.WARNING if pause >= _WORTH_TELLING_S else logging.INFO
-        _log.log(level, "%s: %s: %s; retrying in %.1f s", self.repository, self.what, problem, pause)
-        if self.closing.wait(pause):
-            raise HubError(self.repository, f"{self.what}: stopped", next_step="The same command resumes it")
 
 
 class Transport:
@@ -137,45 +63,63 @@ class Transport:
         self.endpoint = constants.ENDPOINT
         self.transfer, self.patience = transfer, transfer.patience
         self._timeout_s = self.patience.timeout_s or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        self._headers = build_hf_headers(token=token, library_name="qformat", library_version=__version__)
+        self._headers = build_hf_headers(
+            token=token_to_send(token) or False, library_name="qformat", library_version=__version__
+        )
         self._closing = threading.Event()
         self._answered = False
 
-    def retries(self, what: str) -> Retries:
-        """Return a counter of failures for one task. `what` describes the task in messages."""
-        return Retries(self.repository, what, self.patience, self._closing)
+    def budget(self, what: str, *, nbytes: int = 0) -> Budget:
+        """Return the budget of one task.
+
+        Args:
+            what: The task, for messages.
+            nbytes: Number of bytes of a file that the task shall keep.
+        """
+        return Budget(
+            self.repository,
+            what,
+            self.patience,
+            nbytes=nbytes,
+            max_discarded_nbytes=2 * self.transfer.max_skipped_nbytes,
+            closing=self._closing,
+        )
 
     def close(self) -> None:
         """End all pauses between attempts with an error."""
         self._closing.set()
 
-    def get_small(self, url: str, what: str, *, max_nbytes: int) -> tuple[bytes, Mapping[str, str]]:
+    def get_small(
+        self, url: str, what: str, *, max_nbytes: int | None = None, budget: Budget | None = None
+    ) -> tuple[bytes, Mapping[str, str]]:
         """Return the body and the headers of a small response.
 
         Args:
             url: Address.
             what: Content of the response, for messages.
-            max_nbytes: Largest accepted body in bytes.
+            max_nbytes: Largest accepted body in bytes. The default is that of `Patience`.
+            budget: Budget of the task that the request belongs to. By default the request is a task of its own.
 
         Raises:
             HubError: The request failed, or the body is too large.
         """
-        retries = self.retries(what)
+        budget = budget or self.budget(what)
+        limit = self.patience.answer_nbytes if max_nbytes is None else max_nbytes
         while True:
-            with self.attempt(retries), self.open(url, what, {}) as answer:
+            with self.attempt(budget), self.open(url, what, {}) as answer:
+                encoding = answer.response.headers.get("Content-Encoding", "identity")
+                if encoding != "identity":
+                    raise Unusable(f"the response has the Content-Encoding {encoding[:40]!r}")
+                budget.begin_answer()
                 body = bytearray()
                 for chunk in answer.response.iter_raw():
                     body += chunk
-                    if len(body) > max_nbytes:
-                        raise HubError(
-                            self.repository,
-                            f"{what}: the response has more than {max_nbytes} bytes",
-                            next_step="Check HF_ENDPOINT",
-                        )
+                    budget.take_small(len(body), max_nbytes=limit)
+                budget.answered()
                 return bytes(body), answer.response.headers
 
     @contextmanager
-    def attempt(self, retries: Retries) -> Iterator[None]:
+    def attempt(self, budget: Budget) -> Iterator[None]:
         """Run one attempt. After a transient failure, count it, wait, and end the block without an error."""
         import httpx2
 
@@ -183,16 +127,20 @@ class Transport:
             yield
         except httpx2.ConnectError as problem:
             # A host that never answered is more likely misspelt or offline than restarting.
-            retries.failed(self._shown(problem), attempts=None if self._answered else 2)
-        except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError) as problem:
-            retries.failed(self._shown(problem))
+            budget.failed(self._shown(problem), attempts=None if self._answered else 2)
+        except httpx2.TimeoutException as problem:
+            is_slow = str(problem).startswith(SLOW)
+            budget.failed(self._shown(problem), attempts=self.patience.slow_attempts if is_slow else None)
+        except (httpx2.NetworkError, httpx2.RemoteProtocolError) as problem:
+            budget.failed(self._shown(problem))
         except _Busy as busy:
-            retries.failed(busy.problem, wait_s=busy.wait_s)
+            budget.failed(busy.problem, wait_s=busy.wait_s)
         except Unusable as problem:
-            retries.failed(str(problem), next_step=problem.next_step)
+            attempts = self.patience.slow_attempts if problem.slow else None
+            budget.failed(str(problem), attempts=attempts, next_step=problem.next_step)
         except (httpx2.HTTPError, httpx2.InvalidURL) as problem:
             raise HubError(
-                self.repository, f"{retries.what}: {self._shown(problem)}", next_step="Check HF_ENDPOINT and the proxy"
+                self.repository, f"{budget.what}: {self._shown(problem)}", next_step="Check HF_ENDPOINT and the proxy"
             ) from None
 
     @contextmanager
@@ -209,7 +157,7 @@ class Transport:
         Raises:
             HubError: The Hub rejects the request, or requests are not allowed.
         """
-        from huggingface_hub import constants, get_session
+        from huggingface_hub import constants
 
         if constants.is_offline_mode():
             raise HubError(
@@ -217,13 +165,14 @@ class Transport:
                 next_step="Unset HF_HUB_OFFLINE, or download it to the cache first",
             )  # fmt: skip
         linked: Mapping[str, str] | None = None
-        for _ in range(_MAX_REDIRECTS):
-            request = get_session().stream(
+        for _ in range(1 + self.patience.redirects):
+            request = session().stream(
                 "GET",
                 url,
                 headers={**self._headers_for(url), "Accept-Encoding": "identity", **headers},
                 follow_redirects=False,
                 timeout=self._timeout_s,
+                extensions={PATIENCE: self.patience},
             )
             with request as response:
                 self._answered = True
@@ -234,24 +183,13 @@ class Transport:
                 url = self._redirected(response, what)
                 if not self.is_hub(url) and self.is_hub(str(response.url)):
                     linked = response.headers
-        raise HubError(self.repository, f"{what}: more than {_MAX_REDIRECTS} redirects", next_step="Check HF_ENDPOINT")
+        raise HubError(
+            self.repository, f"{what}: more than {self.patience.redirects} redirects", next_step="Check HF_ENDPOINT"
+        )
 
     def is_hub(self, url: str) -> bool:
         """Return whether a URL has the origin of the Hub, which is the only one that receives the token."""
-        return _origin(url) == _origin(self.endpoint)
-
-    def refuse_trickle(self, nbytes: int, seconds: float) -> None:
-        """Abandon a response that arrives too slowly.
-
-        Args:
-            nbytes: Bytes that have arrived.
-            seconds: Time since the response began.
-
-        Raises:
-            Unusable: The response is too slow. `attempt` counts it as a failure.
-        """
-        if seconds > self._timeout_s and nbytes < SLOWEST_NBYTES_PER_S * seconds:
-            raise Unusable(f"only {nbytes} bytes arrived in {seconds:.0f} s")
+        return origin(url) == origin(self.endpoint)
 
     def _headers_for(self, url: str) -> dict[str, str]:
         if self.is_hub(url):
@@ -277,9 +215,10 @@ class Transport:
         status = response.status_code
         if status in {200, 206}:
             return
-        reason = server_reason(response, secret=self._headers.get("authorization", "").removeprefix("Bearer "))
+        reason = server_reason(response, self.budget(what))
         if status in RETRIED_STATUSES:
-            raise _Busy(f"the server answers {status}" + (f" ({reason})" if reason else ""), _asked_wait_s(response))
+            wait_s = pause_asked_for(response, self.patience)
+            raise _Busy(f"the server answers {status}" + (f" ({reason})" if reason else ""), wait_s)
         if not self.is_hub(str(response.url)) and status != 416:  # a signed URL, which may have expired
             raise Unusable(
                 f"the storage server that the Hub redirects to answers {status}" + (f" ({reason})" if reason else "")
@@ -293,6 +232,8 @@ class Transport:
         """Describe a failed connection by its kind, because messages of libraries may contain signed URLs."""
         kinds = {"ConnectTimeout": "timeout while connecting", "ReadTimeout": "timeout while waiting for data"}
         name = type(problem).__name__
+        if str(problem).startswith(SLOW):
+            return str(problem)
         text = {"ConnectError": f"no connection ({problem})", "RemoteProtocolError": f"invalid response ({problem})"}
         return kinds.get(name) or text.get(name) or f"the connection broke ({name})"
 
@@ -304,31 +245,3 @@ class _Busy(Exception):
         super().__init__(problem)
         self.problem = problem
         self.wait_s = wait_s
-
-
-def _asked_wait_s(response: httpx2.Response) -> float | None:
-    """Return the pause in seconds that Retry-After or the rate limit of the Hub asks for.
-
-    Return None if there is neither, or if the pause is too long.
-    """
-    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
-
-    text = response.headers.get("Retry-After", "").strip()
-    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
-    if text.isdigit() and len(text) <= 6:
-        wait_s = float(text)
-    elif limit is not None and limit.remaining == 0:
-        wait_s = limit.reset_in_seconds + 1.0  # the Hub rounds down to whole seconds
-    else:
-        return None
-    return wait_s if wait_s <= _MAX_WAIT_ASKED_FOR_S else None
-
-
-def _origin(url: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port of a URL, or empty values if it is invalid."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        return "", "", None
-    return parts.scheme, (parts.hostname or "").lower(), port

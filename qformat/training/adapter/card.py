@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qformat import strict_json
+from qformat.markdown import escaped, front_matter, printable, table
 from qformat.strict_json import Json
 from qformat.training.adapter.base_record import BaseRecord
 from qformat.training.result import TrainingResult
@@ -27,22 +27,25 @@ def adapter_card(result: TrainingResult, base: BaseRecord) -> str:
     assert isinstance(rank, int)
     if settings["alpha"] is None:  # the default of `add_adapter`
         settings = {**settings, "alpha": 2 * rank}
-    # Every JSON string is a valid YAML string.
-    front = f"library_name: peft\nbase_model: {strict_json.dumps(base.name)}\ntags: [lora, qlora, nf4, qformat]\n"
+    tags = ["lora", "qlora", "nf4", "qformat"]
     parts = [
-        f"---\n{front}---",
-        f"# LoRA adapter for {base.name}",
+        front_matter({"library_name": "peft", "base_model": printable(base.name), "tags": tags}),
+        f"# LoRA adapter for {escaped(base.name)}",
         f"Trained with qformat for {result.steps} steps on 4-bit (NF4) weights with the digest `{base.digest}`.",
     ]
     if result.loss_before is not None and result.loss_after is not None:
         parts.append(
-            "| Held-out data | Before | After |\n|---|---|---|\n"
-            f"| Loss (nats per token) | {result.loss_before:.4f} | {result.loss_after:.4f} |\n"
-            f"| Perplexity | {math.exp(result.loss_before):.3f} | {math.exp(result.loss_after):.3f} |"
+            table(
+                ("Held-out data", "Before", "After"),
+                [
+                    ("Loss (nats per token)", f"{result.loss_before:.4f}", f"{result.loss_after:.4f}"),
+                    ("Perplexity", f"{math.exp(result.loss_before):.3f}", f"{math.exp(result.loss_after):.3f}"),
+                ],
+            )
         )
     parts.append(f"Training data: {counts['examples']:,} examples, {counts['tokens']:,} tokens.")
-    rows = [f"| {name} | {_shown(value)} |" for name, value in settings.items() if value is not None]
-    parts.append("\n".join(["| Setting | Value |", "|---|---|", *rows]))
+    rows = [(escaped(name), escaped(_shown(value))) for name, value in settings.items() if value is not None]
+    parts.append(table(("Setting", "Value"), rows))
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from qformat.artifact.manifest import Manifest, PackedRecord
+from qformat.artifact.manifest import KeptRecord, Manifest, PackedRecord
 from qformat.artifact.reading.structure import read_manifest
 from qformat.errors import UsageError
-from qformat.hub.card.error_figures import ErrorFigures
+from qformat.hub.card.error_figures import ErrorFigures, ErrorRow
 from qformat.hub.card.licenses import License
 from qformat.hub.card.origin import Origin
 from qformat.hub.card.page import pipeline_tag_of, write_card
@@ -93,7 +93,26 @@ def test_texts_of_a_manifest_cannot_break_the_markup(small_artifact: Path) -> No
     assert "<script" not in text
     assert "# heading" not in [line.strip() for line in text.splitlines()]
     assert text.count("```") % 2 == 0
-    assert "| &lt;b> \\| a | – | 1.500 |" in text
+    assert "| &lt;b&gt; \\| a | – | 1.500 |" in text
+
+
+def test_texts_of_the_source_and_of_figures_cannot_break_the_markup(small_artifact: Path) -> None:
+    manifest = read_manifest(small_artifact)
+    name = next(name for name, record in manifest.tensors.items() if isinstance(record, KeptRecord))
+    kept = replace(manifest.tensors[name], reason="<i>why</i>|")  # type: ignore[arg-type]
+    row = ErrorRow("<b>q|</b>", 1, 10, 0.1, 0.1, 20.0, 0.9)
+    origin = Origin("base/it", None, License("other", "*free*\n# <s>", "javascript:alert(1)"), None, ["en\n---\n# x"])
+    text = write_card(
+        "me/__it__",
+        replace(manifest, tensors={**manifest.tensors, name: kept}),
+        CONFIG,  # type: ignore[arg-type]
+        origin,
+        figures=ErrorFigures((row,), row, 1),
+    )
+    for markup in ("<i>", "<b>", "<s>", "](javascript", "\n# x", "\n# __it__"):
+        assert markup not in text
+    assert "The licence of the source checkpoint applies: \\*free\\* \\# &lt;s&gt;." in text
+    assert huggingface_hub.ModelCard(text).data.to_dict()["license_link"] == "javascript:alert(1)"
 
 
 def test_an_evaluation_is_shown_without_the_figures_that_it_lacks(small_artifact: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import pytest
 from qformat.converters.convert import ConversionOptions
 from qformat.errors import HubError, QformatError, Reason, SourceError
 from qformat.hub.reading import remote
-from qformat.hub.reading.transfer import Patience, Transfer
-from qformat.hub.reading.transport import Retries, Transport, Unusable
+from qformat.hub.reading.budget import Budget
 from tests.converters.sources.hub.serving import (
     IMPATIENT,
     NAME,
@@ -72,7 +70,7 @@ def test_the_pause_requested_by_a_busy_server_is_respected(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], seconds: float | None
 ) -> None:
     pauses: list[float | None] = []
-    monkeypatch.setattr(Retries, "failed", lambda self, problem, *, wait_s: pauses.append(wait_s))
+    monkeypatch.setattr(Budget, "failed", lambda self, problem, *, wait_s: pauses.append(wait_s))
     hub.faults.add("status", route="revision/", times=1, status=429, headers=headers)
     remote.open_repository(NAME, transfer=SMALL)
     assert pauses == [seconds]
@@ -228,12 +226,3 @@ def test_a_file_missing_from_the_repository_is_reported(
         with pytest.raises(SourceError, match=missing) as raised:
             plan(NAME)
     assert raised.value.reason is Reason.MISSING_FILE
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "seconds", "is_too_slow"), [(999, 1.1, True), (2000, 1.1, False), (0, 0.9, False), (10**6, 2000.0, True)]
-)
-def test_an_answer_that_trickles_is_cut_off(nbytes: int, seconds: float, is_too_slow: bool) -> None:
-    transport = Transport(NAME, token=False, transfer=Transfer(patience=Patience(timeout_s=1)))
-    with pytest.raises(Unusable) if is_too_slow else nullcontext():
-        transport.refuse_trickle(nbytes, seconds)
