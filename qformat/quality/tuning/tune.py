@@ -145,7 +145,8 @@ def tune(
         check_predicts_tokens(job.artifact, trust_remote_code=settings.trust_remote_code)
         source_digest = check_whole_source(artifact, source, trust=trust_source)
         tokenizer = load_tokenizer(job.artifact, trust_remote_code=settings.trust_remote_code)
-        everything = read_windows(list(job.data), tokenizer, length=settings.seq_len)
+        needed = settings.steps * settings.batch_size + settings.held_out
+        everything = read_windows(list(job.data), tokenizer, length=settings.seq_len, n_needed=needed)
         windows, held_out = everything.hold_out(settings.held_out)
         record = _record(settings, everything, cached=job.teacher_cache is not None)
         ready = _Ready(job, settings, artifact, source, source_digest, windows, held_out, record, device, disk, say)

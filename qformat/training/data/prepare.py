@@ -35,15 +35,12 @@ from qformat.training.data.token_cache import (
     locked,
     open_cache,
 )
-from qformat.training.data.tokenise import Tokens, own_tokenizer, tokenise
+from qformat.training.data.tokenise import Tokens, in_batches, own_tokenizer, tokenise
 from qformat.training.data.tokenised_data import TokenisedData
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-_BATCH_ROWS = 1024
-_BATCH_CHARACTERS = 4 * 2**20
 
 
 class TooLong(StrEnum):
@@ -186,7 +183,7 @@ class _Build:
 
     def examples(self, files: list[DataFile], on_rows: Callable[[int], None] | None) -> Iterator[list[Tokens]]:
         """Yield the examples of all rows, in order, a batch at a time."""
-        for batch in self._batches(files):
+        for batch in in_batches(self._rendered(files)):
             tokens = tokenise(self._backend, batch, bos_id=self._bos_id)
             kept = [example for example in map(self._fit, tokens) if example is not None]
             self._counts["rows"] += len(batch)
@@ -213,9 +210,7 @@ class _Build:
             converted=dict(self._converted),
         )
 
-    def _batches(self, files: list[DataFile]) -> Iterator[list[Rendered]]:
-        batch: list[Rendered] = []
-        n_characters = 0
+    def _rendered(self, files: list[DataFile]) -> Iterator[Rendered]:
         for row in read_rows(files, self._bad, max_line_nbytes=self._settings.max_line_nbytes):
             try:
                 rendered = self._renderer.render(row)
@@ -224,13 +219,7 @@ class _Build:
                 continue
             if row.converted_from is not None:
                 self._converted[row.converted_from] += 1
-            batch.append(rendered)
-            n_characters += len(rendered.text)
-            if len(batch) >= _BATCH_ROWS or n_characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, n_characters = [], 0
-        if batch:
-            yield batch
+            yield rendered
 
     def _fit(self, tokens: Tokens) -> Tokens | None:
         """Return an example within the limit that has trained tokens. Otherwise count the reason and return None."""
