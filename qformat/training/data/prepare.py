@@ -16,7 +16,8 @@ from qformat.artifact.digests import xxh3
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DataError, Option, UsageError
 from qformat.strict_json import Json
-from qformat.training.data.reading.read_rows import MAX_LINE_NBYTES, BadRows, read_rows
+from qformat.training.data.place import MAX_ROW_NBYTES
+from qformat.training.data.reading.read_rows import BadRows, read_rows
 from qformat.training.data.reading.sources import (
     DataFile,
     FileState,
@@ -59,14 +60,14 @@ class DataSettings:
         too_long: "truncate" keeps the first max_length tokens of a longer example, "drop" drops the example.
         loss_on: "completions" trains on completions and assistant turns, "all" on every token.
         skip_bad_lines: Whether to skip and count unusable rows instead of stopping at the first one.
-        max_line_nbytes: Largest size of a JSON line in bytes.
+        max_row_nbytes: Largest size of a row in bytes.
     """
 
     max_length: int
     too_long: TooLong | str = TooLong.TRUNCATE
     loss_on: LossOn | str = LossOn.COMPLETIONS
     skip_bad_lines: bool = False
-    max_line_nbytes: int = MAX_LINE_NBYTES
+    max_row_nbytes: int = MAX_ROW_NBYTES
 
     def __post_init__(self) -> None:
         for name, choices in (("too_long", TooLong), ("loss_on", LossOn)):
@@ -76,8 +77,8 @@ class DataSettings:
             raise UsageError(
                 f"max_length={self.max_length}: expected at least 2, because nothing predicts the first token"
             )
-        if self.max_line_nbytes < 1:
-            raise UsageError(f"max_line_nbytes={self.max_line_nbytes}: expected at least 1")
+        if self.max_row_nbytes < 1:
+            raise UsageError(f"max_row_nbytes={self.max_row_nbytes}: expected at least 1")
 
     def to_json(self) -> dict[str, Json]:
         """Return the settings as JSON."""
@@ -86,7 +87,7 @@ class DataSettings:
             "too_long": str(self.too_long),
             "loss_on": str(self.loss_on),
             "skip_bad_lines": self.skip_bad_lines,
-            "max_line_nbytes": self.max_line_nbytes,
+            "max_row_nbytes": self.max_row_nbytes,
         }
 
 
@@ -211,7 +212,7 @@ class _Build:
         )
 
     def _rendered(self, files: list[DataFile]) -> Iterator[Rendered]:
-        for row in read_rows(files, self._bad, max_line_nbytes=self._settings.max_line_nbytes):
+        for row in read_rows(files, self._bad, max_row_nbytes=self._settings.max_row_nbytes):
             try:
                 rendered = self._renderer.render(row)
             except DataError as error:
