@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError
+from qformat.named_files import read_named
 from qformat.names import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -24,6 +25,8 @@ from qformat.names import (
     TOKENIZER_MODEL_NAME,
     TOKENIZER_NAME,
 )
+
+_MAX_JSON_NBYTES = 64 * 2**20
 
 _TOKENIZER_FILES = (
     *(TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, "vocab.json", "vocab.txt", "tekken.json"),
@@ -181,7 +184,7 @@ def _json_problem(file: Path) -> str | None:
     if file.suffix != ".json":
         return None
     try:
-        json.JSONDecoder().decode(file.read_text(encoding="utf-8"))
+        json.JSONDecoder().decode(read_named(file, max_nbytes=_MAX_JSON_NBYTES).decode("utf-8"))
     except json.JSONDecodeError as problem:
         return f"is not valid JSON: {problem.msg} (line {problem.lineno}, column {problem.colno})"
     except (OSError, UnicodeDecodeError, RecursionError) as problem:

@@ -11,6 +11,7 @@ from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import KeptRecord, TensorRecord
 from qformat.artifact.reading.structure import ShardLayout, Structure
 from qformat.errors import AdapterError, ArtifactError
+from qformat.named_files import open_named, read_named
 from qformat.names import BASE_RECORD_NAME, CONFIG_NAME
 
 _MAX_NBYTES = 2**16
@@ -56,7 +57,7 @@ def read_base_record(adapter: Path) -> BaseRecord | None:
     """
     path = adapter / BASE_RECORD_NAME
     try:
-        data = path.read_bytes()
+        data = read_named(path, max_nbytes=_MAX_NBYTES)
     except FileNotFoundError:
         return None
     except OSError as problem:
@@ -81,8 +82,5 @@ def _digests_of(record: TensorRecord) -> list[str]:
 
 
 def _digest_of(path: Path) -> str:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return xxh3_of_range(descriptor, 0, os.fstat(descriptor).st_size, path=path, error=ArtifactError)
-    finally:
-        os.close(descriptor)
+    with open_named(path) as file:
+        return xxh3_of_range(file.fileno(), 0, os.fstat(file.fileno()).st_size, path=path, error=ArtifactError)
