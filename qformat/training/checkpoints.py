@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -169,12 +169,22 @@ class CheckpointFolder:
 
     def last_intact(self) -> str | None:
         """Return the name of the latest intact checkpoint, or None."""
+        found = self.intact(lambda _: None)
+        return found[0].folder.name if found else None
+
+    def intact(self, on_damage: Callable[[AdapterError], None]) -> list[Checkpoint]:
+        """Return all intact checkpoints, the latest first.
+
+        Args:
+            on_damage: Called with the error of each damaged checkpoint.
+        """
+        found = []
         for step in reversed(self.steps()):
             try:
-                return read_checkpoint(self.folder(step)).folder.name
-            except AdapterError:
-                continue
-        return None
+                found.append(read_checkpoint(self.folder(step)))
+            except AdapterError as damaged:
+                on_damage(damaged)
+        return found
 
     def _checked(self, step: int) -> Checkpoint:
         try:

@@ -129,6 +129,7 @@ def tune(
         DataError: The text cannot be used.
         UsageError: An argument is not valid, the artifact was already tuned, or it does not predict tokens.
         DivergenceError: The loss or a gradient is NaN or Inf, or the training diverges.
+        AdapterError: A checkpoint was damaged while the tuning ran.
         VerificationError: The result is not better on the held-out text.
         TargetError: `out` exists, cannot be written, or the disk is full.
     """
@@ -206,7 +207,7 @@ class _Ready:
         before = aside.measure(student)
         self.say(f"{len(self.windows)} windows of {self.settings.seq_len} tokens to tune on")
         self.say(f"{len(self.held_out)} held-out windows: {_figures(before)}")
-        first = run.resume()
+        first = run.resume(lambda damaged: self.say(f"{damaged}. Its steps are repeated"))
         if first:
             self.say(f"resuming after step {first}")
         if use_best and not first:
