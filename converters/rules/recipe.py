@@ -34,6 +34,7 @@ from qformat.converters.rules.rules import (
     module_path,
 )
 from qformat.errors import Option, UsageError, Words
+from qformat.named_files import MAX_OPTION_FILE_NBYTES, read_named
 
 _RULE_KEYS: Final = ("pattern", "action", "block_size", "double_quant")
 _N_NEAREST: Final = 3
@@ -180,7 +181,7 @@ def apply(recipe: Recipe, tensors: Sequence[TensorSpec], config: Mapping[str, ob
 
 def _read_rules(path: Path) -> tuple[Rule, ...]:
     try:
-        document = tomllib.loads(path.read_bytes().decode("utf-8"))
+        document = tomllib.loads(read_named(path, max_nbytes=MAX_OPTION_FILE_NBYTES).decode("utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot read the recipe: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -20,6 +20,7 @@ from qformat.artifact.reading.manifest_parser import parse
 from qformat.artifact.reading.regular_files import read_small
 from qformat.errors import ArtifactError, Reason, UsageError, install_extra
 from qformat.hub.reading.listing import PublishedArtifact
+from qformat.named_files import MAX_OPTION_FILE_NBYTES, read_named
 from qformat.names import MANIFEST_NAME, SIGNATURE_NAME
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def sign(digests: Mapping[str, str], name: str, key: Path) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / SIGNATURE_NAME
         try:
+            read_named(key, max_nbytes=MAX_OPTION_FILE_NBYTES)
             config = signing.Config().use_elliptic_key_signer(private_key=key)
         except (OSError, ValueError, TypeError, AttributeError) as problem:
             raise UsageError(
@@ -57,7 +59,7 @@ def sign(digests: Mapping[str, str], name: str, key: Path) -> bytes:
                 "openssl ecparam -genkey -name prime256v1 -noout -out KEY.pem"
             ) from None
         config.set_hashing_config(_known_digests(digests, name)).sign(Path(folder), written)
-        return written.read_bytes()
+        return read_named(written, max_nbytes=MAX_SIGNATURE_NBYTES)
 
 
 def public_key_of(key: Path) -> bytes:
@@ -70,7 +72,7 @@ def public_key_of(key: Path) -> bytes:
     from cryptography.hazmat.primitives import serialization
 
     try:
-        private = serialization.load_pem_private_key(key.read_bytes(), None)
+        private = serialization.load_pem_private_key(read_named(key, max_nbytes=MAX_OPTION_FILE_NBYTES), None)
     except (OSError, ValueError, TypeError) as problem:
         raise UsageError(f"{key}: is not a private key (PEM): {_reason(problem)}") from None
     public = private.public_key()
@@ -92,6 +94,7 @@ def check_signature(signature: bytes, digests: Mapping[str, str], public_key: Pa
     """
     _, verifying = _model_signing()
     try:
+        read_named(public_key, max_nbytes=MAX_OPTION_FILE_NBYTES)
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, TypeError, AttributeError) as problem:
         raise UsageError(f"{public_key}: is not a public key (PEM): {_reason(problem)}") from None

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError, Words
+from qformat.named_files import read_named
 from qformat.names import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -25,6 +26,8 @@ from qformat.names import (
     TOKENIZER_MODEL_NAME,
     TOKENIZER_NAME,
 )
+
+_MAX_NBYTES = 64 * 2**20
 
 _TOKENIZER_FILES = (
     *(TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, TOKENIZER_MODEL_NAME, "vocab.json", "vocab.txt", "tekken.json"),
@@ -233,7 +236,7 @@ def _problem_of(file: Path) -> str | None:
     if file.suffix not in (".json", ".jinja", ".txt"):
         return None
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_named(file, max_nbytes=_MAX_NBYTES).decode("utf-8")
         if file.suffix == ".json" and not isinstance(json.JSONDecoder().decode(text), dict):
             return "is not a JSON object"
     except json.JSONDecodeError as problem:

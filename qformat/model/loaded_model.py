@@ -40,6 +40,7 @@ from qformat.model.boundary import check_can_generate, generation_config_errors
 from qformat.model.build import read_config
 from qformat.model.dequantize import decode_linears
 from qformat.model.shard_tensors import TORCH_DTYPES
+from qformat.named_files import read_named
 from qformat.names import CARD_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, MANIFEST_NAME
 
 logger = logging.getLogger(__name__)
@@ -396,7 +397,7 @@ def _with_changes(file: Path, stored: dict[str, Any], now: dict[str, Any]) -> by
         return None
     text: Any = {}
     if file.is_file():
-        data = file.read_bytes()
+        data = read_named(file, max_nbytes=MAX_CONFIG_NBYTES)
         text = strict_json.loads(
             data, path=file, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True
         )

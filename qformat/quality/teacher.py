@@ -16,6 +16,7 @@ from qformat.artifact.digests import xxh3
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DivergenceError, TargetError, UsageError
+from qformat.named_files import read_named
 from qformat.quality.output_head import SplitModel, split_head
 from qformat.quality.tuning.distillation import DenseTarget, Target, TopKTarget
 
@@ -166,12 +167,14 @@ class TeacherCache:
 
     def _read(self, number: np.int64) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         path = self._path(number)
-        try:
-            data = path.read_bytes()
-        except OSError as problem:
-            raise TargetError(f"{path}: cannot be read: {problem.strerror}") from None
-        body = data[:-_DIGEST_NBYTES]
         half = 4 * self._length * self._k
+        try:
+            data = read_named(path, max_nbytes=2 * half + _DIGEST_NBYTES)
+        except OSError as problem:
+            raise TargetError(
+                f"{path}: cannot be read: {problem.strerror}. Delete it; the same command then computes it again"
+            ) from None
+        body = data[:-_DIGEST_NBYTES]
         if len(body) != 2 * half or data[-_DIGEST_NBYTES:] != self._digest(number, body):
             raise TargetError(f"{path}: is damaged. Delete it; the same command then computes it again")
         shape = (self._length, self._k)

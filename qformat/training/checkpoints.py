@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import AdapterError, ArtifactError, Option, QformatError, TargetError, UsageError, Words
+from qformat.named_files import open_named, read_named
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_NAME = "partial"
@@ -169,12 +170,22 @@ class CheckpointFolder:
 
     def last_intact(self) -> str | None:
         """Return the name of the latest intact checkpoint, or None."""
+        found = self.intact(lambda _: None)
+        return found[0].folder.name if found else None
+
+    def intact(self, on_damage: Callable[[AdapterError], None]) -> list[Checkpoint]:
+        """Return all intact checkpoints, the latest first.
+
+        Args:
+            on_damage: Called with the error of each damaged checkpoint.
+        """
+        found = []
         for step in reversed(self.steps()):
             try:
-                return read_checkpoint(self.folder(step)).folder.name
-            except AdapterError:
-                continue
-        return None
+                found.append(read_checkpoint(self.folder(step)))
+            except AdapterError as damaged:
+                on_damage(damaged)
+        return found
 
     def _checked(self, step: int) -> Checkpoint:
         try:
@@ -243,10 +254,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     path = folder / SEAL_NAME
     try:
-        seal = strict_json.loads(path.read_bytes(), path=path, max_nbytes=_MAX_SEAL_NBYTES, error=ArtifactError)
+        seal = strict_json.loads(
+            read_named(path, max_nbytes=_MAX_SEAL_NBYTES), path=path, max_nbytes=_MAX_SEAL_NBYTES, error=ArtifactError
+        )
     except FileNotFoundError:
         raise AdapterError(f"{path}: is missing: the checkpoint is not complete") from None
-    except (OSError, ArtifactError) as problem:
+    except OSError as problem:
+        raise AdapterError(f"{path}: cannot be read: {problem.strerror}") from None
+    except ArtifactError as problem:
         raise AdapterError(f"{path}: is damaged: {problem}") from None
     if not isinstance(seal, dict) or seal.pop("seal_xxh3", None) != xxh3(strict_json.dumps(seal).encode()):
         raise AdapterError(f"{path}: is damaged: its content does not match its own digest")
@@ -264,17 +279,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _check_file(path: Path, record: JsonObject) -> None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_named(path)
     except OSError as problem:
         raise AdapterError(f"{path}: cannot be read: {problem.strerror}") from None
-    try:
-        nbytes = os.fstat(descriptor).st_size
+    with file:
+        nbytes = os.fstat(file.fileno()).st_size
         if nbytes != record["nbytes"]:
             raise AdapterError(f"{path}: is damaged: found {nbytes:,} bytes, expected {record['nbytes']:,}")
-        if xxh3_of_range(descriptor, 0, nbytes, path=path, error=ArtifactError) != record["xxh3"]:
+        if xxh3_of_range(file.fileno(), 0, nbytes, path=path, error=ArtifactError) != record["xxh3"]:
             raise AdapterError(f"{path}: is damaged: its content does not match its digest")
-    finally:
-        os.close(descriptor)
 
 
 def disk_problem(error: BaseException) -> str | None:

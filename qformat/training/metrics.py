@@ -14,11 +14,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qformat import strict_json
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import ArtifactError
+from qformat.errors import ArtifactError, TargetError
 from qformat.model.memory import peak_nbytes
+from qformat.named_files import open_named
 from qformat.training.optimizer.paged_adamw import PagedAdamW
 
 METRICS_NAME = "metrics.jsonl"
+
+_MAX_LINE_NBYTES = 2**20
 
 
 class Listener(Protocol):
@@ -59,13 +62,19 @@ class MetricsFile:
         if not self._path.exists():
             return []
         lines: list[JsonObject] = []
-        for text in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = strict_json.loads(text.encode(), path=self._path, max_nbytes=2**20, error=ArtifactError)
-            except ArtifactError:
-                continue
-            if isinstance(line, dict) and isinstance(line.get("step"), int):
-                lines.append(line)
+        try:
+            with open_named(self._path) as file:
+                while text := file.readline(_MAX_LINE_NBYTES):
+                    try:
+                        line = strict_json.loads(
+                            text, path=self._path, max_nbytes=_MAX_LINE_NBYTES, error=ArtifactError
+                        )
+                    except ArtifactError:
+                        continue
+                    if isinstance(line, dict) and isinstance(line.get("step"), int):
+                        lines.append(line)
+        except OSError as problem:
+            raise TargetError(f"{self._path}: cannot be read: {problem.strerror}. Remove it") from None
         return lines
 
     def forget_all(self) -> None:

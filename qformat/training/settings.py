@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qformat.errors import Option, UsageError
+from qformat.named_files import MAX_OPTION_FILE_NBYTES, read_named
 from qformat.sizes import parse_nbytes
 from qformat.strict_json import Json
 
@@ -138,11 +139,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         UsageError: The file cannot be read, or holds an unknown setting or a value of the wrong type.
     """
     try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
+        table = tomllib.loads(read_named(path, max_nbytes=MAX_OPTION_FILE_NBYTES).decode("utf-8"))
     except OSError as problem:
         raise UsageError(f"{path}: cannot be read: {problem.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
         raise UsageError(f"{path}: is not valid TOML: {problem}") from None
     known = {item.name: item for item in fields(TrainingSettings)}
     found = {}

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from qformat.artifact.reading.side_files import is_side_file
 from qformat.errors import Reason, SourceError, install_extra
+from qformat.named_files import read_named
 from qformat.names import TOKENIZER_NAME
+
+_MAX_NBYTES = 64 * 2**20
 
 _CIRCUMSTANCES = ("is_local", "local_files_only")
 """Keys that transformers writes about this machine (whether the Hub was reachable), not about the tokenizer."""
@@ -53,4 +56,4 @@ def tokenizer_files(path: Path, *, by_architecture: bool = True) -> dict[str, by
                 next_step=f"Update transformers, {instead}",
             ) from None
         found = sorted(entry for entry in Path(folder).iterdir() if is_side_file(entry.name))
-        return {entry.name: entry.read_bytes() for entry in found}
+        return {entry.name: read_named(entry, max_nbytes=_MAX_NBYTES) for entry in found}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qformat.errors import Option, TargetError
+from qformat.named_files import open_named
 from qformat.names import INDEX_NAME, MANIFEST_NAME
 from qformat.strict_json import Json
 
@@ -96,7 +97,8 @@ def _inode_and_index(folder: Path) -> Json:
 
 def _sha256_of(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with open_named(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except (FileNotFoundError, NotADirectoryError):
         return None
 

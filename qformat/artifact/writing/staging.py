@@ -26,13 +26,16 @@ from pathlib import Path
 
 from qformat import strict_json
 from qformat.artifact.digests import xxh3
+from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk, allocated_nbytes
 from qformat.artifact.writing.output_kind import ARTIFACT, OutputKind, check_target, holds_something
 from qformat.errors import ArtifactError, InvalidFileError, Option, TargetError
+from qformat.named_files import read_named
 from qformat.names import PARTIAL_SUFFIX
 
 _MAX_LINE_NBYTES = 2**20
+_MAX_JOURNAL_NBYTES = 2 * MAX_MANIFEST_NBYTES  # a journal has the records of a manifest, and a digest for each
 _LOCK_ATTEMPTS = 100
 
 
@@ -250,7 +253,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 def _read_journal(path: Path) -> tuple[list[JsonObject], int]:
     """Return the entries of a journal before the first damaged or incomplete line, and their size in bytes."""
     try:
-        data = path.read_bytes()
+        data = read_named(path, max_nbytes=_MAX_JOURNAL_NBYTES)
     except FileNotFoundError:
         return [], 0
     except OSError as problem:

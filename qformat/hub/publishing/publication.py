@@ -19,6 +19,7 @@ from qformat.artifact.reading.regular_files import read_if_regular, read_small
 from qformat.artifact.writing.manifest_edits import with_files
 from qformat.errors import ArtifactError
 from qformat.hub.reading.repository import RemoteFile, git_blob_oid
+from qformat.named_files import read_named
 from qformat.names import CARD_NAME, MANIFEST_NAME, SIGNATURE_NAME
 
 
@@ -54,7 +55,7 @@ class PublishedFile:
             return False
         if remote.sha256 is not None:
             return remote.sha256 == self.sha256
-        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        data = self.content if isinstance(self.content, bytes) else read_named(self.content, max_nbytes=self.nbytes)
         return git_blob_oid(data) == remote.oid
 
 

@@ -100,7 +100,8 @@ def _windows(source: Path, decoder: Decoder, settings: CalibrationSettings) -> T
     count = settings.tokens // length
     if count == 0:
         raise UsageError(f"{settings.tokens} calibration tokens: expected at least {length}, the length of one window")
-    windows = read_windows(settings.data, _tokenizer(source), length=length).sample(count, seed=SEED)
+    everything = read_windows(settings.data, _tokenizer(source), length=length, n_needed=count)
+    windows = everything.sample(count, seed=SEED)
     vocabulary = decoder.model.get_input_embeddings().num_embeddings
     if windows.ids.max() >= vocabulary:
         raise SourceError(

@@ -229,13 +229,13 @@ def _read_texts(
         raise UsageError(
             f"{first}: has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Copy these files from its source"
         )
-    read = [read_windows(text, tokenizers[first], length=length) for text in texts]
+    read = [read_windows(text, tokenizers[first], length=length, n_needed=n_windows) for text in texts]
     spelled = own_tokenizer(tokenizers[first]).to_str()
     for folder, tokenizer in tokenizers.items():
         if own_tokenizer(tokenizer).to_str() == spelled:
             continue
         for text, windows in zip(texts, read, strict=True):
-            other = read_windows(text, tokenizer, length=length)
+            other = read_windows(text, tokenizer, length=length, n_needed=n_windows)
             if other.ids.shape != windows.ids.shape or (other.ids != windows.ids).any():
                 raise UsageError(
                     f"{folder}: its tokenizer splits {windows.name} into other tokens than the tokenizer of {first}, "

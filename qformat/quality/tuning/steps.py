@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qformat.artifact.manifest import JsonObject
-from qformat.errors import DivergenceError, Option, Words
+from qformat.errors import AdapterError, DivergenceError, Option, Words
 from qformat.model.loaded_model import check_unchanged
 from qformat.model.memory import peak_nbytes
 from qformat.quality.output_head import SplitModel
@@ -30,7 +30,7 @@ from qformat.quality.tuning.distillation import Closeness, Target, distil, measu
 from qformat.quality.tuning.settings import TuningSettings
 from qformat.quality.tuning.tunable import TunableModel
 from qformat.quality.windows import TokenWindows
-from qformat.training.checkpoints import SEAL_NAME, Checkpoint, CheckpointFolder, restoring
+from qformat.training.checkpoints import SEAL_NAME, Checkpoint, CheckpointFolder, read_checkpoint, restoring
 
 STATE_NAME = "tuning.safetensors"
 BETAS = (0.9, 0.95)
@@ -178,18 +178,21 @@ class TuningRun:
         self.history = History()
         self.measured: dict[int, Closeness] = {}
 
-    def resume(self) -> int:
-        """Restore the last checkpoint, if there is one, and return the number of completed steps.
+    def resume(self, on_damage: Callable[[AdapterError], None]) -> int:
+        """Restore the last intact checkpoint, whose best checkpoint must be intact, too.
 
-        Raises:
-            AdapterError: The checkpoint is damaged.
+        Args:
+            on_damage: Called with the error of each damaged checkpoint.
+
+        Returns:
+            The number of completed steps, 0 if there is no such checkpoint.
         """
-        steps = self._checkpoints.steps()
-        if not steps:
-            return 0
-        checkpoint = self._checkpoints.find(f"checkpoint-{steps[-1]}")
-        self._restore(checkpoint, with_optimizer=True)
-        return checkpoint.step
+        intact = {checkpoint.step: checkpoint for checkpoint in self._checkpoints.intact(on_damage)}
+        for step, checkpoint in intact.items():
+            if _history(checkpoint.facts).best() in intact:
+                self._restore(checkpoint, with_optimizer=True)
+                return step
+        return 0
 
     def run(self, first: int, before: Closeness, on_step: Callable[[StepLine], None]) -> None:
         """Run the remaining steps.
@@ -229,9 +232,17 @@ class TuningRun:
                 self._checkpoint(step + 1, self._held_out.measure(self._student))
 
     def bring_back_best(self) -> tuple[int, Closeness]:
-        """Restore the checkpoint with the smallest held-out KL, and return its step and closeness."""
+        """Restore the checkpoint with the smallest held-out KL, and return its step and closeness.
+
+        Raises:
+            AdapterError: It was damaged during this run.
+        """
         best = self.history.best()
-        self._restore(self._checkpoints.find(f"checkpoint-{best}"), with_optimizer=False)
+        try:
+            checkpoint = read_checkpoint(self._checkpoints.folder(best))
+        except AdapterError as damaged:
+            raise AdapterError(f"{damaged}. Run the same command again: it repeats the steps that are lost") from None
+        self._restore(checkpoint, with_optimizer=False)
         return best, self.measured.get(best) or self._held_out.measure(self._student)
 
     def _checkpoint(self, step: int, closeness: Closeness) -> None:
@@ -239,6 +250,7 @@ class TuningRun:
         if not math.isfinite(kl):
             raise self._stopped(step, f"the KL on held-out windows is {kl}")
         check_unchanged(self._tunable.model)
+        before = {max(map(int, self.history.held_out)), self.history.best()} if self.history.held_out else set()
         self.history.held_out[str(step)] = kl
         self.measured[step] = closeness
         states = {}
@@ -250,7 +262,7 @@ class TuningRun:
         facts: JsonObject = asdict(self.history)  # JSON preserves floats exactly
         with self._checkpoints.writing(step, facts) as folder:
             save_file({name: tensor.cpu().contiguous() for name, tensor in states.items()}, folder / STATE_NAME)
-        self._checkpoints.keep_only({step, self.history.best()})
+        self._checkpoints.keep_only({step, self.history.best()} | before)  # in case that this one gets damaged
 
     def _restore(self, checkpoint: Checkpoint, *, with_optimizer: bool) -> None:
         with torch.no_grad(), restoring(checkpoint.folder / STATE_NAME):

@@ -131,6 +131,7 @@ def tune(
         DataError: The text cannot be used.
         UsageError: An argument is not valid, the artifact was already tuned, or it does not predict tokens.
         DivergenceError: The loss or a gradient is NaN or Inf, or the training diverges.
+        AdapterError: A checkpoint was damaged while the tuning ran.
         VerificationError: The result is not better on the held-out text.
         TargetError: `out` exists, cannot be written, or the disk is full.
     """
@@ -148,7 +149,8 @@ def tune(
         check_predicts_tokens(job.artifact, trust_remote_code=settings.trust_remote_code)
         source_digest = check_whole_source(artifact, source, trust=trust_source)
         tokenizer = load_tokenizer(job.artifact, trust_remote_code=settings.trust_remote_code)
-        everything = read_windows(list(job.data), tokenizer, length=settings.seq_len)
+        needed = settings.steps * settings.batch_size + settings.held_out
+        everything = read_windows(list(job.data), tokenizer, length=settings.seq_len, n_needed=needed)
         windows, held_out = everything.hold_out(settings.held_out)
         record = _record(settings, everything, cached=job.teacher_cache is not None)
         ready = _Ready(job, settings, artifact, source, source_digest, windows, held_out, record, device, disk, say)
@@ -209,7 +211,7 @@ class _Ready:
         before = aside.measure(student)
         self.say(f"{len(self.windows)} windows of {self.settings.seq_len} tokens to tune on")
         self.say(f"{len(self.held_out)} held-out windows: {_figures(before)}")
-        first = run.resume()
+        first = run.resume(lambda damaged: self.say(f"{damaged}. Its steps are repeated"))
         if first:
             self.say(f"resuming after step {first}")
         if use_best and not first:

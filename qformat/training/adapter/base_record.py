@@ -12,6 +12,7 @@ from qformat.artifact.manifest import KeptRecord, TensorRecord
 from qformat.artifact.reading.structure import ShardLayout, Structure
 from qformat.artifact.sources.source_files import read_source_file
 from qformat.errors import AdapterError, ArtifactError
+from qformat.named_files import open_named
 from qformat.names import BASE_RECORD_NAME, CONFIG_NAME
 
 _MAX_NBYTES = 2**16
@@ -79,8 +80,5 @@ def _digests_of(record: TensorRecord) -> list[str]:
 
 
 def _digest_of(path: Path) -> str:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return xxh3_of_range(descriptor, 0, os.fstat(descriptor).st_size, path=path, error=ArtifactError)
-    finally:
-        os.close(descriptor)
+    with open_named(path) as file:
+        return xxh3_of_range(file.fileno(), 0, os.fstat(file.fileno()).st_size, path=path, error=ArtifactError)

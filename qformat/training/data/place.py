@@ -13,6 +13,10 @@ from qformat.strict_json import Json
 
 CORRECT_IT = "Correct it"
 
+MAX_ROW_NBYTES = 16 * 2**20
+"""Largest size of a row in bytes, in every format: room for several million words. Without a limit, a file that has no
+line breaks would be read into memory as a single line."""
+
 
 class BadRow(StrEnum):
     """Reason why a row cannot be used. The values are stable, because statistics count by them."""
@@ -56,6 +60,23 @@ class Place:
             DataError: Always.
         """
         raise DataError(reason, self.path, problem, place=f"{self.unit} {self.number}", next_step=next_step) from None
+
+
+def refuse_large(place: Place, max_nbytes: int) -> NoReturn:
+    """Raise the DataError for a row beyond the limit.
+
+    Args:
+        place: Origin of the row.
+        max_nbytes: Largest size of a row in bytes.
+
+    Raises:
+        DataError: Always.
+    """
+    place.refuse(
+        BadRow.TOO_LARGE,
+        f"is longer than {max_nbytes:,} bytes, the limit of a row",
+        next_step="Divide it into several rows",
+    )
 
 
 def json_in_string(value: str, name: str, place: Place) -> Json:

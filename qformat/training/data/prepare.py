@@ -16,7 +16,8 @@ from qformat.artifact.digests import xxh3
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DataError, Option, UsageError
 from qformat.strict_json import Json
-from qformat.training.data.reading.read_rows import MAX_LINE_NBYTES, BadRows, read_rows
+from qformat.training.data.place import MAX_ROW_NBYTES
+from qformat.training.data.reading.read_rows import BadRows, read_rows
 from qformat.training.data.reading.sources import (
     DataFile,
     FileState,
@@ -35,15 +36,12 @@ from qformat.training.data.token_cache import (
     locked,
     open_cache,
 )
-from qformat.training.data.tokenise import Tokens, own_tokenizer, tokenise
+from qformat.training.data.tokenise import Tokens, in_batches, own_tokenizer, tokenise
 from qformat.training.data.tokenised_data import TokenisedData
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
-
-_BATCH_ROWS = 1024
-_BATCH_CHARACTERS = 4 * 2**20
 
 
 class TooLong(StrEnum):
@@ -62,14 +60,14 @@ class DataSettings:
         too_long: "truncate" keeps the first max_length tokens of a longer example, "drop" drops the example.
         loss_on: "completions" trains on completions and assistant turns, "all" on every token.
         skip_bad_lines: Whether to skip and count unusable rows instead of stopping at the first one.
-        max_line_nbytes: Largest size of a JSON line in bytes.
+        max_row_nbytes: Largest size of a row in bytes.
     """
 
     max_length: int
     too_long: TooLong | str = TooLong.TRUNCATE
     loss_on: LossOn | str = LossOn.COMPLETIONS
     skip_bad_lines: bool = False
-    max_line_nbytes: int = MAX_LINE_NBYTES
+    max_row_nbytes: int = MAX_ROW_NBYTES
 
     def __post_init__(self) -> None:
         for name, choices in (("too_long", TooLong), ("loss_on", LossOn)):
@@ -79,8 +77,8 @@ class DataSettings:
             raise UsageError(
                 f"max_length={self.max_length}: expected at least 2, because nothing predicts the first token"
             )
-        if self.max_line_nbytes < 1:
-            raise UsageError(f"max_line_nbytes={self.max_line_nbytes}: expected at least 1")
+        if self.max_row_nbytes < 1:
+            raise UsageError(f"max_row_nbytes={self.max_row_nbytes}: expected at least 1")
 
     def to_json(self) -> dict[str, Json]:
         """Return the settings as JSON."""
@@ -89,7 +87,7 @@ class DataSettings:
             "too_long": str(self.too_long),
             "loss_on": str(self.loss_on),
             "skip_bad_lines": self.skip_bad_lines,
-            "max_line_nbytes": self.max_line_nbytes,
+            "max_row_nbytes": self.max_row_nbytes,
         }
 
 
@@ -186,7 +184,7 @@ class _Build:
 
     def examples(self, files: list[DataFile], on_rows: Callable[[int], None] | None) -> Iterator[list[Tokens]]:
         """Yield the examples of all rows, in order, a batch at a time."""
-        for batch in self._batches(files):
+        for batch in in_batches(self._rendered(files)):
             tokens = tokenise(self._backend, batch, bos_id=self._bos_id)
             kept = [example for example in map(self._fit, tokens) if example is not None]
             self._counts["rows"] += len(batch)
@@ -213,10 +211,8 @@ class _Build:
             converted=dict(self._converted),
         )
 
-    def _batches(self, files: list[DataFile]) -> Iterator[list[Rendered]]:
-        batch: list[Rendered] = []
-        n_characters = 0
-        for row in read_rows(files, self._bad, max_line_nbytes=self._settings.max_line_nbytes):
+    def _rendered(self, files: list[DataFile]) -> Iterator[Rendered]:
+        for row in read_rows(files, self._bad, max_row_nbytes=self._settings.max_row_nbytes):
             try:
                 rendered = self._renderer.render(row)
             except DataError as error:
@@ -224,13 +220,7 @@ class _Build:
                 continue
             if row.converted_from is not None:
                 self._converted[row.converted_from] += 1
-            batch.append(rendered)
-            n_characters += len(rendered.text)
-            if len(batch) >= _BATCH_ROWS or n_characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, n_characters = [], 0
-        if batch:
-            yield batch
+            yield rendered
 
     def _fit(self, tokens: Tokens) -> Tokens | None:
         """Return an example within the limit that has trained tokens. Otherwise count the reason and return None."""

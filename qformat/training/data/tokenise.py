@@ -7,6 +7,7 @@ last characters belong to the span.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,10 @@ from qformat.training.data.render import Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_BATCH_ROWS = 1024
+_BATCH_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,20 @@ def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     copy.no_truncation()
     copy.no_padding()
     return copy
+
+
+def in_batches(texts: Iterable[Rendered]) -> Iterator[list[Rendered]]:
+    """Yield texts in batches that use all cores and little memory. No batch is empty."""
+    batch: list[Rendered] = []
+    n_characters = 0
+    for rendered in texts:
+        batch.append(rendered)
+        n_characters += len(rendered.text)
+        if len(batch) >= _BATCH_ROWS or n_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch
 
 
 def tokenise(tokenizer: Tokenizer, batch: list[Rendered], *, bos_id: int | None) -> list[Tokens]:

@@ -169,9 +169,9 @@ def test_a_line_beyond_the_limit_is_rejected_without_being_read(
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "x" * 5000}) + "\n" + json.dumps({"text": "pages move"}) + "\n")
-    with pytest.raises(DataError, match="line 1: is longer than 1000 bytes"):
-        prepared(path, tokenizer, max_line_nbytes=1000)
-    assert len(prepared(path, tokenizer, max_line_nbytes=1000, skip_bad_lines=True)) == 1
+    with pytest.raises(DataError, match="line 1: is longer than 1,000 bytes"):
+        prepared(path, tokenizer, max_row_nbytes=1000)
+    assert len(prepared(path, tokenizer, max_row_nbytes=1000, skip_bad_lines=True)) == 1
 
 
 def test_an_example_beyond_the_limit_is_truncated_or_dropped_and_counted(

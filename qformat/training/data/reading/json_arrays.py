@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from qformat.training.data.place import BadRow, Place
+from qformat.strict_json import MIN_NBYTES_PER_VALUE
+from qformat.training.data.place import BadRow, Place, refuse_large
 
 _READ_CHARACTERS = 2**20
 _SPACES = " \t\r\n"
+
+# Possessive quantifiers save memory: a greedy loop would need about 100 bytes for every character of a string.
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+(?P<end>"?)|[\[\]{}]', re.DOTALL)
+_END_OF_SCALAR = re.compile(r"[\s,\[\]{}]")
+_DEPTH = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 def is_array(path: Path) -> bool:
@@ -21,12 +27,12 @@ def is_array(path: Path) -> bool:
     return start.removeprefix(BOM_UTF8).lstrip()[:1] == b"["
 
 
-def array_entries(path: Path, max_entry_nbytes: int) -> Iterator[tuple[Place, bytes]]:
+def array_entries(path: Path, max_row_nbytes: int) -> Iterator[tuple[Place, bytes]]:
     """Yield the place and the JSON text of every entry.
 
     Args:
         path: File that holds one JSON array.
-        max_entry_nbytes: Largest size of an entry in bytes.
+        max_row_nbytes: Largest size of an entry in bytes.
 
     Yields:
         The place of the entry and its text, which need not be strict JSON.
@@ -36,7 +42,7 @@ def array_entries(path: Path, max_entry_nbytes: int) -> Iterator[tuple[Place, by
     """
     # Bytes that are not UTF-8 pass through, so that the entry with them is rejected.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        text = _Text(file, path, max_entry_nbytes)
+        text = _Text(file, path, max_row_nbytes)
         number = 1
         text.expect("[", number)
         if text.next_is("]"):
@@ -67,7 +73,6 @@ class _Text:
         self._limit = limit
         self._held = ""
         self._position = 0
-        self._decoder = json.JSONDecoder()
 
     def next_is(self, mark: str) -> bool:
         """Return whether a character follows, after spaces. The empty string stands for the end."""
@@ -85,26 +90,43 @@ class _Text:
         self._position += len(mark)
 
     def entry(self, number: int) -> bytes:
-        """Pass over a value and return its text."""
-        self.next_is("")
+        """Pass over a value and return its text. The value itself is not built, which could need much more memory."""
+        if self.next_is("") or self._held[self._position] in "]},:":
+            self._refuse(number, "expected a value")
+        is_scalar = self._held[self._position] not in '"[{'
+        stop = self._end_of_scalar(number) if is_scalar else self._end_of_value(number)
+        if stop - self._position > self._limit:
+            refuse_large(Place(self._path, "entry", number), self._limit)
+        found = self._held[self._position : stop]
+        self._position = stop
+        return found.encode("utf-8", errors="surrogateescape")
+
+    def _end_of_scalar(self, number: int) -> int:
+        while (found := _END_OF_SCALAR.search(self._held, self._position)) is None:
+            if not self._read_more_of_entry(number):
+                return len(self._held)
+        return found.start()
+
+    def _end_of_value(self, number: int) -> int:
+        depth = n_brackets = done = 0
         while True:
-            try:
-                _, stop = self._decoder.raw_decode(self._held, self._position)
-            except json.JSONDecodeError as problem:
-                if len(self._held) - self._position > self._limit:
-                    Place(self._path, "entry", number).refuse(
-                        BadRow.TOO_LARGE, f"is longer than {self._limit} bytes, the limit of an entry"
-                    )
-                if not self._read_more():
-                    self._refuse(number, problem.msg)
-            except RecursionError:
-                self._refuse(number, "the values are nested too deeply")
-            else:
-                # A number may continue in the next part of the file.
-                if stop < len(self._held) or not self._read_more():
-                    found = self._held[self._position : stop]
-                    self._position = stop
-                    return found.encode("utf-8", errors="surrogateescape")
+            for mark in _STRING_OR_BRACKET.finditer(self._held, self._position + done):
+                if mark["end"] == "":  # the string continues in the next part of the file
+                    break
+                done = mark.end() - self._position
+                depth += _DEPTH.get(mark[0], 0)
+                if depth == 0:
+                    return mark.end()
+                n_brackets += 1
+                if n_brackets * MIN_NBYTES_PER_VALUE > 2 * max(self._limit, 2**16):
+                    Place(self._path, "entry", number).refuse(BadRow.TOO_LARGE, "has too many lists and objects")
+            if not self._read_more_of_entry(number):
+                self._refuse(number, "the file ends inside this entry")
+
+    def _read_more_of_entry(self, number: int) -> bool:
+        if len(self._held) - self._position > self._limit:
+            refuse_large(Place(self._path, "entry", number), self._limit)
+        return self._read_more()
 
     def _read_more(self) -> bool:
         rest = self._held[self._position :]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from qformat.errors import DataError, Option
 from qformat.strict_json import Json
-from qformat.training.data.place import BadRow, Place
+from qformat.training.data.place import MAX_ROW_NBYTES, BadRow, Place, refuse_large
+from qformat.training.data.reading.columns import record_batches
 from qformat.training.data.reading.json_arrays import array_entries, is_array
 from qformat.training.data.reading.sources import DataFile, FileKind
 from qformat.training.data.rows import FIELDS, Row, parse_fields, parse_line
@@ -18,11 +19,6 @@ from qformat.training.data.rows import FIELDS, Row, parse_fields, parse_line
 if TYPE_CHECKING:
     import pyarrow
 
-MAX_LINE_NBYTES = 16 * 2**20
-"""Largest size of one line: room for several million words. Without a limit, a file that has no line breaks would be
-read into memory as a single line."""
-
-_ROWS_AT_A_TIME = 1024
 _SKIP_NBYTES = 2**20
 
 
@@ -46,13 +42,13 @@ class BadRows:
         self.counts[error.reason] += 1
 
 
-def read_rows(files: list[DataFile], bad: BadRows, *, max_line_nbytes: int = MAX_LINE_NBYTES) -> Iterator[Row]:
+def read_rows(files: list[DataFile], bad: BadRows, *, max_row_nbytes: int = MAX_ROW_NBYTES) -> Iterator[Row]:
     """Yield the rows of all files in order.
 
     Args:
         files: Files to read.
         bad: Decides what happens with unusable rows.
-        max_line_nbytes: Largest size of a JSON line or of an entry of a JSON array in bytes.
+        max_row_nbytes: Largest size of a row in bytes.
 
     Yields:
         The rows that can be used.
@@ -62,24 +58,24 @@ def read_rows(files: list[DataFile], bad: BadRows, *, max_line_nbytes: int = MAX
     """
     for file in files:
         if file.kind is FileKind.JSON and is_array(file.path):
-            yield from _json_array(file.path, bad, max_line_nbytes)
+            yield from _json_array(file.path, bad, max_row_nbytes)
         elif file.kind in (FileKind.JSON, FileKind.JSON_LINES):
-            yield from _json_lines(file.path, bad, max_line_nbytes)
+            yield from _json_lines(file.path, bad, max_row_nbytes)
         else:
-            yield from _columns(file, bad)
+            yield from _columns(file, bad, max_row_nbytes)
 
 
-def _json_lines(path: Path, bad: BadRows, max_line_nbytes: int) -> Iterator[Row]:
+def _json_lines(path: Path, bad: BadRows, max_row_nbytes: int) -> Iterator[Row]:
     with path.open("rb") as lines:
         number = 0
-        while line := lines.readline(max_line_nbytes + 1):
+        while line := lines.readline(max_row_nbytes + 1):
             number += 1
             place = Place(path, "line", number)
             try:
-                if len(line.rstrip(b"\r\n")) > max_line_nbytes or (len(line) > max_line_nbytes and line[-1:] != b"\n"):
+                if len(line.rstrip(b"\r\n")) > max_row_nbytes or (len(line) > max_row_nbytes and line[-1:] != b"\n"):
                     while line and line[-1:] != b"\n":
                         line = lines.readline(_SKIP_NBYTES)
-                    place.refuse(BadRow.TOO_LARGE, f"is longer than {max_line_nbytes} bytes, the limit of a line")
+                    refuse_large(place, max_row_nbytes)
                 row = parse_line(line.removeprefix(BOM_UTF8) if number == 1 else line, place)
             except DataError as error:
                 bad.refuse(error)
@@ -87,8 +83,8 @@ def _json_lines(path: Path, bad: BadRows, max_line_nbytes: int) -> Iterator[Row]
                 yield row
 
 
-def _json_array(path: Path, bad: BadRows, max_entry_nbytes: int) -> Iterator[Row]:
-    for place, text in array_entries(path, max_entry_nbytes):
+def _json_array(path: Path, bad: BadRows, max_row_nbytes: int) -> Iterator[Row]:
+    for place, text in array_entries(path, max_row_nbytes):
         try:
             row = parse_line(text, place)
         except DataError as error:
@@ -97,9 +93,9 @@ def _json_array(path: Path, bad: BadRows, max_entry_nbytes: int) -> Iterator[Row
             yield row
 
 
-def _columns(file: DataFile, bad: BadRows) -> Iterator[Row]:
+def _columns(file: DataFile, bad: BadRows, max_row_nbytes: int) -> Iterator[Row]:
     number = 0
-    for batch in _record_batches(file):
+    for batch in record_batches(file, max_row_nbytes):
         names = [name for name in FIELDS if name in batch.schema.names]
         if not names:
             raise DataError(
@@ -120,10 +116,13 @@ def _columns(file: DataFile, bad: BadRows) -> Iterator[Row]:
                 next_step="Rename or remove one of them",
             )
         wanted = batch.select(names)
+        may_be_large = wanted.nbytes > max_row_nbytes
         for index in range(batch.num_rows):
             number += 1
             place = Place(file.path, "row", number)
             try:
+                if may_be_large and wanted.slice(index, 1).nbytes > max_row_nbytes:
+                    refuse_large(place, max_row_nbytes)
                 row = parse_fields(_fields(wanted, index, place), place)
             except DataError as error:
                 bad.refuse(error)
@@ -138,31 +137,3 @@ def _fields(batch: pyarrow.RecordBatch, index: int, place: Place) -> dict[str, J
         place.refuse(BadRow.NOT_UTF8, f"has a string that is not valid UTF-8 (byte {broken.start})")
     except (ValueError, OverflowError) as problem:  # for example a date beyond the years that Python supports
         place.refuse(BadRow.WRONG_TYPE, f"has a value that Python cannot represent: {problem}")
-
-
-def _record_batches(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        if file.kind is FileKind.PARQUET:
-            with pyarrow.parquet.ParquetFile(file.path) as parquet:
-                # Select the columns: otherwise a column of images would be read as well.
-                wanted = [name for name in parquet.schema_arrow.names if name in FIELDS]
-                yield from parquet.iter_batches(_ROWS_AT_A_TIME, columns=wanted or None)
-        else:
-            with pyarrow.memory_map(str(file.path)) as mapped, pyarrow.ipc.open_stream(mapped) as batches:
-                for batch in batches:
-                    # Arrow does not check the offsets in its files: a damaged one would crash the process.
-                    batch.validate(full=True)
-                    for start in range(0, batch.num_rows, _ROWS_AT_A_TIME):
-                        yield batch.slice(start, _ROWS_AT_A_TIME)
-    except (pyarrow.ArrowException, OSError) as problem:
-        first = str(problem).partition("\n")[0]
-        raise DataError(
-            BadRow.DAMAGED_FILE,
-            file.path,
-            f"cannot be read as {file.kind.value}: {first}",
-            place=None,
-            next_step="Download or write the file again",
-        ) from problem

@@ -181,7 +181,9 @@ def _local_files(path: Path) -> list[DataFile]:
     if not path.exists():
         raise UsageError(f"{path}: does not exist. Check the path; a Hub dataset is given as owner/name")
     if not path.is_file():
-        raise UsageError(f"{path}: is not a regular file. Copy the data to a file first")
+        raise UsageError(
+            f"{path}: is not a regular file, and data are read more than once. Write the data to a file first"
+        )
     if path.suffix not in _KINDS:
         raise UsageError(f"{path}: the name must end in one of {', '.join(_KINDS)}. Convert or rename the file")
     return [DataFile(path, _KINDS[path.suffix])]

@@ -23,7 +23,7 @@ ROWS: list[dict[str, Any]] = [
 
 def read(path: Path, *, skip: bool = False, limit: int = 2**20) -> tuple[list[Content], BadRows]:
     bad = BadRows(skip=skip)
-    return [row.content for row in read_rows(find_files(path), bad, max_line_nbytes=limit)], bad
+    return [row.content for row in read_rows(find_files(path), bad, max_row_nbytes=limit)], bad
 
 
 @pytest.mark.parametrize("indent", [None, 0, 2])
