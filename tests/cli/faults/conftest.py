@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from qformat.converters.export import export
+from tests.cli.faults.rehearsed import Rehearsed
+from tests.cli.faults.table import FORMS
 from tests.hub_stand_in import Hub, point_here, running
 from tests.one_thread import one_thread
 from tests.quality import models
@@ -40,6 +42,12 @@ def hub(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         hub.add_folder("owner/nf4", given / "nf4")
         yield hub
         close_session()
+
+
+@pytest.fixture
+def rehearsed(request: pytest.FixtureRequest, hub: Hub, given: Path, tmp_path: Path) -> Rehearsed:
+    """A form of a command by its name in the table."""
+    return Rehearsed(FORMS[request.param], given, tmp_path)
 
 
 @pytest.fixture(autouse=True)

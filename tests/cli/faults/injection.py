@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,3 +87,18 @@ def _as_call(disk: Interceptor, path: str, write: Callable[..., Any]) -> Callabl
         return disk.intercept(path, (lambda: write(*arguments, **named),))
 
     return call
+
+
+class Meanwhile(Interceptor):
+    """A disk on which something else happens before the k-th call."""
+
+    def __init__(self, k: int, happens: Callable[[], None]) -> None:
+        super().__init__()
+        self._k = k
+        self._happens = happens
+
+    def intercept(self, name: str, arguments: tuple[object, ...]) -> object:
+        if self.n_calls == self._k and threading.current_thread() is threading.main_thread():
+            self._k = -1
+            self._happens()
+        return super().intercept(name, arguments)

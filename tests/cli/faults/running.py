@@ -34,6 +34,12 @@ class Outcome:
     code: int | None
     told: str
 
+    @property
+    def error(self) -> str:
+        """The only line that reports an error."""
+        (line,) = [line for line in self.told.splitlines() if line.startswith("Error: ")]
+        return line
+
 
 class Case:
     """A folder in which a form of a command runs, once or several times.

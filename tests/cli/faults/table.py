@@ -5,7 +5,7 @@ A new command belongs in `FORMS` or in `READING`; `test_table.py` fails until it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -35,8 +35,8 @@ class Form:
         loads_model: The command imports torch, and its checkpoints are written by other libraries.
         resumes: Option of the second run if the first has left files that match a pattern.
         work: Functions that must not run if the output cannot be written, because they take minutes.
+        takes_seconds: A run takes a second or more, so that the slow tests give each call only one of the faults.
         n_fast: Number of places of a fault in the fast tests.
-        elsewhere: Faults that other tests cover, with the path and name of a test.
     """
 
     arguments: str
@@ -45,8 +45,8 @@ class Form:
     loads_model: bool = False
     resumes: tuple[str, str] | None = None
     work: tuple[str, ...] = ()
+    takes_seconds: bool = False
     n_fast: int = 12
-    elsewhere: dict[Fault, str] = field(default_factory=dict)
 
     @property
     def command(self) -> str:
@@ -63,7 +63,9 @@ _EVALUATE = "qformat.quality.evaluation.evaluate.evaluate"
 FORMS = {
     "convert": Form("convert {given}/source out --no-model-check --workers 1", "out"),
     "convert, several threads": Form("convert {given}/source out --no-model-check --workers 3", "out"),
-    "convert --force": Form("convert {given}/source nf4 --no-model-check --block-size 128 --force", "nf4", copies=("nf4",)),
+    "convert --force": Form(
+        "convert {given}/source nf4 --no-model-check --block-size 128 --force", "nf4", copies=("nf4",)
+    ),
     "convert --calibrate": Form(
         "convert {given}/source out --no-model-check --calibrate {given}/text.txt --calibration-tokens 128",
         "out",
@@ -75,7 +77,11 @@ FORMS = {
     "export --force": Form("export {given}/nf4 plain --to fp16 --force", "plain", copies=("plain",)),
     "tune": Form(_TUNE, "out", loads_model=True, n_fast=6, work=("qformat.quality.tuning.steps.TuningRun.run",)),
     "tune --teacher-cache": Form(
-        _TUNE + " --teacher-cache cache", "out", loads_model=True, n_fast=3, work=("qformat.quality.tuning.steps.TuningRun.run",)
+        _TUNE + " --teacher-cache cache",
+        "out",
+        loads_model=True,
+        n_fast=3,
+        work=("qformat.quality.tuning.steps.TuningRun.run",),
     ),
     "train": Form(
         "train {given}/nf4 out --data {given}/examples.jsonl --max-steps 2 --batch-size 2 --grad-accum 1 --seq-len 32 "
