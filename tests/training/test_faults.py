@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from qformat.errors import TargetError
 from qformat.training import checkpoints
 from qformat.training.result import TrainingResult
 from tests.repository import ROOT
-from tests.standstill import GUARD_S, wait_until_held
+from tests.standstill import wait_until_held
 from tests.training import runs
 
 SCRIPT = """

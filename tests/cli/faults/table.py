@@ -17,6 +17,7 @@ class Fault(StrEnum):
     FULL = "the disk is full"
     BROKEN = "the disk reports an error"
     SHORT_WRITE = "the disk accepts half of a write"
+    NO_WRITE = "the disk accepts no more bytes and reports no error"
     SECOND_WRITER = "another process runs the same command"
     READ_ONLY = "the folder is read-only"
 
@@ -58,6 +59,7 @@ _TUNE = (
     "--held-out 2 --save-every 1 --device cpu --accept-worse"
 )
 _EVAL = "eval {artifact} --source {given}/source --data {given}/text.txt --windows 2 --seq-len 32 --device cpu"
+_TUNING = "qformat.quality.tuning.steps.TuningRun.run"
 _EVALUATE = "qformat.quality.evaluation.evaluate.evaluate"
 
 FORMS = {
@@ -75,13 +77,9 @@ FORMS = {
     "convert from the Hub": Form("convert owner/source out --no-model-check", "out"),
     "export": Form("export {given}/nf4 out --to bf16 --workers 1", "out"),
     "export --force": Form("export {given}/nf4 plain --to fp16 --force", "plain", copies=("plain",)),
-    "tune": Form(_TUNE, "out", loads_model=True, n_fast=6, work=("qformat.quality.tuning.steps.TuningRun.run",)),
+    "tune": Form(_TUNE, "out", loads_model=True, takes_seconds=True, n_fast=6, work=(_TUNING,)),
     "tune --teacher-cache": Form(
-        _TUNE + " --teacher-cache cache",
-        "out",
-        loads_model=True,
-        n_fast=3,
-        work=("qformat.quality.tuning.steps.TuningRun.run",),
+        _TUNE + " --teacher-cache cache", "out", loads_model=True, takes_seconds=True, n_fast=3, work=(_TUNING,)
     ),
     "train": Form(
         "train {given}/nf4 out --data {given}/examples.jsonl --max-steps 2 --batch-size 2 --grad-accum 1 --seq-len 32 "
@@ -90,7 +88,8 @@ FORMS = {
         loads_model=True,
         resumes=("out/checkpoint-*/checkpoint.json", "--resume"),
         work=("qformat.training.trainer.AdapterTrainer.train_from",),
-        n_fast=4,
+        takes_seconds=True,
+        n_fast=2,
     ),
     "eval --record": Form(
         _EVAL.format(artifact="nf4", given="{given}") + " --record",

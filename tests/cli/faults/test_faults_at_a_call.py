@@ -1,4 +1,4 @@
-"""A fault of the disk at any call: nothing incomplete under the final name, a clear message, and the same bytes later."""
+"""A fault of the disk at any call: nothing incomplete under the final name, a clear message, the same bytes later."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ AT_A_CALL: dict[Fault, Callable[[int], Interceptor]] = {
     Fault.BROKEN: lambda k: Interceptor(k, "EIO"),
     Fault.POWER_CUT: PowerCutInterceptor,
     Fault.SHORT_WRITE: lambda k: Interceptor(k, "short write"),
+    Fault.NO_WRITE: lambda k: Interceptor(k, "nothing written from here on"),
 }
 """Disks with a fault at the k-th call."""
+
+OF_WRITES = {Fault.SHORT_WRITE, Fault.NO_WRITE}
+"""Faults that only a write can have."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
@@ -36,12 +40,12 @@ def test_the_same_holds_for_a_fault_at_every_call(rehearsed: Rehearsed) -> None:
     turns = itertools.cycle(AT_A_CALL)
     for k, name in enumerate(rehearsed.calls):
         for fault in [next(turns)] if rehearsed.form.takes_seconds else AT_A_CALL:
-            if fault is not Fault.SHORT_WRITE or "write" in name:
+            if fault not in OF_WRITES or "write" in name:
                 check(rehearsed, fault, k)
 
 
 def some_places(calls: list[str], n: int) -> Iterator[tuple[Fault, int]]:
-    """Yield the first, the last and a middle call of each kind, at most `n` of them, each with the next fault in turn."""
+    """Yield the first, the last and a middle call of each kind, at most `n` of them, with the faults in turn."""
     of_kind: dict[str, list[int]] = {}
     for k, name in enumerate(calls):
         of_kind.setdefault(name, []).append(k)
@@ -50,7 +54,7 @@ def some_places(calls: list[str], n: int) -> Iterator[tuple[Fault, int]]:
     faults = itertools.cycle(AT_A_CALL)
     for k in chosen[:n]:
         fault = next(faults)
-        if fault is Fault.SHORT_WRITE and "write" not in calls[k]:
+        while fault in OF_WRITES and "write" not in calls[k]:
             fault = next(faults)
         yield fault, k
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.converters.convert import ConversionOptions, convert
 from qformat.errors import TargetError
 from qformat.quality.calibration.settings import CalibrationSettings
-from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
 from tests.quality.calibration.calibrated import calibrate
 from tests.small_models import contents, llama_config, llama_tensors, names_beside, write_checkpoint
 from tests.training import runs
