@@ -251,7 +251,7 @@ def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord, di
     disk.remove_folder(folder)
     disk.make_folder(folder)
     try:
-        write_adapter(model, folder, base)
+        write_adapter(model, folder, base, disk)
         disk.write_file(folder / CARD_NAME, adapter_card(result, base).encode())
         for path in sorted(folder.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS_NAME):
             disk.sync_file(path)

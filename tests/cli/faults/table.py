@@ -116,13 +116,22 @@ FORMS = {
 }
 """Forms in which commands write, by name."""
 
-_HUB_FAULTS = "tests/hub/publishing/test_publish_faults.py::"
+_OF_PUBLISH = "tests/hub/publishing/test_publish_faults.py::"
+_NO_FILE = "tests/cli/faults/test_writes_nothing.py::test_publish_writes_no_file"
 
-ON_THE_HUB = {
+ON_THE_HUB: dict[str, dict[Fault, str]] = {
     "publish": {
-        Fault.KILL: _HUB_FAULTS + "test_a_rejected_dropped_or_unanswered_request_is_repeated",
+        Fault.KILL: _OF_PUBLISH + "test_a_publisher_that_dies_at_any_request_is_repeated",
+        Fault.SECOND_WRITER: _OF_PUBLISH + "test_two_publishers_of_the_same_bytes_at_once_make_one_commit",
+        Fault.READ_ONLY: _OF_PUBLISH + "test_an_invalid_or_missing_token_is_reported_with_the_next_step",
+        Fault.POWER_CUT: _NO_FILE,
+        Fault.FULL: _NO_FILE,
+        Fault.BROKEN: _NO_FILE,
+        Fault.SHORT_WRITE: _NO_FILE,
+        Fault.NO_WRITE: _NO_FILE,
     }
 }
+"""Commands that write on the Hub only, and the test of each fault."""
 
 READING = {
     "diff": "diff {given}/nf4 {given}/changed",
@@ -138,3 +147,8 @@ READING = {
     "publish --dry-run": "publish {given}/nf4 me/nf4 --license apache-2.0 --base-model owner/source --dry-run",
 }
 """Commands that write nothing in this form, by name."""
+
+READ_PATHS = {
+    "adapter", "artifact", "card", "config", "figures", "original", "path", "public_key", "recipe", "sign_key",
+}  # fmt: skip
+"""Parameters of commands that are paths from which the command only reads."""
