@@ -33,7 +33,7 @@ LATEST = "latest"
 
 _NAME = re.compile(r"checkpoint-([0-9]{1,12})")
 _MAX_SEAL_NBYTES = 2**20
-_RESUME: Words = ("resume with ", Option("resume", LATEST))
+_RESUME: Words = ("run the same command again, with ", Option("resume", LATEST), " if a checkpoint exists")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +57,13 @@ class CheckpointFolder:
     Args:
         output: Output directory of the training.
         keep: Number of most recent checkpoints to keep.
-        disk: Performs the file operations.
-        to_continue: Advice on how to resume after the disk was full, the end of an error message.
+        disk: Performs the file operations. Its advice in messages is how to resume. Defaults to that of a training.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        *,
-        keep: int,
-        disk: Disk | None = None,
-        to_continue: Words = _RESUME,
-    ) -> None:
+    def __init__(self, output: Path, *, keep: int, disk: Disk | None = None) -> None:
         self.output = output
+        self.disk = disk or Disk(to_continue=_RESUME)
         self._keep = keep
-        self._to_continue = to_continue
-        self._disk = disk or Disk()
 
     @property
     def partial(self) -> Path:
@@ -97,7 +88,7 @@ class CheckpointFolder:
         Raises:
             TargetError: Another process holds the lock.
         """
-        descriptor = self._disk.open_for_writing(self.output / LOCK_NAME)
+        descriptor = self.disk.open_for_writing(self.output / LOCK_NAME)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,8 +97,11 @@ class CheckpointFolder:
                     f"{self.output}: another training is writing to this directory. Wait for it to end, or choose "
                     "another directory"
                 ) from None
-            yield
-            self._disk.remove_file(self.output / LOCK_NAME)
+            try:
+                yield
+            finally:
+                with suppress(TargetError):  # a lock file that stays has no effect
+                    self.disk.remove_file(self.output / LOCK_NAME)
         finally:
             os.close(descriptor)
 
@@ -126,29 +120,29 @@ class CheckpointFolder:
             TargetError: The disk is full or cannot be written. Existing checkpoints stay intact.
         """
         folder = self.partial / f"checkpoint-{step}"
-        self._disk.remove_folder(self.partial)
-        self._disk.make_folder(self.partial)
-        self._disk.make_folder(folder)
+        self.disk.remove_folder(self.partial)
+        self.disk.make_folder(self.partial)
+        self.disk.make_folder(folder)
         try:
             yield folder
             self._seal(folder, step, facts)
-            self._disk.replace_folder(folder, self.folder(step))
+            self.disk.replace_folder(folder, self.folder(step))
         except BaseException as error:
             with suppress(TargetError):
-                self._disk.remove_folder(self.partial)
+                self.disk.remove_folder(self.partial)
             problem = disk_problem(error)
             if problem is None:
                 raise
             raise TargetError(*self._explain(self.folder(step), problem)) from error
-        self._disk.remove_folder(self.partial)
+        self.disk.remove_folder(self.partial)
         for old in self.steps()[: -self._keep]:
-            self._disk.remove_folder(self.folder(old))
+            self.disk.remove_folder(self.folder(old))
 
     def keep_only(self, steps: set[int]) -> None:
         """Remove the checkpoints of all steps except these."""
         for step in self.steps():
             if step not in steps:
-                self._disk.remove_folder(self.folder(step))
+                self.disk.remove_folder(self.folder(step))
 
     def find(self, which: str) -> Checkpoint:
         """Return the latest checkpoint ("latest") or a named one.
@@ -201,9 +195,9 @@ class CheckpointFolder:
         files: JsonObject = {}
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                descriptor = self._disk.open_for_writing(path)
+                descriptor = self.disk.open_for_writing(path)
                 try:
-                    self._disk.sync(descriptor, path)
+                    self.disk.sync(descriptor, path)
                     nbytes = os.fstat(descriptor).st_size
                     digest = xxh3_of_range(descriptor, 0, nbytes, path=path, error=ArtifactError)
                 finally:
@@ -211,16 +205,16 @@ class CheckpointFolder:
                 files[path.relative_to(folder).as_posix()] = {"nbytes": nbytes, "xxh3": digest}
         seal: JsonObject = {"step": step, "files": files, "facts": facts}
         seal["seal_xxh3"] = xxh3(strict_json.dumps(seal).encode())
-        self._disk.write_file(folder / SEAL_NAME, strict_json.dumps(seal, indent=2).encode())
-        self._disk.sync_folder(folder)
+        self.disk.write_file(folder / SEAL_NAME, strict_json.dumps(seal, indent=2).encode())
+        self.disk.sync_folder(folder)
 
     def _explain(self, final: Path, problem: str) -> Words:
-        free = self._disk.free_nbytes(self.output)
+        free = self.disk.free_nbytes(self.output)
         intact = self.last_intact()
         kept = "No earlier checkpoint exists" if intact is None else f"{intact} is intact"
         return (
             f"{final}: cannot be written: {problem} ({free:,} bytes are free). {kept}. Make room and ",
-            *self._to_continue,
+            *self.disk.to_continue,
         )
 
 

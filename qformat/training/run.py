@@ -144,13 +144,15 @@ def train(
                 check_tokens(data.highest_token, model)
         decode_output_layer(model)
         adapted = add_adapter(model, settings, base_name=str(job.artifact))
-        Disk().make_folder(job.output)
+        checkpoints.disk.make_folder(job.output)
         with checkpoints.lock():
+            if checkpoint is None:
+                check_free(job.output)  # another training may have ended meanwhile
             run = _Run(job, settings, prepared, adapted, checkpoints, facts, base)
             with naming_weights(shards):
                 result = run.train(checkpoint, say, on_metrics)
             shards.watch.check()
-            _write_result(adapted, result, base)
+            _write_result(adapted, result, base, checkpoints.disk)
     return result
 
 
@@ -183,7 +185,7 @@ class _Run:
     base: BaseRecord
 
     def train(self, checkpoint: Checkpoint | None, say: Callable[[str], None], on_metrics: Listener) -> TrainingResult:
-        metrics = MetricsFile(self.job.output / METRICS_NAME)
+        metrics = MetricsFile(self.job.output / METRICS_NAME, self.checkpoints.disk)
         if checkpoint is None:
             metrics.forget_all()
         else:
@@ -255,22 +257,21 @@ def _prepare(job: TrainingJob, settings: TrainingSettings, say: Callable[[str], 
     return _Prepared(tokenizer, train_data, evaluation)
 
 
-def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord) -> None:
+def _write_result(model: PeftModel, result: TrainingResult, base: BaseRecord, disk: Disk) -> None:
     """Move the files of the adapter into the output directory atomically, one by one, the weights last."""
-    disk = Disk()
     folder = result.output / PARTIAL_NAME
     disk.remove_folder(folder)
     disk.make_folder(folder)
     try:
-        write_adapter(model, folder, base)
+        write_adapter(model, folder, base, disk)
         disk.write_file(folder / CARD_NAME, adapter_card(result, base).encode())
         for path in sorted(folder.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS_NAME):
             disk.sync_file(path)
             disk.rename(path, result.output / path.name)
     except (OSError, SafetensorError) as error:
         raise TargetError(
-            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. Make room and resume with ",
-            Option("resume", "latest"),
+            f"{result.output}: the adapter cannot be written: {disk_problem(error)}. Make room and ",
+            *disk.to_continue,
         ) from error
     finally:
         disk.remove_folder(folder)

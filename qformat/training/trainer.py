@@ -31,6 +31,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
 from qformat.model.loaded_model import check_unchanged
 from qformat.names import ADAPTER_WEIGHTS_NAME, BASE_RECORD_NAME
@@ -219,7 +220,7 @@ class AdapterTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None
         assert isinstance(self.model, PeftModel)
-        write_adapter(self.model, Path(output_dir), self._base)
+        write_adapter(self.model, Path(output_dir), self._base, self._checkpoints.disk)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # PEFT's load_adapter would also cast the weights to a dtype of its own choice.
@@ -250,17 +251,18 @@ def _read_state(path: Path) -> TrainerState:
         return state
 
 
-def write_adapter(model: PeftModel, folder: Path, base: BaseRecord) -> None:
+def write_adapter(model: PeftModel, folder: Path, base: BaseRecord, disk: Disk) -> None:
     """Write a standard PEFT adapter and, beside it, the identity of its base model.
 
     Args:
         model: Model whose adapter is written.
         folder: Existing directory that receives the files.
         base: Identity of the model that the adapter was trained on.
+        disk: Performs the file operations.
     """
     # Otherwise PEFT fetches the base model's configuration from the Hub to check its embedding.
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / BASE_RECORD_NAME).write_bytes(base.to_bytes())
+    disk.write_file(folder / BASE_RECORD_NAME, base.to_bytes())
 
 
 def trainer_arguments(settings: TrainingSettings, output: Path, device: torch.device) -> SFTConfig:

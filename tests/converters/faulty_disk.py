@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -16,6 +17,8 @@ from qformat.converters.convert import ConversionOptions, convert
 from tests.small_models import tiny_tensors
 
 PRIMITIVES = sorted(name for name in dir(Disk) if name.startswith("raw_"))
+_PERFORMED = {name: getattr(Disk, name) for name in PRIMITIVES}
+"""What the primitives do, even while `tests.cli.faults` has replaced them for all disks."""
 
 
 class Killed(BaseException):
@@ -24,6 +27,9 @@ class Killed(BaseException):
 
 class FaultyDisk(Disk):
     """A disk with a fault at the `fail_at`-th call of a primitive. fsync is counted but not executed."""
+
+    WRITING: ClassVar[frozenset[str]] = frozenset({"raw_mkdir", "raw_open", "raw_pwrite", "raw_write"})
+    """Calls that need free space."""
 
     def __init__(self, fail_at: int = -1, fault: str = "none") -> None:
         super().__init__()
@@ -51,7 +57,7 @@ class FaultyDisk(Disk):
         if faulty and self._fault in {"ENOSPC", "EIO"}:
             code = getattr(errno, self._fault)
             raise OSError(code, os.strerror(code))
-        if self._full and name in {"raw_mkdir", "raw_open", "raw_pwrite", "raw_write"}:
+        if self._full and name in self.WRITING:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if name in {"raw_pwrite", "raw_write"}:
             descriptor, data, *rest = arguments
@@ -64,7 +70,7 @@ class FaultyDisk(Disk):
         return self.perform(name, arguments)
 
     def perform(self, name: str, arguments: tuple[object, ...]) -> object:
-        return None if name == "raw_fsync" else getattr(Disk, name)(self, *arguments)
+        return None if name == "raw_fsync" else _PERFORMED[name](self, *arguments)
 
     def die(self) -> None:
         """Apply the effects of the kill to the disk."""

@@ -21,15 +21,15 @@ from tests.training import runs
 from tests.training.interruptions import stopped_at
 
 RESUMED: list[dict[str, Any]] = [
-    {},
-    {"optim": "paged_adamw_8bit"},
     {"packing": True},
-    {"epochs": 3.0, "max_steps": None},
     {"epochs": 2.0, "max_steps": None, "group_by_length": True},
 ]
+RESUMED_SLOWLY: list[dict[str, Any]] = [{}, {"optim": "paged_adamw_8bit"}, {"epochs": 3.0, "max_steps": None}]
 
 
-@pytest.mark.parametrize("changed", RESUMED, ids=str)
+@pytest.mark.parametrize(
+    "changed", [*RESUMED, *(pytest.param(changed, marks=pytest.mark.slow) for changed in RESUMED_SLOWLY)], ids=str
+)
 def test_a_resumed_training_gives_the_same_bytes(
     artifact: Path, examples: Path, tmp_path: Path, changed: dict[str, Any]
 ) -> None:

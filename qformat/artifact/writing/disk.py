@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import sys
@@ -16,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from qformat.errors import TargetError
+from qformat.errors import TargetError, Words
 from qformat.names import PARTIAL_SUFFIX
 
 FILE_MODE = 0o644
+RUN_AGAIN: Words = ("run the same command again",)
+RESUMES: Words = ("run the same command again: it resumes",)
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -29,12 +32,17 @@ _Result = TypeVar("_Result")
 class Disk:
     """Writes to a file system.
 
-    Every method raises TargetError with the path if an operation fails; on a full disk also with the needed and the
-    free space.
+    Every method raises TargetError with the path and the next step if an operation fails; on a full disk also with the
+    needed and the free space.
+
+    Args:
+        needed_nbytes: Size of the whole output in bytes, 0 if it is not known.
+        to_continue: Advice on how to go on after the disk was full or failed, the end of a message.
     """
 
-    def __init__(self, needed_nbytes: int = 0) -> None:
+    def __init__(self, needed_nbytes: int = 0, *, to_continue: Words = RUN_AGAIN) -> None:
         self.needed_nbytes = needed_nbytes
+        self.to_continue = to_continue
 
     def make_folder(self, path: Path) -> None:
         """Create a directory, if it does not exist."""
@@ -105,9 +113,7 @@ class Disk:
         """
         descriptor = self.open_for_writing(path)
         try:
-            self.set_size(descriptor, 0, path)
-            self.write_at(descriptor, memoryview(data), 0, path)
-            self.sync(descriptor, path)
+            self._fill(descriptor, data, path)
         finally:
             os.close(descriptor)
 
@@ -121,13 +127,19 @@ class Disk:
             data: New contents of the file.
         """
         unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+        descriptor = self.open_for_writing(unfinished)
         try:
-            self.write_file(unfinished, data)
-            self.rename(unfinished, path)
-        except TargetError:
-            with contextlib.suppress(TargetError):
-                self.remove_file(unfinished)
-            raise
+            if not locked_for_this_process(descriptor, unfinished):
+                raise TargetError(f"{path}: another process is writing to it. Wait for it, then ", *self.to_continue)
+            try:
+                self._fill(descriptor, data, unfinished)
+                self.rename(unfinished, path)
+            except TargetError:
+                with contextlib.suppress(TargetError):
+                    self.remove_file(unfinished)
+                raise
+        finally:
+            os.close(descriptor)
         self.sync_folder(path.parent)
 
     def replace_folder(self, made: Path, final: Path) -> None:
@@ -217,29 +229,40 @@ class Disk:
             path = path.parent
         return shutil.disk_usage(path).free
 
+    def _fill(self, descriptor: int, data: bytes | bytearray, path: Path) -> None:
+        self.set_size(descriptor, 0, path)
+        self.write_at(descriptor, memoryview(data), 0, path)
+        self.sync(descriptor, path)
+
     def _call(self, path: Path, operation: Callable[[], _Result]) -> _Result:
         try:
             return operation()
         except OSError as problem:
-            raise TargetError(self._explain(path, problem)) from problem
+            raise TargetError(*self._explain(path, problem)) from problem
 
     def _call_write(self, path: Path, operation: Callable[[], int]) -> int:
         nbytes = self._call(path, operation)
         if nbytes == 0:  # another attempt could loop forever
-            raise TargetError(f"{path}: cannot be written: the file system accepts no more bytes and reports no error")
+            raise TargetError(
+                f"{path}: cannot be written: the file system accepts no more bytes and reports no error. "
+                "Check the disk, then ",
+                *self.to_continue,
+            )
         return nbytes
 
-    def _explain(self, path: Path, problem: OSError) -> str:
+    def _explain(self, path: Path, problem: OSError) -> Words:
         if problem.errno in {errno.ENOSPC, errno.EDQUOT}:
             free = self.free_nbytes(path)
             needed = f"the output needs {self.needed_nbytes:,} bytes in total, " if self.needed_nbytes else ""
             return (
-                f"{path}: not enough disk space: {needed}{free:,} bytes are free. "
-                "Free some space and run the same command again: it resumes"
+                f"{path}: not enough disk space: {needed}{free:,} bytes are free. Free some space and ",
+                *self.to_continue,
             )
         if problem.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            return f"{path}: cannot be written: {problem.strerror}. Choose a directory with write permission"
-        return f"{path}: {problem.strerror}"
+            return (f"{path}: cannot be written: {problem.strerror}. Choose a directory with write permission",)
+        if problem.errno == errno.EIO:
+            return (f"{path}: cannot be written: {problem.strerror}. Check the disk, then ", *self.to_continue)
+        return (f"{path}: {problem.strerror}",)
 
     # Primitives: one system call each.
 
@@ -320,6 +343,24 @@ class Disk:
     def raw_rmdir(self, path: Path) -> None:
         """Remove an empty directory."""
         path.rmdir()
+
+
+def locked_for_this_process(descriptor: int, path: Path) -> bool:
+    """Lock an open file. The lock ends with the process, or when the file is closed.
+
+    Args:
+        descriptor: File descriptor.
+        path: Path of the file.
+
+    Returns:
+        False if another process holds the lock, or renamed or removed the file before this one had it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine, there = os.fstat(descriptor), path.stat()
+    except OSError:
+        return False
+    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
 
 def allocated_nbytes(folder: Path) -> int:

@@ -28,7 +28,7 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3
 from qformat.artifact.limits import MAX_MANIFEST_NBYTES
 from qformat.artifact.manifest import JsonObject
-from qformat.artifact.writing.disk import Disk, allocated_nbytes
+from qformat.artifact.writing.disk import RESUMES, Disk, allocated_nbytes
 from qformat.artifact.writing.output_kind import ARTIFACT, OutputKind, check_target, holds_something
 from qformat.errors import ArtifactError, InvalidFileError, Option, TargetError
 from qformat.named_files import read_named
@@ -84,6 +84,7 @@ class Staging:
             check_target(out, replace=replace, kind=kind)
         elif work.is_symlink() or not work.is_dir() or (not (work / "lock").is_file() and holds_something(work)):
             raise TargetError(f"{work}: exists and was not created by qformat. Move it or choose another OUT")
+        disk.to_continue = RESUMES
         disk.make_folder(work)
         staging = cls(out, work, disk, _take_lock(work, disk), kind=kind, replace=replace)
         try:

@@ -201,12 +201,7 @@ class _Ready:
         tunable = self._student(teacher)
         student = split_head(tunable.model)
         aside = HeldOut(self.held_out, teacher, self.settings.batch_size, self.device)
-        checkpoints = CheckpointFolder(
-            folder,
-            keep=self.settings.steps + 1,
-            disk=self.disk,
-            to_continue=("run the same command again to resume",),
-        )
+        checkpoints = CheckpointFolder(folder, keep=self.settings.steps + 1, disk=self.disk)
         run = TuningRun(tunable, student, teacher, self.windows, aside, self.settings, checkpoints)
         before = aside.measure(student)
         self.say(f"{len(self.windows)} windows of {self.settings.seq_len} tokens to tune on")

@@ -24,7 +24,7 @@ from tests.artifact.damaged import ACCOMPANYING, make_tiny_artifact, reseal
 from tests.artifact.reading.unusual_artifacts import Json, unusual_tensors, write_artifact
 from tests.small_models import contents
 
-FUZZ = settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SOAK = settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 
 ODD_VALUES = st.one_of(
@@ -234,7 +234,7 @@ def test_long_fuzzing_raises_only_an_artifact_error(folder: Path, pristine: dict
     soak()
 
 
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=120)
 @given(unusual_tensors(), st.data())
 def test_an_unusual_artifact_that_follows_the_rules_is_opened(
     folder: Path, tensors: list[tuple[str, Json]], data: st.DataObject

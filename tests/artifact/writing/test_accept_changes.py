@@ -15,7 +15,6 @@ import qformat
 from qformat.artifact.writing.accept_changes import SealResult, seal
 from qformat.converters.convert import convert
 from qformat.errors import ArtifactError, Reason, TargetError
-from tests.converters.faulty_disk import FaultyDisk, Killed, PowerCut
 from tests.small_models import contents, write_tiny
 
 TOKENIZER, NEW_TOKENIZER = "tokenizer_config.json", b'{"pad_token": "<pad>"}\n'
@@ -234,38 +233,6 @@ def test_unknown_members_are_kept(artifact: Path) -> None:
     assert found["history"] == [1]
     assert found["files"]["LICENSE"]["note"] == 7
     assert qformat.verify(artifact).passed
-
-
-@pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "kill", "short write", "nothing written from here on"])
-def test_after_any_fault_the_manifest_is_the_old_or_the_new_one(artifact: Path, fault: str) -> None:
-    change_everything(artifact)
-    old = (artifact / MANIFEST).read_bytes()
-    counted = FaultyDisk()
-    seal(artifact, accept=True, disk=counted)
-    new = (artifact / MANIFEST).read_bytes()
-    assert counted.n_calls >= 5
-    for call in range(counted.n_calls):
-        (artifact / MANIFEST).write_bytes(old)
-        try:
-            seal(artifact, accept=True, disk=FaultyDisk(call, fault))
-        except (TargetError, Killed):
-            assert fault != "short write"
-        assert (artifact / MANIFEST).read_bytes() in (old, new)
-    seal(artifact, accept=True)
-    assert (artifact / MANIFEST).read_bytes() == new
-    assert qformat.verify(artifact).passed
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_after_a_power_cut_the_manifest_is_the_old_or_the_new_one(artifact: Path, seed: int) -> None:
-    change_everything(artifact)
-    old = (artifact / MANIFEST).read_bytes()
-    for call in range(6):
-        with pytest.raises(Killed):
-            seal(artifact, accept=True, disk=PowerCut(call, seed))
-        if (artifact / MANIFEST).read_bytes() != old:
-            assert qformat.verify(artifact).passed
-        (artifact / MANIFEST).write_bytes(old)
 
 
 def test_a_manifest_in_the_hubs_cache_or_in_use_by_another_writer_is_not_replaced(

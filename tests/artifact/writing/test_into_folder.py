@@ -100,7 +100,13 @@ def test_a_tokenizer_that_was_saved_first_stays_and_is_listed(artifact: Path, ou
 
 
 @pytest.mark.parametrize("before", ["nothing", "older artifact", "other checkpoint"])
-@pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "kill", "nothing written from here on"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "kill",
+        *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("ENOSPC", "EIO", "nothing written from here on")),
+    ],
+)
 def test_after_a_fault_at_any_call_there_is_the_old_model_none_or_the_new_one(
     artifact: Path, out: Path, fault: str, before: str
 ) -> None:
@@ -131,7 +137,7 @@ def test_after_a_fault_at_any_call_there_is_the_old_model_none_or_the_new_one(
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_after_a_power_cut_there_is_the_old_model_none_or_the_new_one(artifact: Path, out: Path, seed: int) -> None:
     save(artifact, out, norm=2.0)
     old = files(out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.rewrite import Replacements, replaced_by
 from qformat.artifact.writing.staging import Staging
 from qformat.converters.convert import ConversionOptions, convert
-from qformat.errors import ArtifactError, Reason, TargetError, UsageError
-from tests.converters.faulty_disk import FaultyDisk, Killed
-from tests.small_models import contents, names_beside, write_tiny
+from qformat.errors import ArtifactError, Reason, UsageError
+from tests.small_models import contents, write_tiny
 
 WEIGHT = "model.layers.0.self_attn.o_proj.weight"
 NORM = "model.norm.weight"
@@ -156,22 +154,3 @@ def test_arrays_of_the_wrong_size_are_rejected(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         rewrite(artifact, tmp_path / "out", {name: {part: np.zeros(nbytes, np.uint8)}})
-
-
-@pytest.mark.parametrize("fault", ["ENOSPC", "kill", "short write"])
-def test_a_fault_at_any_disk_operation_leaves_nothing_or_the_complete_artifact(
-    artifact: Path, tmp_path: Path, fault: str
-) -> None:
-    new = other_bytes(artifact)
-    rewrite(artifact, tmp_path / "whole", new)
-    whole = contents(tmp_path / "whole")
-    disk = FaultyDisk()
-    rewrite(artifact, tmp_path / "counted", new, disk)
-    for number in range(0, disk.n_calls, 7):
-        out = tmp_path / f"out{number}"
-        with contextlib.suppress(TargetError, Killed):
-            rewrite(artifact, out, new, FaultyDisk(number, fault))
-        if not out.exists():
-            rewrite(artifact, out, new)
-        assert contents(out) == whole
-        assert {name for name in names_beside(out) if name.startswith(out.name + ".")} <= {out.name + ".partial"}

@@ -74,7 +74,7 @@ def n_journaled(out: Path) -> int:
     return (out.with_name("out.partial") / "journal").read_bytes().count(b"\n")
 
 
-@pytest.mark.parametrize("n_writes", [0, 7, 20, 35, 44])
+@pytest.mark.parametrize("n_writes", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 7, 35, 44))])
 def test_a_killed_conversion_resumes_and_gives_the_same_bytes(
     n_writes: int, source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:

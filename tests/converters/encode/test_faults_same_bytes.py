@@ -108,7 +108,7 @@ def models(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(models())
 def test_a_plan_predicts_every_byte_of_a_random_model(
     tmp_path_factory: pytest.TempPathFactory, model: dict[str, object]

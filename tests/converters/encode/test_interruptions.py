@@ -1,4 +1,4 @@
-"""Faults while an artifact is written, SQLite style: at every single call to the disk, one after another.
+"""Several kills in a row, and disks that cannot exchange directories. tests/cli/faults has a fault at every call.
 
 Whatever happens, OUT is absent, the old artifact or the complete new one; and the same command then ends with the
 bytes of a run that nothing disturbed, with nothing left over.
@@ -55,71 +55,6 @@ def check_and_repeat(
         assert "already exists" in str(refused)
     assert contents(out) == whole
     assert names_beside(out) == {out.name}
-
-
-TARGETS = pytest.mark.parametrize("replacing", [False, True], ids=["new OUT", "replacing an artifact"])
-WORKERS = pytest.mark.parametrize("workers", [1, 3])
-
-
-@TARGETS
-@WORKERS
-@pytest.mark.parametrize(
-    "fault", ["kill", "ENOSPC", "full from here on", "EIO", "short write", "nothing written from here on"]
-)
-def test_a_fault_at_any_call_leaves_the_old_or_the_new_artifact_and_a_retry_gives_the_same_bytes(
-    fault: str,
-    workers: int,
-    replacing: bool,
-    source: Path,
-    whole: dict[str, bytes],
-    old: dict[str, bytes],
-    tmp_path: Path,
-) -> None:
-    before = old if replacing else None
-    rehearsal = place(tmp_path / "rehearsal" / "out", old) if replacing else tmp_path / "out"
-    calls = calls_of(source, rehearsal, workers=workers, force=replacing)
-    assert len(calls) > 60
-    for k, call in enumerate(calls):
-        if "write" in fault and "write" not in call:
-            continue  # only a write can be short
-        parent = tmp_path / str(k)
-        parent.mkdir()
-        out = place(parent / "out", old) if replacing else parent / "out"
-        disk = FaultyDisk(k, fault)
-        failure: BaseException | None = None
-        try:
-            convert(source, out, OPTIONS, workers=workers, force=replacing, disk=disk)
-        except (Killed, TargetError) as caught:
-            failure = caught
-        if failure is None:
-            # With several workers the k-th call of this run may be another one, or none.
-            assert fault == "short write" or "from here on" in fault or disk.n_calls <= k
-            assert contents(out) == whole
-        elif isinstance(failure, TargetError):
-            assert fault not in {"kill", "short write"}
-            assert str(parent) in str(failure)
-            if fault in {"ENOSPC", "full from here on"}:
-                assert "not enough disk space" in str(failure)
-                assert "are free" in str(failure)
-        else:
-            assert fault == "kill"
-        check_and_repeat(source, out, workers=workers, force=replacing, old=before, whole=whole)
-
-
-@TARGETS
-@WORKERS
-def test_a_power_cut_at_any_call_that_loses_unsynced_bytes_is_repaired_by_a_retry(
-    workers: int, replacing: bool, source: Path, whole: dict[str, bytes], old: dict[str, bytes], tmp_path: Path
-) -> None:
-    rehearsal = place(tmp_path / "rehearsal" / "out", old) if replacing else tmp_path / "out"
-    n_calls = len(calls_of(source, rehearsal, workers=workers, force=replacing))
-    for k in range(n_calls):
-        parent = tmp_path / str(k)
-        parent.mkdir()
-        out = place(parent / "out", old) if replacing else parent / "out"
-        with pytest.raises(Killed):
-            convert(source, out, OPTIONS, workers=workers, force=replacing, disk=PowerCut(k, seed=k))
-        check_and_repeat(source, out, workers=workers, force=replacing, old=old if replacing else None, whole=whole)
 
 
 def test_a_second_and_a_third_kill_during_retries_change_nothing(

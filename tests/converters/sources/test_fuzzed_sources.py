@@ -21,7 +21,7 @@ from qformat.errors import QformatError, SourceError, TargetError, UsageError
 from tests.converters.faulty_disk import FaultyDisk
 from tests.small_models import contents, header_bytes, write_tiny
 
-FUZZ = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SOAK = settings(max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
 
 KEYS = st.sampled_from(

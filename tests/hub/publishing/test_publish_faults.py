@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,28 @@ def test_a_server_that_is_down_is_reported_after_a_bounded_time(hub: Hub, artifa
     hub.log.clear()
     do_publish(artifact)
     assert not hub.requests("PUT"), "what was uploaded before is not sent again"
+
+
+ONCE = replace(PATIENT, patience=replace(PATIENT.patience, attempts=1))
+
+
+@pytest.mark.parametrize("kind", ["status", "lose"])
+def test_a_publisher_that_dies_at_any_request_is_repeated(hub: Hub, artifact: Path, tmp_path: Path, kind: str) -> None:
+    """From the k-th request on, nothing arrives, or no answer does: the Hub sees the same as after a kill."""
+    do_publish(artifact)
+    expected = stored(hub).head.files.keys()
+    n_requests = len(hub.log)
+    for k in range(0, n_requests, 3):
+        name = f"me/again-{k}"
+        hub.faults.add(kind, route="hub/", after=k)  # type: ignore[arg-type]
+        with suppress(HubError):
+            publish(artifact, name, APACHE, transfer=ONCE)
+        hub.faults.clear()
+        publish(artifact, name, APACHE, transfer=PATIENT)
+        repository = stored(hub, name)
+        assert repository.head.files.keys() == expected
+        assert verify_integrity(folder_of(repository, tmp_path / str(k)), sha256=True).passed
+        assert len(repository.commits) == 2  # the Hub makes the first one
 
 
 def test_a_pull_request_is_opened_once_even_if_the_response_is_lost(hub: Hub, artifact: Path, tmp_path: Path) -> None:

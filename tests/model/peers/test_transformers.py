@@ -45,6 +45,7 @@ def test_a_compiled_model_has_the_same_gradients(random_llama: Path) -> None:
     assert all_equal(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_model_compiles_with_inductor(random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,7 @@
-"""A tuning that is stopped, killed or out of disk resumes and gives the same bytes."""
+"""A tuning that is stopped resumes and gives the same bytes. tests/cli/faults has kills and faults of the disk."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,7 @@ import pytest
 from qformat.errors import TargetError
 from qformat.quality.tuning.steps import STATE_NAME, TuningRun
 from qformat.quality.tuning.tune import TuningResult
-from tests.converters.faulty_disk import FaultyDisk
 from tests.quality.tuning.tuned import run
-from tests.repository import ROOT
 from tests.small_models import contents, names_beside
 
 
@@ -71,48 +66,6 @@ def test_a_damaged_checkpoint_is_named_and_its_steps_are_repeated(
         assert [f"checkpoint-{step}/{STATE_NAME}: is damaged" in line for line in said].count(True) == 1
     assert not any("resume=" in line for line in said), "tune has no such option"
     assert contents(out) == contents(result.out)
-
-
-TUNE = """
-import sys, torch
-from pathlib import Path
-from tests.quality.tuning.tuned import run
-torch.set_num_threads(1)
-run(*map(Path, sys.argv[1:5]), on_step=lambda line: print(line.step, flush=True))
-"""
-
-
-def test_a_killed_process_is_resumed(
-    result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-c", TUNE, *map(str, (artifact, source, text, tmp_path / "out"))]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) == 6:
-                process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    run(artifact, source, text, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(result.out)
-
-
-@pytest.mark.parametrize(
-    "share", [0.5, 0.9, *(pytest.param(share, marks=pytest.mark.slow) for share in (0, 0.1, 0.3, 0.7, 0.99))]
-)
-def test_a_full_disk_is_reported_and_nothing_is_lost(
-    share: float, result: TuningResult, artifact: Path, source: Path, text: Path, tmp_path: Path
-) -> None:
-    counting = FaultyDisk()
-    run(artifact, source, text, tmp_path / "counted", disk=counting)
-    writing = {"raw_pwrite", "raw_write", "raw_open", "raw_mkdir"}
-    calls = [number for number, name in enumerate(counting.names) if name in writing]
-    number = calls[int(share * len(calls))]
-    with pytest.raises(TargetError, match="Free some space and run the same command again"):
-        run(artifact, source, text, tmp_path / "out", disk=FaultyDisk(number, "full from here on"))
-    assert not (tmp_path / "out").exists()
-    run(artifact, source, text, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(result.out)
 
 
 def test_other_settings_do_not_resume_a_tuning(artifact: Path, source: Path, text: Path, tmp_path: Path) -> None:

@@ -21,7 +21,14 @@ PROMISED = {"dequantize": 7.3, "product": 5.3, "block": 9.3}
 """Largest number of instructions per weight that the project promises for 16-bit weights. The budget is stricter."""
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+FAST = ("dequantize_bf16", "product_m8_bf16", "block_dots_bf16")
+"""One case of each kernel. The others compile in the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name in FAST else pytest.mark.slow) for name, case in CASES.items()],
+)
 def test_the_machine_code_keeps_its_budget_and_census(case: Case) -> None:
     """There is one test per case because compiling takes most of the time."""
     assert triton.__version__ == sass_budget.ceilings()["triton"], (

@@ -145,11 +145,11 @@ def check(config: Any, folder: Path, rank: int, batch: int, seq_len: int, *, che
 @pytest.mark.parametrize(
     ("family", "size", "n_layers", "rank", "batch", "seq_len", "checkpointing"),
     [
-        ("llama", "tiny", 4, 8, 4, 512, True),
         ("llama", "7b", 4, 64, 1, 512, False),
         ("qwen3", "1b", 4, 8, 4, 512, False),
         ("mistral", "7b", 3, 8, 1, 2048, True),
-        ("gemma3", "1b", 7, 64, 1, 2048, False),
+        pytest.param("llama", "tiny", 4, 8, 4, 512, True, marks=pytest.mark.slow),
+        pytest.param("gemma3", "1b", 7, 64, 1, 2048, False, marks=pytest.mark.slow),
     ],
 )
 def test_the_peak_matches_the_whole_model(

@@ -29,7 +29,13 @@ def tiny_planner(tmp_path_factory: pytest.TempPathFactory) -> MemoryPlanner:
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "batch", "packing"), [(True, 1, False), (False, 1, False), (False, 3, False), (True, 2, True)]
+    ("checkpointing", "batch", "packing"),
+    [
+        (False, 3, False),
+        (True, 2, True),
+        pytest.param(True, 1, False, marks=pytest.mark.slow),
+        pytest.param(False, 1, False, marks=pytest.mark.slow),
+    ],
 )
 def test_identical_layers_run_once(tmp_path: Path, checkpointing: bool, batch: int, packing: bool) -> None:
     tensors = read_model_tensors(
@@ -133,7 +139,7 @@ def test_as_many_pages_as_fit_stay_on_the_device(tmp_path: Path) -> None:
     assert planner.plan().states.saved == 0
 
 
-@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "adamw"])
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_the_largest_batch_fits_and_one_more_does_not(tmp_path: Path, optim: str) -> None:
     planner = planner_of(tmp_path, make_config("llama", "tiny", 4), optim=optim)
     device = planner.plan(batch_size=1).peak + CUDA_RESERVE_NBYTES + 500 * 2**20

@@ -35,6 +35,7 @@ NAVIGATION: tuple[tuple[str, str | Entries], ...] = (
             ("Specification", "spec/README.md"),
             ("Kernels", "docs/kernels.md"),
             ("Benchmarks", "docs/benchmarks.md"),
+            ("Security", "docs/security.md"),
             ("Troubleshooting", "docs/troubleshooting.md"),
         ),
     ),

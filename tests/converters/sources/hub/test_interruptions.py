@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qformat.errors import HubError, SourceError, TargetError
-from tests.converters.faulty_disk import FaultyDisk, Killed
+from tests.converters.faulty_disk import FaultyDisk
 from tests.converters.sources.hub.serving import (
     DATA,
     NAME,
@@ -57,21 +57,6 @@ def test_a_full_disk_is_reported_and_the_same_command_resumes_without_fetching_e
 
     assert without_source(tmp_path / "out") == expected
     assert overlap(by_shard(hub, source), sealed) == 0
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("fail_at", range(15, 180, 33))
-def test_a_process_killed_at_any_change_of_the_disk_can_be_resumed(
-    hub: Hub, source: Path, expected: dict[str, object], tmp_path: Path, fail_at: int
-) -> None:
-    disk = FaultyDisk(fail_at, "kill")
-    with pytest.raises(Killed):
-        convert(NAME, tmp_path / "out", disk=disk)
-    assert not (tmp_path / "out").exists()
-
-    convert(NAME, tmp_path / "out")
-
-    assert without_source(tmp_path / "out") == expected
 
 
 def test_damaged_staged_bytes_are_fetched_again_and_compared_with_the_hashed_ones(
