@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qformat import strict_json
+from qformat.artifact.limits import MAX_CONFIG_NBYTES
 from qformat.errors import ArtifactError, QformatError
+from qformat.model.rules.plain_decoders import equals_plain_decoder
 from qformat.names import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -49,6 +51,19 @@ class ModelComparison:
     missing: tuple[str, ...] = ()
     wrong_shapes: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     has_own_code: bool = False
+
+
+def fits_without_a_model(config: bytes, shapes: Mapping[str, Shape]) -> bool:
+    """Return whether names and shapes are certainly those of the model, which `compare_with_model` would find, too.
+
+    Args:
+        config: Contents of config.json.
+        shapes: Shape of every tensor before packing, by its name in the checkpoint.
+    """
+    read = strict_json.loads(
+        config, path=CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True
+    )
+    return isinstance(read, dict) and equals_plain_decoder(read, shapes)
 
 
 def compare_with_model(config: bytes, shapes: Mapping[str, Shape], packed: Collection[str]) -> ModelComparison:
