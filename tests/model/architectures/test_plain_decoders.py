@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,13 @@ def test_neutral_fields_change_neither_names_nor_shapes(model_type: str) -> None
         config = {**config_of(model_type), **fields}
         assert built(config) == shapes
         assert equals_plain_decoder(config, shapes)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_table_knows_every_field_that_transformers_saves(model_type: str) -> None:
+    config = config_of(model_type)
+    saved = json.loads(transformers.AutoConfig.for_model(**config).to_json_string())
+    assert equals_plain_decoder(saved, built(config))
 
 
 REFUSED: dict[str, Callable[[Config], Config]] = {
