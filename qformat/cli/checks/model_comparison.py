@@ -127,7 +127,7 @@ class RunningComparison:
             SourceError: No reader could load the artifact.
         """
         found = self.result()
-        if not found.has_own_code and (problem := mismatch(found, self._source)) is not None:
+        if found.doubt is None and (problem := mismatch(found, self._source)) is not None:
             raise problem
 
     def show(self) -> None:
@@ -141,10 +141,7 @@ class RunningComparison:
                 f"loads. The artifact keeps them: {some(found.not_loaded)}"
             )
         if (problem := mismatch(found, self._source)) is not None:
-            echo(
-                f"Note: tensor {problem.tensor!r}: {problem.problem}. This is not an error, because the checkpoint "
-                "brings its own code, which may define another model"
-            )
+            echo(f"Note: tensor {problem.tensor!r}: {problem.problem}. This is not an error, because {found.doubt}")
 
 
 def comparison_json(found: ModelComparison) -> dict[str, object]:

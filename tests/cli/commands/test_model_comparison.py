@@ -97,6 +97,14 @@ def test_a_checkpoint_with_code_of_its_own_is_only_reported(tmp_path: Path, caps
     assert "brings its own code" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_config_without_any_size_is_only_reported(dry: list[str], tmp_path: Path, capsys: Output) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    source = write_checkpoint(tmp_path / "source", llama_tensors(), config=config)
+    assert run(["convert", str(source), str(tmp_path / "out"), *dry]) == 0
+    assert "states no size of the model" in capsys.readouterr().out
+
+
 def test_without_transformers_a_note_says_what_to_install(
     with_extras: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
