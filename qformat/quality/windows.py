@@ -21,7 +21,14 @@ from qformat.artifact.digests import READ_NBYTES
 from qformat.errors import DataError, UsageError
 from qformat.training.data.place import BadRow
 from qformat.training.data.reading.read_rows import BadRows, read_rows
-from qformat.training.data.reading.sources import DataFile, FileState, Source, check_unchanged, find_files
+from qformat.training.data.reading.sources import (
+    DataFile,
+    FileState,
+    Source,
+    check_unchanged,
+    find_files,
+    refuse_stand_in,
+)
 from qformat.training.data.render import LossOn, Rendered, Renderer
 from qformat.training.data.tokenise import own_tokenizer, tokenise
 
@@ -123,7 +130,8 @@ def read_windows(
         piece_characters: Number of characters of plain text to tokenise at a time.
 
     Raises:
-        DataError: A file is not valid UTF-8, a row cannot be used, or the text is shorter than one window.
+        DataError: A file was not fetched, is not valid UTF-8 or has an unusable row, or the text is shorter than one
+            window.
         UsageError: The source does not exist, or the tokenizer is not a fast one.
     """
     if length < 2:
@@ -179,6 +187,7 @@ def _is_plain_text(path: Path) -> bool:
 
 def _text_stream(path: Path, backend: Tokenizer, sha256: hashlib._Hash, piece_characters: int) -> NDArray[np.int32]:
     """Return the tokens of a file without special tokens, and add its bytes to a digest."""
+    refuse_stand_in(path, is_text=True)
     try:
         data = path.read_bytes()
     except OSError as problem:
