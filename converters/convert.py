@@ -24,7 +24,7 @@ from qformat.converters.rules.recipe import Recipe, load_recipe
 from qformat.converters.sources.open_source import is_repository, open_source
 from qformat.converters.sources.reading import StreamedSource, pin_of
 from qformat.converters.sources.source import Source
-from qformat.converters.sources.wrapped.stripped_names import StrippedNames
+from qformat.converters.sources.wrapped.stripped_names import stripped
 from qformat.cores import usable_cores
 from qformat.errors import Option, UsageError
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
@@ -113,10 +113,15 @@ class ConversionOptions:
             index_wins=self.index_wins,
         )
         try:
-            if isinstance(opened, StreamedSource):
-                self._refuse_streamed()
+            if self.keep_nonfinite and isinstance(opened, StreamedSource):
+                raise UsageError(
+                    Option("keep_nonfinite"),
+                    " reads the source twice, which a streamed repository does not allow. Download it first with ",
+                    Option("keep_source", True),
+                    " and convert the directory in the cache",
+                )
             if self.strip_wrappers:
-                opened = StrippedNames(opened)
+                opened = stripped(opened)
             if opened.packed:
                 refuse_options(opened, self._quantizing())
             recipe = self.load_recipe()
@@ -128,22 +133,6 @@ class ConversionOptions:
             opened.close()
             raise
         return opened, planned
-
-    def _refuse_streamed(self) -> None:
-        for name, given, why in (
-            (
-                "keep_nonfinite",
-                self.keep_nonfinite,
-                "reads the source twice, which a streamed repository does not allow",
-            ),
-            ("strip_wrappers", self.strip_wrappers, "does not apply to a streamed repository"),
-            ("index_wins", self.index_wins, "does not apply to a streamed repository"),
-        ):
-            if given:
-                raise UsageError(
-                    Option(name), f" {why}. Download it first with ", Option("keep_source", True),
-                    " and convert the directory in the cache",
-                )  # fmt: skip
 
     def _quantizing(self) -> list[Option]:
         """Return the given options that decide which weights are quantized, and how."""

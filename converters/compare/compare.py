@@ -48,7 +48,7 @@ from qformat.converters.sources.chunks import CHUNK_SIZES, ChunkSizes, read_chun
 from qformat.converters.sources.file_source import INDEX_WINS
 from qformat.converters.sources.open_source import open_source
 from qformat.converters.sources.source import PackedWeight, Source, SourceTensor
-from qformat.converters.sources.wrapped.stripped_names import MEMBER, StrippedNames
+from qformat.converters.sources.wrapped.stripped_names import MEMBER, stripped
 from qformat.cores import run_tasks, usable_cores
 
 __all__ = ["Comparison", "compare"]
@@ -85,7 +85,7 @@ def compare(
         else:
             opened = source
         if MEMBER in checked.manifest.source:
-            opened = StrippedNames(opened)
+            opened = stripped(opened)
         shards = ShardFiles(checked.structure, stack)
         with telling_of_compilation(on_compile):
             _warm_up(checked.manifest.tensors.values())

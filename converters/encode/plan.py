@@ -182,7 +182,7 @@ def make_plan(source: Source, recipe: Recipe, *, max_shard_nbytes: int) -> Plan:
         else:
             assert choice.reason is not None
             tasks.append(KeptTask(tensor, places[tensor.name], choice.reason))
-    described, note = with_architectures(source.config, source.location)
+    described, note = with_architectures(source.config, list(choices), source.location)
     if adopted:
         quantization = adoption.quantization_config(choices, source)
         config = small_json({**described, "quantization_config": quantization}, python_numbers=True)

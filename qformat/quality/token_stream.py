@@ -24,7 +24,7 @@ from qformat.errors import DataError, UsageError
 from qformat.named_files import open_named
 from qformat.training.data.place import BadRow
 from qformat.training.data.reading.read_rows import BadRows, read_rows
-from qformat.training.data.reading.sources import DataFile, FileState, check_unchanged, find_files
+from qformat.training.data.reading.sources import DataFile, FileState, check_unchanged, find_files, refuse_stand_in
 from qformat.training.data.render import LossOn, Rendered, Renderer
 from qformat.training.data.tokenise import in_batches, own_tokenizer, tokenise
 
@@ -143,6 +143,7 @@ class TokenStream:
 
     def _texts(self, path: Path) -> Iterator[str]:
         """Yield a text in parts as they are read."""
+        refuse_stand_in(path, is_text=True)
         decoder = codecs.getincrementaldecoder("utf-8")()
         n_read, mark = 0, "\ufeff"
         try:

@@ -117,7 +117,8 @@ def read_windows(
         piece_characters: Largest number of characters of a piece of plain text.
 
     Raises:
-        DataError: A file is not valid UTF-8, a row cannot be used, or the text is shorter than one window.
+        DataError: A file was not fetched, is not valid UTF-8 or has an unusable row, or the text is shorter than one
+            window.
         UsageError: The source does not exist, or the tokenizer is not a fast one.
     """
     if length < 2:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qformat.errors import DataError, UsageError
 from qformat.quality.windows import cut, read_windows
+from tests.artifact.not_fetched import STAND_INS
 from tests.training import runs
 
 TEXT = "the block holds one scale, and every code counts from zero to fifteen\nwhile pages move on and on\n" * 20
@@ -176,6 +177,24 @@ def test_an_unusable_row_is_reported_without_an_option_that_does_not_exist(
     path.write_text("{}\n")
     with pytest.raises(DataError, match=r"rows.jsonl: line 1: has no 'messages'.*\. Correct it$"):
         read_windows(path, tokenizer, length=4)
+
+
+@pytest.mark.parametrize("name", ["text.txt", "rows.jsonl", "rows.json", "rows.parquet", "inside/rows.jsonl"])
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_what_takes_the_place_of_a_file_is_named(
+    kind: str, name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    content, problem, next_step = STAND_INS[kind]
+    if name == "text.txt" and problem == "web page":
+        content, problem, next_step = b"<html>" + content, "fewer than one window", "Give more text"  # it is a text
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        read_windows(path.parent if "/" in name else path, tokenizer, length=2**20)
+    assert problem in refused.value.problem
+    assert next_step in refused.value.next_step
+    assert str(path) in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl"])

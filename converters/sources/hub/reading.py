@@ -44,11 +44,19 @@ class HubReading(Reading):
     Args:
         files: The files of the repository.
         entries: Shard and byte range of every tensor, keyed by name.
+        ignored: Shard and byte range of the tensors that do not count. They are hashed only.
     """
 
-    def __init__(self, files: HubFiles, entries: Mapping[str, tuple[str, TensorEntry]]) -> None:
+    def __init__(
+        self,
+        files: HubFiles,
+        entries: Mapping[str, tuple[str, TensorEntry]],
+        ignored: Sequence[tuple[str, TensorEntry]] = (),
+    ) -> None:
         self._files = files
         self._entries = entries
+        # No name of a tensor has a line break.
+        self._ignored = {f"{shard}\n{entry.name}": (shard, entry) for shard, entry in ignored}
         self._proofs = _Proofs()
         self._proved = threading.Condition()
         self._record: Record = lambda entry: None
@@ -89,19 +97,22 @@ class HubReading(Reading):
         """
         wanted = {tensor.name for tensor in tensors}
         spans, kept = [], []
-        for name in sorted(self._entries, key=self._place):
-            shard, entry = self._entries[name]
+        places = {**self._entries, **self._ignored}
+        for name in sorted(places, key=lambda name: _order(*places[name])):
+            shard, entry = places[name]
             hashed = self._proofs.states.get(shard)
-            if self._is_whole(name):
+            if self._files.shards[shard].whole is not None:
                 kept += [name] if name in wanted else []
             elif name in wanted:
                 in_order = hashed is None or entry.stop > hashed.nbytes or name not in self._proofs.xxh3
                 spans.append(Span(name, shard, entry.start, entry.stop, in_order))
+            elif name in self._ignored and (hashed is None or entry.stop > hashed.nbytes):
+                spans.append(Span(name, shard, entry.start, entry.stop, in_order=True))
         self._record = record
         self._stream = self._files.stream = ByteStream(self._files.repository, spans, self._files.transfer)
         self._hasher = threading.Thread(target=self._hash, name="qformat-hub-sha256", daemon=True)
         self._hasher.start()
-        return kept + [span.key for span in spans]
+        return kept + [span.key for span in spans if span.key in wanted]
 
     def settle(self, tensor: SourceTensor, source_xxh3: str) -> None:
         """Wait until a tensor is hashed, and compare the hashed bytes with the encoded ones.
@@ -168,6 +179,8 @@ class HubReading(Reading):
                 sha256[span.file].update(self._files.shards[span.file].head)
             state = sha256[span.file]
             if len(data):
+                if span.key in self._ignored:  # no one else takes these bytes
+                    stream.read_into(span.key, state.nbytes - span.start, memoryview(bytearray(len(data))))
                 state.update(data)
                 xxh3.update(data)
                 continue
@@ -189,13 +202,13 @@ class HubReading(Reading):
             self._record({"distrusted": name})
             raise digest_error(str(self._files.path / name), found, str(file.sha256), SourceError)
 
-    def _place(self, name: str) -> tuple[object, int, int]:
-        shard, entry = self._entries[name]
-        return natural_order(shard), entry.start, entry.stop
-
     def _shard_of(self, name: str) -> str | None:
         return self._entries[name][0] if name in self._entries else None
 
     def _is_whole(self, name: str) -> bool:
         shard = self._shard_of(name)
         return shard is not None and self._files.shards[shard].whole is not None
+
+
+def _order(shard: str, entry: TensorEntry) -> tuple[object, int, int]:
+    return natural_order(shard), entry.start, entry.stop

@@ -34,7 +34,8 @@ class HubRepository(SafetensorsShards):
         """Return kind, repository, commit, and the size and SHA-256 of each shard, as the manifest records them."""
         files: JsonObject = {**self.files.described_shards()}
         repository = self.files.repository
-        return {"kind": self.kind, "repository": repository.name, "commit": repository.commit, "files": files}
+        where: JsonObject = {"repository": repository.name, "commit": repository.commit}
+        return {"kind": self.kind, **where, "files": files, **self._how_read()}
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the commit and of the digests of all files that are used."""
@@ -58,7 +59,13 @@ class HubRepository(SafetensorsShards):
 
     def new_reading(self) -> Reading:
         """Return a reading in the order of the shards' bytes."""
-        return HubReading(self.files, self._entries)
+        ignored = [
+            (shard, entry)
+            for shard, parsed in self._headers.items()
+            for name, entry in parsed.tensors.items()
+            if self._entries.get(name, (None, entry))[0] != shard
+        ]
+        return HubReading(self.files, self._entries, ignored)
 
     def check_for_any_order(self) -> None:
         """Check all shards in advance, so that tensors can be read in any order and more than once.

@@ -1,18 +1,27 @@
-"""A source whose tensors lose the parts of their names that wrappers put there (`_orig_mod.`, `module.`)."""
+"""A source whose tensors lose the parts of their names that wrappers put there (`_orig_mod.`, `module.`).
+
+A streamed source stays one: `RenamedReading` translates the names for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qformat.artifact.manifest import JsonObject
 from qformat.converters.sources.encoded.decoding_source import DecodingSource
+from qformat.converters.sources.reading import Reading, Record, StreamedSource
 from qformat.converters.sources.source import Source, SourceTensor
 from qformat.converters.sources.wrapped.wrappers import without, wrapper_parts
 from qformat.errors import Reason, SourceError
 
 MEMBER = "stripped"
 """Member of the manifest's record of the source: the parts that were removed."""
+
+
+def stripped(stored: Source) -> Source:
+    """Return a source under the names that it has without wrappers. Closing it closes `stored`."""
+    return StrippedStream(stored) if isinstance(stored, StreamedSource) else StrippedNames(stored)
 
 
 class StrippedNames(DecodingSource):
@@ -59,3 +68,72 @@ class StrippedNames(DecodingSource):
                     tensor=name, next_step="Keep one of the two in the checkpoint",
                 )  # fmt: skip
             seen.add(new)
+
+
+class StrippedStream(StrippedNames):
+    """The same for a source that is read as a stream."""
+
+    stored: StreamedSource
+
+    def new_reading(self) -> Reading:
+        """Return the reading of one run of the stored source, under the other names."""
+        return RenamedReading(self.stored.new_reading(), self._stored)
+
+
+class RenamedReading(Reading):
+    """A reading whose tensors have other names than in the stored source.
+
+    Args:
+        stored: Reading of the stored source.
+        tensors: The tensors of the stored source by their other names.
+    """
+
+    def __init__(self, stored: Reading, tensors: Mapping[str, SourceTensor]) -> None:
+        self._reading = stored
+        self._tensors = tensors
+        self._names = {tensor.name: name for name, tensor in tensors.items()}
+
+    def trusted(self, entries: Sequence[JsonObject]) -> list[JsonObject]:
+        """Return the journal entries about tensors that can be trusted."""
+        stored = [
+            {**entry, "tensor": self._tensors[str(entry["tensor"])].name} if "tensor" in entry else entry
+            for entry in entries
+        ]
+        return [{**entry, "tensor": self._names[str(entry["tensor"])]} for entry in self._reading.trusted(stored)]
+
+    def begin(self, tensors: Sequence[SourceTensor], record: Record) -> list[str]:
+        """Prepare to read these tensors, each once from start to end.
+
+        Args:
+            tensors: Tensors that the run will read.
+            record: Appends an entry to the journal.
+
+        Returns:
+            Their names in the order in which they must be started.
+        """
+        order = self._reading.begin([self._tensors[tensor.name] for tensor in tensors], record)
+        return [self._names[name] for name in order]
+
+    def settle(self, tensor: SourceTensor, source_xxh3: str) -> None:
+        """Wait until the bytes of a tensor are verified, as far as is possible while other tensors are missing.
+
+        Args:
+            tensor: A tensor that was read to its end.
+            source_xxh3: XXH3-128 of the bytes that were read.
+
+        Raises:
+            SourceError: The bytes are not those of the source.
+        """
+        self._reading.settle(self._tensors[tensor.name], source_xxh3)
+
+    def finish(self) -> None:
+        """Wait until everything that was read is verified.
+
+        Raises:
+            SourceError: Some bytes are not those of the source.
+        """
+        self._reading.finish()
+
+    def close(self) -> None:
+        """Release all resources, whether reading has finished or not."""
+        self._reading.close()

@@ -45,12 +45,13 @@ class StandIn:
     next_step: str
 
 
-def stand_in(name: str, head: bytes) -> StandIn | None:
+def stand_in(name: str, head: bytes, *, is_text: bool = False) -> StandIn | None:
     """Return what a file contains in place of its content, None if it may be the file itself.
 
     Args:
         name: Name of the file.
         head: The first `HEAD_NBYTES` bytes of the file, or the entire file if it is shorter.
+        is_text: Whether the content may be any text, a web page included.
     """
     if len(head) < HEAD_NBYTES and _LFS_POINTER.match(head):
         size = _LFS_SIZE.search(head)
@@ -63,7 +64,8 @@ def stand_in(name: str, head: bytes) -> StandIn | None:
         return StandIn(
             "is a git-annex pointer, not the file itself", f"Run `git annex get .` in its directory, or {_DOWNLOAD}"
         )
-    if _MARKUP.match(head) and not (accompanies(name) or name.lower().endswith(_MAY_BE_MARKUP)):
+    may_be_markup = is_text or accompanies(name) or name.lower().endswith(_MAY_BE_MARKUP)
+    if _MARKUP.match(head) and not may_be_markup:
         return StandIn(
             "is a web page, not the file itself: the page of an error, of a login, or one that only shows the file",
             f"{_DOWNLOAD[0].upper()}{_DOWNLOAD[1:]}; the address of a file of the Hub contains /resolve/, not /blob/",
@@ -77,14 +79,19 @@ def stand_in(name: str, head: bytes) -> StandIn | None:
     return None
 
 
-def stand_in_of(path: Path) -> StandIn | None:
-    """Return what a file contains in place of its content, None if it may be the file itself or cannot be read."""
+def stand_in_of(path: Path, *, is_text: bool = False) -> StandIn | None:
+    """Return what a file contains in place of its content, None if it may be the file itself or cannot be read.
+
+    Args:
+        path: Path of the file.
+        is_text: Whether the content may be any text, a web page included.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        return stand_in(path.name, os.pread(descriptor, HEAD_NBYTES, 0))
+        return stand_in(path.name, os.pread(descriptor, HEAD_NBYTES, 0), is_text=is_text)
     except OSError:
         return None
     finally:

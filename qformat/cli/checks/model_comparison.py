@@ -1,7 +1,8 @@
 """Compares a checkpoint with the model of its config.json beside a conversion, and rejects what no reader could load.
 
-Importing torch and transformers takes seconds, so another process compares while this one encodes. It is done before
-the artifact appears.
+For a checkpoint of a common architecture with exactly the tensors of its model, a table suffices. Every other one is
+compared with the model that transformers builds. Importing torch and transformers takes seconds, so another process
+compares while this one encodes. It is done before the artifact appears.
 """
 
 from __future__ import annotations
@@ -54,18 +55,25 @@ class RunningComparison:
             self._folder.cleanup()
 
     def start(self, plan: Plan) -> None:
-        """Begin to compare. If this process has imported transformers already, it compares at once.
+        """Begin to compare. The table, or transformers if this process has imported it already, compares at once.
 
         Args:
             plan: Plan of the conversion.
         """
-        from qformat.model.rules.expected_tensors import ModelComparison, as_request, compare_with_model
+        from qformat.model.rules.expected_tensors import (
+            ModelComparison,
+            as_request,
+            compare_with_model,
+            fits_without_a_model,
+        )
 
         config = plan.small_files[CONFIG_NAME]
         shapes = {task.source.name: task.source.shape for task in plan.tasks}
         packed = [task.source.name for task in (*plan.packed, *plan.adopted)]
         if not self._wanted:
             self._result = ModelComparison("--no-model-check was given")
+        elif fits_without_a_model(config, shapes):
+            self._result = ModelComparison()
         elif "transformers" in sys.modules:
             self._result = compare_with_model(config, shapes, packed)
         elif any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
@@ -97,6 +105,12 @@ class RunningComparison:
                 self._result = ModelComparison(f"the process that compares ended with status {status}: {last}")
         return self._result
 
+    def result_at_once(self) -> ModelComparison:
+        """Return the comparison without waiting for another process, for an artifact that was complete before."""
+        from qformat.model.rules.expected_tensors import ModelComparison
+
+        return self._result or ModelComparison("the artifact was complete before")
+
     def refuse_if_known(self) -> None:
         """Reject a mismatch if the comparison has ended.
 
@@ -113,7 +127,7 @@ class RunningComparison:
             SourceError: No reader could load the artifact.
         """
         found = self.result()
-        if not found.has_own_code and (problem := mismatch(found, self._source)) is not None:
+        if found.doubt is None and (problem := mismatch(found, self._source)) is not None:
             raise problem
 
     def show(self) -> None:
@@ -127,10 +141,7 @@ class RunningComparison:
                 f"loads. The artifact keeps them: {some(found.not_loaded)}"
             )
         if (problem := mismatch(found, self._source)) is not None:
-            echo(
-                f"Note: tensor {problem.tensor!r}: {problem.problem}. This is not an error, because the checkpoint "
-                "brings its own code, which may define another model"
-            )
+            echo(f"Note: tensor {problem.tensor!r}: {problem.problem}. This is not an error, because {found.doubt}")
 
 
 def comparison_json(found: ModelComparison) -> dict[str, object]:
@@ -153,26 +164,23 @@ def mismatch(found: ModelComparison, source: Path) -> SourceError | None:
         found: The comparison.
         source: Location of the source.
     """
+    belong = f"{CONFIG_NAME} and the shards belong to different models"
     if found.wrong_shapes:
-        name, (stored, wanted) = next(iter(found.wrong_shapes.items()))
-        return SourceError(
-            Reason.COMPONENT_SHAPE, source,
-            f"shape {list(stored)}, but the model of {CONFIG_NAME} expects {list(wanted)} "
-            f"(tensors whose shape does not fit: {len(found.wrong_shapes)})",
-            tensor=name, next_step=f"{CONFIG_NAME} and the shards belong to different models. {_REGARDLESS}",
-        )  # fmt: skip
-    if found.missing:
-        return SourceError(
-            Reason.MISSING_COMPONENT, source,
-            f"the model of {CONFIG_NAME} needs it, but the checkpoint lacks it (tensors that are missing: "
-            f"{len(found.missing)})", tensor=found.missing[0],
-            next_step=f"{CONFIG_NAME} and the shards belong to different models, or one is missing. {_REGARDLESS}",
-        )  # fmt: skip
-    if found.without_layer:
-        return SourceError(
-            Reason.UNKNOWN_TENSOR, source,
-            f"would be packed, but the model of {CONFIG_NAME} has no such layer (such weights: "
-            f"{len(found.without_layer)})", tensor=found.without_layer[0],
-            next_step=f"Keep such weights in 16 bit with --skip, or use the {CONFIG_NAME} of this model. {_REGARDLESS}",
-        )  # fmt: skip
-    return None
+        tensor, (stored, wanted) = next(iter(found.wrong_shapes.items()))
+        reason, count, next_step = Reason.COMPONENT_SHAPE, len(found.wrong_shapes), belong
+        problem = f"shape {list(stored)}, but the model of {CONFIG_NAME} expects {list(wanted)}"
+        which = "tensors whose shape does not fit"
+    elif found.missing:
+        tensor, reason, count = found.missing[0], Reason.MISSING_COMPONENT, len(found.missing)
+        problem = f"the model of {CONFIG_NAME} needs it, but the checkpoint lacks it"
+        which, next_step = "tensors that are missing", f"{belong}, or one is missing"
+    elif found.without_layer:
+        tensor, reason, count = found.without_layer[0], Reason.UNKNOWN_TENSOR, len(found.without_layer)
+        problem = f"would be packed, but the model of {CONFIG_NAME} has no such layer"
+        which = "such weights"
+        next_step = f"Keep such weights in 16 bit with --skip, or use the {CONFIG_NAME} of this model"
+    else:
+        return None
+    return SourceError(
+        reason, source, f"{problem} ({which}: {count})", tensor=tensor, next_step=f"{next_step}. {_REGARDLESS}"
+    )

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qformat import strict_json
+from qformat.artifact.limits import MAX_CONFIG_NBYTES
+from qformat.artifact.manifest import JsonObject
 from qformat.errors import ArtifactError, QformatError
+from qformat.model.rules.plain_decoders import equals_plain_decoder
 from qformat.names import CONFIG_NAME
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ class ModelComparison:
         missing: The model's names of the tensors that it needs and the checkpoint lacks.
         wrong_shapes: Shape in the checkpoint and shape in the model of each tensor for which they differ, by its name
             in the checkpoint.
-        has_own_code: Whether the checkpoint brings code that may define another model.
+        doubt: Why the checkpoint may belong to another model than the one that it was compared with. None if it cannot.
     """
 
     not_compared: str | None = None
@@ -48,7 +51,21 @@ class ModelComparison:
     without_layer: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     wrong_shapes: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
-    has_own_code: bool = False
+    doubt: str | None = None
+
+
+_OWN_CODE = "the checkpoint brings its own code, which may define another model"
+_NO_SIZES = f"{CONFIG_NAME} states no size of the model, so that transformers took its own defaults"
+
+
+def fits_without_a_model(config: bytes, shapes: Mapping[str, Shape]) -> bool:
+    """Return whether names and shapes are certainly those of the model, which `compare_with_model` would find, too.
+
+    Args:
+        config: Contents of config.json.
+        shapes: Shape of every tensor before packing, by its name in the checkpoint.
+    """
+    return equals_plain_decoder(_read(config), shapes)
 
 
 def compare_with_model(config: bytes, shapes: Mapping[str, Shape], packed: Collection[str]) -> ModelComparison:
@@ -84,7 +101,22 @@ def compare_with_model(config: bytes, shapes: Mapping[str, Shape], packed: Colle
         except Exception as error:  # noqa: BLE001  any architecture may fail in its own way; a conversion needs none
             problem = str(error).strip() or type(error).__name__
             return ModelComparison(f"transformers {transformers.__version__} cannot build the model: {problem}")
-    return _compare(model, names, shapes, packed, has_own_code="auto_map" in read.to_dict())
+    doubt = _OWN_CODE if "auto_map" in read.to_dict() else None if _states_sizes(config) else _NO_SIZES
+    return _compare(model, names, shapes, packed, doubt)
+
+
+def _states_sizes(config: bytes) -> bool:
+    """Return whether a config has any number of its own, or the config of a part."""
+    fields = _read(config)
+    fields.pop("quantization_config", None)
+    return any(isinstance(value, dict) or type(value) is int for value in fields.values())
+
+
+def _read(config: bytes) -> JsonObject:
+    read = strict_json.loads(
+        config, path=CONFIG_NAME, max_nbytes=MAX_CONFIG_NBYTES, error=ArtifactError, python_numbers=True
+    )
+    return read if isinstance(read, dict) else {}
 
 
 def _compare(
@@ -92,8 +124,7 @@ def _compare(
     names: Mapping[str, str],
     shapes: Mapping[str, Shape],
     packed: Collection[str],
-    *,
-    has_own_code: bool,
+    doubt: str | None,
 ) -> ModelComparison:
     from qformat.model.build import tensors_by_name
     from qformat.model.rules.loading_rules import ignored_extras, ignored_gaps
@@ -117,7 +148,7 @@ def _compare(
             for name, inside in names.items()
             if name not in extra and tuple(shapes[name]) != tuple(places[inside].shape)
         },
-        has_own_code=has_own_code,
+        doubt=doubt,
     )
 
 

@@ -25,9 +25,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
+from qformat.artifact.sources.stand_ins import stand_in_of
 from qformat.errors import AdapterError, Option, QformatError, UsageError
 from qformat.model.nf4_linear import NF4Linear
-from qformat.names import ADAPTER_WEIGHTS_NAME
+from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, BASE_RECORD_NAME
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
 from qformat.training.adapter.lora_linear import NF4LoraLinear
 from qformat.training.adapter.saved_config import fix_layers, read_saved_config, wrong_shape
@@ -101,8 +102,11 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: BaseRecord, *, for
         The model with the adapter, in evaluation mode.
 
     Raises:
-        AdapterError: The adapter is damaged, was trained on other weights, or does not fit the model.
+        AdapterError: The adapter was not fetched, is damaged, was trained on other weights, or does not fit the model.
     """
+    for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, BASE_RECORD_NAME):
+        if (found := stand_in_of(adapter / name)) is not None:
+            raise AdapterError(f"{adapter / name}: {found.problem}. {found.next_step}")
     config = read_saved_config(adapter)
     recorded = read_base_record(adapter)
     if recorded is None:

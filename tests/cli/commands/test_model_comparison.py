@@ -97,13 +97,34 @@ def test_a_checkpoint_with_code_of_its_own_is_only_reported(tmp_path: Path, caps
     assert "brings its own code" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_config_without_any_size_is_only_reported(dry: list[str], tmp_path: Path, capsys: Output) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    source = write_checkpoint(tmp_path / "source", llama_tensors(), config=config)
+    assert run(["convert", str(source), str(tmp_path / "out"), *dry]) == 0
+    assert "states no size of the model" in capsys.readouterr().out
+
+
 def test_without_transformers_a_note_says_what_to_install(
-    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+    with_extras: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "transformers")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert run(["convert", str(write_llama(tmp_path / "source")), str(tmp_path / "out")]) == 0
+    assert run(["convert", str(with_extras), str(tmp_path / "out")]) == 0
     assert "names and shapes were not compared" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_common_checkpoint_that_fits_needs_no_other_process(
+    dry: list[str], tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_llama(tmp_path / "source")
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert run(["convert", str(source), str(tmp_path / "out"), "--json", *dry]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["compared_with_model"] == {"not_compared": None, "not_loaded": [], "missing": [], "wrong_shapes": {}}
+    assert "transformers" not in sys.modules
 
 
 @pytest.mark.slow
@@ -120,11 +141,23 @@ def test_another_process_compares_if_transformers_is_not_imported(
     assert caught.value.reason in {Reason.COMPONENT_SHAPE, Reason.MISSING_COMPONENT, Reason.UNKNOWN_TENSOR}
 
 
-def test_another_process_that_fails_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_llama(tmp_path / "source")
+def test_another_process_that_fails_is_a_note(with_extras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "transformers")
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with RunningComparison(str(source), wanted=True) as comparison:
-        comparison.start(plan(source))
+    with RunningComparison(str(with_extras), wanted=True) as comparison:
+        comparison.start(plan(with_extras))
         comparison.refuse()
         assert "status 1" in str(comparison.result().not_compared)
+
+
+def test_an_artifact_that_was_complete_before_waits_for_no_other_process(
+    with_extras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "never_ends"
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
+    program.chmod(0o755)
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.setattr(sys, "executable", str(program))
+    with RunningComparison(str(with_extras), wanted=True) as comparison:
+        comparison.start(plan(with_extras))
+        assert "complete before" in str(comparison.result_at_once().not_compared)

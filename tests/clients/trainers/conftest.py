@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from qformat.converters.convert import convert
 from qformat.converters.export import export
+from tests.clients.trainers.short_runs import small_artifact
 from tests.one_thread import one_thread
-from tests.training.runs import VOCABULARY, small_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -32,30 +30,11 @@ def _no_warnings_of_trainers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers. Norms of 1 and a large head let adapters change the predictions."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random Llama. Norms of 1 and a large head let adapters change the predictions."""
+    from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("for_trainers")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        initializer_range=0.1,
-        max_position_embeddings=512,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        with torch.no_grad():
-            model.lm_head.weight.mul_(4)
-        model.to(torch.bfloat16).save_pretrained(folder / "source")
-    small_tokenizer().save_pretrained(folder / "source")
-    convert(folder / "source", folder / "nf4")
-    return folder / "nf4"
+    return small_artifact(folder, LlamaForCausalLM, head_scale=4, max_position_embeddings=512)
 
 
 @pytest.fixture(scope="session")

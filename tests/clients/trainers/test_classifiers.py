@@ -13,45 +13,22 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import qformat
 from qformat.cli.main import run
-from qformat.converters.convert import convert
 from qformat.converters.export import export
 from qformat.errors import UsageError
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.transformers_quantizer import METHOD
+from tests.clients.trainers.short_runs import BOUND, N_STEPS, THREE_STEPS, losses_of, small_artifact
 from tests.small_models import contents
-from tests.training.runs import VOCABULARY, small_tokenizer
 
 IDS = torch.arange(5, 25)[None]
-
-N_STEPS = 3
-
-BOUND = (2 * 7 + 1) * VOCABULARY * torch.finfo(torch.float32).eps
-"""See test_losses.py."""
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a head for three labels, converted, with its source beside it."""
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from transformers import LlamaForSequenceClassification
 
-    folder = tmp_path_factory.mktemp("classifier")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        initializer_range=0.1,
-        num_labels=3,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForSequenceClassification(config).to(torch.bfloat16).save_pretrained(folder / "source")
-    small_tokenizer().save_pretrained(folder / "source")
-    convert(folder / "source", folder / "nf4")
-    return folder / "nf4"
+    return small_artifact(tmp_path_factory.mktemp("classifier"), LlamaForSequenceClassification, num_labels=3)
 
 
 @pytest.fixture
@@ -149,26 +126,11 @@ def test_the_reward_trainer_has_the_losses_of_the_decoded_model(classifier: Path
         lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
         trainer = RewardTrainer(
             model=get_peft_model(model, lora),
-            args=RewardConfig(
-                output_dir=str(folder),
-                max_steps=N_STEPS,
-                per_device_train_batch_size=4,
-                learning_rate=0.1,
-                lr_scheduler_type="constant",
-                optim="sgd",
-                logging_steps=1,
-                bf16=False,
-                use_cpu=True,
-                seed=0,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
-            ),
+            args=RewardConfig(output_dir=str(folder), **THREE_STEPS),
             train_dataset=rows,
             processing_class=qformat.load_tokenizer(classifier),
         )
-        trainer.train()
-        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        return losses_of(trainer)
 
     ours = qformat.load_model(classifier, device="cpu", dtype=torch.float32)
     oracle = AutoModelForSequenceClassification.from_pretrained(tmp_path / "decoded", dtype=torch.float32)

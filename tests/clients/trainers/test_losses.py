@@ -10,16 +10,8 @@ import pytest
 import torch
 
 from qformat import load_model, load_tokenizer
-from tests.training.runs import VOCABULARY
-
-N_STEPS = 3
-
-BOUND = (2 * 7 + 1) * VOCABULARY * torch.finfo(torch.float32).eps
-"""Largest relative difference of two losses in fp32 with the sums in another order: each of the 15 products of the
-model has at most VOCABULARY summands, and each summand has one rounding in units of its size. SGD keeps it in the
-weights linearly, with steps far below 1."""
-
-WORDS = "the block holds one scale and every code counts from zero to fifteen while pages move".split()  # noqa: SIM905
+from tests.clients.trainers.short_runs import BOUND, N_STEPS, THREE_STEPS, losses_of
+from tests.training.runs import WORDS
 
 
 def texts() -> list[dict[str, Any]]:
@@ -50,27 +42,11 @@ def losses(name: str, model: Any, tokenizer: Any, rows: list[dict[str, Any]], fo
     trainer_class, config_class = trainer_classes(name)
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    arguments = config_class(
-        output_dir=str(folder),
-        max_steps=N_STEPS,
-        per_device_train_batch_size=4,
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_length=64,
-        logging_steps=1,
-        bf16=False,
-        use_cpu=True,
-        seed=0,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    arguments = config_class(output_dir=str(folder), max_length=64, **THREE_STEPS)
     trainer = trainer_class(
         model=adapted, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
-    trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return losses_of(trainer)
 
 
 @pytest.mark.parametrize(

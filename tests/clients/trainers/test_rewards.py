@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qformat import load_model, load_tokenizer
+from tests.clients.trainers.short_runs import EVERY_RUN
 
 pytestmark = pytest.mark.slow
 
@@ -47,17 +48,11 @@ def made(name: str, artifact: Path, folder: Path) -> tuple[Any, list[float]]:
         output_dir=str(folder),
         max_steps=N_STEPS,
         learning_rate=3e-2,
-        lr_scheduler_type="constant",
         num_generations=N_COMPLETIONS,
         per_device_train_batch_size=N_COMPLETIONS,
         max_completion_length=N_TOKENS,
         beta=0.0,
-        bf16=False,
-        use_cpu=True,
-        seed=0,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
+        **EVERY_RUN,
     )
     torch.manual_seed(0)
     trainer = getattr(trl, f"{name}Trainer")(

@@ -20,7 +20,7 @@ from qformat.cli.main import run
 from qformat.converters.compare.compare import compare
 from qformat.converters.convert import ConversionOptions, convert, plan
 from qformat.converters.sources.wrapped.wrappers import without, wrapper_parts
-from qformat.errors import Reason, SourceError, UsageError
+from qformat.errors import Reason, SourceError
 from tests.converters.faulty_disk import interrupt
 from tests.converters.refused_source import refusal
 from tests.converters.sources.decoded_kinds import fp8_source
@@ -136,11 +136,6 @@ def test_two_tensors_that_would_get_one_name_are_rejected(plain: Path, tmp_path:
 def test_other_names_are_not_taken_for_those_of_wrappers(names: list[str]) -> None:
     assert wrapper_parts(names) == []
     assert [without(name, []) for name in names] == names
-
-
-def test_a_streamed_repository_is_not_stripped() -> None:
-    with pytest.raises(UsageError, match="strip_wrappers does not apply to a streamed repository"):
-        STRIP._refuse_streamed()
 
 
 # Adapters that are not merged

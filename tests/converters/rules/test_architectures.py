@@ -1,4 +1,4 @@
-"""A config.json without `architectures` gets the causal language model of its `model_type`, or is rejected."""
+"""A config.json without `architectures` gets the language model of its `model_type`, or is rejected."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import transformers
 
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.converters.convert import convert, plan
+from qformat.converters.rules.architectures import with_architectures
 from qformat.errors import Reason, SourceError
 from tests.small_models import llama_config, write_checkpoint
 
@@ -21,7 +22,7 @@ def write(folder: Path, **changes: object) -> Path:
     return write_checkpoint(folder, config={name: value for name, value in config.items() if value is not None})
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "smollm3", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "smollm3", "gemma2"])
 @pytest.mark.parametrize("given", [None, []])
 def test_the_artifact_names_the_class_that_transformers_would_load(
     model_type: str, given: object, tmp_path: Path
@@ -37,9 +38,7 @@ def test_the_artifact_names_the_class_that_transformers_would_load(
 
 
 @pytest.mark.parametrize("model_type", ["a_model_of_mine", "clip", None, 5])
-def test_a_model_type_without_a_causal_language_model_is_rejected_with_what_to_add(
-    model_type: object, tmp_path: Path
-) -> None:
+def test_a_model_type_without_a_language_model_is_rejected_with_what_to_add(model_type: object, tmp_path: Path) -> None:
     with pytest.raises(SourceError) as caught:
         plan(write(tmp_path / "source", model_type=model_type))
     assert caught.value.reason is Reason.CONFIG_FIELD
@@ -48,10 +47,33 @@ def test_a_model_type_without_a_causal_language_model_is_rejected_with_what_to_a
     assert '"architectures": ["LlamaForCausalLM"]' in str(caught.value.next_step)
 
 
+CLASSES: dict[str, tuple[str, list[str], str]] = {
+    "a base model of BERT": ("bert", ["encoder.layer.0.attention.self.query.weight"], "BertModel"),
+    "BERT with a head": ("bert", ["bert.encoder.layer.0.attention.self.query.weight"], "BertForMaskedLM"),
+    "a masked model without a causal one": (
+        "distilbert",
+        ["distilbert.transformer.layer.0.x"],
+        "DistilBertForMaskedLM",
+    ),
+    "a base model of Llama": ("llama", ["layers.0.self_attn.q_proj.weight", "norm.weight"], "LlamaModel"),
+    "GPT-NeoX": ("gpt_neox", ["gpt_neox.layers.0.attention.dense.weight", "embed_out.weight"], "GPTNeoXForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_the_names_of_the_tensors_tell_a_base_model_from_one_with_a_head(case: str) -> None:
+    model_type, names, expected = CLASSES[case]
+    described, note = with_architectures({"model_type": model_type}, names, Path("source"))
+    assert described["architectures"] == [expected]
+    assert hasattr(transformers, expected)
+    assert expected in str(note)
+    assert ("base model" in str(note)) == expected.endswith("Model")
+
+
 def test_without_transformers_the_error_says_what_to_install_or_to_add(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformers.models.auto.modeling_auto", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SourceError, match="models"):
         plan(write(tmp_path / "source"))
 

@@ -11,6 +11,7 @@ import pytest
 from qformat.artifact.reading.verify import verify_integrity
 from qformat.cli.main import run
 from qformat.converters.convert import convert, plan
+from qformat.converters.sources.left_out import MODULE
 from tests.converters.sources.decoded_kinds import fp8_source, torch_llama, write_bin
 from tests.converters.sources.gguf.gguf_models import write_gguf
 from tests.converters.sources.hub.serving import NAME, serving
@@ -100,6 +101,43 @@ def test_files_of_sentence_transformers_are_carried_over(tmp_path: Path) -> None
         (source / name).write_bytes(data)
     convert(source, tmp_path / "out")
     assert contents(tmp_path / "out").items() >= SENTENCE_TRANSFORMERS.items()
+
+
+MODULES = [
+    {"path": ""},
+    {"path": "1_Pooling"},
+    {"path": "2_Dense/inner"},
+    {"path": "3_Normalize"},
+    {},
+    "x",
+    {"path": 3},
+]
+
+
+def test_directories_of_sentence_transformers_are_told_from_others(tmp_path: Path) -> None:
+    source = add(write_llama(tmp_path / "source"), {"1_Pooling/": "", "2_Dense/": "", "onnx/": ""})
+    (source / "modules.json").write_text(json.dumps(MODULES))
+    needed = plan(source).left_out
+    assert needed == {"1_Pooling/": MODULE, "2_Dense/": MODULE, "onnx/": "directory"}
+    convert(source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "qformat.json").read_bytes())["source"]["left_out"] == needed
+
+
+def test_directories_of_sentence_transformers_in_a_repository_are_told_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = add(write_llama(tmp_path / "source"), {"1_Pooling/": "", "onnx/": ""})
+    (source / "modules.json").write_text(json.dumps(MODULES))
+    with serving(monkeypatch, tmp_path / "home") as hub:
+        hub.add_folder(NAME, source)
+        assert plan_from_hub(NAME).left_out == {"1_Pooling/": MODULE, "onnx/": "directory"}
+
+
+@pytest.mark.parametrize("modules", [b"[", b"{}", b'"1_Pooling"', b"\xff"])
+def test_a_damaged_list_of_modules_names_no_directories(modules: bytes, tmp_path: Path) -> None:
+    source = add(write_llama(tmp_path / "source"), {"1_Pooling/": ""})
+    (source / "modules.json").write_bytes(modules)
+    assert plan(source).left_out == {"1_Pooling/": "directory"}
 
 
 def test_the_summary_names_what_is_left_out_except_documentation(

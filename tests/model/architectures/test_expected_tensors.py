@@ -125,6 +125,22 @@ def test_a_model_that_transformers_cannot_build_is_not_compared(config: dict[str
     assert found == ModelComparison(found.not_compared)
 
 
+@pytest.mark.parametrize(
+    ("fields", "doubt"),
+    [
+        ({}, "states no size"),
+        ({"use_cache": True, "rms_norm_eps": 1e-5, "quantization_config": {"bits": 4}}, "states no size"),
+        ({"vocab_size": 32000}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, None),
+        ({"vocab_size": 32000, "auto_map": {"AutoModel": "mine.Mine"}}, "its own code"),
+    ],
+)
+def test_a_config_that_may_belong_to_another_model_is_named(fields: dict[str, object], doubt: str | None) -> None:
+    found = compare({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **fields}, {})
+    assert found.missing
+    assert found.doubt is None if doubt is None else doubt in str(found.doubt)
+
+
 def test_experts_that_transformers_merges_are_not_compared() -> None:
     experts = {
         f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight": torch.ones(24, 16)
@@ -136,7 +152,7 @@ def test_experts_that_transformers_merges_are_not_compared() -> None:
 
 @pytest.mark.parametrize("name", ["norm", "größe", "a\nb"])
 def test_the_messages_of_the_other_process_hold_the_comparison(name: str) -> None:
-    found = ModelComparison(None, (name,), (name,), (name,), {name: ((1, 2), ())}, True)
+    found = ModelComparison(None, (name,), (name,), (name,), {name: ((1, 2), ())}, name)
     assert from_answer(json.dumps(asdict(found)).encode()) == found
     request = json.loads(as_request(b'{"x": Infinity}', {name: (1, 2)}, [name]))
     assert request == {"config": '{"x": Infinity}', "shapes": {name: [1, 2]}, "packed": [name]}

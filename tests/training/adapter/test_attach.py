@@ -21,6 +21,7 @@ from qformat.training.adapter.attach import load_adapter
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
 from qformat.training.adapter.lora_linear import NF4LoraLinear
 from qformat.training.result import TrainingResult
+from tests.artifact.not_fetched import STAND_INS
 from tests.model.sides import load_exact
 from tests.rounding import rounds_like
 from tests.training import runs
@@ -105,6 +106,17 @@ def _empty(path: Path) -> None:
 
 def _list(path: Path) -> None:
     path.write_text("[1]")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", BASE_RECORD_NAME])
+@pytest.mark.parametrize("kind", ["LFS", "HTML", "an answer of the Hub"])
+def test_what_takes_the_place_of_a_file_is_named(artifact: Path, adapter: Path, name: str, kind: str) -> None:
+    content, problem, next_step = STAND_INS[kind]
+    (adapter / name).write_bytes(content)
+    with pytest.raises(AdapterError) as refused:
+        load(artifact, adapter)
+    for part in (str(adapter / name), problem, next_step):
+        assert part in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", BASE_RECORD_NAME])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qformat.converters.convert import ConversionOptions, ConversionSummary
     from qformat.converters.encode.plan import Plan
     from qformat.converters.encode.tasks import AdoptedTask, PackedTask
+    from qformat.model.rules.expected_tensors import ModelComparison
     from qformat.quality.calibration.settings import CalibrationSettings
 
 
@@ -201,7 +202,7 @@ def _calibration(data: tuple[str, ...], n_tokens: int | None) -> CalibrationSett
 def _show_plan(plan: Plan, out: Path, comparison: RunningComparison, *, as_json: bool) -> None:
     free = free_nbytes_at(out)
     if as_json:
-        echo_json(plan_json(_facts(plan, comparison), plan.nbytes, plan.shards, free_nbytes=free))
+        echo_json(plan_json(_facts(plan, comparison.result()), plan.nbytes, plan.shards, free_nbytes=free))
         return
     rows = [("action", "tensors", "source", "artifact", "why"), *_rows(plan)]
     click.echo(format_table(rows, right=(1, 2, 3)))
@@ -218,7 +219,8 @@ def _show_plan(plan: Plan, out: Path, comparison: RunningComparison, *, as_json:
 def _show_summary(summary: ConversionSummary, comparison: RunningComparison, *, as_json: bool) -> None:
     plan = summary.plan
     if as_json:
-        echo_json(summary_json(summary, _facts(plan, comparison)))
+        found = comparison.result_at_once() if summary.already_complete else comparison.result()
+        echo_json(summary_json(summary, _facts(plan, found)))
         return
     if summary.already_complete:
         echo_complete(summary.out)
@@ -234,7 +236,7 @@ def _show_summary(summary: ConversionSummary, comparison: RunningComparison, *, 
     )
 
 
-def _facts(plan: Plan, comparison: RunningComparison) -> dict[str, object]:
+def _facts(plan: Plan, comparison: ModelComparison) -> dict[str, object]:
     return {
         "source_nbytes": plan.source_nbytes,
         "nbytes": plan.nbytes,
@@ -249,7 +251,7 @@ def _facts(plan: Plan, comparison: RunningComparison) -> dict[str, object]:
         "calibration": plan.recipe.get("calibration"),
         "notes": list(plan.notes),
         "left_out": dict(plan.left_out),
-        "compared_with_model": comparison_json(comparison.result()),
+        "compared_with_model": comparison_json(comparison),
     }
 
 

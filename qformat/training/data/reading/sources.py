@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from qformat.artifact.digests import xxh3_of_range
+from qformat.artifact.sources.stand_ins import stand_in_of
 from qformat.errors import DataError, SourceError, UsageError
 from qformat.names import REPOSITORY_PATTERN, is_repository_name
 
@@ -75,11 +76,26 @@ def find_files(source: Source, *, split: str = "train") -> list[DataFile]:
 
     Raises:
         UsageError: The source does not exist, or its format is not supported.
+        DataError: A local file was not fetched: it is a pointer of Git LFS, for example.
     """
     parts = [source] if isinstance(source, (str, Path)) else list(source)
     if not parts:
         raise UsageError("no training data was given. Give at least one file, folder or Hub dataset")
     return [file for part in parts for file in _files_of(part, split)]
+
+
+def refuse_stand_in(path: Path, *, is_text: bool = False) -> None:
+    """Reject a data file that was not fetched.
+
+    Args:
+        path: Path of the file.
+        is_text: Whether the file may be any text, a web page included.
+
+    Raises:
+        DataError: A pointer or an error page is in the place of the file.
+    """
+    if (found := stand_in_of(path, is_text=is_text)) is not None:
+        raise DataError("not_fetched", path, found.problem, place=None, next_step=found.next_step)
 
 
 def hub_files(
@@ -168,7 +184,10 @@ def _files_of(source: Path | str, split: str) -> list[DataFile]:
         match = _DATASET.fullmatch(source)
         if match is not None and is_repository_name(match["name"]):
             return hub_files(split=split, **match.groupdict())
-    return _local_files(Path(source))
+    files = _local_files(Path(source))
+    for file in files:
+        refuse_stand_in(file.path)
+    return files
 
 
 def _local_files(path: Path) -> list[DataFile]:

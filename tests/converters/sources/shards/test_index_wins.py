@@ -14,7 +14,7 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.cli.main import run
 from qformat.converters.compare.compare import compare
 from qformat.converters.convert import ConversionOptions, convert
-from qformat.errors import Option, Reason, SourceError, UsageError
+from qformat.errors import Reason, SourceError
 from tests.converters.refused_source import refusal
 from tests.small_models import INDEX, write_llama, write_tiny
 
@@ -110,9 +110,3 @@ def test_without_an_index_the_option_changes_nothing(tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "source")
     convert(source, tmp_path / "out", INDEX_WINS)
     assert compare(tmp_path / "out", source).passed
-
-
-def test_a_streamed_repository_is_not_read_so() -> None:
-    with pytest.raises(UsageError) as refused:
-        INDEX_WINS._refuse_streamed()
-    assert Option("index_wins") in refused.value.words
