@@ -19,11 +19,14 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from tests.corpus import originals
+from tests.corpus.commands import COMMANDS, REFUSALS, Command, Place
 from tests.corpus.damage.edits import Damage, Where
 from tests.corpus.damage.table import BY_NAME, Copy, copies
 from tests.corpus.judge import Outcome, Verdict, judge
@@ -50,8 +53,6 @@ class Pool:
     """
 
     def __init__(self, folder: Path) -> None:
-        from tests.corpus import originals
-
         self._folder = folder
         self._originals = folder / "originals"
         self._originals.mkdir()
@@ -89,15 +90,8 @@ class Pool:
             kind.reseal(target)
         return damage
 
-    def _compares_weights(self, original: str, command: str) -> bool:
-        from tests.corpus.commands import COMMANDS
-
-        return next(found.compares_weights for found in COMMANDS[original] if found.name == command)
-
     def _run_undamaged(self) -> None:
         """Run every command on undamaged copies, here and in a process of its own, whose memory is the baseline."""
-        from tests.corpus.commands import COMMANDS
-
         for original, commands in COMMANDS.items():
             for forked in (False, True):
                 folder = Path(tempfile.mkdtemp(dir=self._folder))
@@ -106,32 +100,29 @@ class Pool:
                 if forked:
                     outcomes, self._growth[original] = self._forked(original, folder, damage, None)
                 else:
-                    outcomes = [*self._outcomes(original, folder, damage, None)]
+                    outcomes = [self._outcome(command, folder, damage) for command in commands]
                 shutil.rmtree(folder)
                 assert len(outcomes) == len(commands)
                 for outcome in outcomes:
                     assert outcome.end == "completed", outcome
                     self._undamaged[original, outcome.command] = outcome.result
 
-    def _outcomes(self, original: str, folder: Path, damage: Damage, chosen: Random | None) -> Iterator[Outcome]:
-        """Run each command with its chance, or all of them."""
-        from tests.corpus.commands import COMMANDS, REFUSALS, Place
+    def _due(self, original: str, chosen: Random | None) -> list[Command]:
+        """Return the commands to run: each with its chance, or all of them."""
+        return [command for command in COMMANDS[original] if chosen is None or not chosen.randrange(command.one_in)]
 
+    def _outcome(self, command: Command, folder: Path, damage: Damage) -> Outcome:
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        for number, command in enumerate(COMMANDS[original]):
-            if chosen is not None and chosen.randrange(command.one_in):
-                continue
-            place = Place(self._originals, folder, folder / f"out-{number}", damage.files[0])
-            try:
-                result = command.run(place)
-            except REFUSALS as refusal:
-                yield Outcome(command.name, "refused", str(refusal))
-            except MemoryError as problem:
-                yield Outcome(command.name, "heavy", repr(problem))
-            except BaseException:
-                yield Outcome(command.name, "traceback", traceback.format_exc())
-            else:
-                yield Outcome(command.name, "completed", result=None if result is None else result.hex()[:64])
+        out = folder / command.name.replace(" ", "-")
+        try:
+            result = command.run(Place(self._originals, folder, out, damage.files[0]))
+        except REFUSALS as refusal:
+            return Outcome(command.name, "refused", str(refusal))
+        except MemoryError as problem:
+            return Outcome(command.name, "heavy", repr(problem))
+        except BaseException:  # noqa: BLE001
+            return Outcome(command.name, "traceback", traceback.format_exc())
+        return Outcome(command.name, "completed", result=None if result is None else result.hex()[:64])
 
     def _forked(self, original: str, folder: Path, damage: Damage, chosen: Random | None) -> tuple[list[Outcome], int]:
         """Run the commands in another process with limits. Return what they did and how much memory they took."""
@@ -139,9 +130,8 @@ class Pool:
         child = os.fork()
         if child == 0:
             os.close(reader)
-            with os.fdopen(writer, "w") as pipe:
+            with _last_words(), os.fdopen(writer, "w") as pipe:
                 self._child(original, folder, damage, chosen, pipe)
-            os._exit(0)
         os.close(writer)
         with os.fdopen(reader) as pipe:
             lines = [json.loads(line) for line in pipe]
@@ -156,33 +146,32 @@ class Pool:
         _limit(resource.RLIMIT_CPU, MAX_CPU_S)
         _limit(resource.RLIMIT_CORE, 0)
         before = _peak_nbytes()
-        for outcome in self._outcomes(original, folder, damage, chosen):
+        for command in self._due(original, chosen):
+            print(json.dumps(command.name), file=pipe, flush=True)
+            outcome = self._outcome(command, folder, damage)
             print(json.dumps(asdict(outcome) | {"growth": _peak_nbytes() - before}), file=pipe, flush=True)
 
-    def _collected(self, lines: Sequence[dict[str, Any]], status: int, original: str) -> tuple[list[Outcome], int]:
+    def _collected(self, lines: Sequence[Any], status: int, original: str) -> tuple[list[Outcome], int]:
+        """Return the outcomes from the lines that a process wrote, and the growth of its memory.
+
+        It writes the name of each command before it runs, and then what the command did.
+        """
         allowed = self._growth.get(original)
         outcomes, growth = [], 0
         for line in lines:
+            if isinstance(line, str):
+                continue
             grown = line.pop("growth")
             outcome = Outcome(**line)
             if allowed is not None and grown - allowed > MAX_GROWTH_NBYTES > growth - allowed:
                 outcome = Outcome(outcome.command, "heavy", f"{grown / 1e6:.0f} MB, then: {outcome.text}")
             outcomes.append(outcome)
             growth = grown
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
+        if status:
+            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
             end = "hang" if number in {signal.SIGXCPU, signal.SIGKILL} else "crash"
-            after = outcomes[-1].command if outcomes else "the start"
-            name = self._next_command(original, after)
-            outcomes.append(Outcome(name, end, f"{signal.Signals(number).name} after {after}"))
+            outcomes.append(Outcome(lines[-1], end, signal.Signals(number).name if number else "ended by itself"))
         return outcomes, growth
-
-    def _next_command(self, original: str, after: str) -> str:
-        """Return the command that was running when a process ended, or one before it that was not due."""
-        from tests.corpus.commands import COMMANDS
-
-        names = [command.name for command in COMMANDS[original]]
-        return names[min(names.index(after) + 1, len(names) - 1)] if after in names else names[0]
 
 
 def _limit(which: int, value: int) -> None:
@@ -197,34 +186,39 @@ def _peak_nbytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def work(pool: Pool, copies: Sequence[Copy], n_workers: int) -> Iterator[Verdict]:
-    """Judge all copies in several workers, which are forks of this process."""
-    readers = []
+def work(pool: Pool, folder: Path, copies: Sequence[Copy], n_workers: int) -> Iterator[Verdict]:
+    """Judge all copies in several workers, which are forks of this process and write their verdicts to files."""
+    workers = {}
+    mixed = Random(0).sample(copies, len(copies))
     for number in range(n_workers):
-        reader, writer = os.pipe()
-        if os.fork() == 0:
-            os.close(reader)
-            code = 1
-            try:
-                with os.fdopen(writer, "w") as pipe:
-                    for copy in copies[number::n_workers]:
-                        for verdict in pool.verdicts(copy):
-                            pipe.write(json.dumps(asdict(verdict)) + "\n")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        os.close(writer)
-        readers.append(reader)
-    for reader in readers:
-        with os.fdopen(reader) as pipe:
-            for line in pipe:
-                found = json.loads(line)
-                yield Verdict(Copy(**found["copy"]), found["damage"], Outcome(**found["outcome"]), found["verdict"])
-    for _ in range(n_workers):
-        _, status = os.wait()
+        verdicts = folder / f"verdicts-{number}"
+        child = os.fork()
+        if child == 0:
+            with _last_words(), verdicts.open("w") as file:
+                for copy in mixed[number::n_workers]:
+                    for verdict in pool.verdicts(copy):
+                        file.write(json.dumps(asdict(verdict)) + "\n")
+        workers[child] = verdicts
+    for child, verdicts in workers.items():
+        _, status = os.waitpid(child, 0)
         assert status == 0, "a worker of the corpus ended with an error, which it printed"
+        for line in verdicts.read_text().splitlines():
+            found = json.loads(line)
+            yield Verdict(Copy(**found["copy"]), found["damage"], Outcome(**found["outcome"]), found["verdict"])
+
+
+@contextmanager
+def _last_words() -> Iterator[None]:
+    """End this forked process with the block, whatever happens in it."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def main(n_copies: int, n_workers: int, first: int = 0) -> None:
@@ -234,7 +228,7 @@ def main(n_copies: int, n_workers: int, first: int = 0) -> None:
         output = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         pool = Pool(Path(folder))
-        for verdict in work(pool, copies(first + n_copies)[first:], n_workers):
+        for verdict in work(pool, Path(folder), copies(first + n_copies)[first:], n_workers):
             print(json.dumps(asdict(verdict)), file=output, flush=True)
         output.close()
 

@@ -105,7 +105,7 @@ _QUANTIZATION: list[tuple[str, Any]] = [
     *(("load_in_4bit", value) for value in (False, "true", 1)),
     *(("bnb_4bit_quant_type", value) for value in ("fp4", "", None)),
     *(("bnb_4bit_quant_storage", value) for value in ("float16", None, "load")),
-    *(("llm_int8_skip_modules", value) for value in (None, "lm_head", [3], ["model.layers.0.self_attn.q_proj"], ["model"])),
+    *(("llm_int8_skip_modules", value) for value in (None, "lm_head", [3], ["model.layers.0.mlp.up_proj"], ["model"])),
 ]  # fmt: skip
 
 

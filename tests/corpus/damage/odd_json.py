@@ -13,8 +13,8 @@ from tests.corpus.damage.edits import any_edit
 Json = Any
 
 ODD: list[Json] = [
-    None, True, False, 0, 1, -1, 2, 7, 64.5, -0.5, 1e308, 10**18, 2**31, 2**63, 3_000_000, "", "x", "..", "0", "\x1b[31m",
-    "🦙", "a" * 5000, "owner/name", "float8_e4m3fn", "__class__", "{{ 1 }}", [], {}, [[]], [0], [None], ["x", 1],
+    None, True, False, 0, 1, -1, 2, 7, 64.5, -0.5, 1e308, 10**18, 2**31, 2**63, 3_000_000, "", "x", "..", "0", "🦙",
+    "\x1b[31m", "a" * 5000, "owner/name", "float8_e4m3fn", "__class__", "{{ 1 }}", [], {}, [[]], [0], [None], ["x", 1],
     {"": ""}, {"a": {"b": []}}, [1] * 300, {"type": "x"},
 ]  # fmt: skip
 

@@ -33,7 +33,7 @@ _CONFIG: list[tuple[str, Any]] = [
     *(("layers_to_transform", value) for value in (10**9, [10**9], "x", [-1], [])),
     *(("layers_pattern", value) for value in ("(", "x", ["(a+)+"])),
     *(("modules_to_save", value) for value in (["nope"], "x", [3], ["lm_head"], ["embed_tokens"])),
-    *(("trainable_token_indices", value) for value in ([10**9], [-1], ["x"], {"embed_tokens": [10**9]}, "x", {"x": [0]})),
+    *(("trainable_token_indices", value) for value in ([10**9], [-1], ["x"], {"embed_tokens": [10**9]}, "x")),
     *(("target_parameters", value) for value in (["nope"], "x", [3])),
     *(("init_lora_weights", value) for value in ("x", "pissa", "loftq", 3, "eva")),
     *(("loftq_config", value) for value in ({"loftq_bits": 0}, "x")),
@@ -133,7 +133,8 @@ class _Foreign:
 
 
 _PICKLES: list[Any] = [
-    {}, [], None, 3, "x", {"state": {}}, {"state": {0: {}}, "param_groups": []}, {"x": torch.zeros(3)}, [torch.zeros(2)],
+    {}, [], None, 3, "x", {"state": {}}, {"state": {0: {}}, "param_groups": []}, {"x": torch.zeros(3)},
+    [torch.zeros(2)],
     {"state": {0: {"step": "x"}}, "param_groups": [{"params": [0]}]}, {"cpu": "x"}, {"python": (3, (1,), None)},
     {"_step_count": "x"}, {"last_epoch": None, "base_lrs": "x"}, torch.zeros(5), {"cpu": torch.zeros(7)}, _Foreign(),
 ]  # fmt: skip
