@@ -24,11 +24,8 @@ OF_MODULES = {
 }  # fmt: skip
 """Functions of modules that change files. Other objects have methods of these names, too."""
 
-IMPORTED = {name for names in OF_MODULES.values() for name in names} - {"copy", "remove", "replace", "save", "write"}
+IMPORTED = {name for names in OF_MODULES.values() for name in names} - {"copy", "link", "remove", "replace", "save", "write"}
 """The same, imported by name."""
-
-DISK = {"disk", "_disk", "self"}
-"""Objects whose method `rename` is that of `Disk`."""
 
 DISK = "qformat/artifact/writing/disk.py"
 
@@ -40,6 +37,8 @@ ALLOWED = {
     "qformat/cli/checks/model_comparison.py": {"TemporaryDirectory", "write_bytes", "open"},
     "converters/sources/gguf/tokenizer.py": {"TemporaryDirectory", "save_pretrained"},
     "converters/encode/calibrated.py": {"TemporaryDirectory", "write_bytes"},
+    # Shows before the work whether a directory can be written, and leaves nothing there.
+    "qformat/cli/options.py": {"TemporaryFile"},
     # Files that other libraries write into the folder of an unfinished checkpoint, which is then synced and renamed.
     "qformat/quality/tuning/steps.py": {"save_file"},
     "qformat/training/trainer.py": {"save_pretrained"},
