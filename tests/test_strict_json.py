@@ -307,3 +307,13 @@ def test_python_numbers_survive_writing_and_reading() -> None:
     assert strict_json.loads(text, path="f", max_nbytes=2**20, error=ArtifactError, python_numbers=True) == value
     with pytest.raises(ValueError, match="not JSON compliant"):
         strict_json.dumps(value)
+
+
+def test_no_text_of_any_size_has_more_than_the_largest_number_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strict_json, "MAX_VALUES", 100)
+    largest = b"[" + b"0," * 98 + b"0]"
+    assert loads(largest, max_nbytes=2**40) == [0] * 99
+    monkeypatch.setattr(strict_json, "_DECODER", None)  # counted before anything is parsed
+    error = refusal(b"[" + b"0," * 99 + b"0,0]", max_nbytes=2**40)
+    assert error.reason is Reason.JSON_LIMIT
+    assert "102 values (the limit is 100)" in str(error)

@@ -200,7 +200,8 @@ class AdapterTrainer(SFTTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        check_unchanged(self.model.get_base_model())  # type: ignore[union-attr]
+        assert isinstance(self.model, PeftModel)
+        check_unchanged(self.model.get_base_model())
         facts = {**self._facts, "tokens": self._total_train_tokens}
         with self._checkpoints.writing(self.state.global_step, facts) as folder:
             self._run_folder = folder.parent

@@ -71,6 +71,8 @@ def test_every_reason_about_artifacts_has_a_vector() -> None:
         limits.MAX_MANIFEST_NBYTES,
         limits.MAX_INDEX_NBYTES,
         limits.MAX_CONFIG_NBYTES,
+        limits.MAX_TEMPLATE_NBYTES,
+        limits.MAX_SMALL_FILE_NBYTES,
         limits.MAX_NAME_NBYTES,
         limits.MAX_DIMENSIONS,
     ],
@@ -85,6 +87,7 @@ def test_other_numbers_are_those_of_the_code() -> None:
     assert f"at most {strict_json.MAX_INTEGER_DIGITS} characters" in section("8")
     assert f"at most {strict_json.MAX_FLOAT_LITERAL} characters" in section("8")
     assert f"n / {strict_json.MIN_NBYTES_PER_VALUE} values" in section("8")
+    assert f"more\n  than {strict_json.MAX_VALUES:,}." in section("8")
     assert f"a quant_state {quant_state.MAX_NBYTES:,}" in section("8")
     assert f"{layout.MAX_TENSORS_PER_SHARD:,} tensors" in section("3")
     assert f"at most {layout.LARGEST_ALIGNMENT}" in section("3")

@@ -203,8 +203,8 @@ def _found(checks: Sequence[_Check], run: Callable[[_Check], Finding | None], wo
 def check_digests(artifact: Structure, *, shards: bool = True) -> None:
     """Check that an artifact is whole: that a verification finds nothing.
 
-    Whoever writes something derived from an artifact calls this first. What it writes gets digests of its own, so
-    nobody would find the damage later.
+    Call this before writing something derived from the artifact, because the result has digests of its own that hide
+    the damage.
 
     Args:
         artifact: Checked structure of the artifact.
@@ -223,7 +223,7 @@ def check_digests(artifact: Structure, *, shards: bool = True) -> None:
 
 
 def _verify_other_files(path: Path, manifest: Manifest) -> tuple[Finding, ...]:
-    """Check the SHA-256 of the listed files of the model other than shards, and that there are no others."""
+    """Compare the SHA-256 of each listed file of the model except shards, and find files that are not listed."""
     names = [name for name, record in manifest.files.items() if not record.is_shard and not accompanies(name, record)]
     extra = [finding for finding in _extra_files(path, manifest) if not accompanies(finding.file)]
     return (*_check_files(path, manifest, names), *extra)

@@ -35,7 +35,7 @@ def check_small_files(folder: Path, *, error: type[InvalidFileError]) -> None:
         try:
             status = os.stat(path)
         except OSError:
-            continue  # a broken link: whoever reads it reports it
+            continue  # a broken link, which reading it reports
         if stat.S_ISDIR(status.st_mode):
             continue
         if not stat.S_ISREG(status.st_mode):
