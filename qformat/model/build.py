@@ -20,6 +20,7 @@ from qformat.artifact.reading.structure import ShardLayout
 from qformat.errors import ArtifactError, Option, Reason
 from qformat.model.boundary import config_errors, no_token_predictions
 from qformat.model.nf4_linear import NF4Linear
+from qformat.model.rules.config_values import check_values
 from qformat.model.rules.loading_rules import ignored_extras, ignored_gaps, keep_in_float32, name_in_model, tie_weights
 from qformat.model.rules.named_code import check_named_code
 from qformat.model.rules.plausible_config import check_numbers
@@ -112,6 +113,7 @@ def build_on_meta(
         model_class = _model_class(path, config, trust_remote_code)
         if attention is not None:
             config._attn_implementation = attention
+        check_values(config, path)
         check_named_code(config, model_class, path, attention=attention)
         with torch.device("meta"), no_init_weights():
             model = model_class._from_config(config, dtype=dtype)

@@ -240,12 +240,12 @@ class AdapterTrainer(SFTTrainer):
 
     def _load_callback_state(self) -> None:
         with restoring(self._checkpoints.output / TRAINER_STATE_NAME):
-            super()._load_callback_state()  # type: ignore[no-untyped-call]
+            super()._load_callback_state()
 
 
 def _read_state(path: Path) -> TrainerState:
     with restoring(path):
-        state = TrainerState.load_from_json(str(path))
+        state: TrainerState = TrainerState.load_from_json(str(path))
         numbers = (state.global_step, state.max_steps, state.num_train_epochs, state.epoch)
         if not all(isinstance(number, (int, float)) for number in numbers) or not isinstance(state.log_history, list):
             raise TypeError("the position or the history is missing")

@@ -118,6 +118,8 @@ def test_a_damaged_config_is_named(tmp_path: Path, name: str, data: bytes) -> No
         ("config.json", {"rope_scaling": [1]}),
         ("config.json", {"architectures": {"LlamaForCausalLM": 1}}),
         ("config.json", {"id2label": 5}),
+        ("config.json", {"attention_dropout": 2.0}),
+        ("config.json", {"attention_dropout": -0.5}),
         ("generation_config.json", {"watermarking_config": 5}),
         ("generation_config.json", {"max_new_tokens": -1}),
     ],

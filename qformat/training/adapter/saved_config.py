@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from qformat import strict_json
 from qformat.errors import AdapterError, ArtifactError
 from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from qformat.training.adapter.saved_patterns import as_patterns, is_plain_name, matching, shortened, values_by_name
+from qformat.training.adapter.saved_patterns import (
+    as_patterns,
+    ends_of,
+    is_plain_name,
+    matching,
+    shortened,
+    values_by_name,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +38,8 @@ _MAX_NBYTES = 2**23
 
 _MAX_ITERATIONS = 100
 """Largest number of iterations in `init_lora_weights: pissa_niter_N`. PEFT's documentation uses 16."""
+
+_MAX_LAYERS = 10_000
 
 _ALL_LINEAR = "all-linear"
 
@@ -62,6 +71,11 @@ def _is_initialization(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and few)
 
 
+def _is_layers(value: Any) -> bool:
+    numbers = value if isinstance(value, list) else [value]
+    return len(numbers) <= _MAX_LAYERS and all(type(number) is int for number in numbers)
+
+
 def _maps_to(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
 
@@ -74,17 +88,18 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_maps_to(_is_number), "numbers by pattern"),
     "target_modules": (_is_names_or_pattern, "a pattern or a list of names"),
     "exclude_modules": (_is_names_or_pattern, "a pattern or a list of names"),
-    "modules_to_save": (_is_plain, "a list of plain names"),
+    "modules_to_save": (lambda value: _is_names(value) and _is_plain(value), "a list of plain names"),
+    "layers_to_transform": (_is_layers, f"the number of a layer, or at most {_MAX_LAYERS} numbers"),
     "layers_pattern": (_is_plain, "a plain name or a list of plain names"),
     "init_lora_weights": (_is_initialization, f"a name, with at most {_MAX_ITERATIONS} iterations"),
 }
 """Check of each field that is used here or that PEFT does not check, and what the field must be."""
 
-_MAY_BE_NULL = {"exclude_modules", "modules_to_save", "layers_pattern"}
+_MAY_BE_NULL = {"exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"}
 
 _UNSUPPORTED = (
     *("megatron_config", "layer_replication", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora"),
-    "velora_config",
+    *("target_parameters", "velora_config"),
 )
 """Fields of variants that import packages by name, change the base model, or allocate what they say."""
 
@@ -115,7 +130,8 @@ def read_saved_config(adapter: Path) -> LoraConfig:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns about fields of other versions and adapter types
-            config = PeftConfig.from_peft_type(**{key: fields[key] for key in fields if key != "runtime_config"})
+            given = {field: value for field, value in fields.items() if field != "runtime_config"}
+            config = PeftConfig.from_peft_type(**given)  # type: ignore[no-untyped-call]
     except Exception as problem:  # each method of PEFT checks its fields in its own way
         raise AdapterError(f"{path}: PEFT cannot read it: {_first(problem)}") from problem
     if not isinstance(config, LoraConfig):
@@ -160,33 +176,51 @@ def fix_layers(config: LoraConfig, model: PreTrainedModel, weights: Mapping[str,
     path = adapter / ADAPTER_CONFIG_NAME
     if config.target_modules == _ALL_LINEAR:
         _maybe_include_all_linear_layers(config, model)
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(pattern := getattr(config, field), str):
-            setattr(config, field, set(matching(pattern, modules, path=path, field=field)))
+    ends = {end for name in modules for end in ends_of(name)}
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(wanted := getattr(config, field), str):
+            setattr(config, field, matching(wanted, modules, path=path, field=field))
+        elif wanted is not None:  # PEFT compares every entry with every layer
+            setattr(config, field, [name for name in dict.fromkeys(wanted) if name in ends])
     targets = [name for name in modules if name and check_target_module_exists(config, name)]
-    ranks = values_by_name(config.rank_pattern, targets, path=path, field="rank_pattern")
-    alphas = values_by_name(config.alpha_pattern, targets, path=path, field="alpha_pattern")
+    if not targets:
+        raise AdapterError(f"{path}: names no layer of this model. Use the model that the adapter was trained on")
+    _check_tokens(config, model, path)
+    ranks = values_by_name(config.rank_pattern or {}, targets, path=path, field="rank_pattern")
+    alphas = values_by_name(config.alpha_pattern or {}, targets, path=path, field="alpha_pattern")
     for name in targets:
         _check_matrices(name, modules[name], ranks.get(name, config.r), weights, adapter)
     config.rank_pattern, config.alpha_pattern = as_patterns(ranks), as_patterns(alphas)
 
 
+def _check_tokens(config: LoraConfig, model: PreTrainedModel, path: Path) -> None:
+    """Check the tokens whose embeddings the adapter brings."""
+    n_rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    chosen = config.trainable_token_indices or []
+    for tokens in chosen.values() if isinstance(chosen, dict) else [chosen]:
+        if not all(type(token) is int and 0 <= token < n_rows for token in tokens) or len({*tokens}) < len(tokens):
+            raise AdapterError(
+                f"{path}: field 'trainable_token_indices': expected different tokens from 0 to {n_rows - 1}. Use the "
+                "model that the adapter was trained on"
+            )
+
+
 def _check_matrices(name: str, layer: nn.Module, rank: int, weights: Mapping[str, Tensor], adapter: Path) -> None:
     """Check the shapes of a layer's two matrices before PEFT allocates them."""
+    expected: dict[str, list[Any]]
     if isinstance(layer, nn.Embedding):
         expected = {
             "lora_embedding_A": [rank, layer.num_embeddings],
             "lora_embedding_B": [layer.embedding_dim, rank],
         }
-    else:
+    else:  # layers of other kinds, such as convolutions, have other sizes; PEFT checks them
         n_in, n_out = (getattr(layer, size, None) for size in ("in_features", "out_features"))
         expected = {"lora_A.weight": [rank, n_in], "lora_B.weight": [n_out, rank]}
     for end, want in expected.items():
         tensor = f"{PREFIX}{name}.{end}"
-        have = weights.get(tensor)
-        known = [size for size in want if size is not None]
-        if have is None or (list(have.shape) != want if known == want else rank not in have.shape):
-            raise wrong_shape(tensor, None if have is None else list(have.shape), want, adapter)
+        have = list(weights[tensor].shape) if tensor in weights else None
+        if have is None or [size if size is None else found for size, found in zip(want, have, strict=False)] != want:
+            raise wrong_shape(tensor, have, want, adapter)
 
 
 def wrong_shape(tensor: str, have: list[int] | None, want: list[int] | None, adapter: Path) -> AdapterError:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qformat import strict_json
 from qformat.errors import AdapterError, ArtifactError
@@ -35,6 +35,12 @@ def shortened(value: object) -> str:
     """Return a value from a file for a message."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def ends_of(name: str) -> list[str]:
+    """Return the ends of a layer's name that begin at its start or after a dot."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def matching(pattern: str, names: Iterable[str], *, path: Path, field: str) -> list[str]:
@@ -72,9 +78,7 @@ def values_by_name(
     first: dict[str, int] = {}
     plain = {pattern: place for place, pattern in enumerate(order) if is_plain_name(pattern)}
     for name in every:
-        parts = name.split(".")
-        ends = (".".join(parts[start:]) for start in range(len(parts)))
-        if places := [plain[end] for end in ends if end in plain]:
+        if places := [plain[end] for end in ends_of(name) if end in plain]:
             first[name] = min(places)
     others = [(place, pattern) for place, pattern in enumerate(order) if pattern not in plain]
     found = _matches([rf"(?:.*\.)?(?:{pattern})$" for _, pattern in others], every, path, field)
@@ -106,7 +110,7 @@ def _matches(patterns: Sequence[str], names: Sequence[str], path: Path, field: s
             f"{path}: field {field!r}: matching {shortened(patterns[0])} against the names of the layers takes too "
             f"long. {advice}"
         ) from None
-    answer = strict_json.loads(done.stdout, path=path, max_nbytes=_MAX_ANSWER_NBYTES, error=ArtifactError)
+    answer: Any = strict_json.loads(done.stdout, path=path, max_nbytes=_MAX_ANSWER_NBYTES, error=ArtifactError)
     if "problem" in answer:
         raise AdapterError(
             f"{path}: field {field!r}: is not a regular expression that Python can read: {answer['problem']}. {advice}"

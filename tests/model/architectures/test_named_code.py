@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -115,7 +115,7 @@ def test_installed_flash_attention_is_allowed_unless_the_model_would_replace_it(
 ) -> None:
     installed = {"general_availability_check": lambda: True}
     monkeypatch.setattr(named_code, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", {2: installed})
-    config = PretrainedConfig(attn_implementation="flash_attention_2")
+    config = AutoConfig.for_model("llama", attn_implementation="flash_attention_2")
     check_named_code(config, LlamaForCausalLM, tmp_path, attention=None)
     replacing: Any = SimpleNamespace(_compatible_flash_implementations=[KERNEL])
     with pytest.raises(ArtifactError, match="flash_attention_2"):

@@ -151,6 +151,8 @@ def test_damage_is_reported(
         {"lora_alpha": "x"},
         {"layers_to_transform": [99], "target_modules": ["q_proj"]},
         {"trainable_token_indices": [2**40]},
+        {"trainable_token_indices": {"embed_tokens": [1, 1]}},
+        {"target_parameters": ["experts.down_proj"]},
         {"layer_replication": [[0, 10**9]]},
         {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
         {"init_lora_weights": "pissa_niter_1000000"},
