@@ -30,6 +30,9 @@ from qformat.hub.reading.transfer import Patience
 if TYPE_CHECKING:
     import httpx2
 
+_READING = frozenset({"GET", "HEAD"})
+"""Methods of requests that change nothing."""
+
 _lock = threading.Lock()
 
 
@@ -57,17 +60,19 @@ class Watch:
 
     def concerns(self, request: httpx2.Request) -> bool:
         """Return whether a request may come from the watched calls: it writes, or names qformat as its program."""
-        return request.method not in {"GET", "HEAD"} or request.headers.get("User-Agent", "").startswith("qformat/")
+        return request.method not in _READING or request.headers.get("User-Agent", "").startswith("qformat/")
 
     def check_request(self, request: httpx2.Request) -> None:
         """Set the limits of a request. Raise HubError if it would send the token to another host."""
         sent = request.headers.get("Authorization", "")
         if self.token is not None and self.token in sent and origin(str(request.url)) != origin(self.endpoint):
-            raise HubError(
-                self.repository,
-                f"the Hub asks for a request with the token to another host, {request.url.host!r}",
-                next_step="Check HF_ENDPOINT, and report it to the operator of this Hub",
-            )
+            if request.method not in _READING:
+                raise HubError(
+                    self.repository,
+                    f"the Hub asks for a request with the token to another host, {request.url.host!r}",
+                    next_step="Check HF_ENDPOINT, and report it to the operator of this Hub",
+                )
+            del request.headers["Authorization"]  # a redirect, which huggingface_hub follows with the token
         if "/tree/" in request.url.path:
             self._pages[request.url.path] += 1
             if self._pages[request.url.path] > self.patience.listing_pages:
