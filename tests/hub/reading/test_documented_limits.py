@@ -13,10 +13,10 @@ def test_the_table_of_limits_is_that_of_the_defaults() -> None:
     window = f"{limits.window_s:.0f} s for every {limits.progress_nbytes // kib} KiB"
     speed = DEFAULT_TRANSFER.connections * limits.progress_nbytes / limits.window_s / 1000
     for row in (
-        f"| attempts in a row without progress | {limits.attempts}, for answers that arrive too slowly {limits.slow_attempts} |",
+        f"| {limits.attempts}, for answers that arrive too slowly {limits.slow_attempts} |",
         f"{ANSWER_TIMEOUT_S:.0f} s for uploads",
         f"| status and headers of an answer | {limits.window_s:.0f} s |",
-        f"| body of an answer | {window}, so that {DEFAULT_TRANSFER.connections} connections need {speed:.0f} kB/s in all |",
+        f"| {window}, so that {DEFAULT_TRANSFER.connections} connections need {speed:.0f} kB/s in all |",
         f"| {limits.task_s / 60:.0f} min, and {window} of a file |",
         f"| pause that a server may ask for | {limits.longest_asked_wait_s:.0f} s |",
         f"| {limits.answer_nbytes // mib} MiB; {limits.error_nbytes // kib} KiB |",
