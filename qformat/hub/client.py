@@ -25,10 +25,14 @@ from urllib.parse import urlsplit
 
 from qformat.errors import HubError, Option
 from qformat.hub.reading.budget import PATIENCE
-from qformat.hub.reading.transfer import Patience
+from qformat.hub.reading.transfer import DEFAULT_PATIENCE, Patience
+from qformat.hub.token import token_to_send
 
 if TYPE_CHECKING:
     import httpx2
+
+READING_TIMEOUT_S = 60.0
+"""Time without data after which a request fails. huggingface_hub sets a shorter one for the content of files."""
 
 _READING = frozenset({"GET", "HEAD"})
 """Methods of requests that change nothing."""
@@ -57,6 +61,25 @@ class Watch:
     timeout_s: float
     _unranged: Counter[str] = field(default_factory=Counter, init=False)
     _pages: Counter[str] = field(default_factory=Counter, init=False)
+
+    @classmethod
+    def for_reading(
+        cls, repository: str, *, patience: Patience = DEFAULT_PATIENCE, max_nbytes: int | None = None
+    ) -> Watch:
+        """Return what calls that read from the Hub may do, with the user's token.
+
+        Args:
+            repository: Repository of the calls, for messages.
+            patience: Limits.
+            max_nbytes: Largest accepted answer in bytes. The default is that of a small answer.
+
+        Raises:
+            UsageError: The token has characters that no token has.
+        """
+        from huggingface_hub import constants
+
+        limit, timeout_s = max_nbytes or patience.answer_nbytes, patience.timeout_s or READING_TIMEOUT_S
+        return cls(repository, constants.ENDPOINT, token_to_send(None), patience, limit, timeout_s)
 
     def concerns(self, request: httpx2.Request) -> bool:
         """Return whether a request may come from the watched calls: it writes, or names qformat as its program."""
