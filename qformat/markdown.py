@@ -67,7 +67,7 @@ def front_matter(fields: Mapping[str, Any]) -> str:
     """
     import yaml
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
         def ignore_aliases(self, data: object) -> bool:
             return True
 

@@ -25,10 +25,17 @@ from urllib.parse import urlsplit
 
 from qformat.errors import HubError, Option
 from qformat.hub.reading.budget import PATIENCE
-from qformat.hub.reading.transfer import Patience
+from qformat.hub.reading.transfer import DEFAULT_PATIENCE, Patience
+from qformat.hub.token import token_to_send
 
 if TYPE_CHECKING:
     import httpx2
+
+READING_TIMEOUT_S = 60.0
+"""Time without data after which a request fails. huggingface_hub sets a shorter one for the content of files."""
+
+_READING = frozenset({"GET", "HEAD"})
+"""Methods of requests that change nothing."""
 
 _lock = threading.Lock()
 
@@ -55,19 +62,40 @@ class Watch:
     _unranged: Counter[str] = field(default_factory=Counter, init=False)
     _pages: Counter[str] = field(default_factory=Counter, init=False)
 
+    @classmethod
+    def for_reading(
+        cls, repository: str, *, patience: Patience = DEFAULT_PATIENCE, max_nbytes: int | None = None
+    ) -> Watch:
+        """Return what calls that read from the Hub may do, with the user's token.
+
+        Args:
+            repository: Repository of the calls, for messages.
+            patience: Limits.
+            max_nbytes: Largest accepted answer in bytes. The default is that of a small answer.
+
+        Raises:
+            UsageError: The token has characters that no token has.
+        """
+        from huggingface_hub import constants
+
+        limit, timeout_s = max_nbytes or patience.answer_nbytes, patience.timeout_s or READING_TIMEOUT_S
+        return cls(repository, constants.ENDPOINT, token_to_send(None), patience, limit, timeout_s)
+
     def concerns(self, request: httpx2.Request) -> bool:
         """Return whether a request may come from the watched calls: it writes, or names qformat as its program."""
-        return request.method not in {"GET", "HEAD"} or request.headers.get("User-Agent", "").startswith("qformat/")
+        return request.method not in _READING or request.headers.get("User-Agent", "").startswith("qformat/")
 
     def check_request(self, request: httpx2.Request) -> None:
         """Set the limits of a request. Raise HubError if it would send the token to another host."""
         sent = request.headers.get("Authorization", "")
         if self.token is not None and self.token in sent and origin(str(request.url)) != origin(self.endpoint):
-            raise HubError(
-                self.repository,
-                f"the Hub asks for a request with the token to another host, {request.url.host!r}",
-                next_step="Check HF_ENDPOINT, and report it to the operator of this Hub",
-            )
+            if request.method not in _READING:
+                raise HubError(
+                    self.repository,
+                    f"the Hub asks for a request with the token to another host, {request.url.host!r}",
+                    next_step="Check HF_ENDPOINT, and report it to the operator of this Hub",
+                )
+            del request.headers["Authorization"]  # a redirect, which huggingface_hub follows with the token
         if "/tree/" in request.url.path:
             self._pages[request.url.path] += 1
             if self._pages[request.url.path] > self.patience.listing_pages:

@@ -27,7 +27,7 @@ def token_to_send(token: str | bool | None) -> str | None:
     try:
         found: str | None = get_token_to_send(token)
     except LocalTokenNotFoundError:
-        raise UsageError("there is no token for the Hub: log in with `hf auth login` or set HF_TOKEN") from None
+        raise UsageError("no token for the Hub was found: log in with `hf auth login` or set HF_TOKEN") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise UsageError(f"the stored token cannot be read: {problem}. Log in with `hf auth login`") from None
     if found is None:

@@ -43,7 +43,7 @@ ALLOWED = {
     "qformat.kernels": BASE | {"qformat.codec"},
     "qformat.model": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels"},
     "qformat.report": BASE | {"qformat.codec", "qformat.artifact"},
-    "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model"},
+    "qformat.training": BASE | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model", "qformat.hub"},
     "qformat.quality": BASE
     | {"qformat.codec", "qformat.artifact", "qformat.kernels", "qformat.model", "qformat.training"},
     "qformat.converters": BASE | {"qformat.codec", "qformat.artifact", "qformat.hub", "qformat.quality"},

@@ -86,7 +86,8 @@ def _metadata(origin: Origin, pipeline_tag: str | None) -> dict[str, Any]:
         "pipeline_tag": pipeline_tag,
         "tags": list(TAGS),
     }
-    found: dict[str, Any] = ModelCardData(**fields).to_dict()
+    data: Any = ModelCardData(**fields)
+    found: dict[str, Any] = data.to_dict()
     return found
 
 

@@ -43,7 +43,7 @@ _UPLOAD_ATTEMPTS = 4
 """Number of attempts of a call of huggingface_hub, which retries most of its requests itself."""
 
 _RAISED_BY_BAD_ANSWERS = (ValueError, LookupError, TypeError, AttributeError)
-"""What huggingface_hub raises if an answer is no JSON, or has not the members that it expects."""
+"""What huggingface_hub raises if an answer is not JSON, or lacks members that it expects."""
 
 _XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 
@@ -155,6 +155,7 @@ class Uploader:
             lambda: self._api.preupload_lfs_files(
                 self.repository, additions, revision=branch, create_pr=create_pr, free_memory=False
             ),
+            nbytes=sum(file.nbytes for file in changed),
         )
 
         def made() -> Made | None:
@@ -206,16 +207,22 @@ class Uploader:
         )
 
     def _attempt(
-        self, what: str, call: Callable[[], _Result], *, instead: Callable[[], _Result | None] = lambda: None
+        self,
+        what: str,
+        call: Callable[[], _Result],
+        *,
+        nbytes: int = 0,
+        instead: Callable[[], _Result | None] = lambda: None,
     ) -> _Result:
         """Repeat a call of huggingface_hub until it succeeds, fails permanently, or has failed too often.
 
-        After a failed commit request, `instead` returns the result if the call has succeeded nevertheless.
+        After a failed commit request, `instead` returns the result if the call has succeeded nevertheless. The `nbytes`
+        to upload take time in addition to that of every task.
         """
         import httpx2
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-        budget = Budget(self.repository, what, self._patience)
+        budget = Budget(self.repository, what, self._patience, nbytes=nbytes)
         attempts = min(_UPLOAD_ATTEMPTS, self._patience.attempts)
         while True:
             try:

@@ -3,7 +3,7 @@
     budget.failed("the server answers 503")    waits before the next attempt, or raises HubError
     budget.begin_answer()                      a response begins
     budget.keep(nbytes)                        bytes of it were kept: enough of them reset the count of failures
-    budget.discard(nbytes)                     bytes of it were thrown away: they are no progress
+    budget.discard(nbytes)                     bytes of it were thrown away: which is not progress
 
 The limits are those of `Patience`. `wire` bounds the time that passes inside the HTTP client.
 """

@@ -11,11 +11,7 @@ from qformat.hub.reading.cache import note_ref
 from qformat.hub.reading.repository import Repository
 from qformat.hub.reading.transfer import Patience
 from qformat.hub.reading.transport import RETRIED_STATUSES
-from qformat.hub.token import token_to_send
 from qformat.version import __version__
-
-_ANSWER_TIMEOUT_S = 60.0
-"""Time without data after which a request fails. huggingface_hub sets a shorter one for the content of files."""
 
 
 def download(repository: Repository, paths: Sequence[str], *, revision: str, patience: Patience) -> None:
@@ -35,13 +31,11 @@ def download(repository: Repository, paths: Sequence[str], *, revision: str, pat
         TargetError: The cache cannot be written.
     """
     import httpx2
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     sizes = [repository.files[path].nbytes for path in paths]
-    watch = Watch(
-        repository.name, constants.ENDPOINT, token_to_send(None), patience,
-        max_nbytes=max(patience.answer_nbytes, *sizes), timeout_s=patience.timeout_s or _ANSWER_TIMEOUT_S,
-    )  # fmt: skip
+    largest = max([patience.answer_nbytes, *sizes])
+    watch = Watch.for_reading(repository.name, patience=patience, max_nbytes=largest)
     budget = Budget(repository.name, "the download", patience, nbytes=sum(sizes))
     while True:
         try:

@@ -72,7 +72,7 @@ def _from_body(response: httpx2.Response, budget: Budget) -> str:
             budget.take_small(len(body), max_nbytes=limit)
         parsed = strict_json.loads(bytes(body), path="answer", max_nbytes=limit, error=SourceError)
     except (HubError, Unusable, InvalidFileError, httpx2.HTTPError):
-        # It is too large, too slow, broken off, or no JSON. The status says enough.
+        # It is too large, too slow, broken off, or not JSON. The status says enough.
         return ""
     error = parsed.get("error") if isinstance(parsed, dict) else None
     return error if isinstance(error, str) else ""

@@ -89,22 +89,18 @@ class Transport:
         """End all pauses between attempts with an error."""
         self._closing.set()
 
-    def get_small(
-        self, url: str, what: str, *, max_nbytes: int | None = None, budget: Budget | None = None
-    ) -> tuple[bytes, Mapping[str, str]]:
+    def get_small(self, url: str, what: str, *, budget: Budget | None = None) -> tuple[bytes, Mapping[str, str]]:
         """Return the body and the headers of a small response.
 
         Args:
             url: Address.
             what: Content of the response, for messages.
-            max_nbytes: Largest accepted body in bytes. The default is that of `Patience`.
             budget: Budget of the task that the request belongs to. By default the request is a task of its own.
 
         Raises:
             HubError: The request failed, or the body is too large.
         """
         budget = budget or self.budget(what)
-        limit = self.patience.answer_nbytes if max_nbytes is None else max_nbytes
         while True:
             with self.attempt(budget), self.open(url, what, {}) as answer:
                 encoding = answer.response.headers.get("Content-Encoding", "identity")
@@ -114,7 +110,7 @@ class Transport:
                 body = bytearray()
                 for chunk in answer.response.iter_raw():
                     body += chunk
-                    budget.take_small(len(body), max_nbytes=limit)
+                    budget.take_small(len(body), max_nbytes=self.patience.answer_nbytes)
                 budget.answered()
                 return bytes(body), answer.response.headers
 

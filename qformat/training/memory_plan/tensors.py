@@ -21,7 +21,9 @@ from qformat.artifact.reading.structure import read_manifest
 from qformat.artifact.sources.source_files import read_source_file
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
 from qformat.errors import ArtifactError, Reason, SourceError, UsageError
+from qformat.hub.client import Watch, watched
 from qformat.names import CONFIG_NAME, MANIFEST_NAME, is_repository_name
+from qformat.version import __version__
 
 Conversion = Callable[[list[TensorSpec], JsonObject], Mapping[str, PackedShape]]
 """Maps the tensors of a 16-bit checkpoint and its config.json to the layouts of the tensors that a conversion packs."""
@@ -133,15 +135,18 @@ def _folder_headers(folder: Path) -> list[TensorSpec]:
 
 def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[TensorSpec]]:
     """Download config.json into the cache of the Hub client, and read only the headers of the shards."""
+    import httpx2
+    from huggingface_hub import HfApi
     from huggingface_hub import errors as hub_errors
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
+    api = HfApi(library_name="qformat", library_version=__version__)
     try:
-        config = Path(hf_hub_download(repository, CONFIG_NAME, revision=revision))
-        metadata = get_safetensors_metadata(repository, revision=revision)
+        with watched(Watch.for_reading(repository)):
+            config = Path(api.hf_hub_download(repository, CONFIG_NAME, revision=revision))
+            metadata = api.get_safetensors_metadata(repository, revision=revision)
     except (hub_errors.NotASafetensorsRepoError, hub_errors.SafetensorsParsingError) as problem:
         raise SourceError(Reason.UNSUPPORTED_SOURCE, repository, _first_line(problem)) from problem
-    except (OSError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError, ValueError) as problem:
+    except (OSError, httpx2.HTTPError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError, ValueError) as problem:
         raise UsageError(
             f"{repository}: does not exist as a local folder, and cannot be read from the Hub: {_first_line(problem)}. "
             "Check the name and the network connection, or log in"

@@ -136,3 +136,15 @@ def test_a_token_that_cannot_be_one_is_refused_before_any_request(hub: Hub) -> N
     with pytest.raises(UsageError, match="left double quotation mark"):
         Uploader(NAME, token=f"\N{LEFT DOUBLE QUOTATION MARK}{TOKEN}\N{RIGHT DOUBLE QUOTATION MARK}")
     assert not hub.log
+
+
+def test_a_redirect_of_a_read_request_to_another_host_is_followed_without_the_token(hub: Hub) -> None:
+    import httpx2
+
+    watch = Watch(NAME, hub.endpoint, TOKEN, ArtificialTime().patient().patience, 10**6, 60.0)
+    elsewhere = httpx2.Request("HEAD", "https://elsewhere.example/x", headers={"Authorization": f"Bearer {TOKEN}"})
+    watch.check_request(elsewhere)
+    assert "Authorization" not in elsewhere.headers
+    here = httpx2.Request("HEAD", f"{hub.endpoint}/x", headers={"Authorization": f"Bearer {TOKEN}"})
+    watch.check_request(here)
+    assert here.headers["Authorization"] == f"Bearer {TOKEN}"
