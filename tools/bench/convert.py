@@ -80,13 +80,15 @@ def main() -> None:
         writer = multiprocessing.Process(target=write_checkpoint, args=(folder / "source", tensors, arguments.layers))
         writer.start()
         writer.join()
-        measure_all(folder, runs=arguments.runs, peer=not arguments.no_peer)
+        # One tensor is not the model of any config.json.
+        how = ["--no-model-check"] if arguments.one_tensor_gb else []
+        measure_all(folder, how, runs=arguments.runs, peer=not arguments.no_peer)
 
 
-def measure_all(folder: Path, *, runs: int, peer: bool) -> None:
+def measure_all(folder: Path, how: list[str], *, runs: int, peer: bool) -> None:
     source, out, copy, saved = (folder / name for name in ("source", "out", "copy", "saved"))
     qformat = str(Path(sys.executable).with_name("qformat"))
-    convert = measure([qformat, "convert", str(source), str(out)], runs=runs, remove=out)
+    convert = measure([qformat, "convert", str(source), str(out), *how], runs=runs, remove=out)
     rows = [("qformat convert", convert, "")]
     copied = measure(["cp", "-r", str(source), str(copy)], runs=runs, remove=copy)
     rows.append(("cp -r SOURCE", copied, f"convert takes {convert.seconds / copied.seconds:.2f} times this"))

@@ -81,7 +81,7 @@ def _require_first(path: Path) -> None:
     if match is not None and int(match[2]) != 1:
         first = f"{match[1]}-00001-of-{match[3]}{SUFFIX}"
         raise SourceError(
-            Reason.UNSUPPORTED_SOURCE, path, f"is part {int(match[2])} of {int(match[3])} of a split model",
+            Reason.UNSUPPORTED_SOURCE, path, f"is only a part of a split model ({int(match[2])} of {int(match[3])})",
             next_step=f"Give the path of part 1, {path.with_name(first)}. The others are found beside it",
         )  # fmt: skip
 

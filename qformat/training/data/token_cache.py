@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from qformat import strict_json
 from qformat.artifact.digests import Xxh3, xxh3, xxh3_of_range
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import InvalidFileError, SourceError
+from qformat.errors import InvalidFileError, SourceError, TargetError
 from qformat.names import PARTIAL_SUFFIX
 from qformat.strict_json import Json
 from qformat.training.data.statistics import DataStatistics
@@ -62,14 +62,24 @@ class CachedTokens:
     starts: NDArray[np.int64]
 
 
+_ANOTHER_FOLDER = "Tokenised data is cached there: set XDG_CACHE_HOME to a directory that can be written"
+
+
 class _Damaged(Exception):
     """The content of a cache does not match its header. The cache is rebuilt."""
 
 
 def default_folder() -> Path:
-    """Return the default directory of the cache: `$XDG_CACHE_HOME/qformat/tokenised`, or the same in `~/.cache`."""
+    """Return the default directory of the cache: `$XDG_CACHE_HOME/qformat/tokenised`, or the same in `~/.cache`.
+
+    Raises:
+        TargetError: There is no home directory.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qformat" / "tokenised"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "qformat" / "tokenised"
+    except RuntimeError as problem:
+        raise TargetError(f"{str(problem).rstrip('.')}. {_ANOTHER_FOLDER}") from None
 
 
 def open_cache(folder: Path, key: str, *, every_byte: bool = False) -> CachedTokens | None:
@@ -104,8 +114,11 @@ def locked(folder: Path, key: str, disk: Disk) -> Iterator[None]:
     Raises:
         TargetError: The directory cannot be written.
     """
-    disk.make_folders(folder)
-    descriptor = disk.open_for_writing(folder / f"{key}.lock")
+    try:
+        disk.make_folders(folder)
+        descriptor = disk.open_for_writing(folder / f"{key}.lock")
+    except TargetError as problem:
+        raise TargetError(f"{folder}: {problem}. {_ANOTHER_FOLDER}") from problem
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

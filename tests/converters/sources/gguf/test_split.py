@@ -60,7 +60,7 @@ def test_a_missing_part_is_named(missing: str, parts: Path) -> None:
 
 
 def test_a_later_part_says_to_give_the_first(parts: Path) -> None:
-    with pytest.raises(SourceError, match="is part 2 of 3") as refused:
+    with pytest.raises(SourceError, match=r"is only a part of a split model \(2 of 3\)") as refused:
         plan(parts / PARTS[1])
     assert str(parts / PARTS[0]) in str(refused.value)
     assert refused.value.reason is Reason.UNSUPPORTED_SOURCE
