@@ -10,6 +10,7 @@ import mmap
 import os
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ _MAX_DIMENSIONS = 8
 _BYTE_ORDER = "/byteorder"
 _PICKLE_ERRORS = (
     pickle.UnpicklingError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError,
-    AssertionError, OverflowError, UnicodeDecodeError,
+    AssertionError, OverflowError, UnicodeDecodeError, struct.error,
 )  # fmt: skip
 """Exceptions that torch raises for a pickle that it did not write."""
 

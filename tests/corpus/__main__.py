@@ -18,7 +18,7 @@ def main(kind: str, seed: str, form: str) -> None:
     if os.environ.get("OMP_NUM_THREADS") != "1":
         os.execve(sys.executable, [sys.executable, "-m", "tests.corpus", kind, seed, form], one_thread_each())
     with tempfile.TemporaryDirectory() as folder:
-        for verdict in Pool(Path(folder)).verdicts(Copy(kind, int(seed), form == "resealed")):
+        for verdict in Pool(Path(folder)).verdicts([Copy(kind, int(seed), form == "resealed")]):
             print(f"{verdict.outcome.command}: {verdict.verdict}\n{verdict.outcome.text}\n")
 
 

@@ -1,6 +1,6 @@
-"""Runs the commands on damaged copies, each copy in a process of its own that is forked from one with all imports.
+"""Runs the commands on damaged copies, a few copies in each process that is forked from one with all imports.
 
-    pytest ─► python -m tests.corpus.pool ─► workers ─► one process per copy, with limits
+    pytest ─► python -m tests.corpus.pool ─► workers ─► processes with limits, for a few copies each
               imports, originals, undamaged runs
 
 Every process uses one thread, so that a fork finds no locks of others. A verdict does not depend on time: the limit of
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import resource
 import shutil
@@ -18,18 +19,18 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from tests.corpus import originals
 from tests.corpus.commands import COMMANDS, REFUSALS, Command, Place
-from tests.corpus.damage.edits import Damage, Where
+from tests.corpus.damage.edits import Damage
 from tests.corpus.damage.table import BY_NAME, Copy, copies
-from tests.corpus.judge import Outcome, Verdict, judge
+from tests.corpus.judge import Outcome, Verdict, Wrong, judge
 
 MAX_CPU_S = 30
 """Limit of CPU time for all commands on one copy, which take 0.5 s."""
@@ -37,6 +38,9 @@ MAX_CPU_S = 30
 MAX_GROWTH_NBYTES = 300 * 10**6
 MAX_ADDRESS_SPACE_NBYTES = 4 * 2**30
 """Address space beyond that of the process that is forked."""
+
+BATCH = 8
+"""Number of copies per process: a fork of all imports takes 35 ms."""
 
 
 def one_thread_each() -> dict[str, str]:
@@ -59,57 +63,87 @@ class Pool:
         originals.make(self._originals)
         originals.make_trainings(self._originals)
         self._undamaged: dict[tuple[str, str], str | None] = {}
-        self._growth: dict[str, int] = {}
-        self._run_undamaged()
+        self._growth = 0
+        for original in COMMANDS:
+            self._run_undamaged(original)
         gc.collect()
         gc.freeze()  # a collection in a child would copy every page that has an object
+        self._growth = self._growth_undamaged()
 
-    def verdicts(self, copy: Copy) -> list[Verdict]:
-        """Make a copy, run all commands on it in another process, and judge what they did."""
-        kind = BY_NAME[copy.kind]
-        folder = Path(tempfile.mkdtemp(dir=self._folder))
-        try:
-            damage = self._damaged(copy, folder)
-            outcomes, _ = self._forked(kind.original, folder, damage, Random(str(copy)))
-        finally:
-            shutil.rmtree(folder)
-        return [
-            judge(
-                copy, kind, damage, outcome, compares_weights=compares, undamaged=self._undamaged[kind.original, name]
-            )
-            for outcome in outcomes
-            for name, compares in [(outcome.command, self._compares_weights(kind.original, outcome.command))]
-        ]
+    def verdicts(self, copies: Sequence[Copy]) -> Iterator[Verdict]:
+        """Make copies, run their commands in other processes, and judge what they did."""
+        rest = [*copies]
+        while rest:
+            n_done = yield from self._batch(rest[:BATCH])
+            rest = rest[n_done:]
 
-    def _damaged(self, copy: Copy, folder: Path) -> Damage:
+    def _batch(self, batch: Sequence[Copy]) -> Generator[Verdict, None, int]:
+        """Judge copies in one process until one of them ends it. Return how many were judged."""
+        lines, status = self._forked(lambda write: self._judge_all(batch, write))
+        n_done, damage, running = 0, "", ""
+        for line in lines:
+            if "verdict" in line:
+                yield read_verdict(line)
+                continue
+            n_done, damage, running = line["n_done"], line["damage"], line["running"]
+        if status == 0:
+            return len(batch)
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        end = Wrong.HANG if number in {signal.SIGXCPU, signal.SIGKILL} else Wrong.CRASH
+        text = signal.Signals(number).name if number else f"status {status}"
+        yield Verdict(batch[n_done], damage, Outcome(running, end.name.lower(), text), end)
+        return n_done + 1
+
+    def _judge_all(self, batch: Sequence[Copy], write: Callable[[dict[str, Any]], None]) -> None:
+        """Judge copies in this process. Before each command, write what runs, and then the verdict."""
+        for n_done, copy in enumerate(batch):
+            kind, before = BY_NAME[copy.kind], _peak_nbytes()
+            _limit_cpu()
+            with tempfile.TemporaryDirectory(dir=self._folder) as name:
+                folder = Path(name)
+                damage = self._damaged(copy, folder / kind.original)
+                random = Random(str(copy))
+                for command in COMMANDS[kind.original]:
+                    if random.randrange(command.one_in):
+                        continue
+                    write({"n_done": n_done, "damage": damage.what, "running": command.name})
+                    outcome = self._outcome(command, folder, damage)
+                    if _peak_nbytes() - before > MAX_GROWTH_NBYTES + self._growth:
+                        outcome, before = replace(outcome, end="heavy"), _peak_nbytes()
+                    undamaged = self._undamaged[kind.original, command.name]
+                    compares = command.compares_weights
+                    verdict = judge(copy, kind, damage, outcome, compares_weights=compares, undamaged=undamaged)
+                    write(asdict(verdict))
+
+    def _damaged(self, copy: Copy, target: Path) -> Damage:
         kind = BY_NAME[copy.kind]
-        target = folder / kind.original
         shutil.copytree(self._originals / kind.original, target)
         damage = kind.generate(Random(f"{copy.kind} {copy.seed}"), target)
         if copy.resealed and kind.reseal is not None:
             kind.reseal(target)
         return damage
 
-    def _run_undamaged(self) -> None:
-        """Run every command on undamaged copies, here and in a process of its own, whose memory is the baseline."""
-        for original, commands in COMMANDS.items():
-            for forked in (False, True):
-                folder = Path(tempfile.mkdtemp(dir=self._folder))
-                shutil.copytree(self._originals / original, folder / original)
-                damage = Damage(("",), "none", Where.ACCOMPANYING)
-                if forked:
-                    outcomes, self._growth[original] = self._forked(original, folder, damage, None)
-                else:
-                    outcomes = [self._outcome(command, folder, damage) for command in commands]
-                shutil.rmtree(folder)
-                assert len(outcomes) == len(commands)
-                for outcome in outcomes:
-                    assert outcome.end == "completed", outcome
-                    self._undamaged[original, outcome.command] = outcome.result
+    def _run_undamaged(self, original: str) -> None:
+        """Run every command on an undamaged copy, and keep the results."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as name:
+            shutil.copytree(self._originals / original, Path(name) / original)
+            for command in COMMANDS[original]:
+                outcome = self._outcome(command, Path(name), Damage(("",), "none"))
+                assert outcome.end == "completed", outcome
+                self._undamaged[original, command.name] = outcome.result
 
-    def _due(self, original: str, chosen: Random | None) -> list[Command]:
-        """Return the commands to run: each with its chance, or all of them."""
-        return [command for command in COMMANDS[original] if chosen is None or not chosen.randrange(command.one_in)]
+    def _growth_undamaged(self) -> int:
+        """Return how much memory a process takes for all commands on undamaged copies."""
+
+        def measure(write: Callable[[dict[str, Any]], None]) -> None:
+            before = _peak_nbytes()
+            for original in COMMANDS:
+                self._run_undamaged(original)
+            write({"growth": _peak_nbytes() - before})
+
+        lines, status = self._forked(measure)
+        assert status == 0
+        return int(lines[0]["growth"])
 
     def _outcome(self, command: Command, folder: Path, damage: Damage) -> Outcome:
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
@@ -118,64 +152,43 @@ class Pool:
             result = command.run(Place(self._originals, folder, out, damage.files[0]))
         except REFUSALS as refusal:
             return Outcome(command.name, "refused", str(refusal))
-        except MemoryError as problem:
-            return Outcome(command.name, "heavy", repr(problem))
+        except MemoryError:
+            return Outcome(command.name, "heavy", traceback.format_exc())
         except BaseException:  # noqa: BLE001
             return Outcome(command.name, "traceback", traceback.format_exc())
         return Outcome(command.name, "completed", result=None if result is None else result.hex()[:64])
 
-    def _forked(self, original: str, folder: Path, damage: Damage, chosen: Random | None) -> tuple[list[Outcome], int]:
-        """Run the commands in another process with limits. Return what they did and how much memory they took."""
+    def _forked(self, act: Callable[[Callable[[dict[str, Any]], None]], None]) -> tuple[list[dict[str, Any]], int]:
+        """Run a function in another process with limits. Return the objects that it wrote, and its status."""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reader)
             with _last_words(), os.fdopen(writer, "w") as pipe:
-                self._child(original, folder, damage, chosen, pipe)
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, 0)
+                os.dup2(nowhere, 1)
+                space = _address_space_nbytes() + MAX_ADDRESS_SPACE_NBYTES
+                resource.setrlimit(resource.RLIMIT_AS, (space, space))
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                act(lambda record: print(json.dumps(record), file=pipe, flush=True))
         os.close(writer)
         with os.fdopen(reader) as pipe:
             lines = [json.loads(line) for line in pipe]
         _, status = os.waitpid(child, 0)
-        return self._collected(lines, status, original)
-
-    def _child(self, original: str, folder: Path, damage: Damage, chosen: Random | None, pipe: Any) -> None:
-        nowhere = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(nowhere, descriptor)
-        _limit(resource.RLIMIT_AS, _address_space_nbytes() + MAX_ADDRESS_SPACE_NBYTES)
-        _limit(resource.RLIMIT_CPU, MAX_CPU_S)
-        _limit(resource.RLIMIT_CORE, 0)
-        before = _peak_nbytes()
-        for command in self._due(original, chosen):
-            print(json.dumps(command.name), file=pipe, flush=True)
-            outcome = self._outcome(command, folder, damage)
-            print(json.dumps(asdict(outcome) | {"growth": _peak_nbytes() - before}), file=pipe, flush=True)
-
-    def _collected(self, lines: Sequence[Any], status: int, original: str) -> tuple[list[Outcome], int]:
-        """Return the outcomes from the lines that a process wrote, and the growth of its memory.
-
-        It writes the name of each command before it runs, and then what the command did.
-        """
-        allowed = self._growth.get(original)
-        outcomes, growth = [], 0
-        for line in lines:
-            if isinstance(line, str):
-                continue
-            grown = line.pop("growth")
-            outcome = Outcome(**line)
-            if allowed is not None and grown - allowed > MAX_GROWTH_NBYTES > growth - allowed:
-                outcome = Outcome(outcome.command, "heavy", f"{grown / 1e6:.0f} MB, then: {outcome.text}")
-            outcomes.append(outcome)
-            growth = grown
-        if status:
-            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-            end = "hang" if number in {signal.SIGXCPU, signal.SIGKILL} else "crash"
-            outcomes.append(Outcome(lines[-1], end, signal.Signals(number).name if number else "ended by itself"))
-        return outcomes, growth
+        return lines, status
 
 
-def _limit(which: int, value: int) -> None:
-    resource.setrlimit(which, (value, value))
+def read_verdict(record: dict[str, Any]) -> Verdict:
+    """Return a verdict from the object that a process wrote."""
+    return Verdict(Copy(**record["copy"]), record["damage"], Outcome(**record["outcome"]), record["verdict"])
+
+
+def _limit_cpu() -> None:
+    """Limit the CPU time of this process to what it has used and that of one copy."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(used.ru_utime + used.ru_stime) + MAX_CPU_S
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
 
 
 def _address_space_nbytes() -> int:
@@ -195,16 +208,13 @@ def work(pool: Pool, folder: Path, copies: Sequence[Copy], n_workers: int) -> It
         child = os.fork()
         if child == 0:
             with _last_words(), verdicts.open("w") as file:
-                for copy in mixed[number::n_workers]:
-                    for verdict in pool.verdicts(copy):
-                        file.write(json.dumps(asdict(verdict)) + "\n")
+                for verdict in pool.verdicts(mixed[number::n_workers]):
+                    file.write(json.dumps(asdict(verdict)) + "\n")
         workers[child] = verdicts
     for child, verdicts in workers.items():
         _, status = os.waitpid(child, 0)
         assert status == 0, "a worker of the corpus ended with an error, which it printed"
-        for line in verdicts.read_text().splitlines():
-            found = json.loads(line)
-            yield Verdict(Copy(**found["copy"]), found["damage"], Outcome(**found["outcome"]), found["verdict"])
+        yield from (read_verdict(json.loads(line)) for line in verdicts.read_text().splitlines())
 
 
 @contextmanager

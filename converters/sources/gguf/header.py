@@ -28,7 +28,8 @@ _MAX_SIZE = 2**48
 _BUFFER_NBYTES = 2**20
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+_ALIGNMENT = "general.alignment"
 
 Scalar = int | float | bool | str
 
@@ -98,11 +99,14 @@ def read_header(descriptor: int, path: Path) -> GgufHeader:
         key = cursor.string()
         if key in metadata:
             raise SourceError(Reason.JSON_DUPLICATE_KEY, path, "occurs twice", field=key)
-        metadata[key] = cursor.value(cursor.integer("I"), key)
+        kind = cursor.integer("I")
+        if key == _ALIGNMENT and kind != _UINT32:
+            raise SourceError(Reason.ALIGNMENT, path, f"has the type {kind}, expected {_UINT32} (uint32)", field=key)
+        metadata[key] = cursor.value(kind, key)
     infos = [_read_info(cursor, path) for _ in range(n_tensors)]
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get(_ALIGNMENT, 32)
     if not isinstance(alignment, int) or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
-        raise SourceError(Reason.ALIGNMENT, path, f"{alignment!r}, expected a power of two", field="general.alignment")
+        raise SourceError(Reason.ALIGNMENT, path, f"{alignment!r}, expected a power of two", field=_ALIGNMENT)
     data_start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     for name, block_type, shape, offset in infos:

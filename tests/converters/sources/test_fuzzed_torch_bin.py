@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -24,12 +25,15 @@ TENSORS = {
 
 
 def zip_with(whole: bytes, suffix: str, data: bytes) -> bytes:
-    """Return a zip file with other bytes in one member, and its offsets and CRC-32 made anew as torch lays them out."""
+    """Return a zip file with other bytes in one member, laid out anew as torch does: data at multiples of 64 bytes."""
     source, target = io.BytesIO(whole), io.BytesIO()
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
         for member in old.infolist():
             content = data if member.filename.endswith(suffix) else old.read(member)
-            new.writestr(zipfile.ZipInfo(member.filename), content)
+            info = zipfile.ZipInfo(member.filename)
+            unpadded = target.tell() + 30 + len(member.filename.encode()) + 4
+            info.extra = b"FB" + struct.pack("<H", -unpadded % 64) + b"Z" * (-unpadded % 64)
+            new.writestr(info, content)
     return target.getvalue()
 
 
@@ -61,7 +65,7 @@ def read_all(folder: Path) -> dict[str, bytes] | None:
 
 
 def check_against_torch(path: Path, found: dict[str, bytes]) -> None:
-    theirs = torch.load(path, weights_only=True)
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
     assert found.keys() <= theirs.keys()
     for name, data in found.items():
         whole = theirs[name].contiguous().flatten()

@@ -111,4 +111,6 @@ def layout(random: Random, folder: Path) -> Damage:
 
     path = shard_of(folder, name)
     rewrite_shard(path, change)
-    return Damage((path.name, "model.safetensors.index.json", "qformat.json"), f"{name} {action}", must_refuse=True)
+    # If no shard has a component, no single file is to blame.
+    files = (path.name, "model.safetensors.index.json", "qformat.json", "no shard contains")
+    return Damage(files, f"{name} {action}", must_refuse=True)

@@ -122,9 +122,12 @@ def latest(folder: Path) -> Path:
 
 def checkpoint_bytes(random: Random, folder: Path) -> Damage:
     """Damage the bytes of any file of the newest checkpoint."""
-    path = random.choice(sorted(path for path in latest(folder).rglob("*") if path.is_file()))
+    checkpoint = latest(folder)
+    path = random.choice(sorted(path for path in checkpoint.rglob("*") if path.is_file()))
     edit = random.choice([any_edit, flip_bit, zero_sector])
-    return Damage((path.name,), f"{path.name}: {edit(random, path)}", must_refuse=path.name == "checkpoint.json")
+    # A seal with the name of another file is right about itself.
+    files = (path.name, checkpoint.name) if path.name == "checkpoint.json" else (path.name,)
+    return Damage(files, f"{path.name}: {edit(random, path)}")
 
 
 class _Foreign:
