@@ -229,8 +229,10 @@ def _row_stream(
 
 def _rendered(files: list[DataFile], renderer: Renderer) -> Iterator[list[Rendered]]:
     batch: list[Rendered] = []
-    for row in read_rows(files, BadRows(skip=None)):
-        batch.append(renderer.render(row))
+    for _, rendered in renderer.render_all(read_rows(files, BadRows(skip=None))):
+        if isinstance(rendered, DataError):
+            raise rendered
+        batch.append(rendered)
         if len(batch) >= _BATCH_ROWS:
             yield batch
             batch = []
