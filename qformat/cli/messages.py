@@ -23,6 +23,7 @@ from qformat.errors import (
     Words,
     spelled,
 )
+from qformat.printable import one_line
 
 REASONS: dict[type[QformatError], str] = {
     BackendError: "backend",
@@ -44,7 +45,7 @@ def as_flag(option: Option) -> str:
     if not isinstance(option.value, (str, tuple)):
         return flag
     values = (option.value,) if isinstance(option.value, str) else option.value
-    return " ".join(f"{flag}={shlex.quote(value)}" for value in values)
+    return one_line(" ".join(f"{flag}={shlex.quote(value)}" for value in values))
 
 
 def failure_record(problem: BaseException) -> dict[str, object]:
@@ -78,8 +79,8 @@ def _of_qformat(problem: QformatError) -> dict[str, str | None]:
 
 
 def _next_step(words: Words) -> str | None:
-    """Return the next step of an error whose words are a message, ". " and the next step."""
-    return spelled(words[2:], as_flag) or None
+    """Return the next step of an error whose words are a place, a problem, ". " and the next step."""
+    return spelled(words[3:], as_flag) or None
 
 
 def _error(

@@ -18,13 +18,15 @@ BASE = {
     "qformat.strict_json",
     "qformat.cores",
     "qformat.names",
+    "qformat.printable",
     "qformat.processes",
     "qformat.sizes",
     "qformat.version",
 }
 
 ALLOWED = {
-    "qformat.errors": set(),
+    "qformat.errors": {"qformat.printable"},
+    "qformat.printable": set(),
     "qformat.cores": set(),
     "qformat.names": set(),
     "qformat.version": set(),

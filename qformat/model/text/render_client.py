@@ -115,7 +115,15 @@ class RenderProcess:
         self._unread: Batch | None = None
 
     def submit(self, template: Template, wanted: Sequence[Rendering]) -> Batch:
-        """Send conversations with one template. The answers of the last batch are read first."""
+        """Send conversations with one template. The answers of the last batch are read first.
+
+        Args:
+            template: Template of the conversations.
+            wanted: The conversations.
+
+        Returns:
+            The batch, whose answers are read when they are needed.
+        """
         conversations = [_marshalled((list(one.messages), one.tools, one.variables, one.ask)) for one in wanted]
         batch = {"source": template.source, "variables": template.variables, "reads_parts": template.reads_parts,
                  "conversations": conversations}  # fmt: skip

@@ -1,6 +1,6 @@
 """The process that renders chat templates, within limits of time and memory: `python -m` of this module.
 
-A template is a program of whoever made the tokenizer. The sandbox of Jinja keeps it from files and from Python's
+A template is a program of the author of the tokenizer. The sandbox of Jinja keeps it from files and from Python's
 internals, but not from loops without end and from texts of many gigabytes. Limits inside the interpreter would have
 holes: one multiplication of long numbers takes minutes and cannot be interrupted. So the operating system sets them:
 
@@ -71,7 +71,12 @@ _MAX_TEMPLATES = 16
 
 
 def write_message(stream: IO[bytes], message: bytes) -> None:
-    """Write a message behind its length, without flushing the stream."""
+    """Write a message behind its length, without flushing the stream.
+
+    Args:
+        stream: Stream to the other side.
+        message: The message.
+    """
     stream.write(len(message).to_bytes(8, "little"))
     stream.write(message)
 
