@@ -24,11 +24,12 @@ callers write, `force=True`; the command line shows the same option as `--force`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from qformat.printable import MAX_CHARACTERS_OF_A_NAME, shortened, shown
 from qformat.secrets import masked
 
 
@@ -51,6 +52,9 @@ class Option:
 Words = tuple[str | Option, ...]
 """Parts of a message, in order."""
 
+LINE_END = "\n"
+"""Part of a message that begins a new line."""
+
 
 def spelled(words: Words, spell: Callable[[Option], str] = str) -> str:
     """Return a message as one text.
@@ -60,6 +64,11 @@ def spelled(words: Words, spell: Callable[[Option], str] = str) -> str:
         spell: Function that returns the text of an option. By default an option has the form of a Python argument.
     """
     return "".join(part if isinstance(part, str) else spell(part) for part in words)
+
+
+def on_lines(lines: Sequence[str]) -> Words:
+    """Return parts of a message that show each text on a line of its own."""
+    return tuple(word for line in lines for word in (LINE_END, line))
 
 
 def install_extra(extra: str) -> str:
@@ -237,13 +246,18 @@ class Reason(StrEnum):
 class QformatError(Exception):
     """Base class of every error that qformat raises on purpose.
 
+    A message holds names and values from files and servers. It shows their control characters as escapes, and long
+    parts without their middle. A part that is a line end by itself begins a new line.
+
     Attributes:
         words: Message in parts, so that the options in it can be shown in another form.
     """
 
     def __init__(self, *words: str | Option) -> None:
         # A server may repeat the token that it received in anything that becomes part of a message.
-        self.words: Words = tuple(masked(word) if isinstance(word, str) else word for word in words)
+        self.words: Words = tuple(
+            word if isinstance(word, Option) or word == LINE_END else shown(masked(word)) for word in words
+        )
         super().__init__(spelled(self.words))
 
 
@@ -280,14 +294,13 @@ class InvalidFileError(QformatError):
         field: str | None = None,
         next_step: str | Words | None = None,
     ) -> None:
-        parts = [str(path)]
+        parts = [_name(path)]
         if tensor is not None:
-            parts.append(f"tensor {tensor!r}")
+            parts.append(f"tensor {_name(tensor)!r}")
         if field is not None:
-            parts.append(f"field {field!r}")
-        parts.append(problem)
-        message = ": ".join(parts)
-        super().__init__(message, *_as_next_step(next_step))
+            parts.append(f"field {_name(field)!r}")
+        where = ": ".join(parts)
+        super().__init__(f"{where}: ", problem, *_as_next_step(next_step))
         self.reason = reason
         self.path = str(path)
         self.problem = problem
@@ -298,6 +311,11 @@ class InvalidFileError(QformatError):
 
 def _words(text: str | Words) -> Words:
     return (text,) if isinstance(text, str) else text
+
+
+def _name(name: Path | str) -> str:
+    """Return a name without its middle if it is long."""
+    return shortened(str(name), MAX_CHARACTERS_OF_A_NAME)
 
 
 def _as_next_step(text: str | Words | None) -> Words:
@@ -326,8 +344,8 @@ class DataError(QformatError):
     def __init__(
         self, reason: str, path: Path | str, problem: str, *, place: str | None, next_step: str | Words
     ) -> None:
-        where = str(path) if place is None else f"{path}: {place}"
-        super().__init__(f"{where}: {problem}", *_as_next_step(next_step))
+        where = _name(path) if place is None else f"{_name(path)}: {place}"
+        super().__init__(f"{where}: ", problem, *_as_next_step(next_step))
         self.reason = reason
         self.path = str(path)
         self.problem = problem
@@ -363,7 +381,7 @@ class HubError(QformatError):
         status: int | None = None,
         code: str | None = None,
     ) -> None:
-        super().__init__(f"{repository}: {problem}", *_as_next_step(next_step))
+        super().__init__(f"{_name(repository)}: ", problem, *_as_next_step(next_step))
         self.repository = repository
         self.problem = problem
         self.next_step = spelled(_words(next_step))

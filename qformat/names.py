@@ -28,6 +28,7 @@ TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TOKENIZER_MODEL_NAME = "tokenizer.model"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 # Adapters in the layout of PEFT, and qformat's record of the base model that an adapter was trained on.
 ADAPTER_CONFIG_NAME = "adapter_config.json"

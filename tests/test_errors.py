@@ -25,6 +25,7 @@ from qformat.errors import (
     TargetError,
     UsageError,
     VerificationError,
+    on_lines,
     spelled,
 )
 
@@ -111,3 +112,23 @@ def test_the_next_step_of_a_data_error_can_be_extended() -> None:
     assert (longer.reason, longer.path, longer.problem, longer.place) == ("empty", "f.jsonl", "is empty", "line 2")
     assert longer.next_step == "Try rank or too_long='drop'"
     assert spelled(longer.words, lambda option: option.name.upper()).endswith("Try RANK or TOO_LONG")
+
+
+def test_control_characters_in_a_message_are_escapes() -> None:
+    error = SourceError(Reason.HEADER_FIELD, "a\nb\x1b[2J", "got \u202e\n", tensor="t\x9b", next_step="Do \x07")
+    assert str(error) == r"a\nb\x1b[2J: tensor 't\x9b': got \u202e\n. Do \x07"
+    assert error.path == "a\nb\x1b[2J"
+    assert str(VerificationError("found:", *on_lines(["a\nb", "c"]))) == "found:\na\\nb\nc"
+
+
+def test_a_message_does_not_grow_with_values_and_names() -> None:
+    large = "x" * 10**6
+    error = SourceError(Reason.HEADER_FIELD, large, f"expected 1, got {large!r}", tensor=large, field=large)
+    assert "(1,000,000 characters)" in str(error)
+    assert len(str(error)) < 3000
+    for message in (
+        str(DataError("not_json", large, large, place=large, next_step=large)),
+        str(HubError(large, large, next_step=large)),
+        str(UsageError(large)),
+    ):
+        assert len(message) < 4000

@@ -1,4 +1,8 @@
-"""Tables, times, names and sentences as commands print them."""
+"""Tables, times, names and sentences as commands print them.
+
+All that commands print goes through the functions `echo` of this module. They show control characters as escapes, so
+that no file and no server can write to the terminal what it wants.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from typing import TextIO
 import click
 
 from qformat import strict_json
+from qformat.printable import as_json, one_line, printable
 
 N_NAMED = 5
 """Largest number of names that a line lists before it only counts the others."""
@@ -27,18 +32,34 @@ def terminal_width(stream: TextIO) -> int:
     return columns or shutil.get_terminal_size().columns
 
 
-def echo(text: str, *, err: bool = False) -> None:
+def echo(*lines: str, err: bool = False) -> None:
     """Print sentences, wrapped between words on a terminal. Paths and other long words stay in one piece.
 
     Args:
-        text: Lines to print. Each one is wrapped by itself.
+        lines: Lines to print, none for an empty one. Each one is wrapped by itself. A line end inside a line belongs to
+            a name or value and is shown as an escape.
         err: Print to stderr instead of stdout.
     """
     stream = sys.stderr if err else sys.stdout
+    shown = [one_line(line) for line in lines or ("",)]
     if stream.isatty():
-        wrapped = (_wrapped(line, terminal_width(stream)) for line in text.split("\n"))
-        text = "\n".join(line for lines in wrapped for line in lines)
-    click.echo(text, err=err)
+        shown = [part for line in shown for part in _wrapped(line, terminal_width(stream))]
+    click.echo("\n".join(shown), err=err)
+
+
+def echo_layout(text: str, *, err: bool = False) -> None:
+    """Print a text whose lines are laid out already, such as a table or a page.
+
+    Args:
+        text: Lines to print.
+        err: Print to stderr instead of stdout.
+    """
+    click.echo(printable(text), err=err)
+
+
+def echo_piece(text: str) -> None:
+    """Print a piece of generated text to stdout as it is, except that a terminal gets escapes of control characters."""
+    click.echo(printable(text) if sys.stdout.isatty() else text, nl=False, color=True)  # otherwise click removes some
 
 
 def _wrapped(line: str, width: int) -> list[str]:
@@ -47,13 +68,14 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), width: int | None = None) -> str:
-    """Return rows as aligned columns.
+    """Return rows as aligned columns, with escapes in the place of control characters.
 
     Args:
         rows: Cells of each row; the first row is the header.
         right: Indices of the columns to align to the right.
         width: Width at which the texts of the last column are wrapped. Not wrapped if omitted.
     """
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
     lines = []
@@ -85,9 +107,14 @@ def some(names: Sequence[str], *, of: str = "") -> str:
     return ", ".join(names[:N_NAMED]) + (f" and {hidden}{of} more" if hidden > 0 else "")
 
 
-def echo_json(record: object) -> None:
-    """Print one JSON object."""
-    click.echo(strict_json.dumps(record, indent=2))
+def echo_json(record: object, *, indent: int | None = 2) -> None:
+    """Print one JSON object.
+
+    Args:
+        record: The object.
+        indent: Number of spaces per level; None for compact text on one line.
+    """
+    click.echo(as_json(strict_json.dumps(record, indent=indent)))
 
 
 def echo_complete(out: Path) -> None:
@@ -108,7 +135,7 @@ def echo_findings(findings: Iterable[tuple[str, str]]) -> None:
         for message in found[:N_NAMED]:
             echo(f"{reason}: {message}")
         if len(found) > N_NAMED:
-            click.echo(f"... and {len(found) - N_NAMED} more (--json lists all)")
+            echo(f"... and {len(found) - N_NAMED} more (--json lists all)")
 
 
 def verdict(n_findings: int) -> str:

@@ -13,7 +13,8 @@ from typing import NoReturn
 
 import click
 
-from qformat.cli.display import echo, echo_json
+from qformat.cli.display import echo, echo_json, echo_layout
+from qformat.cli.library_messages import filter_messages_of_libraries
 from qformat.cli.messages import as_flag, failure_record
 from qformat.cli.waiting import choose_how_to_wait
 from qformat.errors import Interrupted, QformatError, UsageError, spelled
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # PEFT imports bitsandbytes if it is installed. No command uses it, and where the package `kernels` is installed,
     # too, its import fetches native code from the Hub.
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    filter_messages_of_libraries()
     code = run(arguments)
     try:
         sys.stdout.flush()
@@ -145,7 +147,7 @@ def _run(given: Sequence[str]) -> int:
         result = cli.main(args=list(given), prog_name="qformat", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as shown:
-        click.echo(shown.format_message(), err=True)
+        echo_layout(shown.format_message(), err=True)
         return EXIT_USAGE
     except (click.ClickException, click.Abort, KeyboardInterrupt, QformatError) as problem:
         if "--json" in given:
@@ -156,17 +158,26 @@ def _run(given: Sequence[str]) -> int:
 def _show_problem(problem: BaseException, given: Sequence[str]) -> int:
     """Print a problem for people and return the exit code."""
     if isinstance(problem, click.ClickException):
-        problem.show()
+        _show_usage(problem)
         return EXIT_USAGE
     if isinstance(problem, (KeyboardInterrupt, click.Abort, Interrupted)):
         continues = "Run the same command again to continue." if {*given[:1]} & {*RESUMED} else ""
         # click has ended the line of the terminal's ^C, except for errors of qformat.
-        start = "\n" if isinstance(problem, Interrupted) else ""
-        echo(f"{start}Interrupted. {str(problem) or continues}".rstrip(), err=True)
+        start = ("",) if isinstance(problem, Interrupted) else ()
+        echo(*start, f"Interrupted. {str(problem) or continues}".rstrip(), err=True)
         return EXIT_INTERRUPTED
     assert isinstance(problem, QformatError)
-    echo(f"Error: {spelled(problem.words, as_flag)}", err=True)
+    echo(*f"Error: {spelled(problem.words, as_flag)}".split("\n"), err=True)
     return EXIT_USAGE if isinstance(problem, UsageError) else EXIT_FAILED
+
+
+def _show_usage(problem: click.ClickException) -> None:
+    """Print wrong usage as click does."""
+    context = problem.ctx if isinstance(problem, click.UsageError) else None
+    if context is not None:
+        hint = f"Try '{context.command_path} {context.help_option_names[0]}' for help."
+        echo_layout(f"{context.get_usage()}\n{hint}\n", err=True)
+    echo_layout(f"Error: {problem.format_message()}", err=True)
 
 
 def _stop_output(problem: OSError) -> int:

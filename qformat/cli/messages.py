@@ -23,6 +23,7 @@ from qformat.errors import (
     Words,
     spelled,
 )
+from qformat.printable import one_line
 from qformat.secrets import masked
 
 REASONS: dict[type[QformatError], str] = {
@@ -45,7 +46,7 @@ def as_flag(option: Option) -> str:
     if not isinstance(option.value, (str, tuple)):
         return flag
     values = (option.value,) if isinstance(option.value, str) else option.value
-    return " ".join(f"{flag}={shlex.quote(value)}" for value in values)
+    return one_line(" ".join(f"{flag}={shlex.quote(value)}" for value in values))
 
 
 def failure_record(problem: BaseException) -> dict[str, object]:
@@ -79,8 +80,8 @@ def _of_qformat(problem: QformatError) -> dict[str, str | None]:
 
 
 def _next_step(words: Words) -> str | None:
-    """Return the next step of an error whose words are a message, ". " and the next step."""
-    return spelled(words[2:], as_flag) or None
+    """Return the next step of an error whose words are a place, a problem, ". " and the next step."""
+    return spelled(words[3:], as_flag) or None
 
 
 def _error(

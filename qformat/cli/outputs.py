@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
+from qformat.cli.display import echo
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def show_shards(out: Path, shards: Sequence[Shard]) -> None:
         shards: Shards that would be written.
     """
     for shard in shards:
-        click.echo(f"{out / shard.name}: {format_nbytes(shard.nbytes)}, {len(shard.tensors)} tensors")
+        echo(f"{out / shard.name}: {format_nbytes(shard.nbytes)}, {len(shard.tensors)} tensors")
 
 
 def free_in_words(nbytes: int, free_nbytes: int) -> str:

@@ -11,9 +11,8 @@ from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import click
-
-from qformat.cli.display import duration, echo, terminal_width
+from qformat.cli.display import duration, echo, echo_layout, terminal_width
+from qformat.printable import shown
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def _line_type() -> type[Line]:
 def _open_line(desc: str, bar_format: str, *, total: int | None = None, unit: str = "B") -> Line:
     """Draw a line on stderr that is redrawn in place and erased when it is closed. Nothing if it is not a terminal."""
     return _line_type()(
-        desc=desc,
+        desc=shown(desc),
         bar_format=bar_format,
         total=total,
         unit=unit,
@@ -277,7 +276,7 @@ class StepLines:
         if step > first_step:
             line += f"  {duration((now - first_time) / (step - first_step) * (n_steps - step))} left"
         if not self._in_place:
-            click.echo(line, err=True)
+            echo_layout(line, err=True)
             return
         self._show(line)
         if step == n_steps:
@@ -294,4 +293,4 @@ class StepLines:
         if self._line is None:
             self._line = _open_line(text, "{desc}")
         else:
-            self._line.set_description_str(text)
+            self._line.set_description_str(shown(text))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,7 @@ from qformat.training.data.place import BadRow
 from qformat.training.data.reading.read_rows import BadRows, read_rows
 from qformat.training.data.reading.sources import DataFile, FileState, check_unchanged, find_files, refuse_stand_in
 from qformat.training.data.render import LossOn, Rendered, Renderer
+from qformat.training.data.rows import Row
 from qformat.training.data.tokenise import in_batches, own_tokenizer, tokenise
 
 if TYPE_CHECKING:
@@ -115,31 +117,34 @@ class TokenStream:
         """
         path = Path(part)
         if path.suffix not in ROW_SUFFIXES and path.is_file():
-            self._read_units(_pieces(self._texts(path), self._piece_characters), _as_text)
+            self._read_units(_pieces(self._texts(path), self._piece_characters), lambda pieces: map(_as_text, pieces))
             return
         files = find_files(part, split=split)
         states = [self._hashed(file) for file in files]
-        self._read_units(read_rows(files, BadRows(skip=None)), Renderer(self._tokenizer, LossOn.ALL).render)
+        self._read_units(read_rows(files, BadRows(skip=None)), self._rendered)
         for file, state in zip(files, states, strict=True):
             check_unchanged(file, state)
 
-    def _read_units(self, units: Iterable[_Unit], render: Callable[[_Unit], Rendered]) -> None:
-        """Add the tokens of all units that are wanted, as training sees them."""
-        numbers: list[int] = []
+    def _read_units(self, units: Iterable[_Unit], render: Callable[[Iterator[_Unit]], Iterator[Rendered]]) -> None:
+        """Add the tokens of all units that are wanted, as training sees them. Units may be read ahead."""
+        numbers: deque[int] = deque()
 
-        def wanted() -> Iterator[Rendered]:
+        def wanted() -> Iterator[_Unit]:
             for unit in units:
                 number = next(self._numbers)
                 if self.tokens.wants(number):
-                    rendered = render(unit)
                     numbers.append(number)
-                    yield rendered
+                    yield unit
 
-        for batch in in_batches(wanted()):
-            examples = tokenise(self.backend, batch, bos_id=self._tokenizer.bos_token_id)
-            for number, example in zip(numbers, examples, strict=True):
-                self.tokens.add(number, example.ids)
-            numbers.clear()
+        for batch in in_batches(render(wanted())):
+            for example in tokenise(self.backend, batch, bos_id=self._tokenizer.bos_token_id):
+                self.tokens.add(numbers.popleft(), example.ids)
+
+    def _rendered(self, rows: Iterator[Row]) -> Iterator[Rendered]:
+        for _, rendered in Renderer(self._tokenizer, LossOn.ALL).render_all(rows):
+            if isinstance(rendered, DataError):
+                raise rendered
+            yield rendered
 
     def _texts(self, path: Path) -> Iterator[str]:
         """Yield a text in parts as they are read."""

@@ -20,6 +20,7 @@ BASE = {
     "qformat.markdown",
     "qformat.names",
     "qformat.named_files",
+    "qformat.printable",
     "qformat.processes",
     "qformat.secrets",
     "qformat.sizes",
@@ -28,7 +29,8 @@ BASE = {
 
 ALLOWED = {
     "qformat.secrets": set(),
-    "qformat.errors": {"qformat.secrets"},
+    "qformat.printable": set(),
+    "qformat.errors": {"qformat.printable", "qformat.secrets"},
     "qformat.cores": set(),
     "qformat.markdown": set(),
     "qformat.names": set(),

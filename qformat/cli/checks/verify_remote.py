@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from qformat.cli.display import echo, echo_findings, echo_json, verdict
 from qformat.sizes import format_nbytes
 
@@ -73,4 +71,4 @@ def _show(report: RemoteReport, seconds: float) -> None:
     for notice in report.notices:
         echo(f"notice: {notice.message}")
     echo_findings((finding.reason, finding.message) for finding in report.findings)
-    click.echo(verdict(len(report.findings)))
+    echo(verdict(len(report.findings)))

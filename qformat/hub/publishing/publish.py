@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qformat.artifact.reading.verify import IntegrityReport, verify_integrity
 from qformat.cores import usable_cores
-from qformat.errors import HubError, InvalidFileError, Option, Reason, UsageError, VerificationError
+from qformat.errors import HubError, InvalidFileError, Option, Reason, UsageError, VerificationError, on_lines
 from qformat.hub.card.prepared_card import CardOptions, PreparedCard, prepare_card
 from qformat.hub.names import check_repository_name, check_revision
 from qformat.hub.publishing.changes import Changes, find_changes
@@ -225,8 +225,8 @@ def _refuse_damaged(
         return report
     shown = [finding.message for finding in report.findings[:_SHOWN_FINDINGS]]
     more = len(report.findings) - len(shown)
-    text = "\n".join([*shown, *([f"and {more} more findings"] if more else [])])
-    raise VerificationError(f"{artifact}: is damaged and is not published:\n{text}")
+    lines = [*shown, *([f"and {more} more findings"] if more else [])]
+    raise VerificationError(f"{artifact}: is damaged and is not published:", *on_lines(lines))
 
 
 def _refuse_lost_card(report: IntegrityReport) -> None:

@@ -16,6 +16,7 @@ from qformat.model.boundary import check_can_generate, check_tokens, generation_
 from qformat.model.memory import peak_nbytes
 from qformat.model.nf4_linear import NF4Linear
 from qformat.model.text.chat_template import ChatTemplate
+from qformat.model.text.rendering import render
 
 _INCOMPLETE = "\ufffd"
 """What tokenizers decode the first bytes of a character to while its other bytes are still missing."""
@@ -126,6 +127,7 @@ def generate(
     Raises:
         UsageError: The prompt has no tokens, the model does not predict the next token, the tokenizer has no chat
             template or does not belong to the model, or transformers cannot generate with the model's settings.
+        ArtifactError: The chat template exceeds a limit.
         DeviceMemoryError: The device has too little memory.
     """
     sampling = sampling or Sampling()
@@ -181,5 +183,5 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
         first = str(problem).partition("\n")[0]
         raise UsageError(f"this tokenizer has no chat template for a prompt: {first}") from problem
     template = ChatTemplate.of(tokenizer, source)
-    text = template.render([{"role": "user", "content": prompt}], ask=True)
+    text = render(template.rendering([{"role": "user", "content": prompt}], ask=True)).text
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")

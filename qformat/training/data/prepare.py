@@ -212,11 +212,10 @@ class _Build:
         )
 
     def _rendered(self, files: list[DataFile]) -> Iterator[Rendered]:
-        for row in read_rows(files, self._bad, max_row_nbytes=self._settings.max_row_nbytes):
-            try:
-                rendered = self._renderer.render(row)
-            except DataError as error:
-                self._bad.refuse(error)
+        rows = read_rows(files, self._bad, max_row_nbytes=self._settings.max_row_nbytes)
+        for row, rendered in self._renderer.render_all(rows):
+            if isinstance(rendered, DataError):
+                self._bad.refuse(rendered)
                 continue
             if row.converted_from is not None:
                 self._converted[row.converted_from] += 1

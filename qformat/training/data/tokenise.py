@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from qformat.errors import UsageError
+from qformat.model.text.render_client import Span
 from qformat.names import TOKENIZER_NAME
-from qformat.training.data.chat.spans import Span
 from qformat.training.data.render import Rendered
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat import strict_json
-from qformat.cli.display import echo, echo_json, format_table
+from qformat.cli.display import echo, echo_json, echo_layout, format_table
 from qformat.cli.options import json_option, options_record
 from qformat.cli.progress import Bar
 
@@ -71,7 +71,7 @@ def command(options: DiffArguments) -> None:
     else:
         _show(found, show_all=options.show_all)
         what = "weights" if options.weights else "artifacts"
-        click.echo(f"the same {what}" if same else f"different {what}")
+        echo(f"the same {what}" if same else f"different {what}")
     if not same:
         click.get_current_context().exit(EXIT_DIFFERENT)
 
@@ -120,15 +120,15 @@ def _counts(value: ValueDifference) -> dict[str, int]:
 
 def _show(found: Difference, *, show_all: bool) -> None:
     manifests = found.manifests
-    click.echo(f"A: {found.a}\nB: {found.b}")
+    echo(f"A: {found.a}", f"B: {found.b}")
     echo(_model_line(manifests))
     for where, names in (("A", manifests.only_in_a), ("B", manifests.only_in_b)):
         if names:
             echo(f"only in {where}: {_some(names, show_all=show_all)}")
     if manifests.tensors:
-        click.echo(_tensors_table(found, show_all=show_all))
+        echo_layout(_tensors_table(found, show_all=show_all))
     elif manifests.same_model:
-        click.echo("all tensors are byte-identical")
+        echo("all tensors are byte-identical")
     for name, (one, other) in manifests.members.items():
         echo(f"{name}: {_short(one)} -> {_short(other)}")
     for what, files in (
@@ -139,7 +139,7 @@ def _show(found: Difference, *, show_all: bool) -> None:
         if files:
             echo(f"{what}: {', '.join(files)}")
     if manifests.same_weights and not manifests.same_shards:
-        click.echo("the same tensors are divided into different shards")
+        echo("the same tensors are divided into different shards")
 
 
 def _model_line(manifests: ManifestDifference) -> str:

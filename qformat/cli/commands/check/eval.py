@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qformat.cli.display import echo, echo_json, format_table
+from qformat.cli.display import echo, echo_json, echo_layout, format_table
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
     device_option,
@@ -105,7 +105,7 @@ def command(options: EvalArguments) -> None:
         echo_json(found)
         return
     for text in found["texts"]:
-        click.echo(_table(found, text) + "\n")
+        echo_layout(_table(found, text) + "\n")
     echo(_note(found))
     if options.report is not None:
         echo(f"report: {options.report}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat import strict_json
-from qformat.cli.display import echo, echo_json, format_table
+from qformat.cli.display import echo, echo_json, echo_layout, format_table
 from qformat.cli.options import json_option, options_record
 from qformat.errors import UsageError
 from qformat.sizes import format_nbytes
@@ -104,7 +104,7 @@ def _artifact_facts(artifact: Artifact) -> dict[str, Any]:
 
 def _show_artifact(facts: Mapping[str, Any]) -> None:
     recipe = facts["recipe"]
-    click.echo(f"{facts['path']}: qformat artifact, format {facts['format_version']}, by {facts['generator']}")
+    echo(f"{facts['path']}: qformat artifact, format {facts['format_version']}, by {facts['generator']}")
     source = facts["source"]
     where = f", {source['repository']} at commit {source.get('commit')}" if "repository" in source else ""
     echo(f"source: {source.get('kind')}, {len(source.get('files', {}))} files{where}")
@@ -113,7 +113,7 @@ def _show_artifact(facts: Mapping[str, Any]) -> None:
         echo(f"evaluation: {strict_json.dumps(facts['evaluation'])}")
     _show_tensor_table(facts["tensors"])
     counts = Counter(entry["encoding"] for entry in facts["tensors"])
-    click.echo(
+    echo(
         f"{counts['nf4']} packed and {counts['kept']} kept tensors, {len(facts['files']) + 1} files, "
         f"{format_nbytes(facts['nbytes'])}"
     )
@@ -126,12 +126,10 @@ def _show_tensor_table(tensors: list[dict[str, Any]]) -> None:
         groups.setdefault(f"{entry['encoding']}, {entry['dtype']}, {entry['how']}", []).append(entry)
     for heading, entries in groups.items():
         rows = [("tensor", "shape", "bytes")]
-        rows += [
-            (click.unstyle(entry["name"]), "x".join(map(str, entry["shape"])), f"{entry['nbytes']:,}")
-            for entry in entries
-        ]
-        click.echo(f"\n{click.unstyle(heading)}\n{format_table(rows, right=(1, 2))}")
-    click.echo()
+        rows += [(entry["name"], "x".join(map(str, entry["shape"])), f"{entry['nbytes']:,}") for entry in entries]
+        echo("", heading)
+        echo_layout(format_table(rows, right=(1, 2)))
+    echo()
 
 
 def _tensor_facts(artifact: Artifact, name: str) -> dict[str, Any]:
@@ -199,22 +197,22 @@ def _plain(value: Any) -> float | str:
 
 
 def _show_tensor(facts: Mapping[str, Any]) -> None:
-    click.echo(f"{facts['name']}: {facts['encoding']}, {facts['dtype']} {list(facts['shape'])}")
+    echo(f"{facts['name']}: {facts['encoding']}, {facts['dtype']} {list(facts['shape'])}")
     parts = facts["components"]
     rows = [("component", "dtype", "shape", "bytes", "XXH3-128")]
     for part in parts:
         shape = "x".join(map(str, part["shape"])) or "scalar"
         rows.append((part["component"], part["dtype"], shape, f"{part['nbytes']:,}", part["xxh3"]))
-    click.echo(format_table(rows, right=(2, 3)))
-    click.echo()
+    echo_layout(format_table(rows, right=(2, 3)))
+    echo()
     places = [(part["component"], part["shard"], f"{part['start']:,}") for part in parts]
-    click.echo(format_table([("component", "shard", "start"), *places], right=(2,)))
-    click.echo()
+    echo_layout(format_table([("component", "shard", "start"), *places], right=(2,)))
+    echo()
     if "code_counts" in facts:
         total, largest = max(sum(facts["code_counts"]), 1), max(*facts["code_counts"], 1)
-        click.echo("codes:")
+        echo("codes:")
         for code, count in enumerate(facts["code_counts"]):
-            click.echo(f"  {code:2d}  {count / total:7.2%}  {'#' * round(N_COLUMNS_OF_BARS * count / largest)}")
+            echo_layout(f"  {code:2d}  {count / total:7.2%}  {'#' * round(N_COLUMNS_OF_BARS * count / largest)}")
     echo(f"first values: {', '.join(f'{value:.6g}' for value in facts['values'])}")
 
 
@@ -244,10 +242,10 @@ def _checkpoint_facts(path: Path, tensor: str | None) -> dict[str, Any]:
 
 
 def _show_checkpoint(facts: Mapping[str, Any]) -> None:
-    click.echo(f"{facts['path']}: plain {facts['kind']} checkpoint")
+    echo(f"{facts['path']}: plain {facts['kind']} checkpoint")
     _show_tensor_table(facts["tensors"])
     total = sum(entry["nbytes"] for entry in facts["tensors"])
-    click.echo(f"{len(facts['tensors'])} tensors, {format_nbytes(total)}")
+    echo(f"{len(facts['tensors'])} tensors, {format_nbytes(total)}")
 
 
 def _no_such_tensor(name: str, names: list[str]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo, echo_json
+from qformat.cli.display import echo, echo_json, echo_layout
 from qformat.cli.options import artifact_argument, json_option, options_record, workers_option
 from qformat.cli.progress import Bar
 from qformat.cores import usable_cores
@@ -99,7 +99,7 @@ def _show(result: SealResult) -> None:
     for change in result.changes:
         echo(f"{change.kind}: {change.name}, {_sizes(change)}")
         if change.diff is not None:
-            click.echo(change.diff)
+            echo_layout(change.diff)
     if not result.changes:
         echo(f"{result.path}: every file matches the manifest, nothing to accept")
         return

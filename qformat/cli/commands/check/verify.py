@@ -10,7 +10,7 @@ import click
 
 from qformat.cli.checks.verified import verified
 from qformat.cli.checks.verify_remote import verify_repository
-from qformat.cli.display import echo, echo_findings, echo_json, format_table, verdict
+from qformat.cli.display import echo, echo_findings, echo_json, echo_layout, format_table, verdict
 from qformat.cli.options import (
     json_option,
     options_record,
@@ -142,8 +142,8 @@ def _show(found: Verification, source: str | None, report: Path | None) -> None:
         echo(f"notice: {notice['message']}")
     echo_findings((finding["reason"], finding["message"]) for finding in facts["findings"])
     if report is not None:
-        click.echo(f"report: {report}")
-    click.echo(verdict(len(facts["findings"])))
+        echo(f"report: {report}")
+    echo(verdict(len(facts["findings"])))
 
 
 def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
@@ -156,9 +156,9 @@ def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
         rows: list[tuple[str, ...]] = [("module", "tensors", "weights", "rel. RMS", "max error", "SNR", "cosine")]
         rows += [_row(kind["kind"], kind["n_tensors"], kind["errors"]) for kind in comparison["by_kind"]]
         rows.append(_row("all", len(comparison["packed"]), comparison["overall"]))
-        click.echo()
-        click.echo(format_table(rows, right=range(1, 7)))
-        click.echo()
+        echo()
+        echo_layout(format_table(rows, right=range(1, 7)))
+        echo()
     n_encoded, n_kept = comparison["n_packed"] - comparison["n_chosen"], comparison["n_kept"]
     change, n_tuned = comparison["scale_change"], comparison["n_tuned"]
     scales = "codes and scales match the recipe"
@@ -175,11 +175,11 @@ def _show_comparison(comparison: ComparisonFacts, seconds: float) -> None:
         ),
     ):
         if n_all:
-            click.echo(f"{meaning}: {n_passed} of {n_all}")
+            echo(f"{meaning}: {n_passed} of {n_all}")
     if n_tuned:
         names = [tensor["name"] for tensor in comparison["kept"] if tensor["tuned"] and tensor["n_wrong_bytes"]]
         more = f" and {n_tuned - 1} more" if n_tuned > 1 else ""
-        click.echo(f"kept tensors tuned, according to the manifest: {names[0]}{more}")
+        echo(f"kept tensors tuned, according to the manifest: {names[0]}{more}")
 
 
 def _row(name: str, n_tensors: int, errors: ErrorFacts) -> tuple[str, ...]:

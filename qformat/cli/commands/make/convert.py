@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat.cli.checks.model_comparison import RunningComparison, comparison_json
-from qformat.cli.display import echo, echo_complete, echo_json, format_table, some
+from qformat.cli.display import echo, echo_complete, echo_json, echo_layout, format_table, some
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import options_record, out_argument, revision_option, written_shards_options
 from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
@@ -205,8 +205,8 @@ def _show_plan(plan: Plan, out: Path, comparison: RunningComparison, *, as_json:
         echo_json(plan_json(_facts(plan, comparison.result()), plan.nbytes, plan.shards, free_nbytes=free))
         return
     rows = [("action", "tensors", "source", "artifact", "why"), *_rows(plan)]
-    click.echo(format_table(rows, right=(1, 2, 3)))
-    click.echo()
+    echo_layout(format_table(rows, right=(1, 2, 3)))
+    echo()
     show_shards(out, plan.shards)
     _show_notes(plan)
     comparison.show()
@@ -225,7 +225,7 @@ def _show_summary(summary: ConversionSummary, comparison: RunningComparison, *, 
     if summary.already_complete:
         echo_complete(summary.out)
         return
-    click.echo(format_table([("action", "tensors", "source", "artifact", "why"), *_rows(plan)], right=(1, 2, 3)))
+    echo_layout(format_table([("action", "tensors", "source", "artifact", "why"), *_rows(plan)], right=(1, 2, 3)))
     _show_notes(plan)
     comparison.show()
     rate = plan.source_nbytes / summary.seconds

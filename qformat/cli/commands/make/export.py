@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo, echo_complete, echo_json, format_table, some
+from qformat.cli.display import echo, echo_complete, echo_json, echo_layout, format_table, some
 from qformat.cli.options import artifact_argument, options_record, out_argument, written_shards_options
 from qformat.cli.outputs import free_in_words, free_nbytes_at, plan_json, show_shards, summary_json
 from qformat.cli.progress import Bar
@@ -95,8 +95,8 @@ def _show_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
     if as_json:
         echo_json(plan_json(_facts(plan), plan.nbytes, plan.shards, free_nbytes=free))
         return
-    click.echo(_table(plan))
-    click.echo()
+    echo_layout(_table(plan))
+    echo()
     show_shards(out, plan.shards)
     echo(
         f"{format_nbytes(plan.artifact_nbytes)} -> {format_nbytes(plan.nbytes)} ({plan.nbytes:,} bytes); "
@@ -112,7 +112,7 @@ def _show_summary(summary: ExportSummary, *, as_json: bool) -> None:
     if summary.already_complete:
         echo_complete(summary.out)
         return
-    click.echo(_table(plan))
+    echo_layout(_table(plan))
     echo(
         f"{summary.out}: {format_nbytes(plan.artifact_nbytes)} -> {format_nbytes(plan.nbytes)}, "
         f"{summary.seconds:.1f} s, {format_nbytes(plan.nbytes / summary.seconds)}/s written"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat import strict_json
-from qformat.cli.display import echo, format_table
+from qformat.cli.display import echo, echo_json, echo_layout, format_table
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
     artifact_argument,
@@ -139,14 +138,16 @@ def _tune(options: TuneArguments, lines: StepLines) -> None:
     )
     lines.finish()
     if result is None:
-        complete = strict_json.dumps({"out": str(out), "already_complete": True})
-        click.echo(complete if options.as_json else f"{out}: already complete")
+        if options.as_json:
+            echo_json({"out": str(out), "already_complete": True}, indent=None)
+        else:
+            echo(f"{out}: already complete")
         return
     seconds = time.monotonic() - started
     if options.as_json:
-        click.echo(strict_json.dumps(_facts(result, seconds)))
+        echo_json(_facts(result, seconds), indent=None)
         return
-    click.echo(_table(result))
+    echo_layout(_table(result))
     echo(
         f"{out}: after {result.step} steps, {result.tokens:,} tokens, {seconds:,.0f} s, "
         f"peak memory {format_nbytes(result.memory_nbytes)}"

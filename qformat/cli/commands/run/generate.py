@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qformat.cli.display import echo, echo_json
+from qformat.cli.display import echo, echo_json, echo_piece
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
     artifact_argument,
@@ -95,7 +95,7 @@ def command(options: GenerateArguments) -> None:
     if options.as_json:
         echo_json({**asdict(result), **times})
         return
-    click.echo()
+    echo()
     echo(
         f"loaded in {times['load_s']:.2f} s (imports {times['import_s']:.2f} s), "
         f"first token after {result.first_token_s:.2f} s, {result.n_new_tokens} tokens, "
@@ -132,7 +132,7 @@ def _generate(options: GenerateArguments, bar: Bar) -> tuple[Generation, dict[st
     def on_text(text: str) -> None:
         if not options.as_json:
             bar.clear()
-            click.echo(text, nl=False)
+            echo_piece(text)
 
     with bar.while_compiling():
         result = generate(

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qformat.cli.display import echo, echo_json, format_table, terminal_width
+from qformat.cli.display import echo, echo_json, echo_layout, format_table, terminal_width
 from qformat.cli.options import backend_option, json_option, options_record
 from qformat.sizes import format_nbytes
 from qformat.version import __version__
@@ -50,12 +50,12 @@ def command(options: InfoArguments) -> None:
         return
     width = terminal_width(sys.stdout) if sys.stdout.isatty() else None
     echo(", ".join(f"{name} {version}" for name, version in versions.items()))
-    echo("\n".join(f"{device['name']}: {device['description']}" for device in devices))
+    echo(*(f"{device['name']}: {device['description']}" for device in devices))
     rows = [["device", "operation", "backend", "why"]]
     rows += [[row["device"], row["operation"], row["backend"], row["why"]] for row in operations]
-    click.echo("\n" + format_table(rows, width=width))
+    echo_layout("\n" + format_table(rows, width=width))
     formats = [["source", "formats that `qformat convert` reads"], *map(list, sources.items())]
-    click.echo("\n" + format_table(formats, width=width))
+    echo_layout("\n" + format_table(formats, width=width))
 
 
 def _versions() -> dict[str, str]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from qformat.cli.checks.verified import verified
-from qformat.cli.display import echo, echo_json, format_table, some
+from qformat.cli.display import echo, echo_json, echo_layout, format_table, some
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.messages import as_flag
 from qformat.cli.options import artifact_argument, dry_run_option, json_option, options_record, workers_option
 from qformat.cli.progress import Bar
-from qformat.errors import UsageError, VerificationError, spelled
+from qformat.errors import UsageError, VerificationError, on_lines, spelled
 from qformat.sizes import format_nbytes
 
 if TYPE_CHECKING:
@@ -174,8 +174,8 @@ def _figures(options: PublishArguments) -> ErrorFigures | None:
         return None
     found = verified(artifact, source, workers=options.workers)
     if not found.passed or found.integrity.manifest is None:
-        shown = "\n".join(finding.message for finding in found.findings[:3])
-        raise VerificationError(f"{artifact}: does not match its source {source}, and was not published:\n{shown}")
+        shown = on_lines([finding.message for finding in found.findings[:3]])
+        raise VerificationError(f"{artifact}: does not match its source {source}, and was not published:", *shown)
     return ErrorFigures.parse(found.to_json(), found.integrity.manifest, source)
 
 
@@ -211,16 +211,16 @@ def _show(published: Published) -> None:
         if published.unread is not None:
             echo(f"Note: {where} was not read, so every file is shown as new: {published.unread}", err=True)
         at_most = "" if published.unread is None else "at most "
-        click.echo(f"{where}: {at_most}{format_nbytes(published.nbytes_to_send)} would be uploaded")
+        echo(f"{where}: {at_most}{format_nbytes(published.nbytes_to_send)} would be uploaded")
         return
     if published.changes.others:
         echo(f"Note: {where} also holds files that are not in the artifact: {some(published.changes.others)}", err=True)
     if published.already_there:
-        click.echo(f"{where}: already holds the same bytes; nothing was uploaded")
+        echo(f"{where}: already holds the same bytes; nothing was uploaded")
     else:
         sent = len(published.changes.sent)
-        click.echo(f"{where}: {sent} files, {format_nbytes(published.nbytes_to_send)} uploaded")
-    click.echo(f"commit {published.commit}" + (f", {published.pull_request}" if published.pull_request else ""))
+        echo(f"{where}: {sent} files, {format_nbytes(published.nbytes_to_send)} uploaded")
+    echo(f"commit {published.commit}" + (f", {published.pull_request}" if published.pull_request else ""))
 
 
 def _show_plan(published: Published) -> None:
@@ -233,6 +233,6 @@ def _show_plan(published: Published) -> None:
     ):
         rows += [(action, name, f"{files[name].nbytes:,}") for name in names]
     rows += [("remove", name, "") for name in published.changes.removed]
-    click.echo(format_table(rows, right=(2,)))
-    click.echo()
-    click.echo(published.card.text)
+    echo_layout(format_table(rows, right=(2,)))
+    echo()
+    echo_layout(published.card.text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qformat.artifact.manifest import JsonObject
-from qformat.cli.display import echo, echo_json
+from qformat.cli.display import echo, echo_json, echo_layout
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
     Decorator,
@@ -185,7 +185,7 @@ def _train(options: TrainArguments, settings: TrainingSettings, lines: StepLines
         echo_json(_as_record(result, page))
         return
     if result.loss_before is not None and result.loss_after is not None:
-        click.echo(f"loss on held-out data: {result.loss_before:.4f} before, {result.loss_after:.4f} after")
+        echo(f"loss on held-out data: {result.loss_before:.4f} before, {result.loss_after:.4f} after")
     echo(f"{out}: adapter after {result.steps} steps; report: {page}")
 
 
@@ -225,7 +225,7 @@ def _print_plan(options: TrainArguments, settings: TrainingSettings, lines: Step
     if options.as_json:
         echo_json({**asdict(plan), "peak": plan.peak, "fits": plan.fits, **largest})
         return
-    click.echo(format_plan(plan, **largest))
+    echo_layout(format_plan(plan, **largest))
 
 
 def _settings(options: TrainArguments) -> TrainingSettings:

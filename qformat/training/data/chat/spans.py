@@ -21,8 +21,12 @@ import copy
 import re
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from qformat.errors import Option, UsageError
-from qformat.model.text.chat_template import TEMPLATE_FAILURES, ChatTemplate
+from qformat.model.text.chat_template import ChatTemplate
+from qformat.model.text.render_client import Rendering, Span
+from qformat.model.text.rendering import Steps
 from qformat.training.data.chat.arrival import lost_field
 from qformat.training.data.chat.messages import Message
 from qformat.training.data.place import BadRow, Place
@@ -40,12 +44,11 @@ _WHAT_TO_DO = (
 
 _MARK = "qformatmark"
 
-Span = tuple[int, int]
-"""Range [start, stop) of characters in a text."""
-
 
 class Conversations:
     """Renders conversations with the chat templates of one tokenizer.
+
+    The methods are computations that yield what they need rendered (`qformat.model.text.rendering.run_together`).
 
     Args:
         tokenizer: Tokenizer with at least one template.
@@ -66,7 +69,7 @@ class Conversations:
                 "Set tokenizer.chat_template, or use rows with 'text' or with 'prompt' and 'completion'"
             ) from missing
 
-    def render(self, row: ChatRow, place: Place) -> str:
+    def render(self, row: ChatRow, place: Place) -> Steps[str]:
         """Return the whole conversation as text.
 
         Args:
@@ -79,9 +82,9 @@ class Conversations:
         Raises:
             DataError: The template fails for this conversation, or leaves out a part of it.
         """
-        return self._whole(self._template_for(row), row, place)
+        return (yield from self._whole(self._template_for(row), row, place))
 
-    def render_with_spans(self, row: ChatRow, place: Place) -> tuple[str, list[Span]]:
+    def render_with_spans(self, row: ChatRow, place: Place) -> Steps[tuple[str, list[Span]]]:
         """Return the whole conversation as text, and the ranges that the assistant wrote.
 
         Args:
@@ -97,11 +100,11 @@ class Conversations:
         template = self._template_for(row)
         marked = self._marked_version(template)
         if marked is not None:
-            return _marked(marked, row, place)
-        text = self._whole(template, row, place)
-        return text, self._turns(template, row, text, place)
+            return (yield from _marked(marked, row, place))
+        text = yield from self._whole(template, row, place)
+        return text, (yield from self._turns(template, row, text, place))
 
-    def completion_start(self, row: ChatRow, text: str, place: Place) -> int:
+    def completion_start(self, row: ChatRow, text: str, place: Place) -> Steps[int]:
         """Return the index in `text` at which the completion of a conversational prompt begins.
 
         Args:
@@ -116,7 +119,7 @@ class Conversations:
             DataError: The template fails for the prompt, or renders it differently when the completion follows.
         """
         assert row.n_prompt is not None
-        before = _prefix(self._template_for(row), row, row.n_prompt, place, ask=True)
+        before = yield from _prefix(self._template_for(row), row, row.n_prompt, place, ask=True)
         if not text.startswith(before):
             place.refuse(
                 BadRow.UNSTABLE_TEMPLATE,
@@ -134,28 +137,28 @@ class Conversations:
 
     def _marked_version(self, template: ChatTemplate) -> ChatTemplate | None:
         """Return the version of a template with `{% generation %}` markers, or None if there is none."""
-        source = template.source
+        source = template.template.source
         if source not in self._marked:
             marked = source if _MARKERS.search(source) else _training_template(self._tokenizer, source)
             self._marked[source] = None if marked is None else ChatTemplate.of(self._tokenizer, marked)
         return self._marked[source]
 
-    def _whole(self, template: ChatTemplate, row: ChatRow, place: Place) -> str:
+    def _whole(self, template: ChatTemplate, row: ChatRow, place: Place) -> Steps[str]:
         try:
-            text = _text(template, row, len(row.messages))
+            text = yield from _text(template, row, len(row.messages))
         except UsageError as problem:
             place.refuse(BadRow.TEMPLATE_REFUSED, str(problem))
         _check_arrival(row, text, place)
         return text
 
-    def _turns(self, template: ChatTemplate, row: ChatRow, text: str, place: Place) -> list[Span]:
+    def _turns(self, template: ChatTemplate, row: ChatRow, text: str, place: Place) -> Steps[list[Span]]:
         spans: list[Span] = []
         for index, message in enumerate(row.messages):
             if message["role"] != "assistant":
                 continue
-            span = self._added(template, row, index, text, place)
+            span = yield from self._added(template, row, index, text, place)
             if span is None:
-                span = self._around_content(template, row, index, text, spans[-1][1] if spans else 0)
+                span = yield from self._around_content(template, row, index, text, spans[-1][1] if spans else 0)
             if span is None:
                 place.refuse(
                     BadRow.UNSTABLE_TEMPLATE,
@@ -166,30 +169,30 @@ class Conversations:
             spans.append(span)
         return [(start, stop) for start, stop in spans if start < stop]
 
-    def _added(self, template: ChatTemplate, row: ChatRow, index: int, text: str, place: Place) -> Span | None:
+    def _added(self, template: ChatTemplate, row: ChatRow, index: int, text: str, place: Place) -> Steps[Span | None]:
         """Return what a turn adds to the text before it, or None if the text before it changes."""
-        before = _prefix(template, row, index, place, ask=True)
-        after = text if index + 1 == len(row.messages) else _prefix(template, row, index + 1, place, ask=False)
+        before = yield from _prefix(template, row, index, place, ask=True)
+        after = text
+        if index + 1 < len(row.messages):
+            after = yield from _prefix(template, row, index + 1, place, ask=False)
         if not after.startswith(before) or not text.startswith(after):
             return None
         return len(before), self._end_of_turn(after, len(before))
 
     def _around_content(
         self, template: ChatTemplate, row: ChatRow, index: int, text: str, previous_stop: int
-    ) -> Span | None:
+    ) -> Steps[Span | None]:
         """Return the turn around the content of a message, or None if the content cannot be located.
 
         The turn begins behind the header that asks for an answer, or with the content if the header is another one. It
         ends where the texts with and without the later messages begin to differ.
         """
         try:
-            start = _content_edge(template, row, index, text, at_end=False)
-            stop = _content_edge(template, row, index, text, at_end=True)
-            unasked, asked = (_text(template, row, index, ask=ask) for ask in (False, True))
-            alone = row.messages[: index + 1]
-            last = template.render(
-                _marked_at(alone, index, at_end=True), tools=row.tools, variables=row.template_kwargs
-            )
+            start = yield from _content_edge(template, row, index, text, at_end=False)
+            stop = yield from _content_edge(template, row, index, text, at_end=True)
+            unasked = yield from _text(template, row, index, ask=False)
+            asked = yield from _text(template, row, index, ask=True)
+            last = (yield _rendering(template, row, _marked_at(row.messages[: index + 1], index, at_end=True))).text
         except UsageError:
             return None
         if start is None or stop is None or _MARK not in last:
@@ -216,23 +219,27 @@ class Conversations:
 
 def _training_template(tokenizer: PreTrainedTokenizerBase, source: str) -> str | None:
     """Return trl's version of a template with markers, or None if trl has none."""
-    from trl.chat_template_utils import get_training_chat_template
+    from trl import chat_template_utils
 
+    # trl renders the template that it is asked about, without limits. So it is asked only about those that it ships.
+    shipped = {text for name, text in vars(chat_template_utils).items() if name.endswith("_chat_template")}
+    if source not in shipped:
+        return None
     with_one_template = copy.copy(tokenizer)
     with_one_template.chat_template = source
     try:
-        return get_training_chat_template(with_one_template)
-    except TEMPLATE_FAILURES:  # trl knows no such template, or the template fails for the conversations that trl tries
+        return chat_template_utils.get_training_chat_template(with_one_template)
+    except (TemplateError, TypeError, ValueError):  # no such version, or not for the conversations that trl tries
         return None
 
 
-def _marked(template: ChatTemplate, row: ChatRow, place: Place) -> tuple[str, list[Span]]:
+def _marked(template: ChatTemplate, row: ChatRow, place: Place) -> Steps[tuple[str, list[Span]]]:
     try:
-        text, spans = template.render_with_spans(row.messages, tools=row.tools, variables=row.template_kwargs)
+        rendered = yield _rendering(template, row, row.messages)
     except UsageError as problem:
         place.refuse(BadRow.TEMPLATE_REFUSED, str(problem))
-    _check_arrival(row, text, place)
-    return text, [(start, stop) for start, stop in spans if start < stop]
+    _check_arrival(row, rendered.text, place)
+    return rendered.text, [(start, stop) for start, stop in rendered.spans if start < stop]
 
 
 def _check_arrival(row: ChatRow, text: str, place: Place) -> None:
@@ -245,9 +252,9 @@ def _check_arrival(row: ChatRow, text: str, place: Place) -> None:
         )
 
 
-def _prefix(template: ChatTemplate, row: ChatRow, n_messages: int, place: Place, *, ask: bool) -> str:
+def _prefix(template: ChatTemplate, row: ChatRow, n_messages: int, place: Place, *, ask: bool) -> Steps[str]:
     try:
-        return _text(template, row, n_messages, ask=ask)
+        return (yield from _text(template, row, n_messages, ask=ask))
     except UsageError as problem:
         place.refuse(
             BadRow.UNSTABLE_TEMPLATE,
@@ -263,10 +270,9 @@ def _n_common(text: str, other: str) -> int:
     )
 
 
-def _content_edge(template: ChatTemplate, row: ChatRow, index: int, text: str, *, at_end: bool) -> int | None:
+def _content_edge(template: ChatTemplate, row: ChatRow, index: int, text: str, *, at_end: bool) -> Steps[int | None]:
     """Return where the content of a message begins or ends in the text, found by a mark that changes nothing else."""
-    messages = _marked_at(row.messages, index, at_end=at_end)
-    marked = template.render(messages, tools=row.tools, variables=row.template_kwargs)
+    marked = (yield _rendering(template, row, _marked_at(row.messages, index, at_end=at_end))).text
     return marked.index(_MARK) if _MARK in marked and marked.replace(_MARK, "", 1) == text else None
 
 
@@ -277,5 +283,9 @@ def _marked_at(messages: list[Message], index: int, *, at_end: bool) -> list[Mes
     return [*messages[:index], marked, *messages[index + 1 :]]
 
 
-def _text(template: ChatTemplate, row: ChatRow, n_messages: int, *, ask: bool = False) -> str:
-    return template.render(row.messages[:n_messages], tools=row.tools, variables=row.template_kwargs, ask=ask)
+def _text(template: ChatTemplate, row: ChatRow, n_messages: int, *, ask: bool = False) -> Steps[str]:
+    return (yield _rendering(template, row, row.messages[:n_messages], ask=ask)).text
+
+
+def _rendering(template: ChatTemplate, row: ChatRow, messages: list[Message], *, ask: bool = False) -> Rendering:
+    return template.rendering(messages, tools=row.tools, variables=row.template_kwargs, ask=ask)

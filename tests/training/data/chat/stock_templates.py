@@ -7,6 +7,10 @@ from typing import Any
 
 import trl
 
+from qformat.errors import DataError
+from qformat.training.data.place import Place
+from qformat.training.data.render import LossOn, Rendered, Renderer
+from qformat.training.data.rows import parse_fields
 from tests.training import runs
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -78,3 +82,15 @@ def tokenizer_with(template: str) -> Any:
 
 def source_of(name: str) -> str:
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def render(
+    template: str | dict[str, str], fields: dict[str, Any], place: Place, loss_on: LossOn = LossOn.COMPLETIONS
+) -> Rendered:
+    """Render one row. Raises the error of a row that is refused."""
+    tokenizer = tokenizer_with("")
+    tokenizer.chat_template = template
+    ((_, rendered),) = Renderer(tokenizer, loss_on).render_all([parse_fields(fields, place)])
+    if isinstance(rendered, DataError):
+        raise rendered
+    return rendered

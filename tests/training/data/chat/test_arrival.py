@@ -12,9 +12,9 @@ import pytest
 from qformat.errors import DataError
 from qformat.training.data.chat.arrival import lost_field
 from qformat.training.data.place import BadRow, Place
-from qformat.training.data.render import LossOn, Rendered, Renderer
-from qformat.training.data.rows import parse_fields
+from qformat.training.data.render import LossOn, Rendered
 from tests.training import runs
+from tests.training.data.chat import stock_templates
 from tests.training.data.chat.stock_templates import (
     CALL,
     SYSTEM,
@@ -30,9 +30,7 @@ from tests.training.data.chat.stock_templates import (
 
 
 def render(template: str | dict[str, str], row: dict[str, Any], loss_on: LossOn = LossOn.COMPLETIONS) -> Rendered:
-    tokenizer = tokenizer_with("")
-    tokenizer.chat_template = template
-    return Renderer(tokenizer, loss_on).render(parse_fields(row, Place(Path("rows.jsonl"), "line", 3)))
+    return stock_templates.render(template, row, Place(Path("rows.jsonl"), "line", 3), loss_on)
 
 
 @pytest.mark.parametrize("loss_on", LossOn)

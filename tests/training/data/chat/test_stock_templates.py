@@ -11,9 +11,9 @@ from trl.chat_template_utils import get_training_chat_template
 
 from qformat.errors import DataError
 from qformat.training.data.place import BadRow, Place
-from qformat.training.data.render import LossOn, Rendered, Renderer
-from qformat.training.data.rows import parse_fields
+from qformat.training.data.render import Rendered
 from qformat.training.data.tokenise import own_tokenizer, tokenise
+from tests.training.data.chat import stock_templates
 from tests.training.data.chat.stock_templates import CONVERSATIONS, PATCHED, STOCK, source_of, tokenizer_with
 
 WITHOUT_TOOLS = {
@@ -41,8 +41,7 @@ def refuses(name: str, conversation: str) -> bool:
 
 
 def render(template: str, row: dict[str, Any]) -> Rendered:
-    renderer = Renderer(tokenizer_with(template), LossOn.COMPLETIONS)
-    return renderer.render(parse_fields(row, Place(Path("rows"), "line", 7)))
+    return stock_templates.render(template, row, Place(Path("rows"), "line", 7))
 
 
 def untrained(rendered: Rendered) -> str:
