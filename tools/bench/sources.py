@@ -82,7 +82,9 @@ def convert(source: Path, out: Path) -> tuple[float, float, float]:
     shutil.rmtree(out, ignore_errors=True)
     qformat = str(Path(sys.executable).with_name("qformat"))
     started = monotonic()
-    process = subprocess.Popen([qformat, "convert", str(source), str(out)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [qformat, "convert", str(source), str(out), "--no-model-check"], stdout=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     taken = monotonic() - started
     shutil.rmtree(out, ignore_errors=True)
@@ -130,7 +132,7 @@ def write_fp8(out: Path, tensors: list[TensorSpec], n_layers: int) -> None:
 def write_experts(folder: Path) -> None:
     n_experts, n_rows, n_groups = EXPERTS
     names = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(4)]
-    config = {"model_type": "gpt_oss", "tie_word_embeddings": False}
+    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "tie_word_embeddings": False}
     shape = (n_experts, 32 * n_groups, n_rows)
     write_random(folder / "experts", [TensorSpec(name, "BF16", shape) for name in names], config)
     stored = [TensorSpec(name + "_blocks", "U8", (n_experts, n_rows, n_groups, 16)) for name in names]
@@ -198,7 +200,9 @@ def adopt(out: Path, source: Path) -> None:
     """Convert a source and remove the manifest, which leaves a bitsandbytes checkpoint."""
     convert(source, out)
     qformat = str(Path(sys.executable).with_name("qformat"))
-    subprocess.run([qformat, "convert", str(source), str(out)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [qformat, "convert", str(source), str(out), "--no-model-check"], check=True, stdout=subprocess.DEVNULL
+    )
     (out / "qformat.json").unlink()
 
 

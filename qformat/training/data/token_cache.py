@@ -73,7 +73,7 @@ def default_folder() -> Path:
     """Return the default directory of the cache: `$XDG_CACHE_HOME/qformat/tokenised`, or the same in `~/.cache`.
 
     Raises:
-        TargetError: There is no home directory.
+        TargetError: The home directory is unknown.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     try:
