@@ -78,12 +78,15 @@ class Watch:
         """
         from huggingface_hub import constants
 
+        session()  # the token may need requests, too
         limit, timeout_s = max_nbytes or patience.answer_nbytes, patience.timeout_s or READING_TIMEOUT_S
         return cls(repository, constants.ENDPOINT, token_to_send(None), patience, limit, timeout_s)
 
     def concerns(self, request: httpx2.Request) -> bool:
-        """Return whether a request may come from the watched calls: it writes, or names qformat as its program."""
-        return request.method not in _READING or request.headers.get("User-Agent", "").startswith("qformat/")
+        """Return whether a request may come from the watched calls: it writes, asks the Hub, or names qformat."""
+        if request.method not in _READING or request.headers.get("User-Agent", "").startswith("qformat/"):
+            return True
+        return request.url.path.startswith("/api/") and origin(str(request.url)) == origin(self.endpoint)
 
     def check_request(self, request: httpx2.Request) -> None:
         """Set the limits of a request. Raise HubError if it would send the token to another host."""
