@@ -9,12 +9,14 @@ asks for. In the block:
 - The token goes to the origin of the Hub only. A server of the Hub could name another host for the verification of an
   upload, and huggingface_hub would send the token there.
 - Answers have a size limit and no compression, a limit of time without data, and ask for short pauses only.
+- What huggingface_hub prints of an answer, such as remarks about a model card, is one short line without the token.
 - A server that answers a request for a range with the complete file may do so a few times per file, and a listing has
   a limit of pages.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,8 +25,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from qformat.errors import HubError, Option
+from qformat import strict_json
+from qformat.errors import HubError, InvalidFileError, Option, SourceError
 from qformat.hub.reading.budget import PATIENCE
+from qformat.hub.reading.refusals import one_line
 from qformat.hub.reading.transfer import DEFAULT_PATIENCE, Patience
 from qformat.hub.token import token_to_send
 
@@ -33,6 +37,12 @@ if TYPE_CHECKING:
 
 READING_TIMEOUT_S = 60.0
 """Time without data after which a request fails. huggingface_hub sets a shorter one for the content of files."""
+
+MAX_CARD_ANSWER_NBYTES = 2**20
+"""Largest answer about a model card that is read."""
+
+MAX_CARD_REMARKS = 20
+"""Most remarks about a model card that are printed."""
 
 _READING = frozenset({"GET", "HEAD"})
 """Methods of requests that change nothing."""
@@ -78,12 +88,15 @@ class Watch:
         """
         from huggingface_hub import constants
 
+        session()  # the token may need requests, too
         limit, timeout_s = max_nbytes or patience.answer_nbytes, patience.timeout_s or READING_TIMEOUT_S
         return cls(repository, constants.ENDPOINT, token_to_send(None), patience, limit, timeout_s)
 
     def concerns(self, request: httpx2.Request) -> bool:
-        """Return whether a request may come from the watched calls: it writes, or names qformat as its program."""
-        return request.method not in _READING or request.headers.get("User-Agent", "").startswith("qformat/")
+        """Return whether a request may come from the watched calls: it writes, asks the Hub, or names qformat."""
+        if request.method not in _READING or request.headers.get("User-Agent", "").startswith("qformat/"):
+            return True
+        return request.url.path.startswith("/api/") and origin(str(request.url)) == origin(self.endpoint)
 
     def check_request(self, request: httpx2.Request) -> None:
         """Set the limits of a request. Raise HubError if it would send the token to another host."""
@@ -113,7 +126,7 @@ class Watch:
 
     def check_response(self, response: httpx2.Response) -> None:
         """Limit the size of a response and the pause that it asks for. Raise HubError if it cannot be used."""
-        from qformat.hub.reading.wire import limit_size
+        from qformat.hub.reading.wire import change_body, limit_size
 
         if pause_asked_for(response, self.patience) is None:
             for name in ("Retry-After", "RateLimit"):
@@ -132,12 +145,38 @@ class Watch:
                     next_step=("Leave out ", Option("keep_source")),
                 )  # fmt: skip
         limit_size(response, self.max_nbytes, self._too_large)
+        if address == "/api/validate-yaml":
+            change_body(response, _with_short_messages)
 
     def _too_large(self) -> HubError:
         return HubError(
             self.repository, f"a response has more than {self.max_nbytes} bytes", next_step="Check HF_ENDPOINT"
         )
 
+
+def _with_short_messages(data: bytes) -> bytes:
+    """Shorten the remarks about a model card, which huggingface_hub prints as warnings."""
+    try:
+        record = strict_json.loads(data, path="answer", max_nbytes=MAX_CARD_ANSWER_NBYTES, error=SourceError)
+    except InvalidFileError:
+        return b""  # huggingface_hub finds that it is not JSON
+    found: dict[str, strict_json.Json] = {}
+    for name in ("errors", "warnings"):
+        entries = record.get(name) if isinstance(record, dict) else None
+        remarks = [entry.get("message") for entry in entries if isinstance(entry, dict)] if entries else []
+        found[name] = [{"message": one_line(str(remark))} for remark in remarks[:MAX_CARD_REMARKS]]
+    return strict_json.dumps(found).encode()
+
+
+class _Masking(logging.Filter):
+    """Hides tokens and queries of addresses in the log of huggingface_hub, which prints warnings of servers."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = one_line(record.getMessage()), ()
+        return True
+
+
+_MASKING = _Masking()
 
 _watches: list[Watch] = []
 
@@ -181,6 +220,8 @@ def session() -> httpx2.Client:
         make = _http._GLOBAL_CLIENT_FACTORY  # it has no public name, and the user may have set it
         if not isinstance(make, _Bounded):
             set_client_factory(_Bounded(make))
+        for name in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+            logging.getLogger(name).addFilter(_MASKING)
     return get_session()
 
 

@@ -27,7 +27,6 @@ from qformat.hub.reading.remote import (
 )
 from qformat.hub.reading.transfer import DEFAULT_TRANSFER, Transfer
 from qformat.hub.reading.transport import RETRIED_STATUSES, Transport
-from qformat.hub.token import token_to_send
 from qformat.secrets import masked
 from qformat.version import __version__
 
@@ -78,10 +77,10 @@ class Uploader:
         from huggingface_hub import HfApi, constants
 
         self.repository = repository
-        self._token: str | bool = token_to_send(token) or False
         self._transfer, self._patience = transfer, transfer.patience
         self._endpoint = constants.ENDPOINT
-        self._transport = Transport(repository, token=self._token, transfer=transfer)
+        self._transport = Transport(repository, token=token, transfer=transfer)
+        self._token: str | bool = self._transport.token or False
         self._api = HfApi(
             endpoint=self._endpoint, token=self._token, library_name="qformat", library_version=__version__
         )
@@ -259,9 +258,10 @@ class Uploader:
                 raise self._invalid(what, problem) from None
 
     def _watched(self) -> AbstractContextManager[None]:
-        token = self._token if isinstance(self._token, str) else None
         max_nbytes, timeout_s = self._patience.answer_nbytes, self._patience.timeout_s or ANSWER_TIMEOUT_S
-        return watched(Watch(self.repository, self._endpoint, token, self._patience, max_nbytes, timeout_s))
+        return watched(
+            Watch(self.repository, self._endpoint, self._transport.token, self._patience, max_nbytes, timeout_s)
+        )
 
     def _invalid(self, what: str, problem: Exception) -> HubError:
         text = f"{what}: the response is invalid: {_text(problem)}"

@@ -55,9 +55,14 @@ def server_reason(response: httpx2.Response, budget: Budget) -> str:
         response: The response. Its body may be read.
         budget: Budget of reading the body.
     """
-    text = masked(response.headers.get("X-Error-Message", "") or _from_body(response, budget))
-    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    return (line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 3] + "...").rstrip(".")
+    return one_line(response.headers.get("X-Error-Message", "") or _from_body(response, budget)).rstrip(".")
+
+
+def one_line(text: str) -> str:
+    """Return a text of a server as one short line without tokens and control characters."""
+    shown = "".join(character if character.isprintable() else " " for character in masked(text))
+    line = " ".join(shown.split())
+    return line if len(line) <= _MAX_REASON else line[: _MAX_REASON - 3] + "..."
 
 
 def _from_body(response: httpx2.Response, budget: Budget) -> str:

@@ -57,15 +57,17 @@ class Transport:
         self, repository: str, *, token: str | bool | None = None, transfer: Transfer = DEFAULT_TRANSFER
     ) -> None:
         from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self.repository = repository
         self.endpoint = constants.ENDPOINT
         self.transfer, self.patience = transfer, transfer.patience
         self._timeout_s = self.patience.timeout_s or float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        self._headers = build_hf_headers(
-            token=token_to_send(token) or False, library_name="qformat", library_version=__version__
-        )
+        session()  # the token may need requests, too
+        self.token = token_to_send(token)
+        # huggingface_hub would ask the server for names of programs before it makes headers.
+        self._headers = {"User-Agent": f"qformat/{__version__}"}
+        if self.token is not None:
+            self._headers["Authorization"] = f"Bearer {self.token}"
         self._closing = threading.Event()
         self._answered = False
 

@@ -160,3 +160,28 @@ def limit_size(response: httpx2.Response, max_nbytes: int, too_large: Callable[[
     """
     assert isinstance(response.stream, httpx2.SyncByteStream)
     response.stream = _Limited(response.stream, max_nbytes, too_large)
+
+
+class _Changed(httpx2.SyncByteStream):
+    """The body of a small response after a change."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, change: Callable[[bytes], bytes]) -> None:
+        self._stream = stream
+        self._change = change
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._change(b"".join(self._stream))
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def change_body(response: httpx2.Response, change: Callable[[bytes], bytes]) -> None:
+    """Change the body of a small response that has not been read.
+
+    Args:
+        response: The response.
+        change: Returns the body to use.
+    """
+    assert isinstance(response.stream, httpx2.SyncByteStream)
+    response.stream = _Changed(response.stream, change)

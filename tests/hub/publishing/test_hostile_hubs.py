@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from qformat.errors import HubError
+from qformat.errors import HubError, UsageError
 from qformat.hub.client import Watch, watched
 from qformat.hub.publishing.upload import Uploader
 from tests.hub.artificial_time import ArtificialTime
@@ -131,7 +133,6 @@ def test_files_that_start_over_again_and_again_are_given_up(hub: Hub, published:
 
 
 def test_a_token_that_cannot_be_one_is_refused_before_any_request(hub: Hub) -> None:
-    from qformat.errors import UsageError
 
     with pytest.raises(UsageError, match="left double quotation mark"):
         Uploader(NAME, token=f"\N{LEFT DOUBLE QUOTATION MARK}{TOKEN}\N{RIGHT DOUBLE QUOTATION MARK}")
@@ -148,3 +149,43 @@ def test_a_redirect_of_a_read_request_to_another_host_is_followed_without_the_to
     here = httpx2.Request("HEAD", f"{hub.endpoint}/x", headers={"Authorization": f"Bearer {TOKEN}"})
     watch.check_request(here)
     assert here.headers["Authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_remarks_about_the_card_are_short_lines_without_the_token(
+    hub: Hub, artifact: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    from tests.hub_stand_in import server, write_routes
+    from tests.hub_stand_in.answers import as_json
+
+    remark = {"message": f"\x1b[31mno: {TOKEN}\x1b]0;title\x07\n" + "x" * 5000}
+    page = {"errors" if refused else "warnings": [remark] * 100}
+    answer = as_json(page, 400 if refused else 200)
+    routes = [(m, p, (lambda *a, **k: answer) if f is write_routes.validate_yaml else f) for m, p, f in server.ROUTES]
+    monkeypatch.setattr(server, "ROUTES", tuple(routes))
+    with pytest.raises(UsageError) if refused else pytest.warns(UserWarning, match="Warnings while") as caught:
+        do_publish(artifact)
+    texts = [str(caught.value)] if refused else [str(one.message) for one in caught.list]
+    for text in texts:
+        assert TOKEN not in text
+        assert "\x1b" not in text
+        assert len(text) < 8000
+
+
+def test_the_log_of_huggingface_hub_shows_no_token_and_no_signed_address(
+    hub: Hub, artifact: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    warning = {"X-HF-Warning": f"topic; no: {TOKEN} \x1b[31m"}
+    hub.faults.add("status", route="preupload", times=1, status=200, headers=warning)
+    with suppress(HubError):
+        do_publish(artifact)
+    hub.faults.add("status", route="PUT hub/-/lfs", times=1)
+    do_publish(artifact)
+    ours = [one.getMessage() for one in caplog.records if one.name.startswith("huggingface_hub")]
+    assert [text for text in ours if "PUT" in text]
+    assert [text for text in ours if text.startswith("no: ***")]
+    for text in ours:
+        assert TOKEN not in text
+        assert "of-the-stand-in" not in text
+        assert "\x1b" not in text

@@ -51,6 +51,15 @@ def test_small_answers_that_trickle_end_after_three_windows(
     assert len(hub.requests(route)) == 3
 
 
+def test_huggingface_hub_asks_the_server_nothing_before_the_first_request(
+    hub: Hub, time: ArtificialTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", False)
+    hub.log.clear()
+    opened(time)
+    assert not hub.requests("agent-harnesses")
+
+
 def test_interim_responses_without_end_are_cut_off(hub: Hub, time: ArtificialTime) -> None:
     hub.faults.add("interim", route="/revision/", hook=lambda: time.pass_by(1.0))
     with pytest.raises(HubError, match=r"bytes arrived in \d+ s, 3 times in a row"):
