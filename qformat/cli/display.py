@@ -17,7 +17,10 @@ from typing import TextIO
 import click
 
 from qformat import strict_json
-from qformat.printable import as_json, one_line, printable
+from qformat.printable import as_json, printable, shown
+
+MAX_CHARACTERS_OF_A_LINE = 10_000
+"""Length of the longest line that is printed whole. `--json` prints everything."""
 
 N_NAMED = 5
 """Largest number of names that a line lists before it only counts the others."""
@@ -41,10 +44,10 @@ def echo(*lines: str, err: bool = False) -> None:
         err: Print to stderr instead of stdout.
     """
     stream = sys.stderr if err else sys.stdout
-    shown = [one_line(line) for line in lines or ("",)]
+    printed = [shown(line, max_characters=MAX_CHARACTERS_OF_A_LINE) for line in lines or ("",)]
     if stream.isatty():
-        shown = [part for line in shown for part in _wrapped(line, terminal_width(stream))]
-    click.echo("\n".join(shown), err=err)
+        printed = [part for line in printed for part in _wrapped(line, terminal_width(stream))]
+    click.echo("\n".join(printed), err=err)
 
 
 def echo_layout(text: str, *, err: bool = False) -> None:
@@ -68,14 +71,14 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), width: int | None = None) -> str:
-    """Return rows as aligned columns, with escapes in the place of control characters.
+    """Return rows as aligned columns, with escapes in the place of control characters, and long cells shortened.
 
     Args:
         rows: Cells of each row; the first row is the header.
         right: Indices of the columns to align to the right.
         width: Width at which the texts of the last column are wrapped. Not wrapped if omitted.
     """
-    rows = [[one_line(cell) for cell in row] for row in rows]
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
     lines = []

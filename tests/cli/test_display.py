@@ -100,3 +100,11 @@ def test_warnings_and_log_records_of_libraries_are_filtered(
     printed = capsys.readouterr().err
     assert printed.count(f"of {SHOWN}") == 2
     assert "\x1b" not in printed
+
+
+def test_a_long_value_is_printed_without_its_middle(capsys: pytest.CaptureFixture[str]) -> None:
+    echo("x" * 10**6)
+    echo_layout(format_table([("name", "n"), ("x" * 10**6, "1")]))
+    printed = capsys.readouterr().out
+    assert printed.count("(1,000,000 characters)") == 2
+    assert len(printed) < 20_000

@@ -67,6 +67,16 @@ MISTAKES: dict[str, tuple[Change, int, str]] = {
 ONLY_GENERATE: dict[str, tuple[Change, int, str]] = {
     "the template refuses": (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), 2, "no system"),
     "the template is damaged": (writes("chat_template.jinja", "{% for %}"), 2, "the chat template fails"),
+    "the template has no bounds": (
+        writes("chat_template.jinja", "{{ 'x' * 2000000 }}"),
+        1,
+        "chat_template.jinja: the chat template makes a text of more than",
+    ),
+    "the template writes to the terminal": (
+        writes("chat_template.jinja", "{{ raise_exception('\x1b[2J\u202e') }}"),
+        2,
+        r"the chat template fails: \x1b[2J\u202e",
+    ),
     "a method that needs other code": (
         writes("generation_config.json", json.dumps({"dola_layers": "low"})),
         2,

@@ -267,3 +267,11 @@ def test_help_has_an_example_and_imports_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert "qformat verify SmolLM2-135M-Instruct-nf4 --source SmolLM2-135M-Instruct" in shown
+
+
+def test_the_name_of_an_additional_file_cannot_write_to_the_terminal(artifact: Path) -> None:
+    (artifact / "evil\x1b[2J\npassed").write_text("")
+    printed = verify(artifact).output
+    assert "\x1b" not in printed
+    assert r"evil\x1b[2J\npassed: is not in the manifest" in printed
+    assert printed.splitlines()[-1] == "FAILED: 1 finding"

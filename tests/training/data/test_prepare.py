@@ -16,7 +16,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qformat.cli.messages import as_flag
-from qformat.errors import DataError, TargetError, UsageError, spelled
+from qformat.errors import ArtifactError, DataError, TargetError, UsageError, spelled
 from qformat.training.data import prepare
 from qformat.training.data.prepare import DataSettings, prepare_data
 from qformat.training.data.show_example import show_example
@@ -295,3 +295,24 @@ def test_the_first_token_has_no_label(tokenizer: PreTrainedTokenizerFast, tmp_pa
     for row in (data[0], data[1]):
         assert row["labels"][0] == IGNORED
         assert torch.equal(row["labels"][1:], row["input_ids"][1:])
+
+
+def test_a_template_that_exceeds_a_limit_is_no_error_of_a_row(tmp_path: Path) -> None:
+    tokenizer = runs.small_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content * 10000000 }}"
+    with pytest.raises(ArtifactError, match="the tokenizer: the chat template"):
+        prepared(write(tmp_path / "rows.jsonl", CHATS), tokenizer, skip_bad_lines=True)
+
+
+def test_the_first_error_is_raised_whether_reading_or_rendering_finds_it(
+    tmp_path: Path,
+) -> None:
+    tokenizer = runs.small_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') if messages[0].content == 'refused' else messages[0].content }}"
+    refused = {"messages": [{"role": "user", "content": "refused"}]}
+    rows = write(tmp_path / "rows.jsonl", [{"text": "x"}, refused, {"nothing": 1}])
+    with pytest.raises(DataError, match="line 2: the chat template fails"):
+        prepared(rows, tokenizer, loss_on="all")
+    rows = write(tmp_path / "other.jsonl", [{"messages": [{"role": "user", "content": "x"}]}, {"nothing": 1}, refused])
+    with pytest.raises(DataError, match="line 2: has no 'messages'"):
+        prepared(rows, tokenizer, loss_on="all")
