@@ -10,14 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 MAX_OPTION_FILE_NBYTES = 2**20
 """Largest file that an option names (a recipe, settings, a key), in bytes."""
 
 
-def open_named(path: Path) -> BinaryIO:
+def open_named(path: Path) -> BufferedReader:
     """Open a regular file for reading. Links are followed.
 
     Raises:

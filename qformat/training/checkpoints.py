@@ -23,6 +23,7 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.output_kind import reading_output
 from qformat.errors import AdapterError, ArtifactError, Option, QformatError, TargetError, UsageError, Words
 from qformat.named_files import open_named, read_named
 
@@ -72,10 +73,11 @@ class CheckpointFolder:
 
     def steps(self) -> list[int]:
         """Return the steps of the existing checkpoints in ascending order."""
-        if not self.output.is_dir():
+        if not os.path.isdir(self.output):
             return []
-        found = (_NAME.fullmatch(entry.name) for entry in self.output.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in found if match)
+        with reading_output(self.output):
+            found = (_NAME.fullmatch(entry.name) for entry in self.output.iterdir() if entry.is_dir())
+            return sorted(int(match[1]) for match in found if match)
 
     def folder(self, step: int) -> Path:
         """Return the directory of the checkpoint of a step."""

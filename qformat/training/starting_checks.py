@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qformat.artifact.manifest import JsonObject
+from qformat.artifact.writing.output_kind import reading_output
 from qformat.errors import DataError, Option, TargetError, UsageError
 from qformat.strict_json import Json
 from qformat.training.checkpoints import LOCK_NAME, PARTIAL_NAME, Checkpoint, CheckpointFolder
@@ -27,11 +29,12 @@ def check_free(output: Path) -> None:
             Option("resume", "latest"),
             ", or choose another directory",
         )
-    if output.is_dir() and not {entry.name for entry in output.iterdir()} <= _NO_TRAINING:
-        raise TargetError(f"{output}: is not empty. Choose another directory")
-    if output.exists() and not output.is_dir():
+    with reading_output(output):
+        if os.path.isdir(output) and not set(os.listdir(output)) <= _NO_TRAINING:
+            raise TargetError(f"{output}: is not empty. Choose another directory")
+    if os.path.lexists(output) and not os.path.isdir(output):
         raise TargetError(f"{output}: exists and is not a directory. Choose another path")
-    if not output.absolute().parent.is_dir():
+    if not os.path.isdir(output.absolute().parent):
         raise TargetError(f"{output.parent}: directory does not exist. Create it first")
 
 

@@ -24,8 +24,9 @@ OF_MODULES = {
 }  # fmt: skip
 """Functions of modules that change files. Other objects have methods of these names, too."""
 
-IMPORTED = {name for names in OF_MODULES.values() for name in names} - {"copy", "link", "remove", "replace", "save", "write"}
-"""The same, imported by name."""
+_COMMON = {"copy", "link", "remove", "replace", "save", "write"}
+IMPORTED = {name for names in OF_MODULES.values() for name in names} - _COMMON
+"""The same, imported by name, except common words."""
 
 DISK = "qformat/artifact/writing/disk.py"
 

@@ -12,6 +12,7 @@ ALLOWED = {
     "qformat/model/memory.py": "files of the kernel",
     "qformat/kernels/openmp.py": "files of the kernel",
     "qformat/cli/waiting.py": "files of the kernel",
+    "qformat/model/text/render_process.py": "files of the kernel",
     "qformat/model/rules/expected_tensors.py": "standard input of a child, which qformat writes",
     "qformat/training/adapter/pattern_matcher.py": "standard input of a child, which qformat writes",
     "qformat/cli/checks/model_comparison.py": "answer of a child of qformat",

@@ -51,7 +51,7 @@ class Disk:
     def make_folders(self, path: Path) -> None:
         """Create a directory and its missing parents."""
         for folder in reversed([path, *path.parents]):
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 self.make_folder(folder)
 
     def open_for_writing(self, path: Path, *, append: bool = False) -> int:
@@ -214,10 +214,10 @@ class Disk:
 
     def remove_folder(self, path: Path) -> None:
         """Remove a directory with its contents, if it exists."""
-        if not path.exists():
+        if not os.path.exists(path):
             return
-        for entry in sorted(path.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
+        for entry in self._call(path, lambda: sorted(path.iterdir())):
+            if os.path.isdir(entry) and not os.path.islink(entry):
                 self.remove_folder(entry)
             else:
                 self.remove_file(entry)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,32 @@ def holds_something(folder: Path) -> bool:
     """Return whether a directory exists and is not empty.
 
     Raises:
-        TargetError: The directory cannot be listed.
+        TargetError: The directory cannot be read.
+    """
+    with reading_output(folder):
+        try:
+            return bool(os.listdir(folder))
+        except FileNotFoundError:  # another process has just removed it
+            return False
+
+
+@contextmanager
+def reading_output(path: Path) -> Iterator[None]:
+    """Translate the errors of reading what lies at an output path, so that they name it and not an input.
+
+    Args:
+        path: Output path, or a file in it.
+
+    Raises:
+        TargetError: It cannot be read.
     """
     try:
-        return bool(os.listdir(folder))
-    except FileNotFoundError:  # another process has just removed it
-        return False
+        yield
     except OSError as problem:
-        raise TargetError(f"{folder}: cannot be listed: {problem.strerror}. Choose another name") from None
+        raise TargetError(
+            f"{problem.filename or path}: cannot be read: {problem.strerror}. Correct its permissions, or choose "
+            "another output"
+        ) from problem
 
 
 def _no_artifact(folder: Path) -> str | None:
@@ -96,11 +115,12 @@ def _inode_and_index(folder: Path) -> Json:
 
 
 def _sha256_of(path: Path) -> str | None:
-    try:
-        with open_named(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    with reading_output(path):
+        try:
+            with open_named(path) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 ARTIFACT = OutputKind("source, recipe or options", _no_artifact, _manifest_digest)

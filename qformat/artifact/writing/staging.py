@@ -82,7 +82,7 @@ class Staging:
             raise TargetError(f"{out.parent}: does not exist or is not a directory. Create it first")
         if not os.path.lexists(work):
             check_target(out, replace=replace, kind=kind)
-        elif work.is_symlink() or not work.is_dir() or (not (work / "lock").is_file() and holds_something(work)):
+        elif os.path.islink(work) or not os.path.isdir(work) or _is_foreign(work):
             raise TargetError(f"{work}: exists and was not created by qformat. Move it or choose another OUT")
         disk.to_continue = RESUMES
         disk.make_folder(work)
@@ -226,6 +226,10 @@ def work_folder(out: Path) -> Path:
     if out.name in {"", ".."}:
         raise TargetError(f"{out}: does not end in a name. Give the path of the directory to create")
     return out.with_name(out.name + PARTIAL_SUFFIX)
+
+
+def _is_foreign(work: Path) -> bool:
+    return holds_something(work) and not os.path.isfile(work / "lock")
 
 
 def _take_lock(work: Path, disk: Disk) -> int:

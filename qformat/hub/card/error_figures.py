@@ -8,9 +8,9 @@ from typing import NoReturn, cast
 
 from qformat import strict_json
 from qformat.artifact.manifest import JsonObject, Manifest
-from qformat.artifact.reading.regular_files import read_small
 from qformat.artifact.verification_facts import VerificationFacts
 from qformat.errors import ArtifactError, UsageError
+from qformat.named_files import read_named
 
 _MAX_NBYTES = 256 * 2**20
 
@@ -102,8 +102,10 @@ def read_error_figures(path: Path, manifest: Manifest) -> ErrorFigures:
         UsageError: The file cannot be read, or is not a passed verification of this artifact against a source.
     """
     try:
-        data = read_small(path.parent, path.name, max_nbytes=_MAX_NBYTES, error=ArtifactError)
+        data = read_named(path, max_nbytes=_MAX_NBYTES)
         record = strict_json.loads(data, path=path, max_nbytes=_MAX_NBYTES, error=ArtifactError)
+    except OSError as problem:
+        raise UsageError(f"{path}: cannot be read: {problem.strerror}") from None
     except ArtifactError as problem:
         raise UsageError(str(problem)) from None
     return ErrorFigures.parse(record, manifest, path)

@@ -14,6 +14,7 @@ from qformat.hub.card.error_figures import ErrorFigures
 from qformat.hub.card.licenses import License
 from qformat.hub.card.origin import MAX_CARD_NBYTES, Origin, card_metadata, find_origin
 from qformat.hub.card.page import write_card
+from qformat.named_files import read_named
 from qformat.names import CONFIG_NAME
 
 
@@ -84,8 +85,10 @@ def prepare_card(
 
 def _own_card(path: Path) -> PreparedCard:
     try:
-        text = read_small(path.parent, path.name, max_nbytes=MAX_CARD_NBYTES, error=ArtifactError).decode("utf-8")
-    except (ArtifactError, UnicodeDecodeError) as problem:
+        text = read_named(path, max_nbytes=MAX_CARD_NBYTES).decode("utf-8")
+    except OSError as problem:
+        raise UsageError(Option("card", str(path)), f": cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError as problem:
         raise UsageError(Option("card", str(path)), f": {problem}") from None
     metadata = card_metadata(text, path)
     if not metadata:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qformat import strict_json
 from qformat.errors import AdapterError, ArtifactError
+from qformat.named_files import read_named
 from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from qformat.training.adapter.saved_patterns import (
     as_patterns,
@@ -118,7 +119,7 @@ def read_saved_config(adapter: Path) -> LoraConfig:
         raise AdapterError(f"{adapter}: is not a PEFT adapter: {ADAPTER_CONFIG_NAME} does not exist. Check the path")
     try:
         fields = strict_json.loads(
-            path.read_bytes(), path=path, max_nbytes=_MAX_NBYTES, error=ArtifactError, python_numbers=True
+            read_named(path, max_nbytes=_MAX_NBYTES), path=path, max_nbytes=_MAX_NBYTES, error=ArtifactError, python_numbers=True
         )
     except ArtifactError as problem:
         raise AdapterError(f"{path}: cannot be read: {problem.problem}. Download or train the adapter again") from None

@@ -91,3 +91,12 @@ def test_an_unknown_tensor_names_the_nearest_ones(artifact: Path, capsys: pytest
 def test_a_folder_that_is_neither_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_broken_link_in_place_of_the_manifest_is_named(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (artifact / "qformat.json").unlink()
+    (artifact / "qformat.json").symlink_to("nowhere")
+    assert run(["inspect", str(artifact)]) == 1
+    shown = capsys.readouterr().err
+    assert "qformat.json: is a symbolic link to " in shown
+    assert "already" not in shown

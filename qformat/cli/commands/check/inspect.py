@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def command(options: InspectArguments) -> None:
     from qformat.names import MANIFEST_NAME
 
     path, tensor = options.path, options.tensor
-    if (path / MANIFEST_NAME).exists():
+    if os.path.lexists(path / MANIFEST_NAME):  # a broken link, too: opening it says what is wrong
         from qformat.artifact.reading.reader import open_artifact
 
         with open_artifact(path) as artifact:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, BinaryIO
+from io import BufferedReader
+from typing import TYPE_CHECKING
 
 from qformat.errors import DataError
 from qformat.named_files import open_named
@@ -72,7 +73,7 @@ def _arrow_stream(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
                 yield batch.slice(start, _ROWS_AT_A_TIME)
 
 
-def _parquet(file: DataFile, opened: BinaryIO, max_row_nbytes: int) -> Iterator[pyarrow.RecordBatch]:
+def _parquet(file: DataFile, opened: BufferedReader, max_row_nbytes: int) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow
     import pyarrow.parquet
 
@@ -124,7 +125,7 @@ def _too_large(file: DataFile, number: int, problem: str, max_row_nbytes: int) -
     )
 
 
-def _dictionary_nbytes(opened: BinaryIO, column: pyarrow.parquet.ColumnChunkMetaData) -> int:
+def _dictionary_nbytes(opened: BufferedReader, column: pyarrow.parquet.ColumnChunkMetaData) -> int:
     """Return the size in memory of a column's dictionary, which limits the size of its values."""
     if not column.has_dictionary_page:
         return 0

@@ -38,7 +38,7 @@ ROWS: list[dict[str, Any]] = [
 def rows_of(path: Path, kind: FileKind, *, skip: bool) -> list[Row]:
     """Read a file. Only a DataError that names it may be raised."""
     try:
-        rows = list(read_rows([DataFile(path, kind)], BadRows(skip=skip), max_line_nbytes=10_000))
+        rows = list(read_rows([DataFile(path, kind)], BadRows(skip=skip), max_row_nbytes=10_000))
     except DataError as error:
         assert path.name in str(error)
         str(error).encode("utf-8")
