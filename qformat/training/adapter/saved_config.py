@@ -119,7 +119,11 @@ def read_saved_config(adapter: Path) -> LoraConfig:
         raise AdapterError(f"{adapter}: is not a PEFT adapter: {ADAPTER_CONFIG_NAME} does not exist. Check the path")
     try:
         fields = strict_json.loads(
-            read_named(path, max_nbytes=_MAX_NBYTES), path=path, max_nbytes=_MAX_NBYTES, error=ArtifactError, python_numbers=True
+            read_named(path, max_nbytes=_MAX_NBYTES),
+            path=path,
+            max_nbytes=_MAX_NBYTES,
+            error=ArtifactError,
+            python_numbers=True,
         )
     except ArtifactError as problem:
         raise AdapterError(f"{path}: cannot be read: {problem.problem}. Download or train the adapter again") from None

@@ -12,7 +12,7 @@ import gguf
 
 from qformat.converters.sources.gguf.header import GgufHeader, read_header
 from qformat.errors import SourceError
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -36,7 +36,9 @@ def value(random: Random, kind: int) -> bytes:
 
 def gguf_bytes(random: Random) -> bytes:
     """Return a valid file of random keys and tensors."""
-    keys = random.sample(["general.name", "a", "llama.block_count", "tokenizer.ggml.tokens", "🦙"], random.randint(0, 3))
+    keys = random.sample(
+        ["general.name", "a", "llama.block_count", "tokenizer.ggml.tokens", "🦙"], random.randint(0, 3)
+    )
     body = b""
     for key in keys:
         kind = random.choice([*SCALARS, STRING, ARRAY])

@@ -16,7 +16,7 @@ from qformat.training.data.reading.read_rows import BadRows, read_rows
 from qformat.training.data.reading.sources import DataFile, FileKind
 from qformat.training.data.rows import ChatRow, CompletionRow, Row, TextRow
 from tests.corpus.damage.odd_json import odd_edit, odd_text
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 ROWS: list[dict[str, Any]] = [
