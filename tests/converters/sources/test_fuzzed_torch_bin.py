@@ -1,4 +1,4 @@
-"""Any .bin file gives tensors that torch gives, too, or an error that names it. Its pickle is changed with a new CRC-32."""
+"""Any .bin file gives tensors that torch gives, too, or an error that names it. The pickle gets a new CRC-32."""
 
 from __future__ import annotations
 

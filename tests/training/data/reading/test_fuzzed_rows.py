@@ -1,4 +1,4 @@
-"""Any file of training data gives rows or an error that names the file: JSON Lines, arrays, chats, Parquet and Arrow."""
+"""Any file of training data gives rows or an error that names it: JSON Lines, arrays, chats, Parquet and Arrow."""
 
 from __future__ import annotations
 
