@@ -44,7 +44,8 @@ class HubReading(Reading):
     Args:
         files: The files of the repository.
         entries: Shard and byte range of every tensor, keyed by name.
-        ignored: Shard and byte range of the tensors that do not count. They are hashed only.
+        ignored: Shard and byte range of the tensors that do not count. They are hashed only, for the SHA-256 of their
+            shards.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from qformat.model.rules.expected_tensors import ModelComparison, compare_with_model
 from qformat.model.rules.plain_decoders import FAMILIES, NEUTRAL_FIELDS, equals_plain_decoder
 
 Config = dict[str, Any]
@@ -107,6 +108,14 @@ def test_the_table_knows_every_field_that_transformers_saves(model_type: str) ->
     config = config_of(model_type)
     saved = json.loads(transformers.AutoConfig.for_model(**config).to_json_string())
     assert equals_plain_decoder(saved, built(config))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_comparison_with_the_model_finds_nothing_in_what_the_table_states(model_type: str) -> None:
+    config = config_of(model_type)
+    shapes = built(config)
+    assert equals_plain_decoder(config, shapes)
+    assert compare_with_model(json.dumps(config).encode(), shapes, list(shapes)) == ModelComparison()
 
 
 REFUSED: dict[str, Callable[[Config], Config]] = {
