@@ -163,7 +163,8 @@ def _with_short_messages(data: bytes) -> bytes:
     found: dict[str, strict_json.Json] = {}
     for name in ("errors", "warnings"):
         entries = record.get(name) if isinstance(record, dict) else None
-        remarks = [entry.get("message") for entry in entries if isinstance(entry, dict)] if entries else []
+        listed = entries if isinstance(entries, list) else []
+        remarks = [entry.get("message") for entry in listed if isinstance(entry, dict)]
         found[name] = [{"message": one_line(str(remark))} for remark in remarks[:MAX_CARD_REMARKS]]
     return strict_json.dumps(found).encode()
 

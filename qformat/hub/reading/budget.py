@@ -112,12 +112,14 @@ class Budget:
             raise self._spent(f"the server sent {self._discarded} bytes that nobody asked for")
         self._refuse_slow("no requested bytes arrived")
 
-    def take_small(self, nbytes: int, *, max_nbytes: int) -> None:
-        """Count bytes of a small answer, which has `window_s` for the time until its last byte.
+    def take_small(self, nbytes: int, *, max_nbytes: int, within_s: float | None = None) -> None:
+        """Count bytes of a small answer.
 
         Args:
             nbytes: Bytes of the answer so far.
             max_nbytes: Largest accepted answer in bytes.
+            within_s: Time for the whole answer in seconds. The default is `window_s`, and as much again for every
+                `progress_nbytes`.
 
         Raises:
             Unusable: The answer is too slow.
@@ -128,8 +130,9 @@ class Budget:
                 self.repository, f"{self.what}: the response has more than {max_nbytes} bytes",
                 next_step="Check HF_ENDPOINT",
             )  # fmt: skip
-        windows = 1 + nbytes / self.patience.progress_nbytes
-        self._refuse_slow(f"{SLOW} {nbytes} bytes arrived", windows=windows)
+        if within_s is None:
+            within_s = self.patience.window_s * (1 + nbytes / self.patience.progress_nbytes)
+        self._refuse_slow(f"{SLOW} {nbytes} bytes arrived", within_s=within_s)
 
     def failed(
         self,
@@ -163,9 +166,9 @@ class Budget:
         if self.patience.clock.wait(self.closing, pause):
             raise HubError(self.repository, f"{self.what}: stopped", next_step="The same command resumes it")
 
-    def _refuse_slow(self, problem: str, *, windows: float = 1.0) -> None:
+    def _refuse_slow(self, problem: str, *, within_s: float | None = None) -> None:
         seconds = self.patience.clock.now() - self._window
-        if seconds > self.patience.window_s * windows:
+        if seconds > (self.patience.window_s if within_s is None else within_s):
             raise Unusable(f"{problem} in {seconds:.0f} s", slow=True)
         if self._age() > self._limit_s():
             raise self._spent(problem)

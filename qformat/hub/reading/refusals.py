@@ -74,7 +74,7 @@ def _from_body(response: httpx2.Response, budget: Budget) -> str:
         budget.begin_answer()
         for chunk in response.iter_raw():
             body += chunk
-            budget.take_small(len(body), max_nbytes=limit)
+            budget.take_small(len(body), max_nbytes=limit, within_s=budget.patience.error_s)
         parsed = strict_json.loads(bytes(body), path="answer", max_nbytes=limit, error=SourceError)
     except (HubError, Unusable, InvalidFileError, httpx2.HTTPError):
         # It is too large, too slow, broken off, or not JSON. The status says enough.

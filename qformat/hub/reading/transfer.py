@@ -48,7 +48,8 @@ class Patience:
         task_s: Time in seconds for a task with all its attempts and pauses, in addition to `window_s` for every
             `progress_nbytes` that it shall keep.
         answer_nbytes: Largest small answer in bytes.
-        error_nbytes: Most bytes that are read of an error's body.
+        error_nbytes: Most bytes that are read of an error's body. Without the body, its status is reported alone.
+        error_s: Time in seconds for the body of an error.
         redirects: Most redirects of one request.
         listing_pages: Most pages of a listing.
         listing_entries: Most files and directories of a listing.
@@ -68,6 +69,7 @@ class Patience:
     task_s: float = 1800.0
     answer_nbytes: int = 32 * 2**20
     error_nbytes: int = 2**16
+    error_s: float = 5.0
     redirects: int = 5
     listing_pages: int = 1000
     listing_entries: int = 100_000

@@ -19,7 +19,7 @@ def test_the_table_of_limits_is_that_of_the_defaults() -> None:
         f"| {window}, so that {DEFAULT_TRANSFER.connections} connections need {speed:.0f} kB/s in all |",
         f"| {limits.task_s / 60:.0f} min, and {window} of a file |",
         f"| pause that a server may ask for | {limits.longest_asked_wait_s:.0f} s |",
-        f"| {limits.answer_nbytes // mib} MiB; {limits.error_nbytes // kib} KiB |",
+        f"| {limits.answer_nbytes // mib} MiB; {limits.error_nbytes // kib} KiB and {limits.error_s:.0f} s |",
         f"| {limits.listing_pages:,} pages, {limits.listing_entries:,} files and directories, "
         f"{limits.listing_nbytes // mib} MiB |",
         f"| redirects | {limits.redirects} |",
