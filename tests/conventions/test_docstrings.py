@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.repository import ROOT
 
 ROOMS = ("converters", "qformat")
@@ -56,14 +54,14 @@ def described(text: str) -> set[str]:
     return {name for names in lines for name in names.split(", ")}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_parameter_of_a_public_function_is_described(path: Path) -> None:
+def test_every_parameter_of_a_public_function_is_described() -> None:
     lacking = {}
-    for function in public_functions(ast.parse(path.read_text())):
-        names = parameters(function)
-        text = ast.get_docstring(function)
-        if len(names) > 1 and text is not None and (missing := set(names) - described(text)):
-            lacking[function.name] = sorted(missing)
+    for path in modules():
+        for function in public_functions(ast.parse(path.read_text())):
+            names = parameters(function)
+            text = ast.get_docstring(function)
+            if len(names) > 1 and text is not None and (missing := set(names) - described(text)):
+                lacking[f"{path.relative_to(ROOT)}: {function.name}"] = sorted(missing)
     assert lacking == {}
 
 
@@ -78,8 +76,12 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
             yield number, match[1]
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_no_text_is_in_the_private_dialect(path: Path) -> None:
+def test_no_text_is_in_the_private_dialect() -> None:
     pattern = re.compile("|".join(DIALECT), re.MULTILINE)
-    found = [f"{line}: {match[0]}: {text[:60]!r}" for line, text in texts(path) if (match := pattern.search(text))]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {match[0]}: {text[:60]!r}"
+        for path in modules()
+        for line, text in texts(path)
+        if (match := pattern.search(text))
+    ]
     assert found == []
