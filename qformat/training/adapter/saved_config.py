@@ -118,13 +118,8 @@ def read_saved_config(adapter: Path) -> LoraConfig:
     if not path.is_file():
         raise AdapterError(f"{adapter}: is not a PEFT adapter: {ADAPTER_CONFIG_NAME} does not exist. Check the path")
     try:
-        fields = strict_json.loads(
-            read_named(path, max_nbytes=_MAX_NBYTES),
-            path=path,
-            max_nbytes=_MAX_NBYTES,
-            error=ArtifactError,
-            python_numbers=True,
-        )
+        data = read_named(path, max_nbytes=_MAX_NBYTES)
+        fields = strict_json.loads(data, path=path, max_nbytes=_MAX_NBYTES, error=ArtifactError, python_numbers=True)
     except ArtifactError as problem:
         raise AdapterError(f"{path}: cannot be read: {problem.problem}. Download or train the adapter again") from None
     except OSError as problem:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from qformat.cli.main import run
+from qformat.errors import TargetError
+from qformat.report import training_page
 from tests.training import runs
 from tests.training.conftest import _cache_of_its_own, _one_thread  # noqa: F401
 
@@ -29,7 +31,11 @@ def train(artifact: Path, data: Path, output: Path, *options: str) -> int:
 
 
 def test_a_training_reports_its_progress_and_writes_a_report(
-    artifact: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    artifact: Path,
+    examples: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert train(artifact, examples, tmp_path / "out", "--eval-data", str(examples)) == 0
     shown = capsys.readouterr()
@@ -47,7 +53,16 @@ def test_a_training_reports_its_progress_and_writes_a_report(
     assert (record["steps"], record["statistics"]["examples"], record["settings"]["rank"]) == (2, 8, 4)
     assert record["loss_before"] > 0
     assert record["loss_after"] > 0
-    assert train(artifact, examples, tmp_path / "out", "--eval-data", str(examples), "--resume=checkpoint-1") == 0
+
+    def refuse(text: str, path: Path) -> None:
+        raise TargetError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(training_page, "write_document", refuse)
+    assert train(artifact, examples, tmp_path / "out", "--eval-data", str(examples), "--resume=checkpoint-1") == 1
+    said = capsys.readouterr().err
+    assert "report.html: cannot be written: No space left on device. The adapter in" in said
+    assert "is complete, only its report is missing" in said
+    assert "--resume=latest" in said
 
 
 def test_an_adapter_generates_on_its_own_artifact_only(
