@@ -36,7 +36,9 @@ def value(random: Random, kind: int) -> bytes:
 
 def gguf_bytes(random: Random) -> bytes:
     """Return a valid file of random keys and tensors."""
-    keys = random.sample(["general.name", "a", "llama.block_count", "tokenizer.ggml.tokens", "🦙"], random.randint(0, 3))
+    keys = random.sample(
+        ["general.name", "a", "llama.block_count", "tokenizer.ggml.tokens", "🦙"], random.randint(0, 3)
+    )
     body = b""
     for key in keys:
         kind = random.choice([*SCALARS, STRING, ARRAY])
