@@ -12,7 +12,7 @@ from bitsandbytes.utils import unpack_tensor_to_dict
 from qformat.codec.quant_state import parse
 from qformat.errors import ArtifactError
 from tests.corpus.damage.odd_json import odd_edit, odd_text
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 RECORD = {
     "quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [4, 64],

@@ -11,7 +11,7 @@ from qformat.artifact.digests import xxh3
 from qformat.errors import AdapterError
 from qformat.training.checkpoints import CheckpointFolder, read_checkpoint
 from tests.corpus.damage.odd_json import odd_edit
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 
 @lengths(150, 10_000)

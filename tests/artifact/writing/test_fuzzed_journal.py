@@ -14,7 +14,7 @@ from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.staging import Staging, begun_with, work_folder
 from qformat.errors import QformatError
 from tests.corpus.damage.odd_json import odd_edit
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 ENTRIES: list[Any] = [{"fingerprint": "x"}, {"part": "a", "digest": "b"}, {"sealing": {"config.json": "c"}}]
 

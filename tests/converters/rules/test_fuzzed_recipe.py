@@ -7,7 +7,7 @@ from random import Random
 
 from qformat.converters.rules.recipe import Recipe, load_recipe
 from qformat.errors import QformatError
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 VALUES = [
     '"nf4"', '"keep"', '"model.layers.*"', '"["', '""', "32", "64", "0", "-1", "9" * 50, "1e400", "nan", "true",

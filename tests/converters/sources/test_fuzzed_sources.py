@@ -20,7 +20,7 @@ from qformat.converters.convert import ConversionOptions, convert
 from qformat.errors import QformatError, SourceError, TargetError, UsageError
 from tests.converters.faulty_disk import FaultyDisk
 from tests.corpus.damage.odd_json import odd_edit
-from tests.fuzzing import RANDOM
+from tests.corpus.fuzzing import RANDOM
 from tests.small_models import INDEX, contents, header_bytes, write_tiny
 
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -1,4 +1,4 @@
-"""Any .bin file gives tensors that torch gives, too, or an error that names it. Its pickle is changed with a new CRC-32."""
+"""Any .bin file gives tensors that torch gives, too, or an error that names it. The pickle gets a new CRC-32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from qformat.converters.sources.torch_bin import TorchBin
 from qformat.errors import SourceError
 from tests.converters.sources.decoded_kinds import write_bin
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),

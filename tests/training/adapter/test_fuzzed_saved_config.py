@@ -13,7 +13,7 @@ from qformat.names import ADAPTER_CONFIG_NAME
 from qformat.training.adapter.saved_config import read_saved_config
 from tests.corpus.damage.odd_json import odd_edit, odd_text, set_json
 from tests.corpus.damage.trainings import CONFIG_VALUES
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 
 @lengths(100, 8_000)

@@ -12,7 +12,7 @@ import gguf
 
 from qformat.converters.sources.gguf.header import GgufHeader, read_header
 from qformat.errors import SourceError
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9

@@ -1,4 +1,4 @@
-"""Any file of training data gives rows or an error that names the file: JSON Lines, arrays, chats, Parquet and Arrow."""
+"""Any file of training data gives rows or an error that names it: JSON Lines, arrays, chats, Parquet and Arrow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qformat.training.data.reading.read_rows import BadRows, read_rows
 from qformat.training.data.reading.sources import DataFile, FileKind
 from qformat.training.data.rows import ChatRow, CompletionRow, Row, TextRow
 from tests.corpus.damage.odd_json import odd_edit, odd_text
-from tests.fuzzing import RANDOM, edited_bytes, fuzz, lengths
+from tests.corpus.fuzzing import RANDOM, edited_bytes, fuzz, lengths
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 ROWS: list[dict[str, Any]] = [
@@ -38,7 +38,7 @@ ROWS: list[dict[str, Any]] = [
 def rows_of(path: Path, kind: FileKind, *, skip: bool) -> list[Row]:
     """Read a file. Only a DataError that names it may be raised."""
     try:
-        rows = list(read_rows([DataFile(path, kind)], BadRows(skip=skip), max_line_nbytes=10_000))
+        rows = list(read_rows([DataFile(path, kind)], BadRows(skip=skip), max_row_nbytes=10_000))
     except DataError as error:
         assert path.name in str(error)
         str(error).encode("utf-8")
