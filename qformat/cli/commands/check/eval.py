@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qformat.artifact.writing.disk import Disk
 from qformat.cli.display import echo, echo_json, format_table
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
@@ -119,6 +120,8 @@ def _check_usage(options: EvalArguments) -> None:
         raise UsageError(f"--record: {options.artifact} is not a folder with a manifest ({MANIFEST_NAME})")
     if options.record and options.any_source:
         raise UsageError("--record: figures against a model that is not the artifact's source would mislead readers")
+    if options.record:
+        Disk().check_can_replace(Path(options.artifact) / MANIFEST_NAME)
     if options.report is not None:
         source = () if options.source is None else (options.source,)
         refuse_report_in(options.report, options.artifact, *source, *options.against)
