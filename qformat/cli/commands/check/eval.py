@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qformat.artifact.writing.disk import Disk
 from qformat.cli.display import echo, echo_json, format_table
 from qformat.cli.help_sections import SectionedCommand
 from qformat.cli.options import (
@@ -121,6 +120,8 @@ def _check_usage(options: EvalArguments) -> None:
     if options.record and options.any_source:
         raise UsageError("--record: figures against a model that is not the artifact's source would mislead readers")
     if options.record:
+        from qformat.artifact.writing.disk import Disk
+
         Disk().check_can_replace(Path(options.artifact) / MANIFEST_NAME)
     if options.report is not None:
         source = () if options.source is None else (options.source,)
