@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -126,11 +126,7 @@ class Disk:
             path: Path of the file.
             data: New contents of the file.
         """
-        unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
-        descriptor = self.open_for_writing(unfinished)
-        try:
-            if not locked_for_this_process(descriptor, unfinished):
-                raise TargetError(f"{path}: another process is writing to it. Wait for it, then ", *self.to_continue)
+        with self._unfinished(path) as (descriptor, unfinished):
             try:
                 self._fill(descriptor, data, unfinished)
                 self.rename(unfinished, path)
@@ -138,9 +134,12 @@ class Disk:
                 with contextlib.suppress(TargetError):
                     self.remove_file(unfinished)
                 raise
-        finally:
-            os.close(descriptor)
         self.sync_folder(path.parent)
+
+    def check_can_replace(self, path: Path) -> None:
+        """Check that `replace_file` may write a file, before work that takes minutes. Permissions say less to root."""
+        with self._unfinished(path) as (_, unfinished):
+            self.remove_file(unfinished)
 
     def replace_folder(self, made: Path, final: Path) -> None:
         """Rename a finished directory to its final name.
@@ -228,6 +227,18 @@ class Disk:
         while not os.path.exists(path) and path != path.parent:
             path = path.parent
         return shutil.disk_usage(path).free
+
+    @contextlib.contextmanager
+    def _unfinished(self, path: Path) -> Iterator[tuple[int, Path]]:
+        """Open and lock the hidden file in which the new contents of a file are written."""
+        unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+        descriptor = self.open_for_writing(unfinished)
+        try:
+            if not locked_for_this_process(descriptor, unfinished):
+                raise TargetError(f"{path}: another process is writing to it. Wait for it, then ", *self.to_continue)
+            yield descriptor, unfinished
+        finally:
+            os.close(descriptor)
 
     def _fill(self, descriptor: int, data: bytes | bytearray, path: Path) -> None:
         self.set_size(descriptor, 0, path)

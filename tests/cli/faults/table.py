@@ -109,7 +109,7 @@ FORMS = {
     "verify --report": Form(
         "verify {given}/nf4 --source {given}/source --report report.html",
         "report.html",
-        work=("qformat.cli.checks.verified.verified",),
+        work=("qformat.cli.commands.check.verify.verified",),
     ),
     "seal --accept": Form("seal changed --accept", "changed/qformat.json", copies=("changed",)),
     "fetch": Form("fetch owner/nf4 out --connections 1", "out"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def test_a_folder_that_cannot_be_written_is_reported_before_the_work(
     begun: list[str] = []
     for name in case.form.work:
         note_calls(name, begun, monkeypatch)
-    forbid_writing(case.folder, monkeypatch)
+    forbid_writing(case.folder, code, monkeypatch)
     outcome = case.run(ReadOnly(case.folder, code))
     assert outcome.code in {1, 2}, outcome.told
     assert "Traceback" not in outcome.told
@@ -51,12 +52,18 @@ def note_calls(name: str, begun: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(holder, attribute, noted)
 
 
-def forbid_writing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `os.access` say what it says of a read-only directory, for root, too."""
-    access = os.access
+def forbid_writing(folder: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `os.access` and temporary files do what they do in a read-only directory, for root, too."""
+    access, temporary_file = os.access, tempfile.TemporaryFile
 
     def refused(path: Any, mode: int, **named: Any) -> bool:
         inside = Path(path).absolute().is_relative_to(folder)
         return not (inside and mode & os.W_OK) and access(path, mode, **named)
 
+    def temporary(*arguments: Any, dir: Any = None, **named: Any) -> Any:
+        if dir is not None and Path(dir).absolute().is_relative_to(folder):
+            raise OSError(code, os.strerror(code))
+        return temporary_file(*arguments, dir=dir, **named)
+
     monkeypatch.setattr(os, "access", refused)
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary)

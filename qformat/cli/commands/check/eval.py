@@ -119,6 +119,10 @@ def _check_usage(options: EvalArguments) -> None:
         raise UsageError(f"--record: {options.artifact} is not a folder with a manifest ({MANIFEST_NAME})")
     if options.record and options.any_source:
         raise UsageError("--record: figures against a model that is not the artifact's source would mislead readers")
+    if options.record:
+        from qformat.artifact.writing.disk import Disk
+
+        Disk().check_can_replace(Path(options.artifact) / MANIFEST_NAME)
     if options.report is not None:
         source = () if options.source is None else (options.source,)
         refuse_report_in(options.report, options.artifact, *source, *options.against)
