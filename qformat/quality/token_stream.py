@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -115,31 +116,29 @@ class TokenStream:
         """
         path = Path(part)
         if path.suffix not in ROW_SUFFIXES and path.is_file():
-            self._read_units(_pieces(self._texts(path), self._piece_characters), _as_text)
+            self._read_units(_pieces(self._texts(path), self._piece_characters), _as_texts)
             return
         files = find_files(part, split=split)
         states = [self._hashed(file) for file in files]
-        self._read_units(read_rows(files, BadRows(skip=None)), Renderer(self._tokenizer, LossOn.ALL).render)
+        renderer = Renderer(self._tokenizer, LossOn.ALL)
+        self._read_units(read_rows(files, BadRows(skip=None)), lambda rows: map(renderer.render, rows))
         for file, state in zip(files, states, strict=True):
             check_unchanged(file, state)
 
-    def _read_units(self, units: Iterable[_Unit], render: Callable[[_Unit], Rendered]) -> None:
+    def _read_units(self, units: Iterable[_Unit], render: Callable[[Iterator[_Unit]], Iterator[Rendered]]) -> None:
         """Add the tokens of all units that are wanted, as training sees them."""
-        numbers: list[int] = []
+        numbers: deque[int] = deque()
 
-        def wanted() -> Iterator[Rendered]:
+        def wanted() -> Iterator[_Unit]:
             for unit in units:
                 number = next(self._numbers)
                 if self.tokens.wants(number):
-                    rendered = render(unit)
                     numbers.append(number)
-                    yield rendered
+                    yield unit
 
-        for batch in in_batches(wanted()):
-            examples = tokenise(self.backend, batch, bos_id=self._tokenizer.bos_token_id)
-            for number, example in zip(numbers, examples, strict=True):
-                self.tokens.add(number, example.ids)
-            numbers.clear()
+        for batch in in_batches(render(wanted())):
+            for example in tokenise(self.backend, batch, bos_id=self._tokenizer.bos_token_id):
+                self.tokens.add(numbers.popleft(), example.ids)
 
     def _texts(self, path: Path) -> Iterator[str]:
         """Yield a text in parts as they are read."""
@@ -176,8 +175,8 @@ class TokenStream:
         return FileState("", before.st_size, before.st_mtime_ns)
 
 
-def _as_text(piece: str) -> Rendered:
-    return Rendered(piece, None, adds_special_tokens=False)
+def _as_texts(pieces: Iterator[str]) -> Iterator[Rendered]:
+    return (Rendered(piece, None, adds_special_tokens=False) for piece in pieces)
 
 
 def _pieces(texts: Iterator[str], characters: int) -> Iterator[str]:
