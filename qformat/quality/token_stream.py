@@ -117,7 +117,7 @@ class TokenStream:
         """
         path = Path(part)
         if path.suffix not in ROW_SUFFIXES and path.is_file():
-            self._read_units(_pieces(self._texts(path), self._piece_characters), lambda pieces: map(_as_text, pieces))
+            self._read_units(_pieces(self._texts(path), self._piece_characters), _as_texts)
             return
         files = find_files(part, split=split)
         states = [self._hashed(file) for file in files]
@@ -182,8 +182,8 @@ class TokenStream:
         return FileState("", before.st_size, before.st_mtime_ns)
 
 
-def _as_text(piece: str) -> Rendered:
-    return Rendered(piece, None, adds_special_tokens=False)
+def _as_texts(pieces: Iterator[str]) -> Iterator[Rendered]:
+    return (Rendered(piece, None, adds_special_tokens=False) for piece in pieces)
 
 
 def _pieces(texts: Iterator[str], characters: int) -> Iterator[str]:

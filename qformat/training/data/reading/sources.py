@@ -12,6 +12,7 @@ from pathlib import Path
 from qformat.artifact.digests import xxh3_of_range
 from qformat.artifact.sources.stand_ins import stand_in_of
 from qformat.errors import DataError, SourceError, UsageError
+from qformat.named_files import open_named
 from qformat.names import REPOSITORY_PATTERN, is_repository_name
 
 Source = Path | str | Sequence[Path | str]
@@ -140,15 +141,19 @@ def read_state(file: DataFile) -> FileState:
         UsageError: The file cannot be opened.
         DataError: The file shrank while it was read.
     """
-    descriptor = _open(file.path)
     try:
-        before = os.fstat(descriptor)
-        digest = xxh3_of_range(descriptor, 0, before.st_size, path=file.path, error=SourceError)
+        opened = open_named(file.path)
+    except OSError as problem:
+        raise UsageError(
+            f"{file.path}: cannot be opened: {problem.strerror}. Check the path and its permissions"
+        ) from None
+    with opened:
+        before = os.fstat(opened.fileno())
+        try:
+            digest = xxh3_of_range(opened.fileno(), 0, before.st_size, path=file.path, error=SourceError)
+        except SourceError:
+            raise _changed(file) from None
         return FileState(digest, before.st_size, before.st_mtime_ns)
-    except SourceError:
-        raise _changed(file) from None
-    finally:
-        os.close(descriptor)
 
 
 def check_unchanged(file: DataFile, state: FileState) -> None:
@@ -206,10 +211,3 @@ def _local_files(path: Path) -> list[DataFile]:
     if path.suffix not in _KINDS:
         raise UsageError(f"{path}: the name must end in one of {', '.join(_KINDS)}. Convert or rename the file")
     return [DataFile(path, _KINDS[path.suffix])]
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as problem:
-        raise UsageError(f"{path}: cannot be opened: {problem.strerror}. Check the path and its permissions") from None
