@@ -111,6 +111,7 @@ class RenderProcess:
         self._limits = limits
         self._lock = threading.RLock()
         self._running: subprocess.Popen[bytes] | None = None
+        self._end_it: weakref.finalize[..., RenderProcess] | None = None
         self._owner = 0
         self._unread: Batch | None = None
 
@@ -129,7 +130,7 @@ class RenderProcess:
                  "conversations": conversations}  # fmt: skip
         message = marshal.dumps(batch)
         with self._lock:
-            if self._unread is not None:
+            if self._unread is not None and self._owner == os.getpid():
                 self.complete(self._unread)
             requests = self._started().stdin
             assert requests is not None
@@ -168,7 +169,7 @@ class RenderProcess:
                 [sys.executable, "-P", "-m", render_process.__name__, *self._limits.as_arguments()],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
-            weakref.finalize(self, _end, self._running, self._owner)
+            self._end_it = weakref.finalize(self, _end, self._running, self._owner)
             if self._message() != render_process.READY:
                 status = self._running.wait()
                 raise RuntimeError(f"the process that renders chat templates does not start (status {status})")
@@ -208,9 +209,9 @@ class RenderProcess:
 
     def _end(self) -> None:
         self._unread = None
-        if self._running is not None:
-            _end(self._running, self._owner)
-            self._running = None
+        if self._end_it is not None:
+            self._end_it()
+        self._running = self._end_it = None
 
 
 def _end(process: subprocess.Popen[bytes], owner: int) -> None:
