@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from qformat import strict_json
@@ -202,7 +202,7 @@ class LoadedModel:
         return _make, (_own_class(adopted), *arguments), *rest
 
 
-def check_unchanged(model: PreTrainedModel) -> None:
+def check_unchanged(model: nn.Module) -> None:
     """Check that the files that a model is mapped from were not written to since, before something is built on it.
 
     Raises:
