@@ -20,6 +20,10 @@ MAX_SMALL_FILE_NBYTES = 64 * 2**20
 """Largest file of a model that is neither a shard nor one of those with a limit of their own, in bytes. The largest
 tokenizer.json of a model on the Hub has 35 MB; reading one takes several times its size in memory."""
 
+MAX_TOKENIZER_VALUES = 3 * 2**20
+"""Largest number of JSON values of a tokenizer's file: 450 MB of memory in transformers. The largest tokenizer of a
+model on the Hub, with 900,000 tokens and their scores, has 2.7 million."""
+
 MAX_TEMPLATE_NBYTES = 2**20
 """Largest chat template in bytes. The longest of known models have 50 kB."""
 

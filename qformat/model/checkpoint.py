@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qformat.artifact.reading.reader import MappedShards
 from qformat.artifact.reading.safetensors_folder import read_headers
+from qformat.artifact.sources.small_files import check_small_files
 from qformat.errors import ArtifactError, SourceError, UsageError
 from qformat.model.boundary import config_errors
 from qformat.model.build import build_on_meta, dtype_of, names_in_model, read_config
@@ -106,6 +107,7 @@ def load_checkpoint(
         DeviceMemoryError: The weights do not fit into free memory.
     """
     path = Path(path)
+    check_small_files(path, error=SourceError)
     shards = MappedShards(read_headers(path, error=SourceError))
     target = chosen_device(device)
     if _merges_weights(shards, trust_remote_code=trust_remote_code):

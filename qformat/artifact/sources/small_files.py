@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from qformat.artifact.limits import max_nbytes_of
+from qformat.artifact.limits import MAX_TOKENIZER_VALUES, max_nbytes_of
 from qformat.artifact.reading.side_files import is_side_file
 from qformat.errors import InvalidFileError, Reason
 from qformat.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
@@ -21,15 +21,15 @@ _MORE_TEMPLATES = "additional_chat_templates"
 
 
 def check_small_files(folder: Path, *, error: type[InvalidFileError]) -> None:
-    """Check that every small file of a model or an adapter is a regular file within its limit.
+    """Check that every small file of a model or an adapter is a regular file within its limits.
 
     Args:
         folder: Directory of the model or the adapter.
         error: Class of the error to raise.
 
     Raises:
-        InvalidFileError: A file is a FIFO or the like, or is too large (not_a_regular_file, json_limit). The class is
-            `error`.
+        InvalidFileError: A file is a FIFO or the like, is too large or has too many JSON values (not_a_regular_file,
+            json_limit). The class is `error`.
     """
     for path in _small_files(folder):
         try:
@@ -45,6 +45,19 @@ def check_small_files(folder: Path, *, error: type[InvalidFileError]) -> None:
                 Reason.JSON_LIMIT, path, f"the file has {status.st_size} bytes (the limit is {limit})",
                 next_step="Check that it is the right file: those of ordinary models are far smaller",
             )  # fmt: skip
+        if status.st_size > MAX_TOKENIZER_VALUES and path.suffix == ".json":
+            _check_values(path, error)
+
+
+def _check_values(path: Path, error: type[InvalidFileError]) -> None:
+    """Check the number of JSON values of a file, of which each takes far more memory than its text."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return  # reading it reports the problem
+    n_values = 1 + sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if n_values > MAX_TOKENIZER_VALUES:
+        raise error(Reason.JSON_LIMIT, path, f"has {n_values} JSON values (the limit is {MAX_TOKENIZER_VALUES})")
 
 
 def _small_files(folder: Path) -> Iterator[Path]:

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from qformat.artifact.limits import MAX_CONFIG_NBYTES, MAX_SMALL_FILE_NBYTES, MAX_TEMPLATE_NBYTES
+from qformat.artifact.limits import (
+    MAX_CONFIG_NBYTES,
+    MAX_SMALL_FILE_NBYTES,
+    MAX_TEMPLATE_NBYTES,
+    MAX_TOKENIZER_VALUES,
+)
 from qformat.artifact.sources.small_files import check_small_files
 from qformat.errors import ArtifactError, Reason
 
@@ -60,3 +65,12 @@ def test_other_files_may_have_any_size(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").symlink_to("missing")
     check_small_files(tmp_path, error=ArtifactError)
     check_small_files(tmp_path / "missing", error=ArtifactError)
+
+
+def test_a_tokenizer_of_more_values_than_any_has_is_rejected_before_it_is_parsed(tmp_path: Path) -> None:
+    dense = b'{"x":[' + b"[]," * (MAX_TOKENIZER_VALUES // 2)
+    (tmp_path / "tokenizer.json").write_bytes(dense)
+    with pytest.raises(ArtifactError, match=rf"tokenizer\.json: has {2 * (MAX_TOKENIZER_VALUES // 2) + 3} JSON values"):
+        check_small_files(tmp_path, error=ArtifactError)
+    (tmp_path / "tokenizer.json").write_bytes(dense[: -3 * 2])
+    check_small_files(tmp_path, error=ArtifactError)
