@@ -60,6 +60,13 @@ def spelled(words: Words, spell: Callable[[Option], str] = str) -> str:
     return "".join(part if isinstance(part, str) else spell(part) for part in words)
 
 
+def first_line(problem: BaseException) -> str:
+    """Return the first line of a library's error, for a message that continues after it."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
+    first = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return first.removesuffix(".")
+
+
 def install_extra(extra: str) -> str:
     """Return the advice to install an extra of qformat.
 

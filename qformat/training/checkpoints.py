@@ -23,7 +23,7 @@ from qformat import strict_json
 from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
-from qformat.errors import AdapterError, ArtifactError, Option, QformatError, TargetError, UsageError, Words
+from qformat.errors import AdapterError, ArtifactError, Option, QformatError, TargetError, UsageError, Words, first_line
 
 SEAL_NAME = "checkpoint.json"
 PARTIAL_NAME = "partial"
@@ -228,10 +228,9 @@ def restoring(file: Path) -> Iterator[None]:
     except (QformatError, torch.OutOfMemoryError):
         raise
     except Exception as problem:  # torch, transformers and safetensors raise errors of many types
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise AdapterError(
-            f"{file}: is not the state of this training, so another program wrote it: {first}. Train again in another "
-            "directory"
+            f"{file}: is not the state of this training, so another program wrote it: {first_line(problem)}. Train "
+            "again in another directory"
         ) from problem
 
 
