@@ -71,6 +71,13 @@ def on_lines(lines: Sequence[str]) -> Words:
     return tuple(word for line in lines for word in (LINE_END, line))
 
 
+def first_line(problem: BaseException) -> str:
+    """Return the first line of a library's error, for a message that continues after it."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
+    first = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return first.removesuffix(".")
+
+
 def install_extra(extra: str) -> str:
     """Return the advice to install an extra of qformat.
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError, Words
+from qformat.errors import ArtifactError, DeviceMemoryError, Option, QformatError, Reason, UsageError, Words, first_line
 from qformat.named_files import read_named
 from qformat.names import (
     CONFIG_NAME,
@@ -73,7 +73,7 @@ def tokenizer_errors(path: Path | str) -> Iterator[None]:
         raise
     except ImportError as problem:
         raise UsageError(
-            f"{folder}: the tokenizer needs a package that is not installed: {_first(problem)}"
+            f"{folder}: the tokenizer needs a package that is not installed: {first_line(problem)}"
         ) from problem
     except BaseException as problem:  # tokenizers raises plain Exception, and its panics are not even that
         beside = [folder / name for name in _BESIDE_TOKENIZER if (folder / name).is_file()]
@@ -83,7 +83,7 @@ def tokenizer_errors(path: Path | str) -> Iterator[None]:
         raise ArtifactError(
             Reason.CONFIG_FIELD,
             _to_blame(folder, files),
-            f"transformers cannot load the tokenizer: {_first(problem)}",
+            f"transformers cannot load the tokenizer: {first_line(problem)}",
             next_step=("Get the tokenizer's files again. If it brings its own code and you trust it, pass ",
                        Option("trust_remote_code", True)),
         ) from problem  # fmt: skip
@@ -108,12 +108,12 @@ def config_errors(path: Path, problem: str, *, next_step: str | Words | None = N
     except (QformatError, torch.OutOfMemoryError):
         raise
     except ImportError as failure:
-        raise UsageError(f"{path}: the model needs a package that is not installed: {_first(failure)}") from failure
+        raise UsageError(f"{path}: the model needs a package that is not installed: {first_line(failure)}") from failure
     except Exception as failure:  # the code of each architecture checks its config in its own way
         if (found := _problem_of(file)) is not None:
             raise _damaged(file, found) from failure
         raise ArtifactError(
-            Reason.CONFIG_FIELD, file, f"{problem}: {_first(failure)}", next_step=next_step
+            Reason.CONFIG_FIELD, file, f"{problem}: {first_line(failure)}", next_step=next_step
         ) from failure
 
 
@@ -136,7 +136,7 @@ def generation_config_errors(path: Path) -> Iterator[None]:
         raise ArtifactError(
             Reason.CONFIG_FIELD,
             file,
-            f"transformers rejects it: {_first(problem)}",
+            f"transformers rejects it: {first_line(problem)}",
             next_step="Correct the value. For an artifact, run qformat seal afterwards",
         ) from problem
 
@@ -156,15 +156,15 @@ def generation_errors(model: PreTrainedModel) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as problem:
         raise DeviceMemoryError(
-            f"{_name(model)}: the device has too little memory to generate: {_first(problem)}. Lower ",
+            f"{_name(model)}: the device has too little memory to generate: {first_line(problem)}. Lower ",
             Option("max_new_tokens"),
         ) from problem
     except (QformatError, OSError):  # OSError: the text cannot be written
         raise
     except Exception as problem:  # settings and the model's config are only used here
         raise UsageError(
-            f"{_name(model)}: transformers cannot generate text: {_first(problem)}. Check {GENERATION_CONFIG_NAME} and "
-            f"{CONFIG_NAME}"
+            f"{_name(model)}: transformers cannot generate text: {first_line(problem)}. Check "
+            f"{GENERATION_CONFIG_NAME} and {CONFIG_NAME}"
         ) from problem
 
 
@@ -242,13 +242,9 @@ def _problem_of(file: Path) -> str | None:
     except json.JSONDecodeError as problem:
         return f"is not valid JSON: {problem.msg} (line {problem.lineno}, column {problem.colno})"
     except (OSError, ValueError, RecursionError) as problem:  # ValueError: no UTF-8, or a number of 5,000 digits
-        return f"cannot be read: {_first(problem)}"
+        return f"cannot be read: {first_line(problem)}"
     return None
 
 
 def _damaged(file: Path, problem: str) -> ArtifactError:
     return ArtifactError(Reason.JSON_SYNTAX, file, problem, next_step="Get the file again")
-
-
-def _first(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

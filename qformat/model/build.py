@@ -192,10 +192,11 @@ def _model_class(path: Path, config: PretrainedConfig, trust_remote_code: bool) 
         )
         if reference is not None:
             return get_class_from_dynamic_module(reference, path)
+    # Looking up other names of transformers would import what they need: the Trainer, for example, bitsandbytes.
+    defined_in: Mapping[str, str] = vars(transformers)["_class_to_module"]
     for name in names:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type):
-            return found
+        if ".modeling_" in defined_in.get(name, ""):
+            return getattr(transformers, name)
     raise ArtifactError(
         Reason.CONFIG_FIELD,
         path / CONFIG_NAME,

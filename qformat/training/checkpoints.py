@@ -24,7 +24,7 @@ from qformat.artifact.digests import xxh3, xxh3_of_range
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.artifact.writing.output_kind import reading_output
-from qformat.errors import AdapterError, ArtifactError, Option, QformatError, TargetError, UsageError, Words
+from qformat.errors import AdapterError, ArtifactError, Option, QformatError, TargetError, UsageError, Words, first_line
 from qformat.named_files import open_named, read_named
 
 SEAL_NAME = "checkpoint.json"
@@ -235,10 +235,9 @@ def restoring(file: Path) -> Iterator[None]:
     except (QformatError, torch.OutOfMemoryError):
         raise
     except Exception as problem:  # torch, transformers and safetensors raise errors of many types
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise AdapterError(
-            f"{file}: is not the state of this training, so another program wrote it: {first}. Train again in another "
-            "directory"
+            f"{file}: is not the state of this training, so another program wrote it: {first_line(problem)}. Train "
+            "again in another directory"
         ) from problem
 
 

@@ -120,6 +120,7 @@ def test_a_damaged_config_is_named(tmp_path: Path, name: str, data: bytes) -> No
         ("config.json", {"id2label": 5}),
         ("config.json", {"attention_dropout": 2.0}),
         ("config.json", {"attention_dropout": -0.5}),
+        ("config.json", {"num_hidden_layers": -1}),
         ("generation_config.json", {"watermarking_config": 5}),
         ("generation_config.json", {"max_new_tokens": -1}),
     ],

@@ -26,7 +26,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
 from qformat.artifact.sources.stand_ins import stand_in_of
-from qformat.errors import AdapterError, Option, QformatError, UsageError
+from qformat.errors import AdapterError, Option, QformatError, UsageError, first_line
 from qformat.model.nf4_linear import NF4Linear
 from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, BASE_RECORD_NAME
 from qformat.training.adapter.base_record import BaseRecord, read_base_record
@@ -139,9 +139,8 @@ def _peft_errors(adapter: Path) -> Iterator[None]:
     except QformatError:
         raise
     except Exception as problem:
-        first = (str(problem).strip() or type(problem).__name__).partition("\n")[0]
         raise AdapterError(
-            f"{adapter}: does not fit the model: {first}. Use the model that the adapter was trained on"
+            f"{adapter}: does not fit the model: {first_line(problem)}. Use the model that the adapter was trained on"
         ) from problem
 
 
@@ -171,7 +170,7 @@ def _read_weights(adapter: Path) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = load_peft_weights(str(adapter), device="cpu")
     except Exception as problem:  # PEFT and safetensors raise errors of many types
         raise AdapterError(
-            f"{path}: is damaged: {str(problem).partition(chr(10))[0]}. Download or train the adapter again"
+            f"{path}: is damaged: {first_line(problem)}. Download or train the adapter again"
         ) from problem
     return weights
 

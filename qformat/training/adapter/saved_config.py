@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
 from qformat import strict_json
-from qformat.errors import AdapterError, ArtifactError
+from qformat.errors import AdapterError, ArtifactError, first_line
 from qformat.named_files import read_named
 from qformat.names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from qformat.training.adapter.saved_patterns import (
@@ -133,7 +133,7 @@ def read_saved_config(adapter: Path) -> LoraConfig:
             given = {field: value for field, value in fields.items() if field != "runtime_config"}
             config = PeftConfig.from_peft_type(**given)  # type: ignore[no-untyped-call]
     except Exception as problem:  # each method of PEFT checks its fields in its own way
-        raise AdapterError(f"{path}: PEFT cannot read it: {_first(problem)}") from problem
+        raise AdapterError(f"{path}: PEFT cannot read it: {first_line(problem)}") from problem
     if not isinstance(config, LoraConfig):
         raise AdapterError(
             f"{path}: adapter type is not supported (found {config.peft_type}, expected LORA). Load it with PEFT"
@@ -237,7 +237,3 @@ def wrong_shape(tensor: str, have: list[int] | None, want: list[int] | None, ada
         f"{adapter / ADAPTER_WEIGHTS_NAME}: tensor {tensor!r}: the shape does not fit this model "
         f"(found {found}, expected {expected}). Use the model that the adapter was trained on"
     )
-
-
-def _first(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
