@@ -118,7 +118,7 @@ def _refused(kind: DamageClass, damage: Damage, text: str, *, raw: bool) -> str:
     if damage.where is Where.ACCOMPANYING:
         return Wrong.NEEDLESS
     # A value that is valid by itself may only show in a result, such as logits that are not finite.
-    by_result = (f"/{kind.original}:", f"/{kind.original} ") if damage.where is Where.WEIGHTS and not raw else ()
+    by_result = (kind.original,) if damage.where is Where.WEIGHTS and not raw else ()
     if not any(name in text for name in (*damage.files, *by_result)):
         return Wrong.UNCLEAR
     if _CONTROL.search(text):

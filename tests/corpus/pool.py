@@ -26,6 +26,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
+
 from tests.corpus import originals
 from tests.corpus.commands import COMMANDS, REFUSALS, Command, Place
 from tests.corpus.damage.edits import Damage
@@ -57,6 +59,7 @@ class Pool:
     """
 
     def __init__(self, folder: Path) -> None:
+        assert torch.get_num_threads() == 1, "start this process with the environment of one_thread_each()"
         self._folder = folder
         self._originals = folder / "originals"
         self._originals.mkdir()

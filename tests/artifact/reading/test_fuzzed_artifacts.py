@@ -22,6 +22,7 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.errors import ArtifactError
 from tests.artifact.damaged import ACCOMPANYING, make_tiny_artifact, reseal
 from tests.artifact.reading.unusual_artifacts import Json, unusual_tensors, write_artifact
+from tests.corpus.damage.odd_json import places_in
 from tests.small_models import contents
 
 FUZZ = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -90,20 +91,11 @@ def use(folder: Path) -> bool:
     return True
 
 
-def paths_in(value: Json, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the path of every value inside a JSON value."""
-    found = [prefix] if prefix else []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        found += paths_in(inner, (*prefix, key))
-    return found
-
-
 def mutate(data: st.DataObject, record: Json) -> Json:
     """Change one to three values at any level."""
     record = copy.deepcopy(record)
     for _ in range(data.draw(st.integers(1, 3))):
-        places = paths_in(record)
+        places = places_in(record)
         if not places:
             break
         *parents, last = data.draw(st.sampled_from(places))

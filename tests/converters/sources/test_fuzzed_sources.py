@@ -19,7 +19,9 @@ from qformat.artifact.reading.verify import verify_integrity
 from qformat.converters.convert import ConversionOptions, convert
 from qformat.errors import QformatError, SourceError, TargetError, UsageError
 from tests.converters.faulty_disk import FaultyDisk
-from tests.small_models import contents, header_bytes, write_tiny
+from tests.corpus.damage.odd_json import odd_edit
+from tests.corpus.fuzzing import RANDOM
+from tests.small_models import INDEX, contents, header_bytes, write_tiny
 
 FUZZ = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SOAK = settings(max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -148,6 +150,13 @@ def fuzz_tensors(folder: Path, pristine: dict[str, bytes], data: st.DataObject) 
     )
 
 
+def fuzz_index(folder: Path, pristine: dict[str, bytes], data: st.DataObject) -> None:
+    """Change values anywhere in the index, which the files then contradict."""
+    random, index = data.draw(RANDOM), json.loads(pristine[INDEX])
+    odd_edit(random, index)
+    attempt(folder, {**pristine, INDEX: json.dumps(index).encode()})
+
+
 def fuzz_files(folder: Path, pristine: dict[str, bytes], data: st.DataObject) -> None:
     files = copy.copy(pristine)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -171,7 +180,7 @@ def fuzz_files(folder: Path, pristine: dict[str, bytes], data: st.DataObject) ->
     attempt(folder, files)
 
 
-@pytest.mark.parametrize("fuzz", [fuzz_config, fuzz_tensors, fuzz_files])
+@pytest.mark.parametrize("fuzz", [fuzz_config, fuzz_tensors, fuzz_index, fuzz_files])
 def test_any_source_is_converted_or_raises_one_of_our_errors(
     fuzz: Any, folder: Path, pristine: dict[str, bytes]
 ) -> None:
@@ -184,7 +193,7 @@ def test_any_source_is_converted_or_raises_one_of_our_errors(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fuzz", [fuzz_config, fuzz_tensors, fuzz_files])
+@pytest.mark.parametrize("fuzz", [fuzz_config, fuzz_tensors, fuzz_index, fuzz_files])
 def test_any_source_is_converted_or_raises_one_of_our_errors_at_length(
     fuzz: Any, folder: Path, pristine: dict[str, bytes]
 ) -> None:

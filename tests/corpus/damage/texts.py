@@ -12,6 +12,7 @@ from tests.corpus.damage.odd_json import damage_json, set_json
 
 TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE)
+_OF_TEMPLATE = (TEMPLATE, TOKENIZER_CONFIG, "the chat template")
 
 
 def tokenizer(random: Random, folder: Path) -> Damage:
@@ -79,7 +80,7 @@ def tokenizer_config(random: Random, folder: Path) -> Damage:
 
 
 def template_bytes(random: Random, folder: Path) -> Damage:
-    return Damage((TEMPLATE, TOKENIZER_CONFIG), any_edit(random, folder / TEMPLATE))
+    return Damage(_OF_TEMPLATE, any_edit(random, folder / TEMPLATE))
 
 
 _TEMPLATES = [
@@ -102,7 +103,7 @@ def template_programs(random: Random, folder: Path) -> Damage:
     chosen = random.choice(_TEMPLATES)
     (folder / TEMPLATE).write_text(chosen, "utf-8")
     # A program that works may cut every chat short, which is then the problem.
-    return Damage((TEMPLATE, TOKENIZER_CONFIG, "no examples are left"), chosen)
+    return Damage((*_OF_TEMPLATE, "no examples are left"), chosen)
 
 
 def accompanying(random: Random, folder: Path) -> Damage:

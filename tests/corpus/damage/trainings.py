@@ -22,7 +22,7 @@ def adapter_config(random: Random, folder: Path) -> Damage:
     return Damage((CONFIG, WEIGHTS), damage_json(random, folder / CONFIG))
 
 
-_CONFIG: list[tuple[str, Any]] = [
+CONFIG_VALUES: list[tuple[str, Any]] = [
     *(("r", value) for value in (0, -1, 2**30, "x", None, 1.5, [2], 3)),
     *(("lora_alpha", value) for value in (0, "x", None, 1e308, float("nan"))),
     *(("target_modules", value) for value in ([], "x", "(a+)+$", None, ["nope"], [3], "(", "all-linear", "." * 60)),
@@ -54,7 +54,7 @@ _CONFIG: list[tuple[str, Any]] = [
 
 def adapter_values(random: Random, folder: Path) -> Damage:
     """Set a member of adapter_config.json to a value that PEFT may not expect."""
-    name, value = random.choice(_CONFIG)
+    name, value = random.choice(CONFIG_VALUES)
     return Damage((CONFIG, WEIGHTS), set_json(folder / CONFIG, (name,), value))
 
 
