@@ -51,7 +51,7 @@ def record_batches(file: DataFile, max_row_nbytes: int) -> Iterator[pyarrow.Reco
     try:
         with open_named(file.path) as opened:
             yield from _parquet(file, opened, max_row_nbytes) if file.kind is FileKind.PARQUET else _arrow_stream(file)
-    except (pyarrow.ArrowException, OSError) as problem:
+    except (pyarrow.ArrowException, OSError, ValueError) as problem:  # ValueError: names of columns that are not UTF-8
         first = str(problem).partition("\n")[0]
         raise DataError(
             BadRow.DAMAGED_FILE,
@@ -87,7 +87,7 @@ def _parquet(file: DataFile, opened: BufferedReader, max_row_nbytes: int) -> Ite
         for group in range(parquet.num_row_groups):
             columns = _columns(parquet.metadata.row_group(group), names)
             _check_sizes(file, columns, parquet.metadata.row_group(group).num_rows, group + 1, max_row_nbytes)
-            largest = max(_dictionary_nbytes(opened, column) for column in columns)
+            largest = max((_dictionary_nbytes(opened, column) for column in columns), default=0)
             n_rows = max(1, min(_ROWS_AT_A_TIME, max_row_nbytes // max(1, largest)))
             yield from parquet.iter_batches(n_rows, row_groups=[group], columns=names)
 
