@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from qformat.errors import UsageError
+from qformat.errors import ArtifactError, Reason, UsageError
 from qformat.model.text.render_client import Span
 from qformat.names import TOKENIZER_NAME
 from qformat.training.data.render import Rendered
@@ -46,13 +47,22 @@ def own_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
     Raises:
         UsageError: The tokenizer is not a fast one. Only fast tokenizers report the offsets of tokens in the text.
+        ArtifactError: Its vocabulary and its merges contradict each other.
     """
     if not tokenizer.is_fast:
         raise UsageError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: is not a fast tokenizer. "
             f"Convert it, so that the folder has a {TOKENIZER_NAME}"
         )
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    try:
+        copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    except Exception as problem:  # tokenizers raises plain Exception
+        raise ArtifactError(
+            Reason.CONFIG_FIELD,
+            Path(tokenizer.name_or_path) / TOKENIZER_NAME,
+            f"contradicts itself: {str(problem).partition(chr(10))[0]}",
+            next_step="Get the tokenizer's files again",
+        ) from problem
     copy.no_truncation()
     copy.no_padding()
     return copy

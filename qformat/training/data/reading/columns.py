@@ -51,7 +51,7 @@ def record_batches(file: DataFile, max_row_nbytes: int) -> Iterator[pyarrow.Reco
     try:
         with open_named(file.path) as opened:
             yield from _parquet(file, opened, max_row_nbytes) if file.kind is FileKind.PARQUET else _arrow_stream(file)
-    except (pyarrow.ArrowException, OSError) as problem:
+    except (pyarrow.ArrowException, OSError, ValueError) as problem:  # ValueError: names of columns that are not UTF-8
         first = str(problem).partition("\n")[0]
         raise DataError(
             BadRow.DAMAGED_FILE,
@@ -66,6 +66,7 @@ def _arrow_stream(file: DataFile) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow
 
     with pyarrow.memory_map(str(file.path)) as mapped, pyarrow.ipc.open_stream(mapped) as batches:
+        _ = batches.schema.names  # raises ValueError here if a name is not UTF-8
         for batch in batches:
             # Arrow does not check the offsets in its files: a damaged one would crash the process.
             batch.validate(full=True)
@@ -85,16 +86,25 @@ def _parquet(file: DataFile, opened: BufferedReader, max_row_nbytes: int) -> Ite
             yield pyarrow.RecordBatch.from_pylist([], schema=parquet.schema_arrow)
             return
         for group in range(parquet.num_row_groups):
-            columns = _columns(parquet.metadata.row_group(group), names)
+            columns = _columns(parquet, group, names)
             _check_sizes(file, columns, parquet.metadata.row_group(group).num_rows, group + 1, max_row_nbytes)
-            largest = max(_dictionary_nbytes(opened, column) for column in columns)
+            largest = max((_dictionary_nbytes(opened, column) for column in columns), default=0)
             n_rows = max(1, min(_ROWS_AT_A_TIME, max_row_nbytes // max(1, largest)))
             yield from parquet.iter_batches(n_rows, row_groups=[group], columns=names)
 
 
-def _columns(group: pyarrow.parquet.RowGroupMetaData, names: list[str]) -> list[pyarrow.parquet.ColumnChunkMetaData]:
-    columns = [group.column(index) for index in range(group.num_columns)]
-    return [column for column in columns if column.path_in_schema.partition(".")[0] in names]
+def _columns(
+    parquet: pyarrow.parquet.ParquetFile, group: int, names: list[str]
+) -> list[pyarrow.parquet.ColumnChunkMetaData]:
+    """Return the chunks of the columns in a row group.
+
+    Their names come from the schema: asking a damaged chunk for its path aborts the process.
+    """
+    chunks, schema = parquet.metadata.row_group(group), parquet.schema
+    if chunks.num_columns != len(schema):
+        raise ValueError(f"row group {group + 1} has {chunks.num_columns} columns, the schema has {len(schema)}")
+    paths = [schema.column(index).path for index in range(len(schema))]
+    return [chunks.column(index) for index, path in enumerate(paths) if path.partition(".")[0] in names]
 
 
 def _check_sizes(
