@@ -194,9 +194,13 @@ class AdapterTrainer(SFTTrainer):
     def _diverged(self, what: str) -> DivergenceError:
         intact = self._checkpoints.last_intact()
         where = "no checkpoint exists yet" if intact is None else f"the last intact checkpoint is {intact}"
+        advice = "Lower the learning rate, or check the data of this step"
+        if self.state.global_step == 0:  # no learning rate was applied yet
+            advice = (
+                f"Check the data of this step, and whether {self._base.name} itself gives a finite loss (qformat eval)"
+            )
         return DivergenceError(
-            f"step {self.state.global_step + 1}: {what}. The step did not change the weights; {where}. "
-            "Lower the learning rate, or check the data of this step"
+            f"step {self.state.global_step + 1}: {what}. The step did not change the weights; {where}. {advice}"
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -39,6 +39,16 @@ def test_a_nonfinite_gradient_is_reported_with_its_step(
         runs.run(artifact, examples, tmp_path / "out")
 
 
+def test_the_learning_rate_is_not_blamed_for_the_first_step(
+    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdapterTrainer, "_run_micro_batch", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(DivergenceError, match=r"step 1: the loss is inf.*whether \S+ itself gives a finite") as caught:
+        runs.run(artifact, examples, tmp_path / "out")
+    assert artifact.name in str(caught.value)
+    assert "learning rate" not in str(caught.value)
+
+
 def test_running_out_of_memory_once_changes_nothing(
     artifact: Path, examples: Path, tmp_path: Path, undisturbed: TrainingResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:

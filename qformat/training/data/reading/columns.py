@@ -6,7 +6,6 @@ dictionary of a column may be repeated in every row.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from qformat.errors import DataError
 from qformat.named_files import open_named
 from qformat.sizes import format_nbytes
 from qformat.training.data.place import BadRow
+from qformat.training.data.reading.parquet_footer import ColumnChunk, read_row_groups
 from qformat.training.data.reading.sources import DataFile, FileKind
 from qformat.training.data.rows import FIELDS
 
@@ -29,11 +29,6 @@ _MAX_RATIO = 200
 """Largest ratio of decompressed to stored bytes. Text that people write compresses by 3 to 20."""
 
 _MAX_NBYTES_AT_ANY_RATIO = 32 * 2**20
-
-_DICTIONARY_PAGE = bytes([0x15, 0x04, 0x15])
-"""Begin of the header of a dictionary page: field 1, an int32 with the value 2; field 2, an int32."""
-
-_PAGE_HEADER_NBYTES = 9
 
 
 def record_batches(file: DataFile, max_row_nbytes: int) -> Iterator[pyarrow.RecordBatch]:
@@ -85,38 +80,18 @@ def _parquet(file: DataFile, opened: BufferedReader, max_row_nbytes: int) -> Ite
         if not names:
             yield pyarrow.RecordBatch.from_pylist([], schema=parquet.schema_arrow)
             return
-        for group in range(parquet.num_row_groups):
-            columns = _columns(parquet, group, names)
-            _check_sizes(file, columns, parquet.metadata.row_group(group).num_rows, group + 1, max_row_nbytes)
-            largest = max((_dictionary_nbytes(opened, column) for column in columns), default=0)
+        for number, group in enumerate(read_row_groups(opened)):
+            chunks = [chunk for chunk in group.chunks if chunk.column in names]
+            _check_sizes(file, number + 1, chunks, group.n_rows, max_row_nbytes)
+            # Any value of a column may be one of its dictionary, which is small in the file however often it occurs.
+            largest = max((chunk.dictionary_nbytes for chunk in chunks), default=0)
             n_rows = max(1, min(_ROWS_AT_A_TIME, max_row_nbytes // max(1, largest)))
-            yield from parquet.iter_batches(n_rows, row_groups=[group], columns=names)
+            yield from parquet.iter_batches(n_rows, row_groups=[number], columns=names)
 
 
-def _columns(
-    parquet: pyarrow.parquet.ParquetFile, group: int, names: list[str]
-) -> list[pyarrow.parquet.ColumnChunkMetaData]:
-    """Return the chunks of the columns in a row group.
-
-    Their names come from the schema: asking a damaged chunk for its path aborts the process.
-    """
-    chunks, schema = parquet.metadata.row_group(group), parquet.schema
-    if chunks.num_columns != len(schema):
-        raise ValueError(f"row group {group + 1} has {chunks.num_columns} columns, the schema has {len(schema)}")
-    paths = [schema.column(index).path for index in range(len(schema))]
-    return [chunks.column(index) for index, path in enumerate(paths) if path.partition(".")[0] in names]
-
-
-def _check_sizes(
-    file: DataFile,
-    columns: list[pyarrow.parquet.ColumnChunkMetaData],
-    n_rows: int,
-    number: int,
-    max_row_nbytes: int,
-) -> None:
+def _check_sizes(file: DataFile, number: int, chunks: list[ColumnChunk], n_rows: int, max_row_nbytes: int) -> None:
     """Check what a row group needs in memory before Arrow reads its pages."""
-    nbytes = sum(column.total_uncompressed_size for column in columns)
-    stored = sum(column.total_compressed_size for column in columns)
+    nbytes, stored = sum(chunk.nbytes for chunk in chunks), sum(chunk.stored_nbytes for chunk in chunks)
     if nbytes > max_row_nbytes * max(1, n_rows):
         raise _too_large(
             file, number, f"have {format_nbytes(nbytes // max(1, n_rows))} each on average", max_row_nbytes
@@ -133,20 +108,3 @@ def _too_large(file: DataFile, number: int, problem: str, max_row_nbytes: int) -
         place=None,
         next_step="Divide large rows into several, or write the data as JSON lines",
     )
-
-
-def _dictionary_nbytes(opened: BufferedReader, column: pyarrow.parquet.ColumnChunkMetaData) -> int:
-    """Return the size in memory of a column's dictionary, which limits the size of its values."""
-    if not column.has_dictionary_page:
-        return 0
-    # A page header begins with three numbers of Thrift's compact protocol: type, size, compressed size.
-    start = os.pread(opened.fileno(), _PAGE_HEADER_NBYTES, column.dictionary_page_offset)
-    if start[:3] != _DICTIONARY_PAGE:
-        return int(column.total_uncompressed_size)
-    value = shift = 0
-    for byte in start[3:]:
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            break
-    return value >> 1  # zigzag encoding of a number that is not negative
