@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ def _cli(*arguments: str | Path) -> str:
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         code = run([str(argument) for argument in arguments])
     if code:
-        _, found, error = errors.getvalue().rpartition("Error: ")
-        raise Refusal(error if found else printed.getvalue() + errors.getvalue())
+        parts = re.split(r"^Error: ", errors.getvalue(), flags=re.MULTILINE)
+        raise Refusal(parts[-1] if len(parts) > 1 else printed.getvalue() + errors.getvalue())
     return printed.getvalue()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from qformat.artifact.limits import MAX_TOKENIZER_VALUES, max_nbytes_of
 from qformat.artifact.reading.side_files import is_side_file
 from qformat.errors import InvalidFileError, Reason
+from qformat.named_files import read_named
 from qformat.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 _MORE_TEMPLATES = "additional_chat_templates"
@@ -52,7 +53,7 @@ def check_small_files(folder: Path, *, error: type[InvalidFileError]) -> None:
 def _check_values(path: Path, error: type[InvalidFileError]) -> None:
     """Check the number of JSON values of a file, of which each takes far more memory than its text."""
     try:
-        data = path.read_bytes()
+        data = read_named(path, max_nbytes=max_nbytes_of(path.name))
     except OSError:
         return  # reading it reports the problem
     n_values = 1 + sum(data.count(mark) for mark in (b",", b"[", b"{"))

@@ -65,7 +65,8 @@ class Transport:
         session()  # the token may need requests, too
         self.token = token_to_send(token)
         # huggingface_hub would ask the server for names of programs before it makes headers.
-        self._headers = {"User-Agent": f"qformat/{__version__}"}
+        origin = constants.HF_HUB_USER_AGENT_ORIGIN
+        self._headers = {"User-Agent": f"qformat/{__version__}" + (f"; origin/{origin}" if origin else "")}
         if self.token is not None:
             self._headers["Authorization"] = f"Bearer {self.token}"
         self._closing = threading.Event()

@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from qformat.artifact.reading.reader import open_artifact
 from qformat.errors import ArtifactError, Reason
 from tests.artifact.damaged import edit_json, reseal, rewrite_shard, shard_of, shards, verify
-from tests.artifact.reading.resealed import H64, Json, W, change_manifest, refusal
+from tests.artifact.reading.resealed import Json, W, change_manifest, refusal
 from tests.small_models import INDEX
 
 # Shards and index
@@ -173,13 +174,15 @@ def test_a_config_that_other_readers_would_interpret_differently_is_rejected(
 
 def test_thousands_of_files_are_all_checked_and_closed(artifact: Path) -> None:
     """More files than a process may open are rejected without a crash, and descriptors are closed."""
-    before = len(os.listdir("/proc/self/fd"))
+    before, digest = len(os.listdir("/proc/self/fd")), sha256(b"x").hexdigest()
     for number in range(300):
         (artifact / f"LICENSE.{number}").write_bytes(b"x")
     change_manifest(
-        artifact, lambda r: r["files"].update({f"LICENSE.{n}": {"nbytes": 1, "sha256": H64} for n in range(300)})
+        artifact, lambda r: r["files"].update({f"LICENSE.{n}": {"nbytes": 1, "sha256": digest} for n in range(300)})
     )
     open_artifact(artifact).close()
+    for number in range(300):
+        (artifact / f"LICENSE.{number}").write_bytes(b"y")
     report = verify(artifact)
     assert len(report.findings) == 300
     assert len(os.listdir("/proc/self/fd")) == before

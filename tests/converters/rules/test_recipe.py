@@ -298,7 +298,7 @@ def test_a_recipe_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read the recipe: No such file"):
         load_recipe(tmp_path / "missing.toml")
-    with pytest.raises(UsageError, match="cannot read the recipe: Is a directory"):
+    with pytest.raises(UsageError, match="cannot read the recipe: it is a directory"):
         load_recipe(tmp_path)
 
 
