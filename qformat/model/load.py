@@ -267,7 +267,7 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_small_files(Path(path), error=ArtifactError)
+    check_small_files(Path(path), error=ArtifactError, count_values=True)
     check_numbers(Path(path))  # transformers reads config.json as well
     with tokenizer_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
