@@ -27,8 +27,8 @@ def check_small_files(folder: Path, *, error: type[InvalidFileError], count_valu
     Args:
         folder: Directory of the model or the adapter.
         error: Class of the error to raise.
-        count_values: Whether to count the values of large JSON files, which takes 2 ms for each MB. Only a tokenizer has
-            such files, so loading it is what needs the count.
+        count_values: Whether to count the values of large JSON files, which takes 2 ms for each MB. Loading a tokenizer
+            needs it: nothing else has such files.
 
     Raises:
         InvalidFileError: A file is a FIFO or the like, is too large or has too many JSON values (not_a_regular_file,
