@@ -27,7 +27,7 @@ from qformat.converters.sources.checkpoint_folder import CheckpointFolder
 from qformat.converters.sources.file_source import FileSource
 from qformat.converters.sources.source import SourceTensor
 from qformat.converters.sources.torch_zip import TorchZip
-from qformat.errors import Reason, SourceError
+from qformat.errors import Reason, SourceError, first_line
 from qformat.names import SINGLE_TORCH_NAME, TORCH_INDEX_NAME
 
 if TYPE_CHECKING:
@@ -175,13 +175,12 @@ def _load(descriptor: int, path: Path) -> dict[str, torch.Tensor]:
             loaded = torch.load(file, map_location="meta", weights_only=True)
     except _PICKLE_ERRORS as error:
         asked = _UNSUPPORTED_GLOBAL.search(str(error))
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
             Reason.UNSUPPORTED_SOURCE,
             path,
             f"its pickle needs {asked[1]}, which is not part of weights"
             if asked
-            else f"torch rejects it: {first_line}",
+            else f"torch rejects it: {first_line(error)}",
             next_step="Save the model again with save_pretrained: only files with plain tensors can be read",
         ) from None
     if not isinstance(loaded, dict) or not loaded:

@@ -17,7 +17,7 @@ from qformat.artifact.reading.structure import ShardLayout
 from qformat.artifact.reading.verify import check_digests
 from qformat.artifact.reading.watch import MappedFileWatch
 from qformat.artifact.sources.small_files import check_small_files
-from qformat.errors import ArtifactError, DeviceMemoryError, UsageError
+from qformat.errors import ArtifactError, DeviceMemoryError, UsageError, first_line
 from qformat.model.boundary import generation_config_errors, tokenizer_errors
 from qformat.model.build import attach, build_on_meta, dtype_of, names_in_model, read_config
 from qformat.model.devices.host_layers import DeviceMap, attach_placed, check_fits_mapped, decide
@@ -238,8 +238,7 @@ def chosen_device(device: torch.device | str | None) -> torch.device:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"device {device!r} cannot be used on this machine: {first}") from error
+        raise UsageError(f"device {device!r} cannot be used on this machine: {first_line(error)}") from error
     return chosen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qformat.errors import HubError, Option
+from qformat.errors import HubError, Option, first_line
 from qformat.hub.client import Watch, watched
 from qformat.hub.reading.budget import Budget
 from qformat.hub.reading.cache import note_ref
@@ -44,12 +44,12 @@ def download(repository: Repository, paths: Sequence[str], *, revision: str, pat
             note_ref(repository.name, revision, repository.commit)
             return
         except errors.LocalEntryNotFoundError as problem:  # no connection, or a timeout
-            budget.failed(_first_line(problem))
+            budget.failed(first_line(problem))
         except errors.HfHubHTTPError as problem:
             status = problem.response.status_code
             if status not in RETRIED_STATUSES:
                 raise HubError(
-                    repository.name, f"the download: {_first_line(problem)}", status=status,
+                    repository.name, f"the download: {first_line(problem)}", status=status,
                     next_step="Check the permissions of the token, or log in with `hf auth login`",
                 ) from None  # fmt: skip
             budget.failed(f"the server answers {status}")
@@ -77,7 +77,3 @@ def _snapshot(repository: Repository, paths: Sequence[str]) -> None:
 def _literal(path: str) -> str:
     """Return a pattern that matches this path only."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in path)
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qformat.errors import Option, UsageError
+from qformat.errors import Option, UsageError, first_line
 from qformat.model.boundary import check_can_generate, check_tokens, generation_errors
 from qformat.model.memory import peak_nbytes
 from qformat.model.nf4_linear import NF4Linear
@@ -180,8 +180,7 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> A
     try:
         source = tokenizer.get_chat_template()
     except ValueError as problem:  # several templates, none of which is the default
-        first = str(problem).partition("\n")[0]
-        raise UsageError(f"this tokenizer has no chat template for a prompt: {first}") from problem
+        raise UsageError(f"this tokenizer has no chat template for a prompt: {first_line(problem)}") from problem
     template = ChatTemplate.of(tokenizer, source)
     text = render(template.rendering([{"role": "user", "content": prompt}], ask=True)).text
     return tokenizer(text, add_special_tokens=False, return_tensors="pt")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from qformat.errors import first_line
+
 
 class UnsupportedModelError(Exception):
     """The layers of the model cannot be run one by one. The text says why and continues a sentence about the model."""
@@ -109,8 +111,7 @@ def _attempt(decoder: nn.Module, layers: Sequence[nn.Module], ids: Tensor, *, in
         except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
             if calls:  # it could not use the type that the layer returned
                 return None
-            problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UnsupportedModelError(f"cannot be run with token ids only: {problem}") from error
+            raise UnsupportedModelError(f"cannot be run with token ids only: {first_line(error)}") from error
     return None
 
 

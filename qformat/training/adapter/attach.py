@@ -77,8 +77,7 @@ def add_adapter(model: PreTrainedModel, settings: TrainingSettings, *, base_name
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as problem:
-        first = str(problem).partition("\n")[0]
-        raise UsageError(Option("target_modules"), f" {', '.join(targets)}: {first}") from problem
+        raise UsageError(Option("target_modules"), f" {', '.join(targets)}: {first_line(problem)}") from problem
     assert isinstance(peft_model, PeftModel)
     # The dtype that PEFT chooses depends on the model and on the caller, so set it here.
     for parameter in peft_model.parameters():

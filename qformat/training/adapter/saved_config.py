@@ -24,7 +24,7 @@ from qformat.training.adapter.saved_patterns import (
     ends_of,
     is_plain_name,
     matching,
-    shortened,
+    value_shown,
     values_by_name,
 )
 
@@ -153,7 +153,8 @@ def _check_fields(fields: Mapping[str, Any], path: Path) -> None:
             continue
         if not is_right(value):
             raise AdapterError(
-                f"{path}: field {field!r} is {shortened(value)}, expected {expected}. Save the adapter again with PEFT"
+                f"{path}: field {field!r} is {value_shown(value)}, expected {expected}. "
+                "Save the adapter again with PEFT"
             )
 
 

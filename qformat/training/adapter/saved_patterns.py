@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from qformat import strict_json
 from qformat.errors import AdapterError, ArtifactError
+from qformat.printable import shortened
 from qformat.training.adapter import pattern_matcher
 
 _MAX_ANSWER_NBYTES = 2**26
@@ -18,7 +19,7 @@ _MAX_ANSWER_NBYTES = 2**26
 _HANGS_S = 120
 """Time after which the matching process hangs, for example because it waits for a disk. Its own limit is far lower."""
 
-_SHOWN = 80
+_MAX_CHARACTERS = 80
 """Number of characters of a value that a message shows."""
 
 _PLAIN = re.compile(r"[\w.\-]+")
@@ -31,10 +32,9 @@ def is_plain_name(text: str) -> bool:
     return _PLAIN.fullmatch(text) is not None
 
 
-def shortened(value: object) -> str:
+def value_shown(value: object) -> str:
     """Return a value from a file for a message."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return shortened(repr(value), _MAX_CHARACTERS)
 
 
 def ends_of(name: str) -> list[str]:
@@ -107,7 +107,7 @@ def _matches(patterns: Sequence[str], names: Sequence[str], path: Path, field: s
         done = subprocess.run(command, input=request, capture_output=True, check=True, timeout=_HANGS_S)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
         raise AdapterError(
-            f"{path}: field {field!r}: matching {shortened(patterns[0])} against the names of the layers takes too "
+            f"{path}: field {field!r}: matching {value_shown(patterns[0])} against the names of the layers takes too "
             f"long. {advice}"
         ) from None
     answer: Any = strict_json.loads(done.stdout, path=path, max_nbytes=_MAX_ANSWER_NBYTES, error=ArtifactError)

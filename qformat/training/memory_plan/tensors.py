@@ -20,7 +20,7 @@ from qformat.artifact.reading.safetensors_folder import read_headers
 from qformat.artifact.reading.structure import read_manifest
 from qformat.artifact.sources.source_files import read_source_file
 from qformat.artifact.tensor_spec import ELEMENT_NBYTES, TensorSpec
-from qformat.errors import ArtifactError, Reason, SourceError, UsageError
+from qformat.errors import ArtifactError, Reason, SourceError, UsageError, first_line
 from qformat.hub.client import Watch, watched
 from qformat.names import CONFIG_NAME, MANIFEST_NAME, is_repository_name
 from qformat.version import __version__
@@ -145,10 +145,10 @@ def _hub_headers(repository: str, revision: str | None) -> tuple[Path, list[Tens
             config = Path(api.hf_hub_download(repository, CONFIG_NAME, revision=revision))
             metadata = api.get_safetensors_metadata(repository, revision=revision)
     except (hub_errors.NotASafetensorsRepoError, hub_errors.SafetensorsParsingError) as problem:
-        raise SourceError(Reason.UNSUPPORTED_SOURCE, repository, _first_line(problem)) from problem
+        raise SourceError(Reason.UNSUPPORTED_SOURCE, repository, first_line(problem)) from problem
     except (OSError, httpx2.HTTPError, hub_errors.HfHubHTTPError, hub_errors.HFValidationError, ValueError) as problem:
         raise UsageError(
-            f"{repository}: does not exist as a local folder, and cannot be read from the Hub: {_first_line(problem)}. "
+            f"{repository}: does not exist as a local folder, and cannot be read from the Hub: {first_line(problem)}. "
             "Check the name and the network connection, or log in"
         ) from problem
     return config.parent, [
@@ -175,7 +175,3 @@ def _checked(name: str, dtype: object, shape: object, path: str) -> TensorSpec:
             field="shape",
         )
     return new
-
-
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qformat.errors import UsageError
+from qformat.errors import UsageError, first_line
 from qformat.training.memory_plan.loss import Loss, full_loss, tiled_loss
 from qformat.training.memory_plan.meter import Meter, Segment
 from qformat.training.memory_plan.model import FakeModel
@@ -95,10 +95,10 @@ class FakeTraining:
         ) as problem:
             if len(chosen) < self.n_layers:  # some architectures fail if layers are skipped
                 return self.micro_batch(settings, batch_size=batch_size, seq_len=seq_len, loss=loss, every_layer=True)
-            first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             raise UsageError(
-                f"the memory of this model cannot be planned, because the model does not run on fake tensors: {first}"
-            ) from (problem)
+                f"the memory of this model cannot be planned, because the model does not run on fake tensors: "
+                f"{first_line(problem)}"
+            ) from problem
 
     def _representatives(self) -> set[int]:
         """Return the layers to run: the first (its input may need no gradient), the last, and one of each kind."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from typing import TYPE_CHECKING
 
-from qformat.errors import DataError
+from qformat.errors import DataError, first_line
 from qformat.named_files import open_named
 from qformat.sizes import format_nbytes
 from qformat.training.data.place import BadRow
@@ -47,11 +47,10 @@ def record_batches(file: DataFile, max_row_nbytes: int) -> Iterator[pyarrow.Reco
         with open_named(file.path) as opened:
             yield from _parquet(file, opened, max_row_nbytes) if file.kind is FileKind.PARQUET else _arrow_stream(file)
     except (pyarrow.ArrowException, OSError, ValueError) as problem:  # ValueError: names of columns that are not UTF-8
-        first = str(problem).partition("\n")[0]
         raise DataError(
             BadRow.DAMAGED_FILE,
             file.path,
-            f"cannot be read as {file.kind.value}: {first}",
+            f"cannot be read as {file.kind.value}: {first_line(problem)}",
             place=None,
             next_step="Download or write the file again",
         ) from problem
