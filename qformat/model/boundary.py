@@ -142,6 +142,30 @@ def generation_config_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def forward_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Translate the errors of the first run of a model. What fails then contradicts itself in config.json.
+
+    Args:
+        model: Model that runs.
+
+    Raises:
+        ArtifactError: The model cannot run.
+        torch.OutOfMemoryError: The device has too little memory. It is not translated.
+    """
+    try:
+        yield
+    except (QformatError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:  # the code of each architecture fails in its own way
+        raise ArtifactError(
+            Reason.CONFIG_FIELD,
+            Path(_name(model)) / CONFIG_NAME,
+            f"the model that it describes cannot run: {first_line(problem)}",
+            next_step=f"Get {CONFIG_NAME} again from where the weights come from",
+        ) from problem
+
+
+@contextmanager
 def generation_errors(model: PreTrainedModel) -> Iterator[None]:
     """Translate the errors of `generate`.
 

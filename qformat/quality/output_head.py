@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qformat.model.boundary import forward_errors
+
 CHUNK_NBYTES = 16 << 20
 """Size of the float32 logits of a chunk. Several tensors of this size exist at a time."""
 
@@ -44,6 +46,9 @@ def split_head(model: PreTrainedModel) -> SplitModel:
 
     If the logits are not exactly the output layer's product (for example scaled or capped), the whole model becomes the
     body and the head returns its input. A run on four tokens determines which case applies.
+
+    Raises:
+        ArtifactError: The model cannot run.
     """
     base, output = model.base_model, model.get_output_embeddings()  # type: ignore[no-untyped-call]
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -58,7 +63,7 @@ def split_head(model: PreTrainedModel) -> SplitModel:
 
     if base is not model and isinstance(output, nn.Module):
         ids = torch.arange(4, device=model.device)[None] % vocabulary
-        with torch.no_grad():
+        with torch.no_grad(), forward_errors(model):
             logits = whole(ids)
             split = base(input_ids=ids, use_cache=False)
             if hasattr(split, "last_hidden_state") and torch.equal(output(split.last_hidden_state), logits):

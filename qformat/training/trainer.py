@@ -33,6 +33,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
 from qformat.errors import DeviceMemoryError, DivergenceError, UsageError
+from qformat.model.boundary import forward_errors
 from qformat.model.loaded_model import check_unchanged
 from qformat.names import ADAPTER_WEIGHTS_NAME, BASE_RECORD_NAME
 from qformat.training.adapter.attach import check_shapes
@@ -174,6 +175,13 @@ class AdapterTrainer(SFTTrainer):
         return SeededLengthGroups(together, self._lengths, self.args.seed)
 
     def _run_micro_batch(self, micro_batch: Callable[[], Result]) -> Result:
+        if self.state.global_step:  # from the second step on, an error is a defect of the program
+            return self._run_within_memory(micro_batch)
+        assert isinstance(self.model, PeftModel)
+        with forward_errors(self.model.get_base_model()):
+            return self._run_within_memory(micro_batch)
+
+    def _run_within_memory(self, micro_batch: Callable[[], Result]) -> Result:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         if isinstance(optimizer, PagedAdamW):
             return run_with_paging_retry(optimizer, micro_batch)

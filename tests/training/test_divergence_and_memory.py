@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from qformat.errors import DeviceMemoryError, DivergenceError
+from qformat.errors import ArtifactError, DeviceMemoryError, DivergenceError
 from qformat.training.optimizer.page_device import PlainPages
 from qformat.training.result import TrainingResult
 from qformat.training.trainer import AdapterTrainer
@@ -47,6 +48,15 @@ def test_the_learning_rate_is_not_blamed_for_the_first_step(
         runs.run(artifact, examples, tmp_path / "out")
     assert artifact.name in str(caught.value)
     assert "learning rate" not in str(caught.value)
+
+
+def test_a_first_step_that_fails_is_blamed_on_the_config_of_the_model(
+    artifact: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda _, x: x @ x.new_ones(3, 3))
+    with pytest.raises(ArtifactError, match=r"config\.json: the model that it describes cannot run: ") as caught:
+        runs.run(artifact, examples, tmp_path / "out")
+    assert caught.value.path == str(artifact / "config.json")
 
 
 def test_running_out_of_memory_once_changes_nothing(

@@ -23,6 +23,7 @@ from qformat.artifact.manifest import Manifest
 from qformat.artifact.reading.structure import check_structure
 from qformat.artifact.reading.verify import check_digests
 from qformat.errors import Option, UsageError, VerificationError
+from qformat.model.boundary import forward_errors
 from qformat.model.build import check_predicts_tokens
 from qformat.model.checkpoint import find_folder, load_any
 from qformat.model.load import load_tokenizer
@@ -193,7 +194,8 @@ def _score_text(
 
 def _forward(model: _Model, window: NDArray[Any]) -> tuple[Tensor, Tensor]:
     ids = torch.from_numpy(window).to(model.model.device, torch.int64)
-    return ids, model.logits(ids)
+    with forward_errors(model.model):
+        return ids, model.logits(ids)
 
 
 def _checked(scores: Scores, model: _Model, windows: TokenWindows, number: int) -> Scores:

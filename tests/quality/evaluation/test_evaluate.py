@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from qformat.cli.messages import as_flag
 from qformat.errors import ArtifactError, DataError, SourceError, UsageError, VerificationError, spelled
@@ -183,6 +184,15 @@ def test_non_finite_logits_are_reported_with_the_window(
         evaluate(artifact, [text], source=broken, **SMALL)
     assert str(caught.value).endswith("or use another dtype (dtype='float32')")
     assert spelled(caught.value.words, as_flag).endswith("or use another dtype (--dtype=float32)")
+
+
+def test_a_model_that_cannot_run_is_blamed_on_its_config(
+    artifact: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", lambda _, x: x @ x.new_ones(3, 3))
+    with pytest.raises(ArtifactError, match=r"config\.json: the model that it describes cannot run: ") as caught:
+        evaluate(artifact, [text], **SMALL)
+    assert caught.value.path == str(artifact / "config.json")
 
 
 def test_memory_holds_logits_of_one_window_and_two_models_at_a_time(
