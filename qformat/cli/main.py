@@ -175,7 +175,7 @@ def _show_usage(problem: click.ClickException) -> None:
     """Print wrong usage as click does."""
     context = problem.ctx if isinstance(problem, click.UsageError) else None
     if context is not None:
-        hint = f"Try '{context.command_path} {context.help_option_names[0]}' for help."
+        hint = f"Try '{context.command_path} {max(context.help_option_names, key=len)}' for help."
         echo_layout(f"{context.get_usage()}\n{hint}\n", err=True)
     echo_layout(f"Error: {problem.format_message()}", err=True)
 
