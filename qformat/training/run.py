@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 
 from qformat.artifact.manifest import JsonObject
 from qformat.artifact.writing.disk import Disk
+from qformat.artifact.writing.staging import refuse_nested
 from qformat.errors import DeviceMemoryError, Option, TargetError, UsageError
 from qformat.model.boundary import check_tokens
 from qformat.model.build import check_predicts_tokens
@@ -111,6 +112,7 @@ def train(
         TargetError: The output cannot be written.
     """
     check_single_process("a training", os.environ)
+    refuse_nested(job.artifact, job.output)
     checkpoints = CheckpointFolder(job.output, keep=settings.keep_checkpoints)
     checkpoint = None if resume is None else checkpoints.find(resume)
     if checkpoint is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qformat.converters.convert import convert
-from qformat.errors import ArtifactError, Reason
+from qformat.errors import ArtifactError, Reason, TargetError
 from qformat.training import run as run_module
 from qformat.training.result import TrainingResult
 from tests.artifact.damaged import damaged_copy
@@ -44,6 +44,14 @@ def test_training_starts_on_no_flipped_bit(
     assert (refused.value.reason, refused.value.tensor) == (Reason.COMPONENT_DIGEST, tensor)
     assert refused.value.field == component
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_no_model")
+def test_the_output_does_not_lie_in_the_artifact(artifact: Path, examples: Path) -> None:
+    """The next training would reject the artifact because of it."""
+    with pytest.raises(TargetError, match=r"adapter: is inside the source\. Choose a directory next to it"):
+        runs.run(artifact, examples, artifact / "adapter")
+    assert not (artifact / "adapter").exists()
 
 
 @pytest.mark.usefixtures("_no_model")
