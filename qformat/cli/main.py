@@ -150,9 +150,18 @@ def _run(given: Sequence[str]) -> int:
         echo_layout(shown.format_message(), err=True)
         return EXIT_USAGE
     except (click.ClickException, click.Abort, KeyboardInterrupt, QformatError) as problem:
-        if "--json" in given:
-            echo_json(failure_record(problem))
-        return _show_problem(problem, given)
+        return _report(problem, given)
+    except OSError as problem:
+        if problem.filename is None:
+            raise
+        # A file that the library has no message of its own for, such as one of a cache.
+        return _report(UsageError(f"{problem.filename}: {problem.strerror}. Check the path and its permissions"), given)
+
+
+def _report(problem: BaseException, given: Sequence[str]) -> int:
+    if "--json" in given:
+        echo_json(failure_record(problem))
+    return _show_problem(problem, given)
 
 
 def _show_problem(problem: BaseException, given: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import signal
 import subprocess
@@ -86,6 +87,17 @@ def test_an_invalid_file_exits_with_1_and_is_named_without_a_traceback(
     assert "config.json" in shown.err
     assert "Traceback" not in shown.err
     assert not shown.out
+
+
+def test_a_file_that_cannot_be_used_is_named_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "cache/file")
+
+    monkeypatch.setattr(cli_main.cli, "main", refuse)
+    assert run(["info"]) == 2
+    assert capsys.readouterr().err == ("Error: cache/file: Permission denied. Check the path and its permissions\n")
 
 
 def test_no_progress_is_shown_if_stderr_is_not_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
