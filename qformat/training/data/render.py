@@ -62,6 +62,19 @@ class Renderer:
         self._loss_on = loss_on
         self._conversations: Conversations | None = None
 
+    def render(self, row: Row) -> Rendered:
+        """Render one row.
+
+        Raises:
+            DataError: The chat template fails for it, or the turns of the assistant cannot be located in its output.
+            UsageError: It needs an EOS token or a chat template, and the tokenizer has none.
+            ArtifactError: The chat template exceeds a limit.
+        """
+        ((_, rendered),) = self.render_all([row])
+        if isinstance(rendered, DataError):
+            raise rendered
+        return rendered
+
     def render_all(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Rendered | DataError]]:
         """Render rows, many at a time.
 

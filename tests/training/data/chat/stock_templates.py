@@ -7,7 +7,6 @@ from typing import Any
 
 import trl
 
-from qformat.errors import DataError
 from qformat.training.data.place import Place
 from qformat.training.data.render import LossOn, Rendered, Renderer
 from qformat.training.data.rows import parse_fields
@@ -90,7 +89,4 @@ def render(
     """Render one row. Raises the error of a row that is refused."""
     tokenizer = tokenizer_with("")
     tokenizer.chat_template = template
-    ((_, rendered),) = Renderer(tokenizer, loss_on).render_all([parse_fields(fields, place)])
-    if isinstance(rendered, DataError):
-        raise rendered
-    return rendered
+    return Renderer(tokenizer, loss_on).render(parse_fields(fields, place))
