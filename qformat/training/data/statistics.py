@@ -34,7 +34,7 @@ class DataStatistics:
         truncated: Number of examples that were truncated and kept.
         dropped: Number of usable rows without an example, by reason (`Dropped`).
         bad: Number of unusable rows, by reason (`BadRow`).
-        converted: Number of rows that were converted from the format of another tool, by the name of the format.
+        converted: Number of rows that were converted from another format, by its name.
     """
 
     rows: int

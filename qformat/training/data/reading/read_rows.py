@@ -5,6 +5,7 @@ from __future__ import annotations
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 _SKIP_NBYTES = 2**20
+
+JSON_ARRAYS = "JSON arrays"
+"""Name of the format of a file that holds all rows in one array."""
 
 
 class BadRows:
@@ -90,7 +94,8 @@ def _json_array(path: Path, bad: BadRows, max_row_nbytes: int) -> Iterator[Row]:
         except DataError as error:
             bad.refuse(error)
         else:
-            yield row
+            found = JSON_ARRAYS if row.converted_from is None else f"{row.converted_from} in {JSON_ARRAYS}"
+            yield replace(row, converted_from=found)
 
 
 def _columns(file: DataFile, bad: BadRows, max_row_nbytes: int) -> Iterator[Row]:

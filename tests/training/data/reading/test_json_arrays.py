@@ -44,6 +44,13 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     assert len(read(tmp_path / "rows.json")[0]) == 3
 
 
+def test_each_row_tells_the_format_that_it_was_converted_from(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": "a"}, {"conversations": [{"from": "human", "value": "b"}]}]))
+    found = [row.converted_from for row in read_rows(find_files(path), BadRows(skip=False))]
+    assert found == ["JSON arrays", "ShareGPT in JSON arrays"]
+
+
 def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text(" [ ] \n")
     assert read(tmp_path / "rows.json")[0] == []
