@@ -95,7 +95,7 @@ def train(
         job: Inputs and output of the training. The output directory must be empty or absent, unless `resume` is given.
         settings: Settings of the training.
         resume: "latest", or the name of a checkpoint in `job.output`. None to train from the start.
-        say: Receives progress messages for people.
+        say: Receives progress messages for people, a line at a time.
         on_metrics: Receives every line of metrics.jsonl.
 
     Returns:
@@ -132,7 +132,8 @@ def train(
     if checkpoint is not None:
         with restoring(checkpoint.folder / SEAL_NAME):
             check_same_training(checkpoint, facts, artifact=job.artifact, data=job.data, eval_data=job.eval_data)
-    say("First example («trained tokens»):\n" + show_example(prepared.tokenizer, prepared.train[0]))
+    for line in ("First example («trained tokens»):", *show_example(prepared.tokenizer, prepared.train[0]).split("\n")):
+        say(line)
 
     with _lack_of_memory_in_words():
         model = load_model(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from qformat.printable import printable
 from qformat.training.data.tokenised_data import IGNORED, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Escape control characters: the data must not control the terminal.
-_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in {9, 10}}
 
 
 def show_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -31,6 +29,6 @@ def show_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
         text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
-        shown = text.translate(_VISIBLE)
+        shown = printable(text)
         parts.append(f"«{shown}»" if trained else shown)
     return "".join(parts)

@@ -18,6 +18,7 @@ MASKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(rf"{NUMBER} (?:[A-Za-z]+ ){{1,3}}(?:per|a) second\b"), "<rate>"),
     (re.compile(r"\b\d+:\d\d(?::\d\d)?\b(?! *[AP]M)"), "<time>"),
     (re.compile(rf"(?<![\w.]){NUMBER} ?(?:ns|us|µs|ms|s|sec|seconds?|min|minutes?|h|hours?)\b(?!/)"), "<time>"),
+    (re.compile(rf"(<rate> {{2,}}){SIZE}"), r"\1<size>"),  # peak memory in the lines of a training
     (re.compile(rf"\b(peak(?: \w+)?:? ){SIZE}"), r"\1<size>"),
     (re.compile(rf"{SIZE} ((?:(?:is|are|of) )?(?:peak|free|available)\b)"), r"<size> \1"),
     (re.compile(rf"\b(free(?: space)?:? ){SIZE}"), r"\1<size>"),
