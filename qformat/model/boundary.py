@@ -142,7 +142,7 @@ def generation_config_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def forward_errors(model: PreTrainedModel) -> Iterator[None]:
+def forward_errors(model: nn.Module) -> Iterator[None]:
     """Translate the errors of the first run of a model. What fails then contradicts itself in config.json.
 
     Args:
@@ -235,8 +235,8 @@ def check_tokens(highest: int, model: PreTrainedModel) -> None:
         )
 
 
-def _name(model: PreTrainedModel) -> str:
-    return model.name_or_path or "the model"
+def _name(model: nn.Module) -> str:
+    return getattr(model, "name_or_path", None) or "the model"
 
 
 def _to_blame(folder: Path, files: Sequence[Path]) -> Path:

@@ -64,7 +64,8 @@ class _Reader:
         if kind in (_LIST, _SET):
             return self._list(depth)
         if kind == _MAP:
-            return self._map(depth)
+            self._map(depth)
+            return None
         if kind == _BINARY:
             return self._bytes(self._unsigned())
         if kind in _FIXED_NBYTES:
