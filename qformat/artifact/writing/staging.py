@@ -165,9 +165,13 @@ class Staging:
         check_target(self.out, replace=self._replace, kind=self._kind)
 
     def _clean_up(self) -> None:
-        """Remove the work directory. The journal goes last, because it shows that the seal was complete."""
-        self.disk.remove_folder(self.folder)
-        self.disk.remove_folder(self.work / "replaced")
+        """Remove the work directory.
+
+        The journal goes after all folders, because it shows that the seal was complete, and then the lock, because it
+        shows that the directory is one of qformat.
+        """
+        for folder in sorted(path for path in self.work.iterdir() if path.is_dir()):
+            self.disk.remove_folder(folder)
         self.disk.remove_file(self._journal_path)
         self.disk.remove_file(self.work / "lock")
         self.disk.remove_folder(self.work)
