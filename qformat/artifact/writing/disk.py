@@ -222,6 +222,15 @@ class Disk:
                 self.remove_file(entry)
         self._call(path, lambda: self.raw_rmdir(path))
 
+    def remove_empty_folder(self, path: Path) -> None:
+        """Remove a directory, unless another process has removed it or has begun to use it."""
+        try:
+            self._call(path, lambda: self.raw_rmdir(path))
+        except TargetError as problem:
+            cause = problem.__cause__
+            if not isinstance(cause, OSError) or cause.errno not in {errno.ENOENT, errno.ENOTEMPTY}:
+                raise
+
     def free_nbytes(self, path: Path) -> int:
         """Return the free space in bytes on the file system of a path, which need not exist yet."""
         while not os.path.exists(path) and path != path.parent:

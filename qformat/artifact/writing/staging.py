@@ -85,7 +85,6 @@ class Staging:
         elif os.path.islink(work) or not os.path.isdir(work) or _is_foreign(work):
             raise TargetError(f"{work}: exists and was not created by qformat. Move it or choose another OUT")
         disk.to_continue = RESUMES
-        disk.make_folder(work)
         staging = cls(out, work, disk, _take_lock(work, disk), kind=kind, replace=replace)
         try:
             staging._note = note or {}
@@ -174,7 +173,7 @@ class Staging:
             self.disk.remove_folder(folder)
         self.disk.remove_file(self._journal_path)
         self.disk.remove_file(self.work / "lock")
-        self.disk.remove_folder(self.work)
+        self.disk.remove_empty_folder(self.work)
         self.disk.sync_folder(self.out.parent)
 
 
@@ -237,25 +236,36 @@ def _is_foreign(work: Path) -> bool:
 
 
 def _take_lock(work: Path, disk: Disk) -> int:
-    """Lock the work directory for this process. The lock ends with the process."""
+    """Make the work directory and lock it for this process. The lock ends with the process.
+
+    Another process may finish, and remove the directory, before any of these steps.
+    """
     path = work / "lock"
     for _ in range(_LOCK_ATTEMPTS):
-        descriptor = disk.open_for_writing(path)
+        disk.make_folder(work)
+        try:
+            descriptor = disk.open_for_writing(path)
+        except TargetError as problem:
+            if isinstance(problem.__cause__, FileNotFoundError):
+                continue
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(descriptor)
             raise TargetError(f"{work}: another process is writing to it. Wait for it or choose another OUT") from None
-        # Another process may have finished and removed the directory between the open and the lock.
-        if path.exists() and _same_file(descriptor, path):
+        if _is_at(descriptor, path):
             return descriptor
         os.close(descriptor)
-        disk.make_folder(work)
     raise TargetError(f"{work}: other processes keep writing to it. Wait for them or choose another OUT")
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
-    mine, there = os.fstat(descriptor), path.stat()
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether an open file is still the one at a path."""
+    try:
+        mine, there = os.fstat(descriptor), path.stat()
+    except FileNotFoundError:
+        return False
     return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
 
 

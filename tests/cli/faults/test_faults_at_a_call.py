@@ -85,5 +85,5 @@ def check_told(outcome: Outcome, where: str) -> None:
     """Check that a failure is told in one line with the path and the next step."""
     assert outcome.code == 1, where
     assert "Traceback" not in outcome.told, where
-    assert ": cannot be written: " in outcome.error or ": not enough disk space: " in outcome.error, outcome.error
+    assert "cannot be written: " in outcome.error or ": not enough disk space: " in outcome.error, outcome.error
     assert "run the same command again" in outcome.error, f"{where}: {outcome.error}"
