@@ -221,8 +221,7 @@ def _place(opened: TorchZip, path: Path, name: str, empty: torch.Tensor) -> tupl
             Reason.HEADER_OFFSETS, path, "torch does not report where its data is in the file", tensor=name,
             next_step="Update torch, or save the model again with save_pretrained",
         )  # fmt: skip
-    if tensor.nbytes:
-        opened.refuse_wrong_place(member, storage_nbytes, name)
+    opened.refuse_wrong_place(member, storage_nbytes, name)
     first = int(empty.storage_offset())
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if min((first, *strides)) < 0 or (tensor.nbytes and (first + reach + 1) * ELEMENT_NBYTES[dtype] > storage_nbytes):

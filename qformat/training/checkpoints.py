@@ -261,7 +261,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(seal, dict) or seal.pop("seal_xxh3", None) != xxh3(strict_json.dumps(seal).encode()):
         raise AdapterError(f"{path}: is damaged: its content does not match its own digest")
     step, files, facts = seal.get("step"), seal.get("files"), seal.get("facts")
-    if not isinstance(step, int) or not isinstance(files, dict) or not isinstance(facts, dict):
+    if type(step) is not int or not isinstance(files, dict) or not isinstance(facts, dict):
         raise AdapterError(f"{path}: is damaged: step, files or facts are missing")
     for name, record in files.items():
         if not isinstance(record, dict) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
