@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qformat.named_files import open_named
 from qformat.names import BASE_RECORD_NAME, CONFIG_NAME
 
 _MAX_NBYTES = 2**16
+_DIGEST = re.compile(r"(?:tensors|files)-xxh3:[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,9 @@ def read_base_record(adapter: Path) -> BaseRecord | None:
         raise _damaged(path, problem.problem) from None
     if isinstance(record, dict):
         digest, name = record.get("digest"), record.get("name")
-        if isinstance(digest, str) and isinstance(name, str):
+        if isinstance(digest, str) and _DIGEST.fullmatch(digest) and isinstance(name, str):
             return BaseRecord(digest, name)
-    raise _damaged(path, "digest or name is missing")
+    raise _damaged(path, "digest or name is missing or not valid")
 
 
 def _damaged(path: Path, problem: str) -> AdapterError:
