@@ -246,6 +246,8 @@ def _to_blame(folder: Path, files: Sequence[Path]) -> Path:
     if files[0].name == TOKENIZER_NAME and len(files) > 1:
         try:
             Tokenizer.from_file(str(files[0]))
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException:  # noqa: BLE001  a panic of tokenizers is not an Exception
             return files[0]
         return files[1]
